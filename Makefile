@@ -1,0 +1,14 @@
+.PHONY: demo test check
+.DEFAULT_GOAL := demo
+
+demo: .venv/ready  ## the main job, offline: AR checkpoint in, tri-mode checkpoint out, scored in three modes
+	.venv/bin/nemodiff demo --output runs/demo
+
+test: .venv/ready  ## the test suite
+	.venv/bin/python -m pytest
+
+check: .venv/ready  ## style and types
+	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+
+.venv/ready: pyproject.toml constraints.txt .python-version
+	tools/setup

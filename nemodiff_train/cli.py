@@ -1,0 +1,58 @@
+"""The ``nemodiff`` command: one verb a module, each imported only when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nemodiff_train import __version__
+from nemodiff_train.console import is_main_process
+from nemodiff_train.errors import UserError, nearest
+
+# Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
+# 20 seconds, so a module imports it inside `run`.
+VERBS = {
+    "train": ("nemodiff_train.training.command", "train a recipe: AR only, or AR + diffusion jointly"),
+    "convert": ("nemodiff_train.conversion.command", "move checkpoints between Hugging Face and Megatron"),
+    "eval": ("nemodiff_train.evaluation.command", "score accuracy and tokens per forward in every mode"),
+    "generate": ("nemodiff_train.decoding.command", "continue one prompt"),
+    "data": ("nemodiff_train.data.command", "turn text into Megatron's .bin/.idx"),
+    "demo": ("nemodiff_train.demo.command", "the whole job on a small model, offline"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only ``verb``'s module is imported, since the others are not needed to parse it."""
+    parser = _Parser(prog="nemodiff", description="Turn an autoregressive language model into a tri-mode one.")
+    parser.add_argument("--version", action="version", version=f"nemodiff {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, (module, summary) in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        if name == verb:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 on success, 2 on bad input (after one line on standard error).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        if verb is not None and verb not in VERBS:
+            raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+        parsed = build_parser(verb).parse_args(arguments)
+        return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
+    except UserError as error:
+        if is_main_process():
+            print(f"nemodiff: error: {error}", file=sys.stderr)
+        return 2
