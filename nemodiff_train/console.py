@@ -13,12 +13,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def progress_bar(*extra_columns: str, disable: bool = False) -> Progress:
+def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
     """A progress bar in the project's style, for use as a context manager.
 
     Args:
         extra_columns: rich markup shown after the bar, for example ``"{task.fields[rate]}"``.
-        disable: Show nothing (ranks other than 0).
+        shown: Whether this process shows it; by default only rank 0 does.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -28,5 +28,5 @@ def progress_bar(*extra_columns: str, disable: bool = False) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=disable or not is_main_process(),
+        disable=not (is_main_process() if shown is None else shown),
     )
