@@ -1,6 +1,8 @@
 """What the user sees: one console, one style of progress bar."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,6 +13,16 @@ console = Console(stderr=True, highlight=False)
 def is_main_process() -> bool:
     """Whether this process is rank 0 of its gang (or alone); only rank 0 speaks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what third parties print; ``NEMODIFF_LOG=1`` shows it."""
+    if os.environ.get("NEMODIFF_LOG"):
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:

@@ -23,4 +23,5 @@ class Ministral3TextBridge(MistralBridge):
         provider = MegatronModelBridge.provider_bridge(self, hf_pretrained)
         provider.normalization = "RMSNorm"
         provider.gated_linear_unit = True
+        provider.add_bias_linear = False
         return provider

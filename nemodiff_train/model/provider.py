@@ -56,6 +56,8 @@ class TriModeModelProvider(GPTModelProvider):
     """Positions from which the query scale leaves 1."""
     hf_config: dict[str, Any] = field(default_factory=dict)
     """The Hugging Face configuration the weights came from; an export writes it back."""
+    hf_generation_config: dict[str, Any] = field(default_factory=dict)
+    """The ``generation_config.json`` that came with it."""
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

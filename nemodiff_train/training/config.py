@@ -30,8 +30,10 @@ class TextDatasetConfig(DatasetProvider):
     num_workers: int = 2
     dataloader_type: str = "single"
 
-    objective = None  # what doubles the samples; TriModeConfig.validate sets both
+    # Not settings: TriModeConfig.validate sets the first two, Bridge saves the third with checkpoints.
+    objective = None
     mask_token_id = None
+    tokenizer = None
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Training, validation and test samples; see :mod:`nemodiff_train.objective.sample`."""
@@ -49,7 +51,7 @@ class TextDatasetConfig(DatasetProvider):
             create_attention_mask=False,
             num_workers=self.num_workers,
         )
-        config.tokenizer = context.tokenizer
+        self.tokenizer = config.tokenizer = context.tokenizer
         config.finalize()
         sizes = [context.train_samples, context.valid_samples, context.test_samples]
         splits = pretrain_train_valid_test_datasets_provider(sizes, config)
