@@ -82,4 +82,4 @@ def _first_texts(prefix: str, manifest: Manifest) -> list[str]:
     shown = range(min(_SHOWN_DOCUMENTS, len(dataset)))
     # No token stands for less than a byte, so 4 tokens a character are enough.
     heads = (dataset[number][: 4 * _SHOWN_CHARACTERS].astype(np.int64).tolist() for number in shown)
-    return [tokenizer.decode(head)[:_SHOWN_CHARACTERS] for head in heads]
+    return [str(tokenizer.decode(head))[:_SHOWN_CHARACTERS] for head in heads]

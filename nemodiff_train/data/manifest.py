@@ -123,7 +123,10 @@ def sha256_of(path: Path) -> str:
 def count_tokens(
     path: Path, dtype: npt.DTypeLike, vocab_size: int, limit: int | None = None
 ) -> npt.NDArray[np.int64]:
-    """Occurrences of each id in the first ``limit`` tokens of a ``.bin`` file, at least ``vocab_size`` long."""
+    """Occurrences of each id in the first ``limit`` tokens of a ``.bin`` file.
+
+    The result is longer than ``vocab_size`` only where the file holds larger ids.
+    """
     tokens = np.memmap(path, dtype=dtype, mode="r")[:limit]
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK_TOKENS):
@@ -152,8 +155,8 @@ def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", m
         _check_files(prefix, manifest)
         if manifest is not None and manifest.tokenizer.fingerprint != fingerprint:
             raise UserError(
-                f"{prefix}: prepared with the tokenizer '{manifest.tokenizer.name}', which is not the model's; "
-                "prepare it again with the model's tokenizer"
+                f"{prefix}: prepared with another tokenizer than the model's "
+                f"('{manifest.tokenizer.name}'); prepare it again with the model's"
             )
         _check_counts(prefix, manifest, tokenizer, mask_token_id)
     endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
