@@ -1,0 +1,1 @@
+"""Text into Megatron's indexed data sets, and the checks that training makes on them."""

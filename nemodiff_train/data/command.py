@@ -1,0 +1,68 @@
+"""``nemodiff data``: prepare a data set, or look at one."""
+
+import argparse
+import os
+
+from nemodiff_train.console import console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_prepare(actions.add_parser("prepare", help="turn text into .bin/.idx; repeated, it continues"))
+    inspect = actions.add_parser("inspect", help="show what a prepared data set holds")
+    inspect.add_argument("prefix", metavar="PREFIX", help="path of the data set without .bin")
+    inspect.add_argument("--verify", action="store_true", help="recompute the checksums")
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="text file (one document), .jsonl, .parquet, a directory of these, or a Hugging Face data set "
+        "(owner/name or owner/name:config)",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_NAME", help="Hugging Face tokenizer")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field with the text (default text)"
+    )
+    parser.add_argument("--split", default="train", help="of a Hugging Face data set (default train)")
+    parser.add_argument("--glob", default="*", metavar="PATTERN", help="files to take from directories")
+    parser.add_argument(
+        "--eod-token", metavar="TOKEN", help="put after each document (default: the EOS token)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="tokenizing processes (default: one a core); the result does not depend on it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the sub-command; 130 after Ctrl-C."""
+    if arguments.action == "inspect":
+        from nemodiff_train.data.inspection import inspect
+
+        inspect(arguments.prefix, arguments.verify)
+        return 0
+    return _prepare(arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.data.prepare import Options, prepare
+
+    fields = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
+    try:
+        manifest = prepare(Options(**fields))
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues from there")
+        return 130
+    console.print(
+        f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", soft_wrap=True
+    )
+    return 0

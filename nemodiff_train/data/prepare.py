@@ -1,0 +1,158 @@
+"""``nemodiff data prepare``: documents in, one indexed data set out."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemodiff_train.console import console, progress_bar
+from nemodiff_train.data.encode import Encoder, encode_in_order
+from nemodiff_train.data.manifest import Manifest, Plan, TokenizerInfo
+from nemodiff_train.data.parts import SUFFIXES, Parts, Totals
+from nemodiff_train.data.sources import Source, documents, resolve
+from nemodiff_train.data.tokenizer import (
+    end_of_document_id,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
+from nemodiff_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's arguments; see its help."""
+
+    inputs: list[str]
+    tokenizer: str
+    output: str
+    text_field: str
+    split: str
+    glob: str
+    eod_token: str | None
+    workers: int
+    overwrite: bool
+
+
+def prepare(options: Options) -> Manifest:
+    """Prepare the data set, continuing an interrupted run; does nothing when it is there already.
+
+    Returns:
+        The manifest of the finished data set.
+
+    Raises:
+        UserError: An input, the tokenizer or the output cannot be used.  Nothing is left behind then.
+    """
+    _check_options(options)
+    sources = resolve(options.inputs, options.text_field, options.split, options.glob)
+    tokenizer = load_tokenizer(options.tokenizer)
+    encoder = Encoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
+    plan = Plan(
+        tokenizer=TokenizerInfo(
+            name=options.tokenizer,
+            vocab_size=vocabulary_size(tokenizer),
+            fingerprint=tokenizer_fingerprint(tokenizer),
+        ),
+        eod_token_id=encoder.eod_token_id,
+        text_field=options.text_field,
+        inputs=[source.info for source in sources],
+    )
+    unfinished = Parts(options.output, plan)
+    if not options.overwrite and (finished := _existing(options.output, plan, unfinished)):
+        return finished
+    with unfinished.locked():
+        return _continue(options, sources, encoder, unfinished)
+
+
+def _check_options(options: Options) -> None:
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: at least 1 is needed")
+    if options.output.endswith("/") or Path(options.output).is_dir():
+        raise UserError(f"--output {options.output}: a directory; give the files' prefix, as in DIR/NAME")
+
+
+def _existing(prefix: str, plan: Plan, unfinished: Parts) -> Manifest | None:
+    """The data set that is there already, if it is the one planned; ``None`` where there is none."""
+    if not (present := [prefix + suffix for suffix in SUFFIXES if Path(prefix + suffix).exists()]):
+        return None
+    manifest = Manifest.read(prefix)
+    if manifest is None:
+        if unfinished.resumable():  # interrupted while moving the files into place
+            return None
+        raise UserError(f"{present[0]}: exists and has no manifest; replace it with --overwrite")
+    if not manifest.same_tokens(plan):
+        raise UserError(
+            f"{prefix}: prepared with another tokenizer ('{manifest.tokenizer.name}') or end-of-document "
+            "token; refusing to mix tokenizers; choose another --output, or replace it with --overwrite"
+        )
+    if not manifest.same_output(plan):
+        raise UserError(
+            f"{prefix}: already holds a data set of other inputs; choose another --output, "
+            "or replace it with --overwrite"
+        )
+    if len(present) < len(SUFFIXES):  # a file was deleted since: prepare it again
+        return None
+    if unfinished.resumable():  # interrupted between moving the files and removing the parts
+        unfinished.discard()
+    console.print(f"{prefix}: already complete, nothing to do", soft_wrap=True)
+    return manifest
+
+
+def _continue(options: Options, sources: list[Source], encoder: Encoder, unfinished: Parts) -> Manifest:
+    """Write the parts that are missing, then publish."""
+    dtype = _token_type(encoder)
+    done = unfinished.restore(options.overwrite)
+    if done.documents:
+        console.print(f"continuing after {done.documents:,} documents")
+    try:
+        texts = islice(documents(sources), done.documents, None)
+        with _progress(done) as advance:
+            unfinished.write(encode_in_order(texts, encoder, options.workers), dtype, advance)
+        if unfinished.totals.documents == 0:
+            raise UserError(f"{', '.join(options.inputs)}: no documents with text in there")
+        return unfinished.publish(dtype)
+    except UserError:
+        unfinished.discard()  # correcting the input changes it, so the parts would not fit it any more
+        raise
+    except (OSError, BrokenProcessPool) as error:
+        raise UserError(f"{options.output}: {error}; the same command continues from there") from error
+
+
+def _token_type(encoder: Encoder) -> type[np.integer[Any]]:
+    """The smallest type that Megatron keeps this vocabulary in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about Transformer Engine and CUDA, which this needs neither of
+        from megatron.core.datasets.indexed_dataset import DType
+
+    return DType.optimal_dtype(vocabulary_size(encoder.tokenizer))
+
+
+@contextmanager
+def _progress(done: Totals) -> Iterator[Callable[[Totals], None]]:
+    """A count of documents, tokens a second and megabytes a second; the total is not known beforehand."""
+    columns = "{task.fields[tokens]:,.0f} tokens/s", "{task.fields[megabytes]:.2f} MB/s"
+    start = time.monotonic()
+    written = Totals()
+    # A log file would get one last frame of the bar between its lines.
+    with progress_bar(*columns, disable=not console.is_terminal) as bar:
+        task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
+
+        def advance(batch: Totals) -> None:
+            nonlocal written
+            written = written.add(batch)
+            seconds = time.monotonic() - start
+            bar.update(
+                task,
+                advance=batch.documents,
+                tokens=written.tokens / seconds,
+                megabytes=written.bytes / seconds / 1e6,
+            )
+
+        yield advance

@@ -1,0 +1,198 @@
+"""Where documents come from: text files, directories, JSONL, Parquet and Hugging Face data sets."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from nemodiff_train.data.manifest import InputInfo
+from nemodiff_train.errors import UserError, nearest
+
+_HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One INPUT: what it is, and a function that reads its documents in a fixed order.
+
+    The reader raises UserError, naming the file and line, at a record without usable text; records
+    with empty or null text are left out.
+    """
+
+    info: InputInfo
+    read: Callable[[], Iterator[str]]
+
+
+def resolve(inputs: Sequence[str], text_field: str, split: str, glob: str) -> list[Source]:
+    """Find every INPUT without reading documents.
+
+    Raises:
+        UserError: One is missing, empty, or not something that can be read.
+    """
+    return [_resolve_one(name, text_field, split, glob) for name in inputs]
+
+
+def documents(sources: Iterable[Source]) -> Iterator[str]:
+    """The documents that are not empty, in order."""
+    return filter(None, chain.from_iterable(source.read() for source in sources))
+
+
+def _resolve_one(name: str, text_field: str, split: str, glob: str) -> Source:
+    path = Path(name)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+            return _saved(path, text_field, split)
+        return _local(name, _walk(path, glob), text_field)
+    if path.is_file():
+        return _local(name, [path], text_field)
+    hub = _HUB_NAME.fullmatch(name)
+    # With that directory at hand, the name is more likely a mistyped path.
+    if hub and not Path(hub["owner"]).exists():
+        return _hub(name, text_field, split)
+    raise UserError(f"{name}: no such file or directory, nor a Hugging Face name (owner/name[:config])")
+
+
+def _walk(root: Path, glob: str) -> list[Path]:
+    found = [
+        path
+        for path in root.rglob(glob)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    if not found:
+        raise UserError(f"{root}: no file in this directory matches '{glob}' (hidden files are left out)")
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
+
+
+def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputInfo:
+    """Size and modification time tell a changed file without reading it, as in rsync."""
+    stats = [path.stat() for path in files]
+    total = sum(stat.st_size for stat in stats)
+    if total == 0:
+        raise UserError(f"{name}: empty, so there is nothing to prepare")
+    listing = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)]
+    version = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return InputInfo(path=name, split=split, files=len(files), bytes=total, version=version)
+
+
+def _local(name: str, files: Sequence[Path], field: str) -> Source:
+    return Source(_info(name, files), partial(_read_files, files, field))
+
+
+def _read_files(files: Sequence[Path], field: str) -> Iterator[str]:
+    for path in files:
+        match path.suffix.lower():
+            case ".jsonl":
+                yield from _read_jsonl(path, field)
+            case ".parquet":
+                yield from _read_parquet(path, field)
+            case _:
+                yield _read_text(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text at byte {error.start}; convert it, or choose files with --glob"
+        ) from error
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    # Not through `datasets`: it infers one schema for the file, so it rejects records that differ in
+    # fields nobody asked for, and cannot name the line that is malformed.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse_record(line, field, f"{path}:{number}")
+
+
+def _parse_record(line: bytes, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: malformed JSON ({error}); correct or remove the line") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object with the field '{field}'")
+    _require_field(field, list(record), where)
+    text = _as_text(record[field], field, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: half a surrogate pair in '{field}'; correct or remove the line") from error
+    return text
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    import pyarrow.parquet
+    from pyarrow import ArrowInvalid
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file, or a damaged one") from error
+    with table:
+        _require_field(field, table.schema_arrow.names, str(path))
+        for batch in table.iter_batches(columns=[field]):
+            for value in batch.column(0).to_pylist():
+                yield _as_text(value, field, str(path))
+
+
+def _saved(path: Path, field: str, split: str) -> Source:
+    """A directory written by ``save_to_disk`` of the `datasets` library."""
+    from datasets import DatasetDict, load_from_disk
+
+    info = _info(str(path), _walk(path, "*"), split)
+    rows = load_from_disk(str(path))
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise UserError(f"{path}: no split '{split}'; it has: {', '.join(rows)}.{nearest(split, rows)}")
+        rows = rows[split]
+    return Source(info, partial(_read_rows, rows, field, str(path)))
+
+
+def _hub(name: str, field: str, split: str) -> Source:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+
+    repository, _, config = name.partition(":")
+    try:
+        # Pinned, so that a resumed run reads what the interrupted one did.
+        revision = str(HfApi().dataset_info(repository).sha)
+        rows = load_dataset(repository, config or None, split=split, revision=revision, streaming=True)
+    except (OSError, ValueError, HTTPError, DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{name}: neither a local path nor a readable hub data set: {reason}") from error
+    info = InputInfo(path=name, split=split, files=0, bytes=0, version=revision)
+    return Source(info, partial(_read_rows, rows, field, name))
+
+
+def _read_rows(rows: Iterable[dict[str, Any]], field: str, where: str) -> Iterator[str]:
+    for row in rows:
+        _require_field(field, list(row), where)
+        yield _as_text(row[field], field, where)
+
+
+def _require_field(field: str, existing: Sequence[str], where: str) -> None:
+    if field not in existing:
+        known = ", ".join(existing) or "none"
+        raise UserError(
+            f"{where}: no field '{field}'; its fields: {known} (--text-field).{nearest(field, existing)}"
+        )
+
+
+def _as_text(value: object, field: str, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: field '{field}' is of type {type(value).__name__}, not text (--text-field)"
+        )
+    return value

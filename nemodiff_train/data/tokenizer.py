@@ -1,0 +1,66 @@
+"""Loading a tokenizer and telling two tokenizers apart."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemodiff_train.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from a directory or by its Hugging Face name; never runs code that comes with it.
+
+    Raises:
+        UserError: Nothing there can be loaded as a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+        raise UserError(f"{name}: no such tokenizer directory")
+    try:
+        # Left unset, a terminal would be asked whether to run the tokenizer's own code.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{name}: cannot load a tokenizer from it: {reason}") from error
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the largest token id, added tokens included (ids may have gaps)."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 (hex) of everything that decides how text becomes token ids.
+
+    Equal for a tokenizer and its saved and reloaded copy, whatever directory they are in.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer written in Python: its class and vocabulary are what there is
+        described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:
+        described = json.loads(backend.to_str())
+        # The last call with padding or truncation leaves its settings here.
+        described.pop("padding", None)
+        described.pop("truncation", None)
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def end_of_document_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> int:
+    """The id to put after each document: ``token``'s, or the tokenizer's end-of-sequence token's.
+
+    Raises:
+        UserError: ``token`` is not in the vocabulary, or is ``None`` and the tokenizer has no default.
+    """
+    if token is not None:
+        if token not in (vocabulary := tokenizer.get_vocab()):
+            raise UserError(f"--eod-token '{token}': the tokenizer has no such token")
+        return vocabulary[token]
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer.name_or_path}: no end-of-sequence token; name one with --eod-token")
+    return int(tokenizer.eos_token_id)
