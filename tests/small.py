@@ -106,7 +106,13 @@ def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_le
         optimizer=bridge.OptimizerConfig(
             optimizer="adam", lr=1e-3, min_lr=1e-4, bf16=False, use_distributed_optimizer=False
         ),
-        scheduler=bridge.SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=1),
+        scheduler=bridge.SchedulerConfig(
+            lr_decay_style="cosine",
+            lr_warmup_iters=1,
+            start_weight_decay=0.1,
+            end_weight_decay=0.1,
+            weight_decay_incr_style="constant",
+        ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
         tokenizer=bridge.TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=start_from),
         checkpoint=bridge.CheckpointConfig(

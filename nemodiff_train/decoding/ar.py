@@ -18,7 +18,7 @@ def decode_ar(session: Session, prompts: Sequence[Sequence[int]], settings: Deco
     active = torch.arange(len(rows), device=session.device)
     while True:
         for row, token in zip(active.tolist(), chosen.tolist(), strict=True):
-            rows[row].extend([token])
+            rows[row].extend([token], [session.calls(row)])
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
         active, chosen = active[running], chosen[running]
         if not len(active):

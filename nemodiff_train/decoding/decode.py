@@ -15,6 +15,21 @@ Decoder = Callable[[Session, Sequence[Sequence[int]], DecodingSettings], list[Ge
 MODES: dict[str, Decoder] = {"ar": decode_ar, "diffusion": decode_diffusion, "linear": decode_linear}
 
 
+def check_mode(config: Any, mode: str) -> None:
+    """Refuse a mode that does not exist, or that a model cannot decode in.
+
+    Args:
+        config: The model's ``TriModeModelProvider``.
+
+    Raises:
+        UserError: Names the mode and what to do.
+    """
+    if mode not in MODES:
+        raise UserError(f"unknown mode '{mode}'; known: {', '.join(MODES)}.{nearest(mode, MODES)}")
+    if mode != "ar" and config.mask_token_id is None:
+        raise UserError(f"mode '{mode}' needs a mask token, and this checkpoint has had no joint stage; use ar")
+
+
 def decode(
     model: Any, prompts: Sequence[Sequence[int]], mode: str, settings: DecodingSettings
 ) -> tuple[list[Generation], Session]:
@@ -31,10 +46,7 @@ def decode(
     Raises:
         UserError: Unknown mode, no prompts, or a model that cannot decode in this mode.
     """
-    if mode not in MODES:
-        raise UserError(f"unknown mode '{mode}'; known: {', '.join(MODES)}.{nearest(mode, MODES)}")
-    if mode != "ar" and model.config.mask_token_id is None:
-        raise UserError(f"mode '{mode}' needs a mask token, and this checkpoint has had no joint stage; use ar")
+    check_mode(model.config, mode)
     check_prompts(prompts)
     capacity = max(map(len, prompts)) + settings.max_new_tokens + settings.block_size
     session = Session(model, len(prompts), capacity, model.config.mask_token_id)

@@ -24,9 +24,9 @@ def decode_diffusion(
     seeds = session.prefill(prompts).argmax(-1)
     active = torch.arange(len(rows), device=session.device)
     while True:
-        blocks = _denoise(session, active, _fresh_blocks(session, seeds, settings), settings)
-        for row, block in zip(active.tolist(), blocks.tolist(), strict=True):
-            rows[row].extend(block)
+        blocks, steps = _denoise(session, active, seeds, settings)
+        for row, block, when in zip(active.tolist(), blocks.tolist(), steps.tolist(), strict=True):
+            rows[row].extend(block, when)
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
         active, blocks = active[running], blocks[running]
         if not len(active):
@@ -36,22 +36,33 @@ def decode_diffusion(
         seeds = logits[:, -1].argmax(-1)
 
 
-def _fresh_blocks(session: Session, seeds: Tensor, settings: DecodingSettings) -> Tensor:
-    """[batch, block]: each row's seed, then masks."""
-    blocks = seeds.new_full((len(seeds), settings.block_size), _mask_token(session))
+def _denoise(
+    session: Session, rows: Tensor, seeds: Tensor, settings: DecodingSettings
+) -> tuple[Tensor, Tensor]:
+    """Fill one block a row; a row leaves the batch when its block is settled.
+
+    Args:
+        rows: [batch] rows of the session.
+        seeds: [batch] first token of each block.
+
+    Returns:
+        The blocks' tokens and the forward that settled each, both [batch, block].
+    """
+    mask = session.mask_token_id
+    assert mask is not None  # decode() refuses models without one
+    blocks = seeds.new_full((len(seeds), settings.block_size), mask)
     blocks[:, 0] = seeds
-    return blocks
-
-
-def _denoise(session: Session, rows: Tensor, blocks: Tensor, settings: DecodingSettings) -> Tensor:
-    """Fill the blocks of ``rows``; a row leaves the batch when its block is settled."""
-    mask = _mask_token(session)
+    calls = torch.tensor([session.calls(row) for row in rows.tolist()], device=seeds.device)
+    steps = calls[:, None].repeat(1, settings.block_size)
     while True:
         open_rows = _unsettled(blocks, mask, settings.stop_token_ids).nonzero()[:, 0]
         if not len(open_rows):
-            return blocks
-        logits = session.forward(blocks[open_rows], rows[open_rows], "denoise", causal=False)
-        blocks[open_rows] = commit_confident(blocks[open_rows], logits, mask, settings.threshold)
+            return blocks, steps
+        before = blocks[open_rows]
+        logits = session.forward(before, rows[open_rows], "denoise", causal=False)
+        blocks[open_rows] = commit_confident(before, logits, mask, settings.threshold)
+        calls[open_rows] += 1
+        steps[open_rows] = torch.where(before == mask, calls[open_rows, None], steps[open_rows])
 
 
 def _unsettled(blocks: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
@@ -81,7 +92,3 @@ def commit_confident(blocks: Tensor, logits: Tensor, mask: int, threshold: float
     first_best = best & (best.cumsum(1) == 1)
     return torch.where(masked & ((confidence >= threshold) | first_best), chosen, blocks)
 
-
-def _mask_token(session: Session) -> int:
-    assert session.mask_token_id is not None  # decode() refuses models without one
-    return session.mask_token_id

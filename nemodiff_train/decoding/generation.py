@@ -38,16 +38,19 @@ class Generation:
     """Tokens that each draft + verify cycle committed, its bonus token included."""
     agreed: list[list[bool]] = field(default_factory=list)
     """For each cycle and each drafted place, whether the verifier would have chosen the same token."""
+    steps: list[int] = field(default_factory=list)
+    """For each token, which of the row's forwards (counted from 1) settled it."""
     finished: bool = False
 
-    def extend(self, tokens: Sequence[int]) -> int:
-        """Append until the stop token or the limit.
+    def extend(self, tokens: Sequence[int], steps: Sequence[int]) -> int:
+        """Append tokens, and the forwards that settled them, until the stop token or the limit.
 
         Returns:
             How many were taken; ``finished`` tells whether more may follow.
         """
-        for taken, token in enumerate(tokens, start=1):
+        for taken, (token, step) in enumerate(zip(tokens, steps, strict=True), start=1):
             self.tokens.append(token)
+            self.steps.append(step)
             self.finished = (
                 token in self.settings.stop_token_ids or len(self.tokens) >= self.settings.max_new_tokens
             )

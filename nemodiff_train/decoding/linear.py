@@ -21,8 +21,8 @@ def decode_linear(
     """
     rows = [Generation(settings) for _ in prompts]
     last = session.prefill(prompts).argmax(-1)
-    for row, token in zip(rows, last.tolist(), strict=True):
-        row.extend([token])
+    for row, token in enumerate(last.tolist()):
+        rows[row].extend([token], [session.calls(row)])
     active = torch.arange(len(rows), device=session.device)
     while True:
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
@@ -35,7 +35,8 @@ def decode_linear(
         accepted = agreed.long().cumprod(1).sum(1) + 1
         session.commit(active, accepted)
         for place, row in enumerate(active.tolist()):
-            taken = rows[row].extend(choice[place, : accepted[place]].tolist())
+            tokens = choice[place, : accepted[place]].tolist()
+            taken = rows[row].extend(tokens, [session.calls(row)] * len(tokens))
             rows[row].accepted.append(taken)
             rows[row].agreed.append(agreed[place].tolist())
         last = choice.gather(1, accepted[:, None] - 1)[:, 0]

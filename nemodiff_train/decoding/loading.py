@@ -24,16 +24,27 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1) -> Any:
     """
     from megatron.bridge.training.model_load_save import build_and_load_model
 
-    from nemodiff_train.model.pretrained import is_megatron_checkpoint, model_from, newest_iteration
+    from nemodiff_train.model.pretrained import newest_iteration
 
-    if not is_megatron_checkpoint(Path(checkpoint)):
-        raise UserError(f"'{checkpoint}' is no Megatron checkpoint; make one with 'nemodiff convert import'")
-    provider: Any = model_from(checkpoint)
+    provider = open_checkpoint(checkpoint)
     start_model_parallel(tensor_parallel)
     as_one_stage(provider, tensor_parallel)
     models = build_and_load_model(str(newest_iteration(Path(checkpoint))), provider)
     model = models[0] if isinstance(models, list) else models
     return model.eval()
+
+
+def open_checkpoint(checkpoint: str) -> Any:
+    """The configuration of a Megatron checkpoint of this project, without its weights.
+
+    Raises:
+        UserError: It is no such checkpoint.
+    """
+    from nemodiff_train.model.pretrained import is_megatron_checkpoint, model_from
+
+    if not is_megatron_checkpoint(Path(checkpoint)):
+        raise UserError(f"'{checkpoint}' is no Megatron checkpoint; make one with 'nemodiff convert import'")
+    return model_from(checkpoint)
 
 
 def as_one_stage(provider: Any, tensor_parallel: int = 1) -> None:

@@ -76,6 +76,10 @@ class Session:
             self.forwards[row][kind] += 1
         return logits
 
+    def calls(self, row: int) -> int:
+        """Forwards that a row has taken part in so far."""
+        return self.forwards[row].total()
+
     def commit(self, rows: Tensor, counts: Tensor | int) -> None:
         """Keep the first ``counts`` tokens of each row's last forward in the cache.
 

@@ -18,15 +18,7 @@ from typing import Any
 import torch
 
 # Imported by megatron.bridge without a guard.  Everything else that is missing should fail loudly.
-OPTIONAL_PACKAGES = (
-    "diffusers",
-    "megatron.energon",
-    "nvidia_resiliency_ext",
-    "qwen_vl_utils",
-    "timm",
-    "transformer_engine",
-    "webdataset",
-)
+OPTIONAL_PACKAGES = ("megatron.energon", "nvidia_resiliency_ext", "transformer_engine")
 
 
 def _placeholder(name: str) -> Any:

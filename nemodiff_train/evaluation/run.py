@@ -1,0 +1,89 @@
+"""Decode a task in every mode."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import batched
+from typing import Any
+
+from nemodiff_train.console import progress_bar
+from nemodiff_train.decoding.decode import decode
+from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
+from nemodiff_train.evaluation.records import Decoded
+from nemodiff_train.evaluation.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to evaluate."""
+
+    modes: tuple[str, ...] = ("ar", "diffusion", "linear")
+    thresholds: tuple[float, ...] = ()
+    """Diffusion thresholds besides the settings' own, for the accuracy against TPF curve."""
+    batch_size: int = 32
+    """Prompts decoded together."""
+
+
+def evaluate(
+    model: Any, tokenizer: Any, task: Task, settings: DecodingSettings, plan: Plan, checkpoint: str
+) -> Evaluation:
+    """Decode every prompt in every mode, score, and reduce.
+
+    Args:
+        model: A Megatron GPT model in evaluation mode.
+        tokenizer: Its Hugging Face tokenizer.
+        checkpoint: Name for the report.
+    """
+    prompts = [tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"] for prompt in task.prompts]
+    sweep = sorted({settings.threshold, *plan.thresholds}) if "diffusion" in plan.modes else []
+    jobs = [(mode, settings) for mode in plan.modes if mode != "diffusion"]
+    jobs += [("diffusion", replace(settings, threshold=threshold)) for threshold in sweep]
+    runs = [_run(model, prompts, mode, chosen, plan.batch_size) for mode, chosen in jobs]
+    by_threshold = {run.settings["threshold"]: run for run in runs if run.mode == "diffusion"}
+    others = {run.mode: run for run in runs if run.mode != "diffusion"}
+    headline = {**others, **({"diffusion": by_threshold[settings.threshold]} if sweep else {})}
+    return assemble(
+        checkpoint,
+        task,
+        [headline[mode] for mode in plan.modes],
+        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        settings={"max_new_tokens": settings.max_new_tokens, "batch_size": plan.batch_size},
+        sweep=by_threshold if len(by_threshold) > 1 else None,
+    )
+
+
+def _run(model: Any, prompts: Sequence[list[int]], mode: str, settings: DecodingSettings, batch: int) -> Run:
+    named: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
+    if mode != "ar":
+        named["block_size"] = settings.block_size
+    if mode == "diffusion":
+        named["threshold"] = settings.threshold
+    label = f"decoding ({mode})" if mode != "diffusion" else f"decoding ({mode}, {settings.threshold:g})"
+    decoded: list[Decoded] = []
+    with progress_bar() as progress:
+        bar = progress.add_task(label, total=len(prompts))
+        for indices in batched(range(len(prompts)), batch):
+            decoded.extend(_decode_batch(model, [prompts[i] for i in indices], indices, mode, settings))
+            progress.update(bar, completed=len(decoded))
+    return Run(mode, named, decoded)
+
+
+def _decode_batch(
+    model: Any, prompts: list[list[int]], indices: Iterable[int], mode: str, settings: DecodingSettings
+) -> list[Decoded]:
+    started = time.perf_counter()
+    generations, session = decode(model, prompts, mode, settings)
+    seconds = (time.perf_counter() - started) / len(prompts)
+    return [
+        Decoded(
+            prompt_index=index,
+            tokens=generation.tokens,
+            forwards=dict(session.forwards[row]),
+            accepted=generation.accepted,
+            drafted=generation.agreed,
+            seconds=seconds,
+            steps=generation.steps,
+        )
+        for row, (index, generation) in enumerate(zip(indices, generations, strict=True))
+    ]
