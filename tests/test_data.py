@@ -303,6 +303,36 @@ def test_existing_output(
     assert "has no manifest" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "No space left on device; the same command continues"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+    ],
+)
+def test_failure_keeps_the_parts(
+    failure: BaseException,
+    code: int,
+    message: str,
+    jsonl: Path,
+    tokenizer_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(parts.Parts, "publish", fail)
+    assert run(jsonl, tokenizer_dir, tmp_path / "out") == code
+    assert message in one_line(capsys)
+    state = tmp_path / "out.parts" / "state.json"
+    assert json.loads(state.read_bytes())["parts"][0]["documents"] == len(TEXTS)
+    state.write_text("{")
+    assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
+    assert "state.json: damaged" in one_line(capsys)
+
+
 def test_one_process_at_a_time(
     jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], prepared: str
 ) -> None:
