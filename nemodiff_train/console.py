@@ -1,6 +1,8 @@
 """What the user sees: one console, one style of progress bar."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,12 +15,22 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def progress_bar(*extra_columns: str, disable: bool = False) -> Progress:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what third parties print; ``NEMODIFF_LOG=1`` shows it."""
+    if os.environ.get("NEMODIFF_LOG"):
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
     """A progress bar in the project's style, for use as a context manager.
 
     Args:
         extra_columns: rich markup shown after the bar, for example ``"{task.fields[rate]}"``.
-        disable: Show nothing (ranks other than 0).
+        shown: Whether this process shows it; by default only rank 0 does.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -28,5 +40,5 @@ def progress_bar(*extra_columns: str, disable: bool = False) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=disable or not is_main_process(),
+        disable=not (is_main_process() if shown is None else shown),
     )

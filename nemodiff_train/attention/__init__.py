@@ -1,0 +1,1 @@
+"""Attention for training on doubled sequences and for decoding with a cache."""

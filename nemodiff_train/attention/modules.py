@@ -1,0 +1,107 @@
+"""The two modules that a Megatron GPT model is given to become tri-mode."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from nemodiff_train.attention import kernels
+from nemodiff_train.attention.state import AttentionState
+
+
+class TriModeAttention(MegatronModule):
+    """Megatron's ``core_attention``: causal, over a doubled sequence, or against a cache.
+
+    Megatron applies rotary positions, QK norms and projections around it as for any GPT model.
+    The state is shared by all layers of a model; ``TriModeModelProvider.provide`` sets it.
+    """
+
+    def __init__(
+        self, config: Any, layer_number: int, *unused: Any, softmax_scale: float | None = None, **also_unused: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+        self.state = AttentionState()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [positions, batch, heads, head_dim].
+            key: [positions, batch, kv_heads, head_dim]; ``value`` likewise.
+
+        Returns:
+            [positions, batch, heads * head_dim].
+        """
+        query = self._scaled_by_position(query)
+        q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+        cached = self.state.cached
+        if cached is not None:
+            k, v = cached.extend(self.layer_number, k, v)
+            out = kernels.cached(q, k, v, cached.mask, self.softmax_scale)
+        elif self.config.joint:
+            out = kernels.doubled(q, k, v, self.config.block_size, self.softmax_scale)
+        else:
+            out = kernels.causal(q, k, v, self.softmax_scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _scaled_by_position(self, query: Tensor) -> Tensor:
+        """Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).
+
+        Positions are places in the text, so both halves of a doubled sequence scale alike; it is
+        exactly 1 below the original length (Llama 4's temperature tuning).
+        """
+        beta = self.config.query_scale_beta
+        if not beta:
+            return query
+        cached = self.state.cached
+        if cached is None:
+            place = self.state.training_positions(len(query), self.config.joint, query.device)[:, None]
+        else:
+            place = cached.positions.T
+        scale = 1 + beta * torch.log1p(torch.floor(place / self.config.query_scale_original_length))
+        return query * scale[:, :, None, None].to(query.dtype)
+
+
+class PlacedRotary(nn.Module):
+    """Rotary angles by place in the text instead of by position in the tensor.
+
+    Wraps the model's own rotary embedding (RoPE, YaRN, ...): its table is computed once and looked up
+    with 0 .. L-1 for each half of a doubled sequence, or with each row's own positions in decoding.
+    """
+
+    def __init__(self, rotary: nn.Module, config: Any, state: AttentionState) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.config = config
+        self.state = state
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        return int(self.rotary.get_rotary_seq_len(*args, **kwargs))
+
+    def forward(self, positions: int, **unused: Any) -> Any:
+        """Angles for this forward: [positions, batch or 1, 1, head_dim], fp32.
+
+        Returns:
+            The angles, with YaRN's magnitude factor where the wrapped embedding returns one.
+        """
+        cached = self.state.cached
+        if cached is None:
+            place = self.state.training_positions(positions, self.config.joint, torch.cuda.current_device())
+            table, factor = self._table(positions)
+            return self._as_wrapped(table[place], factor)
+        table, factor = self._table(cached.visible)
+        return self._as_wrapped(table[:, 0, 0][cached.positions.T][:, :, None], factor)
+
+    def _table(self, at_least: int) -> tuple[Tensor, float | None]:
+        """Angles of places 0 .. n-1 with n >= ``at_least``: [n, 1, 1, head_dim]."""
+        size = 1 << max(at_least - 1, 255).bit_length()
+        if size not in self.state.tables:
+            self.state.tables[size] = self.rotary.get_emb(size)
+        table = self.state.tables[size]
+        return table if isinstance(table, tuple) else (table, None)
+
+    def _as_wrapped(self, angles: Tensor, factor: float | None) -> Any:
+        return angles if factor is None else (angles, factor)

@@ -1,0 +1,136 @@
+"""Import and export, on Bridge's own mappings."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from nemodiff_train.console import console, quiet
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_like, newest_iteration
+
+
+def import_checkpoint(source: str, output: str) -> None:
+    """Make a Megatron checkpoint, complete with tokenizer and configuration, of a Hugging Face model.
+
+    Args:
+        source: Hugging Face directory or name.
+        output: Folder to create; it gets one ``iter_0000000``.
+
+    Raises:
+        UserError: No such model, an unsupported architecture, damaged weights, or existing output.
+    """
+    from megatron.bridge.training.model_load_save import save_megatron_model
+
+    from nemodiff_train.decoding.loading import as_one_stage, start_model_parallel
+
+    check_weights(Path(source))
+    provider = model_like(hf_config(source))
+    provider.hf_generation_config = _read_json(Path(source) / "generation_config.json")
+    with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"importing {source}"):
+        start_model_parallel(1)
+        as_one_stage(provider)
+        provider.finalize()
+        models = provider.provide_distributed_model(wrap_with_ddp=False)
+        auto_bridge(hf_config(source)).load_hf_weights(models, hf_path=source)
+        save_megatron_model(models, str(partial), hf_tokenizer_path=source)
+    console.print(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
+
+
+def export_checkpoint(source: str, output: str) -> None:
+    """Make an ordinary Hugging Face directory of a Megatron checkpoint.
+
+    Any server of the model's family loads it; the weights are the joint ones, decoded as an AR model.
+
+    Args:
+        source: A Megatron checkpoint of this project (the newest iteration is taken).
+        output: Directory to create.
+
+    Raises:
+        UserError: No checkpoint, or existing output.
+    """
+    from nemodiff_train.decoding.loading import load_for_decoding
+
+    with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"exporting {source}"):
+        model = load_for_decoding(source)
+        write_hf_directory(model, tokenizer_directory(source), partial)
+    console.print(f"exported [bold]{source}[/bold] to [bold]{output}[/bold]")
+
+
+def write_hf_directory(model: Any, tokenizer: Path, directory: Path) -> None:
+    """Write weights, configuration and tokenizer.
+
+    Args:
+        model: A Megatron GPT model made by ``TriModeModelProvider``.
+        tokenizer: Directory with the tokenizer's files.
+        directory: Where to write; created when absent.
+    """
+    settings = dict(model.config.hf_config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    auto_bridge(config).save_hf_weights([model], directory, show_progress=False)
+    config.save_pretrained(directory)
+    for file in sorted(tokenizer.iterdir()):
+        shutil.copy2(file, directory / file.name)
+    if model.config.hf_generation_config:
+        text = json.dumps(model.config.hf_generation_config, indent=2)
+        (directory / "generation_config.json").write_text(text + "\n")
+
+
+def tokenizer_directory(checkpoint: str) -> Path:
+    """The tokenizer that was saved with a Megatron checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    directory = newest_iteration(Path(checkpoint)) / "tokenizer"
+    if not directory.is_dir():
+        raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
+    return directory
+
+
+def check_weights(directory: Path) -> None:
+    """Refuse a directory whose safetensors cannot be read, before anything is built.
+
+    A hub name is left to Transformers, which verifies what it downloads.
+
+    Raises:
+        UserError: Names the file.
+    """
+    if not directory.is_dir():
+        return
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"'{file}' is damaged or incomplete ({error}); fetch it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@contextmanager
+def _complete_or_absent(output: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``output`` on success and vanishes on failure."""
+    if output.exists():
+        raise UserError(f"'{output}' exists already; name a folder that does not, or remove it")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with torch.no_grad():
+            yield partial
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,121 @@
+"""The session: a batch of rows, their cache, and every forward counted where the model is called."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nemodiff_train.attention.state import CachedPass, KeyValueCache
+from nemodiff_train.errors import UserError
+
+Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify"]
+
+
+class Session:
+    """Decodes a batch of rows of different lengths with one model.
+
+    A forward takes new tokens for some rows and attends to what those rows have committed, either
+    causally or as one bidirectional block.  Its keys and values stay only where :meth:`commit` says so.
+
+    Args:
+        model: A Megatron GPT model made by ``TriModeModelProvider``, on one pipeline stage.
+        rows: Sequences decoded together.
+        capacity: Most positions a row may reach, drafts included.
+        mask_token_id: Never predicted; None when the model has no mask token.
+    """
+
+    def __init__(self, model: Any, rows: int, capacity: int, mask_token_id: int | None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache = KeyValueCache(rows, capacity, self.device)
+        self.mask_token_id = mask_token_id
+        self.vocab_size: int = model.config.vocab_size
+        self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
+        """Calls of the model that each row took part in, by kind."""
+        self.seconds: Counter[str] = Counter()
+        """Time in the model by kind."""
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, rows: Tensor, kind: Kind, *, causal: bool) -> Tensor:
+        """Run new tokens behind what their rows have committed.
+
+        Args:
+            tokens: [batch, new] token ids.
+            rows: [batch] rows of the session they belong to.
+            kind: What the call is counted as.
+            causal: Causal attention among the new tokens; otherwise they all see each other.
+
+        Returns:
+            Logits [batch, new, vocab], fp32; the mask token's are -inf.
+
+        Raises:
+            ValueError: A row would outgrow the session's capacity.
+        """
+        self._check_room(rows, tokens.shape[1])
+        started = time.perf_counter()
+        cached = CachedPass.make(self.cache, rows, tokens.shape[1], causal)
+        state = self.model.attention_state
+        state.cached = cached
+        try:
+            logits = self.model(
+                input_ids=tokens,
+                position_ids=cached.positions,
+                attention_mask=None,
+                runtime_gather_output=True,
+            )
+        finally:
+            state.cached = None
+        logits = logits[..., : self.vocab_size].float()
+        if self.mask_token_id is not None:
+            logits[..., self.mask_token_id] = float("-inf")
+        self.seconds[kind] += time.perf_counter() - started
+        for row in rows.tolist():
+            self.forwards[row][kind] += 1
+        return logits
+
+    def commit(self, rows: Tensor, counts: Tensor | int) -> None:
+        """Keep the first ``counts`` tokens of each row's last forward in the cache.
+
+        Args:
+            rows: [batch] rows.
+            counts: [batch] tokens to keep, or one number for all.
+        """
+        self.cache.lengths[rows] += counts
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Commit every row's prompt in one causal forward.
+
+        Rows of different lengths are padded on the right, where causal attention cannot see.
+
+        Returns:
+            Logits after each prompt's last token: [rows, vocab].
+        """
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=self.device)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = torch.tensor(prompt)
+        rows = torch.arange(len(prompts), device=self.device)
+        logits = self.forward(padded, rows, "prefill", causal=True)
+        self.commit(rows, lengths)
+        return logits[rows, lengths - 1]
+
+    def _check_room(self, rows: Tensor, new: int) -> None:
+        needed = int(self.cache.lengths[rows].max()) + new
+        if needed > self.cache.capacity:
+            raise ValueError(f"a row needs {needed} positions; the session holds {self.cache.capacity}")
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse what no mode can decode.
+
+    Raises:
+        UserError: There is no prompt, or one is empty.
+    """
+    if not prompts:
+        raise UserError("no prompts to decode")
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {number} has no tokens")

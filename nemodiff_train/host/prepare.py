@@ -1,0 +1,62 @@
+"""Decide once what this machine lacks, and fill it in."""
+
+import functools
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from nemodiff_train.console import console, is_main_process
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the machine offers and what stands in for the rest."""
+
+    cuda: bool
+    missing_packages: tuple[str, ...]
+
+    @property
+    def backend(self) -> str:
+        """The collective backend of ``torch.distributed``."""
+        return "nccl" if self.cuda else "gloo"
+
+    def __str__(self) -> str:
+        device = torch.cuda.get_device_name() if self.cuda else "CPU standing in for CUDA (gloo)"
+        without = f"; without {', '.join(self.missing_packages)}" if self.missing_packages else ""
+        return f"host: {device}{without}"
+
+
+def _quiet_third_parties() -> None:
+    """A run's console shows the run; ``NEMODIFF_LOG=1`` shows what Megatron and others log as well."""
+    if os.environ.get("NEMODIFF_LOG"):
+        return
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+@functools.cache
+def prepare() -> Host:
+    """Make ``megatron`` importable and runnable on this machine; say in one line what was done.
+
+    Call before importing ``megatron``.  Inert where CUDA works and every package is installed.
+    """
+    _quiet_third_parties()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # Compiled code would bypass the device rewriting; read when Megatron decorates its functions.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from nemodiff_train.host.packages import keep_compiled_dataset_helpers, stand_in_for_missing_packages
+
+    missing = stand_in_for_missing_packages()
+    keep_compiled_dataset_helpers()
+    if not cuda:
+        from nemodiff_train.host.cpu import cpu_as_cuda
+
+        cpu_as_cuda()
+    host = Host(cuda=cuda, missing_packages=missing)
+    if is_main_process():
+        console.print(f"[dim]{host}[/dim]")
+    return host

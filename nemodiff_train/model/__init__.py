@@ -1,0 +1,1 @@
+"""An AR family's Megatron model, made tri-mode."""

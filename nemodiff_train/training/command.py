@@ -1,0 +1,87 @@
+"""``nemodiff train RECIPE [key=value ...]``, alone or under torchrun."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemodiff_train.console import is_main_process
+
+if TYPE_CHECKING:
+    from nemodiff_train.training.config import TriModeConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train; resumes by itself when the output folder has a checkpoint."""
+    from nemodiff_train.host import prepare
+
+    prepare()
+    from nemodiff_train.training.recipes import load_recipe
+
+    train(load_recipe(arguments.recipe, arguments.settings))
+
+
+def train(config: "TriModeConfig") -> None:
+    """Run Bridge's ``pretrain()`` with the joint objective.
+
+    Losses, data order and noise depend on the configuration alone, not on the layout.  What Megatron
+    prints goes to ``train.log`` beside the checkpoints; the console shows one progress line.
+
+    Raises:
+        UserError: The configuration cannot run here; nothing has been written.
+    """
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemodiff_train.training.callbacks import RunLog
+    from nemodiff_train.training.checks import check
+    from nemodiff_train.training.step import forward_step
+
+    _fit_to_host(config)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    output = Path(config.checkpoint.save).parent
+    _stay_offline_unless_logged_in(config)
+    with _prints_go_to(output / "train.log"):
+        pretrain(config, forward_step, callbacks=[RunLog(output)])
+
+
+def _fit_to_host(config: "TriModeConfig") -> None:
+    """Settings that follow from what this machine lacks; a GPU machine with everything changes nothing."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from nemodiff_train.host import prepare
+    from nemodiff_train.model.provider import run_without_fusions
+
+    host = prepare()
+    config.dist.distributed_backend = host.backend
+    if not HAVE_TE:
+        run_without_fusions(config.model)
+    if not host.cuda:
+        config.model.use_cpu_initialization = True
+        config.dataset.num_workers = 0
+        config.dataset.pin_memory = False
+
+
+def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
+    if not config.logger.wandb_project:
+        return
+    import wandb
+
+    if wandb.api.api_key is None:
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@contextlib.contextmanager
+def _prints_go_to(path: Path) -> Iterator[None]:
+    """Rank 0's prints go to a file; the other ranks say the same, or nothing."""
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path if is_main_process() else os.devnull, "a") as file, contextlib.redirect_stdout(file):
+        yield

@@ -1,0 +1,101 @@
+"""Finding a recipe, calling it, and applying overrides."""
+
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.training.config import TriModeConfig
+
+
+def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
+    """The configuration a recipe returns, with ``key=value`` words applied.
+
+    A word without a dot, such as ``data=PREFIX``, is an argument of the recipe's function; one with a
+    dot, such as ``train.train_iters=100``, overrides a field of the configuration (Hydra's syntax).
+
+    Args:
+        name: A page of ``recipes/`` without ``.py``, or the path of a Python file.
+        words: ``key=value`` words from the command line.
+
+    Raises:
+        UserError: Unknown recipe, argument or key, with the nearest match.
+    """
+    module = _import(name)
+    if not callable(getattr(module, "recipe", None)):
+        raise UserError(f"'{name}' has no function 'recipe'; a recipe is a file that defines one")
+    pairs = [_split(word) for word in words]
+    arguments = {key: value for key, value in pairs if "." not in key}
+    _check_arguments(name, module.recipe, arguments)
+    config: TriModeConfig = module.recipe(**arguments)
+    return _override(config, {key: value for key, value in pairs if "." in key})
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    import recipes
+
+    return sorted(path.stem for path in Path(recipes.__path__[0]).glob("*.py") if path.stem != "__init__")
+
+
+def _import(name: str) -> ModuleType:
+    if name in recipe_names():
+        return importlib.import_module(f"recipes.{name}")
+    path = Path(name)
+    if path.suffix != ".py":
+        raise UserError(f"no recipe '{name}'; known: {', '.join(recipe_names())}.{nearest(name, recipe_names())}")
+    if not path.is_file():
+        raise UserError(f"no recipe file '{name}'")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _split(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"'{word}' is not of the form key=value")
+    return key, value
+
+
+def _check_arguments(name: str, function: Any, arguments: dict[str, str]) -> None:
+    parameters = inspect.signature(function).parameters
+    for key in arguments:
+        if key not in parameters:
+            raise UserError(
+                f"recipe '{name}' takes no argument '{key}'; it takes {', '.join(parameters)} "
+                f"(fields of the configuration have a dot: section.field=value).{nearest(key, parameters)}"
+            )
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in arguments]
+    if missing:
+        raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
+
+
+def _override(config: TriModeConfig, overrides: dict[str, str]) -> TriModeConfig:
+    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
+
+    for key in overrides:
+        _check_key(config, key.lstrip("+~"))
+    try:
+        return process_config_with_overrides(config, cli_overrides=[f"{k}={v}" for k, v in overrides.items()])
+    except (OverridesError, TypeError, ValueError) as error:
+        raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _check_key(config: TriModeConfig, key: str) -> None:
+    """Walk the dotted key and name the first part that does not exist."""
+    node: Any = config
+    walked = ""
+    for part in key.split("."):
+        known = list(node) if isinstance(node, dict) else [n for n in vars(node) if not n.startswith("_")]
+        if part not in known:
+            raise UserError(f"unknown key '{key}': {walked or 'the configuration'} has no '{part}'.{nearest(part, known)}")
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+        walked = f"{walked}.{part}" if walked else part
+        if node is None or isinstance(node, (str, int, float, list, tuple)):
+            break

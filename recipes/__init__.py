@@ -1,0 +1,1 @@
+"""One readable page a recipe; each defines ``recipe(...)`` and returns the complete configuration."""

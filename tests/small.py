@@ -1,0 +1,121 @@
+"""Small real things for tests: models, tokenizers, data, recipes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCABULARY = 320
+EOD, MASK = "<|endoftext|>", "<|mask|>"
+
+
+def tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer of 320 tokens, saved as Transformers saves one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOD, MASK], initial_alphabet=alphabet)
+    inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, 0123456789 times"] * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, mask_token=MASK).save_pretrained(directory)
+
+
+def qwen3(directory: Path, **changes: Any) -> None:
+    """A random Qwen 3 with its tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    _save(Qwen3ForCausalLM, Qwen3Config(**{**_sizes(64), **changes}), directory)
+
+
+def ministral3(directory: Path, **changes: Any) -> None:
+    """A random Ministral 3 text model: YaRN, a query scale, a head size that is not hidden / heads."""
+    from transformers import Ministral3Config, Ministral3ForCausalLM
+
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+    config = Ministral3Config(**{**_sizes(48), "rope_parameters": rope, **changes})
+    _save(Ministral3ForCausalLM, config, directory)
+
+
+def _sizes(hidden: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "eos_token_id": 0,
+    }
+
+
+def _save(model_class: Any, config: Any, directory: Path) -> None:
+    torch.manual_seed(1)
+    model = model_class(config)
+    for parameter in model.parameters():  # norms of ones and weights of 0.02 would hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    tokenizer(directory)
+
+
+def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
+    """Documents of a learnable sequence as .bin/.idx; ids 20 .. 219."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    draw = np.random.default_rng(0)
+    for _ in range(documents):
+        ids = np.cumsum(draw.integers(0, 3, length)) % 200 + 20
+        builder.add_document(torch.from_numpy(ids), [length])
+    builder.finalize(f"{prefix}.idx")
+
+
+def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_length: int = 64) -> Any:
+    """A run of ten steps in fp32."""
+    from megatron.bridge.training import config as bridge
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from nemodiff_train.model.pretrained import model_from
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
+
+    checkpoints = f"{output}/checkpoints"
+    return TriModeConfig(
+        model=model_from(start_from),
+        objective=ObjectiveConfig(stage=stage, block_size=16),
+        dataset=TextDatasetConfig(seq_length=seq_length, data=[data], split="100,0,0"),
+        train=bridge.TrainingConfig(train_iters=10, global_batch_size=8, micro_batch_size=2),
+        validation=bridge.ValidationConfig(eval_interval=1000, eval_iters=0),
+        optimizer=bridge.OptimizerConfig(
+            optimizer="adam", lr=1e-3, min_lr=1e-4, bf16=False, use_distributed_optimizer=False
+        ),
+        scheduler=bridge.SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=1),
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
+        tokenizer=bridge.TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=start_from),
+        checkpoint=bridge.CheckpointConfig(
+            save=checkpoints,
+            load=checkpoints,
+            pretrained_checkpoint=start_from,
+            save_interval=1000,
+            ckpt_format="torch_dist",
+        ),
+        logger=bridge.LoggerConfig(log_interval=1),
+        rng=bridge.RNGConfig(seed=1),
+    )
