@@ -138,7 +138,7 @@ def _progress(done: Totals) -> Iterator[Callable[[Totals], None]]:
     start = time.monotonic()
     written = Totals()
     # A log file would get one last frame of the bar between its lines.
-    with progress_bar(*columns, disable=not console.is_terminal) as bar:
+    with progress_bar(*columns, shown=console.is_terminal) as bar:
         task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
 
         def advance(batch: Totals) -> None:
