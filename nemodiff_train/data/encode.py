@@ -67,8 +67,10 @@ def encode_in_order(texts: Iterable[str], encoder: Encoder, workers: int) -> Ite
     if workers == 1:
         yield from map(encoder, batches)
         return
-    # Not fork: the readers of Parquet and of the hub start threads.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=partial(_start_worker, encoder))
+    # Not fork, since the readers start threads; and unlike spawn this imports Transformers only once.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, type(encoder.tokenizer).__module__])
+    pool = ProcessPoolExecutor(workers, context, initializer=partial(_start_worker, encoder))
     pending: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in batches:

@@ -73,7 +73,7 @@ def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
 
 
 def _first_texts(prefix: str, manifest: Manifest) -> list[str]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from nemodiff_train.data.indexed import IndexedDataset
 
     tokenizer = load_tokenizer(manifest.tokenizer.name)
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:

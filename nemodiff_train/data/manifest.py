@@ -196,6 +196,6 @@ def _check_counts(
 
 
 def _token_type(prefix: str) -> Any:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from nemodiff_train.data.indexed import IndexedDataset
 
     return IndexedDataset(prefix).index.dtype

@@ -131,7 +131,7 @@ class Parts:
         dtype: type[np.integer[Any]],
         progress: Callable[[Totals], None],
     ) -> Totals:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+        from nemodiff_train.data.indexed import IndexedDatasetBuilder
 
         stem = self._stem(len(self._state.parts))
         builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=dtype)
@@ -149,7 +149,7 @@ class Parts:
 
     def publish(self, dtype: type[np.integer[Any]]) -> Manifest:
         """Merge the parts, move the result to its place and remove the parts."""
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+        from nemodiff_train.data.indexed import IndexedDatasetBuilder
 
         merged = str(self._folder / "merged")
         builder = IndexedDatasetBuilder(f"{merged}.bin", dtype=dtype)

@@ -1,7 +1,6 @@
 """``nemodiff data prepare``: documents in, one indexed data set out."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -127,9 +126,7 @@ def _continue(options: Options, sources: list[Source], encoder: Encoder, unfinis
 
 def _token_type(encoder: Encoder) -> type[np.integer[Any]]:
     """The smallest type that Megatron keeps this vocabulary in."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about Transformer Engine and CUDA, which this needs neither of
-        from megatron.core.datasets.indexed_dataset import DType
+    from nemodiff_train.data.indexed import DType
 
     return DType.optimal_dtype(vocabulary_size(encoder.tokenizer))
 
@@ -141,7 +138,7 @@ def _progress(done: Totals) -> Iterator[Callable[[Totals], None]]:
     start = time.monotonic()
     written = Totals()
     # A log file would get one last frame of the bar between its lines.
-    with progress_bar(*columns, disable=not console.is_terminal) as bar:
+    with progress_bar(*columns, shown=console.is_terminal) as bar:
         task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
 
         def advance(batch: Totals) -> None:

@@ -24,7 +24,7 @@ _LEFT_OUT = {
 
 
 def write_stdlib_text(path: Path, max_bytes: int) -> int:
-    """Write modules of the running interpreter's standard library as JSONL records with ``name`` and ``text``.
+    """Write modules of the running Python's standard library as JSONL records with ``name`` and ``text``.
 
     The choice and the order depend on the Python release and ``max_bytes`` alone.
 

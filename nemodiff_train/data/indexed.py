@@ -1,0 +1,15 @@
+"""Megatron-Core's indexed data set, imported quietly; it takes about 10 seconds, so import this late."""
+
+import logging
+import warnings
+
+with warnings.catch_warnings():
+    # About Transformer Engine, Apex and CUDA, none of which these files need.
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+# Opening a file logs on rank 0 alone, and warns where there are no ranks.
+warnings.filterwarnings("ignore", "Could not determine rank")
+
+__all__ = ["DType", "IndexedDataset", "IndexedDatasetBuilder"]

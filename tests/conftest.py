@@ -1,0 +1,25 @@
+"""Fixtures used by more than one module."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.prepared import TEXTS, run, save_tokenizer, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 300)
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("input") / "a.jsonl", [{"text": text} for text in TEXTS])
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, jsonl: Path, tokenizer_dir: str) -> str:
+    """An uninterrupted run of one worker."""
+    prefix = str(tmp_path_factory.mktemp("output") / "data.v1")
+    assert run(jsonl, tokenizer_dir, prefix) == 0
+    return prefix

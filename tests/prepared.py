@@ -1,0 +1,62 @@
+"""Shared by the tests of data preparation: a tiny real tokenizer, inputs, and reading results back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from nemodiff_train.cli import main
+from nemodiff_train.data.manifest import sha256_of
+from nemodiff_train.data.tokenizer import load_tokenizer
+
+TEXTS = [f"def f{n}(x):\n    return x * {n}  # caf\u00e9 \u2028 {'long ' * (n % 7)}\n" for n in range(300)]
+SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")
+
+
+def save_tokenizer(folder: Path, vocab_size: int, eos: bool = True) -> str:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>", "<mask>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    names = {"eos_token": "<eos>"} if eos else {}
+    PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **names).save_pretrained(folder)
+    return str(folder)
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def run(source: object, tokenizer: str, prefix: object, *options: str) -> int:
+    words = ["data", "prepare", str(source), "--tokenizer", tokenizer, "--output", str(prefix)]
+    return main([*words, "--workers", "1", *options])
+
+
+def read_back(prefix: object, tokenizer_dir: str) -> list[str]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    documents = [document.tolist() for document in IndexedDataset(str(prefix))]
+    assert all(document[-1] == tokenizer.eos_token_id for document in documents)
+    return [tokenizer.decode(document[:-1]) for document in documents]
+
+
+def digests(prefix: object) -> dict[str, str]:
+    return {suffix: sha256_of(Path(f"{prefix}{suffix}")) for suffix in SUFFIXES}
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]

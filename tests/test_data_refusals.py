@@ -1,0 +1,190 @@
+"""What data preparation and the checks before training refuse, and what they then leave behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemodiff_train.cli import main
+from nemodiff_train.data import parts
+from nemodiff_train.data.manifest import Manifest, check_blend, tokenizer_fingerprint
+from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.errors import UserError
+from tests.prepared import SUFFIXES, TEXTS, digests, one_line, read_back, run, save_tokenizer, write_jsonl
+
+BAD_INPUTS = {
+    "missing": (None, "no such file or directory"),
+    "empty.txt": (b"", "empty"),
+    "blank.jsonl": (b"\n\n", "no documents"),
+    "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "malformed.jsonl:2: malformed JSON"),
+    "list.jsonl": (b"[1]\n", "list.jsonl:1: expected a JSON object"),
+    "field.jsonl": (b'{"txt": "a", "id": 1}\n', "its fields: txt, id (--text-field). Did you mean 'txt'?"),
+    "number.jsonl": (b'{"text": 3}\n', "of type int, not text"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+    "binary.dat": (b"ab\xff\xfe", "not UTF-8 text at byte 2"),
+    "broken.parquet": (b"PAR2", "not a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_refused_input(
+    name: str, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, message = BAD_INPUTS[name]
+    (tmp_path / "out").mkdir()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run(tmp_path / name, tokenizer_dir, tmp_path / "out" / "data") == 2
+    assert message in one_line(capsys)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_refused_tokenizer_and_output(
+    jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    without_eos = save_tokenizer(tmp_path / "without", 290, eos=False)
+    output = tmp_path / "out"
+    cases: list[tuple[str, Path, tuple[str, ...], str]] = [
+        (str(tmp_path / "none"), output, (), "no such tokenizer directory"),
+        (str(tmp_path / "empty"), output, (), "cannot load a tokenizer"),
+        (without_eos, output, (), "name one with --eod-token"),
+        (tokenizer_dir, output, ("--eod-token", "<end>"), "no such token"),
+        (tokenizer_dir, output, ("--workers", "0"), "at least 1"),
+        (tokenizer_dir, tmp_path / "empty", (), "a directory"),
+        (tokenizer_dir, tmp_path / "file" / "out", (), "cannot write there"),
+    ]
+    for tokenizer, prefix, options, message in cases:
+        assert run(jsonl, tokenizer, prefix, *options) == 2
+        assert message in one_line(capsys)
+    assert run(tmp_path / "empty", tokenizer_dir, output) == 2
+    assert "no file in this directory" in one_line(capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file", "without"}
+
+
+def test_existing_output(
+    jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_jsonl(tmp_path / "first.jsonl", [{"text": "one"}])
+    prefix = tmp_path / "out"
+    assert run(first, tokenizer_dir, prefix) == 0
+    before = digests(prefix)
+    capsys.readouterr()
+    assert run(first, tokenizer_dir, prefix) == 0
+    assert "already complete" in capsys.readouterr().err
+    assert run(jsonl, tokenizer_dir, prefix) == 2
+    assert "other inputs" in one_line(capsys)
+    assert run(first, save_tokenizer(tmp_path / "other", 280), prefix) == 2
+    assert "refusing to mix tokenizers" in one_line(capsys)
+    assert digests(prefix) == before
+    assert run(jsonl, tokenizer_dir, prefix, "--overwrite") == 0
+    assert read_back(prefix, tokenizer_dir) == TEXTS
+    capsys.readouterr()
+    Path(f"{prefix}.json").unlink()
+    assert run(jsonl, tokenizer_dir, prefix) == 2
+    assert "has no manifest" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (OSError(28, "No space left on device"), 2, "No space left on device; the same command continues"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+    ],
+)
+def test_failure_keeps_the_parts(
+    failure: BaseException,
+    code: int,
+    message: str,
+    jsonl: Path,
+    tokenizer_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(parts.Parts, "publish", fail)
+    assert run(jsonl, tokenizer_dir, tmp_path / "out") == code
+    assert message in one_line(capsys)
+    state = tmp_path / "out.parts" / "state.json"
+    assert json.loads(state.read_bytes())["parts"][0]["documents"] == len(TEXTS)
+    state.write_text("{")
+    assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
+    assert "state.json: damaged" in one_line(capsys)
+
+
+def test_one_process_at_a_time(
+    jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], prepared: str
+) -> None:
+    manifest = Manifest.read(prepared)
+    assert manifest is not None
+    with parts.Parts(str(tmp_path / "out"), manifest).locked():
+        assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
+        assert "another process" in one_line(capsys)
+
+
+def test_inspect(prepared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", prepared, "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "300" in shown and "verified" in shown and "def f2(x)" in shown
+    copy = str(tmp_path / "copy")
+    for suffix in SUFFIXES:
+        Path(copy + suffix).write_bytes(Path(prepared + suffix).read_bytes())
+    Path(f"{copy}.bin").write_bytes(Path(f"{prepared}.bin").read_bytes()[::-1])
+    assert main(["data", "inspect", copy, "--verify"]) == 2
+    assert "copy.bin: its SHA-256" in one_line(capsys)
+    Path(f"{copy}.json").write_text("{}")
+    assert main(["data", "inspect", copy]) == 2
+    assert "not a data manifest" in one_line(capsys)
+    assert main(["data", "inspect", str(tmp_path / "none")]) == 2
+    assert "no such manifest" in one_line(capsys)
+
+
+def test_fingerprint(tokenizer_dir: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    expected = tokenizer_fingerprint(tokenizer)
+    tokenizer("a b", truncation=True, max_length=2)
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert tokenizer_fingerprint(tokenizer) == expected
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "again"))) == expected
+    assert tokenizer_fingerprint(load_tokenizer(save_tokenizer(tmp_path / "other", 280))) != expected
+
+
+def test_check_blend(prepared: str, tokenizer_dir: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    mask = tokenizer.mask_token_id
+    check_blend([prepared, prepared], tokenizer, mask)
+    bare = str(tmp_path / "bare")
+    for suffix in (".bin", ".idx"):
+        Path(bare + suffix).write_bytes(Path(prepared + suffix).read_bytes())
+    check_blend([bare], tokenizer, mask)
+    masked = write_jsonl(tmp_path / "masked.jsonl", [{"text": "a <mask> b <mask>"}])
+    assert run(masked, tokenizer_dir, tmp_path / "masked") == 0
+    assert run(masked, tokenizer_dir, tmp_path / "ended", "--eod-token", "!") == 0
+    smaller = load_tokenizer(save_tokenizer(tmp_path / "other", 280))
+    (tmp_path / "empty.bin").touch()
+    (tmp_path / "empty.idx").touch()
+    cases: list[tuple[list[str], Any, int, str]] = [
+        ([str(tmp_path / "none")], tokenizer, mask, "none.bin: no such file"),
+        ([str(tmp_path / "empty")], tokenizer, mask, "is empty"),
+        ([], tokenizer, mask, "no training data"),
+        ([prepared], tokenizer, 300, "outside the tokenizer's ids 0..299"),
+        ([prepared], tokenizer, -1, "outside"),
+        ([prepared], smaller, mask, "prepared with another tokenizer"),
+        ([bare], smaller, mask, "beyond the tokenizer's 280"),
+        ([prepared, str(tmp_path / "masked")], tokenizer, mask, "occurs 2 times as text"),
+        ([bare], tokenizer, tokenizer.convert_tokens_to_ids("x"), "('x') occurs"),
+        ([prepared, str(tmp_path / "ended")], tokenizer, 250, "end documents differently"),
+    ]
+    for prefixes, given, token, message in cases:
+        with pytest.raises(UserError) as refusal:
+            check_blend(prefixes, given, token)
+        assert message in str(refusal.value)
+    Path(f"{bare}.json").write_bytes(Path(f"{prepared}.json").read_bytes())
+    Path(f"{bare}.bin").write_bytes(Path(f"{prepared}.bin").read_bytes()[:-2])
+    with pytest.raises(UserError, match="do not hold the manifest's"):
+        check_blend([bare], tokenizer, mask)
