@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from nemodiff_train.evaluation.metrics import ModeMetrics
 
+NONE = "\N{EN DASH}"
+
 TITLES = {
     "ar": "Autoregressive",
     "diffusion": "Block diffusion",
@@ -24,18 +26,18 @@ def title(mode: str) -> str:
 
 def percent(share: float | None) -> str:
     """A share of 0 to 1 as a percentage with one decimal."""
-    return "–" if share is None else f"{100 * share:.1f}%"
+    return NONE if share is None else f"{100 * share:.1f}%"
 
 
 def decimal(value: float | None) -> str:
     """Two decimals, as TPF and acceptance length are printed in the papers."""
-    return "–" if value is None else f"{value:.2f}"
+    return NONE if value is None else f"{value:.2f}"
 
 
 def rate(value: float | None) -> str:
     """Tokens a second: three significant digits or whole numbers."""
     if value is None:
-        return "–"
+        return NONE
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -122,8 +122,8 @@ def _pictures(evaluation: Evaluation) -> list[tuple[str, str, Markup]]:
     for mode, metrics in evaluation.modes.items():
         if metrics.agreement:
             caption = (
-                f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles that "
-                "reach the place and in every cycle. Shaded: share of cycles that reach it."
+                f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles "
+                "that reach the place and in every cycle. Shaded: share of cycles that reach it."
             )
             pictures.append(
                 ("Agreement by place in the block", caption, charts.agreement_curve(metrics.agreement))

@@ -25,11 +25,10 @@ def exact(text: str, answer: str) -> bool:
 
 def last_number(text: str) -> Decimal | None:
     """The last number in ``text``: ``"so $1,234."`` is 1234; no exponents, no fractions."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    if found is None:
+    matches = list(_NUMBER.finditer(text))
+    if not matches:
         return None
+    found = matches[-1]
     value = Decimal(found["digits"].replace(",", ""))
     return -value if found["sign"] else value
 
