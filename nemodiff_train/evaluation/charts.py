@@ -39,9 +39,9 @@ def tpf_bars(modes: dict[str, ModeMetrics]) -> Markup:
         _tpf_row(mode, metrics, ROW * index, scale) for index, (mode, metrics) in enumerate(modes.items())
     ]
     bottom = ROW * len(modes)
-    marks = [ROW * index + 22 for index in range(len(modes))]
+    marks = [ROW * index + 25 for index in range(len(modes))]
     one = [
-        *(line(scale(1), top, scale(1), top + 26, "mark") for top in marks),
+        *(line(scale(1), top, scale(1), top + 22, "mark") for top in marks),
         text(scale(1), bottom + 18, "1 token per forward", "small", "start" if scale(1) < 300 else "end"),
     ]
     return drawing(WIDTH, bottom + 26, "Tokens per forward by mode", *rows, *one)
