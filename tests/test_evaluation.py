@@ -1,13 +1,12 @@
-"""Records, scorers, metrics and the report: figures recomputed by hand, refusals, a sound page."""
+"""Records, metrics and the report: figures recomputed by hand, refusals, a sound page."""
 
 import csv
+import io
 import json
 import re
-import sys
 from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +19,9 @@ from nemodiff_train.evaluation.files import usable_directory, write_atomic
 from nemodiff_train.evaluation.metrics import agreement_by_place, summarise, wilson
 from nemodiff_train.evaluation.records import Decoded, read_records
 from nemodiff_train.evaluation.report import write_report
-from nemodiff_train.evaluation.scorers import last_number, make_scorer
+from nemodiff_train.evaluation.scorers import make_scorer
 from nemodiff_train.evaluation.table import print_table
-from nemodiff_train.evaluation.tasks import Prompt, Task, load_task
+from nemodiff_train.evaluation.tasks import Prompt, Task
 
 AR = [
     Decoded(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
@@ -93,7 +92,7 @@ def test_nothing_but_prefill_and_no_clock() -> None:
 
 def test_wilson_interval() -> None:
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0, 4)[0] == 0.0 and wilson(4, 4)[1] == 1.0
+    assert wilson(0, 4) == pytest.approx((0, 0.4899), abs=1e-4) and wilson(4, 4)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -134,102 +133,6 @@ def test_pieces_keep_characters_whole() -> None:
     record = Decoded(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3})
     found = pieces(record, lambda tokens: b"".join(letters[t] for t in tokens).decode(errors="replace"))
     assert [piece.text for piece in found] == ["a", "é", "b"]
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so 1,234", "1234"),
-        ("it costs $5.", "5"),
-        ("from 3 to -7", "-7"),
-        ("x = \N{MINUS SIGN}2.50", "-2.5"),
-        ("a loss of -$1,000.25!", "-1000.25"),
-        ("10-4", "4"),
-        ("(2)-3", "3"),
-        ("1,2,3", "3"),
-        ("$.75", "0.75"),
-        ("007", "7"),
-        ("none here", None),
-        ("", None),
-    ],
-)
-def test_last_number(text: str, number: str | None) -> None:
-    found = last_number(text)
-    assert (found is None) if number is None else (make_scorer("numeric")(text, number))
-
-
-def test_scorers() -> None:
-    numeric, exact = make_scorer("numeric"), make_scorer("exact")
-    assert numeric("18.00", "#### 18") and not numeric("none", "18") and not numeric("18.01", "18")
-    assert not numeric("none", "none")
-    assert exact(" Paris\n", "Paris") and not exact("paris", "Paris")
-    boxed = make_scorer("regex", r"boxed\{(\w+)\}|(x)")
-    assert boxed(r"\boxed{12} \boxed{13}", "12") and not boxed("12", "12") and not boxed("x", "x")
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "message"),
-    [
-        ("numerical", None, "Did you mean 'numeric'"),
-        ("regex", None, "goes with the scorer 'regex'"),
-        ("exact", "(a)", "goes with the scorer 'regex'"),
-        ("regex", "(a", "not a regular expression"),
-        ("regex", "a", "has no group"),
-    ],
-)
-def test_bad_scorers(name: str, pattern: str | None, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_scorer(name, pattern)
-
-
-def test_task_from_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text('\ufeff{"prompt": "2+2=", "answer": "4", "id": 1}\n\n{"prompt": "3=", "answer": "3"}\n')
-    task = load_task(str(path))
-    assert task.name == "mine" and [prompt.answer for prompt in task.prompts] == ["4", "3"]
-    assert task.score(0, "it is 4.") and not task.score(1, "4")
-    assert len(load_task(str(path), count=1).prompts) == 1
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', r"bad.jsonl:2: answer: Field required"),
-        (b'{"prompt": "", "answer": "1"}\n', r"bad.jsonl:1: prompt: String should have at least 1"),
-        (b'{"prompt": "a", "answer": 1}\n', r"bad.jsonl:1: answer: Input should be a valid string"),
-        (b'{"prompt": "a", "answer": "x"}\n', r"bad.jsonl:1: answer: .*no number in it"),
-        (b"\n\n{oops\n", r"bad.jsonl:3: Invalid JSON"),
-        (b'{"prompt": "\xff"}\n', r"bad.jsonl:1: not UTF-8 at byte 13"),
-        (b"\n", r"bad.jsonl is empty"),
-    ],
-)
-def test_bad_task_files(tmp_path: Path, lines: bytes, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(lines)
-    with pytest.raises(UserError, match=message) as raised:
-        load_task(str(path))
-    assert "\n" not in str(raised.value)
-
-
-def test_bad_task_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read .*No such file"):
-        load_task(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="Did you mean 'arithmetic'"):
-        load_task("aritmetic")
-    with pytest.raises(UserError, match="at least 1, not 0"):
-        load_task("arithmetic", count=0)
-
-
-def test_arithmetic_takes_test_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    def problems(split: str, count: int, seed: int) -> list[SimpleNamespace]:
-        return [
-            SimpleNamespace(prompt=f"{split} {seed} {i}", solution="", answer=str(i)) for i in range(count)
-        ]
-
-    monkeypatch.setitem(sys.modules, "nemodiff_train.demo.arithmetic", SimpleNamespace(problems=problems))
-    task = load_task("arithmetic", count=2, seed=9)
-    assert [prompt.prompt for prompt in task.prompts] == ["test 9 0", "test 9 1"]
-    assert task.score(1, "that makes 1.")
 
 
 def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
@@ -274,7 +177,7 @@ def test_csv_has_a_row_for_each_run(tmp_path: Path) -> None:
 class _Page(HTMLParser):
     """Checks that tags nest, and keeps what a browser would load and show."""
 
-    VOID = frozenset({"meta", "br", "i/"})
+    VOID = frozenset({"meta", "br"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,7 +226,7 @@ def test_page_of_one_mode_with_one_place(tmp_path: Path) -> None:
 
 
 def test_table_names_modes_and_rule() -> None:
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     print_table(evaluation(), console)
     shown = console.export_text()
     assert "[red]" in shown and "prefill" in shown and "…" not in shown
