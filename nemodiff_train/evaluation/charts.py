@@ -22,7 +22,7 @@ from nemodiff_train.evaluation.svg import (
 )
 
 WIDTH, HEIGHT = 460.0, 300.0
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 444.0, 20.0, 256.0
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 444.0, 30.0, 256.0
 ROW = 62.0
 
 
@@ -162,40 +162,35 @@ def _accuracy_scale(shown: Sequence[ModeMetrics]) -> Scale:
     return Scale(max(low - room, -0.02), min(high + room, 1.02), BOTTOM, TOP)
 
 
-def agreement_curve(agreement: Sequence[PlaceAgreement]) -> Markup:
+def agreement_curve(mode: str, agreement: Sequence[PlaceAgreement]) -> Markup:
     """Share of cycles in which verifier and draft agree, by place in the block."""
-    places = len(agreement)
-    x = Scale(0.5, max(places, 2) + 0.5, LEFT, RIGHT - 84)
-    y = Scale(0, 1, BOTTOM, TOP)
-    steps = [step for step in ticks(1, max(places, 2), 8) if step == int(step)]
-    at = [x(a.place) for a in agreement]
-    reached = [y(a.reached / a.drafted) for a in agreement]
-    lines = {
-        "if reached": [(a.place, a.conditional) for a in agreement if a.conditional is not None],
-        "every cycle": [(a.place, a.unconditional) for a in agreement],
-    }
-    ends = [*(y(points[-1][1]) for points in lines.values()), reached[-1]]
-    names = [*lines, "reached"]
-    starts = [*(x(points[-1][0]) for points in lines.values()), at[-1]]
-    area = path([(at[0], BOTTOM), *zip(at, reached, strict=True), (at[-1], BOTTOM)], "area")
-    tails = [
-        text(max(starts) + 10, end + 4, name, f"label series-{index}")
-        for index, (name, end) in enumerate(zip(names, spread(ends, 17, TOP, BOTTOM - 4), strict=True))
+    places = max(len(agreement), 2)
+    x, y = Scale(0.5, places + 0.5, LEFT, RIGHT - 84), Scale(0, 1, BOTTOM, TOP)
+    reached = [(x(a.place), y(a.reached / a.drafted)) for a in agreement]
+    area = path([(reached[0][0], BOTTOM), *reached, (reached[-1][0], BOTTOM)], "area")
+    series = [
+        [(a.place, a.conditional, a.reached) for a in agreement if a.conditional is not None],
+        [(a.place, a.unconditional, a.drafted) for a in agreement],
     ]
-    curves = [
-        _agreement_line(name, points, index, x, y) for index, (name, points) in enumerate(lines.items())
+    curves = [_agreement_line(points, index, x, y) for index, points in enumerate(series)]
+    ends = spread([*(y(points[-1][1]) for points in series), reached[-1][1]], 17, TOP, BOTTOM - 4)
+    names = [
+        text(reached[-1][0] + 10, end + 4, name, f"label series-{index}")
+        for index, (name, end) in enumerate(zip(("if reached", "every cycle", "reached"), ends, strict=True))
     ]
-    axes = _axes(x, y, "place in the drafted block", "agreement", steps)
-    return drawing(WIDTH, HEIGHT, "Agreement by place", axes, area, *curves, *tails)
+    whole = [tick for tick in ticks(1, places, 8) if tick == int(tick)]
+    axes = _axes(x, y, "place in the drafted block", "agreement", whole)
+    drawn = element("g", area, *curves, *names, class_=mode_class(mode))
+    return drawing(WIDTH, HEIGHT, f"Agreement by place, {title(mode)}", axes, drawn)
 
 
-def _agreement_line(name: str, points: Sequence[tuple[int, float]], index: int, x: Scale, y: Scale) -> Markup:
-    at = [(x(place), y(share)) for place, share in points]
+def _agreement_line(points: Sequence[tuple[int, float, int]], index: int, x: Scale, y: Scale) -> Markup:
     dots = [
-        dot(*spot, 3, f"Place {place}, {name}: {percent(share)}")
-        for spot, (place, share) in zip(at, points, strict=True)
+        dot(x(place), y(share), 3, f"Place {place}: agreed in {percent(share)} of {cycles:,} cycles")
+        for place, share, cycles in points
     ]
-    return element("g", path(at, "curve"), *dots, class_=f"mode-linear series-{index}")
+    curve = path([(x(place), y(share)) for place, share, _ in points], "curve")
+    return element("g", curve, *dots, class_=f"series-{index}")
 
 
 def _axes(x: Scale, y: Scale, below: str, above: str, steps: Sequence[float] | None = None) -> Markup:

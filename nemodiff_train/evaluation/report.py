@@ -126,6 +126,6 @@ def _pictures(evaluation: Evaluation) -> list[tuple[str, str, Markup]]:
                 "that reach the place and in every cycle. Shaded: share of cycles that reach it."
             )
             pictures.append(
-                ("Agreement by place in the block", caption, charts.agreement_curve(metrics.agreement))
+                ("Agreement by place in the block", caption, charts.agreement_curve(mode, metrics.agreement))
             )
     return pictures
