@@ -1,0 +1,1 @@
+"""What comes after decoding: records, scores, metrics, the report."""

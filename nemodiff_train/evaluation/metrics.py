@@ -1,0 +1,162 @@
+"""Figures of one decoding mode over one prompt set.
+
+The rules follow the Nemotron-Labs-Diffusion paper (NLD, arXiv 2607.05722, section 4.2) and the counting
+in its public ``evaluate.py``. The description of each field is the rule itself: the report prints it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from nemodiff_train.evaluation.records import Decoded, Settings
+
+Z_95 = 1.959964
+
+
+class PlaceAgreement(BaseModel):
+    """How often the verifier agreed with the draft at one place of the block."""
+
+    model_config = ConfigDict(frozen=True)
+
+    place: int = Field(description="Drafted place, from 1; the block's first token is known and not drafted.")
+    drafted: int = Field(description="Cycles that drafted this place.")
+    agreed: int = Field(description="Of those, cycles in which the verifier agreed here.")
+    reached: int = Field(description="Cycles in which the verifier agreed at every earlier place.")
+    accepted: int = Field(description="Of the cycles that reached this place, those that agreed here.")
+    unconditional: float = Field(
+        description="agreed / drafted. After a rejection the verifier still reads the rejected draft."
+    )
+    conditional: float | None = Field(description="accepted / reached; none if no cycle reached the place.")
+
+
+class ModeMetrics(BaseModel):
+    """All figures of one run. Averages are micro-averages: sums over prompts, divided once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: Settings = Field(description="The decoding settings of the run.")
+    prompts: int = Field(description="Prompts decoded.")
+    accuracy: float = Field(description="Share of prompts that the scorer accepts, 0 to 1.")
+    accuracy_low: float = Field(description="Lower end of the 95% Wilson interval of accuracy.")
+    accuracy_high: float = Field(description="Upper end of the 95% Wilson interval of accuracy.")
+    tokens: int = Field(description="New tokens of all prompts, stop tokens included.")
+    forwards: dict[str, int] = Field(
+        description="Calls of the model by kind, counted as they happen. A batched call counts once for each "
+        "row that is still decoding."
+    )
+    tpf_all: float = Field(
+        description="Tokens per forward, all forwards: tokens / (prefill + all other forwards). An AR prompt "
+        "of n tokens takes 1 prefill, which yields the first token, and n - 1 decode forwards: exactly 1.00. "
+        "NLD's evaluate.py counts ar and linear this way."
+    )
+    tpf_no_prefill: float | None = Field(
+        description="Tokens per forward, prefill not counted: tokens / (forwards - prefill). The token that "
+        "the prefill yields stays in the numerator, so AR reads n / (n - 1), a little above 1. NLD's "
+        "evaluate.py counts diffusion this way: denoising forwards + one cache forward per block. None if "
+        "there was nothing but prefill."
+    )
+    acceptance_length: float | None = Field(
+        description="Mean tokens committed per draft + verify cycle, bonus token included (NLD section 4.2). "
+        "A cycle is at least two forwards: half of this is NLD's real TPF. None in modes without cycles."
+    )
+    agreement: list[PlaceAgreement] = Field(description="Agreement of verifier and draft by place.")
+    seconds: float = Field(description="Wall-clock seconds spent decoding.")
+    tokens_per_second: float | None = Field(description="tokens / seconds, at the batch size of the run.")
+    forwards_per_second: float | None = Field(description="Forwards of all kinds / seconds.")
+    identical_to_ar: float | None = Field(
+        description="Share of prompts whose tokens all equal those of the ar run; none without an ar run."
+    )
+
+    @property
+    def forwards_all(self) -> int:
+        """Forwards of all kinds, prefill included."""
+        return sum(self.forwards.values())
+
+
+def summarise(
+    records: Sequence[Decoded],
+    correct: Sequence[bool],
+    settings: Mapping[str, JsonValue],
+    ar: Sequence[Decoded] | None = None,
+) -> ModeMetrics:
+    """Reduce one run to its figures.
+
+    Args:
+        records: One per prompt, at least one.
+        correct: Whether the scorer accepts each record's text, in the order of ``records``.
+        settings: The decoding settings, kept for the report.
+        ar: The records of the ar run over the same prompts (any order), for ``identical_to_ar``.
+    """
+    if not records or len(records) != len(correct):
+        raise ValueError(
+            f"{len(records)} records and {len(correct)} scores: need one score for each, at least one"
+        )
+    tokens = sum(len(record.tokens) for record in records)
+    forwards: Counter[str] = Counter()
+    for record in records:
+        forwards.update(record.forwards)
+    cycles = [count for record in records for count in record.accepted]
+    seconds = math.fsum(record.seconds for record in records)
+    low, high = wilson(sum(correct), len(correct))
+    return ModeMetrics(
+        settings=dict(settings),
+        prompts=len(records),
+        accuracy=sum(correct) / len(correct),
+        accuracy_low=low,
+        accuracy_high=high,
+        tokens=tokens,
+        forwards=dict(forwards),
+        tpf_all=tokens / forwards.total(),
+        tpf_no_prefill=_ratio(tokens, forwards.total() - forwards["prefill"]),
+        acceptance_length=_ratio(sum(cycles), len(cycles)),
+        agreement=agreement_by_place([cycle for record in records for cycle in record.drafted]),
+        seconds=seconds,
+        tokens_per_second=_ratio(tokens, seconds),
+        forwards_per_second=_ratio(forwards.total(), seconds),
+        identical_to_ar=None if ar is None else _identical(records, ar),
+    )
+
+
+def agreement_by_place(cycles: Sequence[Sequence[bool]]) -> list[PlaceAgreement]:
+    """Count agreement at each drafted place; cycles may have drafted different numbers of places."""
+    width = max((len(cycle) for cycle in cycles), default=0)
+    return [
+        _place(place, [cycle for cycle in cycles if len(cycle) >= place]) for place in range(1, width + 1)
+    ]
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share, within [0, 1]; sound for few trials and near 0 or 1."""
+    share, spread = successes / trials, Z_95**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z_95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _place(place: int, cycles: list[Sequence[bool]]) -> PlaceAgreement:
+    agreed = sum(cycle[place - 1] for cycle in cycles)
+    reached = sum(all(cycle[: place - 1]) for cycle in cycles)
+    accepted = sum(all(cycle[:place]) for cycle in cycles)
+    return PlaceAgreement(
+        place=place,
+        drafted=len(cycles),
+        agreed=agreed,
+        reached=reached,
+        accepted=accepted,
+        unconditional=agreed / len(cycles),
+        conditional=_ratio(accepted, reached),
+    )
+
+
+def _identical(records: Sequence[Decoded], ar: Sequence[Decoded]) -> float:
+    reference = {record.prompt_index: record.tokens for record in ar}
+    missing = [record.prompt_index for record in records if record.prompt_index not in reference]
+    if missing:
+        raise ValueError(f"the ar run lacks prompts {missing[:5]}")
+    return sum(record.tokens == reference[record.prompt_index] for record in records) / len(records)
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None

@@ -1,0 +1,253 @@
+"""Records, metrics and the report: figures recomputed by hand, refusals, a sound page."""
+
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation import svg
+from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble, pieces
+from nemodiff_train.evaluation.files import usable_directory, write_atomic
+from nemodiff_train.evaluation.metrics import agreement_by_place, summarise, wilson
+from nemodiff_train.evaluation.records import Decoded, read_records
+from nemodiff_train.evaluation.report import write_report
+from nemodiff_train.evaluation.scorers import make_scorer
+from nemodiff_train.evaluation.table import print_table
+from nemodiff_train.evaluation.tasks import Prompt, Task
+
+AR = [
+    Decoded(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
+    Decoded(1, [8, 2], {"prefill": 1, "decode": 1}, seconds=0.2),
+]
+LINEAR = [
+    Decoded(
+        0,
+        [5, 6, 7, 2],
+        {"prefill": 1, "draft": 2, "verify": 2},
+        accepted=[1, 2],
+        drafted=[[False, True, True], [True, False, True]],
+        seconds=0.2,
+    ),
+    Decoded(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], 0.1),
+]
+DIFFUSION = [
+    Decoded(0, [5, 6, 9, 2], {"prefill": 1, "denoise": 2, "commit": 1}, seconds=0.25, steps=[0, 2, 1, 2]),
+    Decoded(1, [8, 2], {"prefill": 1, "denoise": 1, "commit": 1}, seconds=0.15, steps=[0, 1]),
+]
+WORDS = {2: "", 3: " 4", 5: "so", 6: " <b>", 7: " 12", 8: "7", 9: " 13"}
+
+
+def decode(tokens: list[int]) -> str:
+    return "".join(WORDS[token] for token in tokens)
+
+
+def evaluation(checkpoint: str = "run/<script>alert(1)</script>[red]") -> Evaluation:
+    prompts = [Prompt(prompt='5 & 7 = "?" http://x.example/', answer="12"), Prompt(prompt="7?", answer="7")]
+    diffusion = Run("diffusion", {"threshold": 0.9}, DIFFUSION)
+    runs = [Run("ar", {}, AR), diffusion, Run("linear", {"block": 4}, LINEAR)]
+    sweep = {0.9: diffusion, 0.5: Run("diffusion", {"threshold": 0.5}, DIFFUSION)}
+    task = Task("sums", prompts, make_scorer("numeric"))
+    return assemble(checkpoint, task, runs, decode, settings={"seed": 1}, sweep=sweep)
+
+
+def test_ar_reads_exactly_one_when_all_forwards_count() -> None:
+    metrics = summarise(AR, [True, False], {}, AR)
+    assert (metrics.tpf_all, metrics.tpf_no_prefill) == (1.0, 6 / 4)
+    assert metrics.accuracy == 0.5 and metrics.identical_to_ar == 1.0
+    assert metrics.acceptance_length is None and metrics.agreement == []
+    assert metrics.tokens_per_second == pytest.approx(10) and metrics.forwards_per_second == pytest.approx(10)
+
+
+def test_linear_figures_by_hand() -> None:
+    metrics = summarise(LINEAR, [True, True], {"block": 4}, AR)
+    assert metrics.forwards == {"prefill": 2, "draft": 3, "verify": 3} and metrics.forwards_all == 8
+    assert metrics.tpf_all == 6 / 8 and metrics.tpf_no_prefill == 6 / 6
+    assert metrics.acceptance_length == pytest.approx(4 / 3)
+    assert metrics.identical_to_ar == 0.5
+    counts = [(a.drafted, a.agreed, a.reached, a.accepted) for a in metrics.agreement]
+    assert counts == [(3, 2, 3, 2), (3, 2, 2, 1), (3, 2, 1, 0)]
+    assert [a.conditional for a in metrics.agreement] == [2 / 3, 0.5, 0.0]
+    assert [a.unconditional for a in metrics.agreement] == [2 / 3] * 3
+
+
+def test_agreement_with_places_never_reached_and_short_drafts() -> None:
+    places = agreement_by_place([[False, True], [False]])
+    assert [a.drafted for a in places] == [2, 1]
+    assert places[1].conditional is None and places[1].unconditional == 1.0
+
+
+def test_nothing_but_prefill_and_no_clock() -> None:
+    metrics = summarise([Decoded(0, [2], {"prefill": 1})], [False], {})
+    assert metrics.tpf_all == 1.0
+    assert (metrics.tpf_no_prefill, metrics.tokens_per_second, metrics.identical_to_ar) == (None, None, None)
+
+
+def test_wilson_interval() -> None:
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 4) == pytest.approx((0, 0.4899), abs=1e-4) and wilson(4, 4)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"forwards": {"prefil": 1}}, "unknown kinds"),
+        ({"forwards": {}}, "at least one forward"),
+        ({"tokens": []}, "at least one token"),
+        ({"accepted": [3]}, "committed 3 tokens"),
+        ({"accepted": [1], "drafted": [[True], [True]]}, "2 drafts in 1 cycles"),
+        ({"steps": [1]}, "1 steps for 2 tokens"),
+    ],
+)
+def test_impossible_records_are_refused(fields: dict[str, Any], message: str) -> None:
+    sound = {"prompt_index": 0, "tokens": [1, 2], "forwards": {"prefill": 1}}
+    with pytest.raises(ValueError, match=message):
+        Decoded(**{**sound, **fields})
+
+
+def test_summarise_refuses_what_does_not_match() -> None:
+    with pytest.raises(ValueError, match="2 records and 1 scores"):
+        summarise(AR, [True], {})
+    with pytest.raises(ValueError, match=r"lacks prompts \[1\]"):
+        summarise(LINEAR, [True, True], {}, AR[:1])
+
+
+def test_commit_steps() -> None:
+    assert AR[0].commit_steps() == [0, 1, 2, 3]
+    assert LINEAR[0].commit_steps() == [0, 1, 2, 2]
+    assert DIFFUSION[0].commit_steps() == [0, 2, 1, 2]
+    unknown = Decoded(0, [5, 6], {"prefill": 1, "denoise": 1})
+    assert unknown.commit_steps() == []
+    assert [(piece.text, piece.step) for piece in pieces(unknown, decode)] == [("so <b>", None)]
+
+
+def test_pieces_keep_characters_whole() -> None:
+    letters = [b"a", b"\xc3", b"\xa9", b"b"]
+    record = Decoded(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3})
+    found = pieces(record, lambda tokens: b"".join(letters[t] for t in tokens).decode(errors="replace"))
+    assert [piece.text for piece in found] == ["a", "é", "b"]
+
+
+def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
+    write_report(tmp_path / "new" / "report", evaluation())
+    directory = tmp_path / "new" / "report"
+    runs = defaultdict(list)
+    for row in read_records(directory / "records.jsonl"):
+        runs[row.mode, json.dumps(row.settings)].append(row)
+    assert len(runs) == 4, "the diffusion run shared with the sweep is logged once"
+    figures = json.loads((directory / "metrics.json").read_text())
+    ar = [row.decoded for row in runs["ar", "{}"]]
+    printed = list(figures["modes"].items()) + [("diffusion", metrics) for _, metrics in figures["sweep"]]
+    for mode, metrics in printed:
+        rows = runs[mode, json.dumps(metrics["settings"])]
+        again = summarise([r.decoded for r in rows], [r.correct for r in rows], rows[0].settings, ar)
+        assert again.model_dump(mode="json") == metrics
+    assert [threshold for threshold, _ in figures["sweep"]] == [0.5, 0.9]
+    assert "prefill" in figures["rules"]["tpf_all"] and figures["versions"]["torch"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "metrics.csv",
+        "metrics.json",
+        "records.jsonl",
+        "report.html",
+    ]
+
+
+def test_csv_has_a_row_for_each_run(tmp_path: Path) -> None:
+    write_report(tmp_path, evaluation())
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["run"], row["mode"], row["threshold"]) for row in rows] == [
+        ("mode", "ar", ""),
+        ("mode", "diffusion", "0.9"),
+        ("mode", "linear", ""),
+        ("sweep", "diffusion", "0.5"),
+        ("sweep", "diffusion", "0.9"),
+    ]
+    assert (
+        rows[2]["tpf_all"] == "0.75" and rows[2]["forwards_draft"] == "3" and rows[0]["forwards_draft"] == "0"
+    )
+
+
+class _Page(HTMLParser):
+    """Checks that tags nest, and keeps what a browser would load and show."""
+
+    VOID = frozenset({"meta", "br", "wbr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.loads: list[str] = []
+        self.words = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.loads += [
+            f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def read_page(path: Path) -> _Page:
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
+    page = read_page(write_report(tmp_path, evaluation()))
+    assert not page.loads and not {"script", "link", "img", "iframe"} & set(page.seen)
+    assert "run/<script>alert(1)</script>[red]" in page.words and " <b>" in page.words
+    html = (tmp_path / "report.html").read_text()
+    assert not re.search(r"url\(|@import", html) and page.seen.count("svg") == 4
+
+
+def test_page_of_one_mode_with_one_place(tmp_path: Path) -> None:
+    record = Decoded(0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[False]])
+    task = Task("one", [Prompt(prompt="7", answer="7")], make_scorer("exact"))
+    single = assemble("m", task, [Run("linear", {}, [record])], decode, settings={}, samples=0)
+    page = read_page(write_report(tmp_path, single))
+    assert page.seen.count("svg") == 3 and "Sample outputs" not in page.words
+
+
+def test_table_names_modes_and_rule() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_table(evaluation(), console)
+    shown = console.export_text()
+    assert "[red]" in shown and "prefill" in shown and "…" not in shown
+    row = next(line.split() for line in shown.splitlines() if line.strip().startswith("linear"))
+    assert row == ["linear", "50.0%", "0.75", "1.00", "1.33", "20", "50.0%"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = write_atomic(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_unusable_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the output directory"):
+        usable_directory(tmp_path / "file" / "report")
+
+
+def test_ticks_and_label_spreading() -> None:
+    assert svg.ticks(0.76, 0.94, 5) == pytest.approx([0.8, 0.85, 0.9])
+    assert svg.spread([10, 11, 50], 5, 0, 52) == [10, 15, 50]
+    assert svg.spread([50, 51], 5, 0, 52) == [47, 52]
