@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def train(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
     """Train the small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""

@@ -32,9 +32,7 @@ def test_round_trip_and_manifest(prepared: str, tokenizer_dir: str, jsonl: Path)
     assert not Path(f"{prepared}.parts").exists()
 
 
-def test_workers_do_not_change_the_result(
-    prepared: str, jsonl: Path, tokenizer_dir: str, tmp_path: Path
-) -> None:
+def test_workers_do_not_change_the_result(prepared: str, jsonl: Path, tokenizer_dir: str, tmp_path: Path) -> None:
     assert run(jsonl, tokenizer_dir, tmp_path / "two", "--workers", "2") == 0
     assert digests(tmp_path / "two") == digests(prepared)
 
@@ -49,9 +47,7 @@ def test_text_parquet_and_directory(tokenizer_dir: str, tmp_path: Path) -> None:
     (folder / ".git" / "config").write_text("hidden")
     (folder / "a.py").write_bytes(b"x = 1\r\n")
     (folder / "b.txt").write_text("")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"n": [1, 2, 3], "body": ["one", None, "two"]}), folder / "c.parquet"
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "body": ["one", None, "two"]}), folder / "c.parquet")
     write_jsonl(folder / "sub" / "d.jsonl", [{"body": "three", "meta": 1}, {"body": "four", "meta": "m"}])
     assert run(folder, tokenizer_dir, tmp_path / "all", "--text-field", "body") == 0
     assert read_back(tmp_path / "all", tokenizer_dir) == ["x = 1\r\n", "one", "two", "three", "four"]

@@ -28,9 +28,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_refused_input(
-    name: str, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_input(name: str, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, message = BAD_INPUTS[name]
     (tmp_path / "out").mkdir()
     if content is not None:
@@ -64,9 +62,7 @@ def test_refused_tokenizer_and_output(
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "file", "without"}
 
 
-def test_existing_output(
-    jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_output(jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_jsonl(tmp_path / "first.jsonl", [{"text": "one"}])
     prefix = tmp_path / "out"
     assert run(first, tokenizer_dir, prefix) == 0

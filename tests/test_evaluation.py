@@ -169,9 +169,7 @@ def test_csv_has_a_row_for_each_run(tmp_path: Path) -> None:
         ("sweep", "diffusion", "0.5"),
         ("sweep", "diffusion", "0.9"),
     ]
-    assert (
-        rows[2]["tpf_all"] == "0.75" and rows[2]["forwards_draft"] == "3" and rows[0]["forwards_draft"] == "0"
-    )
+    assert rows[2]["tpf_all"] == "0.75" and rows[2]["forwards_draft"] == "3" and rows[0]["forwards_draft"] == "0"
 
 
 class _Page(HTMLParser):
@@ -188,9 +186,7 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
-        self.loads += [
-            f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")
-        ]
+        self.loads += [f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")]
         if tag not in self.VOID:
             self.open.append(tag)
 

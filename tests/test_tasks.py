@@ -97,9 +97,7 @@ def test_bad_task_names(tmp_path: Path) -> None:
 
 def test_arithmetic_takes_test_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     def problems(split: str, count: int, seed: int) -> list[SimpleNamespace]:
-        return [
-            SimpleNamespace(prompt=f"{split} {seed} {i}", solution="", answer=str(i)) for i in range(count)
-        ]
+        return [SimpleNamespace(prompt=f"{split} {seed} {i}", solution="", answer=str(i)) for i in range(count)]
 
     monkeypatch.setitem(sys.modules, "nemodiff_train.demo.arithmetic", SimpleNamespace(problems=problems))
     task = load_task("arithmetic", count=2, seed=9)

@@ -35,9 +35,7 @@ def doubled(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: f
     return kernel(query, key, value, block_size, scale)
 
 
-def doubled_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None = None
-) -> Tensor:
+def doubled_sdpa(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None = None) -> Tensor:
     """The rule with SDPA calls that together visit little more than the allowed pairs.
 
     The clean half is causal attention.  The noisy half is taken a few blocks at a time, each group
@@ -77,9 +75,7 @@ def _group_mask(start: int, end: int, length: int, block_size: int, device: str)
     return may_attend(query[:, None], key[None, :], length, block_size)
 
 
-def doubled_flex(
-    query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None = None
-) -> Tensor:
+def doubled_flex(query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float | None = None) -> Tensor:
     """The rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
     mask = _flex_mask(query.shape[2] // 2, block_size, str(query.device))
     attend = _compiled_flex() if query.is_cuda else _flex()
@@ -107,9 +103,7 @@ def _flex_mask(length: int, block_size: int, device: str):  # type: ignore[no-un
     return create_block_mask(rule, B=None, H=None, Q_LEN=2 * length, KV_LEN=2 * length, device=device)
 
 
-def cached(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
-) -> Tensor:
+def cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Attention of new tokens to a cache and themselves.
 
     Args:

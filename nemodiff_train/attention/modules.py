@@ -18,7 +18,12 @@ class TriModeAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: Any, layer_number: int, *unused: Any, softmax_scale: float | None = None, **also_unused: Any
+        self,
+        config: Any,
+        layer_number: int,
+        *unused: Any,
+        softmax_scale: float | None = None,
+        **also_unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -72,7 +77,7 @@ class PlacedRotary(nn.Module):
     with 0 .. L-1 for each half of a doubled sequence, or with each row's own positions in decoding.
     """
 
-    def __init__(self, rotary: nn.Module, config: Any, state: AttentionState) -> None:
+    def __init__(self, rotary: Any, config: Any, state: AttentionState) -> None:
         super().__init__()
         self.rotary = rotary
         self.config = config
@@ -89,7 +94,8 @@ class PlacedRotary(nn.Module):
         """
         cached = self.state.cached
         if cached is None:
-            place = self.state.training_positions(positions, self.config.joint, torch.cuda.current_device())
+            device = torch.device("cuda", torch.cuda.current_device())
+            place = self.state.training_positions(positions, self.config.joint, device)
             table, factor = self._table(positions)
             return self._as_wrapped(table[place], factor)
         table, factor = self._table(cached.visible)

@@ -25,14 +25,10 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_NAME", help="Hugging Face tokenizer")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
-    parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field with the text (default text)"
-    )
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default text)")
     parser.add_argument("--split", default="train", help="of a Hugging Face data set (default train)")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help="files to take from directories")
-    parser.add_argument(
-        "--eod-token", metavar="TOKEN", help="put after each document (default: the EOS token)"
-    )
+    parser.add_argument("--eod-token", metavar="TOKEN", help="put after each document (default: the EOS token)")
     parser.add_argument(
         "--workers",
         type=int,
@@ -62,7 +58,5 @@ def _prepare(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues from there")
         return 130
-    console.print(
-        f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", soft_wrap=True
-    )
+    console.print(f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", soft_wrap=True)
     return 0

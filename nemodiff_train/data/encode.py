@@ -49,9 +49,9 @@ class Encoder:
     eod_token_id: int
 
     def __call__(self, texts: tuple[str, ...]) -> EncodedBatch:
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         parts = [np.array([*ids, self.eod_token_id], dtype=np.int32) for ids in encoded]
         lengths = np.array([len(part) for part in parts], dtype=np.int64)
         return EncodedBatch(np.concatenate(parts), lengths, sum(len(text.encode()) for text in texts))

@@ -31,9 +31,7 @@ def inspect(prefix: str, verify: bool) -> None:
         raise UserError(f"{prefix}.json: no such manifest; make the data set with 'nemodiff data prepare'")
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
-            raise UserError(
-                f"{prefix}{suffix}: no such file, although the manifest is there; prepare it again"
-            )
+            raise UserError(f"{prefix}{suffix}: no such file, although the manifest is there; prepare it again")
     if verify:
         _verify(prefix, manifest)
     output = Console(highlight=False)

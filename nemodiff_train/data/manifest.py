@@ -135,8 +135,8 @@ def count_tokens(
     return counts
 
 
-def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", mask_token_id: int) -> None:
-    """Refuse data that this tokenizer and mask token cannot be trained on.
+def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", mask_token_id: int | None) -> None:
+    """Refuse data that this tokenizer and mask token (None in a stage without one) cannot be trained on.
 
     A data set without a manifest (made by another tool) is judged by its first 10 million tokens.
 
@@ -145,7 +145,7 @@ def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", m
             their documents differently; the mask token is outside the vocabulary, or is in the text.
     """
     vocab_size = vocabulary_size(tokenizer)
-    if not 0 <= mask_token_id < vocab_size:
+    if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
         raise UserError(f"mask token id {mask_token_id} is outside the tokenizer's ids 0..{vocab_size - 1}")
     if not prefixes:
         raise UserError("no training data: name at least one prefix made by 'nemodiff data prepare'")
@@ -177,7 +177,7 @@ def _check_files(prefix: str, manifest: Manifest | None) -> None:
 
 
 def _check_counts(
-    prefix: str, manifest: Manifest | None, tokenizer: "PreTrainedTokenizerBase", mask_token_id: int
+    prefix: str, manifest: Manifest | None, tokenizer: "PreTrainedTokenizerBase", mask_token_id: int | None
 ) -> None:
     vocab_size = vocabulary_size(tokenizer)
     stored = Path(f"{prefix}.counts.npy")
@@ -187,7 +187,7 @@ def _check_counts(
         counts = count_tokens(Path(f"{prefix}.bin"), _token_type(prefix), vocab_size, SCAN_TOKENS)
     if len(counts) > vocab_size:
         raise UserError(f"{prefix}: holds token ids beyond the tokenizer's {vocab_size}; prepare it again")
-    if found := int(counts[mask_token_id]):
+    if mask_token_id is not None and (found := int(counts[mask_token_id])):
         token = tokenizer.convert_ids_to_tokens(mask_token_id)
         raise UserError(
             f"{prefix}: the mask token {mask_token_id} ('{token}') occurs {found} times as text; "

@@ -102,9 +102,7 @@ class Parts:
         try:
             return _State.model_validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
-            raise UserError(
-                f"{path}: damaged; remove the directory {self._folder} to start afresh"
-            ) from error
+            raise UserError(f"{path}: damaged; remove the directory {self._folder} to start afresh") from error
 
     @property
     def totals(self) -> Totals:

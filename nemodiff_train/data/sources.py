@@ -183,16 +183,12 @@ def _read_rows(rows: Iterable[dict[str, Any]], field: str, where: str) -> Iterat
 def _require_field(field: str, existing: Sequence[str], where: str) -> None:
     if field not in existing:
         known = ", ".join(existing) or "none"
-        raise UserError(
-            f"{where}: no field '{field}'; its fields: {known} (--text-field).{nearest(field, existing)}"
-        )
+        raise UserError(f"{where}: no field '{field}'; its fields: {known} (--text-field).{nearest(field, existing)}")
 
 
 def _as_text(value: object, field: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: field '{field}' is of type {type(value).__name__}, not text (--text-field)"
-        )
+        raise UserError(f"{where}: field '{field}' is of type {type(value).__name__}, not text (--text-field)")
     return value

@@ -47,13 +47,13 @@ def load(arguments: argparse.Namespace, check: Callable[[Any], object]) -> tuple
     prepare()
     from nemodiff_train.console import console, quiet
     from nemodiff_train.conversion.huggingface import tokenizer_directory
+    from nemodiff_train.data.tokenizer import load_tokenizer
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.decoding.loading import load_for_decoding, open_checkpoint
-    from nemodiff_train.training.config import load_tokenizer
 
     provider = open_checkpoint(arguments.checkpoint)
     check(provider)
-    tokenizer = load_tokenizer(tokenizer_directory(arguments.checkpoint))
+    tokenizer = load_tokenizer(str(tokenizer_directory(arguments.checkpoint)))
     settings = DecodingSettings(
         max_new_tokens=arguments.max_new_tokens,
         block_size=arguments.block_size or provider.block_size,

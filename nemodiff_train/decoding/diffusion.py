@@ -36,9 +36,7 @@ def decode_diffusion(
         seeds = logits[:, -1].argmax(-1)
 
 
-def _denoise(
-    session: Session, rows: Tensor, seeds: Tensor, settings: DecodingSettings
-) -> tuple[Tensor, Tensor]:
+def _denoise(session: Session, rows: Tensor, seeds: Tensor, settings: DecodingSettings) -> tuple[Tensor, Tensor]:
     """Fill one block a row; a row leaves the batch when its block is settled.
 
     Args:
@@ -91,4 +89,3 @@ def commit_confident(blocks: Tensor, logits: Tensor, mask: int, threshold: float
     best = confidence == confidence.max(1, keepdim=True).values
     first_best = best & (best.cumsum(1) == 1)
     return torch.where(masked & ((confidence >= threshold) | first_best), chosen, blocks)
-

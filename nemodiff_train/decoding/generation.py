@@ -51,9 +51,7 @@ class Generation:
         for taken, (token, step) in enumerate(zip(tokens, steps, strict=True), start=1):
             self.tokens.append(token)
             self.steps.append(step)
-            self.finished = (
-                token in self.settings.stop_token_ids or len(self.tokens) >= self.settings.max_new_tokens
-            )
+            self.finished = token in self.settings.stop_token_ids or len(self.tokens) >= self.settings.max_new_tokens
             if self.finished:
                 return taken
         return len(tokens)

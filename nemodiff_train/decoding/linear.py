@@ -9,9 +9,7 @@ from nemodiff_train.decoding.generation import DecodingSettings, Generation
 from nemodiff_train.decoding.session import Session
 
 
-def decode_linear(
-    session: Session, prompts: Sequence[Sequence[int]], settings: DecodingSettings
-) -> list[Generation]:
+def decode_linear(session: Session, prompts: Sequence[Sequence[int]], settings: DecodingSettings) -> list[Generation]:
     """Draft and verify until every row has ended (the released models' ``linear_spec_generate``).
 
     Every emitted token is the causal model's own greedy choice, so the output equals

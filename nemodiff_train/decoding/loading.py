@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from nemodiff_train.errors import UserError
 
@@ -77,8 +78,9 @@ def start_model_parallel(tensor_parallel: int) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != tensor_parallel:
         raise UserError(f"{world} processes were started for --tensor-parallel {tensor_parallel}; make them equal")
-    if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-        dist.init_process_group(prepare().backend, **alone)
+    if not dist.is_initialized() and world == 1:
+        dist.init_process_group(prepare().backend, store=HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        dist.init_process_group(prepare().backend)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
     model_parallel_cuda_manual_seed(1234)

@@ -1,7 +1,7 @@
 """The session: a batch of rows, their cache, and every forward counted where the model is called."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class Session:
         self.vocab_size: int = model.config.vocab_size
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
         """Calls of the model that each row took part in, by kind."""
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         """Time in the model by kind."""
 
     @torch.inference_mode()

@@ -35,9 +35,7 @@ def tpf_bars(modes: dict[str, ModeMetrics]) -> Markup:
     """Tokens per forward by mode: all forwards solid, without the prefill as a lighter tip."""
     longest = max(max(m.tpf_all, m.tpf_no_prefill or 0) for m in modes.values())
     scale = Scale(0, max(longest, 1) * 1.04, 0, WIDTH)
-    rows = [
-        _tpf_row(mode, metrics, ROW * index, scale) for index, (mode, metrics) in enumerate(modes.items())
-    ]
+    rows = [_tpf_row(mode, metrics, ROW * index, scale) for index, (mode, metrics) in enumerate(modes.items())]
     bottom = ROW * len(modes)
     marks = [ROW * index + 25 for index in range(len(modes))]
     one = [
@@ -48,9 +46,7 @@ def tpf_bars(modes: dict[str, ModeMetrics]) -> Markup:
 
 
 def _tpf_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup:
-    words = (
-        f"{title(mode)}: {decimal(m.tpf_all)} tokens per forward, {decimal(m.tpf_no_prefill)} without prefill"
-    )
+    words = f"{title(mode)}: {decimal(m.tpf_all)} tokens per forward, {decimal(m.tpf_no_prefill)} without prefill"
     bar = {"x": 0, "y": top + 26, "height": 18, "rx": 3}
     return element(
         "g",
@@ -67,9 +63,7 @@ def forwards_bars(modes: dict[str, ModeMetrics]) -> Markup:
     """Forwards spent on 100 tokens, split by kind."""
     totals = [100 / m.tpf_all for m in modes.values()]
     scale = Scale(0, max(totals), 0, WIDTH)
-    rows = [
-        _forwards_row(mode, m, (ROW + 14) * index, scale) for index, (mode, m) in enumerate(modes.items())
-    ]
+    rows = [_forwards_row(mode, m, (ROW + 14) * index, scale) for index, (mode, m) in enumerate(modes.items())]
     return drawing(WIDTH, (ROW + 14) * len(modes), "Forwards per 100 tokens, by kind", *rows)
 
 

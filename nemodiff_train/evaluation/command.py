@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from nemodiff_train.errors import UserError
 
@@ -30,11 +31,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, write the report."""
+    from nemodiff_train.evaluation.files import usable_directory
     from nemodiff_train.evaluation.tasks import load_task
 
-    task = load_task(
-        arguments.task, scorer=arguments.scorer, pattern=arguments.pattern, count=arguments.count
-    )
+    task = load_task(arguments.task, scorer=arguments.scorer, pattern=arguments.pattern, count=arguments.count)
+    usable_directory(Path(arguments.output))
     thresholds = _numbers(arguments.thresholds)
     modes = tuple(arguments.modes.split(","))
     if arguments.batch_size < 1:
@@ -43,7 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.decoding.command import load
     from nemodiff_train.decoding.decode import check_mode
 
-    model, tokenizer, settings = load(arguments, lambda model: [check_mode(model, mode) for mode in modes])
+    def check(config: Any) -> None:
+        for mode in modes:
+            check_mode(config, mode)
+
+    model, tokenizer, settings = load(arguments, check)
     from nemodiff_train.evaluation.report import write_report
     from nemodiff_train.evaluation.run import Plan, evaluate
     from nemodiff_train.evaluation.table import print_table

@@ -121,9 +121,7 @@ def assemble(
         settings=settings,
         modes={run.mode: reduce(run) for run in runs},
         sweep=[(threshold, reduce(run)) for threshold, run in sweep.items()],
-        samples=[
-            _sample(index, task, runs, logs, decode) for index in range(min(samples, len(task.prompts)))
-        ],
+        samples=[_sample(index, task, runs, logs, decode) for index in range(min(samples, len(task.prompts)))],
         records=[row for rows in logs.values() for row in rows],
     )
 

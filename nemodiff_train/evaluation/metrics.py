@@ -90,9 +90,7 @@ def summarise(
         ar: The records of the ar run over the same prompts (any order), for ``identical_to_ar``.
     """
     if not records or len(records) != len(correct):
-        raise ValueError(
-            f"{len(records)} records and {len(correct)} scores: need one score for each, at least one"
-        )
+        raise ValueError(f"{len(records)} records and {len(correct)} scores: need one score for each, at least one")
     tokens = sum(len(record.tokens) for record in records)
     forwards: Counter[str] = Counter()
     for record in records:
@@ -122,9 +120,7 @@ def summarise(
 def agreement_by_place(cycles: Sequence[Sequence[bool]]) -> list[PlaceAgreement]:
     """Count agreement at each drafted place; cycles may have drafted different numbers of places."""
     width = max((len(cycle) for cycle in cycles), default=0)
-    return [
-        _place(place, [cycle for cycle in cycles if len(cycle) >= place]) for place in range(1, width + 1)
-    ]
+    return [_place(place, [cycle for cycle in cycles if len(cycle) >= place]) for place in range(1, width + 1)]
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -50,9 +50,7 @@ class Decoded:
         if not self.tokens or sum(self.forwards.values()) < 1:
             raise ValueError("a decoded prompt has at least one token and took at least one forward")
         if sum(self.accepted) > len(self.tokens):
-            raise ValueError(
-                f"cycles committed {sum(self.accepted)} tokens, but there are {len(self.tokens)}"
-            )
+            raise ValueError(f"cycles committed {sum(self.accepted)} tokens, but there are {len(self.tokens)}")
         if self.drafted and len(self.drafted) != len(self.accepted):
             raise ValueError(f"{len(self.drafted)} drafts in {len(self.accepted)} cycles")
         if self.steps and len(self.steps) != len(self.tokens):

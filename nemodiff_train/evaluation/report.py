@@ -45,10 +45,7 @@ def rules() -> dict[str, str]:
 
 def metrics_json(evaluation: Evaluation) -> str:
     """All figures, settings and versions, with ``rules`` beside them."""
-    return (
-        json.dumps({**evaluation.model_dump(mode="json"), "rules": rules()}, indent=2, ensure_ascii=False)
-        + "\n"
-    )
+    return json.dumps({**evaluation.model_dump(mode="json"), "rules": rules()}, indent=2, ensure_ascii=False) + "\n"
 
 
 def metrics_csv(evaluation: Evaluation) -> str:

@@ -40,7 +40,7 @@ def evaluate(
     jobs = [(mode, settings) for mode in plan.modes if mode != "diffusion"]
     jobs += [("diffusion", replace(settings, threshold=threshold)) for threshold in sweep]
     runs = [_run(model, prompts, mode, chosen, plan.batch_size) for mode, chosen in jobs]
-    by_threshold = {run.settings["threshold"]: run for run in runs if run.mode == "diffusion"}
+    by_threshold = dict(zip(sweep, (run for run in runs if run.mode == "diffusion"), strict=True))
     others = {run.mode: run for run in runs if run.mode != "diffusion"}
     headline = {**others, **({"diffusion": by_threshold[settings.threshold]} if sweep else {})}
     return assemble(

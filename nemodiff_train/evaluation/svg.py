@@ -49,9 +49,7 @@ def dot(x: float, y: float, radius: float, words: str, kind: str = "dot") -> Mar
 
 def drawing(width: float, height: float, label: str, *children: str) -> Markup:
     """The whole picture; scales to the width it is given."""
-    return element(
-        "svg", *children, viewBox=f"0 0 {_number(width)} {_number(height)}", role="img", aria_label=label
-    )
+    return element("svg", *children, viewBox=f"0 0 {_number(width)} {_number(height)}", role="img", aria_label=label)
 
 
 @dataclass(frozen=True)

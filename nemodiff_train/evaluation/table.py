@@ -23,9 +23,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     )
     table.add_column("Mode", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(
-            f"{column.first}\n{column.second}".strip(), justify="right", vertical="bottom", no_wrap=True
-        )
+        table.add_column(f"{column.first}\n{column.second}".strip(), justify="right", vertical="bottom", no_wrap=True)
     for mode, metrics in evaluation.modes.items():
         table.add_row(Text(mode), *(column.text(metrics) for column in COLUMNS))
     (console or Console(highlight=False)).print(table)

@@ -1,8 +1,9 @@
 """What can be known to be wrong before anything is built."""
 
 from nemodiff_train.data.manifest import check_blend
+from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
-from nemodiff_train.training.config import TriModeConfig, load_tokenizer
+from nemodiff_train.training.config import TriModeConfig
 
 
 def check(config: TriModeConfig, world_size: int) -> None:
@@ -35,9 +36,7 @@ def _layout_problems(config: TriModeConfig, world_size: int) -> list[str]:
             f"key-value heads; use a divisor of {model.num_query_groups}"
         )
     if model.num_layers % pp:
-        found.append(
-            f"model.pipeline_model_parallel_size={pp} does not divide the model's {model.num_layers} layers"
-        )
+        found.append(f"model.pipeline_model_parallel_size={pp} does not divide the model's {model.num_layers} layers")
     if cp != 1:
         found.append(f"model.context_parallel_size={cp}: doubled sequences cannot be split yet; use 1")
     if world_size % (tp * pp):
@@ -63,9 +62,8 @@ def _check_data(config: TriModeConfig) -> None:
     prefixes = [part for part in map(str, config.dataset.data) if not _is_weight(part)]
     if not prefixes:
         raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_model)
-    joint = config.objective.stage == "joint"
-    check_blend(prefixes, tokenizer, config._mask_token_id() if joint else None)
+    mask = config.find_mask_token() if config.objective.stage == "joint" else None
+    check_blend(prefixes, load_tokenizer(str(config.tokenizer.tokenizer_model)), mask)
 
 
 def _is_weight(part: str) -> bool:

@@ -1,13 +1,12 @@
 """The configuration of a run: Bridge's container, with the objective and the data it needs."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
-from transformers import AutoTokenizer
 
+from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.sample import JointDataset
@@ -86,12 +85,19 @@ class TriModeConfig(ConfigContainer):
         self.model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         if joint:
-            self.model.mask_token_id = self.dataset.mask_token_id = self._mask_token_id()
+            self.model.mask_token_id = self.dataset.mask_token_id = self.find_mask_token()
             self.dataset.objective = self.objective
 
-    def _mask_token_id(self) -> int:
+    def find_mask_token(self) -> int:
+        """Id of ``objective.mask_token``.
+
+        Raises:
+            UserError: The tokenizer lacks it, or the model has no row for it.
+        """
         token = self.objective.mask_token
-        identifier = load_tokenizer(self.tokenizer.tokenizer_model).get_vocab().get(token)
+        if not self.tokenizer.tokenizer_model:
+            raise UserError("tokenizer.tokenizer_model is not set; give a Hugging Face directory or name")
+        identifier = load_tokenizer(str(self.tokenizer.tokenizer_model)).get_vocab().get(token)
         if identifier is None:
             raise UserError(
                 f"objective.mask_token '{token}' is not in the tokenizer {self.tokenizer.tokenizer_model}; "
@@ -103,18 +109,3 @@ class TriModeConfig(ConfigContainer):
                 f"{self.model.vocab_size}; name a token below that"
             )
         return int(identifier)
-
-
-def load_tokenizer(path: Any) -> Any:
-    """The Hugging Face tokenizer in a directory or of that name.
-
-    Raises:
-        UserError: There is none.
-    """
-    if path is None:
-        raise UserError("tokenizer.tokenizer_model is not set; give a Hugging Face directory or name")
-    try:
-        return AutoTokenizer.from_pretrained(os.fspath(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no tokenizer in '{path}' ({reason}); give a Hugging Face directory or name") from None

@@ -94,7 +94,9 @@ def _check_key(config: TriModeConfig, key: str) -> None:
     for part in key.split("."):
         known = list(node) if isinstance(node, dict) else [n for n in vars(node) if not n.startswith("_")]
         if part not in known:
-            raise UserError(f"unknown key '{key}': {walked or 'the configuration'} has no '{part}'.{nearest(part, known)}")
+            raise UserError(
+                f"unknown key '{key}': {walked or 'the configuration'} has no '{part}'.{nearest(part, known)}"
+            )
         node = node[part] if isinstance(node, dict) else getattr(node, part)
         walked = f"{walked}.{part}" if walked else part
         if node is None or isinstance(node, (str, int, float, list, tuple)):

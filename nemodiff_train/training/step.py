@@ -13,9 +13,7 @@ from torch import Tensor
 from nemodiff_train.objective.loss import tri_mode_loss
 
 
-def forward_step(
-    state: GlobalState, data_iterator: Iterable[Any], model: GPTModel
-) -> tuple[Tensor, partial[Any]]:
+def forward_step(state: GlobalState, data_iterator: Iterable[Any], model: GPTModel) -> tuple[Tensor, partial[Any]]:
     """Run one micro-batch forward, as ``pretrain()`` asks.
 
     Returns:
@@ -25,7 +23,10 @@ def forward_step(
     config: Any = state.cfg
     state.timers("batch-generator", log_level=2).start()
     tokens, labels, loss_mask, _, position_ids, _ = get_batch(
-        data_iterator, config, pg_collection=get_pg_collection(model), vp_stage=getattr(model, "vp_stage", None)
+        data_iterator,
+        config,
+        pg_collection=get_pg_collection(model),
+        vp_stage=getattr(model, "vp_stage", None),
     )
     state.timers("batch-generator").stop()
     losses = model(input_ids=tokens, position_ids=position_ids, attention_mask=None, labels=labels)
