@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from nemodiff_train.console import console, quiet
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_like, newest_iteration
+from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_like
 
 
 def import_checkpoint(source: str, output: str) -> None:
@@ -55,7 +55,7 @@ def export_checkpoint(source: str, output: str) -> None:
     Raises:
         UserError: No checkpoint, or existing output.
     """
-    from nemodiff_train.decoding.loading import load_for_decoding
+    from nemodiff_train.decoding.loading import load_for_decoding, tokenizer_directory
 
     with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"exporting {source}"):
         model = load_for_decoding(source)
@@ -80,18 +80,6 @@ def write_hf_directory(model: Any, tokenizer: Path, directory: Path) -> None:
     if model.config.hf_generation_config:
         text = json.dumps(model.config.hf_generation_config, indent=2)
         (directory / "generation_config.json").write_text(text + "\n")
-
-
-def tokenizer_directory(checkpoint: str) -> Path:
-    """The tokenizer that was saved with a Megatron checkpoint.
-
-    Raises:
-        UserError: There is none.
-    """
-    directory = newest_iteration(Path(checkpoint)) / "tokenizer"
-    if not directory.is_dir():
-        raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
-    return directory
 
 
 def check_weights(directory: Path) -> None:

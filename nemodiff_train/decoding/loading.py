@@ -1,13 +1,86 @@
 """A trained model, ready to decode."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from nemodiff_train.console import console, quiet
+from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.decoding.decode import check_mode
+from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All that decoding needs of a checkpoint."""
+
+    model: Any
+    """Megatron GPT model in evaluation mode."""
+    tokenizer: Any
+    """Its Hugging Face tokenizer."""
+    settings: DecodingSettings
+
+
+def open_model(
+    checkpoint: str,
+    *,
+    modes: tuple[str, ...] = (),
+    max_new_tokens: int = 512,
+    block_size: int | None = None,
+    threshold: float = 0.9,
+    tensor_parallel: int = 1,
+) -> Opened:
+    """Open a Megatron checkpoint of this project for decoding.
+
+    Args:
+        checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
+        modes: Modes that are going to be used; refused here if the model cannot decode in them.
+        block_size: Places of a block; None for what it was trained with.
+        tensor_parallel: Ranks that share the model; the whole gang.
+
+    Raises:
+        UserError: No checkpoint, a mode it cannot decode in, or settings that cannot be.
+    """
+    provider = open_checkpoint(checkpoint)
+    for mode in modes:
+        check_mode(provider, mode)
+    tokenizer = load_tokenizer(str(tokenizer_directory(checkpoint)))
+    settings = DecodingSettings(
+        max_new_tokens=max_new_tokens,
+        block_size=block_size or provider.block_size,
+        threshold=threshold,
+        stop_token_ids=stop_tokens(provider, tokenizer),
+    )
+    with quiet(), console.status(f"loading {checkpoint}"):
+        return Opened(load_for_decoding(checkpoint, tensor_parallel), tokenizer, settings)
+
+
+def stop_tokens(provider: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those the model's configuration names."""
+    found = {tokenizer.eos_token_id}
+    for source in (provider.hf_config, provider.hf_generation_config):
+        named = source.get("eos_token_id")
+        found.update(named if isinstance(named, list) else [named])
+    return frozenset(token for token in found if token is not None)
+
+
+def tokenizer_directory(checkpoint: str) -> Path:
+    """The tokenizer that was saved with a Megatron checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    from nemodiff_train.model.pretrained import newest_iteration
+
+    directory = newest_iteration(Path(checkpoint)) / "tokenizer"
+    if not directory.is_dir():
+        raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
+    return directory
 
 
 def load_for_decoding(checkpoint: str, tensor_parallel: int = 1) -> Any:

@@ -2,8 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from nemodiff_train.console import console, is_main_process
 from nemodiff_train.errors import UserError
 
 
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, write the report."""
     from nemodiff_train.evaluation.files import usable_directory
     from nemodiff_train.evaluation.tasks import load_task
+    from nemodiff_train.host import prepare
 
     task = load_task(arguments.task, scorer=arguments.scorer, pattern=arguments.pattern, count=arguments.count)
     usable_directory(Path(arguments.output))
@@ -40,21 +41,22 @@ def run(arguments: argparse.Namespace) -> None:
     modes = tuple(arguments.modes.split(","))
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    from nemodiff_train.console import console, is_main_process
-    from nemodiff_train.decoding.command import load
-    from nemodiff_train.decoding.decode import check_mode
-
-    def check(config: Any) -> None:
-        for mode in modes:
-            check_mode(config, mode)
-
-    model, tokenizer, settings = load(arguments, check)
+    prepare()
+    from nemodiff_train.decoding.loading import open_model
     from nemodiff_train.evaluation.report import write_report
     from nemodiff_train.evaluation.run import Plan, evaluate
     from nemodiff_train.evaluation.table import print_table
 
+    opened = open_model(
+        arguments.checkpoint,
+        modes=modes,
+        max_new_tokens=arguments.max_new_tokens,
+        block_size=arguments.block_size,
+        threshold=arguments.threshold,
+        tensor_parallel=arguments.tensor_parallel,
+    )
     plan = Plan(modes=modes, thresholds=thresholds, batch_size=arguments.batch_size)
-    evaluation = evaluate(model, tokenizer, task, settings, plan, arguments.checkpoint)
+    evaluation = evaluate(opened, task, plan, arguments.checkpoint)
     if is_main_process():
         report = write_report(Path(arguments.output), evaluation)
         print_table(evaluation)

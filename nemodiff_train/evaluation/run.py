@@ -9,6 +9,7 @@ from typing import Any
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.loading import Opened
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import Decoded
 from nemodiff_train.evaluation.tasks import Task
@@ -25,16 +26,14 @@ class Plan:
     """Prompts decoded together."""
 
 
-def evaluate(
-    model: Any, tokenizer: Any, task: Task, settings: DecodingSettings, plan: Plan, checkpoint: str
-) -> Evaluation:
+def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 
     Args:
-        model: A Megatron GPT model in evaluation mode.
-        tokenizer: Its Hugging Face tokenizer.
+        opened: Model, tokenizer and decoding settings.
         checkpoint: Name for the report.
     """
+    model, tokenizer, settings = opened.model, opened.tokenizer, opened.settings
     prompts = [tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"] for prompt in task.prompts]
     sweep = sorted({settings.threshold, *plan.thresholds}) if "diffusion" in plan.modes else []
     jobs = [(mode, settings) for mode in plan.modes if mode != "diffusion"]

@@ -1,0 +1,205 @@
+"""``nemodiff demo``: an AR checkpoint in, a tri-mode checkpoint out, scored in three modes; offline."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemodiff_train.console import console
+from nemodiff_train.errors import UserError
+
+if TYPE_CHECKING:
+    from nemodiff_train.evaluation.evaluation import Evaluation
+
+STEPS = 6
+CODE_BYTES = 2_000_000
+PROBLEMS = 60_000
+VOCABULARY = 1024
+MAX_NEW_TOKENS = 128
+THRESHOLD = 0.9
+THRESHOLDS = (0.5, 0.7, 0.8, 0.95)  # further points of the accuracy against TPF curve
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--output", required=True, help="folder for everything the demo makes; it must not exist")
+    parser.add_argument("--start-from", metavar="DIR", help="your own Hugging Face AR model instead of a new one")
+    parser.add_argument("--mask-token", default="<|mask|>", help="a token of its that never occurs in text")
+    parser.add_argument("--count", type=int, default=200, help="held-out problems to score (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the whole job, one announced step after another."""
+    output = Path(arguments.output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"'{output}' is not empty; name a new folder, or remove it")
+    if arguments.start_from and not Path(arguments.start_from).is_dir():
+        raise UserError(f"'{arguments.start_from}' is not a directory; give a Hugging Face model directory")
+    if arguments.count < 1:
+        raise UserError(f"--count is {arguments.count}; it must be at least 1")
+    started = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    Demo(output, arguments.start_from, arguments.mask_token, arguments.count).run()
+    console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+class Demo:
+    """The steps, each leaving its result under the output folder.
+
+    Args:
+        output: Where everything goes.
+        start_from: A Hugging Face AR model of the user's, or None to train a small one first.
+        mask_token: The tokenizer's token for hidden places.
+        count: Held-out problems to score.
+    """
+
+    def __init__(self, output: Path, start_from: str | None, mask_token: str, count: int) -> None:
+        self.output = output
+        self.ar_model = Path(start_from) if start_from else output / "ar-model"
+        self.own_model = start_from is None
+        self.mask_token = mask_token
+        self.count = count
+        self.step = 0
+
+    def run(self) -> None:
+        """All steps in order."""
+        with self._announced("text: Python's standard library, and arithmetic problems with worked answers"):
+            tokenizer = self._prepare_data()
+        with self._announced("AR stage: a small Qwen 3" if self.own_model else "AR stage: skipped, using yours"):
+            if self.own_model:
+                self._train_ar(tokenizer)
+        with self._announced("AR model, before the joint stage"):
+            before = self._evaluate_ar()
+        with self._announced("joint stage: AR + diffusion, tensor parallel over two processes"):
+            self._train_joint()
+        with self._announced("export to Hugging Face"):
+            self._export("joint", self.output / "tri-mode-model")
+        with self._announced(f"three modes on {self.count} held-out problems"):
+            self._evaluate_tri_mode(before)
+
+    @contextmanager
+    def _announced(self, what: str) -> Iterator[None]:
+        self.step += 1
+        started = time.monotonic()
+        console.print(f"[bold]{self.step}/{STEPS}[/bold] {what}")
+        yield
+        console.print(f"    [dim]{time.monotonic() - started:.0f} s[/dim]")
+
+    def _prefix(self, name: str) -> str:
+        return str(self.output / "data" / name)
+
+    def _prepare_data(self) -> str:
+        """Write the text, train a tokenizer where the model brings none, and make .bin/.idx."""
+        from nemodiff_train.data.prepare import Options, prepare
+        from nemodiff_train.demo.arithmetic import problems
+        from nemodiff_train.demo.corpus import write_stdlib_text
+        from nemodiff_train.demo.tokenizer import train_tokenizer
+
+        folder = self.output / "data"
+        folder.mkdir()
+        write_stdlib_text(folder / "code.jsonl", CODE_BYTES)
+        with (folder / "problems.jsonl").open("w") as file:
+            for problem in problems("train", PROBLEMS, seed=0):
+                print(json.dumps({"text": problem.prompt + problem.solution}), file=file)
+        tokenizer = str(self.ar_model)
+        if self.own_model:
+            tokenizer = str(self.output / "tokenizer")
+            train_tokenizer(_texts(folder), VOCABULARY, Path(tokenizer))
+        for name in ("problems", "code"):
+            options = Options(
+                inputs=[f"{folder}/{name}.jsonl"],
+                tokenizer=tokenizer,
+                output=self._prefix(name),
+                text_field="text",
+                split="train",
+                glob="*",
+                eod_token=None,
+                workers=len(os.sched_getaffinity(0)),
+                overwrite=False,
+            )
+            prepare(options)
+        return tokenizer
+
+    def _train_ar(self, tokenizer: str) -> None:
+        """Train in this process, then export an ordinary Hugging Face checkpoint."""
+        from nemodiff_train.host import prepare
+
+        prepare()
+        from nemodiff_train.training.command import train
+        from nemodiff_train.training.recipes import load_recipe
+
+        words = {"tokenizer": tokenizer, "problems": self._prefix("problems"), "code": self._prefix("code")}
+        train(load_recipe("demo_ar", [*_words(words), f"output={self.output / 'ar'}"]))
+        self._export("ar", self.ar_model)
+
+    def _train_joint(self) -> None:
+        """Start two processes under torchrun, as on a cluster."""
+        words = {
+            "start_from": str(self.ar_model),
+            "problems": self._prefix("problems"),
+            "code": self._prefix("code"),
+            "output": str(self.output / "joint"),
+            "mask_token": self.mask_token,
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, "-m", "nemodiff_train", "train", "demo_joint", *_words(words)]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if subprocess.run(command, env=environment, check=False).returncode:
+            raise UserError(f"the joint stage failed; see {self.output}/joint/train.log")
+
+    def _export(self, run: str, directory: Path) -> None:
+        from nemodiff_train.conversion.huggingface import export_checkpoint
+
+        export_checkpoint(str(self.output / run / "checkpoints"), str(directory))
+
+    def _evaluate_ar(self) -> float:
+        """Accuracy of the AR model before the joint stage, from the exported directory."""
+        from nemodiff_train.conversion.huggingface import import_checkpoint
+
+        checkpoint = self.output / "ar-imported"
+        import_checkpoint(str(self.ar_model), str(checkpoint))
+        accuracy = self._evaluate(checkpoint, ("ar",), ()).modes["ar"].accuracy
+        shutil.rmtree(checkpoint)
+        console.print(f"    accuracy {accuracy:.1%}")
+        return accuracy
+
+    def _evaluate_tri_mode(self, ar_before: float) -> None:
+        """Score every mode, print the table, write the report."""
+        from nemodiff_train.evaluation.report import write_report
+        from nemodiff_train.evaluation.table import print_table
+
+        evaluation = self._evaluate(self.output / "joint" / "checkpoints", ("ar", "diffusion", "linear"), THRESHOLDS)
+        evaluation.settings["AR accuracy before the joint stage"] = ar_before
+        report = write_report(self.output / "report", evaluation)
+        print_table(evaluation)
+        console.print(f"AR accuracy before the joint stage: {ar_before:.1%}")
+        console.print(f"tri-mode model: [bold]{self.output / 'tri-mode-model'}[/bold]")
+        console.print(f"report: [bold]{report}[/bold]")
+
+    def _evaluate(self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]) -> "Evaluation":
+        from nemodiff_train.decoding.loading import open_model
+        from nemodiff_train.evaluation.run import Plan, evaluate
+        from nemodiff_train.evaluation.tasks import load_task
+
+        task = load_task("arithmetic", count=self.count)
+        opened = open_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
+        plan = Plan(modes=modes, thresholds=thresholds, batch_size=50)
+        return evaluate(opened, task, plan, str(checkpoint))
+
+
+def _words(settings: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    for name in ("problems", "code"):
+        with (folder / f"{name}.jsonl").open() as file:
+            for line in file:
+                yield json.loads(line)["text"]

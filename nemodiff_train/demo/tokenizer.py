@@ -1,0 +1,44 @@
+"""The demo's tokenizer: byte-level BPE, one token per digit."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Train on `texts` and write a Hugging Face tokenizer directory that decodes losslessly.
+
+    Args:
+        texts: What the model will read; words frequent here become single tokens.
+        vocab_size: Number of tokens, the 256 bytes and the two special ones included.
+        directory: Where `AutoTokenizer.from_pretrained` will find it; made if missing.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        # One token per digit, so that a number's length shows and its digits line up for arithmetic.
+        [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all bytes: any text can be written
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    _wrapped(bpe).save_pretrained(directory)
+
+
+def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        mask_token=MASK,
+        clean_up_tokenization_spaces=False,  # the clean-up would drop spaces before punctuation
+    )

@@ -1,0 +1,37 @@
+"""The demo's joint stage: an AR checkpoint becomes tri-mode, under tensor parallelism over two ranks."""
+
+from megatron.bridge.training.config import RNGConfig, TrainingConfig
+
+from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
+from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
+
+STEPS = 1000
+
+
+def recipe(start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>") -> TriModeConfig:
+    """Joint AR + diffusion training with the paper's objective.
+
+    Args:
+        start_from: The AR model: a Hugging Face directory or a Megatron checkpoint.
+        problems: Prefix of the arithmetic problems, prepared with the model's tokenizer.
+        code: Prefix of the standard library's source.
+        output: The run's folder.
+        mask_token: A token of the model's tokenizer that never occurs in text.
+    """
+    model = model_from(start_from)
+    model.tensor_model_parallel_size = 2
+    return TriModeConfig(
+        model=model,
+        objective=ObjectiveConfig(block_size=32, mask_token=mask_token),
+        dataset=TextDatasetConfig(seq_length=128, data=["0.85", problems, "0.15", code], split="100,0,0"),
+        train=TrainingConfig(train_iters=STEPS, global_batch_size=8, micro_batch_size=8),
+        optimizer=adamw(4e-3, 0.0),
+        scheduler=schedule(50, style="cosine"),
+        checkpoint=checkpoints(output, start_from, every=STEPS),
+        logger=loggers(output),
+        tokenizer=tokenizer_of(start_from),
+        validation=no_validation(),
+        rng=RNGConfig(seed=1),
+    )
