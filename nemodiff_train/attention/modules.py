@@ -94,9 +94,8 @@ class PlacedRotary(nn.Module):
         """
         cached = self.state.cached
         if cached is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-            place = self.state.training_positions(positions, self.config.joint, device)
             table, factor = self._table(positions)
+            place = self.state.training_positions(positions, self.config.joint, table.device)
             return self._as_wrapped(table[place], factor)
         table, factor = self._table(cached.visible)
         return self._as_wrapped(table[:, 0, 0][cached.positions.T][:, :, None], factor)

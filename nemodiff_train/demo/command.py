@@ -44,7 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"'{arguments.start_from}' is not a directory; give a Hugging Face model directory")
     if arguments.count < 1:
         raise UserError(f"--count is {arguments.count}; it must be at least 1")
+    from nemodiff_train.host import prepare
+
     started = time.monotonic()
+    prepare()
     output.mkdir(parents=True, exist_ok=True)
     Demo(output, arguments.start_from, arguments.mask_token, arguments.count).run()
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
@@ -72,13 +75,17 @@ class Demo:
         """All steps in order."""
         with self._announced("text: Python's standard library, and arithmetic problems with worked answers"):
             tokenizer = self._prepare_data()
-        with self._announced("AR stage: a small Qwen 3" if self.own_model else "AR stage: skipped, using yours"):
+        with self._announced(
+            "AR stage: a small Qwen 3, data parallel over two processes"
+            if self.own_model
+            else "AR stage: skipped, using yours"
+        ):
             if self.own_model:
                 self._train_ar(tokenizer)
         with self._announced("AR model, before the joint stage"):
             before = self._evaluate_ar()
         with self._announced("joint stage: AR + diffusion, tensor parallel over two processes"):
-            self._train_joint()
+            self._torchrun("demo_joint", "joint", start_from=str(self.ar_model), mask_token=self.mask_token)
         with self._announced("export to Hugging Face"):
             self._export("joint", self.output / "tri-mode-model")
         with self._announced(f"three modes on {self.count} held-out problems"):
@@ -128,31 +135,23 @@ class Demo:
         return tokenizer
 
     def _train_ar(self, tokenizer: str) -> None:
-        """Train in this process, then export an ordinary Hugging Face checkpoint."""
-        from nemodiff_train.host import prepare
-
-        prepare()
-        from nemodiff_train.training.command import train
-        from nemodiff_train.training.recipes import load_recipe
-
-        words = {"tokenizer": tokenizer, "problems": self._prefix("problems"), "code": self._prefix("code")}
-        train(load_recipe("demo_ar", [*_words(words), f"output={self.output / 'ar'}"]))
+        """Train, then export an ordinary Hugging Face checkpoint."""
+        self._torchrun("demo_ar", "ar", tokenizer=tokenizer)
         self._export("ar", self.ar_model)
 
-    def _train_joint(self) -> None:
-        """Start two processes under torchrun, as on a cluster."""
-        words = {
-            "start_from": str(self.ar_model),
+    def _torchrun(self, recipe: str, run: str, **settings: str) -> None:
+        """Train a recipe in two processes, as on a cluster."""
+        settings |= {
             "problems": self._prefix("problems"),
             "code": self._prefix("code"),
-            "output": str(self.output / "joint"),
-            "mask_token": self.mask_token,
+            "output": str(self.output / run),
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*torchrun, "-m", "nemodiff_train", "train", "demo_joint", *_words(words)]
+        words = [f"{key}={value}" for key, value in settings.items()]
+        command = [*torchrun, "-m", "nemodiff_train", "train", recipe, *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if subprocess.run(command, env=environment, check=False).returncode:
-            raise UserError(f"the joint stage failed; see {self.output}/joint/train.log")
+            raise UserError(f"training {recipe} failed; see {self.output}/{run}/train.log")
 
     def _export(self, run: str, directory: Path) -> None:
         from nemodiff_train.conversion.huggingface import export_checkpoint
@@ -192,10 +191,6 @@ class Demo:
         opened = open_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         plan = Plan(modes=modes, thresholds=thresholds, batch_size=50)
         return evaluate(opened, task, plan, str(checkpoint))
-
-
-def _words(settings: dict[str, str]) -> list[str]:
-    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def _texts(folder: Path) -> Iterator[str]:

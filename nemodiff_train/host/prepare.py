@@ -56,6 +56,10 @@ def prepare() -> Host:
         from nemodiff_train.host.cpu import cpu_as_cuda
 
         cpu_as_cuda()
+        if "OMP_NUM_THREADS" not in os.environ:
+            # OpenMP threads wait for each other in a busy loop: one that has to share its core makes
+            # small models many times slower.  Processes are the way to use more cores.
+            torch.set_num_threads(1)
     host = Host(cuda=cuda, missing_packages=missing)
     if is_main_process():
         console.print(f"[dim]{host}[/dim]")
