@@ -1,4 +1,4 @@
-"""The demo's joint stage: an AR checkpoint becomes tri-mode, under tensor parallelism over two ranks."""
+"""The demo's joint stage: an AR checkpoint becomes tri-mode, under tensor parallelism over two ranks by default."""
 
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
@@ -7,10 +7,12 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
 from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
-STEPS = 1000
+STEPS = 900
 
 
-def recipe(start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>") -> TriModeConfig:
+def recipe(
+    start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>", ranks: str = "2"
+) -> TriModeConfig:
     """Joint AR + diffusion training with the paper's objective.
 
     Args:
@@ -19,16 +21,17 @@ def recipe(start_from: str, problems: str, code: str, output: str, mask_token: s
         code: Prefix of the standard library's source.
         output: The run's folder.
         mask_token: A token of the model's tokenizer that never occurs in text.
+        ranks: Tensor-parallel processes.
     """
     model = model_from(start_from)
-    model.tensor_model_parallel_size = 2
+    model.tensor_model_parallel_size = int(ranks)
     return TriModeConfig(
         model=model,
-        objective=ObjectiveConfig(block_size=32, mask_token=mask_token),
-        dataset=TextDatasetConfig(seq_length=128, data=["0.85", problems, "0.15", code], split="100,0,0"),
+        objective=ObjectiveConfig(block_size=32, mask_token=mask_token, all_masked_share=0.3),
+        dataset=TextDatasetConfig(seq_length=128, data=["0.9", problems, "0.1", code], split="100,0,0"),
         train=TrainingConfig(train_iters=STEPS, global_batch_size=8, micro_batch_size=8),
-        optimizer=adamw(4e-3, 0.0),
-        scheduler=schedule(50, style="cosine"),
+        optimizer=adamw(5e-3, 2.5e-4),
+        scheduler=schedule(30, style="cosine"),
         checkpoint=checkpoints(output, start_from, every=STEPS),
         logger=loggers(output),
         tokenizer=tokenizer_of(start_from),

@@ -1,10 +1,14 @@
 """Fixtures used by more than one module."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.prepared import TEXTS, run, save_tokenizer, write_jsonl
+
+# Some tests import parts of Megatron before the host is prepared, which would set this in time.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,117 @@
-"""What the gang runs; see tests/gang.py."""
+"""What the gang runs; see tests/gang.py and tests/test_layouts.py."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 
 def train(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
     """Train the small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
     from nemodiff_train.training.command import train as run
-    from nemodiff_train.training.recipes import _override
+    from nemodiff_train.training.recipes import override
     from tests import small
 
     config = small.recipe(output=output, **arguments)
-    run(_override(config, dict(word.split("=", 1) for word in settings)))
+    run(override(config, dict(word.split("=", 1) for word in settings)))
     return {"steps": [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]}
+
+
+def resume(output: str, stopped: str, at: int, **arguments: Any) -> dict[str, Any]:
+    """The run in ``stopped`` as it was when step ``at`` had been saved, continued by the same command."""
+    source, target = Path(stopped, "checkpoints"), Path(output, "checkpoints")
+    iteration = f"iter_{at:07d}"
+    shutil.copytree(source / iteration, target / iteration)
+    shutil.copy(source / iteration / "train_state.pt", target / "latest_train_state.pt")
+    (target / "latest_checkpointed_iteration.txt").write_text(str(at))
+    return train(output, **arguments)
+
+
+def ar_logits(source: str, tensor: int, pipeline: int) -> dict[str, float]:
+    """Largest difference of AR logits to Transformers' over 200 positions, on a model split over ranks.
+
+    ``without_scale`` is the same with Ministral's query scale turned off: it must matter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    ids = torch.randint(20, 220, (2, 200))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+    found = {"difference": _difference(source, tensor, pipeline, ids, expected, keep_scale=True)}
+    found["without_scale"] = _difference(source, tensor, pipeline, ids, expected, keep_scale=False)
+    return found
+
+
+def _difference(
+    source: str, tensor: int, pipeline: int, ids: torch.Tensor, expected: torch.Tensor, keep_scale: bool
+) -> float:
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from nemodiff_train.decoding.loading import as_one_stage
+    from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        model_parallel_cuda_manual_seed(1)
+    provider: Any = model_from(source)
+    as_one_stage(provider, tensor)
+    provider.pipeline_model_parallel_size = pipeline
+    if not keep_scale:
+        provider.query_scale_beta = 0.0
+    provider.finalize()
+    models = provider.provide_distributed_model(wrap_with_ddp=False)
+    auto_bridge(hf_config(source)).load_hf_weights(models, hf_path=source)
+
+    def step(batch: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        logits = model(ids, positions, attention_mask=None, runtime_gather_output=True)
+        return logits, lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=None,
+            model=models,
+            num_microbatches=1,
+            seq_length=ids.shape[1],
+            micro_batch_size=len(ids),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    largest = torch.zeros(1)
+    if parallel_state.is_pipeline_last_stage():
+        largest += (outputs[0] - expected).abs().max()
+    dist.broadcast(largest, dist.get_world_size() - 1)
+    return float(largest)
+
+
+def decode(checkpoint: str, tensor: int) -> dict[str, Any]:
+    """Tokens of every mode for three prompts."""
+    from nemodiff_train.decoding.decode import MODES, decode
+    from nemodiff_train.decoding.loading import open_model
+
+    opened = open_model(checkpoint, max_new_tokens=24, block_size=8, threshold=0.05, tensor_parallel=tensor)
+    prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
+    return {
+        mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]
+        for mode in MODES
+    }
+
+
+def loggers(output: str, **arguments: Any) -> dict[str, Any]:
+    """Train with TensorBoard and W&B; returns TensorBoard's tags and whether W&B wrote an offline run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names = {"wandb_project": "test", "wandb_exp_name": "run", "wandb_save_dir": f"{output}/wandb"}
+    settings = [f"logger.{key}={value}" for key, value in names.items()]
+    train(output, [*settings, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"], **arguments)
+    events = EventAccumulator(f"{output}/tensorboard").Reload()
+    return {"tags": events.Tags()["scalars"], "wandb": len(list(Path(output, "wandb").rglob("offline-run-*")))}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from nemodiff_train.console import console, quiet
+from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_like
 
@@ -55,8 +55,9 @@ def export_checkpoint(source: str, output: str) -> None:
     Raises:
         UserError: No checkpoint, or existing output.
     """
-    from nemodiff_train.decoding.loading import load_for_decoding, tokenizer_directory
+    from nemodiff_train.decoding.loading import load_for_decoding, open_checkpoint, tokenizer_directory
 
+    open_checkpoint(source)
     with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"exporting {source}"):
         model = load_for_decoding(source)
         write_hf_directory(model, tokenizer_directory(source), partial)
@@ -80,27 +81,6 @@ def write_hf_directory(model: Any, tokenizer: Path, directory: Path) -> None:
     if model.config.hf_generation_config:
         text = json.dumps(model.config.hf_generation_config, indent=2)
         (directory / "generation_config.json").write_text(text + "\n")
-
-
-def check_weights(directory: Path) -> None:
-    """Refuse a directory whose safetensors cannot be read, before anything is built.
-
-    A hub name is left to Transformers, which verifies what it downloads.
-
-    Raises:
-        UserError: Names the file.
-    """
-    if not directory.is_dir():
-        return
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"'{file}' is damaged or incomplete ({error}); fetch it again") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Arithmetic word problems with worked answers, made on the spot.
 
-Train and test are disjoint by construction.  Every answer adds or subtracts two-digit numbers, once or twice;
-each such sum, with its operands, belongs to one split (`split_of`, a fixed hash), and a problem is made of
-sums of its own split only.  So no test problem, under whatever names, objects or wording, asks for a sum that
-a training answer works out.
+Train and test are disjoint by construction.  Every answer adds or subtracts two two-digit numbers; in each
+story, one such sum in ten belongs to the test split (`split_of`, a fixed hash) and is never asked in training,
+whatever the names and objects.  The same sum may be trained on in another story.
 
 All numbers have two digits, no sum carries or borrows, and the wording of an answer follows from its
 question: a reader who can do the sum knows every word of the answer in advance.  That is what lets a draft
@@ -20,10 +19,9 @@ from typing import Literal
 Split = Literal["train", "test"]
 Sign = Literal["+", "-"]
 
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Lena", "Max")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps")
 GOODS = ("bag", "ball", "book", "chair", "clock", "lamp", "shirt", "table")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 
 TEST_SHARE = 10  # one sum in ten is held out
 
@@ -56,20 +54,20 @@ class Sum:
         return f"{tens} and {ones}, so {self.left} {self.sign} {self.right} = {self.result}"
 
 
-def split_of(sum_: Sum) -> Split:
-    """The split that owns a sum.  `a + b` and `b + a` go together."""
+def split_of(sum_: Sum, story: str) -> Split:
+    """The split that owns a sum in a story.  `a + b` and `b + a` go together."""
     left, right = sum_.left, sum_.right
     if sum_.sign == "+":
         left, right = min(left, right), max(left, right)
-    return "test" if zlib.crc32(f"{left}{sum_.sign}{right}".encode()) % TEST_SHARE == 0 else "train"
+    return "test" if zlib.crc32(f"{story} {left}{sum_.sign}{right}".encode()) % TEST_SHARE == 0 else "train"
 
 
 @cache
-def _sums(split: Split, sign: Sign) -> tuple[Sum, ...]:
-    """Every sum of a split: no zero among the operands' digits, no carry and no borrow."""
+def _sums(split: Split, sign: Sign, story: str) -> tuple[Sum, ...]:
+    """Every sum of a split in a story: no zero among the operands' digits, no carry and no borrow."""
     numbers = [number for number in range(11, 100) if number % 10]
     sums = (Sum(left, sign, right) for left in numbers for right in numbers)
-    return tuple(s for s in sums if _is_plain(s) and split_of(s) == split)
+    return tuple(s for s in sums if _is_plain(s) and split_of(s, story) == split)
 
 
 def _is_plain(s: Sum) -> bool:
@@ -79,17 +77,12 @@ def _is_plain(s: Sum) -> bool:
     return left_tens > right_tens and left_ones >= right_ones
 
 
-@cache
-def _sums_from(split: Split, sign: Sign, left: int) -> tuple[Sum, ...]:
-    return tuple(s for s in _sums(split, sign) if s.left == left)
-
-
 def _problem(question: str, worked: str, answer: int) -> Problem:
     return Problem(f"Question: {question}\nAnswer:", f" {worked} The answer is {answer}.", str(answer))
 
 
 def _gift(draw: random.Random, split: Split) -> Problem:
-    s, (name, friend), things = draw.choice(_sums(split, "+")), draw.sample(NAMES, 2), draw.choice(THINGS)
+    s, (name, friend), things = draw.choice(_sums(split, "+", "gift")), draw.sample(NAMES, 2), draw.choice(THINGS)
     return _problem(
         f"{name} has {s.left} {things}. {friend} gives {name} {s.right} more {things}. "
         f"How many {things} does {name} have now?",
@@ -100,7 +93,7 @@ def _gift(draw: random.Random, split: Split) -> Problem:
 
 
 def _shelves(draw: random.Random, split: Split) -> Problem:
-    s, things = draw.choice(_sums(split, "+")), draw.choice(THINGS)
+    s, things = draw.choice(_sums(split, "+", "shelves")), draw.choice(THINGS)
     return _problem(
         f"There are {s.left} {things} in one box and {s.right} {things} in another box. "
         f"How many {things} are there in both boxes?",
@@ -111,7 +104,7 @@ def _shelves(draw: random.Random, split: Split) -> Problem:
 
 
 def _prices(draw: random.Random, split: Split) -> Problem:
-    s, name, (first, second) = draw.choice(_sums(split, "+")), draw.choice(NAMES), draw.sample(GOODS, 2)
+    s, name, (first, second) = draw.choice(_sums(split, "+", "prices")), draw.choice(NAMES), draw.sample(GOODS, 2)
     return _problem(
         f"{name} buys a {first} for ${s.left} and a {second} for ${s.right}. How much does {name} pay?",
         f"The {first} costs ${s.left} and the {second} costs ${s.right}. {s.worked()}. So {name} pays ${s.result}.",
@@ -120,7 +113,7 @@ def _prices(draw: random.Random, split: Split) -> Problem:
 
 
 def _giving(draw: random.Random, split: Split) -> Problem:
-    s, (name, friend), things = draw.choice(_sums(split, "-")), draw.sample(NAMES, 2), draw.choice(THINGS)
+    s, (name, friend), things = draw.choice(_sums(split, "-", "giving")), draw.sample(NAMES, 2), draw.choice(THINGS)
     return _problem(
         f"{name} has {s.left} {things} and gives {s.right} of them to {friend}. "
         f"How many {things} does {name} have left?",
@@ -130,40 +123,11 @@ def _giving(draw: random.Random, split: Split) -> Problem:
     )
 
 
-def _shop(draw: random.Random, split: Split) -> Problem:
-    s, day, things = draw.choice(_sums(split, "-")), draw.choice(DAYS), draw.choice(THINGS)
-    return _problem(
-        f"A shop has {s.left} {things}. On {day} it sells {s.right} of them. "
-        f"How many {things} are in the shop after {day}?",
-        f"The shop has {s.left} {things} and sells {s.right} on {day}. {s.worked()}. "
-        f"So the shop has {s.result} {things} after {day}.",
-        s.result,
-    )
-
-
-def _two_steps(draw: random.Random, split: Split) -> Problem:
-    (name, friend), things = draw.sample(NAMES, 2), draw.choice(THINGS)
-    first = draw.choice(_sums(split, "+"))
-    while not (following := _sums_from(split, "-", first.result)):
-        first = draw.choice(_sums(split, "+"))
-    second = draw.choice(following)
-    return _problem(
-        f"{name} has {first.left} {things}. {name} finds {first.right} more and then gives {second.right} "
-        f"to {friend}. How many {things} does {name} have in the end?",
-        f"First {name} finds {first.right} more. {first.worked()}. "
-        f"Then {name} gives {second.right} to {friend}. {second.worked()}. "
-        f"So {name} has {second.result} {things} in the end.",
-        second.result,
-    )
-
-
 _TEMPLATES: tuple[Callable[[random.Random, Split], Problem], ...] = (
     _gift,
     _shelves,
     _prices,
     _giving,
-    _shop,
-    _two_steps,
 )
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from nemodiff_train.console import console
 from nemodiff_train.errors import UserError
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from nemodiff_train.evaluation.evaluation import Evaluation
 
 STEPS = 6
-CODE_BYTES = 2_000_000
-PROBLEMS = 60_000
+CODE_BYTES = 1_000_000
+PROBLEMS = 25_000
 VOCABULARY = 1024
 MAX_NEW_TOKENS = 128
 THRESHOLD = 0.9
@@ -69,6 +71,7 @@ class Demo:
         self.own_model = start_from is None
         self.mask_token = mask_token
         self.count = count
+        self.processes = _processes()
         self.step = 0
 
     def run(self) -> None:
@@ -76,16 +79,20 @@ class Demo:
         with self._announced("text: Python's standard library, and arithmetic problems with worked answers"):
             tokenizer = self._prepare_data()
         with self._announced(
-            "AR stage: a small Qwen 3, data parallel over two processes"
-            if self.own_model
-            else "AR stage: skipped, using yours"
+            "AR stage: a small Qwen 3, data parallel" if self.own_model else "AR stage: skipped, using yours"
         ):
             if self.own_model:
                 self._train_ar(tokenizer)
         with self._announced("AR model, before the joint stage"):
             before = self._evaluate_ar()
-        with self._announced("joint stage: AR + diffusion, tensor parallel over two processes"):
-            self._torchrun("demo_joint", "joint", start_from=str(self.ar_model), mask_token=self.mask_token)
+        with self._announced("joint stage: AR + diffusion, tensor parallel"):
+            self._torchrun(
+                "demo_joint",
+                "joint",
+                start_from=str(self.ar_model),
+                mask_token=self.mask_token,
+                ranks=str(self.processes),
+            )
         with self._announced("export to Hugging Face"):
             self._export("joint", self.output / "tri-mode-model")
         with self._announced(f"three modes on {self.count} held-out problems"):
@@ -140,13 +147,14 @@ class Demo:
         self._export("ar", self.ar_model)
 
     def _torchrun(self, recipe: str, run: str, **settings: str) -> None:
-        """Train a recipe in two processes, as on a cluster."""
+        """Train a recipe under torchrun, as on a cluster."""
         settings |= {
             "problems": self._prefix("problems"),
             "code": self._prefix("code"),
             "output": str(self.output / run),
         }
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun = [*launcher, "--nproc-per-node", str(self.processes)]
         words = [f"{key}={value}" for key, value in settings.items()]
         command = [*torchrun, "-m", "nemodiff_train", "train", recipe, *words]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -191,6 +199,13 @@ class Demo:
         opened = open_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         plan = Plan(modes=modes, thresholds=thresholds, batch_size=50)
         return evaluate(opened, task, plan, str(checkpoint))
+
+
+def _processes() -> int:
+    """Two, as many as the layouts need; one on a machine with a single GPU."""
+    from nemodiff_train.host import prepare
+
+    return min(2, torch.cuda.device_count()) if prepare().cuda else 2
 
 
 def _texts(folder: Path) -> Iterator[str]:

@@ -36,17 +36,18 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.host import prepare
 
     task = load_task(arguments.task, scorer=arguments.scorer, pattern=arguments.pattern, count=arguments.count)
-    usable_directory(Path(arguments.output))
     thresholds = _numbers(arguments.thresholds)
     modes = tuple(arguments.modes.split(","))
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     prepare()
-    from nemodiff_train.decoding.loading import open_model
+    from nemodiff_train.decoding.loading import open_checkpoint, open_model
     from nemodiff_train.evaluation.report import write_report
     from nemodiff_train.evaluation.run import Plan, evaluate
     from nemodiff_train.evaluation.table import print_table
 
+    open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
+    usable_directory(Path(arguments.output))
     opened = open_model(
         arguments.checkpoint,
         modes=modes,

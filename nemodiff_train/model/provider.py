@@ -105,7 +105,8 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> 
         "its own model class": type(source).provide is not GPTModelProvider.provide,
         "mixture of experts": source.num_moe_experts is not None,
         "latent attention": source.multi_latent_attention,
-        "sliding-window attention": getattr(source, "window_size", None) is not None,
+        "sliding-window attention": getattr(source, "window_size", None) is not None
+        or "sliding_attention" in (hf_config.get("layer_types") or []),
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
     }

@@ -33,6 +33,10 @@ class ObjectiveConfig:
     min_noise_level: float = 1e-3
     """Lower end of the noise level t ~ U(min, 1), drawn once a sample; bounds the weight 1/t."""
 
+    all_masked_share: float = 0.0
+    """Share of samples at noise level 1, every place hidden. TiDAR trains on nothing else (2511.08923,
+    section 3): it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
+
     seed: int = 1234
     """Noise is a pure function of this seed, the split, and the index of the sample."""
 
@@ -52,6 +56,8 @@ class ObjectiveConfig:
             )
         if not 0 < self.min_noise_level < 1:
             found.append(f"objective.min_noise_level={self.min_noise_level} is not between 0 and 1")
+        if not 0 <= self.all_masked_share <= 1:
+            found.append(f"objective.all_masked_share={self.all_masked_share} is not a share between 0 and 1")
         if self.alpha < 0:
             found.append(f"objective.alpha={self.alpha} is negative; the paper uses 0.3")
         return found

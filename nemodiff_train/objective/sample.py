@@ -12,7 +12,9 @@ from nemodiff_train.objective.noise import draw_noise
 Sample = dict[str, torch.Tensor]
 
 
-def double(sample: Mapping[str, torch.Tensor], key: tuple[int, int, int], mask_id: int, level: float) -> Sample:
+def double(
+    sample: Mapping[str, torch.Tensor], key: tuple[int, int, int], mask_id: int, objective: ObjectiveConfig
+) -> Sample:
     """Turn an AR sample of L tokens into a joint sample of 2L positions.
 
     ========== ============================================ ==========================
@@ -30,10 +32,10 @@ def double(sample: Mapping[str, torch.Tensor], key: tuple[int, int, int], mask_i
         sample: ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each [L].
         key: What the noise is a function of; see :func:`~nemodiff_train.objective.noise.draw_noise`.
         mask_id: Id of the mask token.
-        level: Lower end of the noise level.
+        objective: Gives the range of the noise level.
     """
     tokens, counts = sample["tokens"], sample["loss_mask"]
-    noise = draw_noise(key, counts.numpy() > 0, level)
+    noise = draw_noise(key, counts.numpy() > 0, objective.min_noise_level, objective.all_masked_share)
     masked = torch.from_numpy(noise.masked)
     return {
         "tokens": torch.cat([tokens.masked_fill(masked, mask_id), tokens]),
@@ -57,4 +59,4 @@ class JointDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         key = (self.objective.seed, self.split, int(index))
-        return double(self.samples[index], key, self.mask_token_id, self.objective.min_noise_level)
+        return double(self.samples[index], key, self.mask_token_id, self.objective)

@@ -1,5 +1,8 @@
 """What can be known to be wrong before anything is built."""
 
+from pathlib import Path
+
+from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
@@ -19,6 +22,8 @@ def check(config: TriModeConfig, world_size: int) -> None:
     ]
     if problems:
         raise UserError("; ".join(problems))
+    if config.checkpoint.pretrained_checkpoint:
+        check_weights(Path(config.checkpoint.pretrained_checkpoint))
     _check_data(config)
 
 

@@ -31,7 +31,7 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     arguments = {key: value for key, value in pairs if "." not in key}
     _check_arguments(name, module.recipe, arguments)
     config: TriModeConfig = module.recipe(**arguments)
-    return _override(config, {key: value for key, value in pairs if "." in key})
+    return override(config, {key: value for key, value in pairs if "." in key})
 
 
 def recipe_names() -> list[str]:
@@ -76,19 +76,33 @@ def _check_arguments(name: str, function: Any, arguments: dict[str, str]) -> Non
         raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
 
 
-def _override(config: TriModeConfig, overrides: dict[str, str]) -> TriModeConfig:
+def override(config: TriModeConfig, overrides: dict[str, str]) -> TriModeConfig:
+    """Set fields of a configuration, ``section.field`` to its new value in Hydra's syntax.
+
+    Raises:
+        UserError: Unknown key, with the nearest match, or a value that does not fit.
+    """
     from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
-    for key in overrides:
-        _check_key(config, key.lstrip("+~"))
+    before = {key: _check_key(config, key.lstrip("+~")) for key in overrides}
     try:
-        return process_config_with_overrides(config, cli_overrides=[f"{k}={v}" for k, v in overrides.items()])
+        process_config_with_overrides(config, cli_overrides=[f"{k}={v}" for k, v in overrides.items()])
     except (OverridesError, TypeError, ValueError) as error:
         raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
+    for key, old in before.items():
+        _check_type(key, old, _check_key(config, key.lstrip("+~")))
+    return config
 
 
-def _check_key(config: TriModeConfig, key: str) -> None:
-    """Walk the dotted key and name the first part that does not exist."""
+def _check_type(key: str, old: Any, new: Any) -> None:
+    """Refuse a word where the recipe had a number or a truth value; Hydra takes anything."""
+    wanted = "true or false" if isinstance(old, bool) else "a number"
+    if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
+        raise UserError(f"{key}={new} is not {wanted}, as {old} was")
+
+
+def _check_key(config: TriModeConfig, key: str) -> Any:
+    """Walk the dotted key, name the first part that does not exist, and return what is there."""
     node: Any = config
     walked = ""
     for part in key.split("."):
@@ -101,3 +115,4 @@ def _check_key(config: TriModeConfig, key: str) -> None:
         walked = f"{walked}.{part}" if walked else part
         if node is None or isinstance(node, (str, int, float, list, tuple)):
             break
+    return node
