@@ -130,3 +130,16 @@ def test_reduction_by_hand_and_over_any_micro_batching() -> None:
         ]
         for name, total in whole.items():
             torch.testing.assert_close(sum(part[name] for part in parts), total, rtol=1e-5, atol=1e-5)
+
+
+def test_the_shifted_sample() -> None:
+    """Place i predicts token i + 1 where that is masked and in the same block."""
+    plain, objective = sample(), ObjectiveConfig(block_size=16, shift=True)
+    shifted, usual = (double(plain, (1, 0, 2), 5, o) for o in (objective, ObjectiveConfig(block_size=16)))
+    assert torch.equal(shifted["tokens"], usual["tokens"])
+    assert torch.equal(shifted["labels"], plain["labels"].repeat(2))
+    for place in range(64):
+        inside = place % 16 != 15
+        expected = usual["loss_mask"][place + 1] if inside else torch.tensor(0.0)
+        assert shifted["loss_mask"][place] == expected
+    assert torch.equal(shifted["loss_mask"][64:], usual["loss_mask"][64:])

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from nemodiff_train.console import console, quiet
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_like
+from nemodiff_train.model.pretrained import auto_bridge, hf_config, is_megatron_checkpoint, model_from
 
 
 def import_checkpoint(source: str, output: str) -> None:
@@ -30,9 +30,10 @@ def import_checkpoint(source: str, output: str) -> None:
 
     from nemodiff_train.decoding.loading import as_one_stage, start_model_parallel
 
+    if is_megatron_checkpoint(Path(source)):
+        raise UserError(f"'{source}' is a Megatron checkpoint already; import takes a Hugging Face model")
     check_weights(Path(source))
-    provider = model_like(hf_config(source))
-    provider.hf_generation_config = _read_json(Path(source) / "generation_config.json")
+    provider = model_from(source)
     with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"importing {source}"):
         start_model_parallel(1)
         as_one_stage(provider)
@@ -81,10 +82,6 @@ def write_hf_directory(model: Any, tokenizer: Path, directory: Path) -> None:
     if model.config.hf_generation_config:
         text = json.dumps(model.config.hf_generation_config, indent=2)
         (directory / "generation_config.json").write_text(text + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @contextmanager

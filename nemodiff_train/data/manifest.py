@@ -187,6 +187,12 @@ def _check_counts(
         counts = count_tokens(Path(f"{prefix}.bin"), _token_type(prefix), vocab_size, SCAN_TOKENS)
     if len(counts) > vocab_size:
         raise UserError(f"{prefix}: holds token ids beyond the tokenizer's {vocab_size}; prepare it again")
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is not None and pad != end and pad < len(counts) and counts[pad]:
+        raise UserError(
+            f"{prefix}: the tokenizer's padding token {pad} occurs {counts[pad]} times in the data, and Megatron "
+            "would train on none of them; prepare it with another --eod-token"
+        )
     if mask_token_id is not None and (found := int(counts[mask_token_id])):
         token = tokenizer.convert_ids_to_tokens(mask_token_id)
         raise UserError(

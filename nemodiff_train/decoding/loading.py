@@ -52,7 +52,7 @@ def open_model(
     tokenizer = load_tokenizer(str(tokenizer_directory(checkpoint)))
     settings = DecodingSettings(
         max_new_tokens=max_new_tokens,
-        block_size=block_size or provider.block_size,
+        block_size=provider.block_size if block_size is None else block_size,
         threshold=threshold,
         stop_token_ids=stop_tokens(provider, tokenizer),
     )
@@ -123,6 +123,8 @@ def open_checkpoint(checkpoint: str) -> Any:
 
 def as_one_stage(provider: Any, tensor_parallel: int = 1) -> None:
     """Lay a model out for decoding or conversion: no pipeline, no training-only settings."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
     from nemodiff_train.host import prepare
     from nemodiff_train.model.provider import run_without_fusions
 
@@ -132,6 +134,7 @@ def as_one_stage(provider: Any, tensor_parallel: int = 1) -> None:
     provider.sequence_parallel = provider.perform_initialization = False
     if not prepare().cuda:
         provider.use_cpu_initialization = True
+    if not HAVE_TE:
         run_without_fusions(provider)
 
 
@@ -150,7 +153,7 @@ def start_model_parallel(tensor_parallel: int) -> None:
         return
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != tensor_parallel:
-        raise UserError(f"{world} processes were started for --tensor-parallel {tensor_parallel}; make them equal")
+        raise UserError(f"{world} processes were started, but this takes {tensor_parallel} (--tensor-parallel)")
     if not dist.is_initialized() and world == 1:
         dist.init_process_group(prepare().backend, store=HashStore(), rank=0, world_size=1)
     elif not dist.is_initialized():

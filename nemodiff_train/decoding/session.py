@@ -49,7 +49,8 @@ class Session:
             causal: Causal attention among the new tokens; otherwise they all see each other.
 
         Returns:
-            Logits [batch, new, vocab], fp32; the mask token's are -inf.
+            Logits [batch, new, vocab], fp32; the mask token's are -inf.  Of a causal forward, those of place
+            i predict token i + 1; of a block forward, token i.
 
         Raises:
             ValueError: A row would outgrow the session's capacity.
@@ -69,6 +70,8 @@ class Session:
         finally:
             state.cached = None
         logits = logits[..., : self.vocab_size].float()
+        if not causal and self.model.config.shift:
+            logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
         self.seconds[kind] += time.perf_counter() - started

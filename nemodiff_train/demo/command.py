@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from nemodiff_train.console import console
 from nemodiff_train.errors import UserError
 
@@ -31,7 +29,7 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.95)  # further points of the accuracy against TPF
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--output", required=True, help="folder for everything the demo makes; it must not exist")
+    parser.add_argument("--output", required=True, help="folder for everything the demo makes; new or empty")
     parser.add_argument("--start-from", metavar="DIR", help="your own Hugging Face AR model instead of a new one")
     parser.add_argument("--mask-token", default="<|mask|>", help="a token of its that never occurs in text")
     parser.add_argument("--count", type=int, default=200, help="held-out problems to score (%(default)s)")
@@ -203,6 +201,8 @@ class Demo:
 
 def _processes() -> int:
     """Two, as many as the layouts need; one on a machine with a single GPU."""
+    import torch
+
     from nemodiff_train.host import prepare
 
     return min(2, torch.cuda.device_count()) if prepare().cuda else 2

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", default="ar,diffusion,linear", help="comma-separated (default: %(default)s)")
     parser.add_argument("--thresholds", default="", help="further diffusion thresholds, comma-separated")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together (%(default)s)")
-    parser.add_argument("--output", required=True, help="folder for report.html, metrics.json and records.jsonl")
+    parser.add_argument(
+        "--output", required=True, help="folder for report.html, metrics.json, metrics.csv and records.jsonl"
+    )
     add_decoding_arguments(parser)
 
 
@@ -26,11 +28,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="exact limit (%(default)s)")
     parser.add_argument("--block-size", type=int, help="places of a block or draft (default: as trained)")
     parser.add_argument("--threshold", type=float, default=0.9, help="of block diffusion (%(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share the model")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes of torchrun that share the model")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, write the report."""
+    from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.evaluation.files import usable_directory
     from nemodiff_train.evaluation.tasks import load_task
     from nemodiff_train.host import prepare
@@ -40,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     modes = tuple(arguments.modes.split(","))
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    for threshold in (arguments.threshold, *thresholds):
+        DecodingSettings(threshold=threshold)  # refuses what is no probability
     prepare()
     from nemodiff_train.decoding.loading import open_checkpoint, open_model
     from nemodiff_train.evaluation.report import write_report

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from megatron.bridge import AutoBridge
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.errors import UserError
@@ -22,7 +23,9 @@ def model_from(source: str) -> TriModeModelProvider:
     """
     if is_megatron_checkpoint(Path(source)):
         return _megatron_model(Path(source))
-    return model_like(hf_config(source))
+    provider = model_like(hf_config(source))
+    provider.hf_generation_config = _generation_config(source)
+    return provider
 
 
 def model_like(config: PretrainedConfig) -> TriModeModelProvider:
@@ -69,6 +72,28 @@ def hf_config(source: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no Hugging Face model at '{source}' ({reason})") from None
+
+
+def local_copy(source: str) -> str:
+    """The directory of a checkpoint: itself, or what the hub holds under that name.
+
+    Raises:
+        UserError: It is no directory, and nothing of that name can be fetched.
+    """
+    if Path(source).is_dir():
+        return source
+    try:
+        return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]})") from None
+
+
+def _generation_config(source: str) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = GenerationConfig.from_pretrained(source).to_diff_dict()
+    except OSError:  # many models have none
+        return {}
+    return config
 
 
 def is_megatron_checkpoint(path: Path) -> bool:

@@ -48,6 +48,8 @@ class TriModeModelProvider(GPTModelProvider):
     """Training samples are doubled, [noisy | clean], 2L positions; set from ``objective.stage``."""
     block_size: int = 32
     """Places per diffusion block in training; set from ``objective.block_size``."""
+    shift: bool = False
+    """Place i of a block predicts token i + 1; set from ``objective.shift``."""
     mask_token_id: int | None = None
     """Id of the mask token; None until a joint stage has been trained."""
     query_scale_beta: float = 0.0

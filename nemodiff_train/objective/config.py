@@ -37,6 +37,10 @@ class ObjectiveConfig:
     """Share of samples at noise level 1, every place hidden. TiDAR trains on nothing else (2511.08923,
     section 3): it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
 
+    shift: bool = False
+    """Whether place i of the noisy half predicts token i + 1 (Dream; Fast-dLLM v2, 2509.26328) instead of
+    token i. A short training then reuses what the AR model has learned; the paper does not shift."""
+
     seed: int = 1234
     """Noise is a pure function of this seed, the split, and the index of the sample."""
 
@@ -51,7 +55,7 @@ class ObjectiveConfig:
             found.append(f"objective.stage is '{self.stage}'; use 'ar' or 'joint'")
         if self.block_size < 1 or sequence_length % self.block_size:
             found.append(
-                f"dataset.sequence_length={sequence_length} is not a multiple of "
+                f"dataset.seq_length={sequence_length} is not a multiple of "
                 f"objective.block_size={self.block_size}; change one of them"
             )
         if not 0 < self.min_noise_level < 1:

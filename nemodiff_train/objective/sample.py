@@ -21,7 +21,7 @@ def double(
     field      noisy half                                   clean half
     ========== ============================================ ==========================
     tokens     the tokens, masked places set to ``mask_id`` the tokens
-    labels     the tokens (no shift)                        the next tokens
+    labels     the tokens (the next ones if shifted)        the next tokens
     loss_mask  1/t where masked, else 0                     1 where the token counts
     position   0 .. L-1                                     0 .. L-1
     ========== ============================================ ==========================
@@ -36,11 +36,17 @@ def double(
     """
     tokens, counts = sample["tokens"], sample["loss_mask"]
     noise = draw_noise(key, counts.numpy() > 0, objective.min_noise_level, objective.all_masked_share)
-    masked = torch.from_numpy(noise.masked)
+    masked, weight = torch.from_numpy(noise.masked), torch.from_numpy(noise.weight)
+    targets = tokens
+    if objective.shift:
+        # A block's first place would be predicted from a block it cannot see; decoding has it from the AR seed.
+        place = torch.arange(1, len(tokens) + 1)
+        targets = sample["labels"]
+        weight = weight.roll(-1).masked_fill(place % objective.block_size == 0, 0.0)
     return {
         "tokens": torch.cat([tokens.masked_fill(masked, mask_id), tokens]),
-        "labels": torch.cat([tokens, sample["labels"]]),
-        "loss_mask": torch.cat([torch.from_numpy(noise.weight), counts.float()]),
+        "labels": torch.cat([targets, sample["labels"]]),
+        "loss_mask": torch.cat([weight, counts.float()]),
         "position_ids": sample["position_ids"].repeat(2),
     }
 

@@ -3,11 +3,10 @@
 import argparse
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from nemodiff_train.console import is_main_process
 
 if TYPE_CHECKING:
     from nemodiff_train.training.config import TriModeConfig
@@ -45,6 +44,8 @@ def train(config: "TriModeConfig") -> None:
     from nemodiff_train.training.step import forward_step
 
     _fit_to_host(config)
+    if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
+        os.environ["MASTER_PORT"] = str(_free_port())
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(config.checkpoint.save).parent
     _stay_offline_unless_logged_in(config)
@@ -69,6 +70,12 @@ def _fit_to_host(config: "TriModeConfig") -> None:
         config.dataset.pin_memory = False
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
     if not config.logger.wandb_project:
         return
@@ -80,8 +87,10 @@ def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
 
 @contextlib.contextmanager
 def _prints_go_to(path: Path) -> Iterator[None]:
-    """Rank 0's prints go to a file; the other ranks say the same, or nothing."""
-    if is_main_process():
+    """Prints of the first rank, and of the last, which Bridge lets tell the losses, go to a file."""
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    speaks = int(os.environ.get("RANK", "0")) in (0, last)
+    if speaks:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path if is_main_process() else os.devnull, "a") as file, contextlib.redirect_stdout(file):
+    with open(path if speaks else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
         yield

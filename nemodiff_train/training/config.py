@@ -81,6 +81,7 @@ class TriModeConfig(ConfigContainer):
         joint = self.objective.stage == "joint"
         self.model.joint = joint
         self.model.block_size = self.objective.block_size
+        self.model.shift = self.objective.shift
         self.model.seq_length = self.dataset.seq_length * (2 if joint else 1)
         self.model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False

@@ -1,5 +1,7 @@
 """The parts of a configuration that most recipes share, with the paper's values as defaults."""
 
+from pathlib import Path
+
 from megatron.bridge.training.config import (
     CheckpointConfig,
     LoggerConfig,
@@ -9,6 +11,8 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 
+from nemodiff_train.model.pretrained import is_megatron_checkpoint, local_copy, newest_iteration
+
 
 def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> OptimizerConfig:
     """AdamW with weight decay 0.1 and gradient clipping at 1.
@@ -16,7 +20,7 @@ def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> 
     Args:
         peak: Highest learning rate.
         floor: Learning rate at the end of the schedule.
-        sharded: Shard its state over the data-parallel ranks (the ``ddp`` section must say so too).
+        sharded: Shard its state over the data-parallel ranks.
     """
     return OptimizerConfig(
         optimizer="adam",
@@ -55,12 +59,16 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
 
     Args:
         output: The run's folder.
-        start_from: Hugging Face directory or Megatron checkpoint; None for random weights.
+        start_from: Hugging Face directory or name, or Megatron checkpoint; None for random weights.
         every: Steps between checkpoints.
     """
     folder = f"{output}/checkpoints"
     return CheckpointConfig(
-        save=folder, load=folder, pretrained_checkpoint=start_from, save_interval=every, ckpt_format="torch_dist"
+        save=folder,
+        load=folder,
+        pretrained_checkpoint=None if start_from is None else local_copy(start_from),
+        save_interval=every,
+        ckpt_format="torch_dist",
     )
 
 
@@ -77,6 +85,9 @@ def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
 
 def tokenizer_of(model: str) -> TokenizerConfig:
     """The Hugging Face tokenizer in a directory, of a name, or saved with a Megatron checkpoint."""
+    path = Path(model)
+    if is_megatron_checkpoint(path):
+        model = str(newest_iteration(path) / "tokenizer")
     return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
 
 
