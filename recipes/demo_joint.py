@@ -7,13 +7,13 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
 from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
-STEPS = 900
+STEPS = 700
 
 
 def recipe(
     start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>", ranks: str = "2"
 ) -> TriModeConfig:
-    """Joint AR + diffusion training with the paper's objective.
+    """Joint AR + diffusion training.
 
     Args:
         start_from: The AR model: a Hugging Face directory or a Megatron checkpoint.
@@ -25,9 +25,12 @@ def recipe(
     """
     model = model_from(start_from)
     model.tensor_model_parallel_size = int(ranks)
+    # Two departures from the paper, for a training of minutes: all-masked samples are what a one-shot draft
+    # starts from, and the shift lets the noisy half reuse the sums that the AR model can do already.
+    objective = ObjectiveConfig(block_size=32, mask_token=mask_token, all_masked_share=0.2, shift=True)
     return TriModeConfig(
         model=model,
-        objective=ObjectiveConfig(block_size=32, mask_token=mask_token, all_masked_share=0.3),
+        objective=objective,
         dataset=TextDatasetConfig(seq_length=128, data=["0.9", problems, "0.1", code], split="100,0,0"),
         train=TrainingConfig(train_iters=STEPS, global_batch_size=8, micro_batch_size=8),
         optimizer=adamw(5e-3, 2.5e-4),
