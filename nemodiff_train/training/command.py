@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import netrc
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 if TYPE_CHECKING:
     from nemodiff_train.training.config import TriModeConfig
@@ -77,11 +79,15 @@ def _free_port() -> int:
 
 
 def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
-    if not config.logger.wandb_project:
+    """Weights & Biases reads its mode when it is imported, so a login is looked for where it keeps one."""
+    if not config.logger.wandb_project or os.environ.get("WANDB_API_KEY"):
         return
-    import wandb
-
-    if wandb.api.api_key is None:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        logged_in = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    if not logged_in:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
