@@ -102,10 +102,12 @@ def test_killed_and_resumed(
     prepared: str, jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = tmp_path / "out"
-    child = multiprocessing.get_context("fork").Process(target=slow_run, args=(jsonl, tokenizer_dir, prefix))
+    # Spawned: a fork of a process that has run Megatron would inherit locks that its threads hold.
+    child = multiprocessing.get_context("spawn").Process(target=slow_run, args=(jsonl, tokenizer_dir, prefix))
     child.start()
     third = Path(f"{prefix}.parts/00003.bin")
-    while not third.exists() and child.is_alive():
+    deadline = time.monotonic() + 300
+    while not third.exists() and child.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
