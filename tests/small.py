@@ -8,6 +8,11 @@ import torch
 
 VOCABULARY = 320
 EOD, MASK = "<|endoftext|>", "<|mask|>"
+RECOMPUTE = [
+    "model.recompute_granularity=full",
+    "model.recompute_method=uniform",
+    "model.recompute_num_layers=1",
+]
 
 
 def tokenizer(directory: Path) -> None:
@@ -82,8 +87,9 @@ def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     draw = np.random.default_rng(0)
     for _ in range(documents):
-        ids = np.cumsum(draw.integers(0, 3, length)) % 200 + 20
-        builder.add_document(torch.from_numpy(ids), [length])
+        size = int(draw.integers(length // 20, length))  # documents end inside samples, at any place
+        ids = np.append(np.cumsum(draw.integers(0, 3, size - 1)) % 200 + 20, 0)
+        builder.add_document(torch.from_numpy(ids), [size])
     builder.finalize(f"{prefix}.idx")
 
 

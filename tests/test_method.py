@@ -1,56 +1,85 @@
-"""The method, stated a second time: rule, kernels, noise, sample, reduction."""
+"""The method, stated a second time: rule, plans, kernels, sample, reduction."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from nemodiff_train.attention import kernels
+from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import report, weighted
-from nemodiff_train.objective.noise import draw_noise
+from nemodiff_train.objective.loss import reduce, report, sums
 from nemodiff_train.objective.rule import dense_mask
-from nemodiff_train.objective.sample import double
+from nemodiff_train.objective.sample import SampleMaker
+
+CPU = torch.device("cpu")
 
 # (length, block): one block, blocks of one place, groups that end inside and at the end of the sequence.
 SHAPES = [(16, 16), (8, 1), (96, 32), (256, 32), (320, 64), (256, 256)]
 
 
-def brute_force(length: int, block: int) -> torch.Tensor:
+def brute_force(
+    length: int, block: list[int], document: list[int], views: int = 1, block_causal: bool = False
+) -> torch.Tensor:
     """The rule in plain words, place by place."""
-    table = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    table = torch.zeros((views + 1) * length, (views + 1) * length, dtype=torch.bool)
+    clean = views * length
     for q in range(length):
         for k in range(length):
-            table[q, k] = q // block == k // block  # noisy sees its own noisy block
-            table[q, length + k] = k // block < q // block  # noisy sees earlier clean blocks
-            table[length + q, length + k] = k <= q  # clean is causal; clean never sees noisy
+            together = document[q] == document[k]
+            for view in range(views):
+                own = view * length
+                table[own + q, own + k] = block[q] == block[k]  # noisy sees its own noisy block in its own view
+                table[own + q, clean + k] = together and block[k] < block[q]  # noisy sees earlier clean blocks
+            up_to = block[k] <= block[q] if block_causal else k <= q
+            table[clean + q, clean + k] = together and up_to  # clean never sees noisy
     return table
 
 
+def grid(length: int, block: int, views: int = 1, block_causal: bool = False) -> torch.Tensor:
+    return brute_force(length, [place // block for place in range(length)], [0] * length, views, block_causal)
+
+
+@pytest.mark.parametrize("block_causal", [False, True])
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize(("length", "block"), SHAPES)
-def test_the_rule_is_the_table(length: int, block: int) -> None:
-    assert torch.equal(dense_mask(length, block), brute_force(length, block))
+def test_the_rule_is_the_table(length: int, block: int, views: int, block_causal: bool) -> None:
+    assert torch.equal(dense_mask(length, block, views, block_causal), grid(length, block, views, block_causal))
 
 
-def states(length: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    shapes = [(2, 4, 2 * length, 8), (2, 2, 2 * length, 8), (2, 2, 2 * length, 8)]
+def test_the_rule_is_the_reference_s() -> None:
+    """Megatron Bridge's own example, whose mask is right."""
+    from nemodiff_train.host import prepare
+
+    prepare()
+    from megatron.bridge.diffusion.common.dllm import compute_block_mask
+
+    theirs = compute_block_mask(16, 128).mask_mod
+    place = torch.arange(256)
+    table = theirs(torch.zeros(()), torch.zeros(()), place[:, None], place[None, :])
+    assert torch.equal(dense_mask(128, 16), table)
+
+
+def states(queries: int, keys: int, rows: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(queries)
+    shapes = [(rows, 4, queries, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int, scale: float | None) -> torch.Tensor:
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, scale: float | None
+) -> torch.Tensor:
     """Softmax attention written out, with the table as its mask."""
     k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
     scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(q.shape[-1]))
-    return scores.masked_fill(~brute_force(q.shape[2] // 2, block), -torch.inf).softmax(-1) @ v
+    return scores.masked_fill(~table, -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize(("length", "block"), SHAPES)
-def test_the_kernel_is_dense_attention_forward_and_backward(length: int, block: int, scale: float | None) -> None:
-    ours, theirs = states(length), states(length)
-    out, expected = kernels.doubled_sdpa(*ours, block, scale), dense(*theirs, block, scale)
+def check_kernel(plan: Plan, table: torch.Tensor, scale: float | None = None) -> None:
+    """Both kernels, forward, and SDPA's backward, against dense attention."""
+    size = table.shape[-1]
+    ours, theirs = states(size, size), states(size, size)
+    out, expected = kernels.planned_sdpa(*ours, plan, scale), dense(*theirs, table, scale)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     direction = torch.randn_like(out)
     out.backward(direction)
@@ -59,87 +88,207 @@ def test_the_kernel_is_dense_attention_forward_and_backward(length: int, block: 
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-9)
 
 
-def test_the_gpu_kernel_follows_the_rule() -> None:
-    q, k, v = (s.detach().float() for s in states(128))
-    torch.testing.assert_close(kernels.doubled_flex(q, k, v, 32), dense(q, k, v, 32, None), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("length", "block"), SHAPES)
+def test_the_kernel_is_dense_attention(length: int, block: int, scale: float | None) -> None:
+    check_kernel(regular_plan(1, length, block, False, Share(), CPU), grid(length, block), scale)
 
 
-def test_noise_is_a_function_of_its_key() -> None:
-    everywhere = np.ones(512, dtype=bool)
-    first, again = (draw_noise((1, 0, 7), everywhere, 1e-3) for _ in range(2))
-    assert np.array_equal(first.masked, again.masked) and np.array_equal(first.weight, again.weight)
-    for other in ((2, 0, 7), (1, 1, 7), (1, 0, 8)):
-        assert not np.array_equal(first.masked, draw_noise(other, everywhere, 1e-3).masked)
+@pytest.mark.parametrize(("views", "block_causal"), [(1, True), (2, False), (3, True), (0, False)])
+def test_the_kernel_with_views_and_a_block_causal_clean_half(views: int, block_causal: bool) -> None:
+    check_kernel(regular_plan(views, 160, 32, block_causal, Share(), CPU), grid(160, 32, views, block_causal))
 
 
-def test_masked_share_and_weights_over_many_draws() -> None:
-    """E[t] = 0.5005, and E[weight] = 1 at every eligible place: the weight undoes the inclusion probability.
-
-    Bounds are five standard errors: share has sd 0.29 a draw; the weight at one place has variance
-    E[1/t] - 1 < 6, so its mean over the 64 places, which share t, has sd below 2.5.
-    """
-    eligible = np.ones(64, dtype=bool)
-    eligible[::8] = False
-    draws = [draw_noise((3, 0, index), eligible, 1e-3) for index in range(20_000)]
-    shares = np.array([draw.masked[eligible].mean() for draw in draws])
-    assert abs(shares.mean() - 0.5005) < 5 * shares.std() / math.sqrt(len(draws))
-    weights = np.array([draw.weight[eligible].mean() for draw in draws])
-    assert abs(weights.mean() - 1) < 5 * weights.std() / math.sqrt(len(draws))
-    assert not any(draw.masked[~eligible].any() or draw.weight[~eligible].any() for draw in draws)
-
-
-def test_all_masked_share() -> None:
-    draws = [draw_noise((4, 0, index), np.ones(64, dtype=bool), 1e-3, 0.25) for index in range(4000)]
-    full = sum(bool(draw.masked.all()) and draw.weight.max() == 1 for draw in draws)
-    assert abs(full / 4000 - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 4000)
+def documents(length: int, block: int, ends: list[int]) -> tuple[list[int], list[int]]:
+    """Block and document of each place, by counting."""
+    blocks, numbers = [], []
+    block_number, document, inside = -1, 0, 0
+    for place in range(length):
+        if inside % block == 0:
+            block_number += 1
+        blocks.append(block_number)
+        numbers.append(document)
+        inside += 1
+        if place in ends:
+            document, inside = document + 1, 0
+    return blocks, numbers
 
 
-def sample(length: int = 64) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(("views", "block_causal"), [(1, False), (2, True), (0, False)])
+def test_the_kernel_with_documents(views: int, block_causal: bool) -> None:
+    rows = [documents(300, 16, [5, 6, 150, 299]), documents(300, 16, [127])]
+    structure = torch.tensor([[numbers, blocks, [0] * 300] for blocks, numbers in rows])
+    table = torch.stack([brute_force(300, *row, views, block_causal) for row in rows])[:, None]
+    check_kernel(irregular_plan(views, structure, block_causal, 16, Share()), table)
+
+
+@pytest.mark.parametrize("irregular", [False, True])
+def test_the_gpu_kernel_follows_the_rule(irregular: bool) -> None:
+    rows = [documents(128, 32, [40]), documents(128, 32, [])]
+    structure = torch.tensor([[numbers, blocks, [0] * 128] for blocks, numbers in rows])
+    plan = regular_plan(1, 128, 32, False, Share(), CPU)
+    table = grid(128, 32)
+    if irregular:
+        plan = irregular_plan(1, structure, False, 32, Share())
+        table = torch.stack([brute_force(128, *row) for row in rows])[:, None]
+    q, k, v = (s.detach().float() for s in states(256, 256))
+    torch.testing.assert_close(kernels.planned_flex(q, k, v, plan), dense(q, k, v, table, None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("irregular", [False, True])
+@pytest.mark.parametrize(
+    ("size", "views", "block_causal"), [(2, 1, False), (4, 2, False), (2, 1, True), (2, 0, False)]
+)
+def test_a_context_parallel_rank_computes_its_part(
+    size: int, views: int, block_causal: bool, irregular: bool
+) -> None:
+    """Every rank's plan in turn, given what the exchange would bring it; blocks reach across chunks."""
+    length, block = 96, 9 if irregular else 12
+    blocks, numbers = documents(length, block, [20, 50] if irregular else [])
+    table = brute_force(length, blocks, numbers, views, block_causal)
+    q, k, v = (s.detach()[:1] for s in states((views + 1) * length, (views + 1) * length))
+    expected = dense(q, k, v, table, None)
+    structure = torch.tensor([[numbers, blocks, [0] * length]])
+    shares = [Share(rank, size) for rank in range(size)]
+    plans = [
+        irregular_plan(views, structure, block_causal, block, share)
+        if irregular
+        else regular_plan(views, length, block, block_causal, share, CPU)
+        for share in shares
+    ]
+    own = [torch.cat([s * length + share.places(length) for s in range(views + 1)]) for share in shares]
+    assert sorted(torch.cat(own).tolist()) == list(range((views + 1) * length))
+    for share, plan, mine in zip(shares, plans, own, strict=True):
+        sent = [torch.cat([x[:, :, o][:, :, p.sent] for o, p in zip(own, plans, strict=True)], dim=2) for x in (k, v)]
+        noisy = views * len(share.places(length))
+        keys, values = (
+            torch.cat([x[:, :, mine[:noisy]], everyone[:, :, plan.received]], dim=2)
+            for x, everyone in zip((k, v), sent, strict=True)
+        )
+        out = kernels.planned_sdpa(q[:, :, mine], keys, values, plan)
+        torch.testing.assert_close(out, expected[:, :, mine], rtol=1e-9, atol=1e-9)
+        if not irregular and length // (2 * size) % block == 0:
+            assert len(plan.sent) == length // size  # nothing but clean places
+
+
+def sample(length: int = 64, ends: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     text = torch.arange(20, 21 + length)
+    text[list(ends)] = 2
     counts = torch.ones(length)
     counts[3] = 0
     return {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts, "position_ids": torch.arange(length)}
 
 
-def test_the_doubled_sample() -> None:
-    plain = sample()
-    doubled = double(plain, (1, 0, 2), 5, ObjectiveConfig())
-    masked = doubled["tokens"][:64] == 5
+def make(objective: ObjectiveConfig, index: int = 2, ends: tuple[int, ...] = (), **options: object) -> dict:
+    return SampleMaker(objective=objective, mask_id=5, **options).make(sample(ends=ends), 0, index)
+
+
+def test_the_sample() -> None:
+    plain, made = sample(), make(ObjectiveConfig())
+    masked = made["tokens"][:64] == 5
     assert 0 < masked.sum() < 64 and not masked[3]
-    assert torch.equal(doubled["tokens"][:64][~masked], plain["tokens"][~masked])
-    assert torch.equal(doubled["tokens"][64:], plain["tokens"])
-    assert torch.equal(doubled["labels"], torch.cat([plain["tokens"], plain["labels"]]))
-    assert torch.equal(doubled["loss_mask"][:64] > 0, masked)
-    assert torch.equal(doubled["loss_mask"][64:], plain["loss_mask"])
-    assert torch.equal(doubled["position_ids"], torch.arange(64).repeat(2))
+    assert torch.equal(made["tokens"][:64][~masked], plain["tokens"][~masked])
+    assert torch.equal(made["tokens"][64:], plain["tokens"])
+    assert torch.equal(made["labels"], torch.cat([plain["tokens"], plain["labels"]]))
+    assert torch.equal(made["loss_mask"][:64] > 0, masked)
+    assert torch.equal(made["loss_mask"][64:], plain["loss_mask"])
+    assert torch.equal(made["position_ids"], torch.arange(64).repeat(2))
+    assert torch.equal(made["structure"], torch.stack([torch.zeros(64), torch.arange(64) // 32, torch.arange(64)]))
+    assert torch.equal(made["slot"], torch.arange(64) % 32)
+    torch.testing.assert_close(made["loss_mask"][:64][masked], 1 / made["level"][masked])
 
 
-def test_reduction_by_hand_and_over_any_micro_batching() -> None:
-    masks = torch.stack([double(sample(), (1, 0, n), 5, ObjectiveConfig())["loss_mask"] for n in range(8)])
-    losses = torch.rand(8, 128)
-    ar = sum(float(losses[n, 64 + i] * masks[n, 64 + i]) for n in range(8) for i in range(64))
-    diffusion = sum(float(losses[n, i] * masks[n, i]) for n in range(8) for i in range(64))
-    whole = report(losses, masks, True, 0.3)
-    assert whole["loss"][0].item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-5)
-    assert whole["ar loss"].tolist() == pytest.approx([ar, 8 * 63], rel=1e-5)
-    assert whole["diffusion loss"].tolist() == pytest.approx([diffusion, 8 * 63], rel=1e-5)
-    assert (losses * weighted(masks, True, 0.3)).sum().item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-5)
-    for size in (1, 2, 4):
-        parts = [
-            report(some, mask, True, 0.3) for some, mask in zip(losses.split(size), masks.split(size), strict=True)
-        ]
-        for name, total in whole.items():
-            torch.testing.assert_close(sum(part[name] for part in parts), total, rtol=1e-5, atol=1e-5)
+def test_the_sample_with_views_of_complementary_noise() -> None:
+    made = make(ObjectiveConfig(views=2, complementary=True, weighting="none"))
+    first, second = (made["tokens"][:128] == 5).view(2, 64)
+    eligible = sample()["loss_mask"] > 0
+    assert torch.equal(first ^ second, eligible) and first.any() and second.any()
+    torch.testing.assert_close(made["level"][:64], 1 - made["level"][64:])
+    assert torch.equal(made["labels"], torch.cat([*[sample()["tokens"]] * 2, sample()["labels"]]))
+    assert len(made["position_ids"]) == 192
+
+
+def test_the_sample_with_documents() -> None:
+    """Blocks and positions restart; the last token of a document has no AR target but is a place like any other."""
+    ends = (9, 40, 63)
+    made = make(ObjectiveConfig(block_size=16), ends=ends, document_end=2, restart_positions=True)
+    blocks, numbers = documents(64, 16, list(ends))
+    positions = [place - max([end + 1 for end in ends if end < place], default=0) for place in range(64)]
+    assert made["structure"].tolist() == [numbers, blocks, positions]
+    assert made["position_ids"].tolist() == positions * 2
+    expected = sample()["loss_mask"].clone()
+    expected[list(ends)] = 0
+    assert torch.equal(made["loss_mask"][64:], expected)
+    assert made["maskable"].tolist() == [place != 3 for place in range(64)]
+    seen = torch.stack(
+        [make(ObjectiveConfig(), i, ends, document_end=2)["tokens"][list(ends)] == 5 for i in range(40)]
+    )
+    assert seen.any(0).all()
+    together = make(ObjectiveConfig(block_size=16), ends=ends)
+    assert together["structure"][0].max() == 0 and together["loss_mask"][64 + 9] == 1
 
 
 def test_the_shifted_sample() -> None:
     """Place i predicts token i + 1 where that is masked and in the same block."""
-    plain, objective = sample(), ObjectiveConfig(block_size=16, shift=True)
-    shifted, usual = (double(plain, (1, 0, 2), 5, o) for o in (objective, ObjectiveConfig(block_size=16)))
+    plain = sample()
+    shifted, usual = make(ObjectiveConfig(block_size=16, shift=True)), make(ObjectiveConfig(block_size=16))
     assert torch.equal(shifted["tokens"], usual["tokens"])
     assert torch.equal(shifted["labels"], plain["labels"].repeat(2))
     for place in range(64):
         inside = place % 16 != 15
         expected = usual["loss_mask"][place + 1] if inside else torch.tensor(0.0)
         assert shifted["loss_mask"][place] == expected
+        if inside:
+            assert shifted["level"][place] == usual["level"][place + 1]
+            assert shifted["slot"][place] == usual["slot"][place + 1]
     assert torch.equal(shifted["loss_mask"][64:], usual["loss_mask"][64:])
+
+
+def test_a_block_causal_clean_half_has_ar_targets_only_where_it_cannot_see_them() -> None:
+    made = make(ObjectiveConfig(block_size=16, shift=True, clean_half="block_causal"))
+    assert made["loss_mask"][64:].nonzero()[:, 0].tolist() == [15, 31, 47, 63]
+
+
+def batch_of(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
+
+
+def test_reduction_by_hand_and_over_any_micro_batching() -> None:
+    objective = ObjectiveConfig()
+    samples = [make(objective, n) for n in range(8)]
+    batch, losses = batch_of(samples), torch.rand(8, 128, dtype=torch.float64)
+    masks = batch["loss_mask"]
+    ar = sum(float(losses[n, 64 + i] * masks[n, 64 + i]) for n in range(8) for i in range(64))
+    diffusion = sum(float(losses[n, i] * masks[n, i]) for n in range(8) for i in range(64))
+    found = sums(losses, batch, 1)
+    total, count = reduce(found, objective, 0.3)
+    assert total.item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-12) and count.item() == 8 * 63
+    whole = report(found, total, count, 1)
+    assert whole["ar loss"].tolist() == pytest.approx([ar, 8 * 63], rel=1e-6)
+    assert whole["diffusion loss"].tolist() == pytest.approx([diffusion, 8 * 63], rel=1e-6)
+    for size in (1, 2, 4):
+        parts = []
+        for n in range(0, 8, size):
+            some = sums(losses[n : n + size], batch_of(samples[n : n + size]), 1)
+            parts.append(report(some, *reduce(some, objective, 0.3), 1))
+        for name, expected in whole.items():
+            torch.testing.assert_close(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_named_reductions() -> None:
+    """Megatron Bridge divides each micro-batch by masked + all tokens; NeMo AutoModel each loss by its own."""
+    batches = [batch_of([make(ObjectiveConfig(), n)]) for n in range(4)]
+    losses = [torch.rand(1, 128, dtype=torch.float64) for _ in range(4)]
+    parts = [sums(some, batch, 1) for some, batch in zip(losses, batches, strict=True)]
+    ar = [float((some * batch["loss_mask"])[:, 64:].sum()) for some, batch in zip(losses, batches, strict=True)]
+    noisy = [float((some * batch["loss_mask"])[:, :64].sum()) for some, batch in zip(losses, batches, strict=True)]
+    masked = [int((batch["loss_mask"][:, :64] > 0).sum()) for batch in batches]
+
+    def mean(name: str, scale: float = 1.0) -> float:
+        pairs = [reduce(part, ObjectiveConfig(reduction=name), 0.3, scale) for part in parts]  # type: ignore[arg-type]
+        return float(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
+
+    by_micro_batch = [(a + 0.3 * d) / (m + 63) for a, d, m in zip(ar, noisy, masked, strict=True)]
+    assert mean("bridge") == pytest.approx(sum(by_micro_batch) / 4, rel=1e-9)
+    expected = sum(ar) / (4 * 63) + 0.3 * sum(noisy) / sum(masked)
+    assert mean("automodel", 4 * 63 / sum(masked)) == pytest.approx(expected, rel=1e-6)

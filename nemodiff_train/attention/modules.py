@@ -7,11 +7,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nemodiff_train.attention import kernels
+from nemodiff_train.attention.context import gather_keys
 from nemodiff_train.attention.state import AttentionState
 
 
 class TriModeAttention(MegatronModule):
-    """Megatron's ``core_attention``: causal, over a doubled sequence, or against a cache.
+    """Megatron's ``core_attention``: over a training sample, or against a cache.
 
     Megatron applies rotary positions, QK norms and projections around it as for any GPT model.
     The state is shared by all layers of a model; ``TriModeModelProvider.provide`` sets it.
@@ -30,32 +31,44 @@ class TriModeAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.state = AttentionState()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *unused: Any,
+        **also_unused: Any,
+    ) -> Tensor:
         """Attend.
 
         Args:
             query: [positions, batch, heads, head_dim].
             key: [positions, batch, kv_heads, head_dim]; ``value`` likewise.
+            attention_mask: The ``structure`` [batch, 3, L] of training samples with documents or changing
+                blocks; Megatron carries its attention mask through pipelining and recomputation.
 
         Returns:
             [positions, batch, heads * head_dim].
         """
-        query = self._scaled_by_position(query)
-        q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
         cached = self.state.cached
+        query = self._scaled_by_position(query, attention_mask)
         if cached is not None:
+            q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
             k, v = cached.extend(self.layer_number, k, v)
             out = kernels.cached(q, k, v, cached.mask, self.softmax_scale)
-        elif self.config.joint:
-            out = kernels.doubled(q, k, v, self.config.block_size, self.softmax_scale)
         else:
-            out = kernels.causal(q, k, v, self.softmax_scale)
+            plan = self.state.plan(self.config, len(query), attention_mask, query.device)
+            if self.state.share.size > 1:
+                key, value = gather_keys(key, value, plan, self.state.context_group)
+            q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+            out = kernels.planned(q, k, v, plan, self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _scaled_by_position(self, query: Tensor) -> Tensor:
+    def _scaled_by_position(self, query: Tensor, structure: Tensor | None) -> Tensor:
         """Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).
 
-        Positions are places in the text, so both halves of a doubled sequence scale alike; it is
+        Positions are places in the text, so all views of a training sample scale alike; it is
         exactly 1 below the original length (Llama 4's temperature tuning).
         """
         beta = self.config.query_scale_beta
@@ -63,7 +76,7 @@ class TriModeAttention(MegatronModule):
             return query
         cached = self.state.cached
         if cached is None:
-            place = self.state.training_positions(len(query), self.config.joint, query.device)[:, None]
+            place = self.state.positions(self.config, len(query), structure, query.device).T
         else:
             place = cached.positions.T
         scale = 1 + beta * torch.log1p(torch.floor(place / self.config.query_scale_original_length))
@@ -74,7 +87,7 @@ class PlacedRotary(nn.Module):
     """Rotary angles by place in the text instead of by position in the tensor.
 
     Wraps the model's own rotary embedding (RoPE, YaRN, ...): its table is computed once and looked up
-    with 0 .. L-1 for each half of a doubled sequence, or with each row's own positions in decoding.
+    with 0 .. L-1 for each view of a training sample, or with each row's own positions in decoding.
     """
 
     def __init__(self, rotary: Any, config: Any, state: AttentionState) -> None:
@@ -93,12 +106,14 @@ class PlacedRotary(nn.Module):
             The angles, with YaRN's magnitude factor where the wrapped embedding returns one.
         """
         cached = self.state.cached
+        table, factor = self._table(positions if cached is None else cached.visible)
         if cached is None:
-            table, factor = self._table(positions)
-            place = self.state.training_positions(positions, self.config.joint, table.device)
-            return self._as_wrapped(table[place], factor)
-        table, factor = self._table(cached.visible)
-        return self._as_wrapped(table[:, 0, 0][cached.positions.T][:, :, None], factor)
+            own = positions // self.state.share.size
+            place = self.state.positions(self.config, own, self.state.rotary_structure, table.device)
+        else:
+            place = cached.positions
+        angles = table[:, 0, 0][place.T][:, :, None]
+        return angles if factor is None else (angles, factor)
 
     def _table(self, at_least: int) -> tuple[Tensor, float | None]:
         """Angles of places 0 .. n-1 with n >= ``at_least``: [n, 1, 1, head_dim]."""
@@ -107,6 +122,3 @@ class PlacedRotary(nn.Module):
             self.state.tables[size] = self.rotary.get_emb(size)
         table = self.state.tables[size]
         return table if isinstance(table, tuple) else (table, None)
-
-    def _as_wrapped(self, angles: Tensor, factor: float | None) -> Any:
-        return angles if factor is None else (angles, factor)

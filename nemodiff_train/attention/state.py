@@ -6,6 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
+
+# More than a pipeline rank has micro-batches in flight at most layouts; a plan that is missing is made again.
+PLANS_KEPT = 16
+
 
 class KeyValueCache:
     """Keys and values of the committed tokens, allocated once and cropped by moving a length.
@@ -96,15 +101,46 @@ class CachedPass:
 class AttentionState:
     """Shared by every attention module and the rotary embedding of one model.
 
-    Training needs nothing from it: the layout of a training sample follows from the configuration.
-    Decoding sets ``cached`` for the length of one forward.
+    Decoding sets ``cached`` for the length of one forward.  In training nothing changes from one
+    micro-batch to the next but ``structure``, which travels as Megatron's attention mask instead:
+    recomputation and pipelining run layers of one micro-batch between those of another.
     """
 
     cached: CachedPass | None = None
+    share: Share = field(default_factory=Share)
+    """This process's part of the sequence under context parallelism."""
+    context_group: Any = None
+    """The process group of context parallelism."""
     tables: dict[int, Any] = field(default_factory=dict)
     """Rotary angles by number of places, as the model's own embedding returns them."""
+    rotary_structure: Tensor | None = None
+    """The ``structure`` of the micro-batch that is about to run forward, for the rotary embedding."""
+    plans: dict[tuple[int, ...], tuple[Tensor, Plan]] = field(default_factory=dict)
+    """Plans of the last few micro-batches, by the address of their structure."""
 
-    def training_positions(self, positions: int, joint: bool, device: torch.device | str) -> Tensor:
-        """Place in the text of every position of a training sample: [positions], 0 .. L-1 per half."""
-        place = torch.arange(positions, device=device)
-        return place % (positions // 2) if joint else place
+    def plan(self, config: Any, positions: int, structure: Tensor | None, device: torch.device) -> Plan:
+        """Who attends to whom, for queries of ``positions`` places on this rank.
+
+        Args:
+            config: The model's ``TriModeModelProvider``.
+            structure: [batch, 3, L] of :class:`~nemodiff_train.objective.sample.SampleMaker`, or None where
+                samples are one document with a fixed grid of blocks.
+        """
+        views, block_causal = config.noisy_views, config.clean_half == "block_causal" and config.noisy_views > 0
+        if structure is None:
+            length = positions * self.share.size // (views + 1)
+            return regular_plan(views, length, config.block_size, block_causal, self.share, device)
+        key = (structure.data_ptr(), *structure.shape)
+        if key not in self.plans:
+            while len(self.plans) >= PLANS_KEPT:
+                self.plans.pop(next(iter(self.plans)))
+            plan = irregular_plan(views, structure, block_causal, config.largest_block, self.share)
+            self.plans[key] = (structure, plan)  # holding the structure keeps its address from being used again
+        return self.plans[key][1]
+
+    def positions(self, config: Any, count: int, structure: Tensor | None, device: torch.device) -> Tensor:
+        """Position in the text of every query of a training sample on this rank: [batch or 1, ``count``]."""
+        segments = config.noisy_views + 1
+        mine = self.share.places(count * self.share.size // segments, device)
+        own = mine[None] if structure is None else structure[:, 2, mine].long()
+        return own.repeat(1, segments)

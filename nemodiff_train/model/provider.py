@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec
 
 from nemodiff_train.attention.modules import PlacedRotary, TriModeAttention
+from nemodiff_train.attention.plan import share_of
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 
@@ -44,12 +45,16 @@ class TriModeModelProvider(GPTModelProvider):
 
     transformer_layer_spec: Any = tri_mode_layer_spec
 
-    joint: bool = False
-    """Training samples are doubled, [noisy | clean], 2L positions; set from ``objective.stage``."""
+    noisy_views: int = 0
+    """Noisy halves of a training sample; 0 for plain AR training. Set from the objective, as the next four are."""
     block_size: int = 32
-    """Places per diffusion block in training; set from ``objective.block_size``."""
+    """Places per diffusion block."""
+    largest_block: int = 32
+    """Most places of a block in training, where the size changes from step to step."""
+    clean_half: str = "causal"
+    """What a clean place sees: ``causal`` or ``block_causal``."""
     shift: bool = False
-    """Place i of a block predicts token i + 1; set from ``objective.shift``."""
+    """Place i of a block predicts token i + 1."""
     mask_token_id: int | None = None
     """Id of the mask token; None until a joint stage has been trained."""
     query_scale_beta: float = 0.0
@@ -66,7 +71,8 @@ class TriModeModelProvider(GPTModelProvider):
     ) -> GPTModel:
         """Build this rank's part of the model."""
         model = super().provide(pre_process, post_process, vp_stage)
-        state = AttentionState()
+        context_group = model.pg_collection.cp
+        state = AttentionState(share=share_of(context_group), context_group=context_group)
         for module in model.modules():
             if isinstance(module, TriModeAttention):
                 module.state = state
@@ -98,6 +104,7 @@ def tri_mode(source: GPTModelProvider, hf_config: dict[str, Any]) -> TriModeMode
         # of None would not.
         provider.yarn_correction_range_round_to_int = rope.get("truncate", True)
     provider.attention_dropout = provider.hidden_dropout = 0.0
+    provider.apply_rope_fusion = False  # the fused kernel takes one angle a position; rows may differ here
     return provider
 
 

@@ -1,7 +1,9 @@
 """The switches of the training objective."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_origin
+
+from nemodiff_train.errors import nearest
 
 
 @dataclass(kw_only=True)
@@ -10,39 +12,120 @@ class ObjectiveConfig:
 
     The loss of a global batch is::
 
-        (sum of AR token losses + alpha * sum of w(t) * masked-token losses) / counted tokens
+        (ar_weight * sum of AR token losses + alpha * sum of w * masked-token losses / views) / counted tokens
 
     Both sums run over the whole global batch and both are divided by the same number: the tokens that
     count (the ``loss_mask`` of the data), each of which has one AR target and could have been masked.
     This is the paper's global averaging (section 2.1), in which 1/t makes the second sum an estimate
     of a sum over all counted tokens, so that ``alpha`` is the ratio of two per-token means.
+
+    :data:`nemodiff_train.objective.presets.PRESETS` sets the switches together as published methods do.
     """
 
     stage: Literal["ar", "joint"] = "joint"
-    """``ar``: plain next-token training at L positions. ``joint``: the doubled sequence, 2L positions."""
-
-    block_size: int = 32
-    """Places per diffusion block; divides the sequence length. The released models use 32."""
+    """``ar``: plain next-token training at L positions. ``joint``: [noisy views | clean]."""
 
     mask_token: str = "<|mask|>"
     """The tokenizer's token that stands for a hidden place. It must never occur in the text."""
 
+    seed: int = 1234
+    """Noise is a pure function of this seed, the split, and the index of the sample."""
+
+    # Weights of the losses
+
     alpha: float = 0.3
-    """Weight of the diffusion loss beside the AR loss (paper, table 2)."""
+    """Weight of the diffusion loss (Nemotron-Labs-Diffusion, table 2)."""
 
-    min_noise_level: float = 1e-3
-    """Lower end of the noise level t ~ U(min, 1), drawn once a sample; bounds the weight 1/t."""
+    alpha_ramp_steps: int = 0
+    """Steps over which ``alpha`` rises linearly from 0; 0 for constant."""
 
-    all_masked_share: float = 0.0
-    """Share of samples at noise level 1, every place hidden. TiDAR trains on nothing else (2511.08923,
-    section 3): it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
+    ar_weight: float = 1.0
+    """Weight of the AR loss. BD3-LM and Efficient-DLM train on the diffusion loss alone: 0."""
+
+    weighting: Literal["inverse", "effective", "none"] = "inverse"
+    """Weight w of a masked place. ``inverse``: 1/t. ``effective``: the inverse of the share that was in fact
+    masked, in the sample or block that t belongs to (SDAR-VL). ``none``: 1 (Set Block Decoding, TiDAR)."""
+
+    reduction: Literal["global", "automodel", "bridge"] = "global"
+    """What the sums are divided by. ``automodel``: the AR sum by its tokens and the diffusion sum by the masked
+    ones, both over the global batch. ``bridge``: each micro-batch by its masked + counted tokens, then the mean
+    over micro-batches. The last two reproduce runs of NeMo AutoModel and of Megatron Bridge's example."""
+
+    # Blocks
+
+    block_size: int = 32
+    """Places per diffusion block; also what decoding starts from. The released models use 32."""
+
+    block_schedule: Literal["fixed", "random", "curriculum"] = "fixed"
+    """``fixed``: ``block_size``. ``random``: drawn for each step between the first and the last of
+    ``block_sizes`` (Set Block Decoding, 2509.04185). ``curriculum``: ``block_sizes`` one after another
+    (LLaDA2.0, 2512.15745), each for ``block_steps`` steps, the last to the end."""
+
+    block_sizes: list[int] = field(default_factory=list)
+    """For ``random``: lowest and highest size. For ``curriculum``: the sizes in order."""
+
+    block_steps: int = 0
+    """Steps that a size of the curriculum lasts."""
+
+    clean_half: Literal["causal", "block_causal"] = "causal"
+    """What a clean place sees: itself and the places before it, or its whole block too (BD3-LM). Where it sees
+    the block, only a block's last place can carry an AR loss, and only ``shift`` has a use for it."""
 
     shift: bool = False
     """Whether place i of the noisy half predicts token i + 1 (Dream; Fast-dLLM v2, 2509.26328) instead of
     token i. A short training then reuses what the AR model has learned; the paper does not shift."""
 
-    seed: int = 1234
-    """Noise is a pure function of this seed, the split, and the index of the sample."""
+    # Noise
+
+    views: int = 1
+    """Noisy copies of each sample, drawn apart, that share one clean half."""
+
+    complementary: bool = False
+    """The second of each two views hides exactly what the first shows (Fast-dLLM v2)."""
+
+    noise_per: Literal["sequence", "block"] = "sequence"
+    """What has a noise level t of its own. ``block``: BD3-LM (2503.09573), Efficient-DLM (2512.14067)."""
+
+    min_noise_level: float = 1e-3
+    """Lower end of the noise level t ~ U(min, max); bounds the weight 1/t."""
+
+    max_noise_level: float = 1.0
+    """Upper end of the noise level. BD3-LM clips both ends, dFactory trains on U(0.3, 0.8)."""
+
+    level_draw: Literal["independent", "antithetic", "stratified"] = "independent"
+    """How levels of different samples relate. ``antithetic``: samples 2k and 2k + 1 mirror each other.
+    ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic)."""
+
+    masked_count: Literal["bernoulli", "exact"] = "bernoulli"
+    """``bernoulli``: each place on its own with probability t. ``exact``: t times the places that can be masked,
+    rounded up or down at random so that the mean is exact."""
+
+    half_life: float | None = None
+    """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later places of a block are
+    masked more often. The share of a block over which the preference halves at t = 0."""
+
+    all_masked_share: float = 0.0
+    """Share of samples at noise level 1, every place hidden. TiDAR (2511.08923, section 3) trains on nothing
+    else: it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
+
+    # The mask token's embedding
+
+    mask_embedding_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the embedding's output at masked places, for a mask token whose
+    row AR pretraining let decay (LLaDA2.0), as a multiple of the other rows' root mean square. 0 for none."""
+
+    mask_embedding_noise_steps: int = 1000
+    """Steps over which that noise falls linearly to 0."""
+
+    @property
+    def noisy_views(self) -> int:
+        """Noisy halves in a training sample: 0 in the AR stage."""
+        return self.views if self.stage == "joint" else 0
+
+    @property
+    def largest_block(self) -> int:
+        """The largest block size that any step may have."""
+        return self.block_size if self.block_schedule == "fixed" else max([self.block_size, *self.block_sizes])
 
     def problems(self, sequence_length: int) -> list[str]:
         """What is wrong with these values, one line each.
@@ -50,18 +133,84 @@ class ObjectiveConfig:
         Args:
             sequence_length: L, the clean tokens in a sample.
         """
+        return [
+            *self._unknown_choices(),
+            *self._bad_numbers(),
+            *self._bad_blocks(sequence_length),
+            *self._conflicts(),
+        ]
+
+    def _unknown_choices(self) -> list[str]:
         found = []
-        if self.stage not in ("ar", "joint"):
-            found.append(f"objective.stage is '{self.stage}'; use 'ar' or 'joint'")
-        if self.block_size < 1 or sequence_length % self.block_size:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in choices:
+                known = "', '".join(choices)
+                found.append(f"objective.{f.name} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
+        return found
+
+    def _bad_numbers(self) -> list[str]:
+        found = []
+        if not 0 < self.min_noise_level <= self.max_noise_level <= 1:
             found.append(
-                f"dataset.seq_length={sequence_length} is not a multiple of "
-                f"objective.block_size={self.block_size}; change one of them"
+                f"objective.min_noise_level={self.min_noise_level} and max_noise_level={self.max_noise_level}: "
+                "use 0 < min <= max <= 1"
             )
-        if not 0 < self.min_noise_level < 1:
-            found.append(f"objective.min_noise_level={self.min_noise_level} is not between 0 and 1")
         if not 0 <= self.all_masked_share <= 1:
             found.append(f"objective.all_masked_share={self.all_masked_share} is not a share between 0 and 1")
-        if self.alpha < 0:
-            found.append(f"objective.alpha={self.alpha} is negative; the paper uses 0.3")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"objective.seed={self.seed} is not between 0 and 2**32 - 1")
+        for name in ("alpha", "ar_weight", "alpha_ramp_steps", "mask_embedding_noise", "mask_embedding_noise_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"objective.{name}={getattr(self, name)} is negative")
+        if self.half_life is not None and self.half_life <= 0:
+            found.append(f"objective.half_life={self.half_life} is not positive; Efficient-DLM uses 0.1")
+        if self.views < 1:
+            found.append(f"objective.views={self.views}; a joint sample has at least 1 noisy view")
         return found
+
+    def _bad_blocks(self, length: int) -> list[str]:
+        if self.block_schedule == "fixed":
+            if self.block_size < 1 or length % self.block_size:
+                return [
+                    f"dataset.seq_length={length} is not a multiple of objective.block_size={self.block_size}; "
+                    "change one of them"
+                ]
+            return []
+        sizes = self.block_sizes
+        if not sizes or min(sizes) < 1 or max(sizes) > length:
+            return [
+                f"objective.block_sizes={sizes} with block_schedule={self.block_schedule}: give sizes between 1 and "
+                f"dataset.seq_length={length}"
+            ]
+        if self.block_schedule == "random" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+            return [f"objective.block_sizes={sizes}: block_schedule=random takes the lowest and the highest size"]
+        if self.block_schedule == "curriculum" and self.block_steps < 1:
+            return ["objective.block_steps is not set; block_schedule=curriculum needs the steps a size lasts"]
+        return []
+
+    def _conflicts(self) -> list[str]:
+        """Switches that contradict each other, and which of them to change."""
+        full = self.all_masked_share
+        rules = {
+            "objective.complementary needs views in pairs; set objective.views=2": self.complementary
+            and self.views % 2 == 1,
+            "objective.complementary with all_masked_share would leave empty views; set all_masked_share=0": (
+                self.complementary and full > 0
+            ),
+            "objective.complementary with weighting=inverse weighs by 1/(1 - t); set max_noise_level to at most "
+            f"1 - min_noise_level ({1 - self.min_noise_level:g}), or another weighting": self.complementary
+            and self.weighting == "inverse"
+            and self.max_noise_level > 1 - self.min_noise_level,
+            "objective.half_life draws a number of places in each block; set masked_count=exact and "
+            "noise_per=block": self.half_life is not None
+            and (self.masked_count != "exact" or self.noise_per != "block"),
+            "objective.clean_half=block_causal lets clean places see what an AR loss would ask of them; set "
+            "ar_weight=0, or shift=true to keep it at the last place of each block": self.clean_half == "block_causal"
+            and self.ar_weight > 0
+            and not self.shift,
+            "objective.alpha and ar_weight are both 0; nothing would be trained": self.stage == "joint"
+            and self.alpha == 0
+            and self.ar_weight == 0,
+        }
+        return [text for text, broken in rules.items() if broken]

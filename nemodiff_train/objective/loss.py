@@ -1,77 +1,136 @@
 """The reduction: per-token losses to one gradient, and to the figures that are reported."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemodiff_train.objective.config import ObjectiveConfig
+
 Report = dict[str, Tensor]
 
 
-def weighted(loss_mask: Tensor, joint: bool, alpha: float) -> Tensor:
-    """The weight of every position in the gradient: ``loss_mask`` with ``alpha`` on the noisy half.
+@dataclass(frozen=True)
+class Sums:
+    """What one micro-batch adds to the global batch: scalars, losses in nats."""
+
+    ar: Tensor
+    """Sum of AR losses."""
+    ar_targets: Tensor
+    """Places with an AR target."""
+    diffusion: Tensor
+    """Sum of weighted diffusion losses, a mean over views."""
+    masked: Tensor
+    """Masked places with a weight, a mean over views."""
+    tokens: Tensor
+    """Tokens that count, each of which could have been masked: the common denominator."""
+
+
+def sums(losses: Tensor, batch: Mapping[str, Tensor], views: int) -> Sums:
+    """Add up the losses of one micro-batch, or of one rank's part of it.
 
     Args:
-        loss_mask: [batch, positions] as :func:`nemodiff_train.objective.sample.double` makes it.
-        joint: Whether the positions are ``[noisy | clean]``.
-        alpha: Weight of the diffusion loss.
+        losses: [batch, (views + 1) places] cross-entropy in nats.
+        batch: ``loss_mask`` of the same shape and ``maskable`` [batch, places]; see
+            :class:`~nemodiff_train.objective.sample.SampleMaker`.
+        views: Noisy views; 0 in the AR stage.
     """
-    if not joint:
-        return loss_mask
-    noisy, clean = loss_mask.chunk(2, dim=1)
-    return torch.cat([alpha * noisy, clean], dim=1)
+    weights, places = batch["loss_mask"], batch["maskable"].shape[1]
+    weighted = losses * weights
+    noisy, clean = weighted[:, : views * places], weighted[:, views * places :]
+    return Sums(
+        ar=clean.sum(),
+        ar_targets=weights[:, views * places :].sum(),
+        diffusion=noisy.sum() / max(views, 1),
+        masked=(weights[:, : views * places] > 0).sum() / max(views, 1),
+        tokens=batch["maskable"].sum(),
+    )
 
 
-def report(losses: Tensor, loss_mask: Tensor, joint: bool, alpha: float) -> Report:
+def reduce(
+    found: Sums, objective: ObjectiveConfig, alpha: float, diffusion_scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The loss of one micro-batch as Megatron's schedule takes it with ``calculate_per_token_loss``.
+
+    Megatron adds the first value over micro-batches and ranks and divides the gradient by the sum of
+    the second.  With ``reduction=global`` that is global averaging, whatever the micro-batch,
+    data-parallel size or accumulation.
+
+    Args:
+        found: The micro-batch's sums.
+        objective: The switches.
+        alpha: Weight of the diffusion loss in this step.
+        diffusion_scale: For ``reduction=automodel``: AR targets over masked places in the global batch.
+
+    Returns:
+        (sum of losses, what to divide by as int32).
+    """
+    one = torch.ones((), dtype=torch.int32, device=found.tokens.device)
+    if not objective.noisy_views:
+        return found.ar, found.ar_targets.to(torch.int32)
+    if objective.reduction == "automodel":
+        total = objective.ar_weight * found.ar + alpha * diffusion_scale * found.diffusion
+        return total, found.ar_targets.to(torch.int32)
+    total = objective.ar_weight * found.ar + alpha * found.diffusion
+    if objective.reduction == "bridge":
+        return total / (found.masked + found.tokens), one
+    return total, found.tokens.to(torch.int32)
+
+
+def report(found: Sums, loss: Tensor, count: Tensor, views: int) -> Report:
     """Sums and counts of each part, as Megatron reports them: ``[sum, count]`` a name.
 
     Bridge adds these over micro-batches and data-parallel ranks before dividing, which makes every
-    printed figure an average over the whole global batch.  ``count`` is the number of counted tokens
-    for all of them (see :class:`~nemodiff_train.objective.config.ObjectiveConfig`).
+    printed figure an average over the whole global batch, whatever the reduction of the gradient.
 
     Args:
-        losses: [batch, positions] cross-entropy in nats, fp32.
-        loss_mask: As in :func:`weighted`.
+        found: The micro-batch's sums.
+        loss: What :func:`reduce` returned first.
+        count: What it returned second.
+        views: Noisy views; 0 in the AR stage.
     """
-    losses = losses.detach()
-    if not joint:
-        return {"ar loss": _pair((losses * loss_mask).sum(), loss_mask.sum())}
-    (noisy, clean), (weights, counts) = losses.chunk(2, dim=1), loss_mask.chunk(2, dim=1)
-    tokens = counts.sum()
-    ar, diffusion = (clean * counts).sum(), (noisy * weights).sum()
+    ar = {"ar loss": _pair(found.ar, found.ar_targets)}
+    if not views:
+        return ar
     return {
-        "loss": _pair(ar + alpha * diffusion, tokens),
-        "ar loss": _pair(ar, tokens),
-        "diffusion loss": _pair(diffusion, tokens),
-        "masked share": _pair((weights > 0).sum(), tokens),
+        "loss": _pair(loss, count),
+        **ar,
+        "diffusion loss": _pair(found.diffusion, found.tokens),
+        "masked share": _pair(found.masked, found.tokens),
     }
 
 
 def _pair(total: Tensor, count: Tensor) -> Tensor:
-    return torch.stack([total.float(), count.float()])
+    return torch.stack([total.detach().float(), count.float()])
 
 
 def tri_mode_loss(
-    loss_mask: Tensor, joint: bool, alpha: float, checks: dict[str, Any], losses: Tensor
+    batch: Mapping[str, Tensor],
+    objective: ObjectiveConfig,
+    alpha: float,
+    diffusion_scale: Tensor | float,
+    checks: dict[str, Any],
+    losses: Tensor,
 ) -> tuple[Tensor, Tensor, Report]:
-    """The loss of one micro-batch for Megatron's schedule with ``calculate_per_token_loss``.
-
-    Megatron sums the first value over micro-batches and ranks and divides the gradient by the sum of
-    the second: global averaging, whatever the micro-batch, data-parallel size or accumulation.
+    """The loss function that Megatron calls on the last pipeline stage.
 
     Args:
-        loss_mask: [batch, positions] weights.
-        joint: Whether the positions are ``[noisy | clean]``.
-        alpha: Weight of the diffusion loss.
+        batch: The micro-batch, as :func:`sums` takes it.
+        objective: The switches.
+        alpha: Weight of the diffusion loss in this step.
+        diffusion_scale: As in :func:`reduce`.
         checks: Bridge's switches for NaN and spike detection.
-        losses: [batch, positions] cross-entropy in nats.
+        losses: [batch, (views + 1) places] cross-entropy in nats.
 
     Returns:
-        (sum of weighted losses, number of counted tokens as int32, figures to report).
+        (sum of losses, what to divide by as int32, figures to report).
     """
     from megatron.bridge.training.losses import masked_next_token_loss
 
-    losses = losses.float()
-    total, _, _ = masked_next_token_loss(weighted(loss_mask, joint, alpha), losses, **checks)
-    figures = report(losses, loss_mask, joint, alpha)
-    return total, figures["ar loss"][1].to(torch.int32), figures
+    views = objective.noisy_views
+    found = sums(losses.float(), batch, views)
+    loss, count = reduce(found, objective, alpha, diffusion_scale)
+    masked_next_token_loss(torch.ones_like(loss), loss, **checks)  # Bridge's watch for NaN and spikes
+    return loss, count, report(found, loss, count, views)

@@ -1,43 +1,87 @@
-"""The attention rule over a doubled sequence.  Every kernel is tested against this predicate."""
+"""The attention rule over noisy and clean positions.  Every kernel is tested against this predicate."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+CLEAN = -1
+"""The ``view`` of clean positions; noisy views count from 0."""
 
-def may_attend(query: Tensor, key: Tensor, length: int, block_size: int) -> Tensor:
-    """Whether a query position may see a key position of ``[noisy | clean]``, 2L positions.
 
-    ======= ======= =========================================
+class Places(NamedTuple):
+    """What the rule needs to know of some positions: four tensors that broadcast against each other."""
+
+    view: Tensor
+    """Which noisy view, or :data:`CLEAN`."""
+    place: Tensor
+    """Place in the sample, 0 .. L-1, the same in every view."""
+    block: Tensor
+    """Number of the block in the sample; blocks restart with a document, numbers do not."""
+    document: Tensor
+    """Number of the document in the sample."""
+
+    def as_queries(self) -> "Places":
+        """With a last axis to broadcast over keys."""
+        return Places(*(each[..., :, None] for each in self))
+
+    def as_keys(self) -> "Places":
+        """With a second-to-last axis to broadcast over queries."""
+        return Places(*(each[..., None, :] for each in self))
+
+    def at(self, index: Tensor) -> "Places":
+        """Some of the positions."""
+        return Places(*(each[..., index] for each in self))
+
+
+def may_attend(query: Places, key: Places, block_causal: bool = False) -> Tensor:
+    """Whether a query may see a key.
+
+    ======= ======= ======================================================================
     query   key     allowed when
-    ======= ======= =========================================
-    noisy   noisy   same block
-    noisy   clean   the key's block is earlier than the query's
-    clean   clean   the key is at or before the query
+    ======= ======= ======================================================================
+    noisy   noisy   same view and same block
+    noisy   clean   same document, and the key's block is earlier than the query's
+    clean   clean   same document, and the key is at or before the query; with
+                    ``block_causal``, the key's block is the query's or earlier
     clean   noisy   never
-    ======= ======= =========================================
+    ======= ======= ======================================================================
 
-    (Nemotron-Labs-Diffusion, section 2.2.)  The clean half is exactly an AR model's view, which is
-    what lets the AR loss share the forward pass without leaking.
-
-    Args:
-        query: Positions 0 .. 2L-1, any integer shape.
-        key: Positions 0 .. 2L-1, broadcastable with ``query``.
-        length: L.
-        block_size: Places per block.
+    (Nemotron-Labs-Diffusion, section 2.2; ``block_causal``: BD3-LM, arXiv 2503.09573.)  The causal clean
+    half is exactly an AR model's view, which is what lets the AR loss share the forward pass without leaking.
 
     Returns:
         Boolean tensor of the broadcast shape.
     """
-    query_clean, key_clean = query >= length, key >= length
-    query_block, key_block = query % length // block_size, key % length // block_size
-    return (
-        (~query_clean & ~key_clean & (query_block == key_block))
-        | (~query_clean & key_clean & (query_block > key_block))
-        | (query_clean & key_clean & (query >= key))
-    )
+    query_clean, key_clean = query.view == CLEAN, key.view == CLEAN
+    before = query.block >= key.block if block_causal else query.place >= key.place
+    same_block = (query.view == key.view) & (query.block == key.block)
+    visible_text = torch.where(query_clean, before, query.block > key.block)
+    return torch.where(key_clean, visible_text & (query.document == key.document), same_block)
 
 
-def dense_mask(length: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The rule as a boolean [2L, 2L] table, True where attention is allowed."""
-    place = torch.arange(2 * length, device=device)
-    return may_attend(place[:, None], place[None, :], length, block_size)
+def places(views: int, blocks: Tensor, documents: Tensor) -> Places:
+    """The positions of a whole training sample, ``[noisy views | clean]``.
+
+    Args:
+        views: Noisy views, V.
+        blocks: [..., L] block of each place.
+        documents: [..., L] document of each place.
+
+    Returns:
+        Four tensors of [..., (V + 1) L].
+    """
+    length = blocks.shape[-1]
+    place = torch.arange(length, device=blocks.device)
+    view = torch.tensor([*range(views), CLEAN], device=blocks.device).repeat_interleave(length)
+    wide = [
+        each.expand_as(blocks).repeat(*[1] * (blocks.dim() - 1), views + 1) for each in (place, blocks, documents)
+    ]
+    return Places(view, *wide)
+
+
+def dense_mask(length: int, block_size: int, views: int = 1, block_causal: bool = False) -> Tensor:
+    """The rule for one document as a boolean table, True where attention is allowed: [(V+1) L, (V+1) L]."""
+    blocks = torch.arange(length) // block_size
+    everything = places(views, blocks, torch.zeros_like(blocks))
+    return may_attend(everything.as_queries(), everything.as_keys(), block_causal)

@@ -1,68 +1,129 @@
-"""The doubled sample: L tokens become 2L positions, ``[noisy | clean]``."""
+"""The training sample: L tokens become (V + 1) L positions, ``[noisy views | clean]``."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from nemodiff_train.objective.config import ObjectiveConfig
-from nemodiff_train.objective.noise import draw_noise
+from nemodiff_train.objective.noise import Key, draw_noise
+from nemodiff_train.objective.schedule import block_size_at
 
-Sample = dict[str, torch.Tensor]
-
-
-def double(
-    sample: Mapping[str, torch.Tensor], key: tuple[int, int, int], mask_id: int, objective: ObjectiveConfig
-) -> Sample:
-    """Turn an AR sample of L tokens into a joint sample of 2L positions.
-
-    ========== ============================================ ==========================
-    field      noisy half                                   clean half
-    ========== ============================================ ==========================
-    tokens     the tokens, masked places set to ``mask_id`` the tokens
-    labels     the tokens (the next ones if shifted)        the next tokens
-    loss_mask  1/t where masked, else 0                     1 where the token counts
-    position   0 .. L-1                                     0 .. L-1
-    ========== ============================================ ==========================
-
-    ``alpha`` is not in the weights: the loss applies it, so that both parts can be reported apart.
-
-    Args:
-        sample: ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each [L].
-        key: What the noise is a function of; see :func:`~nemodiff_train.objective.noise.draw_noise`.
-        mask_id: Id of the mask token.
-        objective: Gives the range of the noise level.
-    """
-    tokens, counts = sample["tokens"], sample["loss_mask"]
-    noise = draw_noise(key, counts.numpy() > 0, objective.min_noise_level, objective.all_masked_share)
-    masked, weight = torch.from_numpy(noise.masked), torch.from_numpy(noise.weight)
-    targets = tokens
-    if objective.shift:
-        # A block's first place would be predicted from a block it cannot see; decoding has it from the AR seed.
-        place = torch.arange(1, len(tokens) + 1)
-        targets = sample["labels"]
-        weight = weight.roll(-1).masked_fill(place % objective.block_size == 0, 0.0)
-    return {
-        "tokens": torch.cat([tokens.masked_fill(masked, mask_id), tokens]),
-        "labels": torch.cat([targets, sample["labels"]]),
-        "loss_mask": torch.cat([weight, counts.float()]),
-        "position_ids": sample["position_ids"].repeat(2),
-    }
+Sample = dict[str, Tensor]
 
 
-class JointDataset(Dataset[Sample]):
-    """Doubles the samples of an AR data set; noise is drawn here, in the loader's workers."""
+@dataclass(frozen=True, kw_only=True)
+class SampleMaker:
+    """Turns samples of an AR data set into training samples."""
 
-    def __init__(self, samples: Any, objective: ObjectiveConfig, mask_token_id: int, split: int) -> None:
+    objective: ObjectiveConfig
+    mask_id: int = 0
+    """Id of the mask token; unused in the AR stage."""
+    batch_size: int = 1
+    """Samples in a global batch."""
+    document_end: int | None = None
+    """Id of the token that ends a document, where documents are kept apart; None to ignore them."""
+    restart_positions: bool = False
+    """Positions restart with each document."""
+
+    def make(self, sample: Mapping[str, Tensor], split: int, index: int) -> Sample:
+        """Make the training sample of an AR sample.
+
+        ============ ============================================ ===================================
+        field        noisy views                                  clean half
+        ============ ============================================ ===================================
+        tokens       the tokens, masked places set to ``mask_id`` the tokens
+        labels       the tokens (the next ones if shifted)        the next tokens
+        loss_mask    w where masked, else 0                       1 where the token has an AR target
+        position_ids 0 .. L-1, or restarting with documents       the same
+        level        noise level t of the target
+        slot         place of the target in its block, from 0
+        ============ ============================================ ===================================
+
+        and once, not once a view: ``structure`` [3, L], the document, block and position of each place;
+        ``maskable`` [L], places that count; ``index``.  ``alpha`` and the number of views are not in the
+        weights: the loss applies them, so that both parts can be reported apart.
+
+        Args:
+            sample: ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each [L].
+            split: Number of the split; 0 is training.
+            index: Index of the sample in its split.
+        """
+        tokens, counts = sample["tokens"], sample["loss_mask"] > 0
+        step = index // self.batch_size if split == 0 else None
+        structure = self._structure(tokens, block_size_at(self.objective, step))
+        made = {
+            "tokens": tokens,
+            "labels": sample["labels"],
+            "loss_mask": self._ar_weight(tokens, counts, structure),
+            "position_ids": structure[2].long(),
+            "structure": structure,
+            "maskable": counts,
+            "index": torch.tensor(index),
+        }
+        if self.objective.noisy_views:
+            made.update(self._with_noise(made, split, index, block_size_at(self.objective, step)))
+        return made
+
+    def _structure(self, tokens: Tensor, block_size: int) -> Tensor:
+        """[3, L] int32: number of the document, number of the block, position in the text."""
+        place = torch.arange(len(tokens))
+        ends = torch.zeros_like(place) if self.document_end is None else (tokens == self.document_end).long()
+        document = ends.cumsum(0) - ends  # a document's last token belongs to it
+        in_document = place - torch.searchsorted(document, document)
+        opens = in_document % block_size == 0
+        position = in_document if self.restart_positions else place
+        return torch.stack([document, opens.cumsum(0) - 1, position]).int()
+
+    def _ar_weight(self, tokens: Tensor, counts: Tensor, structure: Tensor) -> Tensor:
+        """[L] 1 where the next token is an AR target: not across documents, nor where the place could see it."""
+        targets = counts & ~_ends(structure[0], last=int(tokens[-1]) == self.document_end)
+        if self.objective.noisy_views and self.objective.clean_half == "block_causal":
+            targets &= _ends(structure[1], last=True)
+        return targets.float()
+
+    def _with_noise(self, clean: Sample, split: int, index: int, block_size: int) -> Sample:
+        tokens, block = clean["tokens"], clean["structure"][1]
+        key = Key(self.objective.seed, split, index)
+        eligible, blocks = clean["maskable"].numpy(), block.long().numpy()
+        noise = draw_noise(key, eligible, blocks, self.objective, block_size, self.batch_size)
+        masked, weight, level = (torch.from_numpy(each) for each in noise)
+        targets, slot = tokens, torch.arange(len(block)) - torch.searchsorted(block, block)
+        if self.objective.shift:
+            # A block's first place would be predicted from a block it cannot see; decoding has it from the AR seed.
+            targets, slot, level = clean["labels"], slot + 1, level.roll(-1, 1)
+            weight = weight.roll(-1, 1).masked_fill(_ends(block, last=True), 0.0)
+        views = self.objective.views
+        return {
+            "tokens": torch.cat([tokens.expand(views, -1).masked_fill(masked, self.mask_id).flatten(), tokens]),
+            "labels": torch.cat([targets.repeat(views), clean["labels"]]),
+            "loss_mask": torch.cat([weight.flatten(), clean["loss_mask"]]),
+            "position_ids": clean["position_ids"].repeat(views + 1),
+            "level": level.flatten(),
+            "slot": slot.repeat(views),
+        }
+
+
+def _ends(number: Tensor, last: bool) -> Tensor:
+    """[L] whether each place is the last with its number; ``last`` says so for the sample's last place."""
+    ends = torch.full((len(number),), last)
+    ends[:-1] = number[1:] != number[:-1]
+    return ends
+
+
+class TriModeDataset(Dataset[Sample]):
+    """An AR data set as training samples; noise is drawn here, in the loader's workers."""
+
+    def __init__(self, samples: Any, maker: SampleMaker, split: int) -> None:
         self.samples = samples
-        self.objective = objective
-        self.mask_token_id = mask_token_id
+        self.maker = maker
         self.split = split
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        key = (self.objective.seed, self.split, int(index))
-        return double(self.samples[index], key, self.mask_token_id, self.objective)
+        return self.maker.make(self.samples[index], self.split, int(index))

@@ -7,8 +7,10 @@ from typing import IO, Any
 
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.utils.pg_utils import get_pg_collection
 
 from nemodiff_train.console import progress_bar
+from nemodiff_train.training.diagnostics import LossTally
 
 
 class RunLog(Callback):
@@ -18,13 +20,22 @@ class RunLog(Callback):
     there, a progress line on the console, and ``metrics.jsonl``, one object a step:
     ``step``, the reported losses (nats), ``gradient norm``, ``tokens/s`` (clean tokens), ``seconds``.
 
+    Every ``diagnostics.loss_interval`` steps the diffusion loss by noise level and by place is added.
+
     Args:
         directory: Where ``metrics.jsonl`` is appended to.
+        tally: Where the forward step adds up losses by noise level and place.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tally: LossTally) -> None:
         self.path = directory / "metrics.jsonl"
         self.file: IO[str] | None = None
+        self.tally = tally
+        self.extra: dict[str, float] = {}
+
+    def note(self, figures: dict[str, float]) -> None:
+        """Add figures of the step that has just run; on any rank, kept on the last."""
+        self.extra.update(figures)
 
     def on_train_start(self, context: CallbackContext) -> None:
         config: Any = context.state.cfg
@@ -47,14 +58,19 @@ class RunLog(Callback):
         self.started = time.perf_counter()
 
     def on_train_step_end(self, context: CallbackContext) -> None:
+        seconds = time.perf_counter() - self.started
+        step = context.state.train_state.step + 1  # Bridge counts the step after this callback
+        interval = context.state.cfg.diagnostics.loss_interval
+        if interval and step % interval == 0 and context.loss_dict:
+            self.note(self.tally.take(get_pg_collection(context.model).dp_cp))
         if self.file is None:
             return
-        seconds = time.perf_counter() - self.started
         figures = {name: value.item() for name, value in (context.loss_dict or {}).items()}
-        figures["tokens/s"] = self.tokens_per_step / seconds
-        step = context.state.train_state.step + 1  # Bridge counts the step after this callback
-        self._write_to_loggers(context, figures["tokens/s"], step)
-        record = {"step": step, **figures, "gradient norm": _number(context.grad_norm), "seconds": seconds}
+        extra = {"tokens per second": self.tokens_per_step / seconds, **self.extra}
+        self.extra = {}
+        _write_to_loggers(context, extra, step)
+        figures["tokens/s"] = extra.pop("tokens per second")
+        record = {"step": step, **figures, "gradient norm": _number(context.grad_norm), "seconds": seconds, **extra}
         print(json.dumps(record), file=self.file, flush=True)
         self.progress.update(self.task, completed=step, figures=_headline(figures))
 
@@ -63,12 +79,14 @@ class RunLog(Callback):
         if self.file is not None:
             self.file.close()
 
-    def _write_to_loggers(self, context: CallbackContext, rate: float, step: int) -> None:
-        state = context.state
-        if state.tensorboard_logger:
-            state.tensorboard_logger.add_scalar("tokens per second", rate, step)
-        if state.wandb_logger:
-            state.wandb_logger.log({"tokens per second": rate}, step)
+
+def _write_to_loggers(context: CallbackContext, figures: dict[str, float], step: int) -> None:
+    state = context.state
+    if state.tensorboard_logger:
+        for name, value in figures.items():
+            state.tensorboard_logger.add_scalar(name, value, step)
+    if state.wandb_logger:
+        state.wandb_logger.log(figures, step)
 
 
 def _number(value: Any) -> float | None:

@@ -42,23 +42,27 @@ def _layout_problems(config: TriModeConfig, world_size: int) -> list[str]:
         )
     if model.num_layers % pp:
         found.append(f"model.pipeline_model_parallel_size={pp} does not divide the model's {model.num_layers} layers")
-    if cp != 1:
-        found.append(f"model.context_parallel_size={cp}: doubled sequences cannot be split yet; use 1")
+    if config.dataset.seq_length % (2 * cp):
+        found.append(
+            f"dataset.seq_length={config.dataset.seq_length} cannot be cut into {2 * cp} equal chunks for "
+            f"model.context_parallel_size={cp}; use a multiple of {2 * cp}"
+        )
     if model.sequence_parallel:
         found.append("model.sequence_parallel=true is not supported yet; use false")
     if model.virtual_pipeline_model_parallel_size:
         found.append("model.virtual_pipeline_model_parallel_size is not supported yet; leave it unset")
-    if world_size % (tp * pp):
+    if world_size % (tp * pp * cp):
         found.append(
-            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp}) takes a "
-            f"multiple of {tp * pp}; start torchrun with --nproc-per-node {tp * pp}"
+            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
+            f"a multiple of {tp * pp * cp}; start torchrun with --nproc-per-node {tp * pp * cp}"
         )
     return found
 
 
 def _batch_problems(config: TriModeConfig, world_size: int) -> list[str]:
     model, train = config.model, config.train
-    replicas = max(1, world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size))
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    replicas = max(1, world_size // ranks)
     if train.global_batch_size % (train.micro_batch_size * replicas):
         return [
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="

@@ -43,7 +43,9 @@ def train(config: "TriModeConfig") -> None:
 
     from nemodiff_train.training.callbacks import RunLog
     from nemodiff_train.training.checks import check
-    from nemodiff_train.training.step import forward_step
+    from nemodiff_train.training.gradients import GradientProbe
+    from nemodiff_train.training.mask_embedding import MaskEmbedding
+    from nemodiff_train.training.step import ForwardStep
 
     _fit_to_host(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
@@ -51,8 +53,10 @@ def train(config: "TriModeConfig") -> None:
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(config.checkpoint.save).parent
     _stay_offline_unless_logged_in(config)
+    step = ForwardStep()
+    log = RunLog(output, step.tally)
     with _prints_go_to(output / "train.log"):
-        pretrain(config, forward_step, callbacks=[RunLog(output)])
+        pretrain(config, step, callbacks=[GradientProbe(step, log), MaskEmbedding(step), log])
 
 
 def _fit_to_host(config: "TriModeConfig") -> None:

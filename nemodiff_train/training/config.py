@@ -9,12 +9,12 @@ from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.sample import JointDataset
+from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
 
 
 @dataclass(kw_only=True)
 class TextDatasetConfig(DatasetProvider):
-    """Text in Megatron's .bin/.idx, read through ``GPTDataset`` and doubled in the joint stage."""
+    """Text in Megatron's .bin/.idx, read through ``GPTDataset`` and made into training samples."""
 
     seq_length: int = 4096
     """L: clean tokens in a sample."""
@@ -26,13 +26,26 @@ class TextDatasetConfig(DatasetProvider):
     """Seed of the order of the samples."""
     path_to_cache: str | None = None
     """Folder for the sample index; beside the data when None."""
+    reset_attention_mask: bool = False
+    """Keep the documents of a sample apart: no attention across their ends, and blocks restart with each."""
+    reset_position_ids: bool = False
+    """Positions restart with each document; only together with ``reset_attention_mask``."""
+    eod_mask_loss: bool = False
+    """Leave the end-of-document tokens out of both losses, as places and as noise."""
     num_workers: int = 2
     dataloader_type: str = "single"
 
-    # Not settings: TriModeConfig.validate sets the first two, Bridge saves the third with checkpoints.
-    objective = None
-    mask_token_id = None
+    # Not settings: TriModeConfig.validate sets the first three, Bridge saves the fourth with checkpoints.
+    objective = ObjectiveConfig()
+    mask_token_id = 0
+    batch_size = 1
     tokenizer = None
+
+    @property
+    def irregular(self) -> bool:
+        """Whether the blocks of one sample differ from those of another."""
+        joint = self.objective.stage == "joint"
+        return self.reset_attention_mask or (joint and self.objective.block_schedule != "fixed")
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Training, validation and test samples; see :mod:`nemodiff_train.objective.sample`."""
@@ -44,9 +57,9 @@ class TextDatasetConfig(DatasetProvider):
             split=self.split,
             random_seed=self.random_seed,
             path_to_cache=self.path_to_cache,
-            reset_position_ids=False,
+            reset_position_ids=False,  # SampleMaker restarts both; Megatron would loop over documents for it
             reset_attention_mask=False,
-            eod_mask_loss=False,
+            eod_mask_loss=self.eod_mask_loss,
             create_attention_mask=False,
             num_workers=self.num_workers,
         )
@@ -54,19 +67,35 @@ class TextDatasetConfig(DatasetProvider):
         config.finalize()
         sizes = [context.train_samples, context.valid_samples, context.test_samples]
         splits = pretrain_train_valid_test_datasets_provider(sizes, config)
-        if self.objective is None:
-            return splits
-        return tuple(
-            None if samples is None else JointDataset(samples, self.objective, self.mask_token_id, number)
-            for number, samples in enumerate(splits)
+        maker = SampleMaker(
+            objective=self.objective,
+            mask_id=self.mask_token_id,
+            batch_size=self.batch_size,
+            document_end=context.tokenizer.eod if self.reset_attention_mask else None,
+            restart_positions=self.reset_position_ids,
         )
+        made: list[Any] = [samples and TriModeDataset(samples, maker, split) for split, samples in enumerate(splits)]
+        return made[0], made[1], made[2]
+
+
+@dataclass(kw_only=True)
+class DiagnosticsConfig:
+    """What a run tells about itself besides its losses; to TensorBoard, W&B and ``metrics.jsonl``."""
+
+    loss_interval: int = 10
+    """Steps between figures of the diffusion loss by noise level and by place in the block; 0 for none."""
+
+    gradient_interval: int = 0
+    """Steps between measurements of the gradients of both losses: their norms, variances and cosine. Each
+    takes four more forward and backward passes, and memory for four more gradients; 0 for none."""
 
 
 @dataclass(kw_only=True)
 class TriModeConfig(ConfigContainer):
-    """Everything a run is made of.  ``objective`` is ours; the rest is Bridge's."""
+    """Everything a run is made of.  ``objective`` and ``diagnostics`` are ours; the rest is Bridge's."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
 
     def validate(self) -> None:
         """Connect the parts, then let Bridge check and complete them.
@@ -78,16 +107,18 @@ class TriModeConfig(ConfigContainer):
         super().validate()
 
     def _connect(self) -> None:
-        joint = self.objective.stage == "joint"
-        self.model.joint = joint
-        self.model.block_size = self.objective.block_size
-        self.model.shift = self.objective.shift
-        self.model.seq_length = self.dataset.seq_length * (2 if joint else 1)
-        self.model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
+        objective, model, data = self.objective, self.model, self.dataset
+        model.noisy_views = objective.noisy_views
+        model.block_size = objective.block_size
+        model.largest_block = objective.largest_block
+        model.clean_half = objective.clean_half
+        model.shift = objective.shift
+        model.seq_length = data.seq_length * (objective.noisy_views + 1)
+        model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
-        if joint:
-            self.model.mask_token_id = self.dataset.mask_token_id = self.find_mask_token()
-            self.dataset.objective = self.objective
+        data.objective, data.batch_size = objective, self.train.global_batch_size
+        if objective.stage == "joint":
+            model.mask_token_id = data.mask_token_id = self.find_mask_token()
 
     def find_mask_token(self) -> int:
         """Id of ``objective.mask_token``.

@@ -1,38 +1,110 @@
-"""The forward step: Bridge's batch and model call, with our reduction of the losses."""
+"""The forward step: a micro-batch, the model, and the reduction of its losses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from megatron.bridge.training.gpt_step import get_batch
+import torch
+import torch.distributed as dist
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemodiff_train.objective.loss import tri_mode_loss
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.loss import Report, tri_mode_loss
+from nemodiff_train.objective.sample import Sample
+from nemodiff_train.objective.schedule import alpha_at
+from nemodiff_train.training.batch import Recorder, to_device
+from nemodiff_train.training.diagnostics import LossTally
+
+LossFunction = partial[tuple[Tensor, Tensor, Report]]
 
 
-def forward_step(state: GlobalState, data_iterator: Iterable[Any], model: GPTModel) -> tuple[Tensor, partial[Any]]:
-    """Run one micro-batch forward, as ``pretrain()`` asks.
+class ForwardStep:
+    """Runs one micro-batch forward, as Bridge's ``pretrain()`` asks."""
 
-    Returns:
-        The per-token cross-entropy [batch, positions] on the last pipeline stage (hidden states
-        elsewhere), and the function that reduces it.
-    """
-    config: Any = state.cfg
-    state.timers("batch-generator", log_level=2).start()
-    tokens, labels, loss_mask, _, position_ids, _ = get_batch(
-        data_iterator,
-        config,
-        pg_collection=get_pg_collection(model),
-        vp_stage=getattr(model, "vp_stage", None),
-    )
-    state.timers("batch-generator").stop()
-    losses = model(input_ids=tokens, position_ids=position_ids, attention_mask=None, labels=labels)
-    checks = {
-        "check_for_nan_in_loss": config.rerun_state_machine.check_for_nan_in_loss,
-        "check_for_spiky_loss": config.rerun_state_machine.check_for_spiky_loss,
-    }
-    joint = config.objective.stage == "joint"
-    return losses, partial(tri_mode_loss, loss_mask, joint, config.objective.alpha, checks)
+    def __init__(self) -> None:
+        self.tally = LossTally()
+        self.recorder = Recorder()
+        self.batch: Sample | None = None
+        """The micro-batch that is running forward."""
+        self._ahead: list[Sample] = []
+        self._diffusion_scale: Tensor | float = 1.0
+
+    def __call__(self, state: GlobalState, data_iterator: Iterator[Any], model: Any) -> tuple[Tensor, LossFunction]:
+        """Run a model chunk on its next micro-batch.
+
+        Returns:
+            The cross-entropy [batch, positions] of this rank's positions on the last pipeline stage (hidden
+            states elsewhere), and the function that reduces it.
+        """
+        config: Any = state.cfg
+        batch, losses = self.forward(config, data_iterator, model)
+        checks = {
+            "check_for_nan_in_loss": config.rerun_state_machine.check_for_nan_in_loss,
+            "check_for_spiky_loss": config.rerun_state_machine.check_for_spiky_loss,
+        }
+        alpha = alpha_at(config.objective, state.train_state.step)
+        tells = config.diagnostics.loss_interval and config.objective.stage == "joint"
+        tally = self.tally if model.training and tells else None
+        return losses, partial(_reduce, batch or {}, config.objective, alpha, self._diffusion_scale, checks, tally)
+
+    def forward(self, config: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Sample | None, Tensor]:
+        """Take the next micro-batch through a model chunk."""
+        chunk = unwrap_model(model)
+        batch = self._next(config, data_iterator, chunk)
+        self.batch = batch
+        structure = batch["structure"] if batch is not None and config.dataset.irregular else None
+        chunk.attention_state.rotary_structure = structure
+        output = model(
+            input_ids=batch["tokens"] if batch and chunk.pre_process else None,
+            position_ids=batch["position_ids"] if batch and chunk.pre_process else None,
+            attention_mask=structure,
+            labels=batch["labels"] if batch and chunk.post_process else None,
+        )
+        return batch, output
+
+    def _next(self, config: Any, data_iterator: Iterator[Any], chunk: Any) -> Sample | None:
+        """The next micro-batch; None on a stage that needs nothing of it."""
+        if not (chunk.pre_process or chunk.post_process or config.dataset.irregular):
+            return None
+        if config.objective.reduction == "automodel" and chunk.training and chunk.post_process:
+            return self._next_read_ahead(data_iterator, chunk)
+        return self._read(data_iterator, chunk)
+
+    def _read(self, data_iterator: Iterator[Any], chunk: Any) -> Sample:
+        samples = self.recorder.read(data_iterator, chunk.vp_stage or 0)
+        return to_device(samples, chunk.attention_state.share)
+
+    def _next_read_ahead(self, data_iterator: Iterator[Any], chunk: Any) -> Sample:
+        """As :meth:`_read`, having read the whole step: how much of it is masked scales its diffusion loss."""
+        if not self._ahead:
+            self._ahead = [self._read(data_iterator, chunk) for _ in range(get_num_microbatches())]
+            self._diffusion_scale = _targets_per_masked(self._ahead, chunk.pg_collection.dp_cp)
+        return self._ahead.pop(0)
+
+
+def _reduce(
+    batch: Sample,
+    objective: ObjectiveConfig,
+    alpha: float,
+    scale: Tensor | float,
+    checks: dict[str, Any],
+    tally: LossTally | None,
+    losses: Tensor,
+) -> tuple[Tensor, Tensor, Report]:
+    if tally is not None:
+        tally.add(batch, losses.detach())
+    return tri_mode_loss(batch, objective, alpha, scale, checks, losses)
+
+
+def _targets_per_masked(batches: list[Sample], group: Any) -> Tensor:
+    """AR targets over masked places (a mean over views) in the global batch."""
+    places = batches[0]["maskable"].shape[1]
+    views = batches[0]["tokens"].shape[1] // places - 1
+    masked = sum((batch["loss_mask"][:, : views * places] > 0).sum() for batch in batches) / views
+    targets = sum(batch["loss_mask"][:, views * places :].sum() for batch in batches)
+    both = torch.stack([torch.as_tensor(targets), torch.as_tensor(masked)]).float()
+    dist.all_reduce(both, group=group)
+    return both[0] / both[1].clamp(min=1)

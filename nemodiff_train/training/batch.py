@@ -1,0 +1,42 @@
+"""A micro-batch from the loader to the device, with this rank's part of it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from nemodiff_train.attention.plan import Share
+from nemodiff_train.objective.sample import Sample
+
+_WHOLE = ("structure", "index")  # every context-parallel rank needs all of these
+
+
+def to_device(samples: Sample, share: Share) -> Sample:
+    """Move a micro-batch to the device and take this context-parallel rank's places.
+
+    Args:
+        samples: What the loader collated from :class:`~nemodiff_train.objective.sample.SampleMaker`'s fields.
+        share: The rank's share of the sequence.
+    """
+    length = samples["maskable"].shape[1]
+
+    def mine(name: str, values: Tensor) -> Tensor:
+        values = values.cuda(non_blocking=True)
+        return values if name in _WHOLE else share.take(values, length)
+
+    return {name: mine(name, values) for name, values in samples.items()}
+
+
+class Recorder:
+    """Passes a loader's micro-batches on and keeps them, so that a step can be looked at again."""
+
+    def __init__(self) -> None:
+        self.kept: list[list[Any]] | None = None
+        """Micro-batches of the step by model chunk; None while nothing is kept."""
+
+    def read(self, data: Iterator[Any], chunk: int) -> Any:
+        """The next micro-batch of a model chunk."""
+        samples = next(data)
+        if self.kept is not None:
+            self.kept[chunk].append(samples)
+        return samples

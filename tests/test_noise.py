@@ -1,0 +1,163 @@
+"""The noise: a pure function of its key, with the distribution that its weights undo."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.noise import Key, Noise, draw_noise
+from nemodiff_train.objective.schedule import alpha_at, block_size_at
+
+DRAWS = 100_000
+LENGTH, BLOCK = 16, 8
+ELIGIBLE = np.array([place != 5 for place in range(LENGTH)])
+BLOCKS = np.arange(LENGTH) // BLOCK
+BATCH = 8
+
+SCHEDULES: dict[str, dict[str, object]] = {
+    "nemotron": {},
+    "clipped": {"min_noise_level": 0.3, "max_noise_level": 0.8},
+    "all-masked share": {"all_masked_share": 0.25, "min_noise_level": 0.1},
+    "per block": {"noise_per": "block", "min_noise_level": 0.1},
+    "antithetic": {"level_draw": "antithetic", "min_noise_level": 0.1},
+    "stratified": {"level_draw": "stratified", "noise_per": "block", "min_noise_level": 0.1},
+    "exact count": {"masked_count": "exact", "min_noise_level": 0.1},
+    "exact count per block": {"masked_count": "exact", "noise_per": "block", "min_noise_level": 0.1},
+    "half-life": {"masked_count": "exact", "noise_per": "block", "half_life": 0.1, "min_noise_level": 0.1},
+    "complementary": {"views": 2, "complementary": True, "min_noise_level": 0.1, "max_noise_level": 0.9},
+}
+
+
+def draw(index: int, objective: ObjectiveConfig, split: int = 0) -> Noise:
+    return draw_noise(Key(objective.seed, split, index), ELIGIBLE, BLOCKS, objective, BLOCK, BATCH)
+
+
+def within(found: np.ndarray, expected: float) -> bool:
+    """Whether the mean over draws (axis 0) is the expected one, to five standard errors."""
+    error = found.std(0) / math.sqrt(len(found))
+    return bool((np.abs(found.mean(0) - expected) <= 5 * error + 1e-12).all())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_over_many_draws(name: str) -> None:
+    """Masked share is the mean level, and the weight is the inverse of a place's inclusion probability.
+
+    So E[weight] = 1 at every eligible place, but for the half-life, which prefers late places by design:
+    there it holds for the mean over each block, and the preference is tested below.
+    """
+    objective = ObjectiveConfig(**{"block_size": BLOCK, **SCHEDULES[name]})  # type: ignore[arg-type]
+    assert not objective.problems(LENGTH)
+    draws = [draw(index, objective) for index in range(DRAWS // objective.views)]
+    masked = np.concatenate([each.masked for each in draws])
+    weight, level = (np.concatenate([getattr(each, part) for each in draws]) for part in ("weight", "level"))
+    assert not masked[:, ~ELIGIBLE].any() and not weight[:, ~ELIGIBLE].any()
+    low, high = objective.min_noise_level, objective.max_noise_level
+    full = objective.all_masked_share
+    assert within(masked[:, ELIGIBLE].mean(1), (1 - full) * (low + high) / 2 + full)
+    assert level.min() >= low - 1e-6 and level.max() <= max(high, float(full > 0)) + 1e-6
+    np.testing.assert_allclose(weight[masked], 1 / level[masked], rtol=1e-5)
+    if objective.half_life is None:
+        assert within(weight[:, ELIGIBLE], 1)
+    else:
+        for block in (0, 1):
+            assert within(weight[:, ELIGIBLE & (block == BLOCKS)].mean(1), 1)
+
+
+@pytest.mark.parametrize("noise_per", ["sequence", "block"])
+def test_effective_weights_add_up_to_the_places(noise_per: str) -> None:
+    """The share that was in fact masked: the weights of a sample or block with any mask sum to its places."""
+    objective = ObjectiveConfig(weighting="effective", noise_per=noise_per)  # type: ignore[arg-type]
+    for index in range(300):
+        found = draw(index, objective)
+        for scope in [BLOCKS == 0, BLOCKS == 1] if noise_per == "block" else [BLOCKS >= 0]:
+            if found.masked[0, scope].any():
+                assert found.weight[0, scope].sum() == pytest.approx((ELIGIBLE & scope).sum(), rel=1e-6)
+    assert set(np.unique(draw(3, ObjectiveConfig(weighting="none")).weight)) == {0.0, 1.0}
+
+
+def test_an_exact_count_is_exact() -> None:
+    objective = ObjectiveConfig(masked_count="exact", min_noise_level=0.5, max_noise_level=0.5)
+    counts = [int(draw(index, objective).masked.sum()) for index in range(2000)]  # 0.5 x 15 places: 7 or 8
+    assert set(counts) == {7, 8} and abs(np.mean(counts) - 7.5) < 5 * 0.5 / math.sqrt(2000)
+
+
+@pytest.mark.parametrize("level", [0.25, 0.5, 0.75])
+def test_half_life_draws_without_replacement(level: float) -> None:
+    """Inclusion by place against an enumeration of all orders in which a block of 4 can be drawn.
+
+    The weight of place i is exp(beta (1 - t) i), beta = ln 2 / (half-life x block) (Efficient-DLM, section 3.3).
+    """
+    half_life, size, count = 0.1, 4, round(level * 4)
+    objective = ObjectiveConfig(
+        masked_count="exact", noise_per="block", half_life=half_life, min_noise_level=level, max_noise_level=level
+    )
+    beta = math.log(2) / (half_life * size)
+    preference = [math.exp(beta * (1 - level) * place) for place in range(size)]
+    expected = np.zeros(size)
+    for order in itertools.permutations(range(size), count):
+        probability, left = 1.0, sum(preference)
+        for place in order:
+            probability, left = probability * preference[place] / left, left - preference[place]
+        expected[list(order)] += probability
+    everywhere, blocks = np.ones(8, dtype=bool), np.arange(8) // size
+    drawn = np.concatenate(
+        [
+            draw_noise(Key(1, 0, index), everywhere, blocks, objective, size, 1).masked.reshape(2, size)
+            for index in range(DRAWS // 2)
+        ]
+    )
+    assert (drawn.sum(1) == count).all()
+    error = np.sqrt(expected * (1 - expected) / len(drawn))
+    assert (np.abs(drawn.mean(0) - expected) < 5 * error + 1e-9).all()
+    assert expected[-1] > 1.3 * expected[0]
+
+
+def test_noise_is_a_function_of_its_key() -> None:
+    for settings in SCHEDULES.values():
+        objective = ObjectiveConfig(**settings)  # type: ignore[arg-type]
+        first, again = (draw(7, objective) for _ in range(2))
+        for one, other in zip(first, again, strict=True):
+            assert np.array_equal(one, other)
+    levels = {
+        float(draw(index, ObjectiveConfig(seed=seed), split).level[0, 0])
+        for seed, split, index in [(1, 0, 7), (2, 0, 7), (1, 1, 7), (1, 0, 8)]
+    }
+    assert len(levels) == 4
+
+
+def test_antithetic_pairs_mirror_each_other() -> None:
+    objective = ObjectiveConfig(level_draw="antithetic", noise_per="block", min_noise_level=0.2, max_noise_level=0.6)
+    for index in range(0, 20, 2):
+        first, second = draw(index, objective), draw(index + 1, objective)
+        np.testing.assert_allclose(first.level + second.level, 0.8, rtol=1e-5)
+        assert not np.array_equal(first.masked, second.masked)
+
+
+@pytest.mark.parametrize(("noise_per", "per_sample"), [("sequence", 1), ("block", 2)])
+def test_stratified_levels_cover_a_global_batch_evenly(noise_per: str, per_sample: int) -> None:
+    """Every one of the batch's equal parts of the range holds exactly one level."""
+    objective = ObjectiveConfig(level_draw="stratified", noise_per=noise_per)  # type: ignore[arg-type]
+    low, high = objective.min_noise_level, objective.max_noise_level
+    for step in range(5):
+        levels = np.concatenate([draw(step * BATCH + i, objective).level[0, ::BLOCK] for i in range(BATCH)])
+        levels = levels if per_sample == 2 else levels[::2]
+        strata = ((levels - low) / (high - low) * BATCH * per_sample).astype(int)
+        assert sorted(strata) == list(range(BATCH * per_sample))
+
+
+def test_block_schedules() -> None:
+    objective = ObjectiveConfig(block_schedule="random", block_sizes=[2, 16])
+    sizes = [block_size_at(objective, step) for step in range(3000)]
+    assert set(sizes) == set(range(2, 17)) and sizes[:50] == [block_size_at(objective, step) for step in range(50)]
+    assert abs(np.mean(sizes) - 9) < 5 * np.std(sizes) / math.sqrt(3000)
+    curriculum = ObjectiveConfig(block_schedule="curriculum", block_sizes=[4, 32, 64], block_steps=10)
+    assert [block_size_at(curriculum, step) for step in (0, 9, 10, 19, 20, 500)] == [4, 4, 32, 32, 64, 64]
+    assert block_size_at(curriculum, None) == 32 and curriculum.largest_block == 64
+
+
+def test_alpha_ramp() -> None:
+    ramp = ObjectiveConfig(alpha=0.3, alpha_ramp_steps=9)
+    assert [alpha_at(ramp, step) for step in (0, 4, 9, 100)] == pytest.approx([0.03, 0.15, 0.3, 0.3])
+    assert alpha_at(ObjectiveConfig(), 0) == 0.3
