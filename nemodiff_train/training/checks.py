@@ -44,10 +44,6 @@ def _layout_problems(config: TriModeConfig, world_size: int) -> list[str]:
         found.append(f"model.pipeline_model_parallel_size={pp} does not divide the model's {model.num_layers} layers")
     if cp != 1:
         found.append(f"model.context_parallel_size={cp}: doubled sequences cannot be split yet; use 1")
-    if model.sequence_parallel:
-        found.append("model.sequence_parallel=true is not supported yet; use false")
-    if model.virtual_pipeline_model_parallel_size:
-        found.append("model.virtual_pipeline_model_parallel_size is not supported yet; leave it unset")
     if world_size % (tp * pp):
         found.append(
             f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp}) takes a "
