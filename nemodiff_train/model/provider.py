@@ -84,15 +84,15 @@ class TriModeModelProvider(GPTModelProvider):
 
     def finalize(self) -> None:
         """Complete the settings that follow from others."""
-        # Exchanges between pipeline stages are batched by default, in an order that pairs the sends and
-        # receives of two ranks only if each pair has one tensor a batch.  Under virtual stages on two ranks, the
-        # next and the previous stage are the same rank: activations and gradients sent together arrive
-        # swapped, silently, and training diverges.  Sent one by one, they are paired by direction.
-        # Megatron-LM's arguments do the same; Bridge leaves it to its users.  Without virtual stages,
-        # Core takes batches only.
+        super().finalize()  # finds the number of virtual stages if only a layout names it
+        # Core's default, one batch of exchanges between neighbouring stages, pairs sends and receives
+        # of the same two ranks by their order.  With two ranks and virtual stages, the next and the
+        # previous stage are on the same rank: activations sent forward and gradients sent backward in one
+        # batch arrive swapped, silently, and the model trains on nonsense.  Exchanges issued one by one are
+        # paired by direction.  Megatron-LM's arguments do the same; Bridge leaves it to the user.
+        # Without virtual stages Core takes batches only.
         self.overlap_p2p_comm = bool(self.virtual_pipeline_model_parallel_size)
         self.batch_p2p_comm = not self.overlap_p2p_comm
-        super().finalize()
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -132,6 +132,29 @@ def tri_mode(source: GPTModelProvider, hf_config: dict[str, Any]) -> TriModeMode
         provider.yarn_correction_range_round_to_int = rope.get("truncate", True)
     provider.attention_dropout = provider.hidden_dropout = 0.0
     return provider
+
+
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "context_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "microbatch_group_size_per_vp_stage",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def forget_layout(provider: TriModeModelProvider) -> None:
+    """Return to one process: a checkpoint holds the layout that trained it, and every run has its own."""
+    for setting in fields(provider):
+        if setting.name in LAYOUT:
+            setattr(provider, setting.name, setting.default)
 
 
 def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> None:
