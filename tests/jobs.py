@@ -1,7 +1,9 @@
 """What the gang runs; see tests/gang.py and tests/test_layouts.py."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ def train(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
 
 
 def resume(output: str, stopped: str, at: int, **arguments: Any) -> dict[str, Any]:
-    """The run in ``stopped`` as it was when step ``at`` had been saved, continued by the same command."""
+    """The run in ``stopped`` as it was when step ``at`` had been saved, continued, on any layout."""
     source, target = Path(stopped, "checkpoints"), Path(output, "checkpoints")
-    iteration = f"iter_{at:07d}"
-    shutil.copytree(source / iteration, target / iteration)
-    shutil.copy(source / iteration / "train_state.pt", target / "latest_train_state.pt")
-    (target / "latest_checkpointed_iteration.txt").write_text(str(at))
+    iteration, ready = f"iter_{at:07d}", target / "latest_checkpointed_iteration.txt"
+    if os.environ["RANK"] == "0":
+        shutil.copytree(source / iteration, target / iteration)
+        shutil.copy(source / iteration / "train_state.pt", target / "latest_train_state.pt")
+        ready.write_text(str(at))
+    while not ready.exists():
+        time.sleep(0.1)
     return train(output, **arguments)
 
 

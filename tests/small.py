@@ -101,6 +101,7 @@ def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_le
     from nemodiff_train.model.pretrained import model_from
     from nemodiff_train.objective import ObjectiveConfig
     from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
+    from nemodiff_train.training.parts import tokenizer_of
 
     checkpoints = f"{output}/checkpoints"
     return TriModeConfig(
@@ -120,7 +121,7 @@ def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_le
             weight_decay_incr_style="constant",
         ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
-        tokenizer=bridge.TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=start_from),
+        tokenizer=tokenizer_of(start_from),
         checkpoint=bridge.CheckpointConfig(
             save=checkpoints,
             load=checkpoints,

@@ -55,6 +55,39 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "length not a multiple of the block": (train("objective.block_size=24"), ["64", "24"]),
     "tensor parallel does not divide": (train("model.tensor_model_parallel_size=4"), ["2 key-value heads"]),
     "pipeline does not divide": (train("model.pipeline_model_parallel_size=3"), ["4 layers"]),
+    "sequence parallel alone": (train("model.sequence_parallel=true"), ["model.tensor_model_parallel_size"]),
+    "virtual stages alone": (
+        train("model.virtual_pipeline_model_parallel_size=2"),
+        ["model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size"],
+    ),
+    "uneven stages alone": (
+        train("model.num_layers_in_first_pipeline_stage=1"),
+        ["num_layers_in_first_pipeline_stage", "model.pipeline_model_parallel_size"],
+    ),
+    "virtual stages do not divide": (
+        train("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=4"),
+        ["2 layers of a stage"],
+    ),
+    "micro-batches do not fill the pipeline": (
+        train(
+            "model.pipeline_model_parallel_size=2",
+            "model.virtual_pipeline_model_parallel_size=2",
+            "train.global_batch_size=6",
+        ),
+        ["2 at a time", "3 of them"],
+    ),
+    "ends take all layers": (
+        train("model.pipeline_model_parallel_size=4", "model.num_layers_in_first_pipeline_stage=3"),
+        ["1 of 4 layers"],
+    ),
+    "layers counted do not divide": (
+        train("model.pipeline_model_parallel_size=2", "model.account_for_loss_in_pipeline_split=true"),
+        ["5 layers (loss counted)"],
+    ),
+    "drawn layers are not the model's": (
+        train("model.pipeline_model_parallel_size=2", "model.pipeline_model_parallel_layout=Ett|tL"),
+        ["Ett|tL", "3 layers"],
+    ),
     "fewer ranks than the layout": (train("model.tensor_model_parallel_size=2"), ["1 processes", "multiple of 2"]),
     "batch does not divide": (train("train.micro_batch_size=3"), ["train.global_batch_size=8"]),
     "context parallel": (train("model.context_parallel_size=2"), ["context_parallel_size"]),

@@ -70,6 +70,38 @@ def _fix_absence_of_transformer_engine() -> None:
     importlib.import_module("megatron.core.extensions.transformer_engine")
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     importlib.import_module("modelopt.torch.distill.plugins.megatron")
+    _let_the_distributed_optimizer_resume()
+
+
+def _let_the_distributed_optimizer_resume() -> None:
+    """Without Transformer Engine, mend two things that keep a distributed optimizer from loading a checkpoint.
+
+    Megatron-Core first reads the step number from the state of the new optimizer, and stops because
+    torch's Adam has none before its first step: it is given one, which the checkpoint overwrites.
+    Afterwards Core leaves one tensor as the step number of all parameters, and torch's Adam, which counts
+    in place, would count it up once for each of them: every parameter is given its own.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    plain_state_dict: Any = DistributedOptimizer.state_dict
+    plain_load: Any = DistributedOptimizer.load_state_dict
+
+    def state_dict(self: Any) -> Any:
+        inner = self.optimizer
+        if isinstance(inner, torch.optim.Adam) and not inner.state:
+            for parameter in (p for group in inner.param_groups for p in group["params"]):
+                moments = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return plain_state_dict(self)
+
+    def load_state_dict(self: Any, loaded: Any) -> None:
+        plain_load(self, loaded)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
 
 
 def keep_compiled_dataset_helpers() -> None:

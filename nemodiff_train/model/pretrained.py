@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.provider import TriModeModelProvider, tri_mode
+from nemodiff_train.model.provider import TriModeModelProvider, forget_layout, tri_mode
 
 
 def model_from(source: str) -> TriModeModelProvider:
@@ -122,4 +122,5 @@ def _megatron_model(path: Path) -> TriModeModelProvider:
     provider, _ = load_model_config(str(iteration))
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
+    forget_layout(provider)
     return provider

@@ -13,25 +13,46 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.utils import get_pg_rank
 
 from nemodiff_train.attention.modules import PlacedRotary, TriModeAttention
 from nemodiff_train.attention.plan import share_of
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.norm import head_norm, replicated_norm
 
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
 
-def tri_mode_layer_spec(config: "TriModeModelProvider") -> ModuleSpec:
+def tri_mode_layer_spec(
+    config: "TriModeModelProvider", vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The family's transformer layer with :class:`TriModeAttention` as its core attention.
 
-    Transformer Engine's layers where it is installed, else Megatron-Core's own.
+    Transformer Engine's layers where it is installed, else Megatron-Core's own with norms of ours.
+
+    Args:
+        vp_stage: Number of the model chunk on this rank, under virtual pipeline stages.
     """
     if HAVE_TE:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    spec.submodules.self_attention.submodules.core_attention = TriModeAttention
+        spec.submodules.self_attention.submodules.core_attention = TriModeAttention
+        return spec
+    layer = _local_layer_spec(config)
+    # Given a single layer, Core would choose the norm behind the last one by itself.
+    stage = get_pg_rank(config._pg_collection.pp) if config._pg_collection else None
+    layers = get_num_layers_to_build(config, vp_stage, stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=replicated_norm)
+
+
+def _local_layer_spec(config: "TriModeModelProvider") -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = replicated_norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = head_norm
+    attention.core_attention = TriModeAttention
     return spec
 
 
@@ -65,6 +86,18 @@ class TriModeModelProvider(GPTModelProvider):
     """The Hugging Face configuration the weights came from; an export writes it back."""
     hf_generation_config: dict[str, Any] = field(default_factory=dict)
     """The ``generation_config.json`` that came with it."""
+
+    def finalize(self) -> None:
+        """Complete the settings that follow from others."""
+        super().finalize()  # finds the number of virtual stages if only a layout names it
+        # Core's default, one batch of exchanges between neighbouring stages, pairs sends and receives
+        # of the same two ranks by their order.  With two ranks and virtual stages, the next and the
+        # previous stage are on the same rank: activations sent forward and gradients sent backward in one
+        # batch arrive swapped, silently, and the model trains on nonsense.  Exchanges issued one by one are
+        # paired by direction.  Megatron-LM's arguments do the same; Bridge leaves it to the user.
+        # Without virtual stages Core takes batches only.
+        self.overlap_p2p_comm = bool(self.virtual_pipeline_model_parallel_size)
+        self.batch_p2p_comm = not self.overlap_p2p_comm
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -106,6 +139,29 @@ def tri_mode(source: GPTModelProvider, hf_config: dict[str, Any]) -> TriModeMode
     provider.attention_dropout = provider.hidden_dropout = 0.0
     provider.apply_rope_fusion = False  # the fused kernel takes one angle a position; rows may differ here
     return provider
+
+
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "context_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "microbatch_group_size_per_vp_stage",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def forget_layout(provider: TriModeModelProvider) -> None:
+    """Return to one process: a checkpoint holds the layout that trained it, and every run has its own."""
+    for setting in fields(provider):
+        if setting.name in LAYOUT:
+            setattr(provider, setting.name, setting.default)
 
 
 def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> None:

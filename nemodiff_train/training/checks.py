@@ -7,6 +7,7 @@ from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.training.config import TriModeConfig
+from nemodiff_train.training.layout import layout_problems
 
 
 def check(config: TriModeConfig, world_size: int) -> None:
@@ -17,58 +18,15 @@ def check(config: TriModeConfig, world_size: int) -> None:
     """
     problems = [
         *config.objective.problems(config.dataset.seq_length),
-        *_layout_problems(config, world_size),
-        *_batch_problems(config, world_size),
+        *layout_problems(config, world_size),
     ]
+    if config.dataset.reset_position_ids and not config.dataset.reset_attention_mask:
+        problems.append("dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well")
     if problems:
         raise UserError("; ".join(problems))
     if config.checkpoint.pretrained_checkpoint:
         check_weights(Path(config.checkpoint.pretrained_checkpoint))
     _check_data(config)
-
-
-def _layout_problems(config: TriModeConfig, world_size: int) -> list[str]:
-    model = config.model
-    tp, pp, cp = (
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        model.context_parallel_size,
-    )
-    found = []
-    if model.num_query_groups % tp:
-        found.append(
-            f"model.tensor_model_parallel_size={tp} does not divide the model's {model.num_query_groups} "
-            f"key-value heads; use a divisor of {model.num_query_groups}"
-        )
-    if model.num_layers % pp:
-        found.append(f"model.pipeline_model_parallel_size={pp} does not divide the model's {model.num_layers} layers")
-    if config.dataset.seq_length % (2 * cp):
-        found.append(
-            f"dataset.seq_length={config.dataset.seq_length} cannot be cut into {2 * cp} equal chunks for "
-            f"model.context_parallel_size={cp}; use a multiple of {2 * cp}"
-        )
-    if model.sequence_parallel:
-        found.append("model.sequence_parallel=true is not supported yet; use false")
-    if model.virtual_pipeline_model_parallel_size:
-        found.append("model.virtual_pipeline_model_parallel_size is not supported yet; leave it unset")
-    if world_size % (tp * pp * cp):
-        found.append(
-            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
-            f"a multiple of {tp * pp * cp}; start torchrun with --nproc-per-node {tp * pp * cp}"
-        )
-    return found
-
-
-def _batch_problems(config: TriModeConfig, world_size: int) -> list[str]:
-    model, train = config.model, config.train
-    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    replicas = max(1, world_size // ranks)
-    if train.global_batch_size % (train.micro_batch_size * replicas):
-        return [
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {replicas} data-parallel replicas"
-        ]
-    return []
 
 
 def _check_data(config: TriModeConfig) -> None:
