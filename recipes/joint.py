@@ -3,15 +3,22 @@
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
 from nemodiff_train.model.pretrained import model_from
-from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.presets import preset
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
 from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
 STEPS = 12_500
 
 
-def recipe(start_from: str, tokenizer: str, data: str, output: str, mask_token: str = "<|fim_pad|>") -> TriModeConfig:
-    """Joint training with the paper's objective.
+def recipe(
+    start_from: str,
+    tokenizer: str,
+    data: str,
+    output: str,
+    mask_token: str = "<|fim_pad|>",
+    objective: str = "nemotron",
+) -> TriModeConfig:
+    """Joint training with a published objective.
 
     Args:
         start_from: The AR model: a Hugging Face directory or a Megatron checkpoint.
@@ -19,13 +26,14 @@ def recipe(start_from: str, tokenizer: str, data: str, output: str, mask_token: 
         data: Prefix of a data set made by 'nemodiff data prepare'.
         output: The run's folder.
         mask_token: A token of the tokenizer that never occurs in the data.
+        objective: One of the presets of docs/objectives.md.
     """
     model = model_from(start_from)
     model.tensor_model_parallel_size = 2
     model.pipeline_model_parallel_size = 2
     return TriModeConfig(
         model=model,
-        objective=ObjectiveConfig(block_size=32, alpha=0.3, mask_token=mask_token),
+        objective=preset(objective, mask_token=mask_token),
         dataset=TextDatasetConfig(seq_length=4096, data=[data], split="100,0,0"),
         train=TrainingConfig(train_iters=STEPS, global_batch_size=512, micro_batch_size=1),
         optimizer=adamw(1e-5, 3e-6, sharded=True),

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def _rendezvous(folder: Path, name: str, rank: int) -> str:
         temporary.write_text(str(_free_port()))
         temporary.rename(path)
     while not path.exists():
-        pass
+        time.sleep(0.02)
     return path.read_text()
 
 

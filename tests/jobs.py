@@ -111,12 +111,63 @@ def decode(checkpoint: str, tensor: int) -> dict[str, Any]:
     }
 
 
-def loggers(output: str, **arguments: Any) -> dict[str, Any]:
+def loggers(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
     """Train with TensorBoard and W&B; returns TensorBoard's tags and whether W&B wrote an offline run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names = {"wandb_project": "test", "wandb_exp_name": "run", "wandb_save_dir": f"{output}/wandb"}
-    settings = [f"logger.{key}={value}" for key, value in names.items()]
-    train(output, [*settings, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"], **arguments)
+    logged = [f"logger.{key}={value}" for key, value in names.items()]
+    train(output, [*settings, *logged, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"], **arguments)
     events = EventAccumulator(f"{output}/tensorboard").Reload()
     return {"tags": events.Tags()["scalars"], "wandb": len(list(Path(output, "wandb").rglob("offline-run-*")))}
+
+
+def exchange(size: int) -> dict[str, Any]:
+    """One attention layer at L = 4096 over ``size`` context-parallel ranks, counting what it exchanges.
+
+    ``received`` are the bytes that a rank receives from the others in a forward; ``clean`` those of the
+    keys and values of all clean places.
+    """
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+
+    from nemodiff_train.attention.modules import TriModeAttention
+    from nemodiff_train.attention.plan import share_of
+    from nemodiff_train.attention.state import AttentionState
+
+    length, heads, kv_heads, width = 4096, 2, 1, 8
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=size)
+    group = parallel_state.get_context_parallel_group()
+    config: Any = SimpleNamespace(
+        noisy_views=1, block_size=32, largest_block=32, clean_half="causal", query_scale_beta=0.0
+    )
+    attention = TriModeAttention(config, layer_number=1)
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))
+    attention.state = AttentionState()
+    expected = attention(query, key, value)
+    share = share_of(group)
+    attention.state = AttentionState(share=share, context_group=group)
+    mine = torch.cat([segment * length + share.places(length) for segment in (0, 1)])
+    sent: list[int] = []
+    plain: Any = dist.all_gather_into_tensor
+
+    def counted(output: torch.Tensor, own: torch.Tensor, **options: Any) -> Any:
+        sent.append(own.numel() * own.element_size())
+        return plain(output, own, **options)
+
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    dist.all_gather_into_tensor = mappings.dist_all_gather_func = counted
+    try:
+        found = attention(query[mine], key[mine], value[mine])
+    finally:
+        dist.all_gather_into_tensor = mappings.dist_all_gather_func = plain
+    return {
+        "collectives": len(sent),
+        "received": sum(sent) * (size - 1),
+        "clean": 2 * length * kv_heads * width * key.element_size(),
+        "difference": float((found - expected[mine]).abs().max()),
+    }

@@ -8,11 +8,6 @@ import torch
 
 VOCABULARY = 320
 EOD, MASK = "<|endoftext|>", "<|mask|>"
-RECOMPUTE = [
-    "model.recompute_granularity=full",
-    "model.recompute_method=uniform",
-    "model.recompute_num_layers=1",
-]
 
 
 def tokenizer(directory: Path) -> None:
