@@ -74,10 +74,11 @@ def _fix_absence_of_transformer_engine() -> None:
 
 
 def _let_the_distributed_optimizer_resume() -> None:
-    """Without Transformer Engine, mend two things that keep a distributed optimizer from loading a checkpoint.
+    """Without Transformer Engine, mend three things that keep a distributed optimizer from loading a checkpoint.
 
     Megatron-Core first reads the step number from the state of the new optimizer, and stops because
     torch's Adam has none before its first step: it is given one, which the checkpoint overwrites.
+    Then it expects a step number of every parameter in the checkpoint, where there is one for all.
     Afterwards Core leaves one tensor as the step number of all parameters, and torch's Adam, which counts
     in place, would count it up once for each of them: every parameter is given its own.
     """
@@ -85,6 +86,7 @@ def _let_the_distributed_optimizer_resume() -> None:
 
     plain_state_dict: Any = DistributedOptimizer.state_dict
     plain_load: Any = DistributedOptimizer.load_state_dict
+    plain_set: Any = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def state_dict(self: Any) -> Any:
         inner = self.optimizer
@@ -100,6 +102,10 @@ def _let_the_distributed_optimizer_resume() -> None:
             if "step" in state:
                 state["step"] = state["step"].clone()
 
+    def set_states(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        plain_set(self, parameter, {**tensors, "step": None})  # what is no tensor is left as it is
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
 
