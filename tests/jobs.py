@@ -111,15 +111,32 @@ def decode(checkpoint: str, tensor: int) -> dict[str, Any]:
     }
 
 
+def warnings(**arguments: Any) -> dict[str, Any]:
+    """Train, and return what the console was told."""
+    from nemodiff_train.console import console
+
+    with console.capture() as captured:
+        train(**arguments)
+    return {"console": captured.get()}
+
+
 def loggers(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
     """Train with TensorBoard and W&B; returns TensorBoard's tags and whether W&B wrote an offline run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names = {"wandb_project": "test", "wandb_exp_name": "run", "wandb_save_dir": f"{output}/wandb"}
     logged = [f"logger.{key}={value}" for key, value in names.items()]
-    train(output, [*settings, *logged, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"], **arguments)
+    told = warnings(
+        output=output,
+        settings=[*settings, *logged, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"],
+        **arguments,
+    )
     events = EventAccumulator(f"{output}/tensorboard").Reload()
-    return {"tags": events.Tags()["scalars"], "wandb": len(list(Path(output, "wandb").rglob("offline-run-*")))}
+    return {
+        **told,
+        "tags": events.Tags()["scalars"],
+        "wandb": len(list(Path(output, "wandb").rglob("offline-run-*"))),
+    }
 
 
 def exchange(size: int) -> dict[str, Any]:

@@ -32,6 +32,8 @@ SAVED_HALF_WAY = ["checkpoint.save_interval=5"]
 DOCUMENTS = [
     "dataset.reset_attention_mask=true",
     "dataset.reset_position_ids=true",
+    "dataset.eod_mask_loss=true",
+    "objective.alpha_ramp_steps=4",
     "objective.block_schedule=random",
     "objective.block_sizes=[3,16]",
 ]
@@ -39,6 +41,7 @@ VIEWS = [
     "objective.views=2",
     "objective.complementary=true",
     "objective.noise_per=block",
+    "objective.level_draw=stratified",
     "objective.weighting=none",
     "objective.clean_half=block_causal",
     "objective.shift=true",

@@ -24,11 +24,11 @@ def tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, mask_token=MASK).save_pretrained(directory)
 
 
-def qwen3(directory: Path, **changes: Any) -> None:
-    """A random Qwen 3 with its tokenizer."""
+def qwen3(directory: Path, mask_row: float = 1.0, **changes: Any) -> None:
+    """A random Qwen 3 with its tokenizer; the mask token's embedding may be scaled."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    _save(Qwen3ForCausalLM, Qwen3Config(**{**_sizes(64), **changes}), directory)
+    _save(Qwen3ForCausalLM, Qwen3Config(**{**_sizes(64), **changes}), directory, mask_row)
 
 
 def ministral3(directory: Path, **changes: Any) -> None:
@@ -66,11 +66,12 @@ def _sizes(hidden: int) -> dict[str, Any]:
     }
 
 
-def _save(model_class: Any, config: Any, directory: Path) -> None:
+def _save(model_class: Any, config: Any, directory: Path, mask_row: float = 1.0) -> None:
     torch.manual_seed(1)
     model = model_class(config)
     for parameter in model.parameters():  # norms of ones and weights of 0.02 would hide mistakes
         parameter.data += 0.05 * torch.randn_like(parameter)
+    model.get_input_embeddings().weight.data[1] *= mask_row
     model.save_pretrained(directory)
     tokenizer(directory)
 

@@ -38,13 +38,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "none.bin").write_bytes(b"")
     (made / "none.idx").write_bytes((made / "data.idx").read_bytes())
     (made / "recipe.py").write_text(RECIPE)
+    (made / "sharded" / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    (made / "sharded" / "checkpoints" / "iter_0000005" / "run_config.yaml").write_text(SHARDED)
     (made / "prompts.jsonl").write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n')
     return made
 
 
-def train(*words: str, model: str = "model", data: str = "data") -> list[str]:
-    return ["train", "recipe.py", f"start_from={model}", f"data={data}", "output=out", *words]
+def train(*words: str, model: str = "model", data: str = "data", output: str = "out") -> list[str]:
+    return ["train", "recipe.py", f"start_from={model}", f"data={data}", f"output={output}", *words]
 
+
+SHARDED = """
+optimizer: {use_distributed_optimizer: true}
+checkpoint: {dist_ckpt_optim_fully_reshardable: false}
+model: {tensor_model_parallel_size: 1, pipeline_model_parallel_size: 2, context_parallel_size: 1}
+"""
 
 # Words of the command, and what its one line must name.
 CASES: dict[str, tuple[list[str], list[str]]] = {
@@ -53,6 +61,42 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "mask token unknown": (train("objective.mask_token=nope"), ["nope", "objective.mask_token"]),
     "mask token is text": (train("objective.mask_token=a"), ["mask token", "times as text"]),
     "length not a multiple of the block": (train("objective.block_size=24"), ["64", "24"]),
+    "unknown choice of an objective": (train("objective.weighting=invers"), ["objective.weighting", "'inverse'"]),
+    "noise levels the wrong way round": (train("objective.max_noise_level=0.0001"), ["min_noise_level"]),
+    "complementary without a second view": (train("objective.complementary=true"), ["objective.views=2"]),
+    "complementary with unbounded weights": (
+        train("objective.complementary=true", "objective.views=2"),
+        ["max_noise_level", "0.999"],
+    ),
+    "half-life without a count": (train("objective.half_life=0.1"), ["masked_count=exact", "noise_per=block"]),
+    "AR loss that can see its targets": (train("objective.clean_half=block_causal"), ["ar_weight=0", "shift=true"]),
+    "random blocks without a range": (train("objective.block_schedule=random"), ["objective.block_sizes"]),
+    "a range of three sizes": (
+        train("objective.block_schedule=random", "objective.block_sizes=[2,4,8]"),
+        ["lowest", "highest"],
+    ),
+    "a curriculum without steps": (
+        train("objective.block_schedule=curriculum", "objective.block_sizes=[4,16]"),
+        ["objective.block_steps"],
+    ),
+    "nothing to train": (train("objective.alpha=0", "objective.ar_weight=0"), ["both 0"]),
+    "positions restart without documents": (train("dataset.reset_position_ids=true"), ["reset_attention_mask"]),
+    "another optimizer than the run began with": (
+        train(output="sharded"),
+        ["iter_0000005", "optimizer.use_distributed_optimizer=true", "another output"],
+    ),
+    "another layout than the optimizer state was saved for": (
+        train("optimizer.use_distributed_optimizer=true", output="sharded"),
+        ["iter_0000005", "model.pipeline_model_parallel_size", "dist_ckpt_optim_fully_reshardable"],
+    ),
+    "context parallel does not divide": (
+        train("model.context_parallel_size=3"),
+        ["dataset.seq_length=64", "6 equal"],
+    ),
+    "a reduction that context parallel splits": (
+        train("model.context_parallel_size=2", "objective.reduction=bridge"),
+        ["objective.reduction=bridge", "context"],
+    ),
     "tensor parallel does not divide": (train("model.tensor_model_parallel_size=4"), ["2 key-value heads"]),
     "pipeline does not divide": (train("model.pipeline_model_parallel_size=3"), ["4 layers"]),
     "sequence parallel alone": (train("model.sequence_parallel=true"), ["model.tensor_model_parallel_size"]),

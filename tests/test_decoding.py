@@ -1,6 +1,7 @@
 """Decoding on a small random model: identity, counts, cache, exactness."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,76 @@ def test_block_diffusion_is_the_released_algorithm(model: Any) -> None:
         text += filled
     found = tokens(model, [prompt], "diffusion", max_new_tokens=24, threshold=threshold)
     assert found == [text[len(prompt) :]]
+
+
+@pytest.fixture(params=[("causal", False), ("causal", True), ("block_causal", False), ("block_causal", True)])
+def trained(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The model as training with blocks of 8 would run it, for each kind of clean half, with and without shift."""
+    config = model.config
+    config.clean_half, config.shift = request.param
+    config.noisy_views, config.block_size = 1, 8
+    yield model
+    config.noisy_views, config.clean_half, config.shift = 0, "causal", False
+
+
+def training_logits(model: Any, clean: list[int], noisy: list[int]) -> torch.Tensor:
+    """[L, vocab] what a training forward over [noisy | clean] says of each noisy place, -inf for the mask token."""
+    both = torch.tensor([noisy + clean])
+    with torch.no_grad():
+        found = model(both, torch.arange(len(clean)).repeat(2)[None], attention_mask=None)[0, : len(clean)]
+    found = found.float()
+    found[:, MASK] = -torch.inf
+    return found.roll(1, 0) if model.config.shift else found
+
+
+def test_a_block_is_decoded_as_it_was_trained(trained: Any) -> None:
+    """One denoising forward behind a cache gives the logits of the noisy half."""
+    from nemodiff_train.decoding.session import Session
+
+    text = torch.randint(20, 220, (32,), generator=torch.Generator().manual_seed(5)).tolist()
+    noisy = text[:24] + [token if place in (0, 3) else MASK for place, token in enumerate(text[24:])]
+    session, row = Session(trained, 1, 32, MASK), torch.arange(1)
+    session.prefill([text[:24]], 8 if trained.config.clean_half == "block_causal" else None)
+    found = session.forward(torch.tensor([noisy[24:]]), row, "denoise", causal=False)[0]
+    torch.testing.assert_close(found[1:], training_logits(trained, text, noisy)[25:], rtol=1e-4, atol=1e-4)
+
+
+def test_block_diffusion_with_a_block_causal_clean_half(trained: Any) -> None:
+    """Stated again with training forwards: blocks count from the text's start, the prompt's end is in the first."""
+    from nemodiff_train.errors import UserError
+
+    config, block, threshold = trained.config, 8, 0.02
+    if config.clean_half == "causal":
+        pytest.skip("its blocks start behind the prompt; stated above")
+    for prompt in (PROMPTS[2], PROMPTS[0] * 4, PROMPTS[2] * 3):
+        text = list(prompt)
+        while len(text) < len(prompt) + 20:
+            start = len(text) // block * block
+            filled = text[start:] + [MASK] * (start + block - len(text))
+            if config.shift and start == len(text) > 0:
+                filled[0] = clean_logits(trained, text)
+            while MASK in filled:
+                padded = text[:start] + filled
+                probability, choice = training_logits(trained, padded, padded)[start:].softmax(-1).max(-1)
+                hidden = [place for place in range(block) if filled[place] == MASK]
+                best = max(hidden, key=lambda place: float(probability[place]))
+                for place in hidden:
+                    if place == best or probability[place] >= threshold:
+                        filled[place] = int(choice[place])
+            text = text[:start] + filled
+        found = tokens(trained, [prompt, PROMPTS[1]], "diffusion", max_new_tokens=20, threshold=threshold)
+        assert found[0] == text[len(prompt) : len(prompt) + 20]
+    with pytest.raises(UserError, match="use diffusion"):
+        tokens(trained, PROMPTS, "linear")
+
+
+def clean_logits(model: Any, text: list[int]) -> int:
+    """The token that the clean half of a training forward predicts after the text."""
+    both = torch.tensor([text + text])
+    with torch.no_grad():
+        last = model(both, torch.arange(len(text)).repeat(2)[None], attention_mask=None)[0, -1]
+    last[MASK] = -torch.inf
+    return int(last.argmax())
 
 
 def logits(model: Any, text: list[int], block: int) -> torch.Tensor:

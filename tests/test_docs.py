@@ -133,7 +133,7 @@ def test_named_settings_exist(section: str, file: str) -> None:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     for page in PAGES:
-        assert set(re.findall(rf"\b{section}\.(?!md\b)(\w+)", page.read_text())) <= fields, page.name
+        assert set(re.findall(rf"\b(?<!\.){section}\.(?!md\b)(\w+)", page.read_text())) <= fields, page.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -24,10 +24,15 @@ def _plan(folder: Path) -> list[Job]:
         *(matrix.job(layout, folder) for layout in (*matrix.REFERENCES, *matrix.LAYOUTS)),
         run("resumed", "resume", stopped=one, at=matrix.HALF_WAY),
         run("bf16", "train", ("mixed_precision=bf16_mixed",)),
+        run("mask row", "warnings", ("train.train_iters=1",), start_from=str(folder / "decayed")),
         run("ar stage", "train", ("train.train_iters=2",), stage="ar"),
+        run("ar stage, documents", "train", ("train.train_iters=2", *matrix.DOCUMENTS), stage="ar"),
         run("told", "train", ("diagnostics.loss_interval=5", "diagnostics.gradient_interval=5")),
-        run("loggers", "loggers"),
+        run("loggers", "loggers", ("diagnostics.loss_interval=1",)),
     ]
+    ar_split = {**shared, "output": str(folder / "ar split"), "stage": "ar"}
+    ar_split["settings"] = [*SETTINGS, *matrix.CP2, *matrix.PP2, "train.train_iters=2"]
+    jobs.append(Job("ar stage, context 2 x pipeline 2", 4, "jobs:train", ar_split))
     for family in ("qwen3", "ministral3"):
         for tensor, pipeline in ((1, 1), (2, 1), (1, 2)):
             arguments = {"source": str(folder / family), "tensor": tensor, "pipeline": pipeline}
@@ -44,6 +49,7 @@ def _plan(folder: Path) -> list[Job]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gang")
     matrix.prepare(folder)
+    small.qwen3(folder / "decayed", mask_row=0.01)
     small.ministral3(folder / "ministral3")
     return gang.run(_plan(folder), folder)
 
@@ -110,8 +116,27 @@ def test_what_a_run_logs(results: dict[str, Any]) -> None:
     found = results["loggers"]
     assert "error" not in found, found["error"]
     wanted = {"loss", "ar loss", "diffusion loss", "masked share", "grad-norm", "learning-rate", "tokens per second"}
+    wanted |= {"diffusion loss by place/1", "diffusion loss by place/9-16"}
     assert wanted <= set(found["tags"])
     assert found["wandb"] == 1
+
+
+def test_the_ar_stage_with_documents_and_split(results: dict[str, Any]) -> None:
+    documents, joint = steps(results, "ar stage, documents")[0], steps(results, "documents, one process")[0]
+    assert documents["ar loss"] == pytest.approx(joint["ar loss"], rel=1e-5)
+    assert documents["ar loss"] != pytest.approx(steps(results, "ar stage")[0]["ar loss"], rel=1e-3)
+    for whole, split in zip(
+        steps(results, "ar stage"), steps(results, "ar stage, context 2 x pipeline 2"), strict=True
+    ):
+        for name in ("ar loss", "gradient norm"):
+            assert split[name] == pytest.approx(whole[name], rel=1e-5)
+
+
+def test_a_decayed_mask_row_is_reported(results: dict[str, Any]) -> None:
+    assert "error" not in results["mask row"], results["mask row"]
+    told = " ".join(results["mask row"]["console"].split())
+    assert "'<|mask|>' is 1." in told and "objective.mask_embedding_noise=1" in told
+    assert "mask_embedding_noise" not in results["loggers"]["console"]
 
 
 def test_a_run_tells_its_loss_by_noise_level_and_place(results: dict[str, Any]) -> None:

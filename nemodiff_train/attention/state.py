@@ -61,21 +61,20 @@ class CachedPass:
     """[batch, 1, new, visible] True where attention is allowed."""
 
     @classmethod
-    def make(cls, cache: KeyValueCache, rows: Tensor, new: int, causal: bool) -> "CachedPass":
+    def make(cls, cache: KeyValueCache, rows: Tensor, new: int, reach: int) -> "CachedPass":
         """Lay ``new`` tokens behind each row's committed ones.
 
         Args:
-            causal: Each new token sees the committed ones and those up to itself; otherwise all new
-                tokens see each other (a block forward).
+            reach: Each new token sees the committed ones and the new ones up to the end of its group of this
+                many, counted from the first new one: 1 for a causal forward, ``new`` for one block.
         """
         starts = cache.lengths[rows]
         step = torch.arange(new, device=starts.device)
         positions = starts[:, None] + step
         visible = int(starts.max()) + new
-        uniform = bool((starts == starts[0]).all())
-        if uniform and (new == 1 or not causal):
+        last_seen = positions if reach == 1 else starts[:, None] + (step // reach + 1) * reach - 1
+        if bool((last_seen >= visible - 1).all()):
             return cls(cache, rows, positions, visible, None)
-        last_seen = positions if causal else positions[:, -1:].expand_as(positions)
         mask = torch.arange(visible, device=starts.device) <= last_seen[:, None, :, None]
         return cls(cache, rows, positions, visible, mask)
 

@@ -28,6 +28,11 @@ def check_mode(config: Any, mode: str) -> None:
         raise UserError(f"unknown mode '{mode}'; known: {', '.join(MODES)}.{nearest(mode, MODES)}")
     if mode != "ar" and config.mask_token_id is None:
         raise UserError(f"mode '{mode}' needs a mask token, and this checkpoint has had no joint stage; use ar")
+    if mode != "diffusion" and config.clean_half == "block_causal":
+        raise UserError(
+            f"mode '{mode}' needs a causal clean half, and this checkpoint was trained with "
+            "objective.clean_half=block_causal; use diffusion"
+        )
 
 
 def decode(

@@ -39,25 +39,30 @@ class Session:
         """Time in the model by kind."""
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, rows: Tensor, kind: Kind, *, causal: bool) -> Tensor:
+    def forward(
+        self, tokens: Tensor, rows: Tensor, kind: Kind, *, causal: bool, block_size: int | None = None
+    ) -> Tensor:
         """Run new tokens behind what their rows have committed.
 
         Args:
             tokens: [batch, new] token ids.
             rows: [batch] rows of the session they belong to.
             kind: What the call is counted as.
-            causal: Causal attention among the new tokens; otherwise they all see each other.
+            causal: Causal attention among the new tokens; otherwise they see their whole block.
+            block_size: Places of a block; None where all new tokens are one.
 
         Returns:
-            Logits [batch, new, vocab], fp32; the mask token's are -inf.  Of a causal forward, those of place
-            i predict token i + 1; of a block forward, token i.
+            Logits [batch, new, vocab], fp32; the mask token's are -inf.  Those of place i predict token i + 1
+            in a causal forward, token i in one that fills masks; in a block-causal prefill or commit, what
+            the model was trained for.
 
         Raises:
             ValueError: A row would outgrow the session's capacity.
         """
         self._check_room(rows, tokens.shape[1])
         started = time.perf_counter()
-        cached = CachedPass.make(self.cache, rows, tokens.shape[1], causal)
+        reach = 1 if causal else block_size or tokens.shape[1]
+        cached = CachedPass.make(self.cache, rows, tokens.shape[1], reach)
         state = self.model.attention_state
         state.cached = cached
         try:
@@ -70,7 +75,7 @@ class Session:
         finally:
             state.cached = None
         logits = logits[..., : self.vocab_size].float()
-        if not causal and self.model.config.shift:
+        if kind in ("denoise", "draft") and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
@@ -92,10 +97,13 @@ class Session:
         """
         self.cache.lengths[rows] += counts
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Commit every row's prompt in one causal forward.
+    def prefill(self, prompts: Sequence[Sequence[int]], block_size: int | None = None) -> Tensor:
+        """Commit every row's prompt in one forward.
 
-        Rows of different lengths are padded on the right, where causal attention cannot see.
+        Rows of different lengths are padded on the right, where none of their own places can see.
+
+        Args:
+            block_size: For a block-causal forward, of which every prompt is a multiple; None for a causal one.
 
         Returns:
             Logits after each prompt's last token: [rows, vocab].
@@ -105,7 +113,7 @@ class Session:
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
         rows = torch.arange(len(prompts), device=self.device)
-        logits = self.forward(padded, rows, "prefill", causal=True)
+        logits = self.forward(padded, rows, "prefill", causal=block_size is None, block_size=block_size)
         self.commit(rows, lengths)
         return logits[rows, lengths - 1]
 

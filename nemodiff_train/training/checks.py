@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import yaml
+
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.pretrained import is_megatron_checkpoint, newest_iteration
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
 
@@ -19,6 +22,7 @@ def check(config: TriModeConfig, world_size: int) -> None:
     problems = [
         *config.objective.problems(config.dataset.seq_length),
         *layout_problems(config, world_size),
+        *_resume_problems(config),
     ]
     if config.dataset.reset_position_ids and not config.dataset.reset_attention_mask:
         problems.append("dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well")
@@ -27,6 +31,28 @@ def check(config: TriModeConfig, world_size: int) -> None:
     if config.checkpoint.pretrained_checkpoint:
         check_weights(Path(config.checkpoint.pretrained_checkpoint))
     _check_data(config)
+
+
+def _resume_problems(config: TriModeConfig) -> list[str]:
+    """What keeps the optimizer state in the output folder from being loaded."""
+    if not config.checkpoint.load or not is_megatron_checkpoint(Path(config.checkpoint.load)):
+        return []
+    iteration = newest_iteration(Path(config.checkpoint.load))
+    began = yaml.safe_load((iteration / "run_config.yaml").read_text())
+    was, now = (bool(c["use_distributed_optimizer"]) for c in (began["optimizer"], vars(config.optimizer)))
+    if was != now:
+        return [
+            f"'{iteration}' was saved with optimizer.use_distributed_optimizer={str(was).lower()}, whose state the "
+            "other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or name another output"
+        ]
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    moved = [name for name in layout if began["model"][name] != getattr(config.model, name)]
+    if was and moved and not began["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
+        return [
+            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or save "
+            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
+        ]
+    return []
 
 
 def _check_data(config: TriModeConfig) -> None:
