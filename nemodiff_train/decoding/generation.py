@@ -38,6 +38,8 @@ class Generation:
     """Tokens that each draft + verify cycle committed, its bonus token included."""
     agreed: list[list[bool]] = field(default_factory=list)
     """For each cycle and each drafted place, whether the verifier would have chosen the same token."""
+    drafts: list[list[int]] = field(default_factory=list)
+    """For each cycle, the tokens that were drafted, rejected ones included."""
     steps: list[int] = field(default_factory=list)
     """For each token, which of the row's forwards (counted from 1) settled it."""
     finished: bool = False

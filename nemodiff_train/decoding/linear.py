@@ -37,6 +37,7 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], settings: 
             taken = rows[row].extend(tokens, [session.calls(row)] * len(tokens))
             rows[row].accepted.append(taken)
             rows[row].agreed.append(agreed[place].tolist())
+            rows[row].drafts.append(draft[place, 1:].tolist())
         last = choice.gather(1, accepted[:, None] - 1)[:, 0]
 
 

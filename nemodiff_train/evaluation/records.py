@@ -29,6 +29,7 @@ class Decoded:
             modes that have no such cycle. The token that the prefill yields belongs to no cycle.
         drafted: For each cycle, whether the verifier agreed at each drafted place, first place first,
             places after the first disagreement included.
+        proposed: For each cycle, the drafted tokens, rejected ones included; may be left empty.
         seconds: Wall-clock seconds. In a batch, the batch's seconds divided by its rows, so that the
             sum over prompts is the time that passed.
         steps: For each token, the number of the cycle or forward that committed it (any numbers that
@@ -40,6 +41,7 @@ class Decoded:
     forwards: dict[str, int]
     accepted: list[int] = field(default_factory=list)
     drafted: list[list[bool]] = field(default_factory=list)
+    proposed: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
     steps: list[int] = field(default_factory=list)
 

@@ -81,6 +81,7 @@ def _decode_batch(
             forwards=dict(session.forwards[row]),
             accepted=generation.accepted,
             drafted=generation.agreed,
+            proposed=generation.drafts,
             seconds=seconds,
             steps=generation.steps,
         )
