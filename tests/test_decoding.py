@@ -34,11 +34,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return models[0].eval()
 
 
-def run(model: Any, prompts: list[list[int]], mode: str, **settings: Any) -> Any:
+def run(model: Any, prompts: list[list[int]], mode: str, numbers: list[int] | None = None, **settings: Any) -> Any:
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
 
-    return decode(model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}))
+    return decode(
+        model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}), numbers
+    )
 
 
 def tokens(model: Any, prompts: list[list[int]], mode: str, **settings: Any) -> list[list[int]]:
@@ -47,41 +49,185 @@ def tokens(model: Any, prompts: list[list[int]], mode: str, **settings: Any) -> 
 
 @pytest.mark.parametrize("block_size", [2, 5, 8, 16])
 @pytest.mark.parametrize("seed", range(4))
-def test_linear_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> None:
+def test_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> None:
     """On random weights, ragged prompts, and with a stop token met at any place of a draft."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 20, (5,), generator=generator).tolist()
     prompts = [torch.randint(20, 220, (length,), generator=generator).tolist() for length in lengths]
     free = tokens(model, prompts, "ar")
-    assert tokens(model, prompts, "linear", block_size=block_size) == free
+    for mode in ("linear", "quadratic"):
+        assert tokens(model, prompts, mode, block_size=block_size) == free
     stop = frozenset({Counter(token for row in free for token in row).most_common(1)[0][0]})
     ended = tokens(model, prompts, "ar", stop_token_ids=stop)
-    assert tokens(model, prompts, "linear", block_size=block_size, stop_token_ids=stop) == ended
+    for mode in ("linear", "quadratic"):
+        assert tokens(model, prompts, mode, block_size=block_size, stop_token_ids=stop) == ended
     assert any(row[-1] in stop and len(row) < 30 for row in ended)
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear"])
-def test_rows_of_a_batch_do_not_see_each_other(model: Any, mode: str) -> None:
-    together = tokens(model, PROMPTS, mode, threshold=0.02)
-    assert together == [tokens(model, [prompt], mode, threshold=0.02)[0] for prompt in PROMPTS]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "quadratic"])
+def test_rows_of_a_batch_do_not_see_each_other(model: Any, mode: str, temperature: float) -> None:
+    settings = {"threshold": 0.02, "temperature": temperature, "seed": 3}
+    together = tokens(model, PROMPTS, mode, **settings)
+    alone = [run(model, [prompt], mode, [number], **settings)[0][0].tokens for number, prompt in enumerate(PROMPTS)]
+    assert together == alone
     assert all(len(row) == 30 and MASK not in row for row in together)
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear"])
+KINDS = {
+    "ar": {"decode"},
+    "diffusion": {"denoise", "commit"},
+    "linear": {"draft", "verify"},
+    "quadratic": {"fused"},
+    "oracle": {"search"},
+}
+
+
+@pytest.mark.parametrize("mode", KINDS)
 def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     seen = []
     hook = model.register_forward_hook(lambda module, inputs, output: seen.append(1))
     generations, session = run(model, [PROMPTS[0]], mode, threshold=0.02)
     hook.remove()
     assert session.calls(0) == len(seen)
-    kinds = set(session.forwards[0])
-    assert kinds == {
-        "prefill",
-        *{"ar": ["decode"], "diffusion": ["denoise", "commit"]}.get(mode, ["draft", "verify"]),
-    }
-    if mode == "linear":
+    assert set(session.forwards[0]) == {"prefill", *KINDS[mode]}
+    if mode in ("linear", "quadratic"):
         assert sum(generations[0].accepted) + 1 == len(generations[0].tokens)
-        assert len(generations[0].accepted) == session.forwards[0]["draft"]
+        assert len(generations[0].accepted) == session.forwards[0]["draft" if mode == "linear" else "fused"]
+
+
+def test_quadratic_takes_one_forward_a_cycle_and_the_oracle_no_more_than_it(model: Any) -> None:
+    """On random weights drafts are wrong, so a cycle of one forward gains at least the verifier's token."""
+    fused = [session["fused"] for session in run(model, PROMPTS, "quadratic")[1].forwards]
+    generations, session = run(model, PROMPTS, "oracle")
+    assert [generation.tokens for generation in generations] == tokens(model, PROMPTS, "ar")
+    for generation, cost, counted in zip(generations, fused, session.forwards, strict=True):
+        assert generation.path is not None and 1 <= generation.path <= 29
+        assert sum(generation.accepted) == 29 and counted["search"] > cost
+
+
+def test_the_oracle_finds_the_shortest_path() -> None:
+    from nemodiff_train.decoding.oracle import _shortest_path
+
+    gains = [[1, 4], [1], [1], [1], [2], [1], []]
+    assert _shortest_path(gains, 7) == [(2, 4), (1, 2)]  # 3 forwards; one at a time would take 5
+
+
+@pytest.fixture
+def small_vocabulary(model: Any) -> Iterator[Any]:
+    """The model with all but eight tokens forbidden, and its drafts made to disagree with it."""
+    allowed = torch.arange(20, 28)
+    bias = torch.full((model.config.vocab_size,), -torch.inf)
+    bias[allowed] = 0.0
+
+    def only(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output[..., : len(bias)] * 0.5 + bias
+
+    hook = model.register_forward_hook(only)
+    yield model
+    hook.remove()
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
+@pytest.mark.parametrize("mode", ["linear", "quadratic"])
+def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mode: str, filters: dict) -> None:
+    """Chi-square of the first three tokens of 3000 rows against the exact AR probabilities (p = 1e-6)."""
+    rows, prompt = 3000, PROMPTS[0]
+    settings = {"temperature": 1.0, "max_new_tokens": 3, "block_size": 4, **filters}
+    found = Counter(tuple(row) for row in tokens(small_vocabulary, [prompt] * rows, mode, **settings))
+    expected = {
+        text: rows * probability for text, probability in exact(small_vocabulary, prompt, 3, settings).items()
+    }
+    assert set(found) <= set(expected)
+    common = [text for text, count in expected.items() if count >= 5]
+    rest = rows - sum(expected[text] for text in common), rows - sum(found[text] for text in common)
+    statistic = sum((found[text] - expected[text]) ** 2 / expected[text] for text in common)
+    statistic += (rest[1] - rest[0]) ** 2 / rest[0] if rest[0] >= 5 else 0
+    freedom = len(common)
+    # Wilson-Hilferty: the cube root of a chi-square over its degrees of freedom is close to normal.
+    normal = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert normal < 4.75 and freedom > 20
+
+
+def exact(model: Any, prompt: list[int], places: int, settings: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of so many tokens, one causal forward without a cache for each prefix."""
+    from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.decoding.sampling import Sampler
+
+    sampler = Sampler(DecodingSettings(**settings), [0])
+    found = {(): 1.0}
+    for _ in range(places):
+        longer = {}
+        for text, probability in found.items():
+            p = sampler.distribution(logits(model, prompt + list(text), 0)[None, -1:])[0, 0]
+            for token in p.nonzero()[:, 0].tolist():
+                longer[(*text, token)] = probability * float(p[token])
+        found = longer
+    return found
+
+
+def test_settings_of_the_draw() -> None:
+    from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.decoding.sampling import Sampler
+
+    raw = torch.tensor([[[2.0, 1.0, 0.0, -1.0]]])
+    p = raw.softmax(-1)[0, 0]
+
+    def of(**settings: Any) -> list[float]:
+        return Sampler(DecodingSettings(temperature=1.0, **settings), [0]).distribution(raw)[0, 0].tolist()
+
+    assert of() == pytest.approx(p.tolist())
+    assert of(top_k=2) == pytest.approx([float(p[0] / p[:2].sum()), float(p[1] / p[:2].sum()), 0, 0])
+    assert of(top_p=0.7) == pytest.approx(of(top_k=2))  # 0.64 alone does not reach it
+    assert of(top_p=0.6) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("policy", ["threshold", "entropy", "fixed", "leftmost"])
+def test_policies_fix_what_they_say(policy: str) -> None:
+    """By hand on one block of six places, the fourth known."""
+    from nemodiff_train.decoding.diffusion import places_to_fix
+    from nemodiff_train.decoding.generation import DecodingSettings
+
+    p = torch.tensor([0.95, 0.5, 0.99, 1.0, 0.9, 0.6])
+    log = torch.stack([p.log(), (1 - p).clamp(min=1e-30).log()], dim=-1)[None]
+    masked = torch.tensor([[True, True, True, False, True, True]])
+    settings = DecodingSettings(policy=policy, threshold=0.9, steps=3, entropy_bound=0.3)  # type: ignore[arg-type]
+    found = places_to_fix(log, log.argmax(-1), masked, settings, step=0)[0].nonzero()[:, 0].tolist()
+    # Entropies: 0.056 (place 2), 0.199 (0), 0.325 (4): the sum before the third is 0.255.
+    expected = {"threshold": [0, 2, 4], "entropy": [0, 2, 4], "fixed": [0, 2], "leftmost": [0]}
+    assert found == expected[policy]
+    strict = DecodingSettings(policy=policy, threshold=1.0, steps=9, entropy_bound=0.0)  # type: ignore[arg-type]
+    alone = places_to_fix(log, log.argmax(-1), masked, strict, step=0)[0].nonzero()[:, 0].tolist()
+    assert alone == ([0] if policy == "leftmost" else [2])
+
+
+@pytest.mark.parametrize("policy", ["threshold", "entropy", "fixed", "leftmost"])
+def test_a_block_takes_as_many_forwards_as_its_policy_says(model: Any, policy: str) -> None:
+    """One block of 8, seven masks; 5 tokens asked for leave four to find."""
+    steps = {"policy": policy, "steps": 3, "threshold": 1.0, "entropy_bound": 0.0}
+    for limit, masks in ((8, 7), (5, 4)):
+        _, session = run(model, [PROMPTS[0]], "diffusion", max_new_tokens=limit, **steps)
+        assert session.forwards[0]["denoise"] == (3 if policy == "fixed" else masks)
+
+
+def test_stop_strings_end_a_row_and_cut_its_text(model: Any) -> None:
+    def spell(ids: list[int]) -> str:
+        return "".join(f"<{token}>" for token in ids)
+
+    free = tokens(model, PROMPTS, "ar")
+    stop = f"{free[0][6]}><{free[0][7]}"
+    for mode in ("ar", "linear", "quadratic"):
+        ended = run(model, PROMPTS, mode, stop_strings=(stop,), detokenize=spell)[0]
+        place = spell(free[0]).index(stop)
+        assert ended[0].settings.text(ended[0].tokens) == spell(free[0])[:place]
+        assert stop in spell(ended[0].tokens) and stop not in spell(ended[0].tokens[:-1])
+
+
+def test_too_many_positions_are_refused(model: Any) -> None:
+    from nemodiff_train.errors import UserError
+
+    with pytest.raises(UserError, match="1024"):
+        run(model, [[20] * 1000], "ar")
 
 
 def test_the_cache_after_drafts_is_a_fresh_prefill(model: Any) -> None:
@@ -174,10 +320,11 @@ def test_block_diffusion_with_a_block_causal_clean_half(trained: Any) -> None:
             filled = text[start:] + [MASK] * (start + block - len(text))
             if config.shift and start == len(text) > 0:
                 filled[0] = clean_logits(trained, text)
-            while MASK in filled:
+            asked = min(block, len(prompt) + 20 - start)  # nothing behind the limit is asked for
+            while MASK in filled[:asked]:
                 padded = text[:start] + filled
                 probability, choice = training_logits(trained, padded, padded)[start:].softmax(-1).max(-1)
-                hidden = [place for place in range(block) if filled[place] == MASK]
+                hidden = [place for place in range(asked) if filled[place] == MASK]
                 best = max(hidden, key=lambda place: float(probability[place]))
                 for place in hidden:
                     if place == best or probability[place] >= threshold:

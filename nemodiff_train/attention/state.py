@@ -59,6 +59,8 @@ class CachedPass:
     """Cache positions any query of this pass may see."""
     mask: Tensor | None
     """[batch, 1, new, visible] True where attention is allowed."""
+    slots: Tensor
+    """[batch, new] where in the cache each new token goes; its position, unless several share one."""
 
     @classmethod
     def make(cls, cache: KeyValueCache, rows: Tensor, new: int, reach: int) -> "CachedPass":
@@ -74,9 +76,26 @@ class CachedPass:
         visible = int(starts.max()) + new
         last_seen = positions if reach == 1 else starts[:, None] + (step // reach + 1) * reach - 1
         if bool((last_seen >= visible - 1).all()):
-            return cls(cache, rows, positions, visible, None)
+            return cls(cache, rows, positions, visible, None, positions)
         mask = torch.arange(visible, device=starts.device) <= last_seen[:, None, :, None]
-        return cls(cache, rows, positions, visible, mask)
+        return cls(cache, rows, positions, visible, mask, positions)
+
+    @classmethod
+    def laid_out(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "CachedPass":
+        """Lay new tokens behind each row's committed ones, with positions and a mask of their own.
+
+        Args:
+            offsets: [batch or 1, new] position of each new token, from the first one behind the committed.
+            sees: [batch or 1, new, new] which new tokens each of them sees; all see the committed ones.
+        """
+        starts = cache.lengths[rows]
+        new = sees.shape[-1]
+        visible = int(starts.max()) + new
+        key = torch.arange(visible, device=starts.device) - starts[:, None]  # which new token; below 0 is committed
+        index = key.clamp(0, new - 1)[:, None, :].expand(-1, new, -1)
+        mask = (key < 0)[:, None, :] | (sees.expand(len(rows), -1, -1).gather(2, index) & (key < new)[:, None, :])
+        slots = starts[:, None] + torch.arange(new, device=starts.device)
+        return cls(cache, rows, starts[:, None] + offsets, visible, mask[:, None], slots)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values behind the cached ones and return all that is visible.
@@ -89,8 +108,8 @@ class CachedPass:
         """
         keys, values = self.cache.layer(layer, key)
         rows = self.rows[:, None]
-        keys[rows, :, self.positions] = key.transpose(1, 2)
-        values[rows, :, self.positions] = value.transpose(1, 2)
+        keys[rows, :, self.slots] = key.transpose(1, 2)
+        values[rows, :, self.slots] = value.transpose(1, 2)
         if len(self.rows) == self.cache.rows:
             return keys[:, :, : self.visible], values[:, :, : self.visible]
         return keys[self.rows, :, : self.visible], values[self.rows, :, : self.visible]

@@ -4,25 +4,26 @@ from collections.abc import Sequence
 
 import torch
 
-from nemodiff_train.decoding.generation import DecodingSettings, Generation
+from nemodiff_train.decoding.generation import Generation
+from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session
 
 
-def decode_ar(session: Session, prompts: Sequence[Sequence[int]], settings: DecodingSettings) -> list[Generation]:
+def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
     """Prefill, then one causal forward a token, for every row that has not ended.
 
     The prefill predicts the first token, so n tokens cost n forwards with it and n - 1 without.
     """
-    rows = [Generation(settings) for _ in prompts]
-    chosen = session.prefill(prompts).argmax(-1)
+    rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows), device=session.device)
+    chosen = sampler.choose(session.prefill(prompts)[:, None], active)
     while True:
-        for row, token in zip(active.tolist(), chosen.tolist(), strict=True):
+        for row, token in zip(active.tolist(), chosen[:, 0].tolist(), strict=True):
             rows[row].extend([token], [session.calls(row)])
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
         active, chosen = active[running], chosen[running]
         if not len(active):
             return rows
-        logits = session.forward(chosen[:, None], active, "decode", causal=True)
+        logits = session.forward(chosen, active, "decode", causal=True)
         session.commit(active, 1)
-        chosen = logits[:, -1].argmax(-1)
+        chosen = sampler.choose(logits[:, -1:], active)

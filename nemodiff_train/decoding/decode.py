@@ -7,12 +7,21 @@ from nemodiff_train.decoding.ar import decode_ar
 from nemodiff_train.decoding.diffusion import decode_diffusion
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
 from nemodiff_train.decoding.linear import decode_linear
+from nemodiff_train.decoding.oracle import decode_oracle
+from nemodiff_train.decoding.quadratic import decode_quadratic
+from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.errors import UserError, nearest
 
-Decoder = Callable[[Session, Sequence[Sequence[int]], DecodingSettings], list[Generation]]
+Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
 
-MODES: dict[str, Decoder] = {"ar": decode_ar, "diffusion": decode_diffusion, "linear": decode_linear}
+MODES: dict[str, Decoder] = {
+    "ar": decode_ar,
+    "diffusion": decode_diffusion,
+    "linear": decode_linear,
+    "quadratic": decode_quadratic,
+    "oracle": decode_oracle,
+}
 
 
 def check_mode(config: Any, mode: str) -> None:
@@ -36,7 +45,11 @@ def check_mode(config: Any, mode: str) -> None:
 
 
 def decode(
-    model: Any, prompts: Sequence[Sequence[int]], mode: str, settings: DecodingSettings
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    mode: str,
+    settings: DecodingSettings,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[Generation], Session]:
     """Continue every prompt.
 
@@ -44,6 +57,7 @@ def decode(
         model: A Megatron GPT model made by ``TriModeModelProvider``, in evaluation mode.
         prompts: Token ids; rows may differ in length.
         mode: One of :data:`MODES`.
+        numbers: Number of each row in its task, which its draws depend on; 0, 1, ... by default.
 
     Returns:
         One generation a prompt, and the session, which has counted the forwards.
@@ -53,6 +67,18 @@ def decode(
     """
     check_mode(model.config, mode)
     check_prompts(prompts)
-    capacity = max(map(len, prompts)) + settings.max_new_tokens + settings.block_size
-    session = Session(model, len(prompts), capacity, model.config.mask_token_id)
-    return MODES[mode](session, prompts, settings), session
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    _check_positions(model.config, longest)
+    extra = settings.block_size ** (2 if mode == "quadratic" else 1)
+    session = Session(model, len(prompts), longest + extra, model.config.mask_token_id)
+    sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
+    return MODES[mode](session, prompts, sampler), session
+
+
+def _check_positions(config: Any, longest: int) -> None:
+    limit = config.hf_config.get("max_position_embeddings")
+    if limit and longest > limit:
+        raise UserError(
+            f"the longest prompt and the new tokens are {longest} positions, but the model has {limit}; "
+            "ask for fewer new tokens"
+        )

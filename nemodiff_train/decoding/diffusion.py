@@ -6,31 +6,34 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
+from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session
 
 
-def decode_diffusion(
-    session: Session, prompts: Sequence[Sequence[int]], settings: DecodingSettings
-) -> list[Generation]:
+def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
     """Denoise block by block (the released models' ``generate``).
 
     Each denoising forward sees the committed text and, bidirectionally, the block, and fixes the places
     that are sure enough.  A full block is committed by one more forward.  Rows progress on their own: a row
     takes part in a forward only while it has something to gain from it, and none is run after its last block.
 
+    The last block is denoised no further than the length limit.
+
     Blocks start where the prompt ends, and their first token, the seed, is the AR prediction left by the
     last causal forward.  A model with a block-causal clean half has its blocks counted from the start of
     the text, so that the prompt's end may be the beginning of the first one; it has seeds only if it was
     trained with the shift.
     """
+    settings = sampler.settings
     rows = [Generation(settings) for _ in prompts]
     whole_blocks = session.model.config.clean_half == "block_causal"
-    blocks, known = (_open_whole_blocks if whole_blocks else _open_behind)(session, prompts, settings.block_size)
+    blocks, known = (_open_whole_blocks if whole_blocks else _open_behind)(session, prompts, sampler)
     active = torch.arange(len(rows), device=session.device)
     while True:
-        steps = _denoise(session, active, blocks, settings)
+        ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()], device=session.device)
+        steps = denoise(session, active, blocks, sampler, ends)
         for place, row in enumerate(active.tolist()):
-            new = slice(known[row], None)
+            new = slice(known[row], int(ends[place]))
             rows[row].extend(blocks[place, new].tolist(), steps[place, new].tolist())
         known = [0] * len(rows)
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
@@ -41,7 +44,7 @@ def decode_diffusion(
         session.commit(active, blocks.shape[1])
         blocks = _masks(session, len(active), settings.block_size)
         if _has_seeds(session):
-            blocks[:, 0] = logits[:, -1].argmax(-1)
+            blocks[:, :1] = sampler.choose(logits[:, -1:], active)
 
 
 def _has_seeds(session: Session) -> bool:
@@ -55,35 +58,40 @@ def _masks(session: Session, rows: int, block_size: int) -> Tensor:
     return torch.full((rows, block_size), session.mask_token_id, device=session.device)
 
 
-def _open_behind(session: Session, prompts: Sequence[Sequence[int]], block_size: int) -> tuple[Tensor, list[int]]:
+def _open_behind(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[Tensor, list[int]]:
     """First blocks behind the prompts, and how many of their tokens belong to the prompt: none."""
-    blocks = _masks(session, len(prompts), block_size)
-    blocks[:, 0] = session.prefill(prompts).argmax(-1)
+    blocks = _masks(session, len(prompts), sampler.settings.block_size)
+    rows = torch.arange(len(prompts), device=blocks.device)
+    blocks[:, :1] = sampler.choose(session.prefill(prompts)[:, None], rows)
     return blocks, [0] * len(prompts)
 
 
 def _open_whole_blocks(
-    session: Session, prompts: Sequence[Sequence[int]], block_size: int
+    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler
 ) -> tuple[Tensor, list[int]]:
     """First blocks that begin with what the prompts have behind their last whole block."""
+    block_size = sampler.settings.block_size
     blocks = _masks(session, len(prompts), block_size)
     ends = [len(prompt) // block_size * block_size for prompt in prompts]
     if any(ends):
         seeds = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
         if _has_seeds(session):
             committed = torch.tensor(ends, device=blocks.device) > 0
-            blocks[committed, 0] = seeds.argmax(-1)[committed]
+            rows = torch.arange(len(prompts), device=blocks.device)
+            blocks[committed, :1] = sampler.choose(seeds[:, None], rows)[committed]
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
         blocks[row, : len(prompt) - end] = torch.tensor(prompt[end:], device=blocks.device)
     return blocks, [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
 
 
-def _denoise(session: Session, rows: Tensor, blocks: Tensor, settings: DecodingSettings) -> Tensor:
+def denoise(session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, ends: Tensor) -> Tensor:
     """Fill one block a row in place; a row leaves the batch when its block is settled.
 
     Args:
         rows: [batch] rows of the session.
         blocks: [batch, block] tokens, masks where they are still to be found.
+        sampler: Chooses tokens; its settings name the policy.
+        ends: [batch] place of each block from which nothing is asked for.
 
     Returns:
         The forward that settled each place, [batch, block].
@@ -91,41 +99,61 @@ def _denoise(session: Session, rows: Tensor, blocks: Tensor, settings: DecodingS
     mask = session.mask_token_id
     assert mask is not None  # decode() refuses models without one
     calls = torch.tensor([session.calls(row) for row in rows.tolist()], device=blocks.device)
-    steps = calls[:, None].repeat(1, settings.block_size)
+    steps = calls[:, None].repeat(1, blocks.shape[1])
+    wanted = torch.arange(blocks.shape[1], device=blocks.device) < ends[:, None]
+    step = 0
     while True:
-        open_rows = _unsettled(blocks, mask, settings.stop_token_ids).nonzero()[:, 0]
+        open_rows = _unsettled(blocks, wanted, mask, sampler.settings.stop_token_ids).nonzero()[:, 0]
         if not len(open_rows):
             return steps
         before = blocks[open_rows]
         logits = session.forward(before, rows[open_rows], "denoise", causal=False)
-        blocks[open_rows] = commit_confident(before, logits, mask, settings.threshold)
+        chosen = sampler.choose(logits, rows[open_rows])
+        fixed = places_to_fix(logits, chosen, (before == mask) & wanted[open_rows], sampler.settings, step)
+        blocks[open_rows] = torch.where(fixed, chosen, before)
         calls[open_rows] += 1
+        step += 1
         steps[open_rows] = torch.where(before == mask, calls[open_rows, None], steps[open_rows])
 
 
-def _unsettled(blocks: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
-    """[batch] rows with a mask before their first stop token (or any mask, without a stop token)."""
-    masked = blocks == mask
+def _unsettled(blocks: Tensor, wanted: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
+    """[batch] rows with a wanted mask before their first stop token (or any, without a stop token)."""
+    masked = (blocks == mask) & wanted
     stopped = torch.isin(blocks, torch.tensor(sorted(stops), device=blocks.device)) if stops else masked & False
     before_stop = stopped.cumsum(1) == 0
     return (masked & before_stop).any(1)
 
 
-def commit_confident(blocks: Tensor, logits: Tensor, mask: int, threshold: float) -> Tensor:
-    """Fix the masked places whose best token reaches the threshold, and always the best place.
+def places_to_fix(logits: Tensor, chosen: Tensor, masked: Tensor, settings: DecodingSettings, step: int) -> Tensor:
+    """The masked places that a denoising forward fixes, under the settings' policy; at least one a row.
 
     Args:
-        blocks: [batch, block] tokens.
-        logits: [batch, block, vocab] of a bidirectional forward; place i predicts token i (no shift).
-        mask: Id of the mask token.
-        threshold: Probability from which a place is fixed.
+        logits: [batch, block, vocab] of a bidirectional forward.
+        chosen: [batch, block] tokens; the confidence of a place is its token's probability at temperature 1.
+        masked: [batch, block] places that may be fixed; every row has one.
+        settings: Policy and its parameter.
+        step: Forwards that the block has had before.
 
     Returns:
-        [batch, block] with at least one mask fewer in every row that has any.
+        [batch, block] boolean.
     """
-    masked = blocks == mask
-    confidence, chosen = logits.softmax(-1).max(-1)
-    confidence = confidence.masked_fill(~masked, -1.0)
-    best = confidence == confidence.max(1, keepdim=True).values
-    first_best = best & (best.cumsum(1) == 1)
-    return torch.where(masked & ((confidence >= threshold) | first_best), chosen, blocks)
+    log_p = logits.log_softmax(-1)
+    sureness = log_p.gather(-1, chosen[..., None])[..., 0].exp()
+    if settings.policy == "entropy":
+        sureness = (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # minus the entropy; 0 x -inf is 0 here
+    order = sureness.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(1)
+    if settings.policy == "threshold":
+        return masked & ((sureness >= settings.threshold) | (rank == 0))
+    if settings.policy == "fixed":
+        left = masked.sum(1, keepdim=True)
+        share = (left + max(settings.steps - step, 1) - 1) // max(settings.steps - step, 1)
+        return masked & (rank < share)
+    if settings.policy == "entropy":
+        # Sorted by entropy, the largest is the last: what must stay below the bound is the sum before it.
+        entropy = (-sureness * masked).gather(1, order)
+        before = entropy.cumsum(1) - entropy
+        return masked & (before <= settings.entropy_bound).gather(1, rank)
+    from_left = masked.cumsum(1)
+    run = (~masked | (sureness >= settings.threshold)).long().cumprod(1).bool()
+    return masked & (run | (from_left == 1))

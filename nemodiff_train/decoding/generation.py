@@ -1,31 +1,80 @@
 """What decoding is asked for and what it returns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, nearest
+
+Policy = Literal["threshold", "entropy", "fixed", "leftmost"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings:
-    """How to decode; greedy in every mode."""
+    """How to decode."""
 
     max_new_tokens: int = 512
     """Exact limit on the new tokens of a row, the stop token included."""
     block_size: int = 32
     """Places of a diffusion block, and of a draft (its known first place included)."""
+    temperature: float = 0.0
+    """0 for greedy decoding; otherwise tokens are drawn from softmax(logits / temperature)."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that together reach this probability."""
+    seed: int = 0
+    """Of the draws; each row of a task has its own stream."""
+    policy: Policy = "threshold"
+    """Which places of a block a denoising forward fixes; at least one. ``threshold``: those whose token reaches
+    ``threshold``. ``leftmost``: the run of such places from the left. ``entropy``: the surest ones, as long as
+    their entropies, but for the largest, sum to at most ``entropy_bound`` (EB-Sampler, arXiv 2505.24857).
+    ``fixed``: an even share, so that a block takes ``steps`` forwards."""
     threshold: float = 0.9
-    """Block diffusion commits every place whose probability reaches this, and always the best one."""
+    """Probability from which a place is fixed."""
+    entropy_bound: float = 0.1
+    """Nats, for ``policy=entropy``."""
+    steps: int = 8
+    """Denoising forwards of a block, for ``policy=fixed``."""
+    search_budget: int = 5000
+    """Forwards that ``oracle`` may spend on a row."""
     stop_token_ids: frozenset[int] = frozenset()
     """A row ends with the first of these; it is part of the output."""
+    stop_strings: tuple[str, ...] = ()
+    """A row ends when its text holds one of these; the text is cut before it."""
+    detokenize: Callable[[list[int]], str] | None = None
+    """Token ids to text, for ``stop_strings``."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max new tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.block_size < 2:
-            raise UserError(f"block size is {self.block_size}; a block needs at least 2 places")
+        if self.policy not in get_args(Policy):
+            known = ", ".join(get_args(Policy))
+            raise UserError(
+                f"unknown policy '{self.policy}'; known: {known}.{nearest(self.policy, get_args(Policy))}"
+            )
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("block_size", 2),
+            ("steps", 1),
+            ("search_budget", 1),
+            ("top_k", 0),
+        ):
+            if getattr(self, name) < least:
+                words = name.replace("_", " ")
+                raise UserError(f"{words} is {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; it is a probability between 0 and 1")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top p is {self.top_p}; it is a probability above 0, at most 1")
+        for name in ("temperature", "entropy_bound", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must not be negative")
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of some new tokens, cut before the first stop string."""
+        assert self.detokenize is not None
+        text = self.detokenize(list(tokens))
+        found = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text
 
 
 @dataclass
@@ -37,15 +86,24 @@ class Generation:
     accepted: list[int] = field(default_factory=list)
     """Tokens that each draft + verify cycle committed, its bonus token included."""
     agreed: list[list[bool]] = field(default_factory=list)
-    """For each cycle and each drafted place, whether the verifier would have chosen the same token."""
+    """For each cycle and each drafted place, whether the verifier kept the token."""
     drafts: list[list[int]] = field(default_factory=list)
     """For each cycle, the tokens that were drafted, rejected ones included."""
+    acceptance: list[list[float]] = field(default_factory=list)
+    """For each cycle and each drafted place, min(1, p/q) at temperature 1."""
     steps: list[int] = field(default_factory=list)
     """For each token, which of the row's forwards (counted from 1) settled it."""
+    path: int | None = None
+    """Denoising forwards of the shortest path that an oracle found; its search is counted apart."""
     finished: bool = False
 
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self.settings.max_new_tokens - len(self.tokens)
+
     def extend(self, tokens: Sequence[int], steps: Sequence[int]) -> int:
-        """Append tokens, and the forwards that settled them, until the stop token or the limit.
+        """Append tokens, and the forwards that settled them, until a stop or the limit.
 
         Returns:
             How many were taken; ``finished`` tells whether more may follow.
@@ -53,7 +111,26 @@ class Generation:
         for taken, (token, step) in enumerate(zip(tokens, steps, strict=True), start=1):
             self.tokens.append(token)
             self.steps.append(step)
-            self.finished = token in self.settings.stop_token_ids or len(self.tokens) >= self.settings.max_new_tokens
+            self.finished = token in self.settings.stop_token_ids or self.room <= 0 or self._holds_stop_string()
             if self.finished:
                 return taken
         return len(tokens)
+
+    def cycle(
+        self, tokens: list[int], call: int, kept: list[bool], draft: list[int], acceptance: list[float]
+    ) -> None:
+        """Append what one draft + verify cycle committed."""
+        self.accepted.append(self.extend(tokens, [call] * len(tokens)))
+        self.agreed.append(kept)
+        self.drafts.append(draft)
+        self.acceptance.append(acceptance)
+
+    def _holds_stop_string(self) -> bool:
+        stops = self.settings.stop_strings
+        if not stops:
+            return False
+        assert self.settings.detokenize is not None
+        # A token has at least one byte, and a character at most four: more tokens than this hold no new stop.
+        tail = self.tokens[-4 * max(map(len, stops)) :]
+        text = self.settings.detokenize(tail)
+        return any(stop in text for stop in stops)

@@ -3,7 +3,7 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,19 @@ from torch import Tensor
 from nemodiff_train.attention.state import CachedPass, KeyValueCache
 from nemodiff_train.errors import UserError
 
-Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify"]
+Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify", "fused", "search"]
+
+# Forwards that fill masks: place i predicts token i, which a model trained with the shift says one place earlier.
+FILLS = ("denoise", "draft", "search")
+
+
+class Layout(NamedTuple):
+    """New tokens that are not simply one behind the other."""
+
+    offsets: Tensor
+    """[batch or 1, new] position of each, from the first one behind the committed tokens."""
+    sees: Tensor
+    """[batch or 1, new, new] which of them each sees."""
 
 
 class Session:
@@ -40,7 +52,14 @@ class Session:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, rows: Tensor, kind: Kind, *, causal: bool, block_size: int | None = None
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        kind: Kind,
+        *,
+        causal: bool = False,
+        block_size: int | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Run new tokens behind what their rows have committed.
 
@@ -50,6 +69,7 @@ class Session:
             kind: What the call is counted as.
             causal: Causal attention among the new tokens; otherwise they see their whole block.
             block_size: Places of a block; None where all new tokens are one.
+            layout: Positions and attention of the new tokens, instead of the last two.
 
         Returns:
             Logits [batch, new, vocab], fp32; the mask token's are -inf.  Those of place i predict token i + 1
@@ -61,8 +81,12 @@ class Session:
         """
         self._check_room(rows, tokens.shape[1])
         started = time.perf_counter()
-        reach = 1 if causal else block_size or tokens.shape[1]
-        cached = CachedPass.make(self.cache, rows, tokens.shape[1], reach)
+        if layout is None:
+            cached = CachedPass.make(
+                self.cache, rows, tokens.shape[1], 1 if causal else block_size or tokens.shape[1]
+            )
+        else:
+            cached = CachedPass.laid_out(self.cache, rows, *layout)
         state = self.model.attention_state
         state.cached = cached
         try:
@@ -75,7 +99,7 @@ class Session:
         finally:
             state.cached = None
         logits = logits[..., : self.vocab_size].float()
-        if kind in ("denoise", "draft") and self.model.config.shift:
+        if kind in FILLS and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
