@@ -58,7 +58,7 @@ def _difference(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemodiff_train.decoding.loading import as_one_stage
+    from nemodiff_train.decoding.loading import lay_out
     from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
 
     if not dist.is_initialized():
@@ -67,7 +67,7 @@ def _difference(
         parallel_state.initialize_model_parallel(tensor, pipeline)
         model_parallel_cuda_manual_seed(1)
     provider: Any = model_from(source)
-    as_one_stage(provider, tensor)
+    lay_out(provider, tensor)
     provider.pipeline_model_parallel_size = pipeline
     if not keep_scale:
         provider.query_scale_beta = 0.0
@@ -98,12 +98,13 @@ def _difference(
     return float(largest)
 
 
-def decode(checkpoint: str, tensor: int) -> dict[str, Any]:
+def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
     """Tokens of every mode for three prompts."""
     from nemodiff_train.decoding.decode import MODES, decode
     from nemodiff_train.decoding.loading import open_model
 
-    opened = open_model(checkpoint, max_new_tokens=24, block_size=8, threshold=0.05, tensor_parallel=tensor)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.05}
+    opened = open_model(checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
     return {
         mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]

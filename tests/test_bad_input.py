@@ -134,7 +134,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "fewer ranks than the layout": (train("model.tensor_model_parallel_size=2"), ["1 processes", "multiple of 2"]),
     "batch does not divide": (train("train.micro_batch_size=3"), ["train.global_batch_size=8"]),
-    "context parallel": (train("model.context_parallel_size=2"), ["context_parallel_size"]),
     "negative alpha": (train("objective.alpha=-1"), ["objective.alpha"]),
     "no checkpoint to start from": (train(model="empty"), ["empty", "no checkpoint"]),
     "truncated weights": (train(model="truncated"), ["truncated/model.safetensors", "incomplete"]),

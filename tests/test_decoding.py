@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from nemodiff_train.host import prepare
 
     prepare()
-    from nemodiff_train.decoding.loading import as_one_stage, start_model_parallel
+    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
     from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
 
     directory: Path = tmp_path_factory.mktemp("decoding") / "qwen3"
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     provider = model_from(str(directory))
     provider.mask_token_id = MASK
     start_model_parallel(1)
-    as_one_stage(provider)
+    lay_out(provider)
     provider.finalize()
     models = provider.provide_distributed_model(wrap_with_ddp=False)
     auto_bridge(hf_config(str(directory))).load_hf_weights(models, hf_path=str(directory))

@@ -37,9 +37,9 @@ def _plan(folder: Path) -> list[Job]:
         for tensor, pipeline in ((1, 1), (2, 1), (1, 2)):
             arguments = {"source": str(folder / family), "tensor": tensor, "pipeline": pipeline}
             jobs.append(Job(f"logits {family} {tensor} {pipeline}", tensor * pipeline, "jobs:ar_logits", arguments))
-    for tensor in (1, 2):
-        arguments = {"checkpoint": f"{one}/checkpoints", "tensor": tensor}
-        jobs.append(Job(f"decode {tensor}", tensor, "jobs:decode", arguments))
+    for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        arguments = {"checkpoint": f"{one}/checkpoints", "tensor": tensor, "pipeline": pipeline}
+        jobs.append(Job(f"decode {tensor} {pipeline}", tensor * pipeline, "jobs:decode", arguments))
     for size in (2, 4):
         jobs.append(Job(f"exchange {size}", size, "jobs:exchange", {"size": size}))
     return jobs
@@ -106,10 +106,11 @@ def test_imported_logits_are_transformers(results: dict[str, Any], family: str, 
         assert found["without_scale"] > 1e-3
 
 
-def test_decoding_does_not_depend_on_the_layout(results: dict[str, Any]) -> None:
-    alone, split = results["decode 1"], results["decode 2"]
+@pytest.mark.parametrize("layout", ["2 1", "1 2", "2 2"])
+def test_decoding_does_not_depend_on_the_layout(results: dict[str, Any], layout: str) -> None:
+    alone, split = results["decode 1 1"], results[f"decode {layout}"]
     assert "error" not in alone and alone == split
-    assert alone["linear"] == alone["ar"]
+    assert alone["linear"] == alone["quadratic"] == alone["oracle"] == alone["ar"]
 
 
 def test_what_a_run_logs(results: dict[str, Any]) -> None:

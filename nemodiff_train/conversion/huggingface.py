@@ -1,6 +1,7 @@
 """Import and export, on Bridge's own mappings."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +29,16 @@ def import_checkpoint(source: str, output: str) -> None:
     """
     from megatron.bridge.training.model_load_save import save_megatron_model
 
-    from nemodiff_train.decoding.loading import as_one_stage, start_model_parallel
+    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
 
     if is_megatron_checkpoint(Path(source)):
         raise UserError(f"'{source}' is a Megatron checkpoint already; import takes a Hugging Face model")
+    _check_alone()
     check_weights(Path(source))
     provider = model_from(source)
     with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"importing {source}"):
         start_model_parallel(1)
-        as_one_stage(provider)
+        lay_out(provider)
         provider.finalize()
         models = provider.provide_distributed_model(wrap_with_ddp=False)
         auto_bridge(hf_config(source)).load_hf_weights(models, hf_path=source)
@@ -58,9 +60,10 @@ def export_checkpoint(source: str, output: str) -> None:
     """
     from nemodiff_train.decoding.loading import load_for_decoding, open_checkpoint, tokenizer_directory
 
+    _check_alone()
     open_checkpoint(source)
     with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"exporting {source}"):
-        model = load_for_decoding(source)
+        (model,) = load_for_decoding(source)
         write_hf_directory(model, tokenizer_directory(source), partial)
     console.print(f"exported [bold]{source}[/bold] to [bold]{output}[/bold]")
 
@@ -82,6 +85,12 @@ def write_hf_directory(model: Any, tokenizer: Path, directory: Path) -> None:
     if model.config.hf_generation_config:
         text = json.dumps(model.config.hf_generation_config, indent=2)
         (directory / "generation_config.json").write_text(text + "\n")
+
+
+def _check_alone() -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise UserError(f"{world} processes were started, but conversion takes one; run it without torchrun")
 
 
 @contextmanager

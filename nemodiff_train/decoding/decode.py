@@ -11,6 +11,7 @@ from nemodiff_train.decoding.oracle import decode_oracle
 from nemodiff_train.decoding.quadratic import decode_quadratic
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
+from nemodiff_train.decoding.stages import Stages
 from nemodiff_train.errors import UserError, nearest
 
 Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
@@ -54,7 +55,8 @@ def decode(
     """Continue every prompt.
 
     Args:
-        model: A Megatron GPT model made by ``TriModeModelProvider``, in evaluation mode.
+        model: A Megatron GPT model made by ``TriModeModelProvider``, in evaluation mode, or this pipeline
+            rank's model chunks in order. Every rank of a gang that shares a model makes the same calls.
         prompts: Token ids; rows may differ in length.
         mode: One of :data:`MODES`.
         numbers: Number of each row in its task, which its draws depend on; 0, 1, ... by default.
@@ -65,12 +67,13 @@ def decode(
     Raises:
         UserError: Unknown mode, no prompts, or a model that cannot decode in this mode.
     """
-    check_mode(model.config, mode)
+    config = Stages(model).config
+    check_mode(config, mode)
     check_prompts(prompts)
     longest = max(map(len, prompts)) + settings.max_new_tokens
-    _check_positions(model.config, longest)
+    _check_positions(config, longest)
     extra = settings.block_size ** (2 if mode == "quadratic" else 1)
-    session = Session(model, len(prompts), longest + extra, model.config.mask_token_id)
+    session = Session(model, len(prompts), longest + extra, config.mask_token_id)
     sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
     return MODES[mode](session, prompts, sampler), session
 

@@ -19,8 +19,8 @@ from nemodiff_train.errors import UserError
 class Opened:
     """All that decoding needs of a checkpoint."""
 
-    model: Any
-    """Megatron GPT model in evaluation mode."""
+    model: list[Any]
+    """Megatron GPT model in evaluation mode: this pipeline rank's chunks, one without a pipeline."""
     tokenizer: Any
     """Its Hugging Face tokenizer."""
     settings: DecodingSettings
@@ -30,10 +30,10 @@ def open_model(
     checkpoint: str,
     *,
     modes: tuple[str, ...] = (),
-    max_new_tokens: int = 512,
     block_size: int | None = None,
-    threshold: float = 0.9,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    **settings: Any,
 ) -> Opened:
     """Open a Megatron checkpoint of this project for decoding.
 
@@ -41,7 +41,9 @@ def open_model(
         checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
         modes: Modes that are going to be used; refused here if the model cannot decode in them.
         block_size: Places of a block; None for what it was trained with.
-        tensor_parallel: Ranks that share the model; the whole gang.
+        tensor_parallel: Ranks that share each layer.
+        pipeline_parallel: Ranks that share the layers out. A gang of more ranks splits the prompts.
+        settings: Further fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`.
 
     Raises:
         UserError: No checkpoint, a mode it cannot decode in, or settings that cannot be.
@@ -50,14 +52,14 @@ def open_model(
     for mode in modes:
         check_mode(provider, mode)
     tokenizer = load_tokenizer(str(tokenizer_directory(checkpoint)))
-    settings = DecodingSettings(
-        max_new_tokens=max_new_tokens,
+    chosen = DecodingSettings(
         block_size=provider.block_size if block_size is None else block_size,
-        threshold=threshold,
         stop_token_ids=stop_tokens(provider, tokenizer),
+        detokenize=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        **settings,
     )
     with quiet(), console.status(f"loading {checkpoint}"):
-        return Opened(load_for_decoding(checkpoint, tensor_parallel), tokenizer, settings)
+        return Opened(load_for_decoding(checkpoint, tensor_parallel, pipeline_parallel), tokenizer, chosen)
 
 
 def stop_tokens(provider: Any, tokenizer: Any) -> frozenset[int]:
@@ -83,15 +85,16 @@ def tokenizer_directory(checkpoint: str) -> Path:
     return directory
 
 
-def load_for_decoding(checkpoint: str, tensor_parallel: int = 1) -> Any:
+def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[Any]:
     """Load a Megatron checkpoint of this project for decoding, resharded as asked.
 
     Args:
         checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
-        tensor_parallel: Ranks that share the model; the whole gang.
+        tensor_parallel: Ranks that share each layer.
+        pipeline_parallel: Ranks that share the layers out.
 
     Returns:
-        The Megatron GPT model in evaluation mode.
+        The Megatron GPT model in evaluation mode: this pipeline rank's chunks.
 
     Raises:
         UserError: It is no checkpoint, or the gang does not fit.
@@ -101,11 +104,10 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1) -> Any:
     from nemodiff_train.model.pretrained import newest_iteration
 
     provider = open_checkpoint(checkpoint)
-    start_model_parallel(tensor_parallel)
-    as_one_stage(provider, tensor_parallel)
+    start_model_parallel(tensor_parallel, pipeline_parallel)
+    lay_out(provider, tensor_parallel, pipeline_parallel)
     models = build_and_load_model(str(newest_iteration(Path(checkpoint))), provider)
-    model = models[0] if isinstance(models, list) else models
-    return model.eval()
+    return [model.eval() for model in (models if isinstance(models, list) else [models])]
 
 
 def open_checkpoint(checkpoint: str) -> Any:
@@ -121,15 +123,16 @@ def open_checkpoint(checkpoint: str) -> Any:
     return model_from(checkpoint)
 
 
-def as_one_stage(provider: Any, tensor_parallel: int = 1) -> None:
-    """Lay a model out for decoding or conversion: no pipeline, no training-only settings."""
+def lay_out(provider: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+    """Lay a model out for decoding or conversion, without training-only settings."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from nemodiff_train.host import prepare
     from nemodiff_train.model.provider import run_without_fusions
 
     provider.tensor_model_parallel_size = tensor_parallel
-    provider.pipeline_model_parallel_size = provider.context_parallel_size = 1
+    provider.pipeline_model_parallel_size = pipeline_parallel
+    provider.context_parallel_size = 1
     provider.virtual_pipeline_model_parallel_size = None
     provider.sequence_parallel = provider.perform_initialization = False
     if not prepare().cuda:
@@ -138,11 +141,11 @@ def as_one_stage(provider: Any, tensor_parallel: int = 1) -> None:
         run_without_fusions(provider)
 
 
-def start_model_parallel(tensor_parallel: int) -> None:
+def start_model_parallel(tensor_parallel: int, pipeline_parallel: int = 1) -> None:
     """Join the gang that torchrun started, or be one process alone.
 
     Raises:
-        UserError: The gang's size is not ``tensor_parallel``.
+        UserError: The gang's size is not a multiple of the ranks that share a model.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -152,11 +155,15 @@ def start_model_parallel(tensor_parallel: int) -> None:
     if parallel_state.model_parallel_is_initialized():
         return
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != tensor_parallel:
-        raise UserError(f"{world} processes were started, but this takes {tensor_parallel} (--tensor-parallel)")
+    ranks = tensor_parallel * pipeline_parallel
+    if world % ranks:
+        raise UserError(
+            f"{world} processes were started, but this takes a multiple of {ranks} "
+            f"(--tensor-parallel {tensor_parallel} x --pipeline-parallel {pipeline_parallel})"
+        )
     if not dist.is_initialized() and world == 1:
         dist.init_process_group(prepare().backend, store=HashStore(), rank=0, world_size=1)
     elif not dist.is_initialized():
         dist.init_process_group(prepare().backend)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     model_parallel_cuda_manual_seed(1234)

@@ -26,7 +26,7 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     """
     if not sampler.greedy:
         raise UserError("mode 'oracle' looks for the way to the greedy output; set the temperature to 0")
-    ar = Session(session.model, len(prompts), session.cache.capacity, session.mask_token_id)
+    ar = Session(session.model.chunks, len(prompts), session.cache.capacity, session.mask_token_id)
     targets = [generation.tokens for generation in decode_ar(ar, prompts, sampler)]
     session.prefill(prompts)
     starts = session.cache.lengths.clone()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.attention.state import CachedPass, KeyValueCache
+from nemodiff_train.decoding.stages import Stages
 from nemodiff_train.errors import UserError
 
 Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify", "fused", "search"]
@@ -33,18 +34,18 @@ class Session:
     causally or as one bidirectional block.  Its keys and values stay only where :meth:`commit` says so.
 
     Args:
-        model: A Megatron GPT model made by ``TriModeModelProvider``, on one pipeline stage.
+        model: A Megatron GPT model made by ``TriModeModelProvider``, or this rank's model chunks in order.
         rows: Sequences decoded together.
         capacity: Most positions a row may reach, drafts included.
         mask_token_id: Never predicted; None when the model has no mask token.
     """
 
     def __init__(self, model: Any, rows: int, capacity: int, mask_token_id: int | None) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
+        self.model = Stages(model)
+        self.device = self.model.device
         self.cache = KeyValueCache(rows, capacity, self.device)
         self.mask_token_id = mask_token_id
-        self.vocab_size: int = model.config.vocab_size
+        self.vocab_size: int = self.model.config.vocab_size
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
         """Calls of the model that each row took part in, by kind."""
         self.seconds: dict[str, float] = defaultdict(float)
@@ -87,18 +88,7 @@ class Session:
             )
         else:
             cached = CachedPass.laid_out(self.cache, rows, *layout)
-        state = self.model.attention_state
-        state.cached = cached
-        try:
-            logits = self.model(
-                input_ids=tokens,
-                position_ids=cached.positions,
-                attention_mask=None,
-                runtime_gather_output=True,
-            )
-        finally:
-            state.cached = None
-        logits = logits[..., : self.vocab_size].float()
+        logits = self.model(tokens, cached)[..., : self.vocab_size].float()
         if kind in FILLS and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed
         if self.mask_token_id is not None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from nemodiff_train.console import console, is_main_process
+from nemodiff_train.decoding.options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.errors import UserError
 
 
@@ -23,14 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_arguments(parser)
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that ``eval`` and ``generate`` share."""
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="exact limit (%(default)s)")
-    parser.add_argument("--block-size", type=int, help="places of a block or draft (default: as trained)")
-    parser.add_argument("--threshold", type=float, default=0.9, help="of block diffusion (%(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes of torchrun that share the model")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, write the report."""
     from nemodiff_train.decoding.generation import DecodingSettings
@@ -43,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     modes = tuple(arguments.modes.split(","))
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    for threshold in (arguments.threshold, *thresholds):
+    check_options(arguments)
+    for threshold in thresholds:
         DecodingSettings(threshold=threshold)  # refuses what is no probability
     prepare()
     from nemodiff_train.decoding.loading import open_checkpoint, open_model
@@ -53,14 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
     usable_directory(Path(arguments.output))
-    opened = open_model(
-        arguments.checkpoint,
-        modes=modes,
-        max_new_tokens=arguments.max_new_tokens,
-        block_size=arguments.block_size,
-        threshold=arguments.threshold,
-        tensor_parallel=arguments.tensor_parallel,
-    )
+    opened = open_model(arguments.checkpoint, modes=modes, **decoding_options(arguments))
     plan = Plan(modes=modes, thresholds=thresholds, batch_size=arguments.batch_size)
     evaluation = evaluate(opened, task, plan, arguments.checkpoint)
     if is_main_process():

@@ -11,6 +11,8 @@ TITLES = {
     "ar": "Autoregressive",
     "diffusion": "Block diffusion",
     "linear": "Linear self-speculation",
+    "quadratic": "Quadratic self-speculation",
+    "oracle": "Oracle (speed of light)",
 }
 
 COUNTING_RULE = (

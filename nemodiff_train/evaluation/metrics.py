@@ -65,14 +65,19 @@ class ModeMetrics(BaseModel):
     seconds: float = Field(description="Wall-clock seconds spent decoding.")
     tokens_per_second: float | None = Field(description="tokens / seconds, at the batch size of the run.")
     forwards_per_second: float | None = Field(description="Forwards of all kinds / seconds.")
+    introspective_acceptance: float | None = Field(
+        description="Mean of min(1, p/q) over all drafted tokens, verifier over drafter, at temperature 1 (I-DLM). "
+        "None in modes without drafts."
+    )
+    seconds_by_kind: dict[str, float] = Field(description="Seconds spent in the model by kind of forward.")
     identical_to_ar: float | None = Field(
         description="Share of prompts whose tokens all equal those of the ar run; none without an ar run."
     )
 
     @property
     def forwards_all(self) -> int:
-        """Forwards of all kinds, prefill included."""
-        return sum(self.forwards.values())
+        """Forwards of all kinds but an oracle's search, prefill included."""
+        return sum(count for kind, count in self.forwards.items() if kind != "search")
 
 
 def summarise(
@@ -97,6 +102,11 @@ def summarise(
         forwards.update(record.forwards)
     cycles = [count for record in records for count in record.accepted]
     seconds = math.fsum(record.seconds for record in records)
+    counted = forwards.total() - forwards["search"]
+    acceptance = [value for record in records for cycle in record.acceptance for value in cycle]
+    by_kind: Counter[str] = Counter()
+    for record in records:
+        by_kind.update(record.seconds_by_kind)
     low, high = wilson(sum(correct), len(correct))
     return ModeMetrics(
         settings=dict(settings),
@@ -106,13 +116,15 @@ def summarise(
         accuracy_high=high,
         tokens=tokens,
         forwards=dict(forwards),
-        tpf_all=tokens / forwards.total(),
-        tpf_no_prefill=_ratio(tokens, forwards.total() - forwards["prefill"]),
+        tpf_all=tokens / counted,
+        tpf_no_prefill=_ratio(tokens, counted - forwards["prefill"]),
         acceptance_length=_ratio(sum(cycles), len(cycles)),
         agreement=agreement_by_place([cycle for record in records for cycle in record.drafted]),
         seconds=seconds,
         tokens_per_second=_ratio(tokens, seconds),
         forwards_per_second=_ratio(forwards.total(), seconds),
+        introspective_acceptance=_ratio(math.fsum(acceptance), len(acceptance)),
+        seconds_by_kind=dict(by_kind),
         identical_to_ar=None if ar is None else _identical(records, ar),
     )
 

@@ -11,7 +11,8 @@ from nemodiff_train.evaluation.files import write_atomic
 
 # prefill: the prompt, once. decode: one autoregressive step. draft, verify: self-speculation.
 # denoise: one pass over a masked block. commit: the causal pass that writes a finished block to the cache.
-KINDS = ("prefill", "decode", "draft", "verify", "denoise", "commit")
+# fused: verification and the next draft in one. search: what an oracle spent to find its path; never part of TPF.
+KINDS = ("prefill", "decode", "draft", "verify", "denoise", "commit", "fused", "search")
 
 Settings = dict[str, JsonValue]
 
@@ -30,6 +31,9 @@ class Decoded:
         drafted: For each cycle, whether the verifier agreed at each drafted place, first place first,
             places after the first disagreement included.
         proposed: For each cycle, the drafted tokens, rejected ones included; may be left empty.
+        acceptance: For each cycle and drafted place, min(1, p/q) of the drafted token, verifier over drafter,
+            at temperature 1; may be left empty.
+        seconds_by_kind: Of ``seconds``, those spent in the model, by kind of forward.
         seconds: Wall-clock seconds. In a batch, the batch's seconds divided by its rows, so that the
             sum over prompts is the time that passed.
         steps: For each token, the number of the cycle or forward that committed it (any numbers that
@@ -41,9 +45,11 @@ class Decoded:
     forwards: dict[str, int]
     accepted: list[int] = field(default_factory=list)
     drafted: list[list[bool]] = field(default_factory=list)
-    proposed: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
     steps: list[int] = field(default_factory=list)
+    proposed: list[list[int]] = field(default_factory=list)
+    acceptance: list[list[float]] = field(default_factory=list)
+    seconds_by_kind: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = set(self.forwards) - set(KINDS)

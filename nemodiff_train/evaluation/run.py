@@ -1,15 +1,19 @@
 """Decode a task in every mode."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import batched
 from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import Opened
+from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import Decoded
 from nemodiff_train.evaluation.tasks import Task
@@ -46,7 +50,7 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str) -> Evaluat
         checkpoint,
         task,
         [headline[mode] for mode in plan.modes],
-        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        settings.text,
         settings={"max_new_tokens": settings.max_new_tokens, "batch_size": plan.batch_size},
         sweep=by_threshold if len(by_threshold) > 1 else None,
     )
@@ -60,29 +64,43 @@ def _run(model: Any, prompts: Sequence[list[int]], mode: str, settings: Decoding
         named["threshold"] = settings.threshold
     label = f"decoding ({mode})" if mode != "diffusion" else f"decoding ({mode}, {settings.threshold:g})"
     decoded: list[Decoded] = []
+    replicas = parallel_state.get_data_parallel_group()
+    own = range(replicas.rank(), len(prompts), replicas.size())
     with progress_bar() as progress:
-        bar = progress.add_task(label, total=len(prompts))
-        for indices in batched(range(len(prompts)), batch):
+        bar = progress.add_task(label, total=len(own))
+        for indices in batched(own, batch):
             decoded.extend(_decode_batch(model, [prompts[i] for i in indices], indices, mode, settings))
             progress.update(bar, completed=len(decoded))
-    return Run(mode, named, decoded)
+    return Run(mode, named, _from_all(decoded, replicas))
+
+
+def _from_all(decoded: list[Decoded], replicas: Any) -> list[Decoded]:
+    """The records of every data-parallel replica, in the order of the prompts."""
+    if replicas.size() == 1:
+        return decoded
+    everyone: list[list[Decoded]] = [[] for _ in range(replicas.size())]
+    dist.all_gather_object(everyone, decoded, group=replicas)
+    return sorted((record for part in everyone for record in part), key=lambda record: record.prompt_index)
 
 
 def _decode_batch(
-    model: Any, prompts: list[list[int]], indices: Iterable[int], mode: str, settings: DecodingSettings
+    model: Any, prompts: list[list[int]], indices: Sequence[int], mode: str, settings: DecodingSettings
 ) -> list[Decoded]:
     started = time.perf_counter()
-    generations, session = decode(model, prompts, mode, settings)
-    seconds = (time.perf_counter() - started) / len(prompts)
+    generations, session = decode(model, prompts, mode, settings, list(indices))
+    rows = len(prompts)
+    seconds = (time.perf_counter() - started) / rows
     return [
         Decoded(
             prompt_index=index,
             tokens=generation.tokens,
-            forwards=dict(session.forwards[row]),
+            forwards=path_forwards(generation, session.forwards[row]),
             accepted=generation.accepted,
             drafted=generation.agreed,
             proposed=generation.drafts,
+            acceptance=generation.acceptance,
             seconds=seconds,
+            seconds_by_kind={kind: spent / rows for kind, spent in session.seconds.items()},
             steps=generation.steps,
         )
         for row, (index, generation) in enumerate(zip(indices, generations, strict=True))
