@@ -16,6 +16,7 @@ VERBS = {
     "train": ("nemodiff_train.training.command", "train a recipe: AR only, or AR + diffusion jointly"),
     "convert": ("nemodiff_train.conversion.command", "move checkpoints between Hugging Face and Megatron"),
     "eval": ("nemodiff_train.evaluation.command", "score accuracy and tokens per forward in every mode"),
+    "likelihood": ("nemodiff_train.evaluation.likelihood_command", "AR perplexity and diffusion bound of a text"),
     "generate": ("nemodiff_train.decoding.command", "continue one prompt"),
     "data": ("nemodiff_train.data.command", "turn text into Megatron's .bin/.idx"),
     "demo": ("nemodiff_train.demo.command", "the whole job on a small model, offline"),

@@ -3,6 +3,7 @@
 ``tests/test_layouts.py`` runs it in the suite, ``tools/layout_matrix`` prints it as a table.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,14 @@ def prepare(folder: Path) -> None:
     small.qwen3(folder / "qwen3")
     small.qwen3(folder / "tied", tie_word_embeddings=True)
     small.data(folder / "data")
+    prompts = [{"prompt": "the quick"[: 2 + n], "answer": str(n)} for n in range(6)]
+    (folder / "task.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+
+
+def evaluated(folder: Path) -> tuple[str, ...]:
+    """Settings of a run that decodes every five steps."""
+    task = f"evaluation.task={folder / 'task.jsonl'}"
+    return ("evaluation.interval=5", task, "evaluation.count=6", "evaluation.max_new_tokens=12")
 
 
 def job(layout: Layout, folder: Path) -> Job:

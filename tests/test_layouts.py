@@ -28,11 +28,16 @@ def _plan(folder: Path) -> list[Job]:
         run("ar stage", "train", ("train.train_iters=2",), stage="ar"),
         run("ar stage, documents", "train", ("train.train_iters=2", *matrix.DOCUMENTS), stage="ar"),
         run("told", "train", ("diagnostics.loss_interval=5", "diagnostics.gradient_interval=5")),
+        run("evaluated", "train", matrix.evaluated(folder)),
         run("loggers", "loggers", ("diagnostics.loss_interval=1",)),
     ]
     ar_split = {**shared, "output": str(folder / "ar split"), "stage": "ar"}
     ar_split["settings"] = [*SETTINGS, *matrix.CP2, *matrix.PP2, "train.train_iters=2"]
     jobs.append(Job("ar stage, context 2 x pipeline 2", 4, "jobs:train", ar_split))
+    for name, world, layout in EVALUATED:
+        split = {**shared, "output": str(folder / f"evaluated {name}")}
+        split["settings"] = [*SETTINGS, *layout, *matrix.evaluated(folder)]
+        jobs.append(Job(f"evaluated {name}", world, "jobs:train", split))
     for family in ("qwen3", "ministral3"):
         for tensor, pipeline in ((1, 1), (2, 1), (1, 2)):
             arguments = {"source": str(folder / family), "tensor": tensor, "pipeline": pipeline}
@@ -43,6 +48,12 @@ def _plan(folder: Path) -> list[Job]:
     for size in (2, 4):
         jobs.append(Job(f"exchange {size}", size, "jobs:exchange", {"size": size}))
     return jobs
+
+
+EVALUATED = [
+    ("tensor 2 + sequence x pipeline 2 x virtual 2", 4, [*matrix.SP2, *matrix.VPP2]),
+    ("context 2 x data 2, sharded optimizer", 4, [*matrix.CP2, *matrix.SHARDED]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +158,23 @@ def test_a_run_tells_its_loss_by_noise_level_and_place(results: dict[str, Any]) 
     assert len(by_level) >= 8 and len(by_place) == 5  # blocks of 16: 1, 2, 3-4, 5-8, 9-16
     assert all(2 < value < 12 for value in by_level + by_place)
     assert "diffusion loss by place/1" in fifth and "diffusion loss by place/1" not in steps(results, "told")[3]
+
+
+@pytest.mark.parametrize("layout", [name for name, *_ in EVALUATED])
+def test_evaluation_in_the_loop_changes_nothing(results: dict[str, Any], layout: str) -> None:
+    """Bit-identical losses, and the same figures under every layout, twice in ten steps."""
+    alone, split = steps(results, "evaluated"), steps(results, f"evaluated {layout}")
+    for found, without in ((alone, "one process"), (split, layout)):
+        for mine, reference in zip(found, steps(results, without), strict=True):
+            assert all(mine[name] == reference[name] for name in matrix.FIGURES)
+    for step in (4, 9):
+        figures = {name for name in alone[step] if name.startswith("evaluation ")}
+        assert {"evaluation TPF/linear", "evaluation accuracy/diffusion", "evaluation seconds"} <= figures
+        assert figures == {name for name in split[step] if name.startswith("evaluation ")}
+        for name in figures - {"evaluation seconds"}:
+            assert split[step][name] == pytest.approx(alone[step][name], rel=1e-6)
+        assert alone[step]["evaluation TPF/ar"] == 1
+    assert "evaluation seconds" not in alone[3]
 
 
 def test_measuring_gradients_changes_nothing(results: dict[str, Any]) -> None:

@@ -30,19 +30,20 @@ class Plan:
     """Prompts decoded together."""
 
 
-def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str) -> Evaluation:
+def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: bool | None = None) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 
     Args:
         opened: Model, tokenizer and decoding settings.
         checkpoint: Name for the report.
+        shown: Whether this process shows progress; by default rank 0 does.
     """
     model, tokenizer, settings = opened.model, opened.tokenizer, opened.settings
     prompts = [tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"] for prompt in task.prompts]
     sweep = sorted({settings.threshold, *plan.thresholds}) if "diffusion" in plan.modes else []
     jobs = [(mode, settings) for mode in plan.modes if mode != "diffusion"]
     jobs += [("diffusion", replace(settings, threshold=threshold)) for threshold in sweep]
-    runs = [_run(model, prompts, mode, chosen, plan.batch_size) for mode, chosen in jobs]
+    runs = [_run(model, prompts, mode, chosen, plan.batch_size, shown) for mode, chosen in jobs]
     by_threshold = dict(zip(sweep, (run for run in runs if run.mode == "diffusion"), strict=True))
     others = {run.mode: run for run in runs if run.mode != "diffusion"}
     headline = {**others, **({"diffusion": by_threshold[settings.threshold]} if sweep else {})}
@@ -56,7 +57,9 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str) -> Evaluat
     )
 
 
-def _run(model: Any, prompts: Sequence[list[int]], mode: str, settings: DecodingSettings, batch: int) -> Run:
+def _run(
+    model: Any, prompts: Sequence[list[int]], mode: str, settings: DecodingSettings, batch: int, shown: bool | None
+) -> Run:
     named: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
     if mode != "ar":
         named["block_size"] = settings.block_size
@@ -66,7 +69,7 @@ def _run(model: Any, prompts: Sequence[list[int]], mode: str, settings: Decoding
     decoded: list[Decoded] = []
     replicas = parallel_state.get_data_parallel_group()
     own = range(replicas.rank(), len(prompts), replicas.size())
-    with progress_bar() as progress:
+    with progress_bar(shown=shown) as progress:
         bar = progress.add_task(label, total=len(own))
         for indices in batched(own, batch):
             decoded.extend(_decode_batch(model, [prompts[i] for i in indices], indices, mode, settings))

@@ -44,6 +44,7 @@ def train(config: "TriModeConfig") -> None:
     from nemodiff_train.training.callbacks import RunLog
     from nemodiff_train.training.checks import check
     from nemodiff_train.training.gradients import GradientProbe
+    from nemodiff_train.training.loop_evaluation import LoopEvaluation
     from nemodiff_train.training.mask_embedding import MaskEmbedding
     from nemodiff_train.training.step import ForwardStep
 
@@ -56,7 +57,7 @@ def train(config: "TriModeConfig") -> None:
     step = ForwardStep()
     log = RunLog(output, step.tally)
     with _prints_go_to(output / "train.log"):
-        pretrain(config, step, callbacks=[GradientProbe(step, log), MaskEmbedding(step), log])
+        pretrain(config, step, callbacks=[GradientProbe(step, log), MaskEmbedding(step), LoopEvaluation(log), log])
 
 
 def _fit_to_host(config: "TriModeConfig") -> None:

@@ -91,11 +91,32 @@ class DiagnosticsConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """Decoding in the training loop; see :mod:`nemodiff_train.training.loop_evaluation`."""
+
+    interval: int = 0
+    """Steps between evaluations; 0 for none."""
+    task: str = "arithmetic"
+    """A built-in task, or a JSONL file of prompt and answer."""
+    scorer: str = "numeric"
+    """How a file's answers are scored: numeric or exact."""
+    count: int = 16
+    """Prompts, always the same, from the first."""
+    modes: list[str] = field(default_factory=lambda: ["ar", "diffusion", "linear"])
+    """Decoding modes; the AR stage uses ``ar`` alone."""
+    max_new_tokens: int = 128
+    """Exact limit for each prompt."""
+    threshold: float = 0.9
+    """Of block diffusion."""
+
+
+@dataclass(kw_only=True)
 class TriModeConfig(ConfigContainer):
-    """Everything a run is made of.  ``objective`` and ``diagnostics`` are ours; the rest is Bridge's."""
+    """Everything a run is made of.  ``objective``, ``diagnostics`` and ``evaluation`` are ours, the rest Bridge's."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def validate(self) -> None:
         """Connect the parts, then let Bridge check and complete them.

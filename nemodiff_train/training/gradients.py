@@ -48,7 +48,7 @@ class GradientProbe(Callback):
         kept, self.step.recorder.kept = self.step.recorder.kept, None
         if not kept:
             return
-        with _gathered_parameters(context.model):
+        with gathered_parameters(context.model):
             parts = [self._gradient(context, kept, part, half) for part in ("ar", "diffusion") for half in (0, 1)]
         self.log.note(_figures(_gram(parts, context)))
 
@@ -75,7 +75,7 @@ class GradientProbe(Callback):
 
 
 @contextlib.contextmanager
-def _gathered_parameters(chunks: Any) -> Iterator[None]:
+def gathered_parameters(chunks: Any) -> Iterator[None]:
     """Parameters complete on every rank, where the distributed optimizer gathers them while the model runs."""
     overlapped = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
     for chunk in overlapped:
