@@ -223,6 +223,59 @@ def test_stop_strings_end_a_row_and_cut_its_text(model: Any) -> None:
         assert stop in spell(ended[0].tokens) and stop not in spell(ended[0].tokens[:-1])
 
 
+def test_masks_are_filled_in_the_middle(model: Any) -> None:
+    """Stated again: a block from before its first mask, everything in it in view, nothing behind it."""
+    from nemodiff_train.decoding.decode import fill
+    from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.errors import UserError
+
+    text = torch.randint(20, 220, (40,), generator=torch.Generator().manual_seed(8)).tolist()
+    for place in (5, 6, 9, 11, 13, 38):
+        text[place] = MASK
+    expected = list(text)
+    while MASK in expected:
+        start = expected.index(MASK) - 1
+        block = expected[start : start + 8]
+        while MASK in block:
+            probability, choice = (
+                logits(model, expected[:start] + block, len(block))[-len(block) :].softmax(-1).max(-1)
+            )
+            hidden = [place for place, token in enumerate(block) if token == MASK]
+            best = max(hidden, key=lambda place: float(probability[place]))
+            for place in hidden:
+                if place == best or probability[place] >= 0.02:
+                    block[place] = int(choice[place])
+        expected[start : start + 8] = block
+    settings = DecodingSettings(block_size=8, threshold=0.02)
+    filled, session = fill(model, text, settings)
+    assert filled.tokens == expected and filled.places == [5, 6, 9, 11, 13, 38]
+    assert session.forwards[0]["denoise"] == max(filled.steps) - session.forwards[0]["prefill"]
+    for bad, words in ((text[5:], "begins with"), ([20, 21], "nothing to fill")):
+        with pytest.raises(UserError, match=words):
+            fill(model, bad, settings)
+
+
+def test_revision_masks_what_the_ar_half_doubts(model: Any) -> None:
+    from nemodiff_train.decoding.decode import fill
+    from nemodiff_train.decoding.generation import DecodingSettings
+
+    settings = DecodingSettings(block_size=8)
+    prompt = PROMPTS[0]
+    draft = tokens(model, [prompt], "ar", max_new_tokens=12)[0]
+    draft[4] = 300  # not what the model would say
+    p = logits(model, prompt + draft, 0).softmax(-1)
+    found = [float(p[len(prompt) + place - 1, token]) for place, token in enumerate(draft)]
+    least = sorted(found)[2]
+    revised, _ = fill(model, prompt + draft, settings, len(prompt), least)
+    doubted = [len(prompt) + place for place, probability in enumerate(found) if probability < least]
+    assert revised.places == doubted and len(prompt) + 4 in doubted
+    kept = [place for place in range(len(prompt) + 12) if place not in doubted]
+    assert all(revised.tokens[place] == (prompt + draft)[place] for place in kept)
+    assert MASK not in revised.tokens
+    unchanged, session = fill(model, prompt + draft, settings, len(prompt), 1e-9)
+    assert unchanged.tokens == prompt + draft and session.calls(0) == 1
+
+
 def test_too_many_positions_are_refused(model: Any) -> None:
     from nemodiff_train.errors import UserError
 

@@ -1,8 +1,13 @@
 """``nemodiff generate CHECKPOINT PROMPT``."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+from nemodiff_train.console import console, is_main_process
 from nemodiff_train.decoding.options import add_decoding_arguments, check_options, decoding_options
+
+if TYPE_CHECKING:
+    from nemodiff_train.decoding.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--mode", default="linear", help="ar, diffusion, linear or quadratic (%(default)s)")
+    parser.add_argument(
+        "--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it"
+    )
+    parser.add_argument(
+        "--revise", type=float, metavar="P", help="decode tokens again that the AR half gives less than P"
+    )
     add_decoding_arguments(parser)
 
 
@@ -19,17 +30,30 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_options(arguments)
     prepare()
-    from nemodiff_train.console import console, is_main_process
-    from nemodiff_train.decoding.decode import decode
+    from nemodiff_train.decoding.decode import decode, fill
     from nemodiff_train.decoding.loading import open_model
 
-    opened = open_model(arguments.checkpoint, modes=(arguments.mode,), **decoding_options(arguments))
+    mode = "diffusion" if arguments.infill else arguments.mode
+    opened = open_model(arguments.checkpoint, modes=(mode,), **decoding_options(arguments))
     prompt = opened.tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"]
-    (generation,), session = decode(opened.model, [prompt], arguments.mode, opened.settings)
-    if is_main_process():
-        print(opened.settings.text(generation.tokens))
-        forwards = session.calls(0)
-        console.print(
-            f"[dim]{len(generation.tokens)} tokens in {forwards} forwards "
-            f"({dict(session.forwards[0])}): {len(generation.tokens) / forwards:.2f} tokens per forward[/dim]"
-        )
+    if arguments.infill:
+        filled, session = fill(opened.model, prompt, opened.settings)
+        _print(opened.tokenizer.decode(filled.tokens), len(filled.places), session)
+        return
+    (generation,), session = decode(opened.model, [prompt], mode, opened.settings)
+    _print(opened.settings.text(generation.tokens), len(generation.tokens), session)
+    if arguments.revise is not None:
+        text = [*prompt, *generation.tokens]
+        revised, session = fill(opened.model, text, opened.settings, len(prompt), arguments.revise)
+        _print(opened.settings.text(revised.tokens[len(prompt) :]), len(revised.places), session)
+
+
+def _print(text: str, tokens: int, session: "Session") -> None:
+    if not is_main_process():
+        return
+    print(text)
+    forwards = session.calls(0)
+    console.print(
+        f"[dim]{tokens} tokens in {forwards} forwards ({dict(session.forwards[0])}): "
+        f"{tokens / forwards:.2f} tokens per forward[/dim]"
+    )

@@ -6,6 +6,7 @@ from typing import Any
 from nemodiff_train.decoding.ar import decode_ar
 from nemodiff_train.decoding.diffusion import decode_diffusion
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
+from nemodiff_train.decoding.infill import Filled, infill, revise
 from nemodiff_train.decoding.linear import decode_linear
 from nemodiff_train.decoding.oracle import decode_oracle
 from nemodiff_train.decoding.quadratic import decode_quadratic
@@ -76,6 +77,35 @@ def decode(
     session = Session(model, len(prompts), longest + extra, config.mask_token_id)
     sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
     return MODES[mode](session, prompts, sampler), session
+
+
+def fill(
+    model: Any, text: Sequence[int], settings: DecodingSettings, start: int | None = None, least: float = 0.0
+) -> tuple[Filled, Session]:
+    """Fill the masks of one text, or decode its improbable tokens again.
+
+    Args:
+        model: As for :func:`decode`.
+        text: Token ids; with ``start`` None, masks among them.
+        settings: Block size and policy.
+        start: Where a draft begins that is to be revised; see :func:`~nemodiff_train.decoding.infill.revise`.
+        least: Probability below which a token of the draft is decoded again.
+
+    Returns:
+        The filled text, and the session, which has counted the forwards.
+
+    Raises:
+        UserError: Nothing to fill, or a model that cannot decode blocks.
+    """
+    config = Stages(model).config
+    check_mode(config, "linear")  # infilling needs the same: a mask token, and a causal clean half
+    check_prompts([text])
+    _check_positions(config, len(text))
+    session = Session(model, 1, len(text) + settings.block_size, config.mask_token_id)
+    sampler = Sampler(settings, [0])
+    if start is None:
+        return infill(session, text, sampler), session
+    return revise(session, text, start, least, sampler), session
 
 
 def _check_positions(config: Any, longest: int) -> None:

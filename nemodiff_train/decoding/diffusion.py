@@ -84,7 +84,9 @@ def _open_whole_blocks(
     return blocks, [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
 
 
-def denoise(session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, ends: Tensor) -> Tensor:
+def denoise(
+    session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, ends: Tensor, stops: bool = True
+) -> Tensor:
     """Fill one block a row in place; a row leaves the batch when its block is settled.
 
     Args:
@@ -92,6 +94,7 @@ def denoise(session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, en
         blocks: [batch, block] tokens, masks where they are still to be found.
         sampler: Chooses tokens; its settings name the policy.
         ends: [batch] place of each block from which nothing is asked for.
+        stops: Whether a row is settled once there is no mask before its first stop token.
 
     Returns:
         The forward that settled each place, [batch, block].
@@ -101,9 +104,10 @@ def denoise(session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, en
     calls = torch.tensor([session.calls(row) for row in rows.tolist()], device=blocks.device)
     steps = calls[:, None].repeat(1, blocks.shape[1])
     wanted = torch.arange(blocks.shape[1], device=blocks.device) < ends[:, None]
+    ends_row = sampler.settings.stop_token_ids if stops else frozenset()
     step = 0
     while True:
-        open_rows = _unsettled(blocks, wanted, mask, sampler.settings.stop_token_ids).nonzero()[:, 0]
+        open_rows = _unsettled(blocks, wanted, mask, ends_row).nonzero()[:, 0]
         if not len(open_rows):
             return steps
         before = blocks[open_rows]
