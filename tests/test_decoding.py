@@ -308,23 +308,62 @@ def test_the_cache_after_drafts_is_a_fresh_prefill(model: Any) -> None:
         )
 
 
-def test_block_diffusion_is_the_released_algorithm(model: Any) -> None:
-    """Stated again for one row, as the released models' ``generate``; every forward starts from no cache."""
-    prompt, block, threshold = PROMPTS[2][:7], 8, 0.02
-    text = list(prompt)
-    while len(text) < len(prompt) + 24:
+def released_ar(model: Any, prompt: list[int], new: int) -> tuple[list[int], int]:
+    """``ar_generate``: one token a forward, of which the prefill gives the first; nfe = tokens."""
+    text, nfe = list(prompt), 0
+    for _ in range(new):
+        nfe += 1
+        text.append(int(logits(model, text, 0)[-1].argmax()))
+    return text[len(prompt) :], nfe
+
+
+def released_diffusion(model: Any, prompt: list[int], new: int, block: int = 8) -> tuple[list[int], int]:
+    """``generate``: the prefill is not counted, a cache refresh after every block is."""
+    text, nfe = list(prompt), 0
+    while len(text) < len(prompt) + new:
         seed = int(logits(model, text, 0)[-1].argmax())
         filled = [seed] + [MASK] * (block - 1)
         while MASK in filled:
+            nfe += 1
             probability, choice = logits(model, text + filled, block)[-block:].softmax(-1).max(-1)
             hidden = [place for place in range(block) if filled[place] == MASK]
             best = max(hidden, key=lambda place: float(probability[place]))
             for place in hidden:
-                if place == best or probability[place] >= threshold:
+                if place == best or probability[place] >= 0.02:
                     filled[place] = int(choice[place])
+        nfe += 1
         text += filled
-    found = tokens(model, [prompt], "diffusion", max_new_tokens=24, threshold=threshold)
-    assert found == [text[len(prompt) :]]
+    return text[len(prompt) :], nfe
+
+
+def released_linear(model: Any, prompt: list[int], new: int, block: int = 8) -> tuple[list[int], int]:
+    """``linear_spec_generate`` at threshold 0: the prefill is counted, then two forwards a cycle."""
+    text, nfe = list(prompt), 1
+    text.append(int(logits(model, text, 0)[-1].argmax()))
+    while len(text) < len(prompt) + new:
+        nfe += 2
+        drafted = logits(model, text + [MASK] * (block - 1), block)[1:].argmax(-1).tolist()
+        verified = logits(model, text + drafted, 0)[len(text) - 1 :].argmax(-1).tolist()
+        count = 0
+        while count < block - 1 and verified[count] == drafted[count]:
+            count += 1
+        text += verified[: count + 1]
+    return text[len(prompt) :][:new], nfe
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:3])
+def test_the_released_models_semantics(model: Any, prompt: list[int]) -> None:
+    """Same tokens and same counts as their remote code, stated again; every forward starts from no cache.
+
+    Their block diffusion leaves the prefill out and refreshes the cache once more than anybody needs.
+    """
+    for mode, statement in (("ar", released_ar), ("diffusion", released_diffusion), ("linear", released_linear)):
+        expected, nfe = statement(model, prompt, 24)
+        (generation,), session = run(model, [prompt], mode, max_new_tokens=24, threshold=0.02)
+        counted = session.calls(0)
+        if mode == "diffusion":
+            counted += 1 - session.forwards[0]["prefill"]
+        assert (generation.tokens, counted) == (expected, nfe)
 
 
 @pytest.fixture(params=[("causal", False), ("causal", True), ("block_causal", False), ("block_causal", True)])

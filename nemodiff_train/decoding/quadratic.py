@@ -72,9 +72,10 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> 
     causal = (place[None, :] <= place[:, None]) & ~is_mask[None, :]
     sees = torch.where(is_mask[:, None], (in_prompt | is_mask)[:, None, :], causal)
     rows = torch.arange(len(prompts), device=session.device)
-    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees))
+    wanted = torch.cat([lengths[:, None] - 1, place[None, width:].expand(len(prompts), -1)], dim=1)
+    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees), places=wanted)
     session.commit(rows, lengths)
-    return logits[rows, lengths - 1], _drafting(session, logits[:, width:])
+    return logits[:, 0], _drafting(session, logits[:, 1:])
 
 
 def _chain_and_groups(masks: int, device: torch.device) -> Layout:

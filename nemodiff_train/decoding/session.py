@@ -61,6 +61,7 @@ class Session:
         causal: bool = False,
         block_size: int | None = None,
         layout: Layout | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Run new tokens behind what their rows have committed.
 
@@ -71,9 +72,10 @@ class Session:
             causal: Causal attention among the new tokens; otherwise they see their whole block.
             block_size: Places of a block; None where all new tokens are one.
             layout: Positions and attention of the new tokens, instead of the last two.
+            places: [batch, k] of the new tokens whose logits are wanted; None for all.
 
         Returns:
-            Logits [batch, new, vocab], fp32; the mask token's are -inf.  Those of place i predict token i + 1
+            Logits [batch, k or new, vocab], fp32; the mask token's are -inf.  Those of place i predict token i + 1
             in a causal forward, token i in one that fills masks; in a block-causal prefill or commit, what
             the model was trained for.
 
@@ -88,7 +90,7 @@ class Session:
             )
         else:
             cached = CachedPass.laid_out(self.cache, rows, *layout)
-        logits = self.model(tokens, cached)[..., : self.vocab_size].float()
+        logits = self.model(tokens, cached, places)[..., : self.vocab_size].float()
         if kind in FILLS and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed
         if self.mask_token_id is not None:
@@ -127,9 +129,10 @@ class Session:
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
         rows = torch.arange(len(prompts), device=self.device)
-        logits = self.forward(padded, rows, "prefill", causal=block_size is None, block_size=block_size)
+        last = (lengths - 1).clamp(min=0)[:, None]
+        logits = self.forward(padded, rows, "prefill", causal=block_size is None, block_size=block_size, places=last)
         self.commit(rows, lengths)
-        return logits[rows, lengths - 1]
+        return logits[:, 0]
 
     def _check_room(self, rows: Tensor, new: int) -> None:
         needed = int(self.cache.lengths[rows].max()) + new

@@ -26,8 +26,17 @@ class Stages:
         self._group = self.chunks[0].pg_collection.pp
         self._rank, self._size = self._group.rank(), self._group.size()
 
-    def __call__(self, tokens: Tensor, cached: CachedPass) -> Tensor:
-        """Logits [batch, new, padded vocab] of new tokens [batch, new] behind a cache."""
+    def __call__(self, tokens: Tensor, cached: CachedPass, places: Tensor | None = None) -> Tensor:
+        """Run new tokens behind a cache.
+
+        Args:
+            tokens: [batch, new].
+            cached: Where they lie and what they see.
+            places: [batch, k] of the new tokens whose logits are wanted; None for all.
+
+        Returns:
+            [batch, k or new, padded vocab] logits.
+        """
         passed: Tensor | None = None
         stages = len(self.chunks) * self._size
         for stage in range(stages):
@@ -37,12 +46,18 @@ class Stages:
             if stage:
                 passed = self._receive(tokens, stage) if self._size > 1 else passed
                 self.chunks[chunk].set_input_tensor(passed)
-            passed = self._run(self.chunks[chunk], tokens, cached)
+            passed = self._run(self.chunks[chunk], tokens, cached, places)
             if self._size > 1 and stage + 1 < stages:
                 dist.send(passed.contiguous(), self._global(stage + 1), self._group)
-        return self._share(tokens, passed)
+        return self._share(tokens if places is None else places, passed)
 
-    def _run(self, chunk: Any, tokens: Tensor, cached: CachedPass) -> Tensor:
+    def _run(self, chunk: Any, tokens: Tensor, cached: CachedPass, places: Tensor | None) -> Tensor:
+        hook = None
+        if chunk.post_process and places is not None:
+            # Before the output layer: the logits of a long prompt would be larger than the model.
+            hook = chunk.output_layer.register_forward_pre_hook(
+                lambda layer, inputs: (_at(inputs[0], places), *inputs[1:])
+            )
         chunk.attention_state.cached = cached
         try:
             output: Tensor = chunk(
@@ -50,6 +65,8 @@ class Stages:
             )
         finally:
             chunk.attention_state.cached = None
+            if hook is not None:
+                hook.remove()
         return output
 
     def _receive(self, tokens: Tensor, stage: int) -> Tensor:
@@ -62,15 +79,20 @@ class Stages:
         """Global rank of the process that has a stage."""
         return dist.get_global_rank(self._group, stage % self._size)
 
-    def _share(self, tokens: Tensor, logits: Tensor | None) -> Tensor:
-        """The last stage's logits on every rank."""
+    def _share(self, places: Tensor, logits: Tensor | None) -> Tensor:
+        """The last stage's logits, one for each of ``places``, on every rank."""
         if self._size > 1:
             last = self._rank == self._size - 1
             if not last:
                 width = self.chunks[0].vocab_size
-                logits = torch.empty(*tokens.shape, width, dtype=self.config.pipeline_dtype, device=self.device)
+                logits = torch.empty(*places.shape, width, dtype=self.config.pipeline_dtype, device=self.device)
             assert logits is not None
             logits = logits.contiguous()
             dist.broadcast(logits, self._global(self._size - 1), self._group)
         assert logits is not None
         return logits
+
+
+def _at(states: Tensor, places: Tensor) -> Tensor:
+    """Hidden states [new, batch, hidden] at [batch, k] places: [k, batch, hidden]."""
+    return states.gather(0, places.T[..., None].expand(-1, -1, states.shape[2]))
