@@ -36,7 +36,7 @@ LINEAR = [
         drafted=[[False, True, True], [True, False, True]],
         seconds=0.2,
     ),
-    Decoded(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], 0.1),
+    Decoded(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], seconds=0.1),
 ]
 DIFFUSION = [
     Decoded(0, [5, 6, 9, 2], {"prefill": 1, "denoise": 2, "commit": 1}, seconds=0.25, steps=[0, 2, 1, 2]),
