@@ -82,6 +82,8 @@ class LoggedRecord(BaseModel):
     answer: str
     text: str
     correct: bool
+    category: str | None = None
+    """The prompt's category, where the task names one."""
     decoded: Decoded
 
 
