@@ -23,12 +23,12 @@ class CategoryMetrics(BaseModel):
 
 
 def by_category(records: Sequence[LoggedRecord]) -> list[CategoryMetrics]:
-    """Figures of each category and mode, in the order in which they first occur; prompts without one are left out."""
-    groups: dict[tuple[str, str], list[LoggedRecord]] = defaultdict(list)
+    """Figures of each mode by category, both as they first occur; prompts without a category are left out."""
+    groups: dict[str, dict[str, list[LoggedRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.category is not None:
-            groups[record.category, record.mode].append(record)
-    return [_figures(category, mode, rows) for (category, mode), rows in groups.items()]
+            groups[record.category][record.mode].append(record)
+    return [_figures(category, mode, rows) for category, modes in groups.items() for mode, rows in modes.items()]
 
 
 def _figures(category: str, mode: str, rows: list[LoggedRecord]) -> CategoryMetrics:

@@ -118,12 +118,13 @@ def _mode_curves(points: Sequence[Point], best: Sequence[Point], x: Scale, y: Sc
     joined = [curve for name, curve in curves(points) if name != FRONT]
     parts = [path([(x(p.tpf), y(p.metrics.accuracy)) for p in curve], "curve thin") for curve in joined]
     for curve in joined:
-        # Labels of the front come first: where room is short, the others stay away.
+        # Labels of the front come first; where room is short, or in a grid, the others stay away.
         for point in sorted(curve, key=lambda point: point not in best):
             beaten = "" if point in best else " beaten"
             at = x(point.tpf), y(point.metrics.accuracy)
             parts.append(dot(*at, 5, _point_words(point, varied), f"dot{beaten}"))
-            parts.append(labels.place(*at, _short(point, varied), "label", optional=point not in best))
+            if point in best or len(varied) < 2:
+                parts.append(labels.place(*at, _short(point, varied), "label", optional=point not in best))
     return element("g", *parts, class_=mode_class(points[0].mode))
 
 

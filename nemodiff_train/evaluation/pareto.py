@@ -1,6 +1,7 @@
 """Accuracy against parallelism: the settings that no other beats, and the area under the curve of each method."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -86,12 +87,10 @@ def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     varied = varied_settings(points)
     if len(varied) < 2:
         return [(f"by {_words(varied[0])}" if varied else "one setting", list(points))]
-    sizes = dict.fromkeys(point.metrics.settings.get("block_size") for point in points)
-    cut = [
-        (f"block size {size}", [point for point in points if point.metrics.settings.get("block_size") == size])
-        for size in sizes
-    ]
-    return [*cut, (FRONT, front(points))]
+    by_size: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        by_size[f"block size {point.metrics.settings.get('block_size')}"].append(point)
+    return [*by_size.items(), (FRONT, front(points))]
 
 
 def varied_settings(points: Sequence[Point]) -> list[str]:

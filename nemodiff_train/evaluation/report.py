@@ -149,9 +149,7 @@ def _speed_picture(evaluation: Evaluation) -> list[Picture]:
     caption = "The grey line is the front: the settings that no other beats. Hollow points are beaten."
     varied = dict.fromkeys(name for mode in evaluation.modes for name in _varied(evaluation, mode))
     if varied:
-        caption += (
-            f" Beside the points: {' \N{MULTIPLICATION SIGN} '.join(name.replace('_', ' ') for name in varied)}."
-        )
+        caption += f" Numbers: {' \N{MULTIPLICATION SIGN} '.join(name.replace('_', ' ') for name in varied)}."
     return [Picture("Accuracy against speed", caption, charts.speed_curves(points), list(evaluation.modes))]
 
 

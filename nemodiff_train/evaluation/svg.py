@@ -105,7 +105,7 @@ class Labels:
 
         Where none is free, an optional label is left out.
         """
-        width = 7.2 * len(words)
+        width = 8.4 * len(words)
         options = [
             (x + 7, y - 7, "start", x + 7),
             (x, y - 11, "middle", x - width / 2),
