@@ -16,6 +16,7 @@ VERBS = {
     "train": ("nemodiff_train.training.command", "train a recipe: AR only, or AR + diffusion jointly"),
     "convert": ("nemodiff_train.conversion.command", "move checkpoints between Hugging Face and Megatron"),
     "eval": ("nemodiff_train.evaluation.command", "score accuracy and tokens per forward in every mode"),
+    "lm-eval": ("nemodiff_train.evaluation.lm_eval_command", "lm-evaluation-harness with --model nemodiff"),
     "likelihood": ("nemodiff_train.evaluation.likelihood_command", "AR perplexity and diffusion bound of a text"),
     "generate": ("nemodiff_train.decoding.command", "continue one prompt"),
     "data": ("nemodiff_train.data.command", "turn text into Megatron's .bin/.idx"),
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb is not None and verb not in VERBS:
             raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+        if verb == "lm-eval":  # argparse would take the options behind it for ours
+            arguments.insert(arguments.index(verb) + 1, "--")
         parsed = build_parser(verb).parse_args(arguments)
         return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
     except UserError as error:

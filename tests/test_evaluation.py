@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation import svg
-from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble, pieces
+from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.files import usable_directory, write_atomic
 from nemodiff_train.evaluation.metrics import agreement_by_place, summarise, wilson
 from nemodiff_train.evaluation.records import Decoded, read_records
@@ -22,6 +22,7 @@ from nemodiff_train.evaluation.report import write_report
 from nemodiff_train.evaluation.scorers import make_scorer
 from nemodiff_train.evaluation.table import print_table
 from nemodiff_train.evaluation.tasks import Prompt, Task
+from nemodiff_train.evaluation.trace import pieces
 
 AR = [
     Decoded(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
@@ -36,7 +37,7 @@ LINEAR = [
         drafted=[[False, True, True], [True, False, True]],
         seconds=0.2,
     ),
-    Decoded(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], 0.1),
+    Decoded(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], seconds=0.1),
 ]
 DIFFUSION = [
     Decoded(0, [5, 6, 9, 2], {"prefill": 1, "denoise": 2, "commit": 1}, seconds=0.25, steps=[0, 2, 1, 2]),
@@ -53,7 +54,7 @@ def evaluation(checkpoint: str = "run/<script>alert(1)</script>[red]") -> Evalua
     prompts = [Prompt(prompt='5 & 7 = "?" http://x.example/', answer="12"), Prompt(prompt="7?", answer="7")]
     diffusion = Run("diffusion", {"threshold": 0.9}, DIFFUSION)
     runs = [Run("ar", {}, AR), diffusion, Run("linear", {"block": 4}, LINEAR)]
-    sweep = {0.9: diffusion, 0.5: Run("diffusion", {"threshold": 0.5}, DIFFUSION)}
+    sweep = [Run("diffusion", {"threshold": 0.5}, DIFFUSION), diffusion]
     task = Task("sums", prompts, make_scorer("numeric"))
     return assemble(checkpoint, task, runs, decode, settings={"seed": 1}, sweep=sweep)
 
@@ -144,12 +145,12 @@ def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
     assert len(runs) == 4, "the diffusion run shared with the sweep is logged once"
     figures = json.loads((directory / "metrics.json").read_text())
     ar = [row.decoded for row in runs["ar", "{}"]]
-    printed = list(figures["modes"].items()) + [("diffusion", metrics) for _, metrics in figures["sweep"]]
+    printed = list(figures["modes"].items()) + [(point["mode"], point["metrics"]) for point in figures["sweep"]]
     for mode, metrics in printed:
         rows = runs[mode, json.dumps(metrics["settings"])]
         again = summarise([r.decoded for r in rows], [r.correct for r in rows], rows[0].settings, ar)
         assert again.model_dump(mode="json") == metrics
-    assert [threshold for threshold, _ in figures["sweep"]] == [0.5, 0.9]
+    assert [point["metrics"]["settings"] for point in figures["sweep"]] == [{"threshold": 0.5}, {"threshold": 0.9}]
     assert "prefill" in figures["rules"]["tpf_all"] and figures["versions"]["torch"]
     assert sorted(path.name for path in directory.iterdir()) == [
         "metrics.csv",
@@ -175,7 +176,7 @@ def test_csv_has_a_row_for_each_run(tmp_path: Path) -> None:
 class _Page(HTMLParser):
     """Checks that tags nest, and keeps what a browser would load and show."""
 
-    VOID = frozenset({"meta", "br", "wbr"})
+    VOID = frozenset({"meta", "br", "wbr", "input"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ def read_page(path: Path) -> _Page:
 
 def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
     page = read_page(write_report(tmp_path, evaluation()))
-    assert not page.loads and not {"script", "link", "img", "iframe"} & set(page.seen)
+    assert not page.loads and not {"link", "img", "iframe"} & set(page.seen) and page.seen.count("script") == 2
     assert "run/<script>alert(1)</script>[red]" in page.words and " <b>" in page.words
     html = (tmp_path / "report.html").read_text()
     assert not re.search(r"url\(|@import", html) and page.seen.count("svg") == 4

@@ -171,6 +171,7 @@ class Demo:
         checkpoint = self.output / "ar-imported"
         import_checkpoint(str(self.ar_model), str(checkpoint))
         accuracy = self._evaluate(checkpoint, ("ar",), ()).modes["ar"].accuracy
+        assert accuracy is not None  # the task has answers
         shutil.rmtree(checkpoint)
         console.print(f"    accuracy {accuracy:.1%}")
         return accuracy

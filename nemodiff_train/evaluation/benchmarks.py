@@ -56,7 +56,7 @@ def load_benchmark(name: str, source: str | None, count: int | None, run_code: b
     if not prompts:
         raise UserError(f"{source or benchmark.hub[0]} has no rows")
     if benchmark.code:
-        return CodeTask(name, prompts, _never)
+        return CodeTask(name, prompts)
     return Task(name, prompts, benchmark.scorer)
 
 
@@ -67,13 +67,15 @@ def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
     path = Path(source) if source else None
     try:
         if path is not None and path.exists():
-            files = sorted(path.rglob("*.*")) if path.is_dir() else [path]
+            there = sorted(path.rglob("*.*")) if path.is_dir() else [path]
             kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-            known = [file for file in files if file.suffix in kinds]
+            known = [file for file in there if file.suffix in kinds]
             if not known:
                 raise UserError(f"'{source}' has no .jsonl, .json or .parquet file")
             kind = kinds[known[0].suffix]
-            return datasets.load_dataset(kind, data_files=[str(f) for f in known if kinds[f.suffix] == kind], split="train")
+            return datasets.load_dataset(
+                kind, data_files=[str(f) for f in known if kinds[f.suffix] == kind], split="train"
+            )
         if path is not None and (path.suffix or path.is_absolute()):
             raise UserError(f"there is no file '{source}'")
         return datasets.load_dataset(source or name, configuration if source is None else None, split=split)
@@ -87,7 +89,7 @@ def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
 class CodeTask(Task):
     """A task whose answers are programs: right if they pass the tests."""
 
-    def score(self, prompt_index: int, text: str) -> bool:
+    def score(self, prompt_index: int, text: str) -> bool | None:
         """Run what the model wrote behind the prompt, then the tests."""
         prompt = self.prompts[prompt_index]
         assert prompt.answer is not None  # every row of a code benchmark has tests
@@ -95,22 +97,18 @@ class CodeTask(Task):
 
 
 def program(prompt: str, text: str) -> str:
-    """The program in an answer: its first fenced block, or the prompt's code with the text behind it.
+    """The program in an answer: the fenced block that the prompt opened or the answer holds, or the prompt's code.
 
     A plain continuation is cut where the function ends: at the first line that starts in the first column
     with something else than a decorator, a definition it begins with, or a bracket.
     """
+    if prompt.rstrip().endswith("```python"):
+        return text.partition("```")[0]
     fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
     if fenced:
         return fenced[1]
-    if prompt.rstrip().endswith("```python"):
-        return text.partition("```")[0]
     end = re.search(r"\n(?=(?:def|class|if|print|assert|import|from|#|@)\b|[#@])", text)
     return prompt + (text[: end.start()] if end else text)
-
-
-def _never(text: str, answer: str) -> bool:
-    raise AssertionError("a code task scores by running")
 
 
 def boxed(text: str) -> str | None:

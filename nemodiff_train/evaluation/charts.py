@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from nemodiff_train.evaluation.display import TITLES, decimal, percent, title
-from nemodiff_train.evaluation.evaluation import Evaluation
+from nemodiff_train.evaluation.categories import CategoryMetrics
+from nemodiff_train.evaluation.display import decimal, mode_class, percent, setting, title
 from nemodiff_train.evaluation.metrics import ModeMetrics, PlaceAgreement
+from nemodiff_train.evaluation.pareto import FRONT, Point, curves, front, varied_settings
 from nemodiff_train.evaluation.svg import (
     Labels,
     Scale,
@@ -24,11 +25,9 @@ from nemodiff_train.evaluation.svg import (
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 444.0, 30.0, 256.0
 ROW = 62.0
-
-
-def mode_class(mode: str) -> str:
-    """The CSS class that gives a mode its colour."""
-    return f"mode-{mode if mode in TITLES else 'other'}"
+LABELS, CATEGORY = 132.0, 32.0
+FEW = 20
+"""Cycles below which a share is drawn hollow: chance plays a large part in it."""
 
 
 def tpf_bars(modes: dict[str, ModeMetrics]) -> Markup:
@@ -94,51 +93,94 @@ def _forwards_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup
     )
 
 
-def sweep_curve(evaluation: Evaluation) -> Markup:
-    """Accuracy against tokens per forward over diffusion thresholds; AR accuracy as a dashed line."""
-    others = {mode: m for mode, m in evaluation.modes.items() if mode not in ("ar", "diffusion")}
-    shown = [m for _, m in evaluation.sweep] + list(evaluation.modes.values())
+def speed_curves(points: Sequence[Point]) -> Markup:
+    """Accuracy against tokens per forward: the curves of each mode, and the front over all of them."""
+    shown = [point.metrics for point in points]
     x, y = _tpf_scale(shown), _accuracy_scale(shown)
+    best = front(points)
     labels = Labels(RIGHT + 12)
-    parts = [_axes(x, y, "tokens per forward (all)", "accuracy")]
-    for m in [m for _, m in evaluation.sweep] + list(others.values()):
-        labels.block(x(m.tpf_all), y(m.accuracy), 7)
-    if "ar" in evaluation.modes:
-        parts.append(_ar_line(evaluation.modes["ar"], y, labels))
-    parts += [_mode_point(mode, m, x, y, labels) for mode, m in others.items()]
-    parts.append(_threshold_line(evaluation.sweep, x, y, labels))
-    return drawing(WIDTH, HEIGHT, "Accuracy against tokens per forward over diffusion thresholds", *parts)
-
-
-def _ar_line(m: ModeMetrics, y: Scale, labels: Labels) -> Markup:
-    at = y(m.accuracy)
-    words = f"Autoregressive: accuracy {percent(m.accuracy)}"
-    labels.taken.append((LEFT, at - 2, RIGHT, at + 2))
-    return element(
-        "g",
-        tooltip(words),
-        line(LEFT, at, RIGHT, at, "dashed"),
-        labels.place(LEFT + 62, at + 4, "AR accuracy", "label"),
-        class_="mode-ar",
+    for point in points:
+        labels.block(x(point.tpf), y(point.accuracy / 100), 7)
+    modes = dict.fromkeys(point.mode for point in points)
+    return drawing(
+        WIDTH,
+        HEIGHT,
+        "Accuracy against tokens per forward, by mode and setting",
+        _axes(x, y, "tokens per forward (all)", "accuracy"),
+        path([(x(point.tpf), y(point.accuracy / 100)) for point in best], "front"),
+        *(_mode_curves([p for p in points if p.mode == mode], best, x, y, labels) for mode in modes),
     )
 
 
-def _mode_point(mode: str, m: ModeMetrics, x: Scale, y: Scale, labels: Labels) -> Markup:
-    at = x(m.tpf_all), y(m.accuracy)
-    words = f"{title(mode)}: {decimal(m.tpf_all)} tokens per forward, accuracy {percent(m.accuracy)}"
-    return element("g", dot(*at, 5.5, words), labels.place(*at, mode, "label"), class_=mode_class(mode))
+def _mode_curves(points: Sequence[Point], best: Sequence[Point], x: Scale, y: Scale, labels: Labels) -> Markup:
+    """The points of one mode, joined along the setting that varies."""
+    varied = varied_settings(points)
+    joined = [curve for name, curve in curves(points) if name != FRONT]
+    parts = [path([(x(p.tpf), y(p.accuracy / 100)) for p in curve], "curve thin") for curve in joined]
+    for curve in joined:
+        # Labels of the front come first; where room is short, or in a grid, the others stay away.
+        for point in sorted(curve, key=lambda point: point not in best):
+            beaten = "" if point in best else " beaten"
+            at = x(point.tpf), y(point.accuracy / 100)
+            parts.append(dot(*at, 5, _point_words(point, varied), f"dot{beaten}"))
+            if point in best or len(varied) < 2:
+                parts.append(labels.place(*at, _short(point, varied), "label", optional=point not in best))
+    return element("g", *parts, class_=mode_class(points[0].mode))
 
 
-def _threshold_line(sweep: Sequence[tuple[float, ModeMetrics]], x: Scale, y: Scale, labels: Labels) -> Markup:
-    points = [(x(m.tpf_all), y(m.accuracy)) for _, m in sweep]
-    parts = [path(points, "curve")]
-    for (threshold, m), at in zip(sweep, points, strict=True):
-        words = (
-            f"Diffusion, threshold {threshold:g}: {decimal(m.tpf_all)} tokens per forward, "
-            f"accuracy {percent(m.accuracy)} (95%: {percent(m.accuracy_low)} to {percent(m.accuracy_high)})"
+def _short(point: Point, varied: Sequence[str]) -> str:
+    """What tells a point from the others of its mode."""
+    settings = point.metrics.settings
+    return " \N{MULTIPLICATION SIGN} ".join(setting(settings.get(name)) for name in varied)
+
+
+def _point_words(point: Point, varied: Sequence[str]) -> str:
+    settings = [f", {name.replace('_', ' ')} {setting(point.metrics.settings.get(name))}" for name in varied]
+    m = point.metrics
+    return (
+        f"{title(point.mode)}{''.join(settings)}: {decimal(m.tpf_all)} tokens per forward, "
+        f"accuracy {percent(m.accuracy)} (95%: {percent(m.accuracy_low)} to {percent(m.accuracy_high)})"
+    )
+
+
+def category_dots(categories: Sequence[CategoryMetrics]) -> Markup:
+    """Tokens per forward of each category, one dot a mode."""
+    names = list(dict.fromkeys(row.category for row in categories))
+    low, high = min(1.0, *(row.tpf_all for row in categories)), max(row.tpf_all for row in categories)
+    x = Scale(low - 0.02, max(high, low + 0.5) * 1.03, LABELS, RIGHT)
+    bottom = TOP + CATEGORY * len(names)
+    grid = [
+        part
+        for tick in ticks(x.low, x.high, 5)
+        for part in (
+            line(x(tick), TOP - 8, x(tick), bottom, "grid"),
+            text(x(tick), bottom + 18, f"{tick:.4g}", "small", "middle"),
         )
-        parts += [dot(*at, 4.5, words), labels.place(*at, f"{threshold:g}", "label")]
-    return element("g", *parts, class_=mode_class("diffusion"))
+    ]
+    rows = [
+        _category_row([row for row in categories if row.category == name], TOP + CATEGORY * (index + 0.5), x)
+        for index, name in enumerate(names)
+    ]
+    below = text(RIGHT, bottom + 38, "tokens per forward (all)", "small", "end")
+    return drawing(WIDTH, bottom + 44, "Tokens per forward by category", *grid, below, *rows)
+
+
+def _category_row(rows: Sequence[CategoryMetrics], at: float, x: Scale) -> Markup:
+    name = rows[0].category
+    short = name if len(name) <= 16 else f"{name[:15]}\N{HORIZONTAL ELLIPSIS}"
+    reached = [x(row.tpf_all) for row in rows]
+    dots = [
+        element("g", dot(x(row.tpf_all), at, 5.5, _category_words(row)), class_=mode_class(row.mode)) for row in rows
+    ]
+    label = element("g", tooltip(name), text(0, at + 5, short))
+    return element("g", label, line(min(reached), at, max(reached), at, "span"), *dots)
+
+
+def _category_words(row: CategoryMetrics) -> str:
+    return (
+        f"{row.category}, {title(row.mode)}: {decimal(row.tpf_all)} tokens per forward, accuracy "
+        f"{percent(row.accuracy)}, {row.prompts} prompts"
+    )
 
 
 def _tpf_scale(shown: Sequence[ModeMetrics]) -> Scale:
@@ -151,7 +193,7 @@ def _tpf_scale(shown: Sequence[ModeMetrics]) -> Scale:
 
 def _accuracy_scale(shown: Sequence[ModeMetrics]) -> Scale:
     """Zooms in on the accuracies shown, but never further than a span of 10 points."""
-    low, high = min(m.accuracy for m in shown), max(m.accuracy for m in shown)
+    low, high = min(m.accuracy or 0.0 for m in shown), max(m.accuracy or 0.0 for m in shown)
     room = max((high - low) * 0.2, 0.05)
     return Scale(max(low - room, -0.02), min(high + room, 1.02), BOTTOM, TOP)
 
@@ -180,11 +222,42 @@ def agreement_curve(mode: str, agreement: Sequence[PlaceAgreement]) -> Markup:
 
 def _agreement_line(points: Sequence[tuple[int, float, int]], index: int, x: Scale, y: Scale) -> Markup:
     dots = [
-        dot(x(place), y(share), 3, f"Place {place}: agreed in {percent(share)} of {cycles:,} cycles")
+        dot(
+            x(place),
+            y(share),
+            3,
+            f"Place {place}: agreed in {percent(share)} of {cycles:,} cycles",
+            "dot" if cycles >= FEW else "dot few",
+        )
         for place, share, cycles in points
     ]
     curve = path([(x(place), y(share)) for place, share, _ in points], "curve")
     return element("g", curve, *dots, class_=f"series-{index}")
+
+
+def arrows(before: dict[str, ModeMetrics], after: dict[str, ModeMetrics]) -> Markup:
+    """Accuracy against tokens per forward, an arrow a mode from one evaluation to the other."""
+    shown = [*before.values(), *after.values()]
+    x, y = _tpf_scale(shown), _accuracy_scale(shown)
+    labels = Labels(RIGHT + 12)
+    for metrics in shown:
+        labels.block(x(metrics.tpf_all), y(metrics.accuracy or 0.0), 7)
+    parts = [_axes(x, y, "tokens per forward (all)", "accuracy")]
+    for mode, first in before.items():
+        start, end = ((x(m.tpf_all), y(m.accuracy or 0.0)) for m in (first, after[mode]))
+        words = [
+            f"{title(mode)}, {name}: {decimal(m.tpf_all)} tokens per forward, accuracy {percent(m.accuracy)}"
+            for name, m in (("A", first), ("B", after[mode]))
+        ]
+        drawn = [
+            line(*start, *end, "curve thin"),
+            dot(*start, 5, words[0], "dot beaten"),
+            dot(*end, 5.5, words[1]),
+            labels.place(*end, "B", "label"),
+            labels.place(*start, "A", "label", optional=True),
+        ]
+        parts.append(element("g", *drawn, class_=mode_class(mode)))
+    return drawing(WIDTH, HEIGHT, "Accuracy against tokens per forward of both evaluations", *parts)
 
 
 def _axes(x: Scale, y: Scale, below: str, above: str, steps: Sequence[float] | None = None) -> Markup:

@@ -1,7 +1,7 @@
 """From runs to one `Evaluation`: every figure, the raw records and a few outputs to read."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -9,12 +9,12 @@ from importlib import metadata
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train import __version__
+from nemodiff_train.evaluation.categories import CategoryMetrics, by_category
 from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
+from nemodiff_train.evaluation.pareto import Areas, Point, areas
 from nemodiff_train.evaluation.records import Decoded, LoggedRecord, Settings
 from nemodiff_train.evaluation.tasks import Task
-
-Decode = Callable[[list[int]], str]
-"""Tokens to text, special tokens left out."""
+from nemodiff_train.evaluation.trace import Decode, Trace, trace
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,14 @@ class Run:
     decoded: list[Decoded]
 
 
-class Piece(BaseModel):
-    """A stretch of output text and the cycle or forward that committed it (none if not known)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    text: str
-    step: int | None
-
-
 class Output(BaseModel):
     """What one mode made of a sample prompt."""
 
     model_config = ConfigDict(frozen=True)
 
     mode: str
-    pieces: list[Piece]
-    correct: bool
+    trace: Trace
+    correct: bool | None
     tokens: int
     forwards: int
 
@@ -53,7 +44,7 @@ class Sample(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     prompt: str
-    answer: str
+    answer: str | None
     outputs: list[Output]
 
 
@@ -73,16 +64,29 @@ class Evaluation(BaseModel):
     checkpoint: str = Field(description="Name or path of the checkpoint.")
     task: str = Field(description="Name of the task.")
     settings: Settings = Field(description="Settings common to all runs, such as seed, dtype and device.")
-    modes: dict[str, ModeMetrics] = Field(description="Figures by mode: ar, diffusion, linear.")
-    sweep: list[tuple[float, ModeMetrics]] = Field(
-        default=[], description="Diffusion runs by confidence threshold, ascending."
+    modes: dict[str, ModeMetrics] = Field(description="Figures by mode, each at the settings that were asked for.")
+    sweep: list[Point] = Field(
+        default=[], description="Runs of the modes with several settings, by mode, block size and threshold."
     )
-    samples: list[Sample] = Field(default=[], description="A few prompts with their outputs.")
+    areas: Areas = Field(description="Accuracy under parallelism of each mode's curves.")
+    categories: list[CategoryMetrics] = Field(default=[], description="Figures by category of the prompts.")
+    samples: list[Sample] = Field(default=[], exclude=True, description="A few prompts with their outputs.")
     records: list[LoggedRecord] = Field(default=[], exclude=True, description="Goes to records.jsonl.")
     versions: dict[str, str] = Field(default_factory=_versions)
     created: str = Field(
         default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), description="UTC, ISO 8601."
     )
+
+    @property
+    def points(self) -> list[Point]:
+        """Every mode at every setting, each once."""
+        return all_points(self.modes, self.sweep)
+
+
+def all_points(modes: Mapping[str, ModeMetrics], sweep: Sequence[Point]) -> list[Point]:
+    """The modes that are not in the sweep, then the sweep."""
+    swept = {point.mode for point in sweep}
+    return [Point(mode=mode, metrics=metrics) for mode, metrics in modes.items() if mode not in swept] + [*sweep]
 
 
 def assemble(
@@ -92,8 +96,8 @@ def assemble(
     decode: Decode,
     *,
     settings: Settings,
-    sweep: Mapping[float, Run] | None = None,
-    samples: int = 3,
+    sweep: Sequence[Run] = (),
+    samples: int = 6,
 ) -> Evaluation:
     """Score and reduce all runs.
 
@@ -103,44 +107,30 @@ def assemble(
         runs: One per mode, the headline of each. A run of mode ``ar`` is the reference of the others.
         decode: Tokens to text.
         settings: What all runs share.
-        sweep: Diffusion runs by threshold; may hold the same object as ``runs``, which is logged once.
+        sweep: All runs of the modes with several settings; holds the same objects as ``runs``, logged once.
         samples: Prompts whose outputs the report shows, from the first.
     """
-    sweep = dict(sorted((sweep or {}).items()))
     logs: dict[int, list[LoggedRecord]] = {}
-    for run in (*runs, *sweep.values()):
+    for run in (*runs, *sweep):
         logs.setdefault(id(run), _log(run, task, decode))
     ar = next((run.decoded for run in runs if run.mode == "ar"), None)
 
     def reduce(run: Run) -> ModeMetrics:
         return summarise(run.decoded, [row.correct for row in logs[id(run)]], run.settings, ar)
 
+    modes = {run.mode: reduce(run) for run in runs}
+    points = [Point(mode=run.mode, metrics=reduce(run)) for run in sweep]
     return Evaluation(
         checkpoint=checkpoint,
         task=task.name,
         settings=settings,
-        modes={run.mode: reduce(run) for run in runs},
-        sweep=[(threshold, reduce(run)) for threshold, run in sweep.items()],
+        modes=modes,
+        sweep=points,
+        areas=areas(all_points(modes, points)),
+        categories=by_category([row for run in runs for row in logs[id(run)]]),
         samples=[_sample(index, task, runs, logs, decode) for index in range(min(samples, len(task.prompts)))],
         records=[row for rows in logs.values() for row in rows],
     )
-
-
-def pieces(record: Decoded, decode: Decode) -> list[Piece]:
-    """Cut a record's text at token borders; a character made of several tokens stays whole."""
-    steps = record.commit_steps()
-    if not steps:
-        return [Piece(text=decode(record.tokens), step=None)]
-    found: list[Piece] = []
-    shown = ""
-    for end, step in enumerate(steps, 1):
-        text = decode(record.tokens[:end])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(steps):
-            continue
-        if len(text) > len(shown):
-            found.append(Piece(text=text[len(shown) :], step=step))
-        shown = text
-    return found
 
 
 def _log(run: Run, task: Task, decode: Decode) -> list[LoggedRecord]:
@@ -153,6 +143,7 @@ def _log(run: Run, task: Task, decode: Decode) -> list[LoggedRecord]:
                 settings=run.settings,
                 prompt=prompt.prompt,
                 answer=prompt.answer,
+                category=prompt.category,
                 text=text,
                 correct=task.score(record.prompt_index, text),
                 decoded=record,
@@ -167,7 +158,7 @@ def _sample(
     outputs = [
         Output(
             mode=run.mode,
-            pieces=pieces(row.decoded, decode),
+            trace=trace(row.decoded, decode),
             correct=row.correct,
             tokens=len(row.decoded.tokens),
             forwards=sum(row.decoded.forwards.values()),

@@ -143,7 +143,9 @@ class NemodiffLM(TemplateLM):
         return session.forward(padded, rows, "prefill", causal=True)
 
 
-def _by_options(arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[dict[str, Any], list[tuple[int, str]]]]:
+def _by_options(
+    arguments: Sequence[tuple[str, dict[str, Any]]],
+) -> list[tuple[dict[str, Any], list[tuple[int, str]]]]:
     """Requests of a batch that share their options, with their place in it."""
     groups: list[tuple[dict[str, Any], list[tuple[int, str]]]] = []
     for place, (context, options) in enumerate(arguments):

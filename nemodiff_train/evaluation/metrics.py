@@ -38,9 +38,11 @@ class ModeMetrics(BaseModel):
 
     settings: Settings = Field(description="The decoding settings of the run.")
     prompts: int = Field(description="Prompts decoded.")
-    accuracy: float = Field(description="Share of prompts that the scorer accepts, 0 to 1.")
-    accuracy_low: float = Field(description="Lower end of the 95% Wilson interval of accuracy.")
-    accuracy_high: float = Field(description="Upper end of the 95% Wilson interval of accuracy.")
+    accuracy: float | None = Field(
+        description="Share of prompts that the scorer accepts, 0 to 1. None for a task without answers."
+    )
+    accuracy_low: float | None = Field(description="Lower end of the 95% Wilson interval of accuracy.")
+    accuracy_high: float | None = Field(description="Upper end of the 95% Wilson interval of accuracy.")
     tokens: int = Field(description="New tokens of all prompts, stop tokens included.")
     forwards: dict[str, int] = Field(
         description="Calls of the model by kind, counted as they happen. A batched call counts once for each "
@@ -82,7 +84,7 @@ class ModeMetrics(BaseModel):
 
 def summarise(
     records: Sequence[Decoded],
-    correct: Sequence[bool],
+    correct: Sequence[bool | None],
     settings: Mapping[str, JsonValue],
     ar: Sequence[Decoded] | None = None,
 ) -> ModeMetrics:
@@ -90,7 +92,8 @@ def summarise(
 
     Args:
         records: One per prompt, at least one.
-        correct: Whether the scorer accepts each record's text, in the order of ``records``.
+        correct: Whether the scorer accepts each record's text, in the order of ``records``; None where the
+            prompt has no answer.
         settings: The decoding settings, kept for the report.
         ar: The records of the ar run over the same prompts (any order), for ``identical_to_ar``.
     """
@@ -107,11 +110,12 @@ def summarise(
     by_kind: Counter[str] = Counter()
     for record in records:
         by_kind.update(record.seconds_by_kind)
-    low, high = wilson(sum(correct), len(correct))
+    judged = [one for one in correct if one is not None]
+    low, high = wilson(sum(judged), len(judged)) if judged else (None, None)
     return ModeMetrics(
         settings=dict(settings),
         prompts=len(records),
-        accuracy=sum(correct) / len(correct),
+        accuracy=_ratio(sum(judged), len(judged)),
         accuracy_low=low,
         accuracy_high=high,
         tokens=tokens,

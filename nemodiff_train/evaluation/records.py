@@ -85,9 +85,12 @@ class LoggedRecord(BaseModel):
     mode: str
     settings: Settings
     prompt: str
-    answer: str
+    answer: str | None
     text: str
-    correct: bool
+    correct: bool | None
+    """None where the prompt has no answer."""
+    category: str | None = None
+    """The prompt's category, where the task names one."""
     decoded: Decoded
 
 

@@ -3,18 +3,23 @@
 import csv
 import io
 import json
-from importlib.resources import files
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
+from pydantic import JsonValue
 
 from nemodiff_train.evaluation import charts, display
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.files import usable_directory, write_atomic
 from nemodiff_train.evaluation.metrics import ModeMetrics, PlaceAgreement
+from nemodiff_train.evaluation.page import inline_json, render_page
+from nemodiff_train.evaluation.pareto import Area, varied_settings
 from nemodiff_train.evaluation.records import KINDS, write_records
+from nemodiff_train.evaluation.trace import Trace
 
+_SWEPT = ("block_size", "threshold")
 _SCALARS = (
     "prompts", "accuracy", "accuracy_low", "accuracy_high", "tokens", "tpf_all", "tpf_no_prefill",
     "acceptance_length", "seconds", "tokens_per_second", "forwards_per_second", "identical_to_ar",
@@ -39,7 +44,7 @@ def write_report(directory: Path, evaluation: Evaluation) -> Path:
 
 def rules() -> dict[str, str]:
     """Every figure's counting rule in words, by field name."""
-    fields = {**ModeMetrics.model_fields, **PlaceAgreement.model_fields}
+    fields = {**ModeMetrics.model_fields, **PlaceAgreement.model_fields, "aup": Area.model_fields["aup"]}
     return {name: field.description or "" for name, field in fields.items()}
 
 
@@ -49,19 +54,20 @@ def metrics_json(evaluation: Evaluation) -> str:
 
 
 def metrics_csv(evaluation: Evaluation) -> str:
-    """One row a run: the modes, then the sweep with its thresholds. An empty cell: not applicable."""
+    """One row a run: the modes, then the sweep. An empty cell: not applicable."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "mode", "threshold", *_SCALARS, *(f"forwards_{kind}" for kind in KINDS)])
+    writer.writerow(["run", "mode", *_SWEPT, *_SCALARS, *(f"forwards_{kind}" for kind in KINDS)])
     for mode, metrics in evaluation.modes.items():
-        writer.writerow(["mode", mode, metrics.settings.get("threshold", ""), *_cells(metrics)])
-    for threshold, metrics in evaluation.sweep:
-        writer.writerow(["sweep", "diffusion", threshold, *_cells(metrics)])
+        writer.writerow(["mode", mode, *_cells(metrics)])
+    for point in evaluation.sweep:
+        writer.writerow(["sweep", point.mode, *_cells(point.metrics)])
     return out.getvalue()
 
 
 def _cells(metrics: ModeMetrics) -> list[object]:
     return [
+        *(metrics.settings.get(name, "") for name in _SWEPT),
         *(getattr(metrics, name) for name in _SCALARS),
         *(metrics.forwards.get(kind, 0) for kind in KINDS),
     ]
@@ -69,25 +75,32 @@ def _cells(metrics: ModeMetrics) -> list[object]:
 
 def render(evaluation: Evaluation) -> str:
     """The page. All text from outside is escaped; it loads nothing."""
-    here = files(__package__)
-    environment = Environment(
-        loader=DictLoader({"report": here.joinpath("report.html.j2").read_text(encoding="utf-8")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report").render(
-        style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
+    return render_page(
+        "report",
         evaluation=evaluation,
         prompts=max(metrics.prompts for metrics in evaluation.modes.values()),
         speedups=_speedups(evaluation),
         columns=display.COLUMNS,
         pictures=_pictures(evaluation),
         rules=rules(),
-        display=display,
-        mode_class=charts.mode_class,
+        traces=inline_json([[_replay(output.trace) for output in each.outputs] for each in evaluation.samples]),
+        shown_first=_shown_first(evaluation.modes),
     )
+
+
+def _replay(trace: Trace) -> JsonValue:
+    """What the script needs of a trace: the text itself it finds on the page."""
+    return {
+        "steps": [piece.step for piece in trace.pieces],
+        "places": [piece.place for piece in trace.pieces],
+        "drafts": [draft.model_dump() for draft in trace.drafts],
+        "frames": [frame.model_dump() for frame in trace.frames],
+    }
+
+
+def _shown_first(modes: dict[str, ModeMetrics]) -> str:
+    """The mode that the viewer opens with: one that drafts, where there is one."""
+    return next((mode for mode, metrics in modes.items() if metrics.agreement), list(modes)[-1])
 
 
 def _speedups(evaluation: Evaluation) -> dict[str, float]:
@@ -99,30 +112,63 @@ def _speedups(evaluation: Evaluation) -> dict[str, float]:
     return {mode: rate / ar.tokens_per_second for mode, rate in rates.items() if rate}
 
 
-def _pictures(evaluation: Evaluation) -> list[tuple[str, str, Markup]]:
-    """Title, caption and drawing of each picture that there is data for."""
-    pictures = [
-        (
+@dataclass(frozen=True)
+class Picture:
+    """One drawing of the page."""
+
+    heading: str
+    caption: str
+    drawing: Markup
+    modes: Sequence[str] = ()
+    """Modes to be named by colour below the caption."""
+
+
+def _pictures(evaluation: Evaluation) -> list[Picture]:
+    """Each picture that there is data for."""
+    return [
+        Picture(
             "Tokens per forward",
             "New tokens for each call of the model, all calls counted. The pale tip leaves out the prefill.",
             charts.tpf_bars(evaluation.modes),
         ),
-        (
+        Picture(
             "Where the forwards go",
             "Calls of the model for 100 new tokens, by what the call was for.",
             charts.forwards_bars(evaluation.modes),
         ),
+        *_speed_picture(evaluation),
+        *_category_picture(evaluation),
+        *(_agreement_picture(mode, m) for mode, m in evaluation.modes.items() if m.agreement),
     ]
-    if evaluation.sweep:
-        caption = "Block diffusion at each confidence threshold (the number beside its point)."
-        pictures.append(("Accuracy against speed", caption, charts.sweep_curve(evaluation)))
-    for mode, metrics in evaluation.modes.items():
-        if metrics.agreement:
-            caption = (
-                f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles "
-                "that reach the place and in every cycle. Shaded: share of cycles that reach it."
-            )
-            pictures.append(
-                ("Agreement by place in the block", caption, charts.agreement_curve(mode, metrics.agreement))
-            )
-    return pictures
+
+
+def _speed_picture(evaluation: Evaluation) -> list[Picture]:
+    points = evaluation.points
+    if len(points) < 2 or any(point.metrics.accuracy is None for point in points):
+        return []
+    caption = "The grey line is the front: the settings that no other beats. Hollow points are beaten."
+    varied = dict.fromkeys(name for mode in evaluation.modes for name in _varied(evaluation, mode))
+    if varied:
+        caption += f" Numbers: {' \N{MULTIPLICATION SIGN} '.join(name.replace('_', ' ') for name in varied)}."
+    return [Picture("Accuracy against speed", caption, charts.speed_curves(points), list(evaluation.modes))]
+
+
+def _varied(evaluation: Evaluation, mode: str) -> list[str]:
+    return varied_settings([point for point in evaluation.sweep if point.mode == mode])
+
+
+def _category_picture(evaluation: Evaluation) -> list[Picture]:
+    if not evaluation.categories:
+        return []
+    caption = "Each mode at its main settings, over the prompts of one category."
+    modes = list(dict.fromkeys(row.mode for row in evaluation.categories))
+    return [Picture("Speed by category", caption, charts.category_dots(evaluation.categories), modes)]
+
+
+def _agreement_picture(mode: str, metrics: ModeMetrics) -> Picture:
+    caption = (
+        f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles that reach "
+        "the place and in every cycle. Shaded: share of cycles that reach it. Hollow: fewer than "
+        f"{charts.FEW} cycles. A cycle commits {display.decimal(metrics.acceptance_length)} tokens on average."
+    )
+    return Picture("Agreement by place in the block", caption, charts.agreement_curve(mode, metrics.agreement))

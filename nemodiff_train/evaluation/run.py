@@ -14,9 +14,13 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import Opened
 from nemodiff_train.decoding.oracle import path_forwards
+from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import Decoded
 from nemodiff_train.evaluation.tasks import Task
+
+# The settings that matter to a mode; one that is not named here depends on the block size.
+USED = {"ar": ("max_new_tokens",), "diffusion": ("max_new_tokens", "block_size", "threshold")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +29,13 @@ class Plan:
 
     modes: tuple[str, ...] = ("ar", "diffusion", "linear")
     thresholds: tuple[float, ...] = ()
-    """Diffusion thresholds besides the settings' own, for the accuracy against TPF curve."""
+    """Thresholds besides the settings' own, for the curve of accuracy against TPF."""
+    block_sizes: tuple[int, ...] = ()
+    """Block sizes besides the settings' own; each is combined with each threshold."""
     batch_size: int = 32
     """Prompts decoded together."""
+    chat: bool = False
+    """Prompts are put into the tokenizer's chat template, as what a user says."""
 
 
 def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: bool | None = None) -> Evaluation:
@@ -39,33 +47,60 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: boo
         shown: Whether this process shows progress; by default rank 0 does.
     """
     model, tokenizer, settings = opened.model, opened.tokenizer, opened.settings
-    prompts = [tokenizer(prompt.prompt, add_special_tokens=False)["input_ids"] for prompt in task.prompts]
-    sweep = sorted({settings.threshold, *plan.thresholds}) if "diffusion" in plan.modes else []
-    jobs = [(mode, settings) for mode in plan.modes if mode != "diffusion"]
-    jobs += [("diffusion", replace(settings, threshold=threshold)) for threshold in sweep]
-    runs = [_run(model, prompts, mode, chosen, plan.batch_size, shown) for mode, chosen in jobs]
-    by_threshold = dict(zip(sweep, (run for run in runs if run.mode == "diffusion"), strict=True))
-    others = {run.mode: run for run in runs if run.mode != "diffusion"}
-    headline = {**others, **({"diffusion": by_threshold[settings.threshold]} if sweep else {})}
+    prompts = [_tokens(tokenizer, prompt.prompt, plan.chat) for prompt in task.prompts]
+    headline, sweep = [], []
+    for mode in plan.modes:
+        chosen = settings_of(mode, settings, plan)
+        runs = [_run(model, prompts, mode, each, plan.batch_size, shown) for each in chosen]
+        headline.append(runs[chosen.index(settings)])
+        sweep += runs if len(runs) > 1 else []
     return assemble(
         checkpoint,
         task,
-        [headline[mode] for mode in plan.modes],
+        headline,
         settings.text,
         settings={"max_new_tokens": settings.max_new_tokens, "batch_size": plan.batch_size},
-        sweep=by_threshold if len(by_threshold) > 1 else None,
+        sweep=sweep,
     )
+
+
+def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError("the model's tokenizer has no chat template; leave out --chat")
+        said = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def settings_of(mode: str, settings: DecodingSettings, plan: Plan) -> list[DecodingSettings]:
+    """All settings that a mode is decoded with: the grid of the plan, as far as the mode depends on it."""
+    used = _used(mode)
+    sizes = {settings.block_size, *(plan.block_sizes if "block_size" in used else ())}
+    thresholds = {settings.threshold, *(plan.thresholds if "threshold" in used else ())}
+    return [
+        replace(settings, block_size=size, threshold=threshold)
+        for size in sorted(sizes)
+        for threshold in sorted(thresholds)
+    ]
+
+
+def _used(mode: str) -> tuple[str, ...]:
+    """The settings that a mode's output or its forwards depend on."""
+    return USED.get(mode, ("max_new_tokens", "block_size"))
 
 
 def _run(
     model: Any, prompts: Sequence[list[int]], mode: str, settings: DecodingSettings, batch: int, shown: bool | None
 ) -> Run:
-    named: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens}
-    if mode != "ar":
-        named["block_size"] = settings.block_size
-    if mode == "diffusion":
-        named["threshold"] = settings.threshold
-    label = f"decoding ({mode})" if mode != "diffusion" else f"decoding ({mode}, {settings.threshold:g})"
+    named: dict[str, Any] = {name: getattr(settings, name) for name in _used(mode)}
+    if settings.temperature:
+        named |= {"temperature": settings.temperature, "seed": settings.seed}
+    if mode == "diffusion" and settings.policy != "threshold":
+        named["policy"] = settings.policy
+    swept = [f"{named[name]:g}" for name in ("block_size", "threshold") if name in named]
+    label = f"decoding ({', '.join([mode, *swept])})"
     decoded: list[Decoded] = []
     replicas = parallel_state.get_data_parallel_group()
     own = range(replicas.rank(), len(prompts), replicas.size())

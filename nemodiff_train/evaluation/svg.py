@@ -100,9 +100,12 @@ class Labels:
         """Keep labels off a point."""
         self.taken.append((x - radius, y - radius, x + radius, y + radius))
 
-    def place(self, x: float, y: float, words: str, kind: str) -> Markup:
-        """Above right of (x, y), or else above, right, below or left: the first that is free."""
-        width = 7.2 * len(words)
+    def place(self, x: float, y: float, words: str, kind: str, optional: bool = False) -> Markup:
+        """Above right of (x, y), or else above, right, below or left: the first that is free.
+
+        Where none is free, an optional label is left out.
+        """
+        width = 8.4 * len(words)
         options = [
             (x + 7, y - 7, "start", x + 7),
             (x, y - 11, "middle", x - width / 2),
@@ -112,6 +115,8 @@ class Labels:
         ]
         boxes = [(left, top - 11, left + width, top + 3) for _, top, _, left in options]
         free = [index for index, box in enumerate(boxes) if self._is_free(box)]
+        if not words or (optional and not free):
+            return Markup("")
         best = free[0] if free else 0
         self.taken.append(boxes[best])
         return text(options[best][0], options[best][1], words, kind, options[best][2])

@@ -18,10 +18,15 @@ class Prompt(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
     prompt: str = Field(min_length=1)
+    answer: str | None = Field(default=None, min_length=1)
+    category: str | None = None
+
+
+class _AnsweredPrompt(Prompt):
     answer: str = Field(min_length=1)
 
 
-class _NumericPrompt(Prompt):
+class _NumericPrompt(_AnsweredPrompt):
     @field_validator("answer")
     @classmethod
     def _has_number(cls, answer: str) -> str:
@@ -36,11 +41,13 @@ class Task:
 
     name: str
     prompts: list[Prompt]
-    scorer: Scorer
+    scorer: Scorer | None = None
+    """None where prompts have no answers, or where a subclass scores."""
 
-    def score(self, prompt_index: int, text: str) -> bool:
-        """Whether ``text`` answers the prompt at ``prompt_index``."""
-        return self.scorer(text, self.prompts[prompt_index].answer)
+    def score(self, prompt_index: int, text: str) -> bool | None:
+        """Whether ``text`` answers the prompt at ``prompt_index``; None if it has no answer."""
+        answer = self.prompts[prompt_index].answer
+        return None if answer is None or self.scorer is None else self.scorer(text, answer)
 
 
 def load_task(
@@ -50,8 +57,10 @@ def load_task(
     pattern: str | None = None,
     count: int | None = None,
     seed: int = 0,
+    source: str | None = None,
+    run_code: bool = False,
 ) -> Task:
-    """Find a task by the path of a JSONL file or by its built-in name.
+    """Find a task by the path of a JSONL file, or by the name of a built-in task or benchmark.
 
     Args:
         name: A path that ends in ``.jsonl`` (or is a file), else a name in ``BUILT_IN``.
@@ -59,6 +68,8 @@ def load_task(
         pattern: The regular expression of the scorer ``regex``.
         count: Prompts to take, from the start of the file (all by default; 200 for a built-in task).
         seed: Draws the prompts of a built-in task.
+        source: Where a benchmark's rows are; see :func:`~nemodiff_train.evaluation.benchmarks.load_benchmark`.
+        run_code: Whether programs that the model writes may be run.
 
     Raises:
         UserError: Unknown task, unreadable file, bad scorer or count.
@@ -68,9 +79,15 @@ def load_task(
     path = Path(name)
     if path.suffix == ".jsonl" or path.is_file():
         return task_from_file(path, scorer, pattern, count)
+    from nemodiff_train.evaluation.benchmarks import BENCHMARKS, load_benchmark
+
+    if name in BENCHMARKS:
+        return load_benchmark(name, source, count, run_code)
     if name not in BUILT_IN:
-        known = ", ".join(BUILT_IN)
-        raise UserError(f"unknown task '{name}'; known: {known}, or a .jsonl file.{nearest(name, BUILT_IN)}")
+        known = ", ".join([*BUILT_IN, *BENCHMARKS])
+        raise UserError(
+            f"unknown task '{name}'; known: {known}, or a .jsonl file.{nearest(name, [*BUILT_IN, *BENCHMARKS])}"
+        )
     return BUILT_IN[name](count or 200, seed)
 
 
@@ -82,7 +99,7 @@ def task_from_file(path: Path, scorer: str, pattern: str | None = None, count: i
             without a number where the scorer is ``numeric``.
     """
     score = make_scorer(scorer, pattern)
-    rows: list[Prompt] = [*read_jsonl(path, _NumericPrompt if scorer == "numeric" else Prompt)]
+    rows: list[Prompt] = [*read_jsonl(path, _NumericPrompt if scorer == "numeric" else _AnsweredPrompt)]
     return Task(path.stem, rows[:count], score)
 
 

@@ -14,6 +14,7 @@ from nemodiff_train.console import console, is_main_process
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import Opened, stop_tokens
+from nemodiff_train.evaluation.display import percent
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.run import Plan, evaluate
 from nemodiff_train.evaluation.tasks import load_task
@@ -69,14 +70,15 @@ class LoopEvaluation(Callback):
         seconds = time.perf_counter() - started
         self.log.note(_figures(evaluation, seconds))
         if is_main_process():
-            words = (f"{mode} {m.accuracy:.0%} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())
+            words = (f"{mode} {percent(m.accuracy)} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())
             console.print(f"step {step}: {', '.join(words)} [dim]({seconds:.0f} s)[/dim]")
 
 
 def _figures(evaluation: Evaluation, seconds: float) -> dict[str, float]:
     found = {"evaluation seconds": seconds}
     for mode, metrics in evaluation.modes.items():
-        found[f"evaluation accuracy/{mode}"] = metrics.accuracy
+        if metrics.accuracy is not None:
+            found[f"evaluation accuracy/{mode}"] = metrics.accuracy
         found[f"evaluation TPF/{mode}"] = metrics.tpf_all
         if metrics.acceptance_length is not None:
             found[f"evaluation acceptance length/{mode}"] = metrics.acceptance_length
