@@ -46,6 +46,11 @@ def evaluate(page: Path, script: str, *, width: int = 1000) -> str:
     return html.unescape(body[1]).strip()
 
 
+def dump(page: Path) -> str:
+    """The page's elements after its script has run."""
+    return _run(page, 1000, 1400, "--dump-dom")
+
+
 def _run(page: Path, width: int, height: int, *words: str) -> str:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", f"--window-size={width},{height}", *words]

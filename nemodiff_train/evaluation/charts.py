@@ -1,5 +1,6 @@
 """The report's pictures, drawn as inline SVG; colours come from the page's style sheet."""
 
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -253,11 +254,15 @@ def arrows(before: dict[str, ModeMetrics], after: dict[str, ModeMetrics]) -> Mar
             line(*start, *end, "curve thin"),
             dot(*start, 5, words[0], "dot beaten"),
             dot(*end, 5.5, words[1]),
-            labels.place(*end, "B", "label"),
-            labels.place(*start, "A", "label", optional=True),
+            *(labels.place(*at, name, "label", optional=True) for name, at in _ends(start, end)),
         ]
         parts.append(element("g", *drawn, class_=mode_class(mode)))
     return drawing(WIDTH, HEIGHT, "Accuracy against tokens per forward of both evaluations", *parts)
+
+
+def _ends(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[str, tuple[float, float]]]:
+    """What the ends of an arrow are called; a very short one has one name."""
+    return [("B", end), ("A", start)] if math.dist(start, end) > 16 else [("A, B", end)]
 
 
 def _axes(x: Scale, y: Scale, below: str, above: str, steps: Sequence[float] | None = None) -> Markup:

@@ -24,6 +24,7 @@ class Change(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    prompt_index: int = Field(description="Position of the prompt in A's task, from 0.")
     prompt: str
     answer: str
     text_a: str
@@ -177,4 +178,6 @@ def _figures(rows: Sequence[LoggedRecord]) -> ModeMetrics:
 
 
 def _change(a: LoggedRecord, b: LoggedRecord) -> Change:
-    return Change(prompt=a.prompt, answer=a.answer or "", text_a=a.text, text_b=b.text)
+    return Change(
+        prompt_index=a.decoded.prompt_index, prompt=a.prompt, answer=a.answer or "", text_a=a.text, text_b=b.text
+    )
