@@ -26,7 +26,7 @@ from nemodiff_train.evaluation.svg import (
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 444.0, 30.0, 256.0
 ROW = 62.0
-LABELS, CATEGORY = 132.0, 32.0
+LABELS = 132.0
 FEW = 20
 """Cycles below which a share is drawn hollow: chance plays a large part in it."""
 
@@ -149,7 +149,8 @@ def category_dots(categories: Sequence[CategoryMetrics]) -> Markup:
     names = list(dict.fromkeys(row.category for row in categories))
     low, high = min(1.0, *(row.tpf_all for row in categories)), max(row.tpf_all for row in categories)
     x = Scale(low - 0.02, max(high, low + 0.5) * 1.03, LABELS, RIGHT)
-    bottom = TOP + CATEGORY * len(names)
+    room = min(max((BOTTOM - TOP) / len(names), 32), 56)
+    bottom = TOP + room * len(names)
     grid = [
         part
         for tick in ticks(x.low, x.high, 5)
@@ -159,7 +160,7 @@ def category_dots(categories: Sequence[CategoryMetrics]) -> Markup:
         )
     ]
     rows = [
-        _category_row([row for row in categories if row.category == name], TOP + CATEGORY * (index + 0.5), x)
+        _category_row([row for row in categories if row.category == name], TOP + room * (index + 0.5), x)
         for index, name in enumerate(names)
     ]
     below = text(RIGHT, bottom + 38, "tokens per forward (all)", "small", "end")
@@ -168,7 +169,7 @@ def category_dots(categories: Sequence[CategoryMetrics]) -> Markup:
 
 def _category_row(rows: Sequence[CategoryMetrics], at: float, x: Scale) -> Markup:
     name = rows[0].category
-    short = name if len(name) <= 16 else f"{name[:15]}\N{HORIZONTAL ELLIPSIS}"
+    short = name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"
     reached = [x(row.tpf_all) for row in rows]
     dots = [
         element("g", dot(x(row.tpf_all), at, 5.5, _category_words(row)), class_=mode_class(row.mode)) for row in rows

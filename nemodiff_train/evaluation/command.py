@@ -47,6 +47,8 @@ def _compare(first: Path, second: Path, output: Path) -> None:
     from nemodiff_train.evaluation.table import print_comparison
 
     comparison = compare(first, second)
+    if not is_main_process():
+        return
     page = write_comparison(output, comparison)
     print_comparison(comparison)
     console.print(f"comparison: [bold]{page}[/bold]")
