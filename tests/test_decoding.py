@@ -96,14 +96,64 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
         assert len(generations[0].accepted) == session.forwards[0]["draft" if mode == "linear" else "fused"]
 
 
-def test_quadratic_takes_one_forward_a_cycle_and_the_oracle_no_more_than_it(model: Any) -> None:
-    """On random weights drafts are wrong, so a cycle of one forward gains at least the verifier's token."""
-    fused = [session["fused"] for session in run(model, PROMPTS, "quadratic")[1].forwards]
-    generations, session = run(model, PROMPTS, "oracle")
-    assert [generation.tokens for generation in generations] == tokens(model, PROMPTS, "ar")
-    for generation, cost, counted in zip(generations, fused, session.forwards, strict=True):
-        assert generation.path is not None and 1 <= generation.path <= 29
-        assert sum(generation.accepted) == 29 and counted["search"] > cost
+def few_tokens(model: Any, count: int) -> Any:
+    """Forbid all but a few tokens, so that drafts are often right; returns the hook."""
+    bias = torch.full((model.config.vocab_size,), -torch.inf)
+    bias[20 : 20 + count] = 0.0
+    return model.register_forward_hook(lambda module, inputs, output: output[..., : len(bias)] + bias)
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_oracle_takes_no_more_forwards_than_drafts_do(model: Any, count: int, block_size: int) -> None:
+    """For every row, whatever the batch, within the budget, and on the way to the AR output."""
+    generator = torch.Generator().manual_seed(count)
+    prompts = [torch.randint(20, 220, (length,), generator=generator).tolist() for length in range(1, 17)]
+    hook = few_tokens(model, count)
+    fused = [counted["fused"] for counted in run(model, prompts, "quadratic", block_size=block_size)[1].forwards]
+    linear = [counted.total() - 1 for counted in run(model, prompts, "linear", block_size=block_size)[1].forwards]
+    generations, session = run(model, prompts, "oracle", block_size=block_size, search_budget=150)
+    alone = run(model, prompts[:1], "oracle", block_size=block_size, search_budget=150)[0][0]
+    ar = tokens(model, prompts, "ar")
+    hook.remove()
+    assert [generation.tokens for generation in generations] == ar
+    paths = [generation.path for generation in generations]
+    assert all(path <= min(costs) for path, *costs in zip(paths, fused, linear, strict=True))
+    assert sum(paths) < 29 * 16 or block_size == 2  # some drafts are right
+    assert all(sum(generation.accepted) == 29 for generation in generations)
+    assert all(counted["search"] <= 150 for counted in session.forwards) and alone.path == paths[0]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_fused_forward_drafts_as_a_forward_over_masks_would(
+    model: Any, shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draft's logits against a fresh cache; equality of the output could not tell a misplaced draft."""
+    from nemodiff_train.decoding import quadratic
+    from nemodiff_train.decoding.session import Session
+
+    verify, text, compared = quadratic.verify, list(PROMPTS[0]), []
+
+    def compare(sampler: Any, draft: torch.Tensor, guess: torch.Tensor, *rest: Any) -> Any:
+        fresh = Session(model, 1, 64, MASK)
+        fresh.prefill([text])
+        masks = torch.full((1, guess.shape[1] + 1), MASK)
+        expected = fresh.forward(masks, torch.arange(1), "draft")[0, 1:]
+        torch.testing.assert_close(guess[0], expected, rtol=1e-4, atol=1e-4)
+        kept, emitted, acceptance = verify(sampler, draft, guess, *rest)
+        count = int(kept[0].long().cumprod(0).sum()) + 1
+        text.extend([known[-1], *draft[0, : count - 1].tolist()])
+        known.append(int(emitted[0, count - 1]))
+        compared.append(count)
+        return kept, emitted, acceptance
+
+    monkeypatch.setattr(quadratic, "verify", compare)
+    monkeypatch.setattr(model.config, "shift", shift)
+    hook = few_tokens(model, 3)
+    known = tokens(model, PROMPTS[:1], "ar", max_new_tokens=1)[0]
+    run(model, PROMPTS[:1], "quadratic", block_size=6)
+    hook.remove()
+    assert len(compared) > 5 and max(compared) > 1
 
 
 def test_the_oracle_finds_the_shortest_path() -> None:
@@ -111,6 +161,8 @@ def test_the_oracle_finds_the_shortest_path() -> None:
 
     gains = [[1, 4], [1], [1], [1], [2], [1], []]
     assert _shortest_path(gains, 7) == [(2, 4), (1, 2)]  # 3 forwards; one at a time would take 5
+    gains = [[2], [3], [1], [1], []]
+    assert _shortest_path(gains, 5) == [(1, 1), (1, 3)]  # keeping both tokens of the first cycle would take 3
 
 
 @pytest.fixture
@@ -128,15 +180,24 @@ def small_vocabulary(model: Any) -> Iterator[Any]:
     hook.remove()
 
 
-@pytest.mark.parametrize("filters", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "top_k": 5},
+    {"top_p": 0.8},
+    {"temperature": 0.7, "top_k": 3, "max_new_tokens": 4, "block_size": 3},  # reaches the token behind whole drafts
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
 @pytest.mark.parametrize("mode", ["linear", "quadratic"])
 def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mode: str, filters: dict) -> None:
-    """Chi-square of the first three tokens of 3000 rows against the exact AR probabilities (p = 1e-6)."""
+    """Chi-square of the first tokens of 3000 rows against the exact AR probabilities (p = 1e-6)."""
     rows, prompt = 3000, PROMPTS[0]
     settings = {"temperature": 1.0, "max_new_tokens": 3, "block_size": 4, **filters}
     found = Counter(tuple(row) for row in tokens(small_vocabulary, [prompt] * rows, mode, **settings))
     expected = {
-        text: rows * probability for text, probability in exact(small_vocabulary, prompt, 3, settings).items()
+        text: rows * probability
+        for text, probability in exact(small_vocabulary, prompt, settings["max_new_tokens"], settings).items()
     }
     assert set(found) <= set(expected)
     common = [text for text, count in expected.items() if count >= 5]
@@ -276,6 +337,32 @@ def test_revision_masks_what_the_ar_half_doubts(model: Any) -> None:
     assert unchanged.tokens == prompt + draft and session.calls(0) == 1
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-42},
+        {"entropy_bound": float("nan")},
+        {"seed": 2**64},
+        {"stop_strings": ("",)},
+    ],
+)
+def test_settings_that_could_not_end_or_draw_are_refused(setting: dict[str, Any]) -> None:
+    from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.errors import UserError
+
+    with pytest.raises(UserError, match=next(iter(setting)).replace("_", " ").rstrip("s")):
+        DecodingSettings(**setting)
+
+
+def test_a_budget_too_small_for_the_oracle_is_refused(model: Any) -> None:
+    from nemodiff_train.errors import UserError
+
+    with pytest.raises(UserError, match="search budget is 89"):
+        run(model, PROMPTS, "oracle", search_budget=89)
+
+
 def test_too_many_positions_are_refused(model: Any) -> None:
     from nemodiff_train.errors import UserError
 
@@ -396,6 +483,17 @@ def test_a_block_is_decoded_as_it_was_trained(trained: Any) -> None:
     session.prefill([text[:24]], 8 if trained.config.clean_half == "block_causal" else None)
     found = session.forward(torch.tensor([noisy[24:]]), row, "denoise", causal=False)[0]
     torch.testing.assert_close(found[1:], training_logits(trained, text, noisy)[25:], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_draw_alone_in_trained_blocks(trained: Any) -> None:
+    """A prompt shorter than a block has no seed to draw, even beside one that has."""
+    settings = {"threshold": 0.02, "temperature": 1.0, "seed": 3}
+    prompts = [*PROMPTS, PROMPTS[2] * 3]
+    together = tokens(trained, prompts, "diffusion", **settings)
+    alone = [
+        run(trained, [prompt], "diffusion", [row], **settings)[0][0].tokens for row, prompt in enumerate(prompts)
+    ]
+    assert together == alone
 
 
 def test_block_diffusion_with_a_block_causal_clean_half(trained: Any) -> None:

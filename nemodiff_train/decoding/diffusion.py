@@ -76,9 +76,8 @@ def _open_whole_blocks(
     if any(ends):
         seeds = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
         if _has_seeds(session):
-            committed = torch.tensor(ends, device=blocks.device) > 0
-            rows = torch.arange(len(prompts), device=blocks.device)
-            blocks[committed, :1] = sampler.choose(seeds[:, None], rows)[committed]
+            committed = torch.tensor(ends, device=blocks.device).nonzero()[:, 0]  # only they draw
+            blocks[committed, :1] = sampler.choose(seeds[committed, None], committed)
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
         blocks[row, : len(prompt) - end] = torch.tensor(prompt[end:], device=blocks.device)
     return blocks, [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]

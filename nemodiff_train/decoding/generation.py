@@ -1,5 +1,6 @@
 """What decoding is asked for and what it returns."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -7,6 +8,9 @@ from typing import Literal, get_args
 from nemodiff_train.errors import UserError, nearest
 
 Policy = Literal["threshold", "entropy", "fixed", "leftmost"]
+
+LEAST_TEMPERATURE = 1e-4
+"""Below it logits / temperature leaves the range of fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class DecodingSettings:
     steps: int = 8
     """Denoising forwards of a block, for ``policy=fixed``."""
     search_budget: int = 5000
-    """Forwards that ``oracle`` may spend on a row."""
+    """Forwards that ``oracle`` may spend on a row; at least three a new token."""
     stop_token_ids: frozenset[int] = frozenset()
     """A row ends with the first of these; it is part of the output."""
     stop_strings: tuple[str, ...] = ()
@@ -66,8 +70,15 @@ class DecodingSettings:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top p is {self.top_p}; it is a probability above 0, at most 1")
         for name in ("temperature", "entropy_bound", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                words = name.replace("_", " ")
+                raise UserError(f"{words} is {getattr(self, name)}; it must be a number that is not negative")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 or at least {LEAST_TEMPERATURE}")
+        if self.seed >= 2**64:
+            raise UserError(f"seed is {self.seed}; it must be below 2^64")
+        if "" in self.stop_strings:
+            raise UserError("a stop string is empty; every text holds it")
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of some new tokens, cut before the first stop string."""

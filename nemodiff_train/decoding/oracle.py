@@ -17,15 +17,23 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     """Find the fewest denoising forwards that could have produced the AR output (Nemotron-Labs-Diffusion, section 4).
 
     The AR output is decoded first.  A cycle starts behind any of its tokens with a block of masks.  Each
-    forward reveals every place it has right; a sampler that knew could do no better.  The cycle may
-    stop after any forward: it has then gained the revealed tokens up to the first gap, and one more, which
-    verification gives for nothing when it shares the forward with the next draft, as in ``quadratic``.  The
-    shortest path over all cycles is the result: an upper bound, not a way to decode.
+    forward reveals every place it has right.  The cycle may stop after any forward: it has then gained the
+    revealed tokens up to the first gap, and one more, which verification gives for nothing when it shares
+    the forward with the next draft, as in ``quadratic``.  A cycle may also be one of ``quadratic``, which
+    drafts before its first token is known.  The shortest path over all cycles is the result: what knowing
+    the output would give, not a way to decode.  It takes no more forwards than ``linear`` or
+    ``quadratic``; that revealing fewer places could never help is not proven.
 
     A record's forwards are the path's.  What the search took is counted as ``search``.
     """
     if not sampler.greedy:
         raise UserError("mode 'oracle' looks for the way to the greedy output; set the temperature to 0")
+    depth = sampler.settings.search_budget // sampler.settings.max_new_tokens - 2
+    if depth < 1:
+        raise UserError(
+            f"search budget is {sampler.settings.search_budget}; mode 'oracle' needs three forwards for each of "
+            f"{sampler.settings.max_new_tokens} new tokens"
+        )
     ar = Session(session.model.chunks, len(prompts), session.cache.capacity, session.mask_token_id)
     targets = [generation.tokens for generation in decode_ar(ar, prompts, sampler)]
     session.prefill(prompts)
@@ -33,7 +41,7 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     for row, calls in enumerate(ar.forwards):
         session.forwards[row]["search"] += calls.total()
     _fill_cache(session, targets)
-    gains = _gains(session, targets, starts, sampler.settings.block_size, sampler.settings.search_budget)
+    gains = _gains(session, targets, starts, sampler.settings.block_size, depth)
     rows = []
     for target, gain in zip(targets, gains, strict=True):
         cycles = _shortest_path(gain, len(target))
@@ -58,9 +66,15 @@ def _fill_cache(session: Session, targets: list[list[int]]) -> None:
 
 
 def _gains(
-    session: Session, targets: list[list[int]], starts: Tensor, block_size: int, budget: int
+    session: Session, targets: list[list[int]], starts: Tensor, block_size: int, depth: int
 ) -> list[list[list[int]]]:
-    """For each row and each token of its output, what a cycle behind it gains after 1, 2, ... forwards."""
+    """For each row and each token of its output, what a cycle behind it gains after 1, 2, ... forwards.
+
+    Args:
+        targets: The AR output of each row.
+        starts: [rows] length of each prompt.
+        depth: Most forwards over one block.
+    """
     gains: list[list[list[int]]] = [[[] for _ in target] for target in targets]
     longest = max(map(len, targets))
     for anchor in range(longest - 2, -1, -1):  # from the end: a block overwrites the cache behind its anchor
@@ -71,9 +85,25 @@ def _gains(
         for place, row in enumerate(rows):
             known = targets[row][anchor : anchor + block_size]
             block[place, : len(known)] = torch.tensor(known)
-        for row, found in zip(rows, _reveal(session, index, block, max(1, budget // longest)), strict=True):
+        unseen = _draft_unseen(session, index, block)
+        for row, found, drafted in zip(rows, _reveal(session, index, block, depth), unseen, strict=True):
+            found[0] = max(found[0], drafted)
             gains[row][anchor] = [min(gain, len(targets[row]) - 1 - anchor) for gain in found]
     return gains
+
+
+def _draft_unseen(session: Session, rows: Tensor, target: Tensor) -> list[int]:
+    """What a cycle of ``quadratic`` gains for each row: its draft is made before the block's first token is known.
+
+    Args:
+        target: [batch, block] as for :func:`_reveal`.
+    """
+    assert session.mask_token_id is not None  # decode() refuses models without one
+    masks = torch.full_like(target[:, 1:], session.mask_token_id)
+    choice = session.forward(masks, rows, "search", causal=False).argmax(-1)
+    right = choice[:, 1:] == target[:, 1:-1]
+    gained: list[int] = (1 + right.long().cumprod(1).sum(1)).tolist()
+    return gained
 
 
 def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[list[int]]:
@@ -105,12 +135,18 @@ def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[
 
 
 def _shortest_path(gains: list[list[int]], length: int) -> list[tuple[int, int]]:
-    """Cycles (forwards, tokens gained) from the first token to the last with the fewest forwards."""
+    """Cycles (forwards, tokens gained) from the first token to the last with the fewest forwards.
+
+    A cycle may keep less than it gained, where the next one does better from an earlier token.
+    """
     cost, step = [0] * length, [(0, 0)] * length
     for anchor in range(length - 2, -1, -1):
-        ways = [(forwards + cost[anchor + gain], forwards, gain) for forwards, gain in enumerate(gains[anchor], 1)]
-        cost[anchor], *chosen = min(ways)
-        step[anchor] = (chosen[0], chosen[1])
+        cost[anchor], forwards, less = min(
+            (forwards + cost[anchor + kept], forwards, -kept)
+            for forwards, gain in enumerate(gains[anchor], 1)
+            for kept in range(1, gain + 1)
+        )
+        step[anchor] = (forwards, -less)
     cycles, anchor = [], 0
     while anchor < length - 1:
         cycles.append(step[anchor])
