@@ -1,7 +1,7 @@
 """Decoding on a small random model: identity, counts, cache, exactness."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ MASK = 1
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build(tmp_path_factory.mktemp("decoding") / "qwen3", small.qwen3)
+
+
+def build(directory: Path, family: Callable[[Path], None]) -> Any:
     from nemodiff_train.host import prepare
 
     prepare()
     from nemodiff_train.decoding.loading import lay_out, start_model_parallel
     from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
 
-    directory: Path = tmp_path_factory.mktemp("decoding") / "qwen3"
-    small.qwen3(directory)
+    family(directory)
     provider = model_from(str(directory))
     provider.mask_token_id = MASK
     start_model_parallel(1)
@@ -74,6 +77,48 @@ def test_rows_of_a_batch_do_not_see_each_other(model: Any, mode: str, temperatur
     assert all(len(row) == 30 and MASK not in row for row in together)
 
 
+@pytest.mark.parametrize("family", [small.qwen3, small.ministral3])
+@torch.inference_mode()
+def test_the_plain_forward_is_megatrons(tmp_path: Path, family: Callable[[Path], None]) -> None:
+    """Prefill of ragged prompts, split by rows; a block that sees all of itself; logits at some places."""
+    from nemodiff_train.decoding import session as sessions
+
+    built = build(tmp_path / "hf", family)
+    prompts = [torch.randint(20, 220, (length,)).tolist() for length in (3, 90, 17, 120, 1)]
+    rows, block = torch.tensor([3, 0, 4]), torch.randint(20, 220, (3, 8))
+    found = []
+    for plain in (True, False):
+        session = sessions.Session(built, len(prompts), 140, MASK)
+        assert session.model._plain
+        session.model._plain = plain
+        last = session.prefill(prompts)
+        whole = session.forward(block, rows, "draft")
+        session.forward(block, rows, "commit", causal=True)
+        session.commit(rows, torch.tensor([8, 3, 5]))
+        some = session.forward(block, rows, "verify", causal=True, places=torch.tensor([[1], [7], [0]]))
+        found.append((last, whole, some))
+    for ours, megatrons in zip(*found, strict=True):
+        torch.testing.assert_close(ours, megatrons, rtol=0, atol=2e-5)
+    assert found[0][0][:, 2:].std() > 0.1
+
+
+def test_a_prefill_is_one_forward_of_every_row_however_it_is_split(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemodiff_train.decoding import session as sessions
+
+    whole = sessions.Session(model, len(PROMPTS), 20, MASK)
+    logits = whole.prefill(PROMPTS)
+    calls: list[int] = []
+    hook = on_logits(model, lambda output: (calls.append(output.shape[1]), output)[1])
+    monkeypatch.setattr(sessions, "PREFILL_TOKENS", 8)
+    split = sessions.Session(model, len(PROMPTS), 20, MASK)
+    torch.testing.assert_close(split.prefill(PROMPTS), logits)
+    hook.remove()
+    assert calls == [1, 2, 1] and split.forwards == whole.forwards == [Counter(prefill=1)] * 4
+    assert split.cache.lengths.tolist() == [4, 2, 7, 1]
+
+
 KINDS = {
     "ar": {"decode"},
     "diffusion": {"denoise", "commit"},
@@ -86,7 +131,7 @@ KINDS = {
 @pytest.mark.parametrize("mode", KINDS)
 def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     seen = []
-    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(1))
+    hook = model.output_layer.register_forward_hook(lambda module, inputs, output: seen.append(1))
     generations, session = run(model, [PROMPTS[0]], mode, threshold=0.02)
     hook.remove()
     assert session.calls(0) == len(seen)
@@ -96,11 +141,16 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
         assert len(generations[0].accepted) == session.forwards[0]["draft" if mode == "linear" else "fused"]
 
 
+def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Change what the output layer returns, until the hook is removed."""
+    return model.output_layer.register_forward_hook(lambda module, inputs, output: (change(output[0]), output[1]))
+
+
 def few_tokens(model: Any, count: int) -> Any:
     """Forbid all but a few tokens, so that drafts are often right; returns the hook."""
     bias = torch.full((model.config.vocab_size,), -torch.inf)
     bias[20 : 20 + count] = 0.0
-    return model.register_forward_hook(lambda module, inputs, output: output[..., : len(bias)] + bias)
+    return on_logits(model, lambda logits: logits[..., : len(bias)] + bias)
 
 
 @pytest.mark.parametrize("block_size", [2, 4, 8])
@@ -172,10 +222,7 @@ def small_vocabulary(model: Any) -> Iterator[Any]:
     bias = torch.full((model.config.vocab_size,), -torch.inf)
     bias[allowed] = 0.0
 
-    def only(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output[..., : len(bias)] * 0.5 + bias
-
-    hook = model.register_forward_hook(only)
+    hook = on_logits(model, lambda logits: logits[..., : len(bias)] * 0.5 + bias)
     yield model
     hook.remove()
 

@@ -20,15 +20,18 @@ class KeyValueCache:
     is kept by advancing over it.
 
     Args:
+        layers: Layers on this process.
         rows: Sequences decoded together.
         capacity: Most positions a row may reach, the draft included.
     """
 
-    def __init__(self, rows: int, capacity: int, device: torch.device | str) -> None:
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device | str) -> None:
+        self.layers = layers
         self.rows = rows
         self.capacity = capacity
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._held: Tensor | None = None  # one piece, so that nothing small is left between its parts
+        self._places: dict[int, int] = {}
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [rows, kv_heads, capacity, head_dim].
@@ -37,10 +40,10 @@ class KeyValueCache:
             number: Megatron's layer number.
             like: [batch, kv_heads, positions, head_dim]; gives the shape, dtype and device.
         """
-        if number not in self._layers:
-            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self._layers[number]
+        if self._held is None:
+            self._held = like.new_zeros(self.layers, 2, self.rows, like.shape[1], self.capacity, like.shape[3])
+        keys, values = self._held[self._places.setdefault(number, len(self._places))]
+        return keys, values
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.decoding.stages import Stages
 from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.host import prepare
 
 Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
 
@@ -76,7 +77,8 @@ def decode(
     extra = settings.block_size ** (2 if mode == "quadratic" else 1)
     session = Session(model, len(prompts), longest + extra, config.mask_token_id)
     sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
-    return MODES[mode](session, prompts, sampler), session
+    with prepare().plain_torch():
+        return MODES[mode](session, prompts, sampler), session
 
 
 def fill(
@@ -103,9 +105,10 @@ def fill(
     _check_positions(config, len(text))
     session = Session(model, 1, len(text) + settings.block_size, config.mask_token_id)
     sampler = Sampler(settings, [0])
-    if start is None:
-        return infill(session, text, sampler), session
-    return revise(session, text, start, least, sampler), session
+    with prepare().plain_torch():
+        if start is None:
+            return infill(session, text, sampler), session
+        return revise(session, text, start, least, sampler), session
 
 
 def _check_positions(config: Any, longest: int) -> None:

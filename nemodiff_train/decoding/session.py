@@ -17,6 +17,9 @@ Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify", "fus
 # Forwards that fill masks: place i predicts token i, which a model trained with the shift says one place earlier.
 FILLS = ("denoise", "draft", "search")
 
+# A prefill of more tokens is split by rows. At this many, a GPU's matrix units are busy with the largest models.
+PREFILL_TOKENS = 2048
+
 
 class Layout(NamedTuple):
     """New tokens that are not simply one behind the other."""
@@ -43,7 +46,7 @@ class Session:
     def __init__(self, model: Any, rows: int, capacity: int, mask_token_id: int | None) -> None:
         self.model = Stages(model)
         self.device = self.model.device
-        self.cache = KeyValueCache(rows, capacity, self.device)
+        self.cache = KeyValueCache(self.model.layers, rows, capacity, self.device)
         self.mask_token_id = mask_token_id
         self.vocab_size: int = self.model.config.vocab_size
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
@@ -67,7 +70,7 @@ class Session:
 
         Args:
             tokens: [batch, new] token ids.
-            rows: [batch] rows of the session they belong to.
+            rows: [batch] rows of the session they belong to, ascending.
             kind: What the call is counted as.
             causal: Causal attention among the new tokens; otherwise they see their whole block.
             block_size: Places of a block; None where all new tokens are one.
@@ -114,9 +117,10 @@ class Session:
         self.cache.lengths[rows] += counts
 
     def prefill(self, prompts: Sequence[Sequence[int]], block_size: int | None = None) -> Tensor:
-        """Commit every row's prompt in one forward.
+        """Commit every row's prompt, each in one forward.
 
-        Rows of different lengths are padded on the right, where none of their own places can see.
+        Rows of similar length go together, padded on the right, where none of their own places can see; as many
+        as :data:`PREFILL_TOKENS` allows, so that activations stay small beside the cache.
 
         Args:
             block_size: For a block-causal forward, of which every prompt is a multiple; None for a causal one.
@@ -125,14 +129,22 @@ class Session:
             Logits after each prompt's last token: [rows, vocab].
         """
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=self.device)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = torch.tensor(prompt)
-        rows = torch.arange(len(prompts), device=self.device)
-        last = (lengths - 1).clamp(min=0)[:, None]
-        logits = self.forward(padded, rows, "prefill", causal=block_size is None, block_size=block_size, places=last)
-        self.commit(rows, lengths)
-        return logits[:, 0]
+        last: dict[int, Tensor] = {}
+        waiting = lengths.argsort(descending=True, stable=True)
+        while len(waiting):
+            longest = int(lengths[waiting[0]])
+            taken = max(1, PREFILL_TOKENS // max(longest, 1))
+            rows, waiting = waiting[:taken].sort().values, waiting[taken:]
+            padded = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+            for place, row in enumerate(rows.tolist()):
+                padded[place, : lengths[row]] = torch.tensor(prompts[row])
+            ends = (lengths[rows] - 1).clamp(min=0)[:, None]
+            logits = self.forward(
+                padded, rows, "prefill", causal=block_size is None, block_size=block_size, places=ends
+            )
+            self.commit(rows, lengths[rows])
+            last.update(zip(rows.tolist(), logits[:, 0], strict=True))
+        return torch.stack([last[row] for row in range(len(prompts))])
 
     def _check_room(self, rows: Tensor, new: int) -> None:
         needed = int(self.cache.lengths[rows].max()) + new

@@ -8,6 +8,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemodiff_train.attention.state import CachedPass
+from nemodiff_train.decoding.forward import is_plain, logits_at, run_plain
 
 
 class Stages:
@@ -23,6 +24,8 @@ class Stages:
         self.chunks = [unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])]
         self.config = self.chunks[0].config
         self.device = next(self.chunks[0].parameters()).device
+        self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
+        self._plain = all(is_plain(chunk) for chunk in self.chunks)
         self._group = self.chunks[0].pg_collection.pp
         self._rank, self._size = self._group.rank(), self._group.size()
 
@@ -52,22 +55,19 @@ class Stages:
         return self._share(tokens if places is None else places, passed)
 
     def _run(self, chunk: Any, tokens: Tensor, cached: CachedPass, places: Tensor | None) -> Tensor:
-        hook = None
-        if chunk.post_process and places is not None:
-            # Before the output layer: the logits of a long prompt would be larger than the model.
-            hook = chunk.output_layer.register_forward_pre_hook(
-                lambda layer, inputs: (_at(inputs[0], places), *inputs[1:])
-            )
         chunk.attention_state.cached = cached
         try:
+            if self._plain:
+                return run_plain(chunk, tokens, places)
             output: Tensor = chunk(
-                input_ids=tokens, position_ids=cached.positions, attention_mask=None, runtime_gather_output=True
+                input_ids=tokens,
+                position_ids=cached.positions,
+                attention_mask=None,
+                output_processor=lambda **stage: logits_at(stage["hidden_states"], places, chunk),
             )
+            return output
         finally:
             chunk.attention_state.cached = None
-            if hook is not None:
-                hook.remove()
-        return output
 
     def _receive(self, tokens: Tensor, stage: int) -> Tensor:
         shape = (tokens.shape[1], tokens.shape[0], self.config.hidden_size)
@@ -91,8 +91,3 @@ class Stages:
             dist.broadcast(logits, self._global(self._size - 1), self._group)
         assert logits is not None
         return logits
-
-
-def _at(states: Tensor, places: Tensor) -> Tensor:
-    """Hidden states [new, batch, hidden] at [batch, k] places: [k, batch, hidden]."""
-    return states.gather(0, places.T[..., None].expand(-1, -1, states.shape[2]))

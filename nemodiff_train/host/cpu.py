@@ -36,12 +36,11 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites the device argument of every torch call."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if "device" in kwargs:
-            kwargs["device"] = _as_cpu(kwargs["device"])
-        if getattr(func, "__name__", "") == "to" and len(args) > 1:
+        if kwargs and "device" in kwargs:
+            kwargs = {**kwargs, "device": _as_cpu(kwargs["device"])}
+        if func is torch.Tensor.to:
             args = (args[0], *(_as_cpu(argument) for argument in args[1:]))
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class _Inert:

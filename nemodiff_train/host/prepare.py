@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,11 @@ class Host:
     def backend(self) -> str:
         """The collective backend of ``torch.distributed``."""
         return "nccl" if self.cuda else "gloo"
+
+    def plain_torch(self) -> AbstractContextManager[None]:
+        """A context for code that makes many small calls of torch and names no CUDA device in them."""
+        context: AbstractContextManager[None] = nullcontext() if self.cuda else torch._C.DisableTorchFunction()
+        return context
 
     def __str__(self) -> str:
         device = torch.cuda.get_device_name() if self.cuda else "CPU standing in for CUDA (gloo)"
