@@ -41,20 +41,29 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        UserError: Not a verb, or not its arguments.
+    """
+    words = list(arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+    if verb == "lm-eval":  # argparse would take the options behind it for ours
+        words.insert(words.index(verb) + 1, "--")
+    return build_parser(verb).parse_args(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
         0 on success, 2 on bad input (after one line on standard error).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    verb = next((word for word in arguments if not word.startswith("-")), None)
     try:
-        if verb is not None and verb not in VERBS:
-            raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-        if verb == "lm-eval":  # argparse would take the options behind it for ours
-            arguments.insert(arguments.index(verb) + 1, "--")
-        parsed = build_parser(verb).parse_args(arguments)
+        parsed = parse(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
     except UserError as error:
         if is_main_process():

@@ -84,4 +84,4 @@ def _cycles(draw: random.Random, index: int, settings: Settings) -> Decoded:
         accepted.append(min(right + 1, len(tokens) - start))
     steps = [1, *(3 + 2 * cycle for cycle, count in enumerate(accepted) for _ in range(count))]
     forwards = {"prefill": 1, "draft": len(accepted), "verify": len(accepted)}
-    return Decoded(index, tokens, forwards, accepted, drafted, proposed, draw.random(), steps)
+    return Decoded(index, tokens, forwards, accepted, drafted, proposed=proposed, seconds=draw.random(), steps=steps)

@@ -117,6 +117,7 @@ def test_the_program_in_an_answer() -> None:
 PROGRAMS = {
     "wrong": "assert 1 == 2",
     "a syntax error": "def",
+    "an early exit": "import sys; sys.exit(0)",
     "endless": "while True: pass",
     "asleep": "import time; time.sleep(60)",
     "a memory hog": "x = bytearray(3 * 2**30)",
@@ -161,7 +162,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_harness_scores_and_generates(checkpoint: Path, tmp_path: Path) -> None:
     """A task of its own through lm_eval's evaluator, against Transformers and against our own decoding."""
-    pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,7 +200,6 @@ def test_the_harness_scores_and_generates(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_the_verb_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lm_eval")
     from nemodiff_train.cli import main
 
     seen: list[str] = []

@@ -246,7 +246,7 @@ def test_trace_without_drafts_or_steps() -> None:
         "Step 1 \N{MIDDLE DOT} 1 of 2 tokens",
         "Step 2 \N{MIDDLE DOT} 2 of 2 tokens",
     ]
-    cut = Decoded(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True]], [[6, 7]], 0.0, [1, 3])
+    cut = Decoded(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True]], 0.0, [1, 3], [[6, 7]])
     assert trace(cut, evaluations.text).drafts[0].kept == 1
 
 
@@ -319,7 +319,7 @@ def test_comparison_table(two: tuple[Path, Path]) -> None:
         (["--compare", "{a}", "{a}/nowhere"], "no finished evaluation"),
         (["--compare", "{a}", "{old}"], "no evaluation of this version"),
         (["checkpoint", "--block-sizes", "8,x"], "--block-sizes '8,x'"),
-        (["checkpoint", "--block-sizes", "1"], "at least 2 places"),
+        (["checkpoint", "--block-sizes", "1"], "it must be at least 2"),
     ],
 )
 def test_bad_words_are_refused(

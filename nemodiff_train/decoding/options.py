@@ -48,4 +48,7 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: Names the value.
     """
-    DecodingSettings(**{name: getattr(arguments, name) for name in _HELP})
+    chosen = {name: getattr(arguments, name) for name in _HELP}
+    if arguments.block_size is not None:
+        chosen["block_size"] = arguments.block_size
+    DecodingSettings(**chosen, stop_strings=tuple(arguments.stop))

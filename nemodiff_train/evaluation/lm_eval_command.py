@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import nemodiff_train.evaluation.lm_eval  # noqa: F401  (registers the model)
 
-    words = arguments.arguments
+    words = [word for word in arguments.arguments if word != "--"]
     chosen = [] if "--model" in words or not any(word.startswith("-") for word in words) else ["--model", "nemodiff"]
     sys.argv = ["lm_eval", *words, *chosen]
     cli_evaluate()

@@ -19,8 +19,8 @@ from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import Decoded
 from nemodiff_train.evaluation.tasks import Task
 
-# The settings that matter to a mode; one that is not named here depends on the block size.
-USED = {"ar": ("max_new_tokens",), "diffusion": ("max_new_tokens", "block_size", "threshold")}
+# What decides which places a denoising forward fixes.
+OF_POLICY = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entropy_bound", "fixed": "steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
 
 def settings_of(mode: str, settings: DecodingSettings, plan: Plan) -> list[DecodingSettings]:
     """All settings that a mode is decoded with: the grid of the plan, as far as the mode depends on it."""
-    used = _used(mode)
+    used = _used(mode, settings)
     sizes = {settings.block_size, *(plan.block_sizes if "block_size" in used else ())}
     thresholds = {settings.threshold, *(plan.thresholds if "threshold" in used else ())}
     return [
@@ -86,19 +86,22 @@ def settings_of(mode: str, settings: DecodingSettings, plan: Plan) -> list[Decod
     ]
 
 
-def _used(mode: str) -> tuple[str, ...]:
+def _used(mode: str, settings: DecodingSettings) -> tuple[str, ...]:
     """The settings that a mode's output or its forwards depend on."""
-    return USED.get(mode, ("max_new_tokens", "block_size"))
+    used: tuple[str, ...] = ("max_new_tokens",)
+    if mode != "ar":
+        used += ("block_size",)
+    if mode == "diffusion":
+        used += ("policy", OF_POLICY[settings.policy])
+    if settings.temperature:
+        used += ("temperature", "top_k", "top_p", "seed")
+    return used
 
 
 def _run(
     model: Any, prompts: Sequence[list[int]], mode: str, settings: DecodingSettings, batch: int, shown: bool | None
 ) -> Run:
-    named: dict[str, Any] = {name: getattr(settings, name) for name in _used(mode)}
-    if settings.temperature:
-        named |= {"temperature": settings.temperature, "seed": settings.seed}
-    if mode == "diffusion" and settings.policy != "threshold":
-        named["policy"] = settings.policy
+    named = {name: getattr(settings, name) for name in _used(mode, settings)}
     swept = [f"{named[name]:g}" for name in ("block_size", "threshold") if name in named]
     label = f"decoding ({', '.join([mode, *swept])})"
     decoded: list[Decoded] = []

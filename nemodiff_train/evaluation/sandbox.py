@@ -36,11 +36,15 @@ def _audit(event, arguments, home=_home, real=os.path.realpath, refused=(
             raise PermissionError(event)
 sys.addaudithook(_audit)
 exec(compile(open("program.py").read(), "program.py", "exec"), {{"__name__": "__main__"}})
+sys.exit({reached})
 """
+
+# Exit status of a program that ran to its end; one that exits by itself has not passed the tests behind it.
+REACHED_END = 77
 
 
 def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
-    """Whether a Python program ends by itself without an error.
+    """Whether a Python program runs to its end without an error.
 
     Args:
         program: Source text.
@@ -50,8 +54,8 @@ def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="nemodiff-code-"))
     try:
         (folder / "program.py").write_text(program)
-        (folder / "guard.py").write_text(_GUARD.format(memory=memory, seconds=seconds))
-        return _exit_status(folder, seconds) == 0
+        (folder / "guard.py").write_text(_GUARD.format(memory=memory, seconds=seconds, reached=REACHED_END))
+        return _exit_status(folder, seconds) == REACHED_END
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
