@@ -16,7 +16,7 @@ from rich.console import Console
 from nemodiff_train.cli import main
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
-from nemodiff_train.evaluation import display
+from nemodiff_train.evaluation import charts, display
 from nemodiff_train.evaluation.compare import compare, mcnemar, write_comparison
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
@@ -110,6 +110,16 @@ def test_every_figure_follows_from_the_records(report: Path) -> None:
         counts = [(a["drafted"], a["agreed"], a["reached"], a["accepted"]) for a in metrics["agreement"]]
         assert counts == agreement(rows)
         assert sum(metrics["forwards"].values()) == forwards(rows)
+
+
+def test_bars_stay_within_the_drawing() -> None:
+    """An oracle's search, many times its path, is told and not drawn."""
+    searched = Decoded(0, [5, 6, 7], {"prefill": 1, "denoise": 1, "search": 400})
+    plain = Decoded(0, [5, 6, 7], {"prefill": 1, "decode": 2})
+    drawn = charts.forwards_bars({"oracle": summarise([searched], [True], {}), "ar": summarise([plain], [True], {})})
+    bars = [(float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', drawn)]
+    assert len(bars) == 4 and max(x + width for x, width in bars) <= charts.WIDTH
+    assert "(found by 13333 of search)" in drawn
 
 
 def test_categories_follow_from_the_records(report: Path) -> None:

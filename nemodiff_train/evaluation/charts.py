@@ -60,7 +60,7 @@ def _tpf_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup:
 
 
 def forwards_bars(modes: dict[str, ModeMetrics]) -> Markup:
-    """Forwards spent on 100 tokens, split by kind."""
+    """Forwards spent on 100 tokens, split by kind; an oracle's search is told, not drawn."""
     totals = [100 / m.tpf_all for m in modes.values()]
     scale = Scale(0, max(totals), 0, WIDTH)
     rows = [_forwards_row(mode, m, (ROW + 14) * index, scale) for index, (mode, m) in enumerate(modes.items())]
@@ -69,6 +69,7 @@ def forwards_bars(modes: dict[str, ModeMetrics]) -> Markup:
 
 def _forwards_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup:
     kinds = {kind: 100 * count / m.tokens for kind, count in m.forwards.items() if count}
+    search = kinds.pop("search", None)
     bars, start = [], 0.0
     for index, (kind, count) in enumerate(sorted(kinds.items(), key=lambda item: -item[1])):
         words = f"{title(mode)}, {kind}: {count:.1f} forwards per 100 tokens"
@@ -84,6 +85,8 @@ def _forwards_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup
         bars.append(bar)
         start += count
     split = " · ".join(f"{kind} {kinds[kind]:.1f}" for kind in sorted(kinds, key=lambda kind: -kinds[kind]))
+    if search is not None:
+        split += f" (found by {search:.0f} of search)"
     return element(
         "g",
         text(0, top + 17, title(mode), "label"),
