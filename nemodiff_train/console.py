@@ -54,7 +54,7 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
 
 
 def bytes_bar() -> Progress:
-    """A progress bar in the project's style that counts bytes, and says how many a second."""
+    """A progress bar in the project's style that counts bytes, and says how many a second; gone when done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -63,5 +63,6 @@ def bytes_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
         disable=not is_main_process(),
     )

@@ -147,7 +147,7 @@ def test_the_ar_stage_with_documents_and_split(results: dict[str, Any]) -> None:
 def test_a_decayed_mask_row_is_reported(results: dict[str, Any]) -> None:
     assert "error" not in results["mask row"], results["mask row"]
     told = " ".join(results["mask row"]["console"].split())
-    assert "'<|mask|>' is 1." in told and "objective.mask_embedding_noise=1" in told
+    assert "mask token 1 is 1." in told and "objective.mask_embedding_noise=1" in told
     assert "mask_embedding_noise" not in results["loggers"]["console"]
 
 

@@ -56,7 +56,11 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
             "--format nemotron is decoded without shift and with a causal clean half, but this model has "
             f"shift={str(provider.shift).lower()} and clean_half={provider.clean_half}; use --format ar"
         )
-    chosen = {"mask_token_id": provider.mask_token_id, "block_size": provider.block_size}
+    chosen = {
+        "mask_token_id": provider.mask_token_id,
+        "block_size": provider.block_size,
+        "tie_word_embeddings": False,  # the head is always written
+    }
     if architecture(provider.hf_config) == NEMOTRON:
         published = provider.hf_config
         known: Any = config_from(published)
@@ -68,7 +72,6 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
             "architectures": [NEMOTRON],
             "auto_map": REMOTE_CODE,
             "model_type": "nemotron_labs_diffusion",
-            "tie_word_embeddings": False,  # the head is always written
             "attention_bias": False,
             "mlp_bias": False,
             "dlm_paradigm": "bidirectional",  # how the published models are decoded

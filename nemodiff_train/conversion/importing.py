@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
+from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, console, is_main_process, quiet
 from nemodiff_train.conversion.mask_token import MaskToken, choose, write_tokenizer
@@ -16,8 +18,9 @@ from nemodiff_train.conversion.output import check_free, complete_or_absent, eve
 from nemodiff_train.conversion.weights import DTYPES, Stored, check_contents, check_weights
 from nemodiff_train.decoding.loading import lay_out, start_model_parallel
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
 from nemodiff_train.model.folders import is_megatron_checkpoint
-from nemodiff_train.model.pretrained import local_copy, model_from
+from nemodiff_train.model.pretrained import local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 
@@ -54,14 +57,11 @@ def import_checkpoint(
     start_model_parallel(tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
     take_dtype(provider, next(iter(stored.values())).dtype)
-    rows = provider.vocab_size
     if token:
         token.tell(provider)
     with complete_or_absent(Path(output)) as partial, quiet():
         models = build(provider, tensor_parallel, pipeline_parallel)
-        load_weights(models, source, f"importing {source}")
-        if token and token.added:
-            token.fill_rows(models, rows)
+        load_weights(models, source, f"importing {source}", token)
         with console.status(f"writing {output}"):
             _save(models, partial, source, token)
     if is_main_process():
@@ -88,33 +88,42 @@ def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None
         )
 
 
-def load_weights(models: list[Any], source: str, description: str) -> None:
+def load_weights(models: list[Any], source: str, description: str, token: MaskToken | None = None) -> None:
     """Fill a model from the weights in a Hugging Face directory, with a progress bar.
 
     Args:
         models: This rank's chunks of a Megatron model.
         source: The directory; its weights have been checked.
         description: What the bar says.
+        token: The chosen mask token, whose row is made where it is new.
     """
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
     with bytes_bar() as bar:
         task = bar.add_task(description, total=sum(p.nbytes for model in models for p in model.parameters()))
-        counted = _CountedSource(source, lambda count: bar.advance(task, count))
+        tables = {stored_name(architecture(stored_settings(source)), name) for name in VOCABULARY_TENSORS}
+        grow: dict[str, Callable[[Tensor], Tensor]] = (
+            dict.fromkeys(tables, token.with_row) if token and token.added else {}
+        )
+        counted = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), grow)
         pretrained._state_dict_accessor = StateDict(counted)
         AutoBridge(pretrained).load_hf_weights(models)
 
 
-class _CountedSource(SafeTensorsStateSource):
-    """Bridge's reader, which says how much it has read."""
+class _Reader(SafeTensorsStateSource):
+    """Bridge's reader, which says how much it has read, and changes some tensors on the way."""
 
-    def __init__(self, path: str, advance: Any) -> None:
+    def __init__(
+        self, path: str, advance: Callable[[int], None], changes: dict[str, Callable[[Tensor], Tensor]]
+    ) -> None:
         super().__init__(path)
-        self._advance = advance
+        self._advance, self._changes = advance, changes
 
-    def load_tensors(self, keys_to_load: list[str]) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = super().load_tensors(keys_to_load)
+    def load_tensors(self, keys_to_load: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super().load_tensors(keys_to_load)
         self._advance(sum(tensor.nbytes for tensor in found.values()))
-        return found
+        return {
+            name: self._changes[name](tensor) if name in self._changes else tensor for name, tensor in found.items()
+        }
 
 
 def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:

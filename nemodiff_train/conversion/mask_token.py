@@ -3,10 +3,8 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
@@ -41,20 +39,17 @@ class MaskToken:
         if self.id >= provider.vocab_size:
             provider.vocab_size = provider.hf_config["vocab_size"] = self.id + 1
 
-    def fill_rows(self, models: list[Any], rows: int) -> None:
-        """Set the token's rows of embedding and output layer to the mean of the rows there were.
+    def with_row(self, weight: Tensor) -> Tensor:
+        """An embedding or output layer with the token's row, which is the mean of the other rows.
 
         Args:
-            models: This rank's chunks of a Megatron model, already loaded.
-            rows: The vocabulary before the token was added.
+            weight: [vocabulary, hidden], before the token was added.
         """
-        from megatron.core.utils import unwrap_model
-
-        for model in map(unwrap_model, models):
-            if model.pre_process:
-                _set_to_mean(model.embedding.word_embeddings.weight.data, self.id, rows, model.pg_collection.tp)
-            if model.post_process and (not model.share_embeddings_and_output_weights or not model.pre_process):
-                _set_to_mean(model.output_layer.weight.data, self.id, rows, model.pg_collection.tp)
+        others = torch.arange(len(weight)) != self.id
+        mean = weight[others].mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+        longer = torch.cat([weight, mean.expand(max(self.id + 1 - len(weight), 0), -1)])
+        longer[self.id] = mean
+        return longer
 
 
 def choose(
@@ -106,21 +101,3 @@ def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = Non
         tokenizer = load_tokenizer(str(directory))
         tokenizer.add_special_tokens({"mask_token": token.token})
         tokenizer.save_pretrained(directory)
-
-
-def _set_to_mean(weight: Tensor, row: int, rows: int, group: Any) -> None:
-    """Set one row of a vocabulary-parallel weight to the mean of the first ``rows``.
-
-    Args:
-        weight: [rows of this rank, hidden].
-        row: Number of the row in the whole weight.
-        rows: Rows that count; the one to be set is not counted.
-        group: Tensor-parallel ranks.
-    """
-    start = dist.get_rank(group) * len(weight)
-    counted = torch.arange(start, start + len(weight), device=weight.device)
-    counted = (counted < rows) & (counted != row)
-    total = torch.cat([weight[counted].sum(0, dtype=torch.float32), counted.sum()[None].float()])
-    dist.all_reduce(total, group=group)
-    if start <= row < start + len(weight):
-        weight[row - start] = (total[:-1] / total[-1]).to(weight.dtype)

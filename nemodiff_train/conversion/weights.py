@@ -117,7 +117,7 @@ def opened(file: Path) -> Iterator[Any]:
 def expected_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names in the files, and shapes, of the weights that a ``config.json`` asks for.
 
-    A tied output layer is not among them, except in a NemotronLabsDiffusion model, which always has one.
+    A tied output layer is not among them.
     """
     from transformers import AutoModelForCausalLM
 

@@ -105,7 +105,7 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     provider = open_checkpoint(checkpoint)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     lay_out(provider, tensor_parallel, pipeline_parallel)
-    models = build_and_load_model(str(newest_iteration(Path(checkpoint))), provider)
+    models = build_and_load_model(str(newest_iteration(Path(checkpoint)).absolute()), provider)
     return [model.eval() for model in (models if isinstance(models, list) else [models])]
 
 
@@ -133,6 +133,8 @@ def lay_out(provider: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1)
     provider.pipeline_model_parallel_size = pipeline_parallel
     provider.context_parallel_size = 1
     provider.virtual_pipeline_model_parallel_size = None
+    # Equal shares of the vocabulary: rows of no token where it does not divide, and none in one process.
+    provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
     provider.sequence_parallel = provider.perform_initialization = False
     if not prepare().cuda:
         provider.use_cpu_initialization = True

@@ -8,6 +8,9 @@ from typing import Any
 NEMOTRON = "NemotronLabsDiffusionModel"
 VISION_LANGUAGE = "Mistral3ForConditionalGeneration"
 
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors of an AR model with a row for each token."""
+
 # How the tensors of ``Ministral3ForCausalLM`` are called in directories of other architectures.
 _PREFIXES = {
     NEMOTRON: {"model.": "encoder.", "lm_head.": "diffusion_head."},

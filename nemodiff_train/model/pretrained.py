@@ -146,7 +146,7 @@ def _megatron_model(path: Path) -> TriModeModelProvider:
     from megatron.bridge.training.model_load_save import load_model_config
 
     iteration = newest_iteration(path)
-    provider, _ = load_model_config(str(iteration))
+    provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
     forget_layout(provider)
