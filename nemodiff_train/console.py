@@ -54,7 +54,10 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
 
 
 def bytes_bar() -> Progress:
-    """A progress bar in the project's style that counts bytes, and says how many a second; gone when done."""
+    """A progress bar in the project's style that counts bytes, and says how many a second; gone when done.
+
+    Only for a terminal: into a file it would write one line a bar, which says nothing there.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -64,5 +67,5 @@ def bytes_bar() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not is_main_process(),
+        disable=not (is_main_process() and console.is_interactive),
     )
