@@ -157,6 +157,20 @@ def _save(model_class: Any, config: Any, directory: Path, mask_row: float = 1.0)
     tokenizer(directory)
 
 
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Hugging Face directory."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    """Whether names, dtypes and every bit are the same."""
+    return before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
+
+
 def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
     """Documents of a learnable sequence as .bin/.idx; ids 20 .. 219."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -1,4 +1,7 @@
-"""Import, export, verify and inspect through the command line: bit-exact, complete, in any layout."""
+"""Import, export, verify and inspect through the command line: bit-exact and complete.
+
+Several ranks convert in tests/test_layouts.py, where the processes for it are.
+"""
 
 import json
 import subprocess
@@ -9,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from nemodiff_train.cli import main
-from tests import gang, small
-from tests.gang import Job
+from tests import small
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 3": ("qwen3", {}),
@@ -30,16 +31,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def weights(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
-    return before.keys() == after.keys() and all(
-        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
-    )
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -53,14 +44,14 @@ def test_out_after_in_is_bit_exact(tmp_path: Path, family: str) -> None:
     assert main(["convert", "verify", "source", "imported"]) == 0  # logits against Transformers among others
     assert main(["convert", "export", "imported", "back"]) == 0
 
-    before, after = weights(tmp_path / "source"), weights(tmp_path / "back")
+    before, after = small.weights(tmp_path / "source"), small.weights(tmp_path / "back")
     source, back = (json.loads(Path(folder, "config.json").read_text()) for folder in ("source", "back"))
     if build == "ministral3_vision":
         kept = {name: tensor for name, tensor in before.items() if name.startswith("language_model")}
         assert len(kept) < len(before)
         before = {name.removeprefix("language_model."): tensor for name, tensor in kept.items()}
         source = {**source["text_config"], "architectures": ["Ministral3ForCausalLM"], "dtype": source["dtype"]}
-    assert same(before, after)
+    assert small.same(before, after)
     assert source == back
     source, back = (json.loads(Path(folder, "generation_config.json").read_text()) for folder in ("source", "back"))
     assert source == back
@@ -84,7 +75,7 @@ def test_a_family_member_becomes_nemotron_and_back(tmp_path: Path, capsys: pytes
     assert settings["mask_token_id"] == 1 and settings["block_size"] == 32
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel"}
     assert settings["rope_parameters"] == small.YARN
-    named = weights(tmp_path / "nemotron")
+    named = small.weights(tmp_path / "nemotron")
     assert torch.equal(named["diffusion_head.weight"], named["encoder.embed_tokens.weight"])
     capsys.readouterr()
     assert main(["convert", "export", "imported", "nemotron2", *words]) == 0
@@ -94,9 +85,9 @@ def test_a_family_member_becomes_nemotron_and_back(tmp_path: Path, capsys: pytes
     assert main(["convert", "verify", "nemotron", "again"]) == 0
     assert "block-diffusion logits" in capsys.readouterr().out
     assert main(["convert", "export", "again", "ar", "--format", "ar"]) == 0
-    original, ar = weights(tmp_path / "source"), weights(tmp_path / "ar")
+    original, ar = small.weights(tmp_path / "source"), small.weights(tmp_path / "ar")
     assert torch.equal(ar.pop("lm_head.weight"), original["model.embed_tokens.weight"])
-    assert same(original, ar)
+    assert small.same(original, ar)
 
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +115,7 @@ def test_a_mask_token_is_added_and_exported(tmp_path: Path) -> None:
     small.qwen3(tmp_path / "source", vocab_size=rows)
     assert main(["convert", "import", "source", "imported", "--add-mask-token", "<hidden>"]) == 0
     assert main(["convert", "export", "imported", "out"]) == 0
-    before, after = weights(tmp_path / "source"), weights(tmp_path / "out")
+    before, after = small.weights(tmp_path / "source"), small.weights(tmp_path / "out")
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] == rows + 1
     for name in before:
         assert torch.equal(after[name][: len(before[name])], before[name])
@@ -200,55 +191,3 @@ def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pyt
     ):
         assert told in found.stdout, told
     assert main(["convert", "inspect", str(tmp_path)]) == 2
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Checkpoints written and read by four ranks, with a vocabulary that two ranks cannot share evenly."""
-    folder = tmp_path_factory.mktemp("split")
-    layout = ["--tensor-parallel", "2", "--pipeline-parallel", "2"]
-    jobs = []
-    for name, tied in (("untied", False), ("tied", True)):
-        small.qwen3(folder / name, vocab_size=321, tie_word_embeddings=tied)
-        own = {part: str(folder / f"{name}-{part}") for part in ("split", "out", "one", "from-one")}
-        source = str(folder / name)
-        jobs += [
-            Job(f"{name} one", 1, "jobs:convert", {"commands": [["import", source, own["one"]]]}),
-            Job(
-                f"{name} split",
-                4,
-                "jobs:convert",
-                {
-                    "commands": [
-                        ["import", source, own["split"], *layout],
-                        ["export", own["split"], own["out"], "--max-shard-size", "200KB", *layout],
-                        ["export", own["one"], own["from-one"], *layout],
-                    ]
-                },
-            ),
-        ]
-    small.nemotron(folder / "nan")
-    damaged = load_file(folder / "nan" / "model.safetensors")
-    damaged["encoder.norm.weight"][0] = float("nan")
-    save_file(damaged, folder / "nan" / "model.safetensors")
-    refused = [["import", str(folder / "nan"), str(folder / "refused"), *layout]]
-    jobs.append(Job("refused", 4, "jobs:convert", {"commands": refused}))
-    return folder, gang.run(jobs, folder)
-
-
-@pytest.mark.parametrize("name", ["untied", "tied"])
-def test_four_ranks_convert_as_one_does(split: tuple[Path, dict[str, Any]], name: str) -> None:
-    folder, results = split
-    assert "error" not in results[f"{name} split"], results[f"{name} split"]["error"]
-    assert results[f"{name} split"]["codes"] == [0, 0, 0] and results[f"{name} one"]["codes"] == [0]
-    before = weights(folder / name)
-    assert same(before, weights(folder / f"{name}-out")) and same(before, weights(folder / f"{name}-from-one"))
-    assert len(list((folder / f"{name}-out").glob("*.safetensors"))) > 2
-    assert main(["convert", "export", str(folder / f"{name}-split"), "out"]) == 0
-    assert same(before, weights(Path("out")))
-
-
-def test_ranks_refuse_together(split: tuple[Path, dict[str, Any]]) -> None:
-    folder, results = split
-    assert results["refused"] == {"codes": [2]}
-    assert not (folder / "refused").exists() and not list(folder.glob(".refused*"))
