@@ -75,7 +75,9 @@ def read_headers(directory: Path) -> dict[str, Stored]:
         UserError: No safetensors, a file that is missing or cut off, or an index that does not fit the files.
     """
     weight_map = _index(directory)
-    files = sorted({directory / name for name in weight_map.values()} or directory.glob("*.safetensors"))
+    files = sorted({directory / name for name in weight_map.values()})
+    # Some publishers put the weights beside them a second time, under names of their own.
+    files = files or sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
     for file in files:
@@ -188,7 +190,10 @@ def check_contents(directory: Path, stored: dict[str, Stored], advance: Any, sha
         with opened(tensor.file) as content:
             values = content.get_tensor(name)
         if name in checksums and checksum(values) != checksums[name]:
-            wrong.append(f"'{name}' in '{tensor.file}' is not what was written there; make the directory again")
+            wrong.append(
+                f"'{name}' in '{tensor.file}' is not what was written there; make the directory again, or remove "
+                f"{CHECKSUMS} if it was changed on purpose"
+            )
         elif not all(torch.isfinite(bound) for bound in values.aminmax()):
             wrong.append(f"'{name}' in '{tensor.file}' holds values that are no numbers; fetch it again")
         advance(tensor.nbytes)
