@@ -12,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", help="Hugging Face directory or name (import), Megatron checkpoint (export)")
     parser.add_argument("output", help="directory to create; it must not exist yet")
+    parser.add_argument(
+        "--format",
+        choices=("ar", "tri-mode"),
+        default="ar",
+        help="of an export: ar, the family's own; tri-mode, with code that decodes in every mode (default: ar)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -21,5 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     prepare()
     from nemodiff_train.conversion.huggingface import export_checkpoint, import_checkpoint
 
-    convert = import_checkpoint if arguments.direction == "import" else export_checkpoint
-    convert(arguments.source, arguments.output)
+    if arguments.direction == "import":
+        import_checkpoint(arguments.source, arguments.output)
+    else:
+        export_checkpoint(arguments.source, arguments.output, arguments.format)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from nemodiff_train.console import console, quiet
+from nemodiff_train.conversion.automodel.directory import add_code, tri_mode_settings
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.pretrained import auto_bridge, hf_config, is_megatron_checkpoint, model_from
@@ -27,6 +28,8 @@ def import_checkpoint(source: str, output: str) -> None:
     Raises:
         UserError: No such model, an unsupported architecture, damaged weights, or existing output.
     """
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
     from megatron.bridge.training.model_load_save import save_megatron_model
 
     from nemodiff_train.decoding.loading import lay_out, start_model_parallel
@@ -41,30 +44,36 @@ def import_checkpoint(source: str, output: str) -> None:
         lay_out(provider)
         provider.finalize()
         models = provider.provide_distributed_model(wrap_with_ddp=False)
-        auto_bridge(hf_config(source)).load_hf_weights(models, hf_path=source)
-        save_megatron_model(models, str(partial), hf_tokenizer_path=source)
+        pretrained = PreTrainedCausalLM.from_pretrained(source)
+        pretrained.config = hf_config(source)  # Bridge would run the code of a directory that has its own
+        AutoBridge(pretrained).load_hf_weights(models)
+        own_code = {"trust_remote_code": False}  # never run; without this, Transformers would ask
+        save_megatron_model(models, str(partial), hf_tokenizer_path=source, hf_tokenizer_kwargs=own_code)
     console.print(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
 
 
-def export_checkpoint(source: str, output: str) -> None:
-    """Make an ordinary Hugging Face directory of a Megatron checkpoint.
-
-    Any server of the model's family loads it; the weights are the joint ones, decoded as an AR model.
+def export_checkpoint(source: str, output: str, format: str = "ar") -> None:
+    """Make a Hugging Face directory of a Megatron checkpoint.
 
     Args:
         source: A Megatron checkpoint of this project (the newest iteration is taken).
         output: Directory to create.
+        format: ``ar``, which any server of the model's family loads: the weights are the joint ones, decoded as
+            an AR model. ``tri-mode``: the same weights with code that decodes in every mode.
 
     Raises:
-        UserError: No checkpoint, or existing output.
+        UserError: No checkpoint, existing output, or ``tri-mode`` of a model without a mask token.
     """
     from nemodiff_train.decoding.loading import load_for_decoding, open_checkpoint, tokenizer_directory
 
     _check_alone()
-    open_checkpoint(source)
+    provider = open_checkpoint(source)
+    settings = tri_mode_settings(provider, provider.hf_config) if format == "tri-mode" else None
     with _complete_or_absent(Path(output)) as partial, quiet(), console.status(f"exporting {source}"):
         (model,) = load_for_decoding(source)
         write_hf_directory(model, tokenizer_directory(source), partial)
+        if settings:
+            add_code(partial, settings)
     console.print(f"exported [bold]{source}[/bold] to [bold]{output}[/bold]")
 
 

@@ -8,6 +8,7 @@ from megatron.bridge import AutoBridge
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
+from nemodiff_train.conversion.automodel.directory import MODEL_TYPE, restore
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider, forget_layout, tri_mode
 
@@ -25,6 +26,9 @@ def model_from(source: str) -> TriModeModelProvider:
         return _megatron_model(Path(source))
     provider = model_like(hf_config(source))
     provider.hf_generation_config = _generation_config(source)
+    settings, _ = PretrainedConfig.get_config_dict(source)
+    if settings.get("model_type") == MODEL_TYPE:
+        restore(provider, settings)
     return provider
 
 
@@ -59,7 +63,7 @@ def supported_architectures() -> tuple[str, ...]:
 
 
 def hf_config(source: str) -> PretrainedConfig:
-    """The Hugging Face configuration in a directory or of a name.
+    """The Hugging Face configuration in a directory or of a name; the AR family's, of a tri-mode one.
 
     Raises:
         UserError: There is none.
@@ -68,6 +72,9 @@ def hf_config(source: str) -> PretrainedConfig:
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"'{source}' is no checkpoint: it has neither config.json nor iter_* folders")
     try:
+        settings, _ = PretrainedConfig.get_config_dict(source)
+        if settings.get("model_type") == MODEL_TYPE:  # its code need not be run to know the family
+            return AutoConfig.for_model(**settings["text_config"])
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from nemodiff_train.conversion.automodel.directory import is_tri_mode
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
@@ -29,7 +30,13 @@ def check(config: TriModeConfig, world_size: int) -> None:
     if problems:
         raise UserError("; ".join(problems))
     if config.checkpoint.pretrained_checkpoint:
-        check_weights(Path(config.checkpoint.pretrained_checkpoint))
+        start = Path(config.checkpoint.pretrained_checkpoint)
+        check_weights(start)
+        if is_tri_mode(start):
+            raise UserError(
+                f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
+                "'nemodiff convert import' and start from that"
+            )
     _check_data(config)
 
 

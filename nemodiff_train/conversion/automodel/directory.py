@@ -1,0 +1,84 @@
+"""What makes an AR family's Hugging Face directory one that decodes itself."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.provider import TriModeModelProvider
+
+ARCHITECTURE, MODEL_TYPE = "TriModeModel", "tri_mode"
+
+_FOLDER = Path(__file__).parent
+_CODE = ("configuration_tri_mode.py", "modeling_tri_mode.py")
+_MODEL = f"modeling_tri_mode.{ARCHITECTURE}"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_tri_mode.TriModeConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+}
+
+
+def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a directory that decodes itself.
+
+    Args:
+        provider: The model.
+        family: The ``config.json`` of its AR family; the names and shapes of the weights stay those it has.
+
+    Raises:
+        UserError: The model has no mask token.
+    """
+    if provider.mask_token_id is None:
+        raise UserError(
+            "--format tri-mode needs a mask token, and this checkpoint has had no joint stage; use --format ar"
+        )
+    return {
+        "architectures": [ARCHITECTURE],
+        "auto_map": _AUTO_MAP,
+        "model_type": MODEL_TYPE,
+        "dtype": family.get("dtype"),
+        "mask_token_id": provider.mask_token_id,
+        "block_size": provider.block_size,
+        "shift": provider.shift,
+        "clean_half": provider.clean_half,
+        "text_config": family,
+    }
+
+
+def add_code(directory: Path, settings: dict[str, Any]) -> None:
+    """Make a directory with weights and tokenizer one that decodes itself: configuration, code and a model card.
+
+    Args:
+        directory: The family's own directory.
+        settings: What :func:`tri_mode_settings` made.
+    """
+    (directory / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    for name in _CODE:
+        shutil.copyfile(_FOLDER / name, directory / name)
+    card = Template((_FOLDER / "card.md.j2").read_text(), undefined=StrictUndefined, keep_trailing_newline=True)
+    causal = settings["clean_half"] == "causal"
+    family = settings["text_config"]["architectures"][0]
+    (directory / "README.md").write_text(card.render(settings, family=family, causal=causal))
+
+
+def is_tri_mode(directory: Path) -> bool:
+    """Whether a Hugging Face directory decodes itself."""
+    file = directory / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+
+
+def restore(provider: TriModeModelProvider, settings: dict[str, Any]) -> None:
+    """Give a model the settings that its directory says it is decoded with.
+
+    Args:
+        provider: The model of the directory's AR family.
+        settings: The directory's ``config.json``.
+    """
+    provider.mask_token_id = settings["mask_token_id"]
+    provider.block_size = provider.largest_block = settings["block_size"]
+    provider.shift = settings["shift"]
+    provider.clean_half = settings["clean_half"]
