@@ -19,7 +19,7 @@ from tests import small
 
 MASK, BLOCK, NEW = 1, 8, 18
 THRESHOLD = 0.009  # of 320 tokens with random weights
-PROMPTS = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47], [100], [*range(20, 90)]]
+PROMPTS = [[20, 21, 22, 23], [30, 33, 36, 39, 41, 44, 47], [100], [*range(20, 90)]]
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
 
 
@@ -241,7 +241,7 @@ def test_rows_do_not_see_each_other(model: Any, method: str) -> None:
 def test_self_speculation_is_ar(model: Any, length: int, threshold: float) -> None:
     """With and without a thinking budget, whose end may fall on any place of a draft."""
     end, forced = 250, 0
-    for row, budget in itertools.product(range(2), (None, 0, 6, 7, 19, 20)):
+    for row, budget in itertools.product(range(2), (None, 0, 7, 19, 20)):
         prompt = torch.randint(20, 220, (1, 3 + row), generator=torch.Generator().manual_seed(row))
         thinking = {"max_thinking_tokens": budget, "end_think_token_id": end}
         tokens, nfe = model.ar_generate(prompt, 20, **thinking)
@@ -252,7 +252,7 @@ def test_self_speculation_is_ar(model: Any, length: int, threshold: float) -> No
             place = tokens[0, 3 + row :].tolist().index(end)
             assert place <= budget
             forced += place == budget
-    assert forced > 4
+    assert forced > 3
 
 
 @pytest.mark.parametrize("budget", [0, 5, 8, 20])
@@ -279,7 +279,7 @@ def test_the_mask_token_is_never_predicted(model: Any) -> None:
         return output
 
     hook = model.lm_head.register_forward_hook(prefer)
-    prompt = torch.tensor([PROMPTS[2]])
+    prompt = torch.tensor([PROMPTS[1]])
     found = [
         model.ar_generate(prompt, 20),
         model.generate(prompt, 20, threshold=0.5),
@@ -292,11 +292,11 @@ def test_the_mask_token_is_never_predicted(model: Any) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
 def test_sampled_self_speculation_is_distributed_as_ar(model: Any, threshold: float) -> None:
-    """The first two new tokens of 400 draws over two tokens, against the exact probabilities."""
+    """The first two new tokens of 250 draws over two tokens, against the exact probabilities."""
     bias = torch.full((model.config.vocab_size,), -torch.inf)
     bias[20:22] = 0.0
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: output * 0.5 + bias)
-    prompt, draws, expected = torch.tensor([PROMPTS[0]]), 400, {}
+    prompt, draws, expected = torch.tensor([PROMPTS[0]]), 250, {}
     with torch.no_grad():
         first = model(prompt).logits[0, -1].softmax(-1)
         for a in (20, 21):
