@@ -31,7 +31,8 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
     active = torch.arange(len(rows), device=session.device)
     while True:
         ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()], device=session.device)
-        steps = denoise(session, active, blocks, sampler, ends)
+        starts = torch.tensor([known[row] for row in active.tolist()], device=session.device)
+        steps = denoise(session, active, blocks, sampler, starts, ends)
         for place, row in enumerate(active.tolist()):
             new = slice(known[row], int(ends[place]))
             rows[row].extend(blocks[place, new].tolist(), steps[place, new].tolist())
@@ -84,7 +85,13 @@ def _open_whole_blocks(
 
 
 def denoise(
-    session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, ends: Tensor, stops: bool = True
+    session: Session,
+    rows: Tensor,
+    blocks: Tensor,
+    sampler: Sampler,
+    starts: Tensor,
+    ends: Tensor,
+    stops: bool = True,
 ) -> Tensor:
     """Fill one block a row in place; a row leaves the batch when its block is settled.
 
@@ -92,6 +99,7 @@ def denoise(
         rows: [batch] rows of the session.
         blocks: [batch, block] tokens, masks where they are still to be found.
         sampler: Chooses tokens; its settings name the policy.
+        starts: [batch] place of each block from which it is new; before, a stop token ends nothing.
         ends: [batch] place of each block from which nothing is asked for.
         stops: Whether a row is settled once there is no mask before its first stop token.
 
@@ -102,7 +110,8 @@ def denoise(
     assert mask is not None  # decode() refuses models without one
     calls = torch.tensor([session.calls(row) for row in rows.tolist()], device=blocks.device)
     steps = calls[:, None].repeat(1, blocks.shape[1])
-    wanted = torch.arange(blocks.shape[1], device=blocks.device) < ends[:, None]
+    places = torch.arange(blocks.shape[1], device=blocks.device)
+    wanted = (places >= starts[:, None]) & (places < ends[:, None])
     ends_row = sampler.settings.stop_token_ids if stops else frozenset()
     step = 0
     while True:
@@ -122,7 +131,7 @@ def denoise(
 def _unsettled(blocks: Tensor, wanted: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
     """[batch] rows with a wanted mask before their first stop token (or any, without a stop token)."""
     masked = (blocks == mask) & wanted
-    stopped = torch.isin(blocks, torch.tensor(sorted(stops), device=blocks.device)) if stops else masked & False
+    stopped = torch.isin(blocks, torch.tensor(sorted(stops), dtype=blocks.dtype, device=blocks.device)) & wanted
     before_stop = stopped.cumsum(1) == 0
     return (masked & before_stop).any(1)
 

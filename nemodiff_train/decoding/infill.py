@@ -54,7 +54,8 @@ def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
             session.forward(torch.tensor([filled[done:start]], device=session.device), row, "prefill", causal=True)
             session.commit(row, start - done)
         block = torch.tensor([filled[start : start + size]], device=session.device)
-        settled = denoise(session, row, block, sampler, torch.tensor([size], device=session.device), stops=False)
+        bounds = torch.tensor([[0], [size]], device=session.device)
+        settled = denoise(session, row, block, sampler, bounds[0], bounds[1], stops=False)
         for offset, (token, step) in enumerate(zip(block[0].tolist(), settled[0].tolist(), strict=True)):
             if filled[start + offset] == mask:
                 filled[start + offset], steps[start + offset] = token, step

@@ -175,8 +175,9 @@ class TriModeModel(PreTrainedModel):
             known = text.shape[1] - start  # of a first whole block: the prompt's end
             block[:, :known] = text[:, start:]
             block[:, known:] = thinking.closed(block[:, known:], text[:, length:])
-            wanted = (torch.arange(size, device=text.device) < end - start) & ~stops.met(text[:, length:])[:, None]
-            todo = session.denoise(block, wanted, threshold, temperature, stops, known)
+            place = torch.arange(size, device=text.device)
+            wanted = (place >= known) & (place < end - start) & ~stops.met(text[:, length:])[:, None]
+            todo = session.denoise(block, wanted, threshold, temperature, stops)
             text = torch.cat([text[:, :start], todo], dim=1)[:, :end]
             start += size
             if start >= end or stops.all_met(text[:, length:]):
@@ -318,17 +319,15 @@ class _Session:
         threshold: float | None,
         temperature: float,
         stops: "_Stops | None" = None,
-        known: int = 0,
     ) -> Tensor:
         """Fill the masks of a block; nothing of it stays in the cache.
 
         Args:
             block: [batch, places] token ids.
-            wanted: [batch, places] masks that may be filled; others are left.
+            wanted: [batch, places] what is asked for; masks elsewhere are left.
             threshold: Probability from which a place is fixed; None for one place a forward.
             temperature: Of the draws.
             stops: A row is left alone once it has one of these and no mask before it.
-            known: Places of the prompt at the beginning of the block, where a stop token means nothing.
 
         Returns:
             The filled block.
@@ -336,8 +335,7 @@ class _Session:
         while True:
             hidden = (block == self.mask_token_id) & wanted
             if stops:
-                stopped = stops.among(block)
-                stopped[:, :known] = False
+                stopped = stops.among(block) & wanted  # in the prompt's end it means nothing
                 hidden &= (hidden & (stopped.cumsum(1) == 0)).any(1, keepdim=True)
             if not hidden.any():
                 return block
