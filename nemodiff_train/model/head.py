@@ -1,0 +1,97 @@
+"""The output layer and its cross-entropy, at the places that carry loss, a chunk of them at a time."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+# Logits that exist at once, on a rank: 128 MiB in fp32.
+ENTRIES = 2**25
+
+
+def token_losses(states: Tensor, labels: Tensor, places: Tensor, layer: Any, table: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the output layer's logits.
+
+    In the noisy half only masked places carry loss, about every second one: to leave out the others is half of
+    its logits.  And of a large vocabulary the logits of all places at once would be the largest thing in memory.
+
+    Args:
+        states: [positions, batch, hidden] final hidden states; under sequence parallel this rank's positions.
+        labels: [batch, positions] token ids.
+        places: [n] indices into the flattened ``labels`` of the places that carry loss.
+        layer: The model's ``ColumnParallelLinear``.
+        table: [vocab / tensor-parallel size, hidden] weight, where it is not the layer's own.
+
+    Returns:
+        [batch, positions] in nats, fp32; 0 where no loss is carried.
+    """
+    if layer.sequence_parallel:
+        states = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=layer.tp_group)
+    else:
+        states = copy_to_tensor_model_parallel_region(states, group=layer.tp_group)
+    chosen = states[places % len(states), places // len(states)]
+    table = layer.weight if table is None else table
+    found: Tensor = _CrossEntropy.apply(chosen, table, labels.flatten()[places], layer.tp_group)
+    losses = torch.zeros(labels.numel(), device=labels.device)
+    return losses.index_put((places,), found).view(labels.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy over a vocabulary that tensor-parallel ranks hold in parts; logits are made again backward."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Args: [n, hidden] states, [vocab / ranks, hidden] weight, [n] targets. Returns [n] nats, fp32."""
+        ctx.group, ctx.rows = group, max(1, ENTRIES // len(table))
+        losses = torch.empty(len(states), device=states.device)
+        norms = torch.empty_like(losses)
+        parts = (each.split(ctx.rows) for each in (states, targets, losses, norms))
+        for part, target, loss, norm in zip(*parts, strict=True):
+            logits = _logits(part, table)
+            largest = _over_ranks(logits.amax(-1), dist.ReduceOp.MAX, group)
+            own, held = _held(target, table, group)
+            of_target = logits.gather(-1, own[:, None])[:, 0].mul_(held)
+            total = logits.sub_(largest[:, None]).exp_().sum(-1)
+            both = _over_ranks(torch.stack([of_target, total]), dist.ReduceOp.SUM, group)
+            norm.copy_(both[1].log() + largest)
+            loss.copy_(norm - both[0])
+        ctx.save_for_backward(states, table, targets, norms)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """The gradient of the logits is softmax - one-hot."""
+        states, table, targets, norms = ctx.saved_tensors
+        of_states = torch.empty_like(states)
+        of_table = torch.zeros_like(table, dtype=torch.float32)
+        parts = (each.split(ctx.rows) for each in (states, targets, norms, gradient, of_states))
+        for part, target, norm, scale, of_part in zip(*parts, strict=True):
+            logits = _logits(part, table).sub_(norm[:, None]).exp_()
+            own, held = _held(target, table, ctx.group)
+            logits.scatter_add_(-1, own[:, None], -held[:, None])
+            logits = logits.mul_(scale[:, None]).to(table.dtype)
+            torch.mm(logits, table, out=of_part)
+            of_table += logits.T @ part
+        return of_states, of_table.to(table.dtype), None, None
+
+
+def _logits(states: Tensor, table: Tensor) -> Tensor:
+    return (states @ table.T).float()
+
+
+def _held(targets: Tensor, table: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Row of each target in this rank's part of the vocabulary, and 1 where it is there (else 0, and row 0)."""
+    own = targets - group.rank() * len(table)
+    held = (own >= 0) & (own < len(table))
+    return own * held, held.float()
+
+
+def _over_ranks(values: Tensor, how: Any, group: dist.ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        dist.all_reduce(values, how, group=group)
+    return values
