@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -182,9 +183,10 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> 
 
 def run_without_fusions(provider: TriModeModelProvider) -> None:
     """Turn off the kernels that need CUDA extensions, for a machine that lacks them."""
+    # Megatron's SwiGLU is one function in plain torch, which keeps its input alone for the backward pass.
+    provider.bias_activation_fusion = provider.gated_linear_unit and provider.activation_func is F.silu
     for name in (
         "apply_rope_fusion",
-        "bias_activation_fusion",
         "bias_dropout_fusion",
         "cross_entropy_loss_fusion",
         "gradient_accumulation_fusion",
