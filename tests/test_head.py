@@ -28,7 +28,7 @@ def test_losses_and_gradients(
 
     torch.manual_seed(0)
     positions, batch, hidden, vocabulary = 12, 3, 8, 50
-    monkeypatch.setattr(head, "ENTRIES", rows * vocabulary)
+    monkeypatch.setitem(head.ROWS, "cpu", rows)
     states = torch.randn(positions, batch, hidden, requires_grad=True)
     table = torch.randn(vocabulary, hidden, requires_grad=True)
     labels = torch.randint(vocabulary, (batch, positions))
@@ -55,7 +55,7 @@ def test_only_what_carries_loss_has_logits(
 ) -> None:
     from nemodiff_train.model import head
 
-    monkeypatch.setattr(head, "ENTRIES", 4 * 50)
+    monkeypatch.setitem(head.ROWS, "cpu", 4)
     seen: list[int] = []
     plain = head._logits
     monkeypatch.setattr(head, "_logits", lambda part, table: (seen.append(len(part)), plain(part, table))[1])

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-# Logits that exist at once, on a rank: 128 MiB in fp32.
-ENTRIES = 2**25
+# Places whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache.
+ROWS = {"cuda": 512, "cpu": 128}
 
 
 def token_losses(states: Tensor, labels: Tensor, places: Tensor, layer: Any, table: Tensor | None = None) -> Tensor:
@@ -47,7 +47,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Args: [n, hidden] states, [vocab / ranks, hidden] weight, [n] targets. Returns [n] nats, fp32."""
-        ctx.group, ctx.rows = group, max(1, ENTRIES // len(table))
+        ctx.group, ctx.rows = group, ROWS[states.device.type]
         losses = torch.empty(len(states), device=states.device)
         norms = torch.empty_like(losses)
         parts = (each.split(ctx.rows) for each in (states, targets, losses, norms))
@@ -76,7 +76,10 @@ class _CrossEntropy(torch.autograd.Function):
             logits.scatter_add_(-1, own[:, None], -held[:, None])
             logits = logits.mul_(scale[:, None]).to(table.dtype)
             torch.mm(logits, table, out=of_part)
-            of_table += logits.T @ part
+            if table.dtype == torch.float32:
+                of_table.addmm_(logits.T, part)
+            else:
+                of_table += logits.T @ part
         return of_states, of_table.to(table.dtype), None, None
 
 
