@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 console = Console(stderr=True, highlight=False)
@@ -48,4 +50,22 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
         TimeRemainingColumn(),
         console=console,
         disable=not (is_main_process() if shown is None else shown),
+    )
+
+
+def bytes_bar() -> Progress:
+    """A progress bar in the project's style that counts bytes, and says how many a second; gone when done.
+
+    Only for a terminal: into a file it would write one line a bar, which says nothing there.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (is_main_process() and console.is_interactive),
     )

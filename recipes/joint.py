@@ -15,7 +15,7 @@ def recipe(
     tokenizer: str,
     data: str,
     output: str,
-    mask_token: str = "<|fim_pad|>",
+    mask_token: str | None = None,
     objective: str = "nemotron",
 ) -> TriModeConfig:
     """Joint training with a published objective.
@@ -25,7 +25,8 @@ def recipe(
         tokenizer: Its Hugging Face tokenizer.
         data: Prefix of a data set made by 'nemodiff data prepare'.
         output: The run's folder.
-        mask_token: A token of the tokenizer that never occurs in the data.
+        mask_token: A token of the tokenizer that never occurs in the data, such as Qwen's ``<|fim_pad|>``; None for
+            the one that the checkpoint or else the tokenizer has.
         objective: One of the presets of docs/objectives.md.
     """
     model = model_from(start_from)

@@ -189,3 +189,10 @@ def exchange(size: int) -> dict[str, Any]:
         "clean": 2 * length * kv_heads * width * key.element_size(),
         "difference": float((found - expected[mine]).abs().max()),
     }
+
+
+def convert(commands: list[list[str]]) -> dict[str, Any]:
+    """Run ``nemodiff convert`` commands one after another on the whole gang; returns their exit codes."""
+    from nemodiff_train.cli import main
+
+    return {"codes": [main(["convert", *words]) for words in commands]}

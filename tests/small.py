@@ -1,5 +1,6 @@
 """Small real things for tests: models, tokenizers, data, recipes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,103 @@ def qwen3(directory: Path, mask_row: float = 1.0, **changes: Any) -> None:
     _save(Qwen3ForCausalLM, Qwen3Config(**{**_sizes(64), **changes}), directory, mask_row)
 
 
+def qwen2(directory: Path, **changes: Any) -> None:
+    """A random Qwen 2.5: biases of queries, keys and values, a tied output layer, no norms of heads."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {name: value for name, value in _sizes(64).items() if name != "head_dim"}
+    _save(Qwen2ForCausalLM, Qwen2Config(**{**sizes, "tie_word_embeddings": True, **changes}), directory)
+
+
+def llama3(directory: Path, **changes: Any) -> None:
+    """A random Llama 3 with its rope scaling."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    _save(LlamaForCausalLM, LlamaConfig(**{**_sizes(64), "rope_parameters": rope, **changes}), directory)
+
+
+def mistral(directory: Path, **changes: Any) -> None:
+    """A random Mistral without a sliding window."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**{**_sizes(64), "head_dim": 32, "sliding_window": None, **changes})
+    _save(MistralForCausalLM, config, directory)
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
 def ministral3(directory: Path, **changes: Any) -> None:
     """A random Ministral 3 text model: YaRN, a query scale, a head size that is not hidden / heads."""
     from transformers import Ministral3Config, Ministral3ForCausalLM
 
-    rope = {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 16.0,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "llama_4_scaling_beta": 0.1,
-    }
-    config = Ministral3Config(**{**_sizes(48), "rope_parameters": rope, **changes})
+    config = Ministral3Config(**{**_sizes(48), "rope_parameters": YARN, **changes})
     _save(Ministral3ForCausalLM, config, directory)
+
+
+def ministral3_vision(directory: Path, **changes: Any) -> None:
+    """A random Ministral 3 as it is published: a language model beside a vision tower."""
+    from transformers import Ministral3Config, Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
+
+    sizes = _sizes(48)
+    dtype = sizes.pop("dtype")
+    text = Ministral3Config(**{**sizes, "rope_parameters": YARN, **changes})
+    vision = PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=16,
+        image_size=64,
+        patch_size=16,
+    )
+    config = Mistral3Config(text_config=text, vision_config=vision, dtype=dtype, tie_word_embeddings=False)
+    _save(Mistral3ForConditionalGeneration, config, directory)
+
+
+def nemotron(directory: Path, dtype: str = "float32", **changes: Any) -> None:
+    """A random NemotronLabsDiffusion directory: a Ministral 3 under other names, and a configuration of its own."""
+    from safetensors.torch import load_file, save_file
+
+    ministral3(directory, dtype=dtype)
+    renamed = {
+        name.replace("model.", "encoder.").replace("lm_head.", "diffusion_head."): tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    sizes = {name: value for name, value in _sizes(48).items() if name not in ("dtype", "eos_token_id")}
+    settings = {
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "model_type": "nemotron_labs_diffusion",
+        "torch_dtype": dtype,
+        "rope_parameters": YARN,
+        "mask_token_id": 1,
+        "block_size": 16,
+        "eos_token_id": 11,
+        **sizes,
+        **changes,
+    }
+    (directory / "config.json").write_text(json.dumps(settings))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
 
 
 def _sizes(hidden: int) -> dict[str, Any]:
@@ -68,12 +149,26 @@ def _sizes(hidden: int) -> dict[str, Any]:
 
 def _save(model_class: Any, config: Any, directory: Path, mask_row: float = 1.0) -> None:
     torch.manual_seed(1)
-    model = model_class(config)
+    model = model_class(config).to(config.dtype)
     for parameter in model.parameters():  # norms of ones and weights of 0.02 would hide mistakes
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.get_input_embeddings().weight.data[1] *= mask_row
     model.save_pretrained(directory)
     tokenizer(directory)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Hugging Face directory."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    """Whether names, dtypes and every bit are the same."""
+    return before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
 
 
 def data(prefix: Path, documents: int = 100, length: int = 300) -> None:

@@ -152,7 +152,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemodiff_train.host import prepare
 
     prepare()
-    from nemodiff_train.conversion.huggingface import import_checkpoint
+    from nemodiff_train.conversion.importing import import_checkpoint
 
     folder = tmp_path_factory.mktemp("harness")
     small.qwen3(folder / "hf")

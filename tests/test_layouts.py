@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from tests import gang, matrix, small
 from tests.gang import Job
@@ -45,9 +46,38 @@ def _plan(folder: Path) -> list[Job]:
     for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
         arguments = {"checkpoint": f"{one}/checkpoints", "tensor": tensor, "pipeline": pipeline}
         jobs.append(Job(f"decode {tensor} {pipeline}", tensor * pipeline, "jobs:decode", arguments))
+    jobs += _conversions(folder)
     for size in (2, 4):
         jobs.append(Job(f"exchange {size}", size, "jobs:exchange", {"size": size}))
     return jobs
+
+
+def _conversions(folder: Path) -> list[Job]:
+    """Checkpoints that four ranks write and read, with a vocabulary that two cannot share evenly."""
+    layout = ["--tensor-parallel", "2", "--pipeline-parallel", "2"]
+    jobs = []
+    for name in ("untied", "tied"):
+        source, split, one = (str(folder / f"{name}{part}") for part in ("", "-split", "-one"))
+        shards = ["--max-shard-size", "200KB"]
+        commands = [
+            ["import", source, split, *layout],
+            ["export", split, f"{split}-out", *shards, *layout],
+            ["export", one, f"{one}-out", *layout],
+        ]
+        jobs.append(Job(f"convert {name}", 1, "jobs:convert", {"commands": [["import", source, one]]}))
+        jobs.append(Job(f"convert {name}, four ranks", 4, "jobs:convert", {"commands": commands}))
+        alone = [["export", split, f"{split}-alone"]]
+        jobs.append(Job(f"convert {name} back", 1, "jobs:convert", {"commands": alone}))
+    refused = [["import", str(folder / "damaged"), str(folder / "refused"), *layout]]
+    return [*jobs, Job("convert damaged", 4, "jobs:convert", {"commands": refused})]
+
+
+def _prepare_conversions(folder: Path) -> None:
+    for name in ("untied", "tied", "damaged"):
+        small.qwen3(folder / name, vocab_size=321, tie_word_embeddings=name == "tied")
+    damaged = small.weights(folder / "damaged")
+    damaged["model.norm.weight"][0] = float("nan")
+    save_file(damaged, folder / "damaged" / "model.safetensors")
 
 
 EVALUATED = [
@@ -62,7 +92,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     matrix.prepare(folder)
     small.qwen3(folder / "decayed", mask_row=0.01)
     small.ministral3(folder / "ministral3")
-    return gang.run(_plan(folder), folder)
+    _prepare_conversions(folder)
+    # What reads the results finds the folder with them.
+    return {"folder": folder} | gang.run(_plan(folder), folder)
 
 
 def steps(results: dict[str, Any], name: str) -> list[dict[str, float]]:
@@ -147,7 +179,7 @@ def test_the_ar_stage_with_documents_and_split(results: dict[str, Any]) -> None:
 def test_a_decayed_mask_row_is_reported(results: dict[str, Any]) -> None:
     assert "error" not in results["mask row"], results["mask row"]
     told = " ".join(results["mask row"]["console"].split())
-    assert "'<|mask|>' is 1." in told and "objective.mask_embedding_noise=1" in told
+    assert "mask token 1 is 1." in told and "objective.mask_embedding_noise=1" in told
     assert "mask_embedding_noise" not in results["loggers"]["console"]
 
 
@@ -195,3 +227,20 @@ def test_context_parallel_ranks_exchange_clean_keys_and_values_once(results: dic
     assert found["collectives"] == 1
     assert found["received"] <= found["clean"] * (size - 1) // size
     assert found["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_four_ranks_convert_as_one_does(results: dict[str, Any], name: str) -> None:
+    for job, commands in ((f"convert {name}", 1), (f"convert {name}, four ranks", 3), (f"convert {name} back", 1)):
+        assert "error" not in results[job], results[job]["error"]
+        assert results[job]["codes"] == [0] * commands
+    folder: Path = results["folder"]
+    before = small.weights(folder / name)
+    for output in ("split-out", "one-out", "split-alone"):
+        assert small.same(before, small.weights(folder / f"{name}-{output}")), output
+    assert len(list((folder / f"{name}-split-out").glob("*.safetensors"))) > 2
+
+
+def test_ranks_refuse_together(results: dict[str, Any]) -> None:
+    assert results["convert damaged"] == {"codes": [2]}
+    assert not list(results["folder"].glob("*refused*"))

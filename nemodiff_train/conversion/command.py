@@ -1,25 +1,136 @@
-"""``nemodiff convert import|export SOURCE OUTPUT``."""
+"""``nemodiff convert import|export|verify|inspect``."""
 
 import argparse
+from collections.abc import Callable
+
+from nemodiff_train.errors import UserError
+
+FORMATS = ("ar", "nemotron")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument(
-        "direction",
-        choices=("import", "export"),
-        help="import: Hugging Face to Megatron; export: Megatron to Hugging Face",
-    )
-    parser.add_argument("source", help="Hugging Face directory or name (import), Megatron checkpoint (export)")
+    """Arguments of the verb and of its actions."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+    _add_import(actions.add_parser("import", help="Hugging Face model to Megatron checkpoint"))
+    _add_export(actions.add_parser("export", help="Megatron checkpoint to Hugging Face directory"))
+    _add_verify(actions.add_parser("verify", help="compare two checkpoints, tensor by tensor and by their logits"))
+    inspect = actions.add_parser("inspect", help="say what a directory holds, and what would load it")
+    inspect.add_argument("path", help="Hugging Face directory or Megatron checkpoint")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="Hugging Face directory or name")
+    parser.add_argument("output", help="folder to create; it must not exist yet")
+    mask = parser.add_mutually_exclusive_group()
+    mask.add_argument("--mask-token", metavar="TOKEN|ID", help="token of the vocabulary that is to be the mask token")
+    mask.add_argument("--add-mask-token", metavar="TOKEN", help="token to add to the vocabulary as the mask token")
+    _add_layout(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="Megatron checkpoint; the newest iteration is taken")
     parser.add_argument("output", help="directory to create; it must not exist yet")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; by default the one that the model came in",
+    )
+    parser.add_argument("--remote-code", metavar="DIR", help="directory with the Python files of --format nemotron")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    _add_layout(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Convert; the output directory appears complete or not at all."""
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help="Hugging Face directory or Megatron checkpoint")
+    parser.add_argument("b", help="the other one")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference of a weight (default: 0, bit for bit)"
+    )
+    parser.add_argument("--prompt", default="The quick brown fox", help="text whose logits are compared")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each layer (default: 1)")
+    parser.add_argument(
+        "--pipeline-parallel", type=int, default=1, help="ranks that share the layers out (default: 1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, compare or describe; an output appears complete or not at all.
+
+    Returns:
+        0, or 1 where ``verify`` finds a difference.
+    """
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "import": _import,
+        "export": _export,
+        "verify": _verify,
+        "inspect": _inspect,
+    }
+    return actions[arguments.action](arguments)
+
+
+def _check_world(arguments: argparse.Namespace) -> None:
+    import os
+
+    world, ranks = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor_parallel * arguments.pipeline_parallel
+    if world != ranks:
+        raise UserError(
+            f"{world} processes were started, but --tensor-parallel {arguments.tensor_parallel} x "
+            f"--pipeline-parallel {arguments.pipeline_parallel} takes {ranks}; start that many with torchrun"
+        )
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.host import prepare
+
+    _check_world(arguments)
+    prepare()
+    from nemodiff_train.conversion.importing import import_checkpoint
+
+    import_checkpoint(
+        arguments.source,
+        arguments.output,
+        tensor_parallel=arguments.tensor_parallel,
+        pipeline_parallel=arguments.pipeline_parallel,
+        mask_token=arguments.mask_token,
+        add_mask_token=arguments.add_mask_token,
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.host import prepare
+
+    _check_world(arguments)
+    prepare()
+    from nemodiff_train.conversion.exporting import export_checkpoint
+
+    export_checkpoint(
+        arguments.source,
+        arguments.output,
+        format=arguments.format,
+        remote_code=arguments.remote_code,
+        max_shard_size=arguments.max_shard_size,
+        tensor_parallel=arguments.tensor_parallel,
+        pipeline_parallel=arguments.pipeline_parallel,
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     from nemodiff_train.host import prepare
 
     prepare()
-    from nemodiff_train.conversion.huggingface import export_checkpoint, import_checkpoint
+    from nemodiff_train.conversion.verify import verify
 
-    convert = import_checkpoint if arguments.direction == "import" else export_checkpoint
-    convert(arguments.source, arguments.output)
+    equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=arguments.prompt)
+    return 0 if equal else 1
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.conversion.inspection import inspect
+
+    inspect(arguments.path)
+    return 0

@@ -13,6 +13,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def open_model(
 
 def stop_tokens(provider: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, and those the model's configuration names."""
+    from nemodiff_train.model.pretrained import config_from
+
     found = {tokenizer.eos_token_id}
-    for source in (provider.hf_config, provider.hf_generation_config):
+    for source in (config_from(provider.hf_config).to_dict(), provider.hf_generation_config):
         named = source.get("eos_token_id")
         found.update(named if isinstance(named, list) else [named])
     return frozenset(token for token in found if token is not None)
@@ -77,8 +80,6 @@ def tokenizer_directory(checkpoint: str) -> Path:
     Raises:
         UserError: There is none.
     """
-    from nemodiff_train.model.pretrained import newest_iteration
-
     directory = newest_iteration(Path(checkpoint)) / "tokenizer"
     if not directory.is_dir():
         raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
@@ -101,12 +102,10 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     """
     from megatron.bridge.training.model_load_save import build_and_load_model
 
-    from nemodiff_train.model.pretrained import newest_iteration
-
     provider = open_checkpoint(checkpoint)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     lay_out(provider, tensor_parallel, pipeline_parallel)
-    models = build_and_load_model(str(newest_iteration(Path(checkpoint))), provider)
+    models = build_and_load_model(str(newest_iteration(Path(checkpoint)).absolute()), provider)
     return [model.eval() for model in (models if isinstance(models, list) else [models])]
 
 
@@ -116,7 +115,7 @@ def open_checkpoint(checkpoint: str) -> Any:
     Raises:
         UserError: It is no such checkpoint.
     """
-    from nemodiff_train.model.pretrained import is_megatron_checkpoint, model_from
+    from nemodiff_train.model.pretrained import model_from
 
     if not is_megatron_checkpoint(Path(checkpoint)):
         raise UserError(f"'{checkpoint}' is no Megatron checkpoint; make one with 'nemodiff convert import'")
@@ -134,6 +133,8 @@ def lay_out(provider: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1)
     provider.pipeline_model_parallel_size = pipeline_parallel
     provider.context_parallel_size = 1
     provider.virtual_pipeline_model_parallel_size = None
+    # Equal shares of the vocabulary: rows of no token where it does not divide, and none in one process.
+    provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
     provider.sequence_parallel = provider.perform_initialization = False
     if not prepare().cuda:
         provider.use_cpu_initialization = True

@@ -160,13 +160,13 @@ class Demo:
             raise UserError(f"training {recipe} failed; see {self.output}/{run}/train.log")
 
     def _export(self, run: str, directory: Path) -> None:
-        from nemodiff_train.conversion.huggingface import export_checkpoint
+        from nemodiff_train.conversion.exporting import export_checkpoint
 
         export_checkpoint(str(self.output / run / "checkpoints"), str(directory))
 
     def _evaluate_ar(self) -> float:
         """Accuracy of the AR model before the joint stage, from the exported directory."""
-        from nemodiff_train.conversion.huggingface import import_checkpoint
+        from nemodiff_train.conversion.importing import import_checkpoint
 
         checkpoint = self.output / "ar-imported"
         import_checkpoint(str(self.ar_model), str(checkpoint))

@@ -41,6 +41,7 @@ def _quiet_third_parties() -> None:
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the project shows its own bars
 
 
 @functools.cache

@@ -1,11 +1,20 @@
-"""Ministral 3 as a text model, which Bridge knows only inside its vision-language model."""
+"""Ministral 3 as a text model, and the two other kinds of directory that hold one.
 
+Bridge knows it inside its vision-language model, and in a diffusion model whose sizes it does not read
+from the file.  All three are one Megatron model; they differ in where its settings and tensors are.
+"""
+
+from typing import Any
+
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.mistral.mistral_bridge import MistralBridge
 from megatron.core.models.gpt.gpt_model import GPTModel
-from transformers import Ministral3ForCausalLM
+from transformers import AutoConfig, Ministral3Config, Ministral3ForCausalLM, Mistral3ForConditionalGeneration
+
+from nemodiff_train.model.families import NEMOTRON, VISION_LANGUAGE, stored_name
 
 
 @MegatronModelBridge.register_bridge(source=Ministral3ForCausalLM, target=GPTModel, model_type="ministral3")
@@ -14,6 +23,8 @@ class Ministral3TextBridge(MistralBridge):
 
     The query scale is not a matter of weights; :func:`nemodiff_train.model.provider.tri_mode` reads it.
     """
+
+    architecture = "Ministral3ForCausalLM"
 
     def provider_bridge(self, hf_pretrained: PreTrainedCausalLM) -> GPTModelProvider:
         """Megatron's configuration for the model.
@@ -25,3 +36,42 @@ class Ministral3TextBridge(MistralBridge):
         provider.gated_linear_unit = True
         provider.add_bias_linear = False
         return provider
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """Mistral's mappings, with the tensors' names in a directory of this architecture."""
+        mappings: list[Any] = list(super().mapping_registry())
+        for mapping in mappings:
+            named = mapping.hf_param
+            mapping.hf_param = (
+                stored_name(self.architecture, named)
+                if isinstance(named, str)
+                else {part: stored_name(self.architecture, name) for part, name in named.items()}
+            )
+        return MegatronMappingRegistry(*mappings)
+
+
+class NemotronLabsDiffusionConfig(Ministral3Config):
+    """Configuration of a NemotronLabsDiffusion model; the defaults hold where a file leaves a key out."""
+
+    model_type = "nemotron_labs_diffusion"
+
+    mask_token_id: int = -1
+    block_size: int = 32
+    dlm_paradigm: str = "bidirectional"
+
+
+AutoConfig.register("nemotron_labs_diffusion", NemotronLabsDiffusionConfig)
+
+
+@MegatronModelBridge.register_bridge(source=NEMOTRON, target=GPTModel, model_type="nemotron_labs_diffusion")
+class NemotronLabsDiffusionBridge(Ministral3TextBridge):
+    """A NemotronLabsDiffusion model; takes the place of Bridge's own, which assumes one rope scaling."""
+
+    architecture = NEMOTRON
+
+
+@MegatronModelBridge.register_bridge(source=Mistral3ForConditionalGeneration, target=GPTModel, model_type="mistral3")
+class Ministral3TowerBridge(Ministral3TextBridge):
+    """The language model of a vision-language Ministral 3; takes the place of Bridge's own, which has all of it."""
+
+    architecture = VISION_LANGUAGE

@@ -1,14 +1,18 @@
 """Where a model comes from: a Hugging Face directory or name, a Megatron checkpoint, or nothing yet."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from megatron.bridge import AutoBridge
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import NEMOTRON, VISION_LANGUAGE, ar_settings, architecture
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
 from nemodiff_train.model.provider import TriModeModelProvider, forget_layout, tri_mode
 
 
@@ -23,8 +27,14 @@ def model_from(source: str) -> TriModeModelProvider:
     """
     if is_megatron_checkpoint(Path(source)):
         return _megatron_model(Path(source))
-    provider = model_like(hf_config(source))
+    settings = stored_settings(source)
+    provider = _provider(config_from(ar_settings(settings)))
+    provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
     provider.hf_generation_config = _generation_config(source)
+    if architecture(settings) == NEMOTRON:
+        diffusion: Any = config_from(settings)
+        provider.block_size = provider.largest_block = diffusion.block_size
+        provider.mask_token_id = diffusion.mask_token_id if diffusion.mask_token_id >= 0 else None
     return provider
 
 
@@ -34,8 +44,13 @@ def model_like(config: PretrainedConfig) -> TriModeModelProvider:
     Raises:
         UserError: The architecture is not supported.
     """
-    provider = auto_bridge(config).to_megatron_provider(load_weights=False)
-    return tri_mode(provider, config.to_dict())
+    provider = _provider(config)
+    provider.hf_config = json.loads(config.to_json_string())
+    return provider
+
+
+def _provider(config: PretrainedConfig) -> TriModeModelProvider:
+    return tri_mode(auto_bridge(config).to_megatron_provider(load_weights=False), config.to_dict())
 
 
 def auto_bridge(config: PretrainedConfig) -> Any:
@@ -44,34 +59,68 @@ def auto_bridge(config: PretrainedConfig) -> Any:
     Raises:
         UserError: Bridge does not know the architecture; names it and those that are known to work.
     """
-    architecture = (config.architectures or ["no architecture"])[0]
+    name = (config.architectures or ["no architecture"])[0]
     if not AutoBridge.supports(config):
-        raise UserError(f"{architecture} is not supported; supported: {', '.join(supported_architectures())}")
+        raise _unsupported(name)
     try:
         return AutoBridge.from_hf_config(config)
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"{architecture} cannot be converted: {str(error).splitlines()[0]}") from None
+    except (ValueError, NotImplementedError):
+        raise _unsupported(name) from None
+
+
+def _unsupported(name: str) -> UserError:
+    return UserError(f"{name} is not supported; supported: {', '.join(supported_architectures())}")
 
 
 def supported_architectures() -> tuple[str, ...]:
     """Architectures whose conversion and training are tested here."""
-    return ("Qwen3ForCausalLM", "Ministral3ForCausalLM")
+    return (
+        "Qwen3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Ministral3ForCausalLM",
+        VISION_LANGUAGE,
+        NEMOTRON,
+    )
+
+
+def stored_settings(source: str) -> dict[str, Any]:
+    """The ``config.json`` in a directory or of a name, as it is written there.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    path = Path(source)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"'{source}' is no checkpoint: it has neither config.json nor iter_* folders")
+    file = path if path.exists() else Path(local_copy(source))
+    return read_json(file / "config.json")
+
+
+def config_from(settings: dict[str, Any]) -> PretrainedConfig:
+    """A ``config.json`` as Transformers understands it, with the defaults of what it leaves out.
+
+    Raises:
+        UserError: Transformers does not know the model without code that comes with it, which never runs here;
+            or a setting has the wrong type.
+    """
+    kind = str(settings.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise _unsupported(architecture(settings))
+    try:
+        return CONFIG_MAPPING[kind].from_dict(settings)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"config.json of {architecture(settings)}: {' '.join(str(error).split())}") from None
 
 
 def hf_config(source: str) -> PretrainedConfig:
     """The Hugging Face configuration in a directory or of a name.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or Transformers does not know the model.
     """
-    path = Path(source)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"'{source}' is no checkpoint: it has neither config.json nor iter_* folders")
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no Hugging Face model at '{source}' ({reason})") from None
+    return config_from(stored_settings(source))
 
 
 def local_copy(source: str) -> str:
@@ -89,37 +138,15 @@ def local_copy(source: str) -> str:
 
 
 def _generation_config(source: str) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = GenerationConfig.from_pretrained(source).to_diff_dict()
-    except OSError:  # many models have none
-        return {}
-    return config
-
-
-def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a Megatron checkpoint or a folder of them."""
-    return (path / "run_config.yaml").is_file() or any(path.glob("iter_*/run_config.yaml"))
-
-
-def newest_iteration(path: Path) -> Path:
-    """The newest ``iter_*`` folder of a Megatron checkpoint folder (or ``path``, if it is one itself).
-
-    Raises:
-        UserError: It is no Megatron checkpoint.
-    """
-    if (path / "run_config.yaml").is_file():
-        return path
-    found = sorted(path.glob("iter_*/run_config.yaml"))
-    if not found:
-        raise UserError(f"'{path}' is no Megatron checkpoint: it has no iter_*/run_config.yaml")
-    return found[-1].parent
+    file = Path(local_copy(source)) / "generation_config.json"
+    return read_json(file) if file.is_file() else {}  # many models have none
 
 
 def _megatron_model(path: Path) -> TriModeModelProvider:
     from megatron.bridge.training.model_load_save import load_model_config
 
     iteration = newest_iteration(path)
-    provider, _ = load_model_config(str(iteration))
+    provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
     forget_layout(provider)

@@ -84,7 +84,7 @@ class TriModeModelProvider(GPTModelProvider):
     query_scale_original_length: int = 16384
     """Positions from which the query scale leaves 1."""
     hf_config: dict[str, Any] = field(default_factory=dict)
-    """The Hugging Face configuration the weights came from; an export writes it back."""
+    """The ``config.json`` the weights came from, as it was written; an export writes it back."""
     hf_generation_config: dict[str, Any] = field(default_factory=dict)
     """The ``generation_config.json`` that came with it."""
 
@@ -120,7 +120,7 @@ def tri_mode(source: GPTModelProvider, hf_config: dict[str, Any]) -> TriModeMode
 
     Args:
         source: What ``AutoBridge.to_megatron_provider(load_weights=False)`` returned.
-        hf_config: The model's Hugging Face configuration as a dictionary.
+        hf_config: The model's Hugging Face configuration as a dictionary, complete with defaults.
 
     Raises:
         UserError: The family needs attention or layers that the method has not been given.
@@ -128,7 +128,7 @@ def tri_mode(source: GPTModelProvider, hf_config: dict[str, Any]) -> TriModeMode
     _refuse_unsupported(source, hf_config)
     known = {f.name for f in fields(TriModeModelProvider) if f.init} - {"transformer_layer_spec", "hf_config"}
     values = {f.name: getattr(source, f.name) for f in fields(source) if f.name in known}
-    provider = TriModeModelProvider(**values, hf_config=hf_config)
+    provider = TriModeModelProvider(**values)
     rope = hf_config.get("rope_parameters") or {}
     provider.query_scale_beta = rope.get("llama_4_scaling_beta") or 0.0
     if provider.query_scale_beta:
@@ -175,10 +175,30 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> 
         or "sliding_attention" in (hf_config.get("layer_types") or []),
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
+        _rope_in_words(hf_config): not _rope_is_known(source, hf_config.get("rope_parameters") or {}),
     }
     found = [reason for reason, present in reasons.items() if present]
     if found:
         raise UserError(f"{name} is not supported: it has {', '.join(found)}; use a dense GPT-like decoder.")
+
+
+def _rope_in_words(hf_config: dict[str, Any]) -> str:
+    return f"rope scaling '{(hf_config.get('rope_parameters') or {}).get('rope_type')}' in a form that Megatron lacks"
+
+
+def _rope_is_known(source: GPTModelProvider, rope: dict[str, Any]) -> bool:
+    """Whether Megatron turns positions into angles as Transformers does; Bridge leaves out what it does not know."""
+    match rope.get("rope_type", "default"):
+        case "default":
+            return True
+        case "yarn":
+            return source.position_embedding_type == "yarn"
+        case "linear":
+            return source.seq_len_interpolation_factor is not None
+        case "llama3":  # the rest is fixed in Megatron-Core
+            fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+            return source.rope_scaling and all(rope.get(name) == value for name, value in fixed.items())
+    return False
 
 
 def run_without_fusions(provider: TriModeModelProvider) -> None:

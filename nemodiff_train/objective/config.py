@@ -25,8 +25,9 @@ class ObjectiveConfig:
     stage: Literal["ar", "joint"] = "joint"
     """``ar``: plain next-token training at L positions. ``joint``: [noisy views | clean]."""
 
-    mask_token: str = "<|mask|>"
-    """The tokenizer's token that stands for a hidden place. It must never occur in the text."""
+    mask_token: str | None = None
+    """The tokenizer's token that stands for a hidden place. It must never occur in the text. None for the one that
+    the checkpoint has, and the tokenizer's own mask token where the checkpoint has none."""
 
     seed: int = 1234
     """Noise is a pure function of this seed, the split, and the index of the sample."""

@@ -8,7 +8,7 @@ from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.pretrained import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
 

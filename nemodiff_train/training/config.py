@@ -142,23 +142,39 @@ class TriModeConfig(ConfigContainer):
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
 
     def find_mask_token(self) -> int:
-        """Id of ``objective.mask_token``.
+        """Id of the mask token: the checkpoint's, else the one ``objective.mask_token`` names, else the tokenizer's.
 
         Raises:
-            UserError: The tokenizer lacks it, or the model has no row for it.
+            UserError: There is none, the tokenizer lacks it, the model has no row for it, or the checkpoint has
+                another.
         """
-        token = self.objective.mask_token
+        own = self.model.mask_token_id
+        if own is not None and self.objective.mask_token is None:
+            return int(own)
         if not self.tokenizer.tokenizer_model:
             raise UserError("tokenizer.tokenizer_model is not set; give a Hugging Face directory or name")
-        identifier = load_tokenizer(str(self.tokenizer.tokenizer_model)).get_vocab().get(token)
+        tokenizer = load_tokenizer(str(self.tokenizer.tokenizer_model))
+        token = self.objective.mask_token or tokenizer.mask_token
+        if token is None:
+            raise UserError(
+                f"neither the checkpoint nor the tokenizer {self.tokenizer.tokenizer_model} has a mask token; "
+                "name one of its reserved tokens with objective.mask_token"
+            )
+        identifier = tokenizer.get_vocab().get(token)
         if identifier is None:
             raise UserError(
                 f"objective.mask_token '{token}' is not in the tokenizer {self.tokenizer.tokenizer_model}; "
                 "name one of its reserved tokens"
             )
+        if own not in (None, identifier):
+            raise UserError(
+                f"objective.mask_token '{token}' has id {identifier}, but the checkpoint's mask token is {own}; "
+                "leave objective.mask_token out"
+            )
         if identifier >= self.model.vocab_size:
             raise UserError(
                 f"objective.mask_token '{token}' has id {identifier}, outside the model's vocabulary of "
-                f"{self.model.vocab_size}; name a token below that"
+                f"{self.model.vocab_size}; name a token below that, or add one with "
+                "'nemodiff convert import --add-mask-token'"
             )
         return int(identifier)

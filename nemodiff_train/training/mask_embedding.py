@@ -42,9 +42,9 @@ class MaskEmbedding(Callback):
         mask, others = root_mean_squares(table, config.model.mask_token_id, config.model.vocab_size)
         if context.state.train_state.step == 0 and mask < DECAYED * others and dist.get_rank() == 0:
             console.print(
-                f"[yellow]the embedding of '{config.objective.mask_token}' is {mask / others:.1%} of the other rows' "
-                "size, which can make gradients large at high noise levels; objective.mask_embedding_noise=1 adds "
-                "noise to it early in training[/yellow]"
+                f"[yellow]the embedding of mask token {config.model.mask_token_id} is {mask / others:.1%} of the "
+                "other rows' size, which can make gradients large at high noise levels; "
+                "objective.mask_embedding_noise=1 adds noise to it early in training[/yellow]"
             )
         if config.objective.mask_embedding_noise:
             self._add_noise(context, table, first.attention_state.share, others)

@@ -11,7 +11,8 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 
-from nemodiff_train.model.pretrained import is_megatron_checkpoint, local_copy, newest_iteration
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.pretrained import local_copy
 
 
 def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> OptimizerConfig:

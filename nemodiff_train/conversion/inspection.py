@@ -1,0 +1,91 @@
+"""``nemodiff convert inspect``: what a folder holds, from its headers alone."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import NEMOTRON, ar_settings, architecture
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
+
+
+def inspect(path: str) -> None:
+    """Print a table on standard output.
+
+    Raises:
+        UserError: It is neither a Hugging Face directory nor a Megatron checkpoint, or its headers are damaged.
+    """
+    folder = Path(path)
+    if is_megatron_checkpoint(folder):
+        facts = _megatron(folder)
+    elif (folder / "config.json").is_file():
+        facts = _hugging_face(folder)
+    else:
+        raise UserError(f"'{path}' is no checkpoint: it has neither config.json nor iter_* folders")
+    table = Table(title=path, show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _hugging_face(folder: Path) -> dict[str, str]:
+    from nemodiff_train.conversion.weights import read_headers
+
+    settings = read_json(folder / "config.json")
+    stored = read_headers(folder)
+    files = {tensor.file for tensor in stored.values()}
+    size = decimal(sum(file.stat().st_size for file in files))
+    return {
+        "kind": "Hugging Face directory",
+        "architecture": architecture(settings),
+        **_sizes(ar_settings(settings)),
+        "weights": f"{size}, files: {len(files)}, tensors: {len(stored)}",
+        "dtype": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
+        "mask token": _mask_token(settings) if architecture(settings) == NEMOTRON else "none",
+        "next": f"nemodiff convert import {folder} OUTPUT",
+    }
+
+
+def _megatron(folder: Path) -> dict[str, str]:
+    iteration = newest_iteration(folder)
+    model = yaml.safe_load((iteration / "run_config.yaml").read_text())["model"]
+    files = list(iteration.rglob("*.distcp"))
+    layout = " x ".join(
+        f"{name} {model[f'{name}_model_parallel_size']}"
+        for name in ("tensor", "pipeline")
+        if f"{name}_model_parallel_size" in model
+    )
+    settings = model.get("hf_config") or {}
+    return {
+        "kind": "Megatron checkpoint",
+        "architecture": architecture(settings),
+        **_sizes(ar_settings(settings)),
+        "weights": f"{decimal(sum(file.stat().st_size for file in files))}, files: {len(files)}",
+        "saved by": f"{layout} (loads in any layout)",
+        "dtype": "bf16" if model.get("bf16") else "fp16" if model.get("fp16") else "fp32",
+        "mask token": _mask_token(model),
+        "training step": str(int(iteration.name.removeprefix("iter_"))),
+        "next": f"nemodiff generate {folder} PROMPT\nnemodiff convert export {folder} OUTPUT",
+    }
+
+
+def _sizes(settings: dict[str, Any]) -> dict[str, str]:
+    named = {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "key-value heads": "num_key_value_heads",
+        "vocabulary": "vocab_size",
+    }
+    return {"model": ", ".join(f"{settings[key]} {name}" for name, key in named.items() if key in settings)}
+
+
+def _mask_token(settings: dict[str, Any]) -> str:
+    identifier = settings.get("mask_token_id")
+    if identifier is None or identifier < 0:
+        return "none"
+    return f"id {identifier}, blocks of {settings.get('block_size', 32)}"

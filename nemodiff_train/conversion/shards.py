@@ -1,0 +1,130 @@
+"""Weights written as sharded safetensors, one tensor at a time.
+
+A safetensors file begins with a table of names, shapes and places, followed by plain bytes.  As shapes are
+known before the first tensor is at hand, the files are laid out first and filled in any order: no shard is
+ever held in memory, and several ranks can write at once.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, INDEX, checksum, raw
+from nemodiff_train.errors import UserError
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass
+class ShardWriter:
+    """A directory's weight files, laid out at once and filled tensor by tensor.
+
+    Args:
+        directory: Where the files go; it exists.
+        shapes: Names and shapes of all tensors.
+        dtype: Of all of them.
+        max_shard_size: Largest file, such as ``"5GB"``; a larger tensor has a file of its own.
+    """
+
+    directory: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    max_shard_size: str | int = "5GB"
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Of what this process has written."""
+
+    def __post_init__(self) -> None:
+        try:
+            plan = split_state_dict_into_shards_factory(
+                self.shapes,
+                get_storage_size=self.nbytes,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=self.max_shard_size,
+            )
+        except ValueError as error:
+            raise UserError(f"--max-shard-size {self.max_shard_size}: {error}") from None
+        self._files = plan.filename_to_tensors
+        self._file_of = plan.tensor_to_filename
+        self._sharded = plan.is_sharded
+        self._headers = {name: self._header(tensors) for name, tensors in self._files.items()}
+        self._offsets = dict(self._find_offsets())
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape."""
+        return self.dtype.itemsize * int(torch.Size(shape).numel())
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(self.nbytes, self.shapes.values()))
+
+    def owner(self, name: str, ranks: int) -> int:
+        """Which of several ranks is to write a tensor: files are dealt out in turn."""
+        return list(self._files).index(self._file_of[name]) % ranks
+
+    def lay_out(self) -> None:
+        """Make the files, complete but for the data, and the index; for one process."""
+        for name, tensors in self._files.items():
+            header = self._headers[name]
+            with (self.directory / name).open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                file.truncate(8 + len(header) + sum(self.nbytes(self.shapes[tensor]) for tensor in tensors))
+        if self._sharded:
+            index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self._file_of.items()))}
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Write one tensor at its place.
+
+        Raises:
+            ValueError: It has another shape or dtype than was planned.
+        """
+        if tuple(values.shape) != self.shapes[name] or values.dtype != self.dtype:
+            found, planned = (values.dtype, list(values.shape)), (self.dtype, list(self.shapes[name]))
+            raise ValueError(f"{name} is {found}, but {planned} was planned")
+        values = values.detach().cpu()
+        self.checksums[name] = checksum(values)
+        left, offset = raw(values), self._offsets[name]
+        descriptor = os.open(self.directory / self._file_of[name], os.O_WRONLY)
+        try:
+            while left:  # the kernel takes at most 2 GB a call
+                written = os.pwrite(descriptor, left, offset)
+                left, offset = left[written:], offset + written
+        finally:
+            os.close(descriptor)
+
+    def close(self, checksums: dict[str, str]) -> None:
+        """Record the checksums of all tensors; for one process, after all have written.
+
+        Raises:
+            ValueError: A tensor was never written.
+        """
+        if missing := sorted(set(self.shapes) - set(checksums)):
+            raise ValueError(f"{len(missing)} tensors were not written, such as {missing[0]}")
+        (self.directory / CHECKSUMS).write_text(json.dumps(dict(sorted(checksums.items())), indent=2) + "\n")
+
+    def _header(self, tensors: Iterable[str]) -> bytes:
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in tensors:
+            start, end = end, end + self.nbytes(self.shapes[name])
+            table[name] = {
+                "dtype": _NAMES[self.dtype],
+                "shape": list(self.shapes[name]),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(table, separators=(",", ":")).encode()
+        return text + b" " * (-len(text) % 8)  # data begin at a multiple of 8
+
+    def _find_offsets(self) -> Iterable[tuple[str, int]]:
+        for file, tensors in self._files.items():
+            offset = 8 + len(self._headers[file])
+            for name in tensors:
+                yield name, offset
+                offset += self.nbytes(self.shapes[name])

@@ -1,0 +1,41 @@
+"""What a folder on disk is, told without importing anything large."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemodiff_train.errors import UserError
+
+
+def is_megatron_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a Megatron checkpoint or a folder of them."""
+    return (path / "run_config.yaml").is_file() or any(path.glob("iter_*/run_config.yaml"))
+
+
+def newest_iteration(path: Path) -> Path:
+    """The newest ``iter_*`` folder of a Megatron checkpoint folder (or ``path``, if it is one itself).
+
+    Raises:
+        UserError: It is no Megatron checkpoint.
+    """
+    if (path / "run_config.yaml").is_file():
+        return path
+    found = sorted(path.glob("iter_*/run_config.yaml"))
+    if not found:
+        raise UserError(f"'{path}' is no Megatron checkpoint: it has no iter_*/run_config.yaml")
+    return found[-1].parent
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"'{file}' is no JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"'{file}' holds no settings; fetch it again")
+    return found
