@@ -57,7 +57,7 @@ def _conversions(folder: Path) -> list[Job]:
     layout = ["--tensor-parallel", "2", "--pipeline-parallel", "2"]
     jobs = []
     for name in ("untied", "tied"):
-        source, split, one = (str(folder / f"{name}{part}") for part in ("", "-split", "-one"))
+        source, split, one = (str(folder / f"uneven-{name}{part}") for part in ("", "-split", "-one"))
         shards = ["--max-shard-size", "200KB"]
         commands = [
             ["import", source, split, *layout],
@@ -68,16 +68,16 @@ def _conversions(folder: Path) -> list[Job]:
         jobs.append(Job(f"convert {name}, four ranks", 4, "jobs:convert", {"commands": commands}))
         alone = [["export", split, f"{split}-alone"]]
         jobs.append(Job(f"convert {name} back", 1, "jobs:convert", {"commands": alone}))
-    refused = [["import", str(folder / "damaged"), str(folder / "refused"), *layout]]
+    refused = [["import", str(folder / "uneven-damaged"), str(folder / "refused"), *layout]]
     return [*jobs, Job("convert damaged", 4, "jobs:convert", {"commands": refused})]
 
 
 def _prepare_conversions(folder: Path) -> None:
     for name in ("untied", "tied", "damaged"):
-        small.qwen3(folder / name, vocab_size=321, tie_word_embeddings=name == "tied")
-    damaged = small.weights(folder / "damaged")
+        small.qwen3(folder / f"uneven-{name}", vocab_size=321, tie_word_embeddings=name == "tied")
+    damaged = small.weights(folder / "uneven-damaged")
     damaged["model.norm.weight"][0] = float("nan")
-    save_file(damaged, folder / "damaged" / "model.safetensors")
+    save_file(damaged, folder / "uneven-damaged" / "model.safetensors")
 
 
 EVALUATED = [
@@ -235,10 +235,10 @@ def test_four_ranks_convert_as_one_does(results: dict[str, Any], name: str) -> N
         assert "error" not in results[job], results[job]["error"]
         assert results[job]["codes"] == [0] * commands
     folder: Path = results["folder"]
-    before = small.weights(folder / name)
+    before = small.weights(folder / f"uneven-{name}")
     for output in ("split-out", "one-out", "split-alone"):
-        assert small.same(before, small.weights(folder / f"{name}-{output}")), output
-    assert len(list((folder / f"{name}-split-out").glob("*.safetensors"))) > 2
+        assert small.same(before, small.weights(folder / f"uneven-{name}-{output}")), output
+    assert len(list((folder / f"uneven-{name}-split-out").glob("*.safetensors"))) > 2
 
 
 def test_ranks_refuse_together(results: dict[str, Any]) -> None:
