@@ -30,18 +30,18 @@ def test_losses_and_gradients(
     positions, batch, hidden, vocabulary = 12, 3, 8, 50
     monkeypatch.setitem(head.ROWS, "cpu", rows)
     states = torch.randn(positions, batch, hidden, requires_grad=True)
-    table = torch.randn(vocabulary, hidden, requires_grad=True)
+    table = torch.randn(vocabulary + 3, hidden, requires_grad=True)  # three rows of no token
     labels = torch.randint(vocabulary, (batch, positions))
     weights = torch.rand(batch, positions) * (torch.rand(batch, positions) < 0.6)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
     places = weights.flatten().nonzero()[:, 0]
 
-    found = head.token_losses(states, labels, places, layer)
+    found = head.token_losses(states, labels, places, vocabulary, layer)
     (found * weights).sum().backward()
     ours = found.detach(), states.grad, table.grad
     states.grad = table.grad = None
 
-    logits = (states.transpose(0, 1) @ table.T).flatten(0, 1)
+    logits = (states.transpose(0, 1) @ table[:vocabulary].T).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none").view(batch, positions)
     (expected * weights).sum().backward()
     theirs = torch.where(weights > 0, expected.detach(), 0.0), states.grad, table.grad
@@ -61,5 +61,5 @@ def test_only_what_carries_loss_has_logits(
     monkeypatch.setattr(head, "_logits", lambda part, table: (seen.append(len(part)), plain(part, table))[1])
     states, table = torch.randn(12, 3, 8), torch.randn(50, 8)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
-    head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), layer)
+    head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), 50, layer)
     assert seen == [4, 4, 1]

@@ -14,7 +14,9 @@ from torch import Tensor
 ROWS = {"cuda": 512, "cpu": 128}
 
 
-def token_losses(states: Tensor, labels: Tensor, places: Tensor, layer: Any, table: Tensor | None = None) -> Tensor:
+def token_losses(
+    states: Tensor, labels: Tensor, places: Tensor, vocabulary: int, layer: Any, table: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the output layer's logits.
 
     In the noisy half only masked places carry loss, about every second one: to leave out the others is half of
@@ -24,6 +26,7 @@ def token_losses(states: Tensor, labels: Tensor, places: Tensor, layer: Any, tab
         states: [positions, batch, hidden] final hidden states; under sequence parallel this rank's positions.
         labels: [batch, positions] token ids.
         places: [n] indices into the flattened ``labels`` of the places that carry loss.
+        vocabulary: Tokens; rows of the weight beyond them, which make equal shares, take no part.
         layer: The model's ``ColumnParallelLinear``.
         table: [vocab / tensor-parallel size, hidden] weight, where it is not the layer's own.
 
@@ -36,7 +39,9 @@ def token_losses(states: Tensor, labels: Tensor, places: Tensor, layer: Any, tab
         states = copy_to_tensor_model_parallel_region(states, group=layer.tp_group)
     chosen = states[places % len(states), places // len(states)]
     table = layer.weight if table is None else table
-    found: Tensor = _CrossEntropy.apply(chosen, table, labels.flatten()[places], layer.tp_group)
+    first = layer.tp_group.rank() * len(table)
+    targets = labels.flatten()[places] - first
+    found: Tensor = _CrossEntropy.apply(chosen, table[: vocabulary - first], targets, layer.tp_group)
     losses = torch.zeros(labels.numel(), device=labels.device)
     return losses.index_put((places,), found).view(labels.shape)
 
@@ -46,7 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Args: [n, hidden] states, [vocab / ranks, hidden] weight, [n] targets. Returns [n] nats, fp32."""
+        """Args: [n, hidden] states, [rows, hidden] weight, [n] targets among these rows or not. Returns [n] nats."""
         ctx.group, ctx.rows = group, ROWS[states.device.type]
         losses = torch.empty(len(states), device=states.device)
         norms = torch.empty_like(losses)
@@ -54,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
         for part, target, loss, norm in zip(*parts, strict=True):
             logits = _logits(part, table)
             largest = _over_ranks(logits.amax(-1), dist.ReduceOp.MAX, group)
-            own, held = _held(target, table, group)
+            own, held = _held(target, table)
             of_target = logits.gather(-1, own[:, None])[:, 0].mul_(held)
             total = logits.sub_(largest[:, None]).exp_().sum(-1)
             both = _over_ranks(torch.stack([of_target, total]), dist.ReduceOp.SUM, group)
@@ -72,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
         parts = (each.split(ctx.rows) for each in (states, targets, norms, gradient, of_states))
         for part, target, norm, scale, of_part in zip(*parts, strict=True):
             logits = _logits(part, table).sub_(norm[:, None]).exp_()
-            own, held = _held(target, table, ctx.group)
+            own, held = _held(target, table)
             logits.scatter_add_(-1, own[:, None], -held[:, None])
             logits = logits.mul_(scale[:, None]).to(table.dtype)
             torch.mm(logits, table, out=of_part)
@@ -87,11 +92,10 @@ def _logits(states: Tensor, table: Tensor) -> Tensor:
     return (states @ table.T).float()
 
 
-def _held(targets: Tensor, table: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Row of each target in this rank's part of the vocabulary, and 1 where it is there (else 0, and row 0)."""
-    own = targets - group.rank() * len(table)
-    held = (own >= 0) & (own < len(table))
-    return own * held, held.float()
+def _held(targets: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each target, and 1 where this rank has it (else row 0, and 0)."""
+    held = (targets >= 0) & (targets < len(table))
+    return targets * held, held.float()
 
 
 def _over_ranks(values: Tensor, how: Any, group: dist.ProcessGroup) -> Tensor:

@@ -104,6 +104,9 @@ class TriModeModelProvider(GPTModelProvider):
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> GPTModel:
         """Build this rank's part of the model."""
+        # Equal shares of the vocabulary: rows of no token where it does not divide, and none in one process.
+        # Bridge turns this off where the model's own vocabulary is larger than the tokenizer's.
+        self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
         state = AttentionState(share=share_of(context_group), context_group=context_group)

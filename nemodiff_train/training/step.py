@@ -88,9 +88,9 @@ class ForwardStep:
 
 def _losses(batch: Sample, **stage: Any) -> Tensor:
     """The cross-entropy of a micro-batch, in the place of Megatron's output layer and loss."""
-    return token_losses(
-        stage["hidden_states"], batch["labels"], batch["places"], stage["output_layer"], stage["output_weight"]
-    )
+    places, vocabulary = batch["places"], stage["config"].vocab_size
+    layer, table = stage["output_layer"], stage["output_weight"]
+    return token_losses(stage["hidden_states"], batch["labels"], places, vocabulary, layer, table)
 
 
 def _reduce(
