@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from nemodiff_train.errors import UserError
 
-FORMATS = ("ar", "nemotron")
+FORMATS = ("ar", "nemotron", "tri-mode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; by default the one that the model came in",
+        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; tri-mode: with code that decodes in every "
+        "mode; by default nemotron for a model that came as one, else ar",
     )
     parser.add_argument("--remote-code", metavar="DIR", help="directory with the Python files of --format nemotron")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")

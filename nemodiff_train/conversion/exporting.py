@@ -16,7 +16,7 @@ from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.decoding.loading import load_for_decoding, open_checkpoint, tokenizer_directory
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
+from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
 from nemodiff_train.model.pretrained import auto_bridge, config_from
 
 
@@ -62,6 +62,8 @@ def export_checkpoint(
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             copy_code(code, partial)
+            if finish := FORMATS[name].finish:
+                finish(partial, settings)
     if is_main_process():
         console.print(f"exported [bold]{source}[/bold] to [bold]{output}[/bold]")
         if FORMATS[name].needs_code and not code:
@@ -85,10 +87,11 @@ def tensors(models: list[Any], settings: dict[str, Any]) -> Iterator[tuple[str, 
     Yields:
         Names and tensors on the CPU; also a tied output layer.
     """
+    rows = ar_settings(settings)["vocab_size"]
     with_rows = {stored_name(architecture(settings), name) for name in VOCABULARY_TENSORS}
     for name, values in auto_bridge(config_from(settings)).export_hf_weights(models, cpu=True, show_progress=False):
         # Tensor-parallel ranks have equal shares of the vocabulary, so that there may be rows of no token.
-        yield name, values[: settings["vocab_size"]] if name in with_rows else values
+        yield name, values[:rows] if name in with_rows else values
 
 
 def _write_weights(models: list[Any], settings: dict[str, Any], writer: ShardWriter, description: str) -> None:

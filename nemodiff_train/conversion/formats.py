@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nemodiff_train.conversion.automodel.directory import add_code, tri_mode_settings
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import NEMOTRON, ar_settings, architecture
 from nemodiff_train.model.pretrained import config_from
@@ -27,7 +28,9 @@ class Format:
     settings: Callable[[TriModeModelProvider], dict[str, Any]]
     """The ``config.json`` for a model; refuses a model that the format cannot hold."""
     needs_code: bool = False
-    """Whether the directory is loaded by Python files beside the weights."""
+    """Whether the directory is loaded by Python files of its publisher."""
+    finish: Callable[[Path, dict[str, Any]], None] | None = None
+    """Adds what else belongs into the directory, given its ``config.json``."""
 
 
 def ar_format(provider: TriModeModelProvider) -> dict[str, Any]:
@@ -84,7 +87,20 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
     )
 
 
-FORMATS = {"ar": Format(ar_format), "nemotron": Format(nemotron_format, needs_code=True)}
+def tri_mode_format(provider: TriModeModelProvider) -> dict[str, Any]:
+    """A directory that decodes itself.
+
+    Raises:
+        UserError: The model has no mask token.
+    """
+    return tri_mode_settings(provider, ar_format(provider))
+
+
+FORMATS = {
+    "ar": Format(ar_format),
+    "nemotron": Format(nemotron_format, needs_code=True),
+    "tri-mode": Format(tri_mode_format, finish=add_code),
+}
 """What ``--format`` takes."""
 
 

@@ -20,7 +20,7 @@ from nemodiff_train.decoding.loading import lay_out, start_model_parallel
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
 from nemodiff_train.model.folders import is_megatron_checkpoint
-from nemodiff_train.model.pretrained import local_copy, model_from, stored_settings
+from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 
@@ -98,6 +98,7 @@ def load_weights(models: list[Any], source: str, description: str, token: MaskTo
         token: The chosen mask token, whose row is made where it is new.
     """
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
+    pretrained.config = hf_config(source)  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
         task = bar.add_task(description, total=sum(p.nbytes for model in models for p in model.parameters()))
         tables = {stored_name(architecture(stored_settings(source)), name) for name in VOCABULARY_TENSORS}
@@ -149,7 +150,10 @@ def _save(models: list[Any], partial: Path, source: str, token: MaskToken | None
     from megatron.bridge.training.model_load_save import save_megatron_model
 
     # The model is given up layer by layer; otherwise Megatron would hold the larger part of it twice.
-    save_megatron_model(models, str(partial), hf_tokenizer_path=source, low_memory_save=True)
+    own_code = {"trust_remote_code": False}  # without this, Transformers would ask whether to run it
+    save_megatron_model(
+        models, str(partial), hf_tokenizer_path=source, hf_tokenizer_kwargs=own_code, low_memory_save=True
+    )
     if is_main_process():
         (iteration,) = partial.glob("iter_*")
         shutil.rmtree(iteration / "tokenizer", ignore_errors=True)

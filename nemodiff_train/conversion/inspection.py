@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
 from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
 
 
@@ -45,7 +45,7 @@ def _hugging_face(folder: Path) -> dict[str, str]:
         **_sizes(ar_settings(settings)),
         "weights": f"{size}, files: {len(files)}, tensors: {len(stored)}",
         "dtype": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
-        "mask token": _mask_token(settings) if architecture(settings) == NEMOTRON else "none",
+        "mask token": _mask_token(settings) if architecture(settings) in (NEMOTRON, TRI_MODE) else "none",
         "next": f"nemodiff convert import {folder} OUTPUT",
     }
 

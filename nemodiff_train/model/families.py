@@ -7,6 +7,8 @@ from typing import Any
 
 NEMOTRON = "NemotronLabsDiffusionModel"
 VISION_LANGUAGE = "Mistral3ForConditionalGeneration"
+TRI_MODE = "TriModeModel"
+"""Ours: an AR family's weights under their own names, with code that decodes in every mode."""
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors of an AR model with a row for each token."""
@@ -42,14 +44,16 @@ def architecture(settings: dict[str, Any]) -> str:
 def ar_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The ``config.json`` of the AR model alone.
 
-    That is the text model of a vision-language one, and the Ministral 3 that a NemotronLabsDiffusion model
-    is when it is decoded autoregressively.  Any other configuration is returned as it is.
+    That is the text model of a vision-language one, the family of a tri-mode one, and the Ministral 3 that a
+    NemotronLabsDiffusion model is when it is decoded autoregressively.  Any other configuration is returned as it is.
     """
     kind = architecture(settings)
     if kind == VISION_LANGUAGE:
         text = dict(settings.get("text_config") or {})
         stored = {key: settings[key] for key in ("dtype", "torch_dtype") if key in settings}
         return {"architectures": ["Ministral3ForCausalLM"], **stored, **text, "model_type": "ministral3"}
+    if kind == TRI_MODE:
+        return dict(settings.get("text_config") or {})
     if kind == NEMOTRON:
         kept = {key: value for key, value in settings.items() if key not in _DIFFUSION_KEYS}
         return {**kept, "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}

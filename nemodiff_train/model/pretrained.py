@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, VISION_LANGUAGE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
 from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
 from nemodiff_train.model.provider import TriModeModelProvider, forget_layout, tri_mode
 
@@ -35,6 +35,10 @@ def model_from(source: str) -> TriModeModelProvider:
         diffusion: Any = config_from(settings)
         provider.block_size = provider.largest_block = diffusion.block_size
         provider.mask_token_id = diffusion.mask_token_id if diffusion.mask_token_id >= 0 else None
+    if architecture(settings) == TRI_MODE:
+        provider.mask_token_id, provider.shift = settings["mask_token_id"], settings["shift"]
+        provider.block_size = provider.largest_block = settings["block_size"]
+        provider.clean_half = settings["clean_half"]
     return provider
 
 
@@ -82,6 +86,7 @@ def supported_architectures() -> tuple[str, ...]:
         "Ministral3ForCausalLM",
         VISION_LANGUAGE,
         NEMOTRON,
+        TRI_MODE,
     )
 
 
@@ -101,10 +106,13 @@ def stored_settings(source: str) -> dict[str, Any]:
 def config_from(settings: dict[str, Any]) -> PretrainedConfig:
     """A ``config.json`` as Transformers understands it, with the defaults of what it leaves out.
 
+    Of a tri-mode model that is its AR family's.
+
     Raises:
         UserError: Transformers does not know the model without code that comes with it, which never runs here;
             or a setting has the wrong type.
     """
+    settings = ar_settings(settings) if architecture(settings) == TRI_MODE else settings
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise _unsupported(architecture(settings))

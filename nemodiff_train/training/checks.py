@@ -8,7 +8,8 @@ from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.families import TRI_MODE, architecture
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
 
@@ -29,7 +30,13 @@ def check(config: TriModeConfig, world_size: int) -> None:
     if problems:
         raise UserError("; ".join(problems))
     if config.checkpoint.pretrained_checkpoint:
-        check_weights(Path(config.checkpoint.pretrained_checkpoint))
+        start = Path(config.checkpoint.pretrained_checkpoint)
+        check_weights(start)
+        if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
+            raise UserError(
+                f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
+                "'nemodiff convert import' and start from that"
+            )
     _check_data(config)
 
 

@@ -1,0 +1,62 @@
+"""What makes an AR family's Hugging Face directory one that decodes itself."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import TRI_MODE
+from nemodiff_train.model.provider import TriModeModelProvider
+
+_FOLDER = Path(__file__).parent
+_CODE = ("configuration_tri_mode.py", "modeling_tri_mode.py")
+_MODEL = f"modeling_tri_mode.{TRI_MODE}"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_tri_mode.TriModeConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+}
+
+
+def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) -> dict[str, Any]:
+    """The ``config.json`` of a directory that decodes itself.
+
+    Args:
+        provider: The model.
+        family: The ``config.json`` of its AR family; the names and shapes of the weights stay those it has.
+
+    Raises:
+        UserError: The model has no mask token.
+    """
+    if provider.mask_token_id is None:
+        raise UserError(
+            "--format tri-mode needs a mask token, and this checkpoint has had no joint stage; use --format ar"
+        )
+    return {
+        "architectures": [TRI_MODE],
+        "auto_map": _AUTO_MAP,
+        "model_type": "tri_mode",
+        "dtype": family.get("dtype"),
+        "mask_token_id": provider.mask_token_id,
+        "block_size": provider.block_size,
+        "shift": provider.shift,
+        "clean_half": provider.clean_half,
+        "text_config": family,
+    }
+
+
+def add_code(directory: Path, settings: dict[str, Any]) -> None:
+    """Put the code and a model card beside weights, tokenizer and configuration.
+
+    Args:
+        directory: Where they are.
+        settings: What :func:`tri_mode_settings` made.
+    """
+    for name in _CODE:
+        shutil.copyfile(_FOLDER / name, directory / name)
+    card = Template((_FOLDER / "card.md.j2").read_text(), undefined=StrictUndefined, keep_trailing_newline=True)
+    causal = settings["clean_half"] == "causal"
+    family = settings["text_config"]["architectures"][0]
+    (directory / "README.md").write_text(card.render(settings, family=family, causal=causal))
