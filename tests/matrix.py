@@ -72,6 +72,7 @@ REFERENCES = [
     Layout("views, one process", 1, VIEWS),
     Layout("automodel reduction, one process", 1, ["objective.reduction=automodel"]),
     Layout("tied embeddings, one process", 1, [], model="tied"),
+    Layout("odd vocabulary, one process", 1, [], model="odd"),
 ]
 
 LAYOUTS = [
@@ -130,6 +131,13 @@ LAYOUTS = [
         Layout(f"tied embeddings, {name}", world, settings, "tied embeddings, one process", "tied")
         for name, world, settings in [("pipeline 2", 2, PP2), ("tensor 2 x pipeline 2", 4, [*TP2, *PP2])]
     ),
+    Layout(
+        "odd vocabulary, tensor 2 + sequence x pipeline 2",
+        4,
+        [*SP2, *PP2],
+        "odd vocabulary, one process",
+        "odd",
+    ),
     Layout("one process, then tensor 2 x pipeline 2", 4, [*TP2, *PP2], continues="one process"),
     Layout("one process, then context 2", 2, CP2, continues="one process"),
     Layout("data 2, sharded optimizer, then one process", 1, SHARDED, continues="data 2, sharded optimizer"),
@@ -141,6 +149,7 @@ def prepare(folder: Path) -> None:
     """Models and data that the rows start from."""
     small.qwen3(folder / "qwen3")
     small.qwen3(folder / "tied", tie_word_embeddings=True)
+    small.qwen3(folder / "odd", vocab_size=small.VOCABULARY + 1)
     small.data(folder / "data")
     prompts = [{"prompt": "the quick"[: 2 + n], "answer": str(n)} for n in range(6)]
     (folder / "task.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))

@@ -38,7 +38,7 @@ def planned_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: f
             query[:, :, group.queries],
             group.keys(key),
             group.keys(value),
-            attn_mask=group.mask,
+            attn_mask=None if group.mask is None else group.mask.to(query.dtype),
             is_causal=group.mask is None,
             scale=scale,
             enable_gqa=True,

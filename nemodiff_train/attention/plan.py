@@ -57,7 +57,8 @@ class Group:
     clean: slice
     """Positions of clean keys."""
     mask: Tensor | None
-    """[batch or 1, 1, queries, keys] True where allowed; None for plain causal attention."""
+    """[batch or 1, 1, queries, keys] 0 where allowed, else -inf, fp32; None for plain causal attention. (SDPA
+    would make this of a boolean mask again in every layer.)"""
 
     def keys(self, states: Tensor) -> Tensor:
         """The group's part of keys or values [batch, heads, positions, head_dim]."""
@@ -175,7 +176,8 @@ class Plan:
         keys = self.keys.at(index if noisy is None else torch.cat([noisy, index]))
         own = torch.arange(queries.start, queries.stop, device=self.device)
         mask = may_attend(self.queries.at(own).as_queries(), keys.as_keys(), self.block_causal)
-        return Group(queries, noisy, clean, mask.view(-1, 1, *mask.shape[-2:]))
+        added = torch.zeros(mask.shape, device=self.device).masked_fill(~mask, -torch.inf)
+        return Group(queries, noisy, clean, added.view(-1, 1, *mask.shape[-2:]))
 
     @functools.cached_property
     def block_mask(self) -> Any:

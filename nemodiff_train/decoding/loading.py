@@ -1,11 +1,15 @@
 """A trained model, ready to decode."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from nemodiff_train.console import console, quiet
@@ -105,8 +109,48 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     provider = open_checkpoint(checkpoint)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     lay_out(provider, tensor_parallel, pipeline_parallel)
-    models = build_and_load_model(str(newest_iteration(Path(checkpoint)).absolute()), provider)
+    with _halves_joined_in_place():
+        models = build_and_load_model(str(newest_iteration(Path(checkpoint)).absolute()), provider)
     return [model.eval() for model in (models if isinstance(models, list) else [models])]
+
+
+@contextmanager
+def _halves_joined_in_place() -> Iterator[None]:
+    """Keep Megatron from copying what it has loaded in place.
+
+    It reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
+    those of all layers before the first is used: two fifths of a model, held twice.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    plain: Any = serialization.apply_factory_merges
+
+    def merge(loaded: Any, factories: Any, key: tuple[str, ...] = ()) -> Any:
+        for factory in nested_values(factories):
+            if isinstance(factory, ShardedTensorFactory):
+                factory.merge_fn = partial(_joined, factory.merge_fn)
+        return plain(loaded, factories, key)
+
+    serialization.apply_factory_merges = merge
+    try:
+        yield
+    finally:
+        serialization.apply_factory_merges = plain
+
+
+def _joined(plain: Callable[[Any], Any], parts: Any) -> Any:
+    """Parts that lie one behind the other as the tensor that they are; others as Megatron joins them."""
+    if isinstance(parts, list) and all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
+        storage, place = parts[0].untyped_storage(), parts[0].storage_offset()
+        for part in parts:
+            if part.untyped_storage().data_ptr() != storage.data_ptr() or part.storage_offset() != place:
+                return plain(parts)
+            place += part.numel()
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        return parts[0].as_strided(shape, parts[0].stride())
+    return plain(parts)
 
 
 def open_checkpoint(checkpoint: str) -> Any:
@@ -133,8 +177,6 @@ def lay_out(provider: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1)
     provider.pipeline_model_parallel_size = pipeline_parallel
     provider.context_parallel_size = 1
     provider.virtual_pipeline_model_parallel_size = None
-    # Equal shares of the vocabulary: rows of no token where it does not divide, and none in one process.
-    provider.should_pad_vocab, provider.make_vocab_size_divisible_by = True, 1
     provider.sequence_parallel = provider.perform_initialization = False
     if not prepare().cuda:
         provider.use_cpu_initialization = True

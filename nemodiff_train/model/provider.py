@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -103,6 +104,9 @@ class TriModeModelProvider(GPTModelProvider):
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> GPTModel:
         """Build this rank's part of the model."""
+        # Equal shares of the vocabulary: rows of no token where it does not divide, and none in one process.
+        # Bridge turns this off where the model's own vocabulary is larger than the tokenizer's.
+        self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
         state = AttentionState(share=share_of(context_group), context_group=context_group)
@@ -202,9 +206,10 @@ def _rope_is_known(source: GPTModelProvider, rope: dict[str, Any]) -> bool:
 
 def run_without_fusions(provider: TriModeModelProvider) -> None:
     """Turn off the kernels that need CUDA extensions, for a machine that lacks them."""
+    # Megatron's SwiGLU is one function in plain torch, which keeps its input alone for the backward pass.
+    provider.bias_activation_fusion = provider.gated_linear_unit and provider.activation_func is F.silu
     for name in (
         "apply_rope_fusion",
-        "bias_activation_fusion",
         "bias_dropout_fusion",
         "cross_entropy_loss_fusion",
         "gradient_accumulation_fusion",

@@ -14,6 +14,9 @@ _WHOLE = ("structure", "index")  # every context-parallel rank needs all of thes
 def to_device(samples: Sample, share: Share) -> Sample:
     """Move a micro-batch to the device and take this context-parallel rank's places.
 
+    ``places`` is added: [n] indices of what carries loss in the flattened ``loss_mask``.  Found before the move, they
+    cost the device no wait for the host.
+
     Args:
         samples: What the loader collated from :class:`~nemodiff_train.objective.sample.SampleMaker`'s fields.
         share: The rank's share of the sequence.
@@ -24,7 +27,8 @@ def to_device(samples: Sample, share: Share) -> Sample:
         values = values.cuda(non_blocking=True)
         return values if name in _WHOLE else share.take(values, length)
 
-    return {name: mine(name, values) for name, values in samples.items()}
+    places = share.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
+    return {name: mine(name, values) for name, values in samples.items()} | {"places": places.cuda(non_blocking=True)}
 
 
 class Recorder:

@@ -11,6 +11,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from nemodiff_train.model.head import token_losses
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import Report, tri_mode_loss
 from nemodiff_train.objective.sample import Sample
@@ -61,7 +62,7 @@ class ForwardStep:
             input_ids=batch["tokens"] if batch and chunk.pre_process else None,
             position_ids=batch["position_ids"] if batch and chunk.pre_process else None,
             attention_mask=structure,
-            labels=batch["labels"] if batch and chunk.post_process else None,
+            output_processor=partial(_losses, batch or {}),  # called on the last stage alone
         )
         return batch, output
 
@@ -83,6 +84,13 @@ class ForwardStep:
             self._ahead = [self._read(data_iterator, chunk) for _ in range(get_num_microbatches())]
             self._diffusion_scale = _targets_per_masked(self._ahead, chunk.pg_collection.dp_cp)
         return self._ahead.pop(0)
+
+
+def _losses(batch: Sample, **stage: Any) -> Tensor:
+    """The cross-entropy of a micro-batch, in the place of Megatron's output layer and loss."""
+    places, vocabulary = batch["places"], stage["config"].vocab_size
+    layer, table = stage["output_layer"], stage["output_weight"]
+    return token_losses(stage["hidden_states"], batch["labels"], places, vocabulary, layer, table)
 
 
 def _reduce(

@@ -1,0 +1,65 @@
+"""The output layer's loss at chosen places, against PyTorch's own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def group() -> torch.distributed.ProcessGroup:
+    from nemodiff_train.host import prepare
+
+    prepare()
+    from megatron.core import parallel_state
+
+    from nemodiff_train.decoding.loading import start_model_parallel
+
+    start_model_parallel(1)
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_losses_and_gradients(
+    group: torch.distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Whatever the size of a chunk; places without loss are 0 and send nothing back."""
+    from nemodiff_train.model import head
+
+    torch.manual_seed(0)
+    positions, batch, hidden, vocabulary = 12, 3, 8, 50
+    monkeypatch.setitem(head.ROWS, "cpu", rows)
+    states = torch.randn(positions, batch, hidden, requires_grad=True)
+    table = torch.randn(vocabulary + 3, hidden, requires_grad=True)  # three rows of no token
+    labels = torch.randint(vocabulary, (batch, positions))
+    weights = torch.rand(batch, positions) * (torch.rand(batch, positions) < 0.6)
+    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
+    places = weights.flatten().nonzero()[:, 0]
+
+    found = head.token_losses(states, labels, places, vocabulary, layer)
+    (found * weights).sum().backward()
+    ours = found.detach(), states.grad, table.grad
+    states.grad = table.grad = None
+
+    logits = (states.transpose(0, 1) @ table[:vocabulary].T).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none").view(batch, positions)
+    (expected * weights).sum().backward()
+    theirs = torch.where(weights > 0, expected.detach(), 0.0), states.grad, table.grad
+    for one, other in zip(ours, theirs, strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_carries_loss_has_logits(
+    group: torch.distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemodiff_train.model import head
+
+    monkeypatch.setitem(head.ROWS, "cpu", 4)
+    seen: list[int] = []
+    plain = head._logits
+    monkeypatch.setattr(head, "_logits", lambda part, table: (seen.append(len(part)), plain(part, table))[1])
+    states, table = torch.randn(12, 3, 8), torch.randn(50, 8)
+    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
+    head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), 50, layer)
+    assert seen == [4, 4, 1]
