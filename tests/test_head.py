@@ -36,7 +36,7 @@ def test_losses_and_gradients(
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
     places = weights.flatten().nonzero()[:, 0]
 
-    found = head.token_losses(states, labels, places, vocabulary, layer)
+    found = head.token_losses(states, labels, places, 4 * weights, vocabulary, layer)
     (found * weights).sum().backward()
     ours = found.detach(), states.grad, table.grad
     states.grad = table.grad = None
@@ -50,7 +50,7 @@ def test_losses_and_gradients(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_only_what_carries_loss_has_logits(
+def test_only_what_carries_loss_has_logits_and_once(
     group: torch.distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemodiff_train.model import head
@@ -59,7 +59,8 @@ def test_only_what_carries_loss_has_logits(
     seen: list[int] = []
     plain = head._logits
     monkeypatch.setattr(head, "_logits", lambda part, table: (seen.append(len(part)), plain(part, table))[1])
-    states, table = torch.randn(12, 3, 8), torch.randn(50, 8)
+    states, table, weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.ones(3, 12)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
-    head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), 50, layer)
+    losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), weights, 50, layer)
+    losses.sum().backward()
     assert seen == [4, 4, 1]

@@ -5,6 +5,7 @@ them.
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +34,53 @@ def planned_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: f
     time, each group against the clean places before its end and its own noisy blocks.  (On a CPU,
     FlexAttention has no backward, and a dense mask would cost three times the work.)
     """
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, group.queries],
-            group.keys(key),
-            group.keys(value),
-            attn_mask=None if group.mask is None else group.mask.to(query.dtype),
-            is_causal=group.mask is None,
-            scale=scale,
-            enable_gqa=True,
+    if query.is_cuda or len(plan.groups) == 1:
+        (group,) = plan.groups
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=True
         )
-        for group in plan.groups
-    ]
-    return torch.cat(parts, dim=2)
+    return _Grouped.apply(query, key, value, plan, scale)
+
+
+class _Grouped(torch.autograd.Function):
+    """One flash kernel call for each group of queries.
+
+    Left to autograd, every group would keep a copy of its keys for the backward pass, and turn their gradient into
+    one of all keys before adding it up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:
+        ctx.plan, ctx.scale = plan, scale
+        output, logsums = torch.empty_like(query), []
+        for group in plan.groups:
+            own, keys, values = query[:, :, group.queries], group.keys(key), group.keys(value)
+            part, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                own, keys, values, 0.0, group.mask is None, attn_mask=_as(group.mask, query), scale=scale
+            )
+            output[:, :, group.queries] = part
+            logsums.append(logsum)
+        ctx.save_for_backward(query, key, value, output, *logsums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, output, *logsums = ctx.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for group, logsum in zip(ctx.plan.groups, logsums, strict=True):
+            own = group.queries
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient[:, :, own], query[:, :, own], group.keys(key), group.keys(value), output[:, :, own], logsum,
+                0.0, group.mask is None, attn_mask=_as(group.mask, query), scale=ctx.scale,
+            )  # fmt: skip
+            of_query[:, :, own] = parts[0]
+            group.add_to_keys(of_key, parts[1])
+            group.add_to_keys(of_value, parts[2])
+        return of_query, of_key, of_value, None, None
+
+
+def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if mask is None else mask.to(like.dtype)
 
 
 def planned_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None) -> Tensor:

@@ -65,6 +65,14 @@ class Group:
         clean = states[:, :, self.clean]
         return clean if self.noisy is None else torch.cat([states[:, :, self.noisy], clean], dim=2)
 
+    def add_to_keys(self, total: Tensor, part: Tensor) -> None:
+        """Add what :meth:`keys` would take, back where it was taken."""
+        first = 0
+        if self.noisy is not None:
+            first = len(self.noisy)
+            total.index_add_(2, self.noisy, part[:, :, :first])
+        total[:, :, self.clean] += part[:, :, first:]
+
 
 class Plan:
     """The queries and keys of one rank in one micro-batch, and what each query may see.

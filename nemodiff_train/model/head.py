@@ -15,17 +15,26 @@ ROWS = {"cuda": 512, "cpu": 128}
 
 
 def token_losses(
-    states: Tensor, labels: Tensor, places: Tensor, vocabulary: int, layer: Any, table: Tensor | None = None
+    states: Tensor,
+    labels: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    vocabulary: int,
+    layer: Any,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the output layer's logits.
 
     In the noisy half only masked places carry loss, about every second one: to leave out the others is half of
-    its logits.  And of a large vocabulary the logits of all places at once would be the largest thing in memory.
+    its logits.  And of a large vocabulary the logits of all places at once would be the largest thing in memory:
+    they are made a chunk of places at a time, and each chunk's gradient while they are there, since the weight of
+    each loss is known beforehand.  So no logits are kept, and none are made twice.
 
     Args:
         states: [positions, batch, hidden] final hidden states; under sequence parallel this rank's positions.
         labels: [batch, positions] token ids.
         places: [n] indices into the flattened ``labels`` of the places that carry loss.
+        weights: [batch, positions] what the gradient of each loss will be, up to one factor for all of them.
         vocabulary: Tokens; rows of the weight beyond them, which make equal shares, take no part.
         layer: The model's ``ColumnParallelLinear``.
         table: [vocab / tensor-parallel size, hidden] weight, where it is not the layer's own.
@@ -41,51 +50,66 @@ def token_losses(
     table = layer.weight if table is None else table
     first = layer.tp_group.rank() * len(table)
     targets = labels.flatten()[places] - first
-    found: Tensor = _CrossEntropy.apply(chosen, table[: vocabulary - first], targets, layer.tp_group)
+    learns = torch.is_grad_enabled()
+    of_places = weights.flatten()[places] if learns else None
+    found: Tensor = _CrossEntropy.apply(chosen, table[: vocabulary - first], targets, of_places, layer.tp_group)
     losses = torch.zeros(labels.numel(), device=labels.device)
     return losses.index_put((places,), found).view(labels.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy over a vocabulary that tensor-parallel ranks hold in parts; logits are made again backward."""
+    """Cross-entropy over a vocabulary that tensor-parallel ranks hold in parts."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Args: [n, hidden] states, [rows, hidden] weight, [n] targets among these rows or not. Returns [n] nats."""
-        ctx.group, ctx.rows = group, ROWS[states.device.type]
+    def forward(
+        ctx: Any, states: Tensor, table: Tensor, targets: Tensor, weights: Tensor | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Losses, and the gradients that ``weights`` give.
+
+        Args:
+            states: [n, hidden].
+            table: [rows, hidden] weight.
+            targets: [n] rows of the table, or of another rank's.
+            weights: [n] what the losses' gradient is proportional to; None where none will be asked for.
+            group: The tensor-parallel ranks.
+
+        Returns:
+            [n] nats.
+        """
+        rows = ROWS[states.device.type]
         losses = torch.empty(len(states), device=states.device)
-        norms = torch.empty_like(losses)
-        parts = (each.split(ctx.rows) for each in (states, targets, losses, norms))
-        for part, target, loss, norm in zip(*parts, strict=True):
+        of_states = torch.empty_like(states)
+        of_table = torch.zeros_like(table, dtype=torch.float32) if weights is not None else None
+        scales = losses if weights is None else weights
+        parts = (each.split(rows) for each in (states, targets, losses, scales, of_states))
+        for part, target, loss, scale, of_part in zip(*parts, strict=True):
             logits = _logits(part, table)
             largest = _over_ranks(logits.amax(-1), dist.ReduceOp.MAX, group)
             own, held = _held(target, table)
-            of_target = logits.gather(-1, own[:, None])[:, 0].mul_(held)
-            total = logits.sub_(largest[:, None]).exp_().sum(-1)
-            both = _over_ranks(torch.stack([of_target, total]), dist.ReduceOp.SUM, group)
-            norm.copy_(both[1].log() + largest)
-            loss.copy_(norm - both[0])
-        ctx.save_for_backward(states, table, targets, norms)
+            of_target = logits.gather(-1, own[:, None])[:, 0].sub_(largest).mul_(held)
+            exponentials = logits.sub_(largest[:, None]).exp_()
+            of_target, total = _over_ranks(torch.stack([of_target, exponentials.sum(-1)]), dist.ReduceOp.SUM, group)
+            loss.copy_(total.log() - of_target)
+            if of_table is not None:  # of the logits: softmax - one-hot
+                gradient = exponentials.mul_((scale / total)[:, None])
+                gradient.scatter_add_(-1, own[:, None], -(scale * held)[:, None])
+                gradient = gradient.to(table.dtype)
+                torch.mm(gradient, table, out=of_part)
+                if table.dtype == torch.float32:
+                    of_table.addmm_(gradient.T, part)
+                else:
+                    of_table += gradient.T @ part
+        if of_table is not None:
+            ctx.save_for_backward(of_states, of_table, weights)
+        ctx.dtype = table.dtype
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The gradient of the logits is softmax - one-hot."""
-        states, table, targets, norms = ctx.saved_tensors
-        of_states = torch.empty_like(states)
-        of_table = torch.zeros_like(table, dtype=torch.float32)
-        parts = (each.split(ctx.rows) for each in (states, targets, norms, gradient, of_states))
-        for part, target, norm, scale, of_part in zip(*parts, strict=True):
-            logits = _logits(part, table).sub_(norm[:, None]).exp_()
-            own, held = _held(target, table)
-            logits.scatter_add_(-1, own[:, None], -held[:, None])
-            logits = logits.mul_(scale[:, None]).to(table.dtype)
-            torch.mm(logits, table, out=of_part)
-            if table.dtype == torch.float32:
-                of_table.addmm_(logits.T, part)
-            else:
-                of_table += logits.T @ part
-        return of_states, of_table.to(table.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """What was found forward, times what the gradient is of the weights."""
+        of_states, of_table, weights = ctx.saved_tensors
+        factor = (gradient @ weights) / (weights @ weights).clamp(min=torch.finfo(weights.dtype).tiny)
+        return of_states * factor.to(of_states.dtype), (of_table * factor).to(ctx.dtype), None, None, None
 
 
 def _logits(states: Tensor, table: Tensor) -> Tensor:

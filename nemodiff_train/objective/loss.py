@@ -1,6 +1,6 @@
 """The reduction: per-token losses to one gradient, and to the figures that are reported."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,18 @@ def reduce(
     if objective.reduction == "bridge":
         return total / (found.masked + found.tokens), one
     return total, found.tokens.to(torch.int32)
+
+
+def gradient_of(total: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The gradient of a weighted sum of losses: its weights.
+
+    Args:
+        total: The sum, of losses [batch, positions].
+        like: A tensor of the losses' shape and device.
+    """
+    with torch.enable_grad():
+        losses = torch.zeros(like.shape, device=like.device, requires_grad=True)
+        return torch.autograd.grad(total(losses), losses)[0]
 
 
 def report(found: Sums, loss: Tensor, count: Tensor, views: int) -> Report:

@@ -70,8 +70,9 @@ class GradientProbe(Callback):
         return [piece.clone() for chunk in context.model for piece in _own_gradients(chunk, config)]
 
     def _forward(self, config: Any, part: str, half: int, data: Iterator[Any], model: Any) -> Any:
-        batch, losses = self.step.forward(config, data, model)
-        return losses, partial(_part_of_loss, batch or {}, config.objective.noisy_views, part, half)
+        figure = partial(_part_of_loss, config.objective.noisy_views, part, half)
+        batch, losses = self.step.forward(config, data, model, lambda batch, losses: figure(batch, losses)[0])
+        return losses, partial(figure, batch or {})
 
 
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ def gathered_parameters(chunks: Any) -> Iterator[None]:
         chunk.enable_forward_pre_hook()
 
 
-def _part_of_loss(batch: Sample, views: int, part: str, half: int, losses: Tensor) -> Any:
+def _part_of_loss(views: int, part: str, half: int, batch: Sample, losses: Tensor) -> Any:
     """The sum of one loss over half of the samples, with the whole batch's tokens to divide by."""
     # Pairs of samples stay together, since antithetic levels make their gradients depend on each other.
     chosen = (batch["index"] // 2 % 2 == half).float()[:, None]

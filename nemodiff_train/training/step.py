@@ -1,6 +1,6 @@
 """The forward step: a micro-batch, the model, and the reduction of its losses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemodiff_train.model.head import token_losses
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import Report, tri_mode_loss
+from nemodiff_train.objective.loss import Report, gradient_of, reduce, sums, tri_mode_loss
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.objective.schedule import alpha_at
 from nemodiff_train.training.batch import Recorder, to_device
@@ -41,18 +41,37 @@ class ForwardStep:
             states elsewhere), and the function that reduces it.
         """
         config: Any = state.cfg
-        batch, losses = self.forward(config, data_iterator, model)
+        alpha = alpha_at(config.objective, state.train_state.step)
+        batch, losses = self.forward(config, data_iterator, model, partial(self._total, config.objective, alpha))
         checks = {
             "check_for_nan_in_loss": config.rerun_state_machine.check_for_nan_in_loss,
             "check_for_spiky_loss": config.rerun_state_machine.check_for_spiky_loss,
         }
-        alpha = alpha_at(config.objective, state.train_state.step)
         tells = config.diagnostics.loss_interval and config.objective.stage == "joint"
         tally = self.tally if model.training and tells else None
         return losses, partial(_reduce, batch or {}, config.objective, alpha, self._diffusion_scale, checks, tally)
 
-    def forward(self, config: Any, data_iterator: Iterator[Any], model: Any) -> tuple[Sample | None, Tensor]:
-        """Take the next micro-batch through a model chunk."""
+    def _total(self, objective: ObjectiveConfig, alpha: float, batch: Sample, losses: Tensor) -> Tensor:
+        return reduce(sums(losses, batch, objective.noisy_views), objective, alpha, self._diffusion_scale)[0]
+
+    def forward(
+        self,
+        config: Any,
+        data_iterator: Iterator[Any],
+        model: Any,
+        total: Callable[[Sample, Tensor], Tensor],
+    ) -> tuple[Sample | None, Tensor]:
+        """Take the next micro-batch through a model chunk.
+
+        Args:
+            config: The recipe.
+            data_iterator: Gives micro-batches.
+            model: The chunk.
+            total: What will be asked for its gradient: a weighted sum of the micro-batch's losses.
+
+        Returns:
+            The micro-batch, or None, and the chunk's output.
+        """
         chunk = unwrap_model(model)
         batch = self._next(config, data_iterator, chunk)
         self.batch = batch
@@ -62,7 +81,7 @@ class ForwardStep:
             input_ids=batch["tokens"] if batch and chunk.pre_process else None,
             position_ids=batch["position_ids"] if batch and chunk.pre_process else None,
             attention_mask=structure,
-            output_processor=partial(_losses, batch or {}),  # called on the last stage alone
+            output_processor=partial(_losses, batch or {}, total),  # called on the last stage alone
         )
         return batch, output
 
@@ -86,11 +105,12 @@ class ForwardStep:
         return self._ahead.pop(0)
 
 
-def _losses(batch: Sample, **stage: Any) -> Tensor:
+def _losses(batch: Sample, total: Callable[[Sample, Tensor], Tensor], **stage: Any) -> Tensor:
     """The cross-entropy of a micro-batch, in the place of Megatron's output layer and loss."""
-    places, vocabulary = batch["places"], stage["config"].vocab_size
+    labels, places, vocabulary = batch["labels"], batch["places"], stage["config"].vocab_size
     layer, table = stage["output_layer"], stage["output_weight"]
-    return token_losses(stage["hidden_states"], batch["labels"], places, vocabulary, layer, table)
+    weights = gradient_of(partial(total, batch), labels)
+    return token_losses(stage["hidden_states"], labels, places, weights, vocabulary, layer, table)
 
 
 def _reduce(
