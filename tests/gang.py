@@ -47,7 +47,7 @@ def run(jobs: list[Job], folder: Path) -> dict[str, Any]:
         for rank in range(max(job.world for job in jobs))
     ]
     for process in processes:
-        process.wait(timeout=800)
+        process.wait(timeout=1400)
     results = {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
     missing = [job.name for job in jobs if job.name not in results]
     assert not missing, f"jobs without a result: {missing}; see {folder}/rank*.log"
