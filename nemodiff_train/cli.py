@@ -14,6 +14,7 @@ from nemodiff_train.errors import UserError, nearest
 # 20 seconds, so a module imports it inside `run`.
 VERBS = {
     "train": ("nemodiff_train.training.command", "train a recipe: AR only, or AR + diffusion jointly"),
+    "launch": ("nemodiff_train.cluster.command", "submit a recipe to SLURM, or print the job"),
     "convert": ("nemodiff_train.conversion.command", "move checkpoints between Hugging Face and Megatron"),
     "eval": ("nemodiff_train.evaluation.command", "score accuracy and tokens per forward in every mode"),
     "lm-eval": ("nemodiff_train.evaluation.lm_eval_command", "lm-evaluation-harness with --model nemodiff"),
@@ -53,7 +54,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
     if verb == "lm-eval":  # argparse would take the options behind it for ours
         words.insert(words.index(verb) + 1, "--")
-    return build_parser(verb).parse_args(words)
+    parser = build_parser(verb)
+    parsed, rest = parser.parse_known_args(words)
+    if hasattr(parsed, "settings") and not any(word.startswith("-") for word in rest):
+        parsed.settings += rest  # key=value words behind an option, which argparse does not put together
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything is built."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -20,24 +21,34 @@ def check(config: TriModeConfig, world_size: int) -> None:
     Raises:
         UserError: One line with every problem found.
     """
-    problems = [
-        *config.objective.problems(config.dataset.seq_length),
-        *layout_problems(config, world_size),
-        *_resume_problems(config),
-    ]
+    if found := list(problems(config, world_size)):
+        raise UserError("; ".join(found))
+
+
+def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    """What keeps a configuration from running on so many processes, a line each."""
+    yield from config.objective.problems(config.dataset.seq_length)
+    yield from layout_problems(config, world_size)
+    yield from _resume_problems(config)
     if config.dataset.reset_position_ids and not config.dataset.reset_attention_mask:
-        problems.append("dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well")
-    if problems:
-        raise UserError("; ".join(problems))
-    if config.checkpoint.pretrained_checkpoint:
-        start = Path(config.checkpoint.pretrained_checkpoint)
-        check_weights(start)
-        if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
-            raise UserError(
-                f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
-                "'nemodiff convert import' and start from that"
-            )
-    _check_data(config)
+        yield "dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well"
+    for look in (_check_start, _check_data):
+        try:
+            look(config)
+        except UserError as error:
+            yield str(error)
+
+
+def _check_start(config: TriModeConfig) -> None:
+    if not config.checkpoint.pretrained_checkpoint:
+        return
+    start = Path(config.checkpoint.pretrained_checkpoint)
+    check_weights(start)
+    if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
+        raise UserError(
+            f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
+            "'nemodiff convert import' and start from that"
+        )
 
 
 def _resume_problems(config: TriModeConfig) -> list[str]:

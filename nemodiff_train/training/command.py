@@ -4,11 +4,14 @@ import argparse
 import contextlib
 import netrc
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
+
+from nemodiff_train.errors import UserError
 
 if TYPE_CHECKING:
     from nemodiff_train.training.config import TriModeConfig
@@ -18,16 +21,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
+    parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="with --dry-run: GB of one GPU (default 80)")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Train; resumes by itself when the output folder has a checkpoint."""
+    if not arguments.dry_run and arguments.gpus is not None:
+        raise UserError("--gpus goes with --dry-run; a run has the processes that torchrun starts")
+    if (arguments.gpus is not None and arguments.gpus < 1) or arguments.gpu_memory <= 0:
+        raise UserError("--gpus and --gpu-memory take a number above 0")
     from nemodiff_train.host import prepare
 
     prepare()
     from nemodiff_train.training.recipes import load_recipe
 
-    train(load_recipe(arguments.recipe, arguments.settings))
+    config = load_recipe(arguments.recipe, arguments.settings)
+    if arguments.dry_run:
+        from nemodiff_train.training.preflight import preflight
+
+        _fit_to_host(config)
+        return preflight(config, arguments.gpus, arguments.gpu_memory)
+    train(config)
+    return 0
 
 
 def train(config: "TriModeConfig") -> None:
@@ -49,6 +66,7 @@ def train(config: "TriModeConfig") -> None:
     from nemodiff_train.training.step import ForwardStep
 
     _fit_to_host(config)
+    config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(_free_port())
     check(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -124,10 +124,15 @@ class TriModeConfig(ConfigContainer):
         Raises:
             UserError: Naming everything that is wrong, before anything is built.
         """
-        self._connect()
+        self.connect()
         super().validate()
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        """Set the fields of the model and the data that follow from the objective.
+
+        Raises:
+            UserError: There is no usable mask token.
+        """
         objective, model, data = self.objective, self.model, self.dataset
         model.noisy_views = objective.noisy_views
         model.block_size = objective.block_size

@@ -61,7 +61,7 @@ def two_stage(
     model.sequence_parallel = shape.tensor > 1
     steps = -(-TOKENS[stage] // (BATCH * LENGTH))
     objective = ObjectiveConfig(stage="ar") if stage == "ar" else preset("nemotron", mask_token=mask_token)
-    return TriModeConfig(
+    config = TriModeConfig(
         model=model,
         objective=objective,
         dataset=TextDatasetConfig(seq_length=LENGTH, data=[data], split="100,0,0"),
@@ -75,3 +75,5 @@ def two_stage(
         rng=RNGConfig(seed=1),
         mixed_precision="bf16_mixed",
     )
+    config.checkpoint.most_recent_k = 3  # all of them would be petabytes for the largest
+    return config

@@ -1,0 +1,1 @@
+"""Batch scripts for SLURM; train.sbatch is also what 'nemodiff launch' prints."""

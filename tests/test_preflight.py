@@ -1,0 +1,76 @@
+"""``nemodiff train --dry-run``, and the recipes of published sizes."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+from transformers import Ministral3Config, Qwen3Config
+
+from nemodiff_train.cli import main
+from nemodiff_train.errors import UserError
+from nemodiff_train.host import prepare
+from tests import small
+
+FAMILIES = {"ministral3": Ministral3Config, "qwen3": Qwen3Config}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    small.qwen3(tmp_path / "model")
+    small.data(tmp_path / "data", documents=20)
+    (tmp_path / "recipe.py").write_text("from tests.small import recipe\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def dry_run(*words: str) -> int:
+    return main(["train", "recipe.py", "--dry-run", *words, "start_from=model", "data=data", "output=out"])
+
+
+def test_ready(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(os.listdir(folder))
+    assert dry_run() == 0
+    model = sum(tensor.numel() for tensor in small.weights(folder / "model").values())
+    assert f"{model:,} on the largest of 1 stages" in capsys.readouterr().out
+    assert dry_run("--gpus", "8", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2") == 0
+    assert "8, 2 replicas of 4" in capsys.readouterr().out
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("--gpu-memory", "0.0001", "objective.block_size=24", "objective.mask_token=nope") == 2
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for needle in ("objective.block_size=24", "objective.mask_token 'nope'", "0.0001 GB; raise", "3 problems"):
+        assert needle in page
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_sizes(family: str, tmp_path: Path) -> None:
+    """Every size and stage can be laid out on 8 to 256 GPUs, and refuses another size's checkpoint."""
+    prepare()
+    from nemodiff_train.training.layout import layout_problems
+
+    page = importlib.import_module(f"recipes.{family}")
+    for size, shape in page.SIZES.items():
+        rope = {"rope_parameters": small.YARN} if family == "ministral3" else {}
+        config = FAMILIES[family](
+            architectures=[f"{family.capitalize()}ForCausalLM"],
+            num_hidden_layers=shape.layers,
+            hidden_size=shape.hidden,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            **rope,
+        )
+        config.save_pretrained(tmp_path / size)
+        for stage, tokens in (("ar", 10**12), ("joint", 3 * 10**11)):
+            run = page.recipe(size, stage, f"{tmp_path}/{size}", "tokenizer", "data", "out")
+            for gpus in (8, 16, 32, 64, 128, 256):
+                assert layout_problems(run, gpus) == []
+            step = run.train.global_batch_size * run.dataset.seq_length
+            assert tokens <= run.train.train_iters * step < tokens + step
+    with pytest.raises(UserError, match="size=14b"):
+        page.recipe("14b", "ar", f"{tmp_path}/8b", "tokenizer", "data", "out")
+    with pytest.raises(UserError, match=r"unknown stage.*'joint'"):
+        page.recipe("8b", "jiont", f"{tmp_path}/8b", "tokenizer", "data", "out")
