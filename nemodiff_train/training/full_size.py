@@ -75,5 +75,5 @@ def two_stage(
         rng=RNGConfig(seed=1),
         mixed_precision="bf16_mixed",
     )
-    config.checkpoint.most_recent_k = 3  # all of them would be petabytes for the largest
+    config.checkpoint.most_recent_k = 3  # a stage makes hundreds, each with the optimizer state
     return config
