@@ -14,6 +14,7 @@ from nemodiff_train.errors import UserError, nearest
 # 20 seconds, so a module imports it inside `run`.
 VERBS = {
     "train": ("nemodiff_train.training.command", "train a recipe: AR only, or AR + diffusion jointly"),
+    "plan": ("nemodiff_train.planning.command", "memory and step time of every layout, estimated"),
     "launch": ("nemodiff_train.cluster.command", "submit a recipe to SLURM, or print the job"),
     "convert": ("nemodiff_train.conversion.command", "move checkpoints between Hugging Face and Megatron"),
     "eval": ("nemodiff_train.evaluation.command", "score accuracy and tokens per forward in every mode"),

@@ -1,0 +1,87 @@
+"""Memory of the GPU that holds most, by what takes it."""
+
+from dataclasses import dataclass
+
+from nemodiff_train.model.head import ROWS
+from nemodiff_train.planning.layouts import Layout
+from nemodiff_train.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    """The output layer's part: a chunk of logits, and the gradients that are made with them."""
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory_of(work: Workload, layout: Layout, device: str = "cuda") -> Memory:
+    """Memory of the first or the last pipeline stage, whichever needs more.
+
+    Args:
+        device: ``cuda`` or ``cpu``, which decides how many places have logits at once.
+    """
+    stages = (True,) if layout.pipeline == 1 else (False, True)
+    return max((_of_stage(work, layout, last, ROWS[device]) for last in stages), key=lambda memory: memory.total)
+
+
+def stage_parameters(work: Workload, layout: Layout, last: bool) -> float:
+    """Parameters on one GPU of the first or the last stage."""
+    tables = 2 if layout.pipeline == 1 and not work.tied else 1
+    layers = work.layers / layout.pipeline * (work.layer_matrices / layout.tensor + work.layer_norms)
+    return layers + tables * work.table / layout.tensor + (work.hidden if last else 0)
+
+
+def _of_stage(work: Workload, layout: Layout, last: bool, rows: int) -> Memory:
+    parameters = stage_parameters(work, layout, last)
+    shards = layout.data * layout.context if work.sharded else 1
+    in_flight = 1 if last else min(layout.pipeline, layout.micro_batches)
+    return Memory(
+        weights=work.width * parameters,
+        gradients=4 * parameters,
+        optimizer=(12 if work.mixed else 8) * parameters / shards,
+        activations=_activations(work, layout, in_flight),
+        logits=_logits(work, layout, rows) if last else 0.0,
+    )
+
+
+def _activations(work: Workload, layout: Layout, in_flight: int) -> float:
+    """What the backward pass needs, of every micro-batch that the stage has begun (1F1B), and a layer's own peak."""
+    layers, whole = work.layers / layout.pipeline, _saved_by_layer(work, layout)
+    positions = work.micro_batch * work.positions / layout.context
+    state = positions * work.hidden * work.width / (layout.tensor if layout.sequence else 1)
+    working = positions * work.width * (3 * work.feed_forward / layout.tensor + 2 * work.hidden)
+    kept = state if layout.recompute else whole
+    return in_flight * (layers * kept + 2 * state) + working + (whole if layout.recompute else 0)
+
+
+def _saved_by_layer(work: Workload, layout: Layout) -> float:
+    """Bytes that one layer keeps of one micro-batch; after Korthikanti et al. 2022 (arXiv 2205.05198), section 4.
+
+    Without dropout and scores: both norms' inputs and outputs; queries, keys and values, once more before norms of
+    heads; the attention's output; and the feed-forward's two products.  Of clean keys and values a
+    context-parallel rank keeps those of the whole sample.
+    """
+    own = work.positions / layout.context
+    shared = 4 * work.hidden / (layout.tensor if layout.sequence else 1)
+    before_norms = work.queries + work.keys if work.head_norms else 0
+    split = 2 * work.queries + before_norms + (3 if work.gated else 2) * work.feed_forward
+    keys = 2 * work.keys * (own + work.length * (1 - 1 / layout.context))
+    return work.micro_batch * work.width * (own * (shared + split / layout.tensor) + keys / layout.tensor)
+
+
+def _logits(work: Workload, layout: Layout, rows: int) -> float:
+    """The output layer and its loss where every noisy place is masked; see nemodiff_train/model/head.py."""
+    states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.width
+    chunk = rows * work.vocabulary / layout.tensor
+    table = work.table / layout.tensor * (4 + 4 + work.width)  # its gradient, kept, and scaled into another
+    return states + chunk * (4 + work.width) + table

@@ -1,0 +1,158 @@
+"""``nemodiff plan``: its counts against the real model's, and its pages."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemodiff_train.cli import main
+from tests import small
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    small.qwen3(tmp_path / "model")
+    (tmp_path / "recipe.py").write_text("from tests.small import recipe\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*words: str) -> int:
+    return main(["plan", "recipe.py", *words, "start_from=model", "data=data", "output=out"])
+
+
+def test_layouts_best_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--gpus", "8", "--gpu", "h200", "--json", "plan.json", "train.global_batch_size=32") == 0
+    assert "8 x h200" in capsys.readouterr().out
+    found = json.loads(Path("plan.json").read_text())
+    seconds = [sum(each["time"].values()) for each in found]
+    assert seconds == sorted(seconds)
+    shapes = [tuple(each["layout"][name] for name in ("tensor", "pipeline", "context", "data")) for each in found]
+    assert {tensor * pipeline * context * data for tensor, pipeline, context, data in shapes} == {8}
+    assert {shape[0] for shape in shapes} == {1, 2}  # two key-value heads
+    assert {shape[1] for shape in shapes} >= {1, 2, 4}
+    weights = [
+        each["memory"]["weights"] for each in found if each["layout"]["tensor"] == 1 == each["layout"]["pipeline"]
+    ]
+    model = sum(tensor.numel() for tensor in small.weights(folder / "model").values())
+    assert weights[0] == pytest.approx(4 * model, rel=0.002)  # norms of heads are left out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "setting", "needle"),
+    [
+        ("7", "dataset.seq_length=64", "no layout on 7 GPUs"),
+        ("0", "dataset.seq_length=64", "above 0"),
+        ("8", "dataset.seq_length=50000000", "no layout on 8 x h100 fits"),
+    ],
+)
+def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], gpus: str, setting: str, needle: str) -> None:
+    assert plan("--gpus", gpus, setting) == 2
+    assert needle in capsys.readouterr().err
+
+
+def workload(**changes: Any) -> Any:
+    from nemodiff_train.planning.workload import Workload
+
+    sizes = dict(
+        layers=2, hidden=256, queries=256, keys=128, feed_forward=768, gated=True, head_norms=True, vocabulary=4096,
+        tied=True, length=512, views=1, block=32, micro_batch=1, global_batch=8, mixed=False, sharded=False,
+    )  # fmt: skip
+    return Workload(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize(("views", "length", "block"), [(0, 48, 16), (1, 48, 16), (2, 64, 8)])
+def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> None:
+    from nemodiff_train.attention.plan import Share, regular_plan
+    from nemodiff_train.objective.rule import may_attend
+
+    places = regular_plan(views, length, block, False, Share(), torch.device("cpu"))
+    allowed = may_attend(places.queries.as_queries(), places.keys.as_keys(), False)
+    assert workload(views=views, length=length, block=block).pairs == int(allowed.sum())
+
+
+def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
+    """A step of tools/bench/step's model takes docs/performance.md's minimum, and at most 5% more."""
+    from nemodiff_train.host import prepare
+
+    prepare()
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Qwen3Config
+
+    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    from nemodiff_train.model.pretrained import model_like
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+    from nemodiff_train.training.batch import to_device
+    from nemodiff_train.training.step import _losses
+
+    work = workload(layers=8, hidden=512, queries=512, keys=256, feed_forward=1536, vocabulary=32_768, length=1024)
+    start_model_parallel(1)
+    config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"], vocab_size=work.vocabulary, hidden_size=work.hidden,
+        intermediate_size=work.feed_forward, num_hidden_layers=work.layers, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, dtype="float32",
+    )  # fmt: skip
+    provider = model_like(config)
+    lay_out(provider)
+    provider.perform_initialization, provider.noisy_views = True, 1
+    provider.finalize()
+    model = provider.provide_distributed_model(wrap_with_ddp=False)[0].train()
+    ids = torch.randint(2, work.vocabulary, (work.length + 1,), generator=torch.Generator().manual_seed(0))
+    sample = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(work.length)}
+    made = SampleMaker(objective=ObjectiveConfig(stage="joint"), mask_id=1).make(
+        {**sample, "position_ids": torch.arange(work.length)}, 0, 0
+    )
+    batch = to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
+
+    def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
+        return (losses * batch["loss_mask"]).sum()
+
+    counter = FlopCounterMode(display=False, custom_mapping=_kernels_of_the_cpu())
+    with counter:
+        losses = model(batch["tokens"], batch["position_ids"], None, output_processor=partial(_losses, batch, total))
+        total(batch, losses).backward()
+    places = len(batch["places"])
+    minimum = work.matrix_flops + work.attention_flops + 6 * work.table * places
+    print(f"counted / minimum: {counter.get_total_flops() / minimum:.4f}")
+    assert 1.0 <= counter.get_total_flops() / minimum <= 1.05
+
+
+def _kernels_of_the_cpu() -> dict[Any, Any]:
+    """What FlopCounterMode does not know: the keys that a flash call visits, and a product added in place."""
+
+    def visited(query: Any, key: Any, causal: bool) -> int:
+        batch, heads, queries, width = query
+        return batch * heads * width * (queries * (queries + 1) // 2 if causal else queries * key[2])
+
+    def forward(
+        query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any
+    ) -> int:
+        return 4 * visited(query, key, causal)
+
+    def backward(
+        gradient: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        out: Any,
+        logs: Any,
+        dropout: float,
+        causal: bool,
+        *_: Any,
+        **__: Any,
+    ) -> int:
+        return 10 * visited(query, key, causal)  # five products: the scores are made again
+
+    def added(total: Any, one: Any, other: Any, *_: Any, **__: Any) -> int:
+        return int(2 * one[0] * one[1] * other[1])
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        aten.addmm_: added,
+    }
