@@ -1,6 +1,7 @@
 """``nemodiff plan``: its counts against the real model's, and its pages."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,30 @@ def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> Non
     assert workload(views=views, length=length, block=block).pairs == int(allowed.sum())
 
 
-def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
-    """A step of tools/bench/step's model takes docs/performance.md's minimum, and at most 5% more."""
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Megatron's process groups, ended afterwards unless another test had begun them."""
     from nemodiff_train.host import prepare
 
     prepare()
+    from megatron.core import parallel_state
+
+    from nemodiff_train.decoding.loading import start_model_parallel
+
+    began = not parallel_state.model_parallel_is_initialized()
+    start_model_parallel(1)
+    yield
+    if began:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def test_operations_of_a_joint_step_are_nearly_the_minimum(one_process: None) -> None:
+    """A step of tools/bench/step's model takes docs/performance.md's minimum, and at most 5% more."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Qwen3Config
 
-    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    from nemodiff_train.decoding.loading import lay_out
     from nemodiff_train.model.pretrained import model_like
     from nemodiff_train.objective import ObjectiveConfig
     from nemodiff_train.objective.sample import SampleMaker
@@ -90,7 +106,6 @@ def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
     from nemodiff_train.training.step import _losses
 
     work = workload(layers=8, hidden=512, queries=512, keys=256, feed_forward=1536, vocabulary=32_768, length=1024)
-    start_model_parallel(1)
     config = Qwen3Config(
         architectures=["Qwen3ForCausalLM"], vocab_size=work.vocabulary, hidden_size=work.hidden,
         intermediate_size=work.feed_forward, num_hidden_layers=work.layers, num_attention_heads=8,
