@@ -1,6 +1,8 @@
 """Fixtures used by more than one module."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,19 @@ from tests.prepared import TEXTS, run, save_tokenizer, write_jsonl
 
 # Some tests import parts of Megatron before the host is prepared, which would set this in time.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_groups_left() -> Iterator[None]:
+    """Process groups end with the module that began them: the next one may need other ones."""
+    yield
+    if "megatron.core.parallel_state" in sys.modules:
+        from megatron.core import parallel_state
+        from torch import distributed
+
+        parallel_state.destroy_model_parallel()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

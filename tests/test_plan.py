@@ -1,7 +1,6 @@
 """``nemodiff plan``: its counts against the real model's, and its pages."""
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,21 +75,14 @@ def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> Non
 
 
 @pytest.fixture
-def one_process() -> Iterator[None]:
-    """Megatron's process groups, ended afterwards unless another test had begun them."""
+def one_process() -> None:
+    """Megatron's process groups."""
     from nemodiff_train.host import prepare
 
     prepare()
-    from megatron.core import parallel_state
-
     from nemodiff_train.decoding.loading import start_model_parallel
 
-    began = not parallel_state.model_parallel_is_initialized()
     start_model_parallel(1)
-    yield
-    if began:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def test_operations_of_a_joint_step_are_nearly_the_minimum(one_process: None) -> None:
