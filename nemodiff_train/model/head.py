@@ -109,7 +109,8 @@ class _CrossEntropy(torch.autograd.Function):
         """What was found forward, times what the gradient is of the weights."""
         of_states, of_table, weights = ctx.saved_tensors
         factor = (gradient @ weights) / (weights @ weights).clamp(min=torch.finfo(weights.dtype).tiny)
-        return of_states * factor.to(of_states.dtype), (of_table * factor).to(ctx.dtype), None, None, None
+        # In place: of a large vocabulary these are large.  A second backward pass would be refused.
+        return of_states.mul_(factor.to(of_states.dtype)), of_table.mul_(factor).to(ctx.dtype), None, None, None
 
 
 def _logits(states: Tensor, table: Tensor) -> Tensor:
