@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 
-def train(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
-    """Train the small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
+def train(output: str, settings: list[str], recipe: str = "recipe", **arguments: Any) -> dict[str, Any]:
+    """Train a small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
     from nemodiff_train.training.command import train as run
     from nemodiff_train.training.recipes import override
     from tests import small
 
-    config = small.recipe(output=output, **arguments)
+    config = getattr(small, recipe)(output=output, **arguments)
     run(override(config, dict(word.split("=", 1) for word in settings)))
     return {"steps": [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]}
 

@@ -223,3 +223,13 @@ def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_le
         logger=bridge.LoggerConfig(log_interval=1),
         rng=bridge.RNGConfig(seed=1),
     )
+
+
+def drafter(start_from: str, data: str, output: str) -> Any:
+    """A drafter of four layers for what :func:`recipe` has trained."""
+    from nemodiff_train.drafter.adapter import DraftLoRA
+    from nemodiff_train.drafter.config import DrafterConfig
+
+    config = recipe(start_from, data, output)
+    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=16, alpha=64)
+    return config

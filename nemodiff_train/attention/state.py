@@ -64,6 +64,8 @@ class CachedPass:
     """[batch, 1, new, visible] True where attention is allowed."""
     slots: Tensor
     """[batch, new] where in the cache each new token goes; its position, unless several share one."""
+    drafts: bool = False
+    """Whether the new tokens are a draft: whether a drafter's adapters act."""
 
     @classmethod
     def make(cls, cache: KeyValueCache, rows: Tensor, new: int, reach: int) -> "CachedPass":
@@ -138,6 +140,12 @@ class AttentionState:
     """The ``structure`` of the micro-batch that is about to run forward, for the rotary embedding."""
     plans: dict[tuple[int, ...], tuple[Tensor, Plan]] = field(default_factory=dict)
     """Plans of the last few micro-batches, by the address of their structure."""
+
+    def drafted(self, positions: int, views: int) -> int:
+        """How many of a forward's positions, from the first one, are drafts: the noisy views, or a draft pass."""
+        if self.cached is None:
+            return positions * views // (views + 1)
+        return positions if self.cached.drafts else 0
 
     def plan(self, config: Any, positions: int, structure: Tensor | None, device: torch.device) -> Plan:
         """Who attends to whom, for queries of ``positions`` places on this rank.

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from nemodiff_train.errors import UserError
 
@@ -28,7 +29,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="Megatron checkpoint; the newest iteration is taken")
+    parser.add_argument("source", help="Megatron checkpoint, or a drafter's; the newest iteration is taken")
     parser.add_argument("output", help="directory to create; it must not exist yet")
     parser.add_argument(
         "--format",
@@ -106,8 +107,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
     _check_world(arguments)
     prepare()
+    from nemodiff_train.conversion.drafters import export_drafter
     from nemodiff_train.conversion.exporting import export_checkpoint
+    from nemodiff_train.drafter.adapter import is_drafter
+    from nemodiff_train.model.folders import is_megatron_checkpoint
 
+    source = Path(arguments.source)
+    if is_megatron_checkpoint(source) and is_drafter(source):
+        if arguments.remote_code:
+            raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
+        export_drafter(arguments.source, arguments.output, arguments.format)
+        return 0
     export_checkpoint(
         arguments.source,
         arguments.output,

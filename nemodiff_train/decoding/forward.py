@@ -8,18 +8,20 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from nemodiff_train.drafter.adapter import DraftProjection
+
 
 def is_plain(chunk: Any) -> bool:
     """Whether :func:`run_plain` can take the place of a model chunk's own forward.
 
-    It knows Megatron-Core's own layers; those of Transformer Engine, adapters, and key heads that tensor-parallel
-    ranks share are left to Megatron.
+    It knows Megatron-Core's own layers and a drafter's; those of Transformer Engine, other adapters, and key heads
+    that tensor-parallel ranks share are left to Megatron.
     """
     config = chunk.config
     layers = [
         (
             layer.self_attention.linear_qkv,
-            layer.self_attention.linear_proj,
+            _without_drafter(layer.self_attention.linear_proj),
             layer.mlp.linear_fc1,
             layer.mlp.linear_fc2,
         )
@@ -81,15 +83,22 @@ def _rotary(chunk: Any, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _attention(attention: Any, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    projection = attention.linear_qkv
+    mixer = attention.linear_qkv
     groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-    mixed = F.linear(states, projection.weight, projection.bias)
+    mixed = F.linear(states, mixer.weight, mixer.bias)
     mixed = mixed.view(*mixed.shape[:2], groups, -1, width)  # a group's queries, its key, its value
     query, key, value = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
     if attention.q_layernorm is not None:
         query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     out = attention.core_attention(_rotated(query, *rotary), _rotated(key, *rotary), value)
-    return _row_parallel(attention.linear_proj, out)
+    projection = attention.linear_proj
+    correction = projection.correction(out) if isinstance(projection, DraftProjection) else None
+    projected = _row_parallel(_without_drafter(projection), out)
+    return projected if correction is None else projected + correction
+
+
+def _without_drafter(projection: Any) -> Any:
+    return projection.to_wrap if isinstance(projection, DraftProjection) else projection
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def open_model(
     block_size: int | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    drafter: str | None = None,
     **settings: Any,
 ) -> Opened:
     """Open a Megatron checkpoint of this project for decoding.
@@ -48,12 +49,17 @@ def open_model(
         block_size: Places of a block; None for what it was trained with.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out. A gang of more ranks splits the prompts.
+        drafter: Checkpoint of a drafter that was trained for this model; it drafts in linear self-speculation.
         settings: Further fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`.
 
     Raises:
-        UserError: No checkpoint, a mode it cannot decode in, or settings that cannot be.
+        UserError: No checkpoint, a mode it cannot decode in, settings that cannot be, or another model's drafter.
     """
+    from nemodiff_train.drafter.adapter import load_drafter, open_drafter
+
     provider = open_checkpoint(checkpoint)
+    if drafter is not None:
+        open_drafter(drafter, provider)
     for mode in modes:
         check_mode(provider, mode)
     tokenizer = load_tokenizer(str(tokenizer_directory(checkpoint)))
@@ -64,7 +70,10 @@ def open_model(
         **settings,
     )
     with quiet(), console.status(f"loading {checkpoint}"):
-        return Opened(load_for_decoding(checkpoint, tensor_parallel, pipeline_parallel), tokenizer, chosen)
+        models = load_for_decoding(checkpoint, tensor_parallel, pipeline_parallel)
+        if drafter is not None:
+            load_drafter(models, drafter)
+        return Opened(models, tokenizer, chosen)
 
 
 def stop_tokens(provider: Any, tokenizer: Any) -> frozenset[int]:
@@ -159,10 +168,13 @@ def open_checkpoint(checkpoint: str) -> Any:
     Raises:
         UserError: It is no such checkpoint.
     """
+    from nemodiff_train.drafter.adapter import is_drafter
     from nemodiff_train.model.pretrained import model_from
 
     if not is_megatron_checkpoint(Path(checkpoint)):
         raise UserError(f"'{checkpoint}' is no Megatron checkpoint; make one with 'nemodiff convert import'")
+    if is_drafter(Path(checkpoint)):
+        raise UserError(f"'{checkpoint}' is a drafter; name the model that it was trained for, and it with --drafter")
     return model_from(checkpoint)
 
 

@@ -32,13 +32,14 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
+    parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; drafts in mode linear")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each layer")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="processes that share the layers out")
 
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the options say, as arguments of :func:`~nemodiff_train.decoding.loading.open_model`."""
-    names = [*_HELP, "block_size", "tensor_parallel", "pipeline_parallel"]
+    names = [*_HELP, "block_size", "drafter", "tensor_parallel", "pipeline_parallel"]
     return {**{name: getattr(arguments, name) for name in names}, "stop_strings": tuple(arguments.stop)}
 
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,6 +94,8 @@ class Session:
             )
         else:
             cached = CachedPass.laid_out(self.cache, rows, *layout)
+        if kind == "draft":
+            cached = replace(cached, drafts=True)
         logits = self.model(tokens, cached, places)[..., : self.vocab_size].float()
         if kind in FILLS and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed

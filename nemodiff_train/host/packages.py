@@ -122,6 +122,14 @@ def keep_compiled_dataset_helpers() -> None:
         dataset_utils.compile_helpers = lambda: None
 
 
+def let_adapters_know_layers() -> None:
+    """Tell Bridge's adapters whether Transformer Engine is there: where it is not, Core's names for it are None."""
+    import megatron.bridge.peft.utils as adapters
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    adapters.HAVE_TE = HAVE_TE
+
+
 def stand_in_for_missing_packages() -> tuple[str, ...]:
     """Make the optional packages that are not installed importable.
 

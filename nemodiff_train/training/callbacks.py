@@ -48,7 +48,7 @@ class RunLog(Callback):
         self.file = self.path.open("a")
         self.progress.start()
         self.task = self.progress.add_task(
-            f"training ({config.objective.stage})",
+            f"training ({'drafter' if config.drafter else config.objective.stage})",
             total=config.train.train_iters,
             completed=context.state.train_state.step,
             figures="",
@@ -94,6 +94,6 @@ def _number(value: Any) -> float | None:
 
 
 def _headline(figures: dict[str, float]) -> str:
-    names = {"ar loss": "AR", "diffusion loss": "diffusion"}
+    names = {"ar loss": "AR", "diffusion loss": "diffusion", "draft loss": "draft", "expected TPF": "TPF"}
     losses = " ".join(f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures)
     return f"{losses} · {figures['tokens/s']:,.0f} tok/s"

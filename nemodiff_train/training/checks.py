@@ -8,6 +8,7 @@ import yaml
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.drafter.checks import drafter_problems
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
@@ -30,6 +31,8 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
     yield from _resume_problems(config)
+    if config.drafter:
+        yield from drafter_problems(config)
     if config.dataset.reset_position_ids and not config.dataset.reset_attention_mask:
         yield "dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well"
     for look in (_check_start, _check_data):

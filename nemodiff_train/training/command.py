@@ -58,6 +58,7 @@ def train(config: "TriModeConfig") -> None:
     """
     from megatron.bridge.training.pretrain import pretrain
 
+    from nemodiff_train.drafter.step import DraftStep
     from nemodiff_train.training.callbacks import RunLog
     from nemodiff_train.training.checks import check
     from nemodiff_train.training.gradients import GradientProbe
@@ -72,7 +73,7 @@ def train(config: "TriModeConfig") -> None:
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     output = Path(config.checkpoint.save).parent
     _stay_offline_unless_logged_in(config)
-    step = ForwardStep()
+    step = DraftStep() if config.drafter else ForwardStep()
     log = RunLog(output, step.tally)
     with _prints_go_to(output / "train.log"):
         pretrain(config, step, callbacks=[GradientProbe(step, log), MaskEmbedding(step), LoopEvaluation(log), log])

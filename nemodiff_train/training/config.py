@@ -7,6 +7,7 @@ from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
 
 from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
@@ -112,11 +113,13 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class TriModeConfig(ConfigContainer):
-    """Everything a run is made of.  ``objective``, ``diagnostics`` and ``evaluation`` are ours, the rest Bridge's."""
+    """Everything a run is made of.  ``objective`` to ``drafter`` are ours, the rest Bridge's."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    drafter: DrafterConfig | None = None
+    """Train a drafter instead, whose adapters ``peft`` describes."""
 
     def validate(self) -> None:
         """Connect the parts, then let Bridge check and complete them.

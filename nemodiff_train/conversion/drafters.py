@@ -1,0 +1,64 @@
+"""``nemodiff convert export`` of a drafter: its adapters as a PEFT directory."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemodiff_train.console import console, is_main_process, quiet
+from nemodiff_train.conversion.formats import FORMATS, own_format
+from nemodiff_train.conversion.output import complete_or_absent
+from nemodiff_train.drafter.adapter import open_drafter
+from nemodiff_train.model.families import architecture, stored_name
+from nemodiff_train.model.folders import newest_iteration
+from nemodiff_train.model.pretrained import model_from
+
+PARTS = {"linear_in": "lora_A", "linear_out": "lora_B"}
+"""Megatron Bridge's names of the two factors, and PEFT's."""
+
+
+def export_drafter(source: str, output: str, format: str | None = None) -> None:
+    """Write a drafter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``, fp32.
+
+    Its tensors are named after those of the directory that the model itself is exported to, as in the
+    ``linear_spec_lora`` folder of the released models.
+
+    Args:
+        source: A Megatron checkpoint of a drafter, saved under any layout.
+        output: Directory to create.
+        format: A key of ``FORMATS``, the model's directory; None for the format that the model came in.
+
+    Raises:
+        UserError: No drafter, existing output, or a format that cannot hold its model.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    provider = model_from(source)
+    lora = open_drafter(source, provider)
+    kind = architecture(FORMATS[format or own_format(provider)].settings(provider))
+    with complete_or_absent(Path(output)) as partial, quiet():
+        if is_main_process():
+            named = {
+                f"base_model.model.{stored_name(kind, name)}": values.float().contiguous()
+                for name, values in _adapters(newest_iteration(Path(source)), provider.num_layers).items()
+            }
+            save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            LoraConfig(
+                r=lora.dim, lora_alpha=lora.alpha, target_modules=["o_proj"], inference_mode=True
+            ).save_pretrained(str(partial))
+    if is_main_process():
+        console.print(f"exported the drafter [bold]{source}[/bold] to [bold]{output}[/bold]")
+
+
+def _adapters(iteration: Path, layers: int) -> dict[str, Tensor]:
+    """Both factors of every layer, whole, by their names in an AR model's directory."""
+    from megatron.core import dist_checkpointing
+
+    found = dist_checkpointing.load_plain_tensors(str(iteration.absolute()))
+    adapters: dict[str, Tensor] = {}
+    for theirs, ours in PARTS.items():
+        stacked = found[f"decoder.layers.self_attention.linear_proj.adapter.{theirs}.weight"]
+        for layer, values in zip(range(layers), stacked.to(torch.float32), strict=True):
+            adapters[f"model.layers.{layer}.self_attn.o_proj.{ours}.weight"] = values
+    return adapters

@@ -1,0 +1,125 @@
+"""Low-rank adapters on the attention outputs that act on drafts alone."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.peft.lora_layers import LoRALinear
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from nemodiff_train.attention.state import AttentionState
+from nemodiff_train.errors import UserError
+from nemodiff_train.host.packages import let_adapters_know_layers
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
+
+let_adapters_know_layers()
+
+
+class DraftProjection(LoRALinear):
+    """An attention's output projection, with an adapter for what is drafted.
+
+    In training that is the noisy half; with a cache, the draft pass.  All else is the projection's own output, so
+    that what a model verifies and commits does not depend on its drafter.
+    """
+
+    state: AttentionState
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Project [positions, batch, heads * head_dim / tensor-parallel size]; returns (output, bias)."""
+        out, bias, _ = self.base_linear_forward(x, *args, **kwargs)
+        correction = self.correction(x)
+        return (out if correction is None else out + correction), bias
+
+    def correction(self, x: Tensor) -> Tensor | None:
+        """What the adapter adds to the projection's output; None where nothing is drafted."""
+        drafted = self.state.drafted(len(x), self.to_wrap.config.noisy_views)
+        if not drafted:
+            return None
+        if drafted < len(x):  # zeros stay zeros; cutting them off would break the shares of sequence parallelism
+            x = nn.functional.pad(x[:drafted], (0, 0, 0, 0, 0, len(x) - drafted))
+        added: Tensor = self.adapter(x)
+        return added
+
+
+@dataclass
+class DraftLoRA(LoRA):
+    """Bridge's LoRA on every attention output projection, as :class:`DraftProjection`; the rest is frozen."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["linear_proj"])
+    dim: int = 128
+    alpha: int = 512
+
+    def __call__(self, model: Any, training: bool = True) -> Any:
+        """Give a model, or each of its chunks, its adapters; B is zero, so that nothing changes yet."""
+        made = super().__call__(model, training)
+        for chunk in made if isinstance(made, list) else [made]:
+            for module in chunk.modules():
+                if isinstance(module, DraftProjection):
+                    module.state = unwrap_model(chunk).attention_state
+        return made
+
+    def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """The module, or the :class:`DraftProjection` around it."""
+        made = super().transform(module, name, prefix)
+        return DraftProjection(made.to_wrap, made.adapter) if type(made) is LoRALinear else made
+
+
+def is_drafter(checkpoint: Path) -> bool:
+    """Whether a Megatron checkpoint holds a drafter's adapters instead of a model."""
+    return str((_run_config(checkpoint).get("peft") or {}).get("_target_")).endswith(DraftLoRA.__name__)
+
+
+def _run_config(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((newest_iteration(checkpoint) / "run_config.yaml").read_text())
+    return found
+
+
+def open_drafter(checkpoint: str, model: Any) -> DraftLoRA:
+    """The settings of a drafter's checkpoint, without its weights.
+
+    Args:
+        checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
+        model: The ``TriModeModelProvider`` of the model that it is for.
+
+    Raises:
+        UserError: It is no drafter, or one of a model of another shape.
+    """
+    path = Path(checkpoint)
+    if not is_megatron_checkpoint(path) or not is_drafter(path):
+        raise UserError(f"'{checkpoint}' is no drafter; train one with 'nemodiff train drafter'")
+    run = _run_config(path)
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "shift"):
+        theirs, ours = run["model"][name], getattr(model, name)
+        if theirs != ours:
+            raise UserError(f"the drafter '{checkpoint}' is of a model with {name}={theirs}; this one has {ours}")
+    return DraftLoRA(dim=run["peft"]["dim"], alpha=run["peft"]["alpha"])
+
+
+def load_drafter(models: list[Any], checkpoint: str) -> DraftLoRA:
+    """Put a drafter's adapters into a model that is ready to decode.
+
+    Args:
+        models: This rank's chunks.
+        checkpoint: As for :func:`open_drafter`.
+
+    Raises:
+        UserError: As :func:`open_drafter`.
+    """
+    from megatron.bridge.training.checkpointing import (
+        _generate_model_state_dict,
+        apply_peft_adapter_filter_to_state_dict,
+    )
+    from megatron.core import dist_checkpointing
+
+    lora = open_drafter(checkpoint, unwrap_model(models[0]).config)
+    folder = str(newest_iteration(Path(checkpoint)).absolute())
+    lora(models, training=False)
+    metadata = dist_checkpointing.load_content_metadata(folder)
+    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(models, {"metadata": metadata}), lora)
+    found = dist_checkpointing.load(wanted, folder)
+    for number, chunk in enumerate(models):
+        chunk.load_state_dict(found["model" if len(models) == 1 else f"model{number}"], strict=False)
+    return lora

@@ -1,0 +1,212 @@
+"""The drafter: its loss, its training under every layout, its place in decoding, its directory."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemodiff_train.cli import main
+from nemodiff_train.drafter.config import DrafterConfig
+from nemodiff_train.drafter.loss import judge, slot_losses
+from tests import gang, matrix, small
+from tests.gang import Job
+
+
+def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
+    """One slot's loss, token by token, as section 3.3 has it."""
+    support = {int(i) for logits in (draft, verifier) for i in logits.topk(min(config.support, len(logits))).indices}
+    tokens = sorted(support)
+
+    def probabilities(logits: Tensor, temperature: float) -> list[Tensor]:
+        powers = [(logits[token] / temperature).exp() for token in tokens]
+        return [power / torch.stack(powers).sum() for power in powers]
+
+    p, q = probabilities(verifier, config.temperature), probabilities(draft, config.temperature)
+    choice = max(range(len(tokens)), key=lambda place: float(verifier[tokens[place]]))
+    of_choice = -probabilities(draft, 1.0)[choice].log()
+    if config.loss == "cross_entropy":
+        return of_choice
+    divergence = torch.stack([a * (a / b).log() for a, b in zip(p, q, strict=True)]).sum()
+    variation = torch.stack([(a - b).abs() for a, b in zip(p, q, strict=True)]).sum() / 2
+    acceptance = sum(min(float(a), float(b)) for a, b in zip(p, q, strict=True))
+    share = math.exp(-0.5 * acceptance)
+    return share * divergence + (1 - share) * variation + of_choice
+
+
+@pytest.mark.parametrize("support", [3, 200])
+@pytest.mark.parametrize("loss", ["lk_hybrid", "cross_entropy"])
+def test_loss_and_gradient_are_the_papers(loss: Any, support: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    config = DrafterConfig(loss=loss, support=support)
+    draft, verifier = (torch.randn(6, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2))
+    found, expected = draft.clone().requires_grad_(), draft.clone().requires_grad_()
+    ours = slot_losses(found, verifier, config)
+    theirs = torch.stack([stated(one, other, config) for one, other in zip(expected, verifier, strict=True)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours.sum().backward()
+    theirs.sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_accepted_prefix_and_the_first_rejected_slot_count() -> None:
+    verifier = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 1, 2]]), 5) * 9.0
+    draft = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 1, 2]]), 5) * 9.0
+    usable, greedy = torch.ones(1, 5, dtype=torch.bool), torch.full((1, 5, 2), 0.999)
+    assert judge(draft, verifier, usable, greedy, DrafterConfig()).counted.tolist() == [[True] * 3 + [False] * 2]
+    every = judge(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
+    assert every.counted.all() and every.kept.tolist() == [[True, True, False, False, False]]
+    unlucky = torch.tensor([0.0, 0.9999]).expand(1, 5, 2)  # every slot drawn; none of the draws is the choice
+    assert judge(draft, verifier, usable, unlucky, DrafterConfig()).counted.tolist() == [[True] + [False] * 4]
+    ended = torch.tensor([[True, False, True, True, True]])
+    assert judge(draft, verifier, ended, greedy, DrafterConfig()).counted.sum() == 1
+    weights = judge(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
+    assert weights[0, :3].tolist() == pytest.approx([1, math.exp(-1 / 4), math.exp(-2 / 4)])
+
+
+def test_as_many_slots_are_accepted_as_q_gives_the_choice() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, generator=draw)
+    draft, verifier = (each.expand(100_000, 1, 4) for each in logits)
+    uniform = torch.rand(100_000, 1, 2, generator=draw)
+    slots = judge(
+        draft.expand(-1, 2, -1), verifier.expand(-1, 2, -1), torch.ones(100_000, 2, dtype=torch.bool),
+        uniform.expand(-1, 2, -1), DrafterConfig(sampled_share=1.0),
+    )  # fmt: skip
+    of_choice = float(logits[0].softmax(-1)[logits[1].argmax()])
+    assert float(slots.counted[:, 1].float().mean()) == pytest.approx(of_choice, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"loss": "kl"}, "lk_hybrid"), ({"temperature": 0}, "temperature"), ({"sampled_share": 2}, "sampled_share")],
+)
+def test_switches_are_checked(changes: dict[str, Any], said: str) -> None:
+    (line,) = DrafterConfig(**changes).problems()
+    assert said in line
+
+
+LAYOUTS = {
+    "micro-batch 1": (1, ["train.micro_batch_size=1"]),
+    "tensor 2 + sequence": (2, matrix.SP2),
+    "pipeline 2": (2, matrix.PP2),
+    "data 2": (2, []),
+}
+HALF_WAY = 2
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A tri-mode model, its drafter on one process, and that continued under other layouts."""
+    folder = tmp_path_factory.mktemp("drafter")
+    small.qwen3(folder / "qwen3")
+    small.data(folder / "data")
+    base = {"start_from": str(folder / "qwen3"), "data": str(folder / "data"), "output": str(folder / "base")}
+    jobs = [Job("base", 1, "jobs:train", {**base, "settings": ["train.train_iters=5", "checkpoint.save_interval=0"]})]
+    shared = {"start_from": f"{base['output']}/checkpoints", "data": base["data"], "recipe": "drafter"}
+    settings = [f"train.train_iters={2 * HALF_WAY}", "train.micro_batch_size=4"]
+
+    def arguments(name: str, *more: str) -> dict[str, Any]:
+        return {**shared, "output": str(folder / name), "settings": [*settings, *more]}
+
+    jobs.append(Job("one process", 1, "jobs:train", arguments("one process", f"checkpoint.save_interval={HALF_WAY}")))
+    stopped = {"stopped": str(folder / "one process"), "at": HALF_WAY}
+    for name, (world, layout) in LAYOUTS.items():
+        jobs.append(Job(name, world, "jobs:resume", {**arguments(name, *layout), **stopped}))
+    found = gang.run(jobs, folder)
+    errors = [result["error"] for result in found.values() if "error" in result]
+    assert not errors, errors[0]
+    return folder, found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_the_same_drafter(ran: Any, layout: str) -> None:
+    expected, found = ran[1]["one process"]["steps"][HALF_WAY:], ran[1][layout]["steps"]
+    assert [step["step"] for step in found] == [step["step"] for step in expected] != []
+    for name in ("draft loss", "gradient norm", "counted slots", "acceptance length/7", "expected TPF"):
+        for mine, other in zip(found, expected, strict=True):
+            assert mine[name] == pytest.approx(other[name], rel=1e-5), name
+
+
+def test_it_acts_on_drafts_alone(ran: Any) -> None:
+    """With the adapters in place, what is prefilled, verified and denoised stays bit for bit as it was."""
+    from nemodiff_train.host import prepare
+
+    prepare()
+    from nemodiff_train.decoding.decode import decode
+    from nemodiff_train.decoding.loading import open_model
+    from nemodiff_train.decoding.session import Session
+
+    folder, _ = ran
+    checkpoint = str(folder / "base" / "checkpoints")
+    prompts = [list(range(20, 33)), list(range(50, 55))]
+    tokens, rows = torch.tensor([[40, 41, 42, 1], [60, 61, 1, 1]]), torch.arange(2)
+
+    def logits(opened: Any) -> dict[str, Tensor]:
+        session = Session(opened.model, 2, 64, opened.model[0].config.mask_token_id)
+        found = {"prefill": session.prefill(prompts)}
+        for kind, causal in (("verify", True), ("denoise", False), ("draft", False)):
+            found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
+        return found
+
+    plain = open_model(checkpoint, max_new_tokens=24)
+    with_drafter = open_model(checkpoint, max_new_tokens=24, drafter=str(folder / "one process" / "checkpoints"))
+    before, after = logits(plain), logits(with_drafter)
+    assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
+    assert not torch.equal(before["draft"], after["draft"])
+    outputs = [decode(opened.model, prompts, "linear", opened.settings)[0] for opened in (plain, with_drafter)]
+    assert [one.tokens for one in outputs[0]] == [one.tokens for one in outputs[1]]
+
+    # Megatron's own forward, which Transformer Engine's layers take, gives the same.
+    from nemodiff_train.decoding import stages
+
+    kept, stages.is_plain = stages.is_plain, lambda chunk: False
+    try:
+        for kind, values in logits(with_drafter).items():
+            torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
+    finally:
+        stages.is_plain = kept
+
+
+def test_exported_as_peft_writes_it(ran: Any, tmp_path: Path) -> None:
+    """The adapters that PEFT reads do to the exported model what ours do to the checkpoint."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = ran
+    written = {}
+    for name in ("one process", "tensor 2 + sequence"):
+        target = tmp_path / name.replace(" ", "-")
+        assert main(["convert", "export", str(folder / name / "checkpoints"), str(target)]) == 0
+        written[name] = load_file(target / "adapter_model.safetensors")
+    one, split = written.values()
+    assert list(one) == list(split) and len(one) == 2 * 4
+    for key, values in one.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, split[key], rtol=1e-4, atol=1e-6)
+    settings = json.loads((tmp_path / "one-process" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (16, 64, ["o_proj"])
+
+    assert main(["convert", "export", str(folder / "base" / "checkpoints"), str(tmp_path / "model")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(model, str(tmp_path / "one-process"))
+    loaded = {name: values for name, values in adapted.state_dict().items() if "lora_" in name}
+    assert {name.replace(".default", ""): None for name in loaded}.keys() == one.keys()
+    for name, values in loaded.items():
+        assert torch.equal(values, one[name.replace(".default", "")])
+
+
+def test_what_is_no_drafter_is_refused(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = ran
+    base, drafter = str(folder / "base" / "checkpoints"), str(folder / "one process" / "checkpoints")
+    for words, said in (
+        (["generate", drafter, "a"], "is a drafter"),
+        (["generate", base, "a", "--drafter", base], "is no drafter"),
+        (["train", "drafter", f"start_from={folder / 'qwen3'}", f"data={folder / 'data'}", "output=x"], "import"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
