@@ -9,7 +9,7 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
 from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
-STEPS = 300
+STEPS = 600
 
 
 def recipe(start_from: str, problems: str, output: str) -> TriModeConfig:
@@ -28,7 +28,7 @@ def recipe(start_from: str, problems: str, output: str) -> TriModeConfig:
         peft=DraftLoRA(dim=128, alpha=512),
         dataset=TextDatasetConfig(seq_length=128, data=[problems], split="100,0,0"),
         train=TrainingConfig(train_iters=STEPS, global_batch_size=16, micro_batch_size=8),
-        optimizer=adamw(1e-3, 1e-4),
+        optimizer=adamw(4e-3, 2e-4),
         scheduler=schedule(10, style="cosine"),
         checkpoint=checkpoints(output, start_from, every=STEPS),
         logger=loggers(output),

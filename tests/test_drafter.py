@@ -105,7 +105,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
     base = {"start_from": str(folder / "qwen3"), "data": str(folder / "data"), "output": str(folder / "base")}
-    jobs = [Job("base", 1, "jobs:train", {**base, "settings": ["train.train_iters=5", "checkpoint.save_interval=0"]})]
+    jobs = [Job("base", 1, "jobs:train", {**base, "settings": ["train.train_iters=5", "checkpoint.save_interval=5"]})]
     shared = {"start_from": f"{base['output']}/checkpoints", "data": base["data"], "recipe": "drafter"}
     settings = [f"train.train_iters={2 * HALF_WAY}", "train.micro_batch_size=4"]
 
