@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from nemodiff_train.drafter.adapter import DraftProjection
-
 
 def is_plain(chunk: Any) -> bool:
     """Whether :func:`run_plain` can take the place of a model chunk's own forward.
@@ -92,13 +90,18 @@ def _attention(attention: Any, states: Tensor, rotary: tuple[Tensor, Tensor]) ->
         query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     out = attention.core_attention(_rotated(query, *rotary), _rotated(key, *rotary), value)
     projection = attention.linear_proj
-    correction = projection.correction(out) if isinstance(projection, DraftProjection) else None
+    correction = projection.correction(out) if _drafts(projection) else None
     projected = _row_parallel(_without_drafter(projection), out)
     return projected if correction is None else projected + correction
 
 
+def _drafts(projection: Any) -> bool:
+    """Whether it is a ``DraftProjection``, whose class can be imported only where the host is prepared."""
+    return hasattr(projection, "correction")
+
+
 def _without_drafter(projection: Any) -> Any:
-    return projection.to_wrap if isinstance(projection, DraftProjection) else projection
+    return projection.to_wrap if _drafts(projection) else projection
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
