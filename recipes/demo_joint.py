@@ -11,7 +11,7 @@ STEPS = 700
 
 
 def recipe(
-    start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>", ranks: str = "2"
+    start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>", ranks: int = 2
 ) -> TriModeConfig:
     """Joint AR + diffusion training.
 
@@ -24,7 +24,7 @@ def recipe(
         ranks: Tensor-parallel processes.
     """
     model = model_from(start_from)
-    model.tensor_model_parallel_size = int(ranks)
+    model.tensor_model_parallel_size = ranks
     # Two departures from the paper, for a training of minutes: all-masked samples are what a one-shot draft
     # starts from, and the shift lets the noisy half reuse the sums that the AR model can do already.
     objective = ObjectiveConfig(block_size=32, mask_token=mask_token, all_masked_share=0.2, shift=True)

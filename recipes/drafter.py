@@ -18,9 +18,9 @@ def recipe(
     start_from: str,
     data: str,
     output: str,
-    tensor: str = "1",
-    rank: str = "128",
-    alpha: str = "512",
+    tensor: int = 1,
+    rank: int = 128,
+    alpha: int = 512,
 ) -> TriModeConfig:
     """Adapters of the attention outputs, everything else frozen.
 
@@ -33,13 +33,13 @@ def recipe(
         alpha: What they add is scaled by alpha / rank.
     """
     model = model_from(start_from)
-    model.tensor_model_parallel_size = int(tensor)
-    model.sequence_parallel = int(tensor) > 1
+    model.tensor_model_parallel_size = tensor
+    model.sequence_parallel = tensor > 1
     return TriModeConfig(
         model=model,
         objective=ObjectiveConfig(block_size=model.block_size, shift=model.shift),
         drafter=DrafterConfig(),
-        peft=DraftLoRA(dim=int(rank), alpha=int(alpha)),
+        peft=DraftLoRA(dim=rank, alpha=alpha),
         dataset=TextDatasetConfig(seq_length=4096, data=[data], split="100,0,0"),
         train=TrainingConfig(train_iters=2000, global_batch_size=128, micro_batch_size=1),
         optimizer=adamw(1e-4, 1e-5, sharded=True),

@@ -121,6 +121,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     stopped = {"stopped": str(folder / "one process"), "at": HALF_WAY}
     for name, (world, layout) in LAYOUTS.items():
         jobs.append(Job(name, world, "jobs:resume", {**arguments(name, *layout), **stopped}))
+    written = "one process", "tensor 2 + sequence"
+    exported = [["export", str(folder / name / "checkpoints"), str(folder / f"{name} peft")] for name in written]
+    jobs.append(Job("export", 1, "jobs:convert", {"commands": exported[:1]}))
+    exported[1] += ["--tensor-parallel", "2"]
+    jobs.append(Job("export on two ranks", 2, "jobs:convert", {"commands": exported[1:]}))
     found = gang.run(jobs, folder)
     errors = [result["error"] for result in found.values() if "error" in result]
     assert not errors, errors[0]
@@ -136,7 +141,7 @@ def test_every_layout_trains_the_same_drafter(ran: Any, layout: str) -> None:
             assert mine[name] == pytest.approx(other[name], rel=1e-5), name
 
 
-def test_it_acts_on_drafts_alone(ran: Any) -> None:
+def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the adapters in place, what is prefilled, verified and denoised stays bit for bit as it was."""
     from nemodiff_train.host import prepare
 
@@ -168,12 +173,9 @@ def test_it_acts_on_drafts_alone(ran: Any) -> None:
     # Megatron's own forward, which Transformer Engine's layers take, gives the same.
     from nemodiff_train.decoding import stages
 
-    kept, stages.is_plain = stages.is_plain, lambda chunk: False
-    try:
-        for kind, values in logits(with_drafter).items():
-            torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
-    finally:
-        stages.is_plain = kept
+    monkeypatch.setattr(stages, "is_plain", lambda chunk: False)
+    for kind, values in logits(with_drafter).items():
+        torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
 
 
 def test_exported_as_peft_writes_it(ran: Any, tmp_path: Path) -> None:
@@ -182,36 +184,48 @@ def test_exported_as_peft_writes_it(ran: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    folder, _ = ran
-    written = {}
-    for name in ("one process", "tensor 2 + sequence"):
-        target = tmp_path / name.replace(" ", "-")
-        assert main(["convert", "export", str(folder / name / "checkpoints"), str(target)]) == 0
-        written[name] = load_file(target / "adapter_model.safetensors")
-    one, split = written.values()
+    folder, found = ran
+    assert found["export"]["codes"] == found["export on two ranks"]["codes"] == [0]
+    names = ("one process", "tensor 2 + sequence")
+    one, split = (load_file(folder / f"{name} peft" / "adapter_model.safetensors") for name in names)
     assert list(one) == list(split) and len(one) == 2 * 4
     for key, values in one.items():
         assert values.dtype == torch.float32
         torch.testing.assert_close(values, split[key], rtol=1e-4, atol=1e-6)
-    settings = json.loads((tmp_path / "one-process" / "adapter_config.json").read_text())
+    settings = json.loads((folder / "one process peft" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (16, 64, ["o_proj"])
 
     assert main(["convert", "export", str(folder / "base" / "checkpoints"), str(tmp_path / "model")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    adapted = PeftModel.from_pretrained(model, str(tmp_path / "one-process"), torch_device="cpu")
+    adapted = PeftModel.from_pretrained(model, str(folder / "one process peft"), torch_device="cpu")
     loaded = {name: values for name, values in adapted.state_dict().items() if "lora_" in name}
     assert {name.replace(".default", ""): None for name in loaded}.keys() == one.keys()
     for name, values in loaded.items():
         assert torch.equal(values, one[name.replace(".default", "")])
 
 
-def test_what_is_no_drafter_is_refused(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_in_one_line(ran: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = ran
     base, drafter = str(folder / "base" / "checkpoints"), str(folder / "one process" / "checkpoints")
+    output = tmp_path / "output"
+    train = ["train", "drafter", f"start_from={base}", f"data={folder / 'data'}", f"output={output}"]
+    capsys.readouterr()
     for words, said in (
         (["generate", drafter, "a"], "is a drafter"),
         (["generate", base, "a", "--drafter", base], "is no drafter"),
-        (["train", "drafter", f"start_from={folder / 'qwen3'}", f"data={folder / 'data'}", "output=x"], "import"),
+        (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "mode linear alone"),
+        ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
+        ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
+        ([*train, "rank=many"], "rank=many is no whole number"),
+        ([*train, "rank=0"], "rank is 0"),
+        (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
     ):
-        assert main(words) == 2
-        assert said in capsys.readouterr().err
+        assert main(words) == 2, words
+        said_so = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nemodiff: error:")]
+        assert len(said_so) == 1 and said in said_so[0]
+        assert not output.exists()
+
+
+def test_inspected_as_what_it_is(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "inspect", str(ran[0] / "one process" / "checkpoints")]) == 0
+    assert "of a drafter" in capsys.readouterr().out

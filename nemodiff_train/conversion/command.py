@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.folders import is_drafter
 
 FORMATS = ("ar", "nemotron", "tri-mode")
 
@@ -109,11 +110,8 @@ def _export(arguments: argparse.Namespace) -> int:
     prepare()
     from nemodiff_train.conversion.drafters import export_drafter
     from nemodiff_train.conversion.exporting import export_checkpoint
-    from nemodiff_train.drafter.adapter import is_drafter
-    from nemodiff_train.model.folders import is_megatron_checkpoint
 
-    source = Path(arguments.source)
-    if is_megatron_checkpoint(source) and is_drafter(source):
+    if is_drafter(Path(arguments.source)):
         if arguments.remote_code:
             raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
         export_drafter(arguments.source, arguments.output, arguments.format)

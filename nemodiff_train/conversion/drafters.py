@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nemodiff_train.console import console, is_main_process, quiet
 from nemodiff_train.conversion.formats import FORMATS, own_format
 from nemodiff_train.conversion.output import complete_or_absent
+from nemodiff_train.decoding.loading import start_model_parallel
 from nemodiff_train.drafter.adapter import open_drafter
 from nemodiff_train.model.families import architecture, stored_name
 from nemodiff_train.model.folders import newest_iteration
@@ -37,12 +37,11 @@ def export_drafter(source: str, output: str, format: str | None = None) -> None:
     provider = model_from(source)
     lora = open_drafter(source, provider)
     kind = architecture(FORMATS[format or own_format(provider)].settings(provider))
+    start_model_parallel(1)  # reading is a collective, of one process too
     with complete_or_absent(Path(output)) as partial, quiet():
+        adapters = _adapters(newest_iteration(Path(source)), provider.num_layers)
         if is_main_process():
-            named = {
-                f"base_model.model.{stored_name(kind, name)}": values.float().contiguous()
-                for name, values in _adapters(newest_iteration(Path(source)), provider.num_layers).items()
-            }
+            named = {f"base_model.model.{stored_name(kind, name)}": values for name, values in adapters.items()}
             save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             LoraConfig(
                 r=lora.dim, lora_alpha=lora.alpha, target_modules=["o_proj"], inference_mode=True
@@ -55,10 +54,13 @@ def _adapters(iteration: Path, layers: int) -> dict[str, Tensor]:
     """Both factors of every layer, whole, by their names in an AR model's directory."""
     from megatron.core import dist_checkpointing
 
-    found = dist_checkpointing.load_plain_tensors(str(iteration.absolute()))
-    adapters: dict[str, Tensor] = {}
-    for theirs, ours in PARTS.items():
-        stacked = found[f"decoder.layers.self_attention.linear_proj.adapter.{theirs}.weight"]
-        for layer, values in zip(range(layers), stacked.to(torch.float32), strict=True):
-            adapters[f"model.layers.{layer}.self_attn.o_proj.{ours}.weight"] = values
-    return adapters
+    folder = str(iteration.absolute())
+    stored = dist_checkpointing.load_tensors_metadata(folder)
+    names = {f"decoder.layers.self_attention.linear_proj.adapter.{part}.weight": PARTS[part] for part in PARTS}
+    # Every rank reads all of both, which Core would take for a mistake in the layout.
+    found = dist_checkpointing.load({n: stored[n] for n in names}, folder, validate_access_integrity=False)
+    return {
+        f"model.layers.{layer}.self_attn.o_proj.{part}.weight": values
+        for name, part in names.items()
+        for layer, values in zip(range(layers), found[name].float(), strict=True)
+    }

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
+from nemodiff_train.model.folders import is_drafter, is_megatron_checkpoint, newest_iteration, read_json, run_config
 
 
 def inspect(path: str) -> None:
@@ -52,7 +51,8 @@ def _hugging_face(folder: Path) -> dict[str, str]:
 
 def _megatron(folder: Path) -> dict[str, str]:
     iteration = newest_iteration(folder)
-    model = yaml.safe_load((iteration / "run_config.yaml").read_text())["model"]
+    model, drafter = run_config(iteration)["model"], is_drafter(iteration)
+    generate = f"MODEL PROMPT --drafter {folder}" if drafter else f"{folder} PROMPT"
     files = list(iteration.rglob("*.distcp"))
     layout = " x ".join(
         f"{name} {model[f'{name}_model_parallel_size']}"
@@ -61,7 +61,7 @@ def _megatron(folder: Path) -> dict[str, str]:
     )
     settings = model.get("hf_config") or {}
     return {
-        "kind": "Megatron checkpoint",
+        "kind": "Megatron checkpoint of a drafter" if drafter else "Megatron checkpoint",
         "architecture": architecture(settings),
         **_sizes(ar_settings(settings)),
         "weights": f"{decimal(sum(file.stat().st_size for file in files))}, files: {len(files)}",
@@ -69,7 +69,7 @@ def _megatron(folder: Path) -> dict[str, str]:
         "dtype": "bf16" if model.get("bf16") else "fp16" if model.get("fp16") else "fp32",
         "mask token": _mask_token(model),
         "training step": str(int(iteration.name.removeprefix("iter_"))),
-        "next": f"nemodiff generate {folder} PROMPT\nnemodiff convert export {folder} OUTPUT",
+        "next": f"nemodiff generate {generate}\nnemodiff convert export {folder} OUTPUT",
     }
 
 

@@ -17,7 +17,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.folders import is_drafter, is_megatron_checkpoint, newest_iteration
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,15 @@ def open_model(
     Raises:
         UserError: No checkpoint, a mode it cannot decode in, settings that cannot be, or another model's drafter.
     """
-    from nemodiff_train.drafter.adapter import load_drafter, open_drafter
-
     provider = open_checkpoint(checkpoint)
-    if drafter is not None:
-        open_drafter(drafter, provider)
     for mode in modes:
         check_mode(provider, mode)
+    if drafter is not None:
+        from nemodiff_train.drafter.adapter import load_drafter, open_drafter
+
+        if modes and "linear" not in modes:
+            raise UserError(f"--drafter acts in mode linear alone, not in {', '.join(modes)}; leave it out")
+        lora = open_drafter(drafter, provider)
     tokenizer = load_tokenizer(str(tokenizer_directory(checkpoint)))
     chosen = DecodingSettings(
         block_size=provider.block_size if block_size is None else block_size,
@@ -72,7 +74,7 @@ def open_model(
     with quiet(), console.status(f"loading {checkpoint}"):
         models = load_for_decoding(checkpoint, tensor_parallel, pipeline_parallel)
         if drafter is not None:
-            load_drafter(models, drafter)
+            load_drafter(models, drafter, lora)
         return Opened(models, tokenizer, chosen)
 
 
@@ -168,7 +170,6 @@ def open_checkpoint(checkpoint: str) -> Any:
     Raises:
         UserError: It is no such checkpoint.
     """
-    from nemodiff_train.drafter.adapter import is_drafter
     from nemodiff_train.model.pretrained import model_from
 
     if not is_megatron_checkpoint(Path(checkpoint)):

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.core.utils import unwrap_model
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.host.packages import let_adapters_know_layers
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.folders import is_drafter, newest_iteration, run_config
 
 let_adapters_know_layers()
 
@@ -67,18 +66,8 @@ class DraftLoRA(LoRA):
         return DraftProjection(made.to_wrap, made.adapter) if type(made) is LoRALinear else made
 
 
-def is_drafter(checkpoint: Path) -> bool:
-    """Whether a Megatron checkpoint holds a drafter's adapters instead of a model."""
-    return str((_run_config(checkpoint).get("peft") or {}).get("_target_")).endswith(DraftLoRA.__name__)
-
-
-def _run_config(checkpoint: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((newest_iteration(checkpoint) / "run_config.yaml").read_text())
-    return found
-
-
 def open_drafter(checkpoint: str, model: Any) -> DraftLoRA:
-    """The settings of a drafter's checkpoint, without its weights.
+    """The adapters that a drafter's checkpoint describes, without their weights.
 
     Args:
         checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
@@ -87,10 +76,9 @@ def open_drafter(checkpoint: str, model: Any) -> DraftLoRA:
     Raises:
         UserError: It is no drafter, or one of a model of another shape.
     """
-    path = Path(checkpoint)
-    if not is_megatron_checkpoint(path) or not is_drafter(path):
+    if not is_drafter(Path(checkpoint)):
         raise UserError(f"'{checkpoint}' is no drafter; train one with 'nemodiff train drafter'")
-    run = _run_config(path)
+    run = run_config(Path(checkpoint))
     for name in ("num_layers", "hidden_size", "num_attention_heads", "shift"):
         theirs, ours = run["model"][name], getattr(model, name)
         if theirs != ours:
@@ -98,15 +86,13 @@ def open_drafter(checkpoint: str, model: Any) -> DraftLoRA:
     return DraftLoRA(dim=run["peft"]["dim"], alpha=run["peft"]["alpha"])
 
 
-def load_drafter(models: list[Any], checkpoint: str) -> DraftLoRA:
+def load_drafter(models: list[Any], checkpoint: str, lora: DraftLoRA) -> None:
     """Put a drafter's adapters into a model that is ready to decode.
 
     Args:
         models: This rank's chunks.
-        checkpoint: As for :func:`open_drafter`.
-
-    Raises:
-        UserError: As :func:`open_drafter`.
+        checkpoint: The drafter's.
+        lora: What :func:`open_drafter` returned for it.
     """
     from megatron.bridge.training.checkpointing import (
         _generate_model_state_dict,
@@ -114,7 +100,6 @@ def load_drafter(models: list[Any], checkpoint: str) -> DraftLoRA:
     )
     from megatron.core import dist_checkpointing
 
-    lora = open_drafter(checkpoint, unwrap_model(models[0]).config)
     folder = str(newest_iteration(Path(checkpoint)).absolute())
     lora(models, training=False)
     metadata = dist_checkpointing.load_content_metadata(folder)
@@ -122,4 +107,3 @@ def load_drafter(models: list[Any], checkpoint: str) -> DraftLoRA:
     found = dist_checkpointing.load(wanted, folder)
     for number, chunk in enumerate(models):
         chunk.load_state_dict(found["model" if len(models) == 1 else f"model{number}"], strict=False)
-    return lora

@@ -17,6 +17,8 @@ def drafter_problems(config: Any) -> Iterator[str]:
     model, objective, start = config.model, config.objective, config.checkpoint.pretrained_checkpoint
     if config.peft is None:
         yield "a drafter needs peft=DraftLoRA(...) in its recipe"
+    elif min(config.peft.dim, config.peft.alpha) < 1:
+        yield f"the adapters' rank is {config.peft.dim} and alpha {config.peft.alpha}; both take at least 1"
     if not start or not is_megatron_checkpoint(Path(start)):
         yield f"a drafter starts from a Megatron checkpoint, which '{start}' is not; use 'nemodiff convert import'"
     if model.mask_token_id is None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemodiff_train.errors import UserError
 
 
@@ -24,6 +26,21 @@ def newest_iteration(path: Path) -> Path:
     if not found:
         raise UserError(f"'{path}' is no Megatron checkpoint: it has no iter_*/run_config.yaml")
     return found[-1].parent
+
+
+def run_config(path: Path) -> dict[str, Any]:
+    """The recipe that a Megatron checkpoint was saved with, as plain values.
+
+    Raises:
+        UserError: As :func:`newest_iteration`.
+    """
+    found: dict[str, Any] = yaml.safe_load((newest_iteration(path) / "run_config.yaml").read_text())
+    return found
+
+
+def is_drafter(path: Path) -> bool:
+    """Whether a Megatron checkpoint holds a drafter's adapters instead of a model."""
+    return is_megatron_checkpoint(path) and run_config(path).get("drafter") is not None
 
 
 def read_json(file: Path) -> dict[str, Any]:

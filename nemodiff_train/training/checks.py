@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.checks import drafter_problems
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import TRI_MODE, architecture
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
+from nemodiff_train.model.folders import is_drafter, is_megatron_checkpoint, newest_iteration, read_json, run_config
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
 
@@ -46,6 +44,8 @@ def _check_start(config: TriModeConfig) -> None:
     if not config.checkpoint.pretrained_checkpoint:
         return
     start = Path(config.checkpoint.pretrained_checkpoint)
+    if is_drafter(start):
+        raise UserError(f"'{start}' is a drafter; start from the model that it was trained for")
     check_weights(start)
     if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
         raise UserError(
@@ -59,7 +59,7 @@ def _resume_problems(config: TriModeConfig) -> list[str]:
     if not config.checkpoint.load or not is_megatron_checkpoint(Path(config.checkpoint.load)):
         return []
     iteration = newest_iteration(Path(config.checkpoint.load))
-    began = yaml.safe_load((iteration / "run_config.yaml").read_text())
+    began = run_config(iteration)
     was, now = (bool(c["use_distributed_optimizer"]) for c in (began["optimizer"], vars(config.optimizer)))
     if was != now:
         return [

@@ -28,8 +28,7 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     if not callable(getattr(module, "recipe", None)):
         raise UserError(f"'{name}' has no function 'recipe'; a recipe is a file that defines one")
     pairs = [_split(word) for word in words]
-    arguments = {key: value for key, value in pairs if "." not in key}
-    _check_arguments(name, module.recipe, arguments)
+    arguments = _arguments(name, module.recipe, {key: value for key, value in pairs if "." not in key})
     config: TriModeConfig = module.recipe(**arguments)
     return override(config, {key: value for key, value in pairs if "." in key})
 
@@ -63,7 +62,8 @@ def _split(word: str) -> tuple[str, str]:
     return key, value
 
 
-def _check_arguments(name: str, function: Any, arguments: dict[str, str]) -> None:
+def _arguments(name: str, function: Any, arguments: dict[str, str]) -> dict[str, Any]:
+    """The words as what the recipe's function takes, text or whole numbers."""
     parameters = inspect.signature(function).parameters
     for key in arguments:
         if key not in parameters:
@@ -74,6 +74,14 @@ def _check_arguments(name: str, function: Any, arguments: dict[str, str]) -> Non
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in arguments]
     if missing:
         raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
+    made: dict[str, Any] = dict(arguments)
+    for key, value in arguments.items():
+        if parameters[key].annotation is int:
+            try:
+                made[key] = int(value)
+            except ValueError:
+                raise UserError(f"recipe '{name}': {key}={value} is no whole number") from None
+    return made
 
 
 def override(config: TriModeConfig, overrides: dict[str, str]) -> TriModeConfig:
