@@ -81,18 +81,22 @@ def _rotary(chunk: Any, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _attention(attention: Any, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    mixer = attention.linear_qkv
+    projection = attention.linear_qkv
     groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-    mixed = F.linear(states, mixer.weight, mixer.bias)
+    mixed = F.linear(states, projection.weight, projection.bias)
     mixed = mixed.view(*mixed.shape[:2], groups, -1, width)  # a group's queries, its key, its value
     query, key, value = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
     if attention.q_layernorm is not None:
         query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     out = attention.core_attention(_rotated(query, *rotary), _rotated(key, *rotary), value)
-    projection = attention.linear_proj
-    correction = projection.correction(out) if _drafts(projection) else None
-    projected = _row_parallel(_without_drafter(projection), out)
-    return projected if correction is None else projected + correction
+    return _attention_output(attention.linear_proj, out)
+
+
+def _attention_output(projection: Any, states: Tensor) -> Tensor:
+    if not _drafts(projection):
+        return _row_parallel(projection, states)
+    out, correction = _row_parallel(projection.to_wrap, states), projection.correction(states)
+    return out if correction is None else out + correction
 
 
 def _drafts(projection: Any) -> bool:

@@ -1,9 +1,9 @@
 """The switches of the drafter's training."""
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Literal
 
-from nemodiff_train.errors import nearest
+from nemodiff_train.errors import unknown_choices
 
 
 @dataclass(kw_only=True)
@@ -36,12 +36,7 @@ class DrafterConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
-        found = []
-        for f in fields(self):
-            value, choices = getattr(self, f.name), get_args(f.type)
-            if get_origin(f.type) is Literal and value not in choices:
-                known = "', '".join(choices)
-                found.append(f"drafter.{f.name} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
+        found = unknown_choices("drafter", self)
         if self.temperature <= 0:
             found.append(f"drafter.temperature={self.temperature} is not positive")
         if self.support < 1:

@@ -7,15 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.state import GlobalState
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
-from nemodiff_train.model.head import ROWS
+from nemodiff_train.model.head import ROWS, whole
 from nemodiff_train.objective.loss import Report
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.training.step import ForwardStep, LossFunction
@@ -39,17 +34,13 @@ class DraftStep(ForwardStep):
             reduces it.
         """
         config: Any = state.cfg
-        chunk = unwrap_model(model)
-        batch = self.batch = self._next(config, data_iterator, chunk)
         figures: Report = {}
-        first = batch is not None and chunk.pre_process
-        output = model(
-            input_ids=draft_tokens(batch, config.model) if batch and first else None,
-            position_ids=batch["position_ids"] if batch and first else None,
-            attention_mask=None,
-            output_processor=partial(draft_loss, batch or {}, config, figures),  # called on the last stage alone
-        )
-        return output, partial(_reduce, figures)
+        process = partial(draft_loss, recipe=config, figures=figures)
+        return self.run(config, data_iterator, model, process)[1], partial(_reduce, figures)
+
+    def _read(self, data_iterator: Iterator[Any], chunk: Any) -> Sample:
+        batch = super()._read(data_iterator, chunk)
+        return {**batch, "tokens": draft_tokens(batch, chunk.config)}
 
 
 def draft_tokens(batch: Sample, model: Any) -> Tensor:
@@ -75,10 +66,7 @@ def draft_loss(batch: Sample, recipe: Any, figures: Report, **stage: Any) -> Ten
         Their sum, a scalar.
     """
     layer, states = stage["output_layer"], stage["hidden_states"]
-    if layer.sequence_parallel:
-        states = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=layer.tp_group)
-    else:
-        states = copy_to_tensor_model_parallel_region(states, group=layer.tp_group)
+    states = whole(states, layer)
     size, length = recipe.model.block_size, batch["maskable"].shape[1]
     blocks = states.transpose(0, 1).unflatten(1, (2, length // size, size))  # [batch, half, blocks, size, hidden]
     # Clean place i says token i + 1; so does a noisy one under the shift, else it says token i.

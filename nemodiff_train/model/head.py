@@ -42,10 +42,7 @@ def token_losses(
     Returns:
         [batch, positions] in nats, fp32; 0 where no loss is carried.
     """
-    if layer.sequence_parallel:
-        states = gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=layer.tp_group)
-    else:
-        states = copy_to_tensor_model_parallel_region(states, group=layer.tp_group)
+    states = whole(states, layer)
     chosen = states[places % len(states), places // len(states)]
     table = layer.weight if table is None else table
     first = layer.tp_group.rank() * len(table)
@@ -55,6 +52,18 @@ def token_losses(
     found: Tensor = _CrossEntropy.apply(chosen, table[: vocabulary - first], targets, of_places, layer.tp_group)
     losses = torch.zeros(labels.numel(), device=labels.device)
     return losses.index_put((places,), found).view(labels.shape)
+
+
+def whole(states: Tensor, layer: Any) -> Tensor:
+    """States of all positions, whose gradients the ranks that share the output layer add up.
+
+    Args:
+        states: [positions, batch, hidden]; under sequence parallel this rank's positions.
+        layer: The model's ``ColumnParallelLinear``.
+    """
+    if layer.sequence_parallel:
+        return gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=layer.tp_group)
+    return copy_to_tensor_model_parallel_region(states, group=layer.tp_group)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """The switches of the training objective."""
 
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Literal
 
-from nemodiff_train.errors import nearest
+from nemodiff_train.errors import unknown_choices
 
 
 @dataclass(kw_only=True)
@@ -135,20 +135,11 @@ class ObjectiveConfig:
             sequence_length: L, the clean tokens in a sample.
         """
         return [
-            *self._unknown_choices(),
+            *unknown_choices("objective", self),
             *self._bad_numbers(),
             *self._bad_blocks(sequence_length),
             *self._conflicts(),
         ]
-
-    def _unknown_choices(self) -> list[str]:
-        found = []
-        for f in fields(self):
-            value, choices = getattr(self, f.name), get_args(f.type)
-            if get_origin(f.type) is Literal and value not in choices:
-                known = "', '".join(choices)
-                found.append(f"objective.{f.name} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
-        return found
 
     def _bad_numbers(self) -> list[str]:
         found = []

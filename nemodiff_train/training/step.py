@@ -72,6 +72,22 @@ class ForwardStep:
         Returns:
             The micro-batch, or None, and the chunk's output.
         """
+        return self.run(config, data_iterator, model, partial(_losses, total=total))
+
+    def run(
+        self, config: Any, data_iterator: Iterator[Any], model: Any, process: Callable[..., Tensor]
+    ) -> tuple[Sample | None, Tensor]:
+        """As :meth:`forward`, with another output layer and loss.
+
+        Args:
+            config: The recipe.
+            data_iterator: Gives micro-batches.
+            model: The chunk.
+            process: Given the micro-batch and what Megatron gives an ``output_processor``, on the last stage alone.
+
+        Returns:
+            The micro-batch, or None, and the chunk's output.
+        """
         chunk = unwrap_model(model)
         batch = self._next(config, data_iterator, chunk)
         self.batch = batch
@@ -81,7 +97,7 @@ class ForwardStep:
             input_ids=batch["tokens"] if batch and chunk.pre_process else None,
             position_ids=batch["position_ids"] if batch and chunk.pre_process else None,
             attention_mask=structure,
-            output_processor=partial(_losses, batch or {}, total),  # called on the last stage alone
+            output_processor=partial(process, batch or {}),
         )
         return batch, output
 
