@@ -6,8 +6,10 @@ import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partialmethod
 
 import torch
+from tqdm import tqdm
 
 from nemodiff_train.console import console, is_main_process
 
@@ -41,7 +43,8 @@ def _quiet_third_parties() -> None:
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the project shows its own bars
+    # The project shows its own bars.  The environment variable for it is read too early, when torch imports tqdm.
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from megatron.bridge import AutoBridge
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
+from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
 from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
@@ -154,7 +155,8 @@ def _megatron_model(path: Path) -> TriModeModelProvider:
     from megatron.bridge.training.model_load_save import load_model_config
 
     iteration = newest_iteration(path)
-    provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
+    with quiet():
+        provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
     forget_layout(provider)
