@@ -22,6 +22,7 @@ from nemodiff_train.attention.plan import share_of
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.norm import head_norm, replicated_norm
+from nemodiff_train.model.remade import recompute_outputs
 
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
@@ -77,6 +78,8 @@ class TriModeModelProvider(GPTModelProvider):
     """What a clean place sees: ``causal`` or ``block_causal``."""
     shift: bool = False
     """Place i of a block predicts token i + 1."""
+    recompute_elementwise: bool = True
+    """Make the outputs of norms and of the gated activation again in the backward pass instead of keeping them."""
     mask_token_id: int | None = None
     """Id of the mask token; None until a joint stage has been trained."""
     query_scale_beta: float = 0.0
@@ -115,6 +118,7 @@ class TriModeModelProvider(GPTModelProvider):
                 module.state = state
         model.rotary_pos_emb = PlacedRotary(model.rotary_pos_emb, self, state)
         model.attention_state = state
+        recompute_outputs(model)
         return model
 
 

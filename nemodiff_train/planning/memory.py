@@ -68,13 +68,15 @@ def _saved_by_layer(work: Workload, layout: Layout) -> float:
     """Bytes that one layer keeps of one micro-batch; after Korthikanti et al. 2022 (arXiv 2205.05198), section 4.
 
     Without dropout and scores: both norms' inputs and outputs; queries, keys and values, once more before norms of
-    heads; the attention's output; and the feed-forward's two products.  Of clean keys and values a
-    context-parallel rank keeps those of the whole sample.
+    heads; the attention's output; and the feed-forward's two products.  The norms' outputs and a gated
+    activation's may be made again instead.  Of clean keys and values a context-parallel rank keeps those of the
+    whole sample.
     """
     own = work.positions / layout.context
-    shared = 4 * work.hidden / (layout.tensor if layout.sequence else 1)
+    shared = (2 if work.remade else 4) * work.hidden / (layout.tensor if layout.sequence else 1)
     before_norms = work.queries + work.keys if work.head_norms else 0
-    split = 2 * work.queries + before_norms + (3 if work.gated else 2) * work.feed_forward
+    inner = (2 if work.remade else 3) if work.gated else 2
+    split = 2 * work.queries + before_norms + inner * work.feed_forward
     keys = 2 * work.keys * (own + work.length * (1 - 1 / layout.context))
     return work.micro_batch * work.width * (own * (shared + split / layout.tensor) + keys / layout.tensor)
 

@@ -35,6 +35,8 @@ class Workload:
     """Weights and activations in bf16; else in fp32."""
     sharded: bool
     """Whether data-parallel ranks share the optimizer's state."""
+    remade: bool = True
+    """Whether the outputs of norms and of the gated activation are made again instead of kept."""
 
     @property
     def positions(self) -> int:
@@ -112,4 +114,5 @@ def workload_of(config: TriModeConfig) -> Workload:
         global_batch=config.train.global_batch_size,
         mixed=config.mixed_precision is not None,
         sharded=bool(config.optimizer.use_distributed_optimizer),
+        remade=model.recompute_elementwise,
     )

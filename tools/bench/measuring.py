@@ -1,0 +1,178 @@
+"""What the benches share: clocks, peaks of memory, a model with its samples and steps, and JSON.
+
+Imported before anything of Megatron, since it prepares the host.
+"""
+# ruff: noqa: E402  (Megatron may be imported only after prepare())
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from nemodiff_train.host import prepare
+
+GPU = prepare().cuda
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+MIB = 2**20
+
+Ways = Mapping[str, Callable[[], Any]]
+
+
+def parser(page: str | None, runs: int) -> argparse.ArgumentParser:
+    """A parser with ``--runs`` and ``--json``, described by the first line of a script's documentation."""
+    made = argparse.ArgumentParser(description=(page or "").splitlines()[0])
+    made.add_argument("--runs", type=int, default=runs, help=f"figures are medians over so many (default {runs})")
+    made.add_argument("--json", metavar="FILE", help="write the figures here too")
+    return made
+
+
+def numbers(text: str) -> list[int]:
+    """``1024,4096`` as an option's value."""
+    return [int(word) for word in text.split(",")]
+
+
+def write(found: Any, file: str | None) -> None:
+    """The figures as JSON, if a file was named."""
+    if file:
+        Path(file).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def now() -> float:
+    """Seconds, with all that a GPU was told to do done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long something takes."""
+    started = now()
+    work()
+    return now() - started
+
+
+def medians(ways: Ways, runs: int, before: Callable[[], Any] | None = None) -> dict[str, float]:
+    """Seconds of each way; in each of the runs every way has its turn.
+
+    Args:
+        before: Called before each, not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(runs):
+        for name, way in ways.items():
+            if before is not None:
+                before()
+            times[name].append(seconds(way))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def give_memory_back(above: int = 2**20) -> None:
+    """Let the C library give freed blocks of this size and more back at once, so that a peak is what was in use."""
+    ctypes.CDLL(None).mallopt(-3, above)  # M_MMAP_THRESHOLD
+
+
+def held() -> int:
+    """Bytes that the process holds; on a GPU, those of tensors."""
+    return torch.cuda.memory_allocated() if GPU else _status("VmRSS")
+
+
+def highest(work: Callable[[], Any]) -> int:
+    """The most bytes that the process held during something; on a GPU, those of tensors."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    work()
+    return torch.cuda.max_memory_allocated() if GPU else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def qwen3(layers: int, hidden: int, vocabulary: int, dtype: torch.dtype = DTYPE) -> Any:
+    """A Qwen 3 with heads of 64, half as many for keys, and a feed-forward three times as wide as the hidden states."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        architectures=["Qwen3ForCausalLM"], vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64,
+        tie_word_embeddings=True, max_position_embeddings=2**15, dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def ministral3(
+    layers: int = 26, hidden: int = 3072, heads: int = 32, vocabulary: int = 131072, dtype: torch.dtype = DTYPE
+) -> Any:
+    """Ministral 3, by default in the shape of the 3B."""
+    from transformers import Ministral3Config
+
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    }  # fmt: skip
+    return Ministral3Config(
+        architectures=["Ministral3ForCausalLM"], vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=128,
+        tie_word_embeddings=True, max_position_embeddings=2**18, rope_parameters=rope,
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def build(config: Any) -> Any:
+    """A random Megatron model of a Hugging Face configuration, on one process, with mask token 1."""
+    from megatron.core.utils import unwrap_model
+
+    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    from nemodiff_train.model.pretrained import model_like
+
+    start_model_parallel(1)
+    provider = model_like(config)
+    lay_out(provider)
+    provider.perform_initialization, provider.mask_token_id = True, 1
+    provider.finalize()
+    return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
+
+
+def sample(model: Any, length: int, stage: Any = "joint", index: int = 0, block: int = 32) -> dict[str, Tensor]:
+    """A random training sample of ``length`` clean tokens, as a micro-batch on the device."""
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+    from nemodiff_train.training.batch import to_device
+
+    ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(index))
+    plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
+    maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
+    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
+    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
+
+
+def step(model: Any, batch: dict[str, Tensor]) -> float:
+    """One micro-batch forward and backward, as training does it; returns its loss."""
+    from nemodiff_train.training.step import _losses
+
+    model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
+    process = partial(_losses, batch, _total)
+    loss = _total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
+    loss.backward()
+    return loss.item()
+
+
+def _total(batch: dict[str, Tensor], losses: Tensor) -> Tensor:
+    return (losses * batch["loss_mask"]).sum()
