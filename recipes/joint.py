@@ -5,7 +5,7 @@ from megatron.bridge.training.config import RNGConfig, TrainingConfig
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective.presets import preset
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
+from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, overlap, schedule, sharded, tokenizer_of
 
 STEPS = 12_500
 
@@ -39,6 +39,8 @@ def recipe(
         train=TrainingConfig(train_iters=STEPS, global_batch_size=512, micro_batch_size=1),
         optimizer=adamw(1e-5, 3e-6, sharded=True),
         scheduler=schedule(warmup=125, decay=2_500),
+        ddp=sharded(),
+        comm_overlap=overlap(),
         checkpoint=checkpoints(output, start_from, every=500),
         logger=loggers(output),
         tokenizer=tokenizer_of(tokenizer),

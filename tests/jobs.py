@@ -22,6 +22,30 @@ def train(output: str, settings: list[str], recipe: str = "recipe", **arguments:
     return {"steps": [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]}
 
 
+def train_plainly(**arguments: Any) -> dict[str, Any]:
+    """As :func:`train`, with attention as one product over all pairs under a dense mask, and all logits at once."""
+    from nemodiff_train.attention import kernels
+    from nemodiff_train.model import head
+    from nemodiff_train.objective.rule import may_attend
+
+    def dense(query: Any, key: Any, value: Any, plan: Any, scale: float | None = None) -> torch.Tensor:
+        seen.append(len(query))
+        mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return weights @ value.repeat_interleave(groups, 1)
+
+    seen: list[int] = []
+    plain, rows = kernels.planned, head.ROWS
+    kernels.planned, head.ROWS = dense, {"cpu": 10**9, "cuda": 10**9}
+    try:
+        found = train(**arguments)
+    finally:
+        kernels.planned, head.ROWS = plain, rows
+    return {**found, "attended": len(seen)}
+
+
 def resume(output: str, stopped: str, at: int, **arguments: Any) -> dict[str, Any]:
     """The run in ``stopped`` as it was when step ``at`` had been saved, continued, on any layout."""
     source, target = Path(stopped, "checkpoints"), Path(output, "checkpoints")

@@ -29,6 +29,8 @@ FULL_RECOMPUTE = [
     "model.recompute_num_layers=1",
 ]
 SELECTIVE_RECOMPUTE = ["model.recompute_granularity=selective"]
+OVERLAP = ["ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true", "ddp.bucket_size=20000"]
+"""Buckets of a few matrices each, so that there are several."""
 SAVED_HALF_WAY = ["checkpoint.save_interval=5"]
 DOCUMENTS = [
     "dataset.reset_attention_mask=true",
@@ -64,6 +66,8 @@ class Layout:
     model: str = "qwen3"
     continues: str | None = None
     """The row whose checkpoint after half of the steps it continues from."""
+    plain: bool = False
+    """With a dense mask and all logits at once in place of the project's kernels."""
 
 
 REFERENCES = [
@@ -79,7 +83,10 @@ LAYOUTS = [
     Layout("micro-batch 1", 1, ["train.micro_batch_size=1"]),
     Layout("micro-batch 2", 1, ["train.micro_batch_size=2"]),
     Layout("full recompute", 1, FULL_RECOMPUTE),
+    Layout("no optimisation", 1, ["model.recompute_elementwise=false"], plain=True),
     Layout("data 2", 2, []),
+    Layout("data 2, sharded optimizer, overlap", 2, [*SHARDED, *OVERLAP]),
+    Layout("tensor 2 + sequence x data 2, sharded optimizer, overlap", 4, [*SP2, *SHARDED, *OVERLAP]),
     Layout(
         "data 2, sharded optimizer",
         2,
@@ -170,7 +177,8 @@ def job(layout: Layout, folder: Path) -> Job:
         "settings": ["checkpoint.save_interval=0", "train.micro_batch_size=4", *layout.settings],
     }
     if layout.continues is None:
-        return Job(layout.name, layout.world, "jobs:train", arguments)
+        function = "train_plainly" if layout.plain else "train"
+        return Job(layout.name, layout.world, f"jobs:{function}", arguments)
     stopped = {"stopped": str(folder / layout.continues), "at": HALF_WAY}
     return Job(layout.name, layout.world, "jobs:resume", {**arguments, **stopped})
 

@@ -171,6 +171,62 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> boo
     )
 
 
+QWEN3: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+"""Settings of a model that :func:`built` makes."""
+
+
+def built(settings: dict[str, Any]) -> Any:
+    """A random Megatron model of a small Qwen 3 on one process, with mask token 1."""
+    from nemodiff_train.host import prepare
+
+    prepare()
+    from megatron.core.utils import unwrap_model
+    from transformers import Qwen3Config
+
+    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    from nemodiff_train.model.pretrained import model_like
+
+    start_model_parallel(1)
+    provider = model_like(Qwen3Config(**{**_sizes(64), "architectures": ["Qwen3ForCausalLM"], **settings}))
+    lay_out(provider)
+    provider.perform_initialization, provider.noisy_views, provider.mask_token_id = True, 1, 1
+    provider.finalize()
+    return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
+
+
+def batch(model: Any, length: int) -> Any:
+    """A random training sample of ``length`` clean tokens, as a micro-batch."""
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+    from nemodiff_train.training.batch import to_device
+
+    ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0))
+    plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
+    maker = SampleMaker(objective=ObjectiveConfig(stage="joint"), mask_id=1)
+    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)
+    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
+
+
+def loss(model: Any, batch: Any) -> torch.Tensor:
+    """The weighted sum of a micro-batch's losses, from a forward pass as training does it."""
+    from functools import partial
+
+    from nemodiff_train.training.step import _losses
+
+    def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
+        return (losses * batch["loss_mask"]).sum()
+
+    process = partial(_losses, batch, total)
+    return total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
+
+
+def step(model: Any, batch: Any) -> float:
+    """Forward and backward; returns the loss."""
+    found = loss(model, batch)
+    found.backward()
+    return float(found)
+
+
 def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
     """Documents of a learnable sequence as .bin/.idx; ids 20 .. 219."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -1,7 +1,6 @@
 """``nemodiff plan``: its counts against the real model's, and its pages."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,58 +73,38 @@ def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> Non
     assert workload(views=views, length=length, block=block).pairs == int(allowed.sum())
 
 
-@pytest.fixture
-def one_process() -> None:
-    """Megatron's process groups."""
-    from nemodiff_train.host import prepare
-
-    prepare()
-    from nemodiff_train.decoding.loading import start_model_parallel
-
-    start_model_parallel(1)
-
-
-def test_operations_of_a_joint_step_are_nearly_the_minimum(one_process: None) -> None:
+def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
     """A step of tools/bench/step's model takes docs/performance.md's minimum, and at most 5% more."""
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import Qwen3Config
-
-    from nemodiff_train.decoding.loading import lay_out
-    from nemodiff_train.model.pretrained import model_like
-    from nemodiff_train.objective import ObjectiveConfig
-    from nemodiff_train.objective.sample import SampleMaker
-    from nemodiff_train.training.batch import to_device
-    from nemodiff_train.training.step import _losses
 
     work = workload(layers=8, hidden=512, queries=512, keys=256, feed_forward=1536, vocabulary=32_768, length=1024)
-    config = Qwen3Config(
-        architectures=["Qwen3ForCausalLM"], vocab_size=work.vocabulary, hidden_size=work.hidden,
-        intermediate_size=work.feed_forward, num_hidden_layers=work.layers, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, dtype="float32",
+    sizes = dict(
+        vocab_size=work.vocabulary, hidden_size=work.hidden, intermediate_size=work.feed_forward,
+        num_hidden_layers=work.layers, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+        tie_word_embeddings=True,
     )  # fmt: skip
-    provider = model_like(config)
-    lay_out(provider)
-    provider.perform_initialization, provider.noisy_views = True, 1
-    provider.finalize()
-    model = provider.provide_distributed_model(wrap_with_ddp=False)[0].train()
-    ids = torch.randint(2, work.vocabulary, (work.length + 1,), generator=torch.Generator().manual_seed(0))
-    sample = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(work.length)}
-    made = SampleMaker(objective=ObjectiveConfig(stage="joint"), mask_id=1).make(
-        {**sample, "position_ids": torch.arange(work.length)}, 0, 0
-    )
-    batch = to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
-
-    def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
-        return (losses * batch["loss_mask"]).sum()
-
+    model = small.built(sizes)
+    batch = small.batch(model, work.length)
     counter = FlopCounterMode(display=False, custom_mapping=_kernels_of_the_cpu())
     with counter:
-        losses = model(batch["tokens"], batch["position_ids"], None, output_processor=partial(_losses, batch, total))
-        total(batch, losses).backward()
+        small.step(model, batch)
     places = len(batch["places"])
     minimum = work.matrix_flops + work.attention_flops + 6 * work.table * places
     print(f"counted / minimum: {counter.get_total_flops() / minimum:.4f}")
     assert 1.0 <= counter.get_total_flops() / minimum <= 1.05
+
+
+def test_a_drafter_takes_gradients_and_optimizer_state_of_its_adapters_alone() -> None:
+    """Of the whole model only the frozen weights are there, and the layouts need no context parallelism."""
+    from nemodiff_train.planning.layouts import Layout
+    from nemodiff_train.planning.memory import memory_of
+
+    layout, whole, drafter = Layout(1, 1, 1, 2, 4, False), workload(), workload(rank=16)
+    adapters = drafter.layers * 16 * (drafter.queries + drafter.hidden)
+    trains, drafts = memory_of(whole, layout), memory_of(drafter, layout)
+    assert drafts.gradients == 4 * adapters and drafts.optimizer == 8 * adapters
+    assert drafts.weights == trains.weights + 4 * adapters
+    assert drafts.total < trains.total and drafter.matrix_flops < whole.matrix_flops
 
 
 def _kernels_of_the_cpu() -> dict[Any, Any]:

@@ -68,6 +68,10 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
             run = page.recipe(size, stage, f"{tmp_path}/{size}", "tokenizer", "data", "out")
             for gpus in (8, 16, 32, 64, 128, 256):
                 assert layout_problems(run, gpus) == []
+            run.comm_overlap.data_parallel_size = 8
+            run.comm_overlap.finalize()
+            run.comm_overlap.setup(run.model, run.optimizer, run.ddp)
+            assert run.ddp.overlap_grad_reduce and run.ddp.overlap_param_gather
             step = run.train.global_batch_size * run.dataset.seq_length
             assert tokens <= run.train.train_iters * step < tokens + step
     with pytest.raises(UserError, match="size=14b"):

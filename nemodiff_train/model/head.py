@@ -42,6 +42,7 @@ def token_losses(
     Returns:
         [batch, positions] in nats, fp32; 0 where no loss is carried.
     """
+    wait_for_weight(layer)
     states = whole(states, layer)
     chosen = states[places % len(states), places // len(states)]
     table = layer.weight if table is None else table
@@ -52,6 +53,15 @@ def token_losses(
     found: Tensor = _CrossEntropy.apply(chosen, table[: vocabulary - first], targets, of_places, layer.tp_group)
     losses = torch.zeros(labels.numel(), device=labels.device)
     return losses.index_put((places,), found).view(labels.shape)
+
+
+def wait_for_weight(layer: Any) -> None:
+    """Run what waits for a layer's weight: with ``ddp.overlap_param_gather``, hooks before its forward.
+
+    The head reads the output layer's weight without calling the layer.
+    """
+    for hook in list(getattr(layer, "_forward_pre_hooks", {}).values()):
+        hook(layer, ())
 
 
 def whole(states: Tensor, layer: Any) -> Tensor:

@@ -48,7 +48,8 @@ class Layout:
 def layouts(config: TriModeConfig, gpus: int) -> Iterator[Layout]:
     """Layouts that training would not refuse: tensor groups within a node, equal stages, no virtual ones."""
     pipelines = [size for size in range(1, config.model.num_layers + 1) if config.model.num_layers % size == 0]
-    for tensor, pipeline, context in product(TENSORS, pipelines, CONTEXTS):
+    contexts = (1,) if config.drafter else CONTEXTS
+    for tensor, pipeline, context in product(TENSORS, pipelines, contexts):
         one = tensor * pipeline * context
         if tensor > NODE or gpus % one or layout_problems(_laid_out(config, tensor, pipeline, context), gpus):
             continue

@@ -41,14 +41,21 @@ def stage_parameters(work: Workload, layout: Layout, last: bool) -> float:
     return layers + tables * work.table / layout.tensor + (work.hidden if last else 0)
 
 
+def trained_parameters(work: Workload, layout: Layout, last: bool) -> float:
+    """Those of them that have gradients and optimizer state: all, or a drafter's adapters, which come on top."""
+    if work.rank:
+        return work.layers / layout.pipeline * work.layer_adapters / layout.tensor
+    return stage_parameters(work, layout, last)
+
+
 def _of_stage(work: Workload, layout: Layout, last: bool, rows: int) -> Memory:
-    parameters = stage_parameters(work, layout, last)
+    trained = trained_parameters(work, layout, last)
     shards = layout.data * layout.context if work.sharded else 1
     in_flight = 1 if last else min(layout.pipeline, layout.micro_batches)
     return Memory(
-        weights=work.width * parameters,
-        gradients=4 * parameters,
-        optimizer=(12 if work.mixed else 8) * parameters / shards,
+        weights=work.width * (stage_parameters(work, layout, last) + (trained if work.rank else 0)),
+        gradients=4 * trained,
+        optimizer=(12 if work.mixed else 8) * trained / shards,
         activations=_activations(work, layout, in_flight),
         logits=_logits(work, layout, rows) if last else 0.0,
     )
@@ -73,9 +80,11 @@ def _saved_by_layer(work: Workload, layout: Layout) -> float:
     whole sample.
     """
     own = work.positions / layout.context
-    shared = (2 if work.remade else 4) * work.hidden / (layout.tensor if layout.sequence else 1)
+    # Of a frozen matrix, autograd does not keep what it multiplies.
+    dropped = work.remade or work.rank
+    shared = (2 if dropped else 4) * work.hidden / (layout.tensor if layout.sequence else 1)
     before_norms = work.queries + work.keys if work.head_norms else 0
-    inner = (2 if work.remade else 3) if work.gated else 2
+    inner = (2 if dropped else 3) if work.gated else 2
     split = 2 * work.queries + before_norms + inner * work.feed_forward
     keys = 2 * work.keys * (own + work.length * (1 - 1 / layout.context))
     return work.micro_batch * work.width * (own * (shared + split / layout.tensor) + keys / layout.tensor)
@@ -84,6 +93,8 @@ def _saved_by_layer(work: Workload, layout: Layout) -> float:
 def _logits(work: Workload, layout: Layout, rows: int) -> float:
     """The output layer and its loss where every noisy place is masked; see nemodiff_train/model/head.py."""
     states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.width
+    if work.rank:  # logits of drafts and verifiers, their distributions and the drafts' gradient, of all tokens in fp32
+        return states + 6 * 4 * rows * work.vocabulary
     chunk = rows * work.vocabulary / layout.tensor
     table = work.table / layout.tensor * (4 + 4 + work.width)  # its gradient, kept, and scaled into another
     return states + chunk * (4 + work.width) + table

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nemodiff_train.planning.hardware import ATTENTION, COLLECTIVE, MATRIX, NODE, Gpu
 from nemodiff_train.planning.layouts import Layout
-from nemodiff_train.planning.memory import stage_parameters
+from nemodiff_train.planning.memory import trained_parameters
 from nemodiff_train.planning.workload import Workload
 
 
@@ -28,7 +28,7 @@ def time_of(work: Workload, layout: Layout, gpu: Gpu) -> StepTime:
     """The slowest pipeline stage sets the pace: the last one, which has the output layer."""
     computing = _micro_batch_compute(work, layout, gpu)
     talking = _micro_batch_communication(work, layout, gpu)
-    parameters = stage_parameters(work, layout, True)
+    parameters = trained_parameters(work, layout, True)
     shards = layout.data * layout.context if work.sharded else 1
     return StepTime(
         compute=layout.micro_batches * computing,

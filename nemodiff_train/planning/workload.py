@@ -35,6 +35,8 @@ class Workload:
     """Weights and activations in bf16; else in fp32."""
     sharded: bool
     """Whether data-parallel ranks share the optimizer's state."""
+    rank: int = 0
+    """Of a drafter's adapters, which alone are trained; 0 where all weights are."""
     remade: bool = True
     """Whether the outputs of norms and of the gated activation are made again instead of kept."""
 
@@ -60,6 +62,11 @@ class Workload:
         return 2 * self.hidden
 
     @property
+    def layer_adapters(self) -> int:
+        """Parameters of a layer's adapter: two matrices beside the attention's output."""
+        return self.rank * (self.queries + self.hidden)
+
+    @property
     def table(self) -> int:
         """Parameters of the embedding, and again of an output layer of its own."""
         return self.vocabulary * self.hidden
@@ -79,8 +86,9 @@ class Workload:
 
     @property
     def matrix_flops(self) -> int:
-        """Of all layers on one sample, forward and backward: 6 a parameter and position."""
-        return 6 * self.layers * self.layer_matrices * self.positions
+        """Of all layers on one sample, forward and backward: 6 a parameter and position, 4 where it is frozen."""
+        own = (4 if self.rank else 6) * self.layer_matrices + 6 * self.layer_adapters
+        return self.layers * own * self.positions
 
     @property
     def attention_flops(self) -> int:
@@ -89,7 +97,12 @@ class Workload:
 
     @property
     def head_flops(self) -> float:
-        """Of the output layer, at the places that carry loss: all clean ones and the masked ones."""
+        """Of the output layer, at the places that carry loss: all clean ones and the masked ones.
+
+        A drafter takes the logits of both halves forward, and those of the drafts backward.
+        """
+        if self.rank:
+            return 2 * self.table * 3 * self.length
         return 6 * self.table * self.length * (1 + MASKED_SHARE * self.views)
 
 
@@ -114,5 +127,6 @@ def workload_of(config: TriModeConfig) -> Workload:
         global_batch=config.train.global_batch_size,
         mixed=config.mixed_precision is not None,
         sharded=bool(config.optimizer.use_distributed_optimizer),
+        rank=config.peft.dim if config.drafter and config.peft else 0,
         remade=model.recompute_elementwise,
     )

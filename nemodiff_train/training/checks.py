@@ -28,6 +28,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     """What keeps a configuration from running on so many processes, a line each."""
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
+    yield from _overlap_problems(config)
     yield from _resume_problems(config)
     if config.drafter:
         yield from drafter_problems(config)
@@ -38,6 +39,25 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
             look(config)
         except UserError as error:
             yield str(error)
+
+
+def _overlap_problems(config: TriModeConfig) -> Iterator[str]:
+    """What keeps communication from being hidden behind computation as asked."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    model, ddp = config.model, config.ddp
+    sharded = ddp.use_distributed_optimizer or config.optimizer.use_distributed_optimizer
+    if (ddp.overlap_param_gather or config.optimizer.overlap_param_gather) and not sharded:
+        yield "ddp.overlap_param_gather=true takes optimizer.use_distributed_optimizer=true as well"
+    name = "comm_overlap" if config.comm_overlap and config.comm_overlap.tp_comm_overlap else "model"
+    if name == "model" and not model.tp_comm_overlap:
+        return
+    if not HAVE_TE:
+        yield f"{name}.tp_comm_overlap=true needs Transformer Engine, which is not installed; leave it out"
+    if model.tensor_model_parallel_size == 1 or not model.sequence_parallel:
+        yield f"{name}.tp_comm_overlap=true needs tensor and sequence parallelism; leave it out"
+    if config.evaluation.interval:
+        yield f"{name}.tp_comm_overlap=true excludes decoding in the loop; set evaluation.interval=0"
 
 
 def _check_start(config: TriModeConfig) -> None:

@@ -10,7 +10,7 @@ from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.presets import preset
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
+from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, overlap, schedule, sharded, tokenizer_of
 
 TOKENS = {"ar": 10**12, "joint": 3 * 10**11}
 """Clean tokens of a stage (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 5)."""
@@ -68,6 +68,8 @@ def two_stage(
         train=TrainingConfig(train_iters=steps, global_batch_size=BATCH, micro_batch_size=1),
         optimizer=adamw(1e-5, 3e-6, sharded=True),
         scheduler=schedule(warmup=steps // 100, decay=steps // 5),
+        ddp=sharded(),
+        comm_overlap=overlap(),
         checkpoint=checkpoints(output, start_from, every=500),
         logger=loggers(output),
         tokenizer=tokenizer_of(tokenizer),

@@ -78,11 +78,15 @@ class GradientProbe(Callback):
 @contextlib.contextmanager
 def gathered_parameters(chunks: Any) -> Iterator[None]:
     """Parameters complete on every rank, where the distributed optimizer gathers them while the model runs."""
-    overlapped = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
+    overlapped = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
+    waiting = [chunk for chunk in overlapped if chunk.remove_forward_pre_hook_handles]
     for chunk in overlapped:
-        chunk.disable_forward_pre_hook()
+        if chunk in waiting:
+            chunk.disable_forward_pre_hook()
+        else:  # Megatron gives the hooks after the first step
+            chunk.start_param_sync(force_sync=True)
     yield
-    for chunk in overlapped:
+    for chunk in waiting:
         chunk.enable_forward_pre_hook()
 
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import (
     CheckpointConfig,
+    DistributedDataParallelConfig,
     LoggerConfig,
     OptimizerConfig,
     SchedulerConfig,
@@ -34,6 +36,21 @@ def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> 
         clip_grad=1.0,
         use_distributed_optimizer=sharded,
     )
+
+
+def sharded() -> DistributedDataParallelConfig:
+    """Gradients as a sharded optimizer takes them; Bridge would see to it itself, but too late for :func:`overlap`."""
+    return DistributedDataParallelConfig(use_distributed_optimizer=True)
+
+
+def overlap() -> CommOverlapConfig:
+    """Hide the traffic of data-parallel ranks behind computation: gradients go while the backward pass runs, weights
+    come while the forward pass does.  It takes :func:`sharded` as well, and does nothing on one replica.
+
+    Traffic of tensor-parallel ranks is not hidden: Transformer Engine's buffers for it have the shape of a training
+    sample, and decoding in the loop has others.  ``comm_overlap.tp_comm_overlap=true`` does it where nothing decodes.
+    """
+    return CommOverlapConfig(tp_comm_overlap=False)
 
 
 def schedule(warmup: int, *, style: str = "WSD", decay: int | None = None) -> SchedulerConfig:

@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from rich.console import Console
@@ -17,10 +19,10 @@ from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
 
 GB = 1e9
-_WEIGHT_AND_GRADIENT = {True: 2 + 4, False: 4 + 4}
-"""Bytes a parameter, with mixed precision or without: the weight, and its gradient in fp32."""
+_GRADIENT = 4
+"""Bytes a trained parameter: its gradient in fp32."""
 _OPTIMIZER = {True: 12, False: 8}
-"""Bytes a parameter: Adam's two moments, and with mixed precision the weight in fp32."""
+"""Bytes a trained parameter: Adam's two moments, and with mixed precision the weight in fp32."""
 
 
 def preflight(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
@@ -62,19 +64,22 @@ def _size_up(config: TriModeConfig, world_size: int, gpu_memory: float, page: Ta
         config.connect()
     except UserError:
         model.mask_token_id = None  # already among the problems; the shapes do not depend on it
-    stages = _parameters_by_stage(config, world_size)
+    stages = _stages(config, world_size)
     mixed = config.mixed_precision is not None
     sharded = bool(config.optimizer.use_distributed_optimizer)
     replicas = world_size // (model.tensor_model_parallel_size * len(stages)) if sharded else 1
-    needed = max(stages) * (_WEIGHT_AND_GRADIENT[mixed] + _OPTIMIZER[mixed] / replicas) / GB
-    page.add_row("parameters of a GPU", f"{max(stages):,} on the largest of {len(stages)} stages")
+    needed = max(stage.bytes(mixed, replicas) for stage in stages) / GB
+    largest = max(stages, key=lambda stage: stage.parameters)
+    page.add_row("parameters of a GPU", f"{largest.parameters:,} on the largest of {len(stages)} stages")
+    if config.drafter:
+        page.add_row("of them trained", f"{max(stage.trained for stage in stages):,} in adapters, the rest is frozen")
     page.add_row("memory of a GPU", f"{needed:.1f} GB of {gpu_memory:g} GB, before activations")
     if needed > gpu_memory:
         yield (
             f"weights, gradients and optimizer state take {needed:.1f} GB of a GPU, which has {gpu_memory:g} GB; "
             "raise model.tensor_model_parallel_size or model.pipeline_model_parallel_size, or use more GPUs"
         )
-    whole = sum(stages) * model.tensor_model_parallel_size  # a few replicated rows too many
+    whole = sum(stage.trained for stage in stages) * model.tensor_model_parallel_size  # a few replicated rows too many
     each = whole * (_OPTIMIZER[mixed] + (2 if mixed else 4)) / GB
     count = _checkpoints_at_once(config)
     folder = Path(config.checkpoint.save).absolute()
@@ -95,19 +100,38 @@ def _checkpoints_at_once(config: TriModeConfig) -> int:
     return int(made if kept < 1 else min(made, kept + 1))
 
 
-def _parameters_by_stage(config: TriModeConfig, world_size: int) -> list[int]:
-    """Parameters of the first tensor-parallel rank of every pipeline stage, over its model chunks."""
+@dataclass(frozen=True)
+class _Stage:
+    """What a pipeline stage's GPU holds."""
+
+    parameters: int
+    trained: int
+    """Those with gradients and optimizer state: of a drafter, its adapters alone."""
+
+    def bytes(self, mixed: bool, replicas: int) -> float:
+        """Weights, gradients and optimizer state."""
+        width = 2 if mixed else 4
+        return self.parameters * width + self.trained * (_GRADIENT + _OPTIMIZER[mixed] / replicas)
+
+
+def _stages(config: TriModeConfig, world_size: int) -> list[_Stage]:
+    """The first tensor-parallel rank of every pipeline stage, over its model chunks."""
     stages = config.model.pipeline_model_parallel_size
-    return [_parameters(config, world_size, stage * (world_size // stages)) for stage in range(stages)]
+    return [_stage(config, world_size, stage * (world_size // stages)) for stage in range(stages)]
 
 
-def _parameters(config: TriModeConfig, world_size: int, rank: int) -> int:
+def _stage(config: TriModeConfig, world_size: int, rank: int) -> _Stage:
     with quiet(), _as_rank(config, world_size, rank):
         config.model.finalize()
         config.model.use_cpu_initialization = False
         config.model.perform_initialization = False
         chunks = config.model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
-        return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        if config.drafter and config.peft:
+            with torch.device("meta"):
+                config.peft(chunks)
+        found = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        trained = (parameter for parameter in found if parameter.requires_grad)
+        return _Stage(sum(each.numel() for each in found), sum(each.numel() for each in trained))
 
 
 @contextmanager
