@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nemodiff_train.data.index_file import check_index
 from nemodiff_train.data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from nemodiff_train.errors import UserError
 
@@ -169,6 +170,7 @@ def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", m
                 f"{prefix}: prepared with another tokenizer than the model's "
                 f"('{manifest.tokenizer.name}'); prepare it again with the model's"
             )
+        check_index(prefix)
         _check_counts(prefix, manifest, tokenizer, mask_token_id)
     endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
     if len(endings) > 1:
