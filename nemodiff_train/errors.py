@@ -13,6 +13,14 @@ class UserError(Exception):
     anything is written.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(map(_shown, message)))
+
+
+def _shown(character: str) -> str:
+    """Names come from outside: a line break in one, or a terminal's control code, is shown and does not act."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""

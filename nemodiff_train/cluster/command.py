@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError
 
 
@@ -41,7 +42,7 @@ def script(arguments: argparse.Namespace) -> str:
     """``slurm/train.sbatch`` with this job's options and words.
 
     Raises:
-        UserError: An option is malformed, or a recipe or word cannot be one.
+        UserError: An option is malformed, a recipe or word cannot be one, or a word holds a key or password.
     """
     if arguments.nodes < 1:
         raise UserError(f"--nodes {arguments.nodes}: use 1 or more")
@@ -52,6 +53,7 @@ def script(arguments: argparse.Namespace) -> str:
     for word in arguments.settings:
         if "=" not in word:
             raise UserError(f"'{word}' is not of the form key=value")
+    check_no_secrets(dict(word.split("=", 1) for word in arguments.settings))
     import slurm
 
     folder = Path(slurm.__path__[0])

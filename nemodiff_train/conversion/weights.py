@@ -217,7 +217,7 @@ def _index(directory: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(file.read_text())["weight_map"]
         names = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"'{file}' is no index of safetensors; fetch it again") from None
     if outside := [shard for shard in names.values() if Path(shard).name != shard]:
         raise UserError(f"'{file}' names '{outside[0]}', which is not a file beside it; fetch it again")

@@ -1,15 +1,20 @@
-"""``nemodiff data``: prepare a data set, or look at one."""
+"""``nemodiff data``: prepare a data set, merge several, or look at one."""
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from nemodiff_train.console import console
+
+if TYPE_CHECKING:
+    from nemodiff_train.data.manifest import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_prepare(actions.add_parser("prepare", help="turn text into .bin/.idx; repeated, it continues"))
+    _add_merge(actions.add_parser("merge", help="make one data set of several that were prepared alike"))
     inspect = actions.add_parser("inspect", help="show what a prepared data set holds")
     inspect.add_argument("prefix", metavar="PREFIX", help="path of the data set without .bin")
     inspect.add_argument("--verify", action="store_true", help="recompute the checksums")
@@ -39,8 +44,19 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", metavar="SHARD", nargs="+", help="paths of the data sets without .bin, in order")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the sub-command; 130 after Ctrl-C."""
+    if arguments.action == "merge":
+        from nemodiff_train.data.merge import merge
+
+        _tell(arguments.output, merge(arguments.shards, arguments.output, arguments.overwrite))
+        return 0
     if arguments.action == "inspect":
         from nemodiff_train.data.inspection import inspect
 
@@ -58,5 +74,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues from there")
         return 130
-    console.print(f"{arguments.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", soft_wrap=True)
+    _tell(arguments.output, manifest)
     return 0
+
+
+def _tell(prefix: str, manifest: "Manifest") -> None:
+    console.print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemodiff_train.console import console
-from nemodiff_train.data.manifest import Manifest, sha256_of
+from nemodiff_train.data.manifest import Manifest, verify_checksums
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemodiff_train.errors import UserError
 
@@ -33,7 +33,7 @@ def inspect(prefix: str, verify: bool) -> None:
         if not Path(prefix + suffix).is_file():
             raise UserError(f"{prefix}{suffix}: no such file, although the manifest is there; prepare it again")
     if verify:
-        _verify(prefix, manifest)
+        verify_checksums(prefix, manifest)
     output = Console(highlight=False)
     output.print(_table(prefix, manifest, verify))
     try:
@@ -43,12 +43,6 @@ def inspect(prefix: str, verify: bool) -> None:
         return
     for number, text in enumerate(texts):
         output.print(Text(f"document {number}: {text!r}"), soft_wrap=True)
-
-
-def _verify(prefix: str, manifest: Manifest) -> None:
-    for suffix, expected in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
-        if sha256_of(Path(prefix + suffix)) != expected:
-            raise UserError(f"{prefix}{suffix}: its SHA-256 is not the manifest's; prepare it again")
 
 
 def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nemodiff_train.data.index_file import check_index
 from nemodiff_train.data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from nemodiff_train.errors import UserError
 
@@ -120,6 +121,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def verify_checksums(prefix: str, manifest: Manifest) -> None:
+    """Compare ``.bin`` and ``.idx`` with the manifest; reads all of them.
+
+    Raises:
+        UserError: One is not the file that the manifest was written for.
+    """
+    for suffix, expected in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
+        if sha256_of(Path(prefix + suffix)) != expected:
+            raise UserError(f"{prefix}{suffix}: its SHA-256 is not the manifest's; prepare it again")
+
+
 def count_tokens(
     path: Path, dtype: npt.DTypeLike, vocab_size: int, limit: int | None = None
 ) -> npt.NDArray[np.int64]:
@@ -152,12 +164,13 @@ def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", m
     fingerprint = tokenizer_fingerprint(tokenizer)
     manifests = {prefix: Manifest.read(prefix) for prefix in prefixes}
     for prefix, manifest in manifests.items():
-        _check_files(prefix, manifest)
+        check_files(prefix, manifest)
         if manifest is not None and manifest.tokenizer.fingerprint != fingerprint:
             raise UserError(
                 f"{prefix}: prepared with another tokenizer than the model's "
                 f"('{manifest.tokenizer.name}'); prepare it again with the model's"
             )
+        check_index(prefix)
         _check_counts(prefix, manifest, tokenizer, mask_token_id)
     endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
     if len(endings) > 1:
@@ -165,7 +178,12 @@ def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", m
         raise UserError(f"the data sets end documents differently: {described}; prepare them alike")
 
 
-def _check_files(prefix: str, manifest: Manifest | None) -> None:
+def check_files(prefix: str, manifest: Manifest | None) -> None:
+    """Refuse a data set whose files are missing, empty, or not as long as its manifest says.
+
+    Raises:
+        UserError: Names the file.
+    """
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
             raise UserError(f"{prefix}{suffix}: no such file; make it with 'nemodiff data prepare'")

@@ -2,12 +2,13 @@
 
 ``PREFIX.parts/`` holds ``00000.{bin,idx}``, ``00001...`` and ``state.json``, which lists the finished
 ones; a part that it does not list is written again.  The merge needs the size of the output once more.
+Where prepared data sets are merged, those are the parts, and they stay where they are.
 """
 
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,19 @@ class Totals(BaseModel):
 class _State(BaseModel):
     plan: Plan
     parts: list[Totals] = []
+    shards: list[str] = []
+
+    def same(self, other: "_State") -> bool:
+        return self.plan.same_output(other.plan) and self.shards == other.shards
 
 
 class Parts:
     """The parts of one output, written by one process at a time (see `locked`)."""
 
-    def __init__(self, prefix: str, plan: Plan) -> None:
+    def __init__(self, prefix: str, plan: Plan, shards: Sequence[str] = ()) -> None:
         self._prefix = prefix
         self._folder = Path(f"{prefix}.parts")
-        self._state = _State(plan=plan)
+        self._state = _State(plan=plan, shards=list(shards))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -83,7 +88,7 @@ class Parts:
             UserError: They were made from other inputs or with another tokenizer.
         """
         stored = self._stored()
-        if stored is not None and stored.plan.same_output(self._state.plan):
+        if stored is not None and stored.same(self._state):
             self._state.parts = stored.parts
         elif stored is not None and not overwrite:
             raise UserError(
@@ -95,7 +100,7 @@ class Parts:
     def resumable(self) -> bool:
         """Whether an interrupted run of the same plan left finished parts."""
         stored = self._stored()
-        return stored is not None and stored.plan.same_output(self._state.plan)
+        return stored is not None and stored.same(self._state)
 
     def _stored(self) -> _State | None:
         path = self._folder / "state.json"
@@ -103,6 +108,11 @@ class Parts:
             return _State.model_validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
             raise UserError(f"{path}: damaged; remove the directory {self._folder} to start afresh") from error
+
+    def adopt(self, totals: Sequence[Totals]) -> None:
+        """Take the shards for the parts; ``totals`` says what each holds."""
+        self._state.parts = list(totals)
+        self._save_state()
 
     @property
     def totals(self) -> Totals:
@@ -181,6 +191,8 @@ class Parts:
         shutil.rmtree(self._folder)
 
     def _stem(self, number: int) -> str:
+        if self._state.shards:
+            return self._state.shards[number]
         return str(self._folder / f"{number:05d}")
 
     def _save_state(self) -> None:

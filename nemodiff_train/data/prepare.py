@@ -64,7 +64,7 @@ def prepare(options: Options) -> Manifest:
         inputs=[source.info for source in sources],
     )
     unfinished = Parts(options.output, plan)
-    if not options.overwrite and (finished := _existing(options.output, plan, unfinished)):
+    if not options.overwrite and (finished := existing(options.output, plan, unfinished)):
         return finished
     with unfinished.locked():
         return _continue(options, sources, encoder, unfinished)
@@ -73,12 +73,25 @@ def prepare(options: Options) -> Manifest:
 def _check_options(options: Options) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: at least 1 is needed")
-    if options.output.endswith("/") or Path(options.output).is_dir():
-        raise UserError(f"--output {options.output}: a directory; give the files' prefix, as in DIR/NAME")
+    check_output(options.output)
 
 
-def _existing(prefix: str, plan: Plan, unfinished: Parts) -> Manifest | None:
-    """The data set that is there already, if it is the one planned; ``None`` where there is none."""
+def check_output(prefix: str) -> None:
+    """Refuse a directory where the prefix of files is meant.
+
+    Raises:
+        UserError: It is one.
+    """
+    if prefix.endswith("/") or Path(prefix).is_dir():
+        raise UserError(f"--output {prefix}: a directory; give the files' prefix, as in DIR/NAME")
+
+
+def existing(prefix: str, plan: Plan, unfinished: Parts) -> Manifest | None:
+    """The data set that is there already, if it is the one planned; ``None`` where there is none.
+
+    Raises:
+        UserError: Another one is there.
+    """
     if not (present := [prefix + suffix for suffix in SUFFIXES if Path(prefix + suffix).exists()]):
         return None
     manifest = Manifest.read(prefix)

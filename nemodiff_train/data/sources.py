@@ -115,7 +115,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
 def _parse_record(line: bytes, field: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error}); correct or remove the line") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object with the field '{field}'")

@@ -18,6 +18,7 @@ from nemodiff_train.decoding.loading import open_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.decoding.stages import Stages
+from nemodiff_train.evaluation.chat import ChatTemplate
 
 
 @register_model("nemodiff")
@@ -41,6 +42,7 @@ class NemodiffLM(TemplateLM):
         settings.pop("max_batch_size", None)  # the harness passes its own
         self.opened = open_model(checkpoint, modes=(mode,), **settings)
         self.tokenizer = self.opened.tokenizer
+        self._chat: ChatTemplate | None = None
         self.mode = mode
         self.batch_size = int(batch_size)
         self.forwards: Counter[str] = Counter()
@@ -65,11 +67,8 @@ class NemodiffLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the model's tokenizer writes it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+        self._chat = self._chat or ChatTemplate(self.tokenizer)
+        return self._chat(chat_history, add_generation_prompt)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continue every request until one of its stop strings; prints tokens per forward at the end."""

@@ -32,9 +32,15 @@ def run_config(path: Path) -> dict[str, Any]:
     """The recipe that a Megatron checkpoint was saved with, as plain values.
 
     Raises:
-        UserError: As :func:`newest_iteration`.
+        UserError: As :func:`newest_iteration`, or the file is damaged.
     """
-    found: dict[str, Any] = yaml.safe_load((newest_iteration(path) / "run_config.yaml").read_text())
+    file = newest_iteration(path) / "run_config.yaml"
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"'{file}' is damaged ({' '.join(str(error).split())[:200]}); take another iteration") from None
+    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+        raise UserError(f"'{file}' describes no model; take another iteration")
     return found
 
 
@@ -51,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{file}' is no JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
         raise UserError(f"'{file}' holds no settings; fetch it again")

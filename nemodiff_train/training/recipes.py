@@ -7,8 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.training.config import TriModeConfig
+from nemodiff_train.training.types import check_setting
 
 
 def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
@@ -22,12 +24,13 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
         words: ``key=value`` words from the command line.
 
     Raises:
-        UserError: Unknown recipe, argument or key, with the nearest match.
+        UserError: Unknown recipe, argument or key, with the nearest match; or a word that holds a key or password.
     """
     module = _import(name)
     if not callable(getattr(module, "recipe", None)):
         raise UserError(f"'{name}' has no function 'recipe'; a recipe is a file that defines one")
     pairs = [_split(word) for word in words]
+    check_no_secrets(dict(pairs))
     arguments = _arguments(name, module.recipe, {key: value for key, value in pairs if "." not in key})
     config: TriModeConfig = module.recipe(**arguments)
     return override(config, {key: value for key, value in pairs if "." in key})
@@ -99,6 +102,7 @@ def override(config: TriModeConfig, overrides: dict[str, str]) -> TriModeConfig:
         raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
     for key, old in before.items():
         _check_type(key, old, _check_key(config, key.lstrip("+~")))
+        check_setting(config, key.lstrip("+~"))
     return config
 
 

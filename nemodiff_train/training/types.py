@@ -1,0 +1,55 @@
+"""Whether a setting has the type that its field declares; Hydra puts anything anywhere."""
+
+import functools
+import math
+from dataclasses import is_dataclass
+from typing import Any, Literal, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from nemodiff_train.errors import UserError
+
+
+def check_setting(config: Any, key: str) -> None:
+    """Refuse a value that is not of its field's declared type, or no number where one is meant.
+
+    Fields whose types only Megatron understands are left to it.
+
+    Args:
+        config: A dataclass of dataclasses.
+        key: Dotted path of a setting in it, which exists.
+
+    Raises:
+        UserError: Names the key, the value and what it should be.
+    """
+    *path, name = key.split(".")
+    owner = functools.reduce(lambda node, part: getattr(node, part, None), path, config)
+    if not is_dataclass(owner) or not hasattr(owner, name):
+        return
+    value, adapter = getattr(owner, name), _adapter(type(owner), name)
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{key}={value} is no number")
+    if adapter is None or value is None:  # None is "not set" in many fields that do not say so
+        return
+    try:
+        fitting = adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        # Hydra takes 17 for a number and true for a truth value.
+        hint = "; such text goes in two pairs of quotes" if problem["type"] == "string_type" else ""
+        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}") from None
+    if isinstance(value, str) and isinstance(fitting, bool | int | float):
+        raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
+
+
+@functools.cache
+def _adapter(owner: type, name: str) -> TypeAdapter[Any] | None:
+    """A check of the field's type; none where it is no plain type, or where its choices have a better message."""
+    try:
+        hint = get_type_hints(owner).get(name)
+        if hint is None or get_origin(hint) is Literal:
+            return None
+        return TypeAdapter(hint, config=None if is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True))
+    except (NameError, TypeError, PydanticUserError):
+        return None

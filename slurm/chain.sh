@@ -1,0 +1,20 @@
+#!/bin/bash
+# Jobs one after another, each when the one before has ended well: slurm/chain.sh FILE
+# A line of FILE is what sbatch takes, words without quotes, such as: --nodes=4 slurm/train.sbatch joint data=data/corpus
+# Empty lines and lines that begin with # are passed over. Prints the number of each job.
+set -euo pipefail
+
+if (($# != 1)); then
+  echo "usage: slurm/chain.sh FILE" >&2
+  exit 2
+fi
+before=()
+while read -r -a words || ((${#words[@]})); do
+  if ((${#words[@]} == 0)) || [[ ${words[0]} == \#* ]]; then
+    continue
+  fi
+  job=$(sbatch --parsable "${before[@]}" "${words[@]}")
+  job=${job%%;*}
+  echo "$job ${words[*]}"
+  before=(--dependency="afterok:$job" --kill-on-invalid-dep=yes)
+done <"$1"
