@@ -14,7 +14,7 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import Opened
 from nemodiff_train.decoding.oracle import path_forwards
-from nemodiff_train.errors import UserError
+from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import Decoded
 from nemodiff_train.evaluation.tasks import Task
@@ -47,7 +47,7 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: boo
         shown: Whether this process shows progress; by default rank 0 does.
     """
     model, tokenizer, settings = opened.model, opened.tokenizer, opened.settings
-    prompts = [_tokens(tokenizer, prompt.prompt, plan.chat) for prompt in task.prompts]
+    prompts = [prompt_tokens(tokenizer, prompt.prompt, plan.chat) for prompt in task.prompts]
     headline, sweep = [], []
     for mode in plan.modes:
         chosen = settings_of(mode, settings, plan)
@@ -62,16 +62,6 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: boo
         settings={"max_new_tokens": settings.max_new_tokens, "batch_size": plan.batch_size},
         sweep=sweep,
     )
-
-
-def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError("the model's tokenizer has no chat template; leave out --chat")
-        said = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def settings_of(mode: str, settings: DecodingSettings, plan: Plan) -> list[DecodingSettings]:

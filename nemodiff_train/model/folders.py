@@ -43,6 +43,11 @@ def is_drafter(path: Path) -> bool:
     return is_megatron_checkpoint(path) and run_config(path).get("drafter") is not None
 
 
+def is_lora(path: Path) -> bool:
+    """Whether a Megatron checkpoint holds adapters that belong into a model's weights."""
+    return is_megatron_checkpoint(path) and run_config(path).get("peft") is not None and not is_drafter(path)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 

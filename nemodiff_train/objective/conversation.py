@@ -1,4 +1,4 @@
-"""The training sample of a pack of conversations: answers alone are learned, on a grid of blocks that starts with each.
+"""The training sample of a pack of conversations: answers alone are learned, each on a grid of blocks of its own.
 
 Decoding prefills the prompt and opens its first block where the prompt ends, whatever its length.  So does a sample:
 
@@ -73,7 +73,7 @@ def _runs(lengths: Tensor, answers: Tensor, grid: int, length: int) -> tuple[Ten
     """Turns, the padding behind each, and what is left over, as runs of places.
 
     Returns:
-        [length] each: number of the run (turn k is run 2k, its padding 2k + 1), of the turn, and whether it is padding.
+        [length] each: number of the run (turn k is run 2k, its padding 2k + 1), of the turn, whether it is padding.
     """
     padding = torch.where(answers, -lengths % grid, 0)
     counts = torch.stack([lengths, padding], 1).flatten()
