@@ -69,15 +69,23 @@ class IndexedDatasetConfig(DatasetProvider):
         """What makes samples of it."""
         raise NotImplementedError
 
-    def _complete(self, megatrons: GPTDatasetConfig, context: DatasetBuildContext) -> list[int]:
-        """Complete Megatron's settings; returns how many samples it is asked for."""
-        megatrons.data_path = [str(part) for part in self.data]
-        megatrons.split, megatrons.random_seed = self.split, self.random_seed
-        megatrons.create_attention_mask = False
-        megatrons.num_workers = self.num_workers
-        megatrons.tokenizer = context.tokenizer
-        megatrons.finalize()
-        return [context.train_samples, context.valid_samples, context.test_samples]
+    def _shared(self, context: DatasetBuildContext) -> dict[str, Any]:
+        """Megatron's settings that do not depend on what documents are."""
+        return {
+            "seq_length": self.seq_length,
+            "data_path": [str(part) for part in self.data],
+            "split": self.split,
+            "random_seed": self.random_seed,
+            "reset_position_ids": False,  # SampleMaker does what these are about; Megatron would loop over documents
+            "reset_attention_mask": False,
+            "create_attention_mask": False,
+            "num_workers": self.num_workers,
+            "tokenizer": context.tokenizer,
+        }
+
+
+def _samples(context: DatasetBuildContext) -> list[int]:
+    return [context.train_samples, context.valid_samples, context.test_samples]
 
 
 @dataclass(kw_only=True)
@@ -109,13 +117,10 @@ class TextDatasetConfig(IndexedDatasetConfig):
         from megatron.bridge.data.utils import pretrain_train_valid_test_datasets_provider
 
         config = GPTDatasetConfig(
-            seq_length=self.seq_length,
-            path_to_cache=self.path_to_cache,
-            reset_position_ids=False,  # SampleMaker restarts both; Megatron would loop over documents for it
-            reset_attention_mask=False,
-            eod_mask_loss=self.eod_mask_loss,
+            **self._shared(context), path_to_cache=self.path_to_cache, eod_mask_loss=self.eod_mask_loss
         )
-        return pretrain_train_valid_test_datasets_provider(self._complete(config, context), config)
+        config.finalize()
+        return pretrain_train_valid_test_datasets_provider(_samples(context), config)
 
     def maker(self, tokenizer: Any) -> SampleMaker:
         """What makes samples of them."""
@@ -154,10 +159,10 @@ class ChatDatasetConfig(IndexedDatasetConfig):
 
         from nemodiff_train.data.conversations import ConversationDataset, PackConfig
 
-        config = PackConfig(seq_length=self.seq_length)
+        config = PackConfig(**self._shared(context), eod_mask_loss=False)
         config.block_size = self.objective.largest_block if self.objective.noisy_views else 1
-        sizes = self._complete(config, context)
-        return BlendedMegatronDatasetBuilder(ConversationDataset, sizes, lambda: True, config).build()
+        config.finalize()
+        return BlendedMegatronDatasetBuilder(ConversationDataset, _samples(context), lambda: True, config).build()
 
     def maker(self, tokenizer: Any) -> SampleMaker:
         """What makes samples of them."""
