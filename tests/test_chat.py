@@ -52,13 +52,13 @@ def sees(sample: Sample) -> Tensor:
 def test_the_grid_starts_with_each_answer() -> None:
     made = maker(all_masked_share=1.0).make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
     #         prompt      answer             padding prompt answer      prompt          answer   padding
-    document = [0] * 3 + [0] * 6 + [-1] * 2 + [0] * 2 + [0] * 4 + [1] * 5 + [1] * 3 + [-1]
+    document = [0] * 3 + [0] * 6 + [-1] * 2 + [0] * 2 + [0] * 4 + [1] * 5 + [1] * 3 + [-2]
     answer = [False] * 3 + [True] * 6 + [False] * 4 + [True] * 4 + [False] * 5 + [True] * 3 + [False]
     blocks = [0] * 3 + [1] * 4 + [2] * 4 + [3] * 2 + [4] * 4 + [5] * 4 + [6] + [7] * 4
     position = [*range(9), 9, 10, *range(9, 15), *range(8), 8]
     size = len(document)
     found = made["structure"][:, :size].tolist()
-    assert [number if number < 2 else -1 for number in found[0]] == document
+    assert found[0] == document
     assert found[1] == blocks and found[2] == position
     assert made["maskable"][:size].tolist() == answer and not made["maskable"][size:].any()
     noisy, clean = made["tokens"].unflatten(0, (2, LENGTH))
@@ -80,8 +80,9 @@ def test_padding_and_other_conversations_are_unseen() -> None:
     made = maker().make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
     allowed, document = sees(made), made["structure"][0].repeat(2)
     clean = torch.arange(2 * LENGTH) >= LENGTH
-    others = document[:, None] != document[None, :]
-    assert not (allowed & others & clean[None, :]).any()  # nothing clean of another document, padding's included
+    talk = torch.where(document < 0, -1 - document, document)
+    assert not (allowed & (talk[:, None] != talk[None, :]) & clean[None, :]).any()
+    assert not (allowed & (document < 0) & clean).any()  # nothing sees clean padding
     noisy_pairs = allowed & ~clean[None, :]
     same_block = made["structure"][1].repeat(2)[:, None] == made["structure"][1].repeat(2)[None, :]
     assert not (noisy_pairs & ~same_block).any()

@@ -11,8 +11,8 @@ padding  what the answer's last block lacks                 none          always
 ======== ================================================== ============= ============ ==================
 
 Padding stands for the places of a block that a decoder has behind the end of an answer: always masked in the
-noisy half, so that nothing tells the model how long the answer is going to be, and without loss.  In the clean half
-each run of it is a document of its own, so that no later turn sees it; nor does it take positions from one.
+noisy half, so that nothing tells the model how long the answer is going to be, and without loss.  It sees what its
+conversation's text sees; its clean half is seen by nothing, and takes no positions from later turns.
 """
 
 from collections.abc import Mapping
@@ -48,8 +48,7 @@ class ConversationMaker(SampleMaker):
         tokens = torch.full((self.length,), self.padding_id)
         tokens[~padding] = sample["tokens"][: int((~padding).sum())]
         talk = conversations[turn]
-        # A run of padding has a document number that no other has.
-        document = torch.where(padding, len(conversations) + runs, talk)
+        document = torch.where(padding, -1 - talk, talk)
         answer = answers[turn] & ~padding
         in_grid = place + torch.where(padding & answers[turn], lengths[turn], 0)
         in_grid = torch.where(runs == 2 * len(lengths), place, in_grid)
