@@ -6,8 +6,12 @@ from collections.abc import Mapping
 
 from nemodiff_train.errors import UserError
 
-_NAMES = re.compile(r"(?i)(^|_)(api_?key|secret(_key)?|password|passwd|access_?key|(auth|access|hf|hub)_token|token)$")
-_SETTING = re.compile(r"(?i)(^|[._])(api_?key|secret|secret_key|password|passwd|access_key|(auth|access|hf|hub)_token)$")
+_NAMES = re.compile(
+    r"(?i)(^|_)(api_?key|secret(_key)?|password|passwd|access_?key|(auth|access|hf|hub)_token|token)$"
+)
+_SETTING = re.compile(
+    r"(?i)(^|[._])(api_?key|secret|secret_key|password|passwd|access_key|(auth|access|hf|hub)_token)$"
+)
 _LEAST = 8  # characters; a shorter value may well occur by chance
 
 

@@ -120,7 +120,9 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
     return bytes(content)
 
 
-_NUMBERS = st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1]).map(lambda n: n.to_bytes(8, "little"))
+_NUMBERS = st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**64 - 1]).map(
+    lambda n: n.to_bytes(8, "little")
+)
 _JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -207,7 +209,9 @@ def _tensor_files(draw: st.DrawFn, good: bytes) -> bytes:
 
 def _weights(world: World) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
     file = world.folder / "model" / "model.safetensors"
-    table = st.dictionaries(st.sampled_from(["lm_head.weight", "a"]), _JSON | st.just("model.safetensors"), max_size=2)
+    table = st.dictionaries(
+        st.sampled_from(["lm_head.weight", "a"]), _JSON | st.just("model.safetensors"), max_size=2
+    )
     listed = table.map(lambda names: json.dumps({"weight_map": names}).encode())
     index = st.none() | listed | _DEPTHS.map(str.encode) | st.binary(max_size=32)
     return st.tuples(_tensor_files(file.read_bytes()[:20_000]) | _tensor_files(file.read_bytes()), index)
@@ -232,7 +236,9 @@ _WORDS = [
 
 
 def _overrides(world: World) -> st.SearchStrategy[list[str]]:
-    own = {name: getattr(world.recipe, name) for name in ("objective", "dataset", "evaluation", "diagnostics", "train")}
+    own = {
+        name: getattr(world.recipe, name) for name in ("objective", "dataset", "evaluation", "diagnostics", "train")
+    }
     keys = [f"{section}.{key}" for section, values in own.items() for key in vars(values)]
     keys += [f"model.{name}" for name in ("num_layers", "block_size", "tensor_model_parallel_size", "mask_token_id")]
     keys += ["optimizer.lr", "checkpoint.save", "checkpoint.load", "tokenizer.tokenizer_model", "objective", "model"]
@@ -268,7 +274,7 @@ def _templates(world: World) -> st.SearchStrategy[str]:
 
 
 def _read_template(world: World, template: str) -> None:
-    from nemodiff_train.evaluation.chat import ChatTemplate
+    from nemodiff_train.data.template import ChatTemplate
 
     world.tokenizer.chat_template = template
     chat = ChatTemplate(world.tokenizer)

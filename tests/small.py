@@ -289,3 +289,14 @@ def drafter(start_from: str, data: str, output: str) -> Any:
     config = recipe(start_from, data, output)
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=16, alpha=64)
     return config
+
+
+def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
+    """Ten steps on conversations."""
+    from nemodiff_train.model.adapters import lora
+    from nemodiff_train.training.config import ChatDatasetConfig
+
+    config = recipe(start_from, data, output)
+    config.dataset = ChatDatasetConfig(seq_length=64, data=[data], split="100,0,0")
+    config.peft = lora(rank)
+    return config

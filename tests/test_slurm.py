@@ -142,7 +142,9 @@ def test_array_is_merged(site: Site) -> None:
 
 def test_chain_stops_where_a_job_fails(site: Site) -> None:
     first = "--job-name=first slurm/task.sbatch data inspect prepared"
-    (site.folder / "chain").write_text(f"# a chain\n\n{first}\n--job-name=bad slurm/task.sbatch data inspect nothing\n")
+    (site.folder / "chain").write_text(
+        f"# a chain\n\n{first}\n--job-name=bad slurm/task.sbatch data inspect nothing\n"
+    )
     with (site.folder / "chain").open("a") as file:
         file.write("--job-name=never slurm/task.sbatch data inspect prepared")
     if not (site.folder / "slurm").exists():

@@ -9,7 +9,14 @@ from rich.table import Table
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
-from nemodiff_train.model.folders import is_drafter, is_megatron_checkpoint, newest_iteration, read_json, run_config
+from nemodiff_train.model.folders import (
+    is_drafter,
+    is_lora,
+    is_megatron_checkpoint,
+    newest_iteration,
+    read_json,
+    run_config,
+)
 
 
 def inspect(path: str) -> None:
@@ -61,7 +68,7 @@ def _megatron(folder: Path) -> dict[str, str]:
     )
     settings = model.get("hf_config") or {}
     return {
-        "kind": "Megatron checkpoint of a drafter" if drafter else "Megatron checkpoint",
+        "kind": f"Megatron checkpoint{' of a drafter' if drafter else ' of adapters' if is_lora(iteration) else ''}",
         "architecture": architecture(settings),
         **_sizes(ar_settings(settings)),
         "weights": f"{decimal(sum(file.stat().st_size for file in files))}, files: {len(files)}",

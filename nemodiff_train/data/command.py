@@ -31,9 +31,15 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_NAME", help="Hugging Face tokenizer")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default text)")
+    parser.add_argument("--chat", action="store_true", help="records are conversations, for fine-tuning")
+    parser.add_argument("--messages-field", default="messages", metavar="NAME", help="with --chat (default messages)")
+    parser.add_argument("--prompt-field", metavar="NAME", help="with --chat: the field with a single prompt")
+    parser.add_argument("--answer-field", metavar="NAME", help="with --prompt-field: the field with its answer")
     parser.add_argument("--split", default="train", help="of a Hugging Face data set (default train)")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help="files to take from directories")
-    parser.add_argument("--eod-token", metavar="TOKEN", help="put after each document (default: the EOS token)")
+    parser.add_argument(
+        "--eod-token", metavar="TOKEN", help="ends documents (default: the EOS token), or answers (the template's)"
+    )
     parser.add_argument(
         "--workers",
         type=int,

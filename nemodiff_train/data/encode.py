@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import batched
 from multiprocessing import get_context, parent_process
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,28 +22,54 @@ BATCH_DOCUMENTS = 64
 _BATCHES_AHEAD = 4  # for each worker: enough to keep it busy, few enough to bound memory
 
 
+class EncodedDocument(NamedTuple):
+    """One document of a data set: token ids, and the lengths of the sequences that it is made of."""
+
+    tokens: npt.NDArray[np.int32]
+    lengths: list[int]
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Documents end to end, each followed by the end-of-document token.
+    """What some inputs become, in order.
 
     Attributes:
-        tokens: Token ids, int32 of shape [sum of lengths].
-        lengths: Tokens in each document, int64 of shape [documents].
+        inputs: Texts or conversations.
+        documents: Theirs; a conversation may become several.
         text_bytes: UTF-8 bytes of the text.
     """
 
-    tokens: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
+    inputs: int
+    documents: list[EncodedDocument]
     text_bytes: int
 
-    def documents(self) -> list[npt.NDArray[np.int32]]:
-        """The documents one by one, as views."""
-        return np.split(self.tokens, np.cumsum(self.lengths)[:-1])
+    @property
+    def tokens(self) -> int:
+        """Token ids of all documents."""
+        return sum(len(document.tokens) for document in self.documents)
+
+
+class Encoder(Protocol):
+    """Turns documents into token ids; pickled to the workers."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """What it encodes with."""
+        ...
+
+    @property
+    def eod_token_id(self) -> int:
+        """What ends documents, or answers."""
+        ...
+
+    def __call__(self, documents: tuple[Any, ...], /) -> EncodedBatch:
+        """Encode a batch."""
+        ...
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Turns texts into token ids without the tokenizer's own special tokens."""
+class TextEncoder:
+    """Turns texts into documents of one sequence, with no special tokens but the end of the document."""
 
     tokenizer: "PreTrainedTokenizerBase"
     eod_token_id: int
@@ -53,11 +79,11 @@ class Encoder:
             "input_ids"
         ]
         parts = [np.array([*ids, self.eod_token_id], dtype=np.int32) for ids in encoded]
-        lengths = np.array([len(part) for part in parts], dtype=np.int64)
-        return EncodedBatch(np.concatenate(parts), lengths, sum(len(text.encode()) for text in texts))
+        documents = [EncodedDocument(part, [len(part)]) for part in parts]
+        return EncodedBatch(len(texts), documents, sum(len(text.encode()) for text in texts))
 
 
-def encode_in_order(texts: Iterable[str], encoder: Encoder, workers: int) -> Iterator[EncodedBatch]:
+def encode_in_order(texts: Iterable[Any], encoder: Encoder, workers: int) -> Iterator[EncodedBatch]:
     """Encode ``texts`` in batches; the result does not depend on ``workers``.
 
     One worker encodes in this process.  An exception of ``texts`` is raised once the batches before
@@ -102,5 +128,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(texts: tuple[str, ...]) -> EncodedBatch:
+def _encode(texts: tuple[Any, ...]) -> EncodedBatch:
     return _encoder(texts)

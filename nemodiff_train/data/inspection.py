@@ -1,5 +1,6 @@
 """``nemodiff data inspect``: what a prepared data set holds, and whether it is intact."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ def inspect(prefix: str, verify: bool) -> None:
     except UserError as error:  # the tokenizer may be on another machine; the rest is still of use
         console.print(Text(f"documents not shown: {error}"), soft_wrap=True)
         return
-    for number, text in enumerate(texts):
-        output.print(Text(f"document {number}: {text!r}"), soft_wrap=True)
+    for name, text in texts:
+        output.print(Text(f"{name}: {text!r}"), soft_wrap=True)
 
 
 def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
@@ -53,7 +54,7 @@ def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
         "tokens": f"{manifest.tokens:,} ({manifest.dtype})",
         "text": f"{manifest.bytes:,} bytes ({manifest.bytes / manifest.tokens:.2f} a token)",
         "tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:12]})",
-        "end of document": str(manifest.eod_token_id),
+        "end of turn" if manifest.chat_template else "end of document": str(manifest.eod_token_id),
         "checksums": "verified" if verified else "not checked (--verify)",
     }
     for name, value in rows.items():
@@ -64,14 +65,21 @@ def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
     return table
 
 
-def _first_texts(prefix: str, manifest: Manifest) -> list[str]:
+def _first_texts(prefix: str, manifest: Manifest) -> list[tuple[str, str]]:
+    """Names and beginnings of what the first documents consist of."""
     from nemodiff_train.data.indexed import IndexedDataset
 
     tokenizer = load_tokenizer(manifest.tokenizer.name)
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:
         raise UserError(f"{manifest.tokenizer.name} is not the tokenizer it once was")
     dataset = IndexedDataset(prefix)
-    shown = range(min(_SHOWN_DOCUMENTS, len(dataset)))
-    # No token stands for less than a byte, so 4 tokens a character are enough.
-    heads = (dataset[number][: 4 * _SHOWN_CHARACTERS].astype(np.int64).tolist() for number in shown)
-    return [str(tokenizer.decode(head))[:_SHOWN_CHARACTERS] for head in heads]
+    found = []
+    for number, (start, end) in enumerate(pairwise(dataset.document_indices[: _SHOWN_DOCUMENTS + 1].tolist())):
+        for sequence in range(start, end):
+            # No token stands for less than a byte, so 4 tokens a character are enough.
+            head = dataset[sequence][: 4 * _SHOWN_CHARACTERS].astype(np.int64).tolist()
+            name = f"document {number}"
+            if manifest.chat_template:
+                name = f"conversation {number}, {'answer' if (sequence - start) % 2 else 'given'}"
+            found.append((name, str(tokenizer.decode(head))[:_SHOWN_CHARACTERS]))
+    return found

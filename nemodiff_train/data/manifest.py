@@ -64,12 +64,16 @@ class Plan(_Record):
     tokenizer: TokenizerInfo
     eod_token_id: int
     text_field: str
+    chat_template: str | None = None
+    """SHA-256 of the template of conversations, whose documents are sequences of prompts and answers in turn, and
+    whose answers end with ``eod_token_id``; None where documents are text."""
     inputs: list[InputInfo]
 
     def same_tokens(self, other: "Plan") -> bool:
         """Whether both turn text into the same ids."""
         mine, theirs = self.tokenizer.fingerprint, other.tokenizer.fingerprint
-        return mine == theirs and self.eod_token_id == other.eod_token_id
+        same_ends = self.eod_token_id == other.eod_token_id and self.chat_template == other.chat_template
+        return mine == theirs and same_ends
 
     def same_output(self, other: "Plan") -> bool:
         """Whether both produce the same data set."""
@@ -147,14 +151,23 @@ def count_tokens(
     return counts
 
 
-def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", mask_token_id: int | None) -> None:
+def check_blend(
+    prefixes: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    mask_token_id: int | None,
+    conversations: bool = False,
+) -> None:
     """Refuse data that this tokenizer and mask token (None in a stage without one) cannot be trained on.
 
     A data set without a manifest (made by another tool) is judged by its first 10 million tokens.
 
+    Args:
+        conversations: Whether documents have to be conversations, rather than text.
+
     Raises:
         UserError: A data set is missing, incomplete, empty, or made with another tokenizer; two end
-            their documents differently; the mask token is outside the vocabulary, or is in the text.
+            their documents differently; the mask token is outside the vocabulary, or is in the text; or it holds
+            text instead of conversations, or the other way round.
     """
     vocab_size = vocabulary_size(tokenizer)
     if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
@@ -171,11 +184,19 @@ def check_blend(prefixes: Sequence[str], tokenizer: "PreTrainedTokenizerBase", m
                 f"('{manifest.tokenizer.name}'); prepare it again with the model's"
             )
         check_index(prefix)
+        if conversations != (manifest is not None and manifest.chat_template is not None):
+            raise UserError(_other_kind(prefix, conversations))
         _check_counts(prefix, manifest, tokenizer, mask_token_id)
     endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
     if len(endings) > 1:
         described = ", ".join(f"{prefix} with id {token}" for token, prefix in endings.items())
         raise UserError(f"the data sets end documents differently: {described}; prepare them alike")
+
+
+def _other_kind(prefix: str, conversations: bool) -> str:
+    if conversations:
+        return f"{prefix}: holds no conversations; prepare it with 'nemodiff data prepare --chat'"
+    return f"{prefix}: holds conversations, which recipes for text do not read; use sft, or prepare it without --chat"
 
 
 def check_files(prefix: str, manifest: Manifest | None) -> None:
@@ -206,7 +227,8 @@ def _check_counts(
     if len(counts) > vocab_size:
         raise UserError(f"{prefix}: holds token ids beyond the tokenizer's {vocab_size}; prepare it again")
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if pad is not None and pad != end and pad < len(counts) and counts[pad]:
+    text = manifest is None or manifest.chat_template is None
+    if text and pad is not None and pad != end and pad < len(counts) and counts[pad]:
         raise UserError(
             f"{prefix}: the tokenizer's padding token {pad} occurs {counts[pad]} times in the data, and Megatron "
             "would train on none of them; prepare it with another --eod-token"

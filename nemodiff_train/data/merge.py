@@ -71,7 +71,7 @@ def _check_alike(shards: Sequence[str], manifests: Sequence[Manifest]) -> None:
     for shard, manifest in zip(shards, manifests, strict=True):
         if not manifest.same_tokens(manifests[0]) or manifest.dtype != manifests[0].dtype:
             raise UserError(
-                f"{shard}: prepared with another tokenizer or end-of-document token than {shards[0]}; "
+                f"{shard}: prepared with another tokenizer, end-of-document token or chat template than {shards[0]}; "
                 "prepare them alike"
             )
 
@@ -82,6 +82,7 @@ def _plan(manifests: Sequence[Manifest]) -> Plan:
     return Plan(
         tokenizer=first.tokenizer,
         eod_token_id=first.eod_token_id,
+        chat_template=first.chat_template,
         text_field=", ".join(dict.fromkeys(manifest.text_field for manifest in manifests)),
         inputs=[source for manifest in manifests for source in manifest.inputs],
     )

@@ -145,9 +145,9 @@ class Parts:
         builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=dtype)
         part = Totals()
         for batch in batches:
-            for document in batch.documents():
-                builder.add_document(document, [len(document)])
-            written = Totals(documents=len(batch.lengths), tokens=len(batch.tokens), bytes=batch.text_bytes)
+            for document in batch.documents:
+                builder.add_document(*document)
+            written = Totals(documents=batch.inputs, tokens=batch.tokens, bytes=batch.text_bytes)
             part = part.add(written)
             progress(written)
             if part.bytes >= PART_BYTES:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from nemodiff_train.console import console, progress_bar
-from nemodiff_train.data.encode import Encoder, encode_in_order
+from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_digest
+from nemodiff_train.data.columns import AnswerColumns, Columns, MessagesColumn, TextColumn
+from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.manifest import Manifest, Plan, TokenizerInfo
 from nemodiff_train.data.parts import SUFFIXES, Parts, Totals
 from nemodiff_train.data.sources import Source, documents, resolve
@@ -38,6 +40,19 @@ class Options:
     eod_token: str | None
     workers: int
     overwrite: bool
+    chat: bool = False
+    messages_field: str = "messages"
+    prompt_field: str | None = None
+    answer_field: str | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """The fields to take from a record."""
+        if not self.chat:
+            return TextColumn(self.text_field)
+        if self.prompt_field and self.answer_field:
+            return AnswerColumns(self.prompt_field, self.answer_field)
+        return MessagesColumn(self.messages_field)
 
 
 def prepare(options: Options) -> Manifest:
@@ -50,9 +65,13 @@ def prepare(options: Options) -> Manifest:
         UserError: An input, the tokenizer or the output cannot be used.  Nothing is left behind then.
     """
     _check_options(options)
-    sources = resolve(options.inputs, options.text_field, options.split, options.glob)
+    sources = resolve(options.inputs, options.columns, options.split, options.glob)
     tokenizer = load_tokenizer(options.tokenizer)
-    encoder = Encoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
+    encoder: Encoder
+    if options.chat:
+        encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, options.eod_token))
+    else:
+        encoder = TextEncoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
     plan = Plan(
         tokenizer=TokenizerInfo(
             name=options.tokenizer,
@@ -60,7 +79,8 @@ def prepare(options: Options) -> Manifest:
             fingerprint=tokenizer_fingerprint(tokenizer),
         ),
         eod_token_id=encoder.eod_token_id,
-        text_field=options.text_field,
+        text_field=" ".join(options.columns.names),
+        chat_template=template_digest(tokenizer) if options.chat else None,
         inputs=[source.info for source in sources],
     )
     unfinished = Parts(options.output, plan)
@@ -73,6 +93,10 @@ def prepare(options: Options) -> Manifest:
 def _check_options(options: Options) -> None:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: at least 1 is needed")
+    if (options.prompt_field is None) != (options.answer_field is None):
+        raise UserError("--prompt-field and --answer-field go together")
+    if options.prompt_field is not None and not options.chat:
+        raise UserError("--prompt-field and --answer-field go with --chat")
     check_output(options.output)
 
 
@@ -101,8 +125,8 @@ def existing(prefix: str, plan: Plan, unfinished: Parts) -> Manifest | None:
         raise UserError(f"{present[0]}: exists and has no manifest; replace it with --overwrite")
     if not manifest.same_tokens(plan):
         raise UserError(
-            f"{prefix}: prepared with another tokenizer ('{manifest.tokenizer.name}') or end-of-document "
-            "token; refusing to mix tokenizers; choose another --output, or replace it with --overwrite"
+            f"{prefix}: prepared with another tokenizer ('{manifest.tokenizer.name}'), end-of-document token or "
+            "chat template; refusing to mix tokenizers; choose another --output, or replace it with --overwrite"
         )
     if not manifest.same_output(plan):
         raise UserError(
@@ -128,7 +152,7 @@ def _continue(options: Options, sources: list[Source], encoder: Encoder, unfinis
         with _progress(done) as advance:
             unfinished.write(encode_in_order(texts, encoder, options.workers), dtype, advance)
         if unfinished.totals.documents == 0:
-            raise UserError(f"{', '.join(options.inputs)}: no documents with text in there")
+            raise UserError(f"{', '.join(options.inputs)}: no documents in there that hold anything")
         return unfinished.publish(dtype)
     except UserError:
         unfinished.discard()  # correcting the input changes it, so the parts would not fit it any more

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nemodiff_train.data.columns import Columns, Document, TextColumn, require
 from nemodiff_train.data.manifest import InputInfo
 from nemodiff_train.errors import UserError, nearest
 
@@ -20,40 +21,40 @@ _HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(:[\w.-]+)?")
 class Source:
     """One INPUT: what it is, and a function that reads its documents in a fixed order.
 
-    The reader raises UserError, naming the file and line, at a record without usable text; records
-    with empty or null text are left out.
+    The reader raises UserError, naming the file and line, at a record that holds something else; where one holds
+    nothing, it gives None.
     """
 
     info: InputInfo
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Document | None]]
 
 
-def resolve(inputs: Sequence[str], text_field: str, split: str, glob: str) -> list[Source]:
+def resolve(inputs: Sequence[str], columns: Columns, split: str, glob: str) -> list[Source]:
     """Find every INPUT without reading documents.
 
     Raises:
         UserError: One is missing, empty, or not something that can be read.
     """
-    return [_resolve_one(name, text_field, split, glob) for name in inputs]
+    return [_resolve_one(name, columns, split, glob) for name in inputs]
 
 
-def documents(sources: Iterable[Source]) -> Iterator[str]:
+def documents(sources: Iterable[Source]) -> Iterator[Document]:
     """The documents that are not empty, in order."""
     return filter(None, chain.from_iterable(source.read() for source in sources))
 
 
-def _resolve_one(name: str, text_field: str, split: str, glob: str) -> Source:
+def _resolve_one(name: str, columns: Columns, split: str, glob: str) -> Source:
     path = Path(name)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            return _saved(path, text_field, split)
-        return _local(name, _walk(path, glob), text_field)
+            return _saved(path, columns, split)
+        return _local(name, _walk(path, glob), columns)
     if path.is_file():
-        return _local(name, [path], text_field)
+        return _local(name, [path], columns)
     hub = _HUB_NAME.fullmatch(name)
     # With that directory at hand, the name is more likely a mistyped path.
     if hub and not Path(hub["owner"]).exists():
-        return _hub(name, text_field, split)
+        return _hub(name, columns, split)
     raise UserError(f"{name}: no such file or directory, nor a Hugging Face name (owner/name[:config])")
 
 
@@ -79,19 +80,21 @@ def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputIn
     return InputInfo(path=name, split=split, files=len(files), bytes=total, version=version)
 
 
-def _local(name: str, files: Sequence[Path], field: str) -> Source:
-    return Source(_info(name, files), partial(_read_files, files, field))
+def _local(name: str, files: Sequence[Path], columns: Columns) -> Source:
+    return Source(_info(name, files), partial(_read_files, files, columns))
 
 
-def _read_files(files: Sequence[Path], field: str) -> Iterator[str]:
+def _read_files(files: Sequence[Path], columns: Columns) -> Iterator[Document | None]:
     for path in files:
         match path.suffix.lower():
             case ".jsonl":
-                yield from _read_jsonl(path, field)
+                yield from _read_jsonl(path, columns)
             case ".parquet":
-                yield from _read_parquet(path, field)
-            case _:
+                yield from _read_parquet(path, columns)
+            case _ if isinstance(columns, TextColumn):
                 yield _read_text(path)
+            case _:
+                raise UserError(f"{path}: conversations are read from .jsonl and .parquet; choose files with --glob")
 
 
 def _read_text(path: Path) -> str:
@@ -103,32 +106,27 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document | None]:
     # Not through `datasets`: it infers one schema for the file, so it rejects records that differ in
     # fields nobody asked for, and cannot name the line that is malformed.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _parse_record(line, field, f"{path}:{number}")
+                yield _parse_record(line, columns, f"{path}:{number}")
 
 
-def _parse_record(line: bytes, field: str, where: str) -> str:
+def _parse_record(line: bytes, columns: Columns, where: str) -> Document | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error}); correct or remove the line") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object with the field '{field}'")
-    _require_field(field, list(record), where)
-    text = _as_text(record[field], field, where)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half a surrogate pair in '{field}'; correct or remove the line") from error
-    return text
+        raise UserError(f"{where}: expected a JSON object with the field '{columns.names[0]}'")
+    require(columns, list(record), where)
+    return columns.document(record, where)
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
     import pyarrow.parquet
     from pyarrow import ArrowInvalid
 
@@ -137,13 +135,13 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     except ArrowInvalid as error:
         raise UserError(f"{path}: not a Parquet file, or a damaged one") from error
     with table:
-        _require_field(field, table.schema_arrow.names, str(path))
-        for batch in table.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield _as_text(value, field, str(path))
+        require(columns, table.schema_arrow.names, str(path))
+        for batch in table.iter_batches(columns=list(columns.names)):
+            for row in batch.to_pylist():
+                yield columns.document(row, str(path))
 
 
-def _saved(path: Path, field: str, split: str) -> Source:
+def _saved(path: Path, columns: Columns, split: str) -> Source:
     """A directory written by ``save_to_disk`` of the `datasets` library."""
     from datasets import DatasetDict, load_from_disk
 
@@ -153,10 +151,10 @@ def _saved(path: Path, field: str, split: str) -> Source:
         if split not in rows:
             raise UserError(f"{path}: no split '{split}'; it has: {', '.join(rows)}.{nearest(split, rows)}")
         rows = rows[split]
-    return Source(info, partial(_read_rows, rows, field, str(path)))
+    return Source(info, partial(_read_rows, rows, columns, str(path)))
 
 
-def _hub(name: str, field: str, split: str) -> Source:
+def _hub(name: str, columns: Columns, split: str) -> Source:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from httpx import HTTPError
@@ -171,24 +169,10 @@ def _hub(name: str, field: str, split: str) -> Source:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{name}: neither a local path nor a readable hub data set: {reason}") from error
     info = InputInfo(path=name, split=split, files=0, bytes=0, version=revision)
-    return Source(info, partial(_read_rows, rows, field, name))
+    return Source(info, partial(_read_rows, rows, columns, name))
 
 
-def _read_rows(rows: Iterable[dict[str, Any]], field: str, where: str) -> Iterator[str]:
-    for row in rows:
-        _require_field(field, list(row), where)
-        yield _as_text(row[field], field, where)
-
-
-def _require_field(field: str, existing: Sequence[str], where: str) -> None:
-    if field not in existing:
-        known = ", ".join(existing) or "none"
-        raise UserError(f"{where}: no field '{field}'; its fields: {known} (--text-field).{nearest(field, existing)}")
-
-
-def _as_text(value: object, field: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field '{field}' is of type {type(value).__name__}, not text (--text-field)")
-    return value
+def _read_rows(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> Iterator[Document | None]:
+    for number, row in enumerate(rows):
+        require(columns, list(row), where)
+        yield columns.document(row, f"{where} row {number}")

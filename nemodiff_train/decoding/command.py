@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--mode", default="linear", help="ar, diffusion, linear or quadratic (%(default)s)")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument(
         "--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it"
     )
@@ -32,10 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     prepare()
     from nemodiff_train.decoding.decode import decode, fill
     from nemodiff_train.decoding.loading import open_model
+    from nemodiff_train.decoding.prompts import prompt_tokens
 
     mode = "diffusion" if arguments.infill else arguments.mode
     opened = open_model(arguments.checkpoint, modes=(mode,), **decoding_options(arguments))
-    prompt = opened.tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"]
+    (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
     if arguments.infill:
         filled, session = fill(opened.model, prompt, opened.settings)
         _print(opened.tokenizer.decode(filled.tokens), len(filled.places), session)

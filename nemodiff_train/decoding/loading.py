@@ -17,7 +17,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.folders import is_drafter, is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.folders import is_drafter, is_lora, is_megatron_checkpoint, newest_iteration
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,19 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     """
     from megatron.bridge.training.model_load_save import build_and_load_model
 
+    from nemodiff_train.model.adapters import base_of, merge_adapters
+
     provider = open_checkpoint(checkpoint)
+    newest = newest_iteration(Path(checkpoint))
+    weights = base_of(newest) if is_lora(newest) else newest
     start_model_parallel(tensor_parallel, pipeline_parallel)
     lay_out(provider, tensor_parallel, pipeline_parallel)
     with _halves_joined_in_place():
-        models = build_and_load_model(str(newest_iteration(Path(checkpoint)).absolute()), provider)
-    return [model.eval() for model in (models if isinstance(models, list) else [models])]
+        built = build_and_load_model(str(weights.absolute()), provider)
+    models = built if isinstance(built, list) else [built]
+    if weights != newest:
+        merge_adapters(models, newest)
+    return [model.eval() for model in models]
 
 
 @contextmanager

@@ -9,11 +9,13 @@ question: a reader who can do the sum knows every word of the answer in advance.
 run far ahead; real worked answers allow it too, only less strictly.
 """
 
+import json
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "test"]
@@ -33,6 +35,11 @@ class Problem:
     prompt: str
     solution: str
     answer: str
+
+    def messages(self) -> list[dict[str, str]]:
+        """The same as a conversation."""
+        question = self.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": self.solution.strip()}]
 
 
 @dataclass(frozen=True)
@@ -138,3 +145,12 @@ def problems(split: Split, count: int, seed: int) -> list[Problem]:
     while len(drawn) < count:
         drawn[draw.choice(_TEMPLATES)(draw, split)] = None
     return list(drawn)
+
+
+def write_conversations(file: Path, count: int) -> None:
+    """Write training problems as conversations of one or two questions, for fine-tuning."""
+    drawn = problems("train", count, seed=1)
+    with file.open("w") as lines:
+        while drawn:
+            talk = [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]
+            print(json.dumps({"messages": [said for problem in talk for said in problem.messages()]}), file=lines)

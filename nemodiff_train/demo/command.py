@@ -110,7 +110,7 @@ class Demo:
     def _prepare_data(self) -> str:
         """Write the text, train a tokenizer where the model brings none, and make .bin/.idx."""
         from nemodiff_train.data.prepare import Options, prepare
-        from nemodiff_train.demo.arithmetic import problems
+        from nemodiff_train.demo.arithmetic import problems, write_conversations
         from nemodiff_train.demo.corpus import write_stdlib_text
         from nemodiff_train.demo.tokenizer import train_tokenizer
 
@@ -120,6 +120,7 @@ class Demo:
         with (folder / "problems.jsonl").open("w") as file:
             for problem in problems("train", PROBLEMS, seed=0):
                 print(json.dumps({"text": problem.prompt + problem.solution}), file=file)
+        write_conversations(folder / "chat.jsonl", PROBLEMS)
         tokenizer = str(self.ar_model)
         if self.own_model:
             tokenizer = str(self.output / "tokenizer")

@@ -8,6 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content }}\n"
+    "{% else %}Assistant: {{ message.content }}<|endoftext|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
@@ -40,5 +45,6 @@ def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         mask_token=MASK,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,  # the clean-up would drop spaces before punctuation
     )

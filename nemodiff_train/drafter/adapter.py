@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
-from nemodiff_train.host.packages import let_adapters_know_layers
-from nemodiff_train.model.folders import is_drafter, newest_iteration, run_config
-
-let_adapters_know_layers()
+from nemodiff_train.model.adapters import load_adapters
+from nemodiff_train.model.folders import is_drafter, run_config
 
 
 class DraftProjection(LoRALinear):
@@ -94,16 +92,5 @@ def load_drafter(models: list[Any], checkpoint: str, lora: DraftLoRA) -> None:
         checkpoint: The drafter's.
         lora: What :func:`open_drafter` returned for it.
     """
-    from megatron.bridge.training.checkpointing import (
-        _generate_model_state_dict,
-        apply_peft_adapter_filter_to_state_dict,
-    )
-    from megatron.core import dist_checkpointing
-
-    folder = str(newest_iteration(Path(checkpoint)).absolute())
     lora(models, training=False)
-    metadata = dist_checkpointing.load_content_metadata(folder)
-    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(models, {"metadata": metadata}), lora)
-    found = dist_checkpointing.load(wanted, folder)
-    for number, chunk in enumerate(models):
-        chunk.load_state_dict(found["model" if len(models) == 1 else f"model{number}"], strict=False)
+    load_adapters(models, Path(checkpoint), lora)

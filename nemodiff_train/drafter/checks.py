@@ -24,7 +24,7 @@ def drafter_problems(config: Any) -> Iterator[str]:
     if model.mask_token_id is None:
         yield f"'{start}' has no mask token; a drafter is trained for a model after its joint stage"
     if objective.noisy_views != 1 or config.dataset.irregular:
-        yield "a drafter is trained on samples of one noisy view and one document; leave the objective's switches out"
+        yield "a drafter is trained on text, one view and one document a sample; leave the objective's switches out"
     for name in ("shift", "clean_half"):
         trained, asked = getattr(model, name), getattr(objective, name)
         if trained != asked:

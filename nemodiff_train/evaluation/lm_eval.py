@@ -18,7 +18,7 @@ from nemodiff_train.decoding.loading import open_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.decoding.stages import Stages
-from nemodiff_train.evaluation.chat import ChatTemplate
+from nemodiff_train.data.template import ChatTemplate
 
 
 @register_model("nemodiff")

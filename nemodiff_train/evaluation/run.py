@@ -14,7 +14,7 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import Opened
 from nemodiff_train.decoding.oracle import path_forwards
-from nemodiff_train.evaluation.chat import ChatTemplate
+from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import Decoded
 from nemodiff_train.evaluation.tasks import Task
@@ -47,7 +47,7 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: boo
         shown: Whether this process shows progress; by default rank 0 does.
     """
     model, tokenizer, settings = opened.model, opened.tokenizer, opened.settings
-    prompts = _prompts(tokenizer, task, plan.chat)
+    prompts = prompt_tokens(tokenizer, [prompt.prompt for prompt in task.prompts], plan.chat)
     headline, sweep = [], []
     for mode in plan.modes:
         chosen = settings_of(mode, settings, plan)
@@ -62,16 +62,6 @@ def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: boo
         settings={"max_new_tokens": settings.max_new_tokens, "batch_size": plan.batch_size},
         sweep=sweep,
     )
-
-
-def _prompts(tokenizer: Any, task: Task, chat: bool) -> list[list[int]]:
-    """Token ids of the prompts, in the tokenizer's chat template where asked."""
-    texts = [prompt.prompt for prompt in task.prompts]
-    if chat:
-        template = ChatTemplate(tokenizer)
-        texts = [template([{"role": "user", "content": text}]) for text in texts]
-        template.close()
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def settings_of(mode: str, settings: DecodingSettings, plan: Plan) -> list[DecodingSettings]:

@@ -110,4 +110,11 @@ def arithmetic(count: int, seed: int) -> Task:
     return Task("arithmetic", prompts, make_scorer("numeric"))
 
 
-BUILT_IN: dict[str, Callable[[int, int], Task]] = {"arithmetic": arithmetic}
+def questions(count: int, seed: int) -> Task:
+    """The same problems without the words around them, for ``--chat``."""
+    problems = importlib.import_module("nemodiff_train.demo.arithmetic").problems("test", count, seed)
+    prompts = [Prompt(prompt=problem.messages()[0]["content"], answer=problem.answer) for problem in problems]
+    return Task("questions", prompts, make_scorer("numeric"))
+
+
+BUILT_IN: dict[str, Callable[[int, int], Task]] = {"arithmetic": arithmetic, "questions": questions}

@@ -38,7 +38,9 @@ def run_config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"'{file}' is damaged ({' '.join(str(error).split())[:200]}); take another iteration") from None
+        raise UserError(
+            f"'{file}' is damaged ({' '.join(str(error).split())[:200]}); take another iteration"
+        ) from None
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise UserError(f"'{file}' describes no model; take another iteration")
     return found
@@ -47,6 +49,11 @@ def run_config(path: Path) -> dict[str, Any]:
 def is_drafter(path: Path) -> bool:
     """Whether a Megatron checkpoint holds a drafter's adapters instead of a model."""
     return is_megatron_checkpoint(path) and run_config(path).get("drafter") is not None
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a Megatron checkpoint holds adapters that belong into a model's weights."""
+    return is_megatron_checkpoint(path) and run_config(path).get("peft") is not None and not is_drafter(path)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -91,6 +91,13 @@ class TriModeModelProvider(GPTModelProvider):
     hf_generation_config: dict[str, Any] = field(default_factory=dict)
     """The ``generation_config.json`` that came with it."""
 
+    def stop_at(self, token: int | None) -> None:
+        """Have decoding, here and where the model is exported to, end at one more token."""
+        named = self.hf_generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        if token is not None and token not in ends:
+            self.hf_generation_config = {**self.hf_generation_config, "eos_token_id": [*ends, token]}
+
     def finalize(self) -> None:
         """Complete the settings that follow from others."""
         super().finalize()  # finds the number of virtual stages if only a layout names it

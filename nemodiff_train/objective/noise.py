@@ -57,11 +57,17 @@ def _generator(key: Key, view: int, purpose: int, number: int) -> np.random.Gene
 
 
 def draw_noise(
-    key: Key, eligible: Bools, blocks: Ints, objective: ObjectiveConfig, block_size: int, batch_size: int
+    key: Key,
+    eligible: Bools,
+    blocks: Ints,
+    objective: ObjectiveConfig,
+    block_size: int,
+    batch_size: int,
+    sequences: Ints | None = None,
 ) -> Noise:
     """Draw noise levels, mask places, and weigh them.
 
-    With the default switches: t ~ U(min, max) once a sample; every eligible place is masked on its own
+    With the default switches: t ~ U(min, max) once a sequence; every eligible place is masked on its own
     with probability t; a masked place weighs 1/t, the inverse of its inclusion probability
     (Nemotron-Labs-Diffusion, section 2.1).
 
@@ -72,21 +78,21 @@ def draw_noise(
         objective: The switches.
         block_size: Places of a full block.
         batch_size: Samples in a global batch; consecutive indices form one (for stratified levels).
+        sequences: [L] number of each place's sequence, 0, 1, ... without gaps; None where the sample is one.
     """
     draw = _generator(key, 0, _MASKS, key.sample)
-    full = draw.random() < objective.all_masked_share
-    scopes = blocks if objective.noise_per == "block" else np.zeros_like(blocks)
+    sequences = np.zeros_like(blocks) if sequences is None else sequences
+    full = (draw.random(int(sequences[-1]) + 1) < objective.all_masked_share)[sequences]
+    scopes = blocks if objective.noise_per == "block" else sequences
     views: list[tuple[Bools, Floats, Floats]] = []
     for view in range(objective.views):
         if objective.complementary and view % 2:
             masked, levels = eligible & ~views[-1][0], 1 - views[-1][2]
-        elif full:
-            masked, levels = eligible, np.ones(len(eligible))
         else:
             uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.level_draw, batch_size)
             low, high = objective.min_noise_level, objective.max_noise_level
-            levels = (low + (high - low) * uniform)[scopes]
-            masked = _mask(draw, levels, eligible, scopes, blocks, objective, block_size)
+            levels = np.where(full, 1.0, (low + (high - low) * uniform)[scopes])
+            masked = _mask(draw, levels, eligible, scopes, blocks, objective, block_size) | (eligible & full)
         views.append((masked, _weights(masked, levels, eligible, scopes, objective.weighting), levels))
     masked, weight, level = (np.stack(parts) for parts in zip(*views, strict=True))
     return Noise(masked, weight.astype(np.float32), level.astype(np.float32))

@@ -19,7 +19,8 @@ class Places(NamedTuple):
     block: Tensor
     """Number of the block in the sample; blocks restart with a document, numbers do not."""
     document: Tensor
-    """Number of the document in the sample."""
+    """Number of the document in the sample; -1 - d for padding of document d, which sees what d sees, and whose clean
+    half nothing sees."""
 
     def as_queries(self) -> "Places":
         """With a last axis to broadcast over keys."""
@@ -57,7 +58,8 @@ def may_attend(query: Places, key: Places, block_causal: bool = False) -> Tensor
     before = query.block >= key.block if block_causal else query.place >= key.place
     same_block = (query.view == key.view) & (query.block == key.block)
     visible_text = torch.where(query_clean, before, query.block > key.block)
-    return torch.where(key_clean, visible_text & (query.document == key.document), same_block)
+    document = torch.where(query.document < 0, -1 - query.document, query.document)
+    return torch.where(key_clean, visible_text & (document == key.document), same_block)
 
 
 def places(views: int, blocks: Tensor, documents: Tensor) -> Places:

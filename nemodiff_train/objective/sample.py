@@ -16,6 +16,26 @@ Sample = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clean:
+    """The clean half of a training sample, and what noise may do to it; L places."""
+
+    tokens: Tensor
+    """[L] ids."""
+    labels: Tensor
+    """[L] the next tokens."""
+    structure: Tensor
+    """[3, L] int32: document, block and position of each place."""
+    targets: Tensor
+    """[L] whether the next token is an AR target."""
+    maskable: Tensor
+    """[L] places that count, and may be masked."""
+    sequences: Tensor | None = None
+    """[L] number of the sequence that a place's noise level is drawn for; None where the sample is one."""
+    padding: Tensor | None = None
+    """[L] places behind an answer's end, which a decoder could only see masked; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleMaker:
     """Turns samples of an AR data set into training samples."""
 
@@ -52,21 +72,40 @@ class SampleMaker:
             split: Number of the split; 0 is training.
             index: Index of the sample in its split.
         """
-        tokens, counts = sample["tokens"], sample["loss_mask"] > 0
-        step = index // self.batch_size if split == 0 else None
-        structure = self._structure(tokens, block_size_at(self.objective, step))
+        block_size = block_size_at(self.objective, index // self.batch_size if split == 0 else None)
+        clean = self.clean(sample, block_size)
+        targets = clean.targets
+        if self.objective.noisy_views and self.objective.clean_half == "block_causal":
+            targets = targets & _ends(clean.structure[1], last=True)  # elsewhere the place could see it
         made = {
-            "tokens": tokens,
-            "labels": sample["labels"],
-            "loss_mask": self._ar_weight(tokens, counts, structure),
-            "position_ids": structure[2].long(),
-            "structure": structure,
-            "maskable": counts,
+            "tokens": clean.tokens,
+            "labels": clean.labels,
+            "loss_mask": targets.float(),
+            "position_ids": clean.structure[2].long(),
+            "structure": clean.structure,
+            "maskable": clean.maskable,
             "index": torch.tensor(index),
         }
         if self.objective.noisy_views:
-            made.update(self._with_noise(made, split, index, block_size_at(self.objective, step)))
+            made.update(self._with_noise(clean, made, Key(self.objective.seed, split, index), block_size))
         return made
+
+    def clean(self, sample: Mapping[str, Tensor], block_size: int) -> "Clean":
+        """The clean half of an AR sample.
+
+        Args:
+            sample: As :meth:`make` takes it.
+            block_size: Places of a block.
+        """
+        tokens, counts = sample["tokens"], sample["loss_mask"] > 0
+        structure = self._structure(tokens, block_size)
+        return Clean(
+            tokens=tokens,
+            labels=sample["labels"],
+            structure=structure,
+            targets=counts & ~_ends(structure[0], last=int(tokens[-1]) == self.document_end),
+            maskable=counts,
+        )
 
     def _structure(self, tokens: Tensor, block_size: int) -> Tensor:
         """[3, L] int32: number of the document, number of the block, position in the text."""
@@ -78,30 +117,24 @@ class SampleMaker:
         position = in_document if self.restart_positions else place
         return torch.stack([document, opens.cumsum(0) - 1, position]).int()
 
-    def _ar_weight(self, tokens: Tensor, counts: Tensor, structure: Tensor) -> Tensor:
-        """[L] 1 where the next token is an AR target: not across documents, nor where the place could see it."""
-        targets = counts & ~_ends(structure[0], last=int(tokens[-1]) == self.document_end)
-        if self.objective.noisy_views and self.objective.clean_half == "block_causal":
-            targets &= _ends(structure[1], last=True)
-        return targets.float()
-
-    def _with_noise(self, clean: Sample, split: int, index: int, block_size: int) -> Sample:
-        tokens, block = clean["tokens"], clean["structure"][1]
-        key = Key(self.objective.seed, split, index)
-        eligible, blocks = clean["maskable"].numpy(), block.long().numpy()
-        noise = draw_noise(key, eligible, blocks, self.objective, block_size, self.batch_size)
+    def _with_noise(self, clean: "Clean", made: Sample, key: Key, block_size: int) -> Sample:
+        tokens, block = clean.tokens, clean.structure[1]
+        eligible, blocks = clean.maskable.numpy(), block.long().numpy()
+        sequences = None if clean.sequences is None else clean.sequences.numpy()
+        noise = draw_noise(key, eligible, blocks, self.objective, block_size, self.batch_size, sequences)
         masked, weight, level = (torch.from_numpy(each) for each in noise)
         targets, slot = tokens, torch.arange(len(block)) - torch.searchsorted(block, block)
         if self.objective.shift:
             # A block's first place would be predicted from a block it cannot see; decoding has it from the AR seed.
-            targets, slot, level = clean["labels"], slot + 1, level.roll(-1, 1)
+            targets, slot, level = clean.labels, slot + 1, level.roll(-1, 1)
             weight = weight.roll(-1, 1).masked_fill(_ends(block, last=True), 0.0)
         views = self.objective.views
+        hidden = masked if clean.padding is None else masked | clean.padding
         return {
-            "tokens": torch.cat([tokens.expand(views, -1).masked_fill(masked, self.mask_id).flatten(), tokens]),
-            "labels": torch.cat([targets.repeat(views), clean["labels"]]),
-            "loss_mask": torch.cat([weight.flatten(), clean["loss_mask"]]),
-            "position_ids": clean["position_ids"].repeat(views + 1),
+            "tokens": torch.cat([tokens.expand(views, -1).masked_fill(hidden, self.mask_id).flatten(), tokens]),
+            "labels": torch.cat([targets.repeat(views), clean.labels]),
+            "loss_mask": torch.cat([weight.flatten(), made["loss_mask"]]),
+            "position_ids": made["position_ids"].repeat(views + 1),
             "level": level.flatten(),
             "slot": slot.repeat(views),
         }

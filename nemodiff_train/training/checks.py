@@ -9,7 +9,14 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.checks import drafter_problems
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import TRI_MODE, architecture
-from nemodiff_train.model.folders import is_drafter, is_megatron_checkpoint, newest_iteration, read_json, run_config
+from nemodiff_train.model.folders import (
+    is_drafter,
+    is_lora,
+    is_megatron_checkpoint,
+    newest_iteration,
+    read_json,
+    run_config,
+)
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
 
@@ -32,8 +39,9 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     yield from _resume_problems(config)
     if config.drafter:
         yield from drafter_problems(config)
-    if config.dataset.reset_position_ids and not config.dataset.reset_attention_mask:
-        yield "dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well"
+    elif config.peft is not None and not is_megatron_checkpoint(Path(config.checkpoint.pretrained_checkpoint or "")):
+        yield "adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'"
+    yield from config.dataset.problems(config.objective)
     for look in (_check_start, _check_data):
         try:
             look(config)
@@ -66,6 +74,10 @@ def _check_start(config: TriModeConfig) -> None:
     start = Path(config.checkpoint.pretrained_checkpoint)
     if is_drafter(start):
         raise UserError(f"'{start}' is a drafter; start from the model that it was trained for")
+    if is_lora(start):
+        raise UserError(
+            f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
+        )
     check_weights(start)
     if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
         raise UserError(
@@ -97,16 +109,9 @@ def _resume_problems(config: TriModeConfig) -> list[str]:
 
 
 def _check_data(config: TriModeConfig) -> None:
-    prefixes = [part for part in map(str, config.dataset.data) if not _is_weight(part)]
+    prefixes = config.dataset.prefixes
     if not prefixes:
         raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
     mask = config.find_mask_token() if config.objective.stage == "joint" else None
-    check_blend(prefixes, load_tokenizer(str(config.tokenizer.tokenizer_model)), mask)
-
-
-def _is_weight(part: str) -> bool:
-    try:
-        float(part)
-    except ValueError:
-        return False
-    return True
+    tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
+    check_blend(prefixes, tokenizer, mask, config.dataset.conversations)

@@ -1,21 +1,24 @@
 """The configuration of a run: Bridge's container, with the objective and the data it needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
 
+from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
 
 
 @dataclass(kw_only=True)
-class TextDatasetConfig(DatasetProvider):
-    """Text in Megatron's .bin/.idx, read through ``GPTDataset`` and made into training samples."""
+class IndexedDatasetConfig(DatasetProvider):
+    """Megatron's .bin/.idx, made into training samples."""
 
     seq_length: int = 4096
     """L: clean tokens in a sample."""
@@ -25,14 +28,6 @@ class TextDatasetConfig(DatasetProvider):
     """Shares of the documents for training, validation and test."""
     random_seed: int = 1234
     """Seed of the order of the samples."""
-    path_to_cache: str | None = None
-    """Folder for the sample index; beside the data when None."""
-    reset_attention_mask: bool = False
-    """Keep the documents of a sample apart: no attention across their ends, and blocks restart with each."""
-    reset_position_ids: bool = False
-    """Positions restart with each document; only together with ``reset_attention_mask``."""
-    eod_mask_loss: bool = False
-    """Leave the end-of-document tokens out of both losses, as places and as noise."""
     num_workers: int = 2
     dataloader_type: str = "single"
 
@@ -42,41 +37,155 @@ class TextDatasetConfig(DatasetProvider):
     batch_size = 1
     tokenizer = None
 
+    conversations: ClassVar[bool] = False
+    """Whether documents are conversations."""
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The data sets, without their weights."""
+        return [part for part in map(str, self.data) if not _is_weight(part)]
+
     @property
     def irregular(self) -> bool:
         """Whether the blocks of one sample differ from those of another."""
-        joint = self.objective.stage == "joint"
-        return self.reset_attention_mask or (joint and self.objective.block_schedule != "fixed")
+        return self.objective.stage == "joint" and self.objective.block_schedule != "fixed"
+
+    def problems(self, objective: ObjectiveConfig) -> list[str]:
+        """What is wrong with these values under an objective, one line each."""
+        raise NotImplementedError
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Training, validation and test samples; see :mod:`nemodiff_train.objective.sample`."""
+        self.tokenizer = context.tokenizer
+        splits, maker = self.read(context), self.maker(context.tokenizer)
+        made: list[Any] = [samples and TriModeDataset(samples, maker, split) for split, samples in enumerate(splits)]
+        return made[0], made[1], made[2]
+
+    def read(self, context: DatasetBuildContext) -> Sequence[Any]:
+        """What samples are made of, for each split."""
+        raise NotImplementedError
+
+    def maker(self, tokenizer: Any) -> SampleMaker:
+        """What makes samples of it."""
+        raise NotImplementedError
+
+    def _shared(self, context: DatasetBuildContext) -> dict[str, Any]:
+        """Megatron's settings that do not depend on what documents are."""
+        return {
+            "seq_length": self.seq_length,
+            "data_path": [str(part) for part in self.data],
+            "split": self.split,
+            "random_seed": self.random_seed,
+            "reset_position_ids": False,  # SampleMaker does what these are about; Megatron would loop over documents
+            "reset_attention_mask": False,
+            "create_attention_mask": False,
+            "num_workers": self.num_workers,
+            "tokenizer": context.tokenizer,
+        }
+
+
+def _samples(context: DatasetBuildContext) -> list[int]:
+    return [context.train_samples, context.valid_samples, context.test_samples]
+
+
+@dataclass(kw_only=True)
+class TextDatasetConfig(IndexedDatasetConfig):
+    """Text, read through ``GPTDataset``: documents one after another, cut into samples of L tokens."""
+
+    path_to_cache: str | None = None
+    """Folder for the sample index; beside the data when None."""
+    reset_attention_mask: bool = False
+    """Keep the documents of a sample apart: no attention across their ends, and blocks restart with each."""
+    reset_position_ids: bool = False
+    """Positions restart with each document; only together with ``reset_attention_mask``."""
+    eod_mask_loss: bool = False
+    """Leave the end-of-document tokens out of both losses, as places and as noise."""
+
+    @property
+    def irregular(self) -> bool:
+        """Whether the blocks of one sample differ from those of another."""
+        return self.reset_attention_mask or super().irregular
+
+    def problems(self, objective: ObjectiveConfig) -> list[str]:
+        """What is wrong with these values under an objective, one line each."""
+        if self.reset_position_ids and not self.reset_attention_mask:
+            return ["dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well"]
+        return []
+
+    def read(self, context: DatasetBuildContext) -> Sequence[Any]:
+        """Samples of L tokens, for each split."""
         from megatron.bridge.data.utils import pretrain_train_valid_test_datasets_provider
 
         config = GPTDatasetConfig(
-            seq_length=self.seq_length,
-            data_path=[str(part) for part in self.data],
-            split=self.split,
-            random_seed=self.random_seed,
-            path_to_cache=self.path_to_cache,
-            reset_position_ids=False,  # SampleMaker restarts both; Megatron would loop over documents for it
-            reset_attention_mask=False,
-            eod_mask_loss=self.eod_mask_loss,
-            create_attention_mask=False,
-            num_workers=self.num_workers,
+            **self._shared(context), path_to_cache=self.path_to_cache, eod_mask_loss=self.eod_mask_loss
         )
-        self.tokenizer = config.tokenizer = context.tokenizer
         config.finalize()
-        sizes = [context.train_samples, context.valid_samples, context.test_samples]
-        splits = pretrain_train_valid_test_datasets_provider(sizes, config)
-        maker = SampleMaker(
+        return pretrain_train_valid_test_datasets_provider(_samples(context), config)
+
+    def maker(self, tokenizer: Any) -> SampleMaker:
+        """What makes samples of them."""
+        return SampleMaker(
             objective=self.objective,
             mask_id=self.mask_token_id,
             batch_size=self.batch_size,
-            document_end=context.tokenizer.eod if self.reset_attention_mask else None,
+            document_end=tokenizer.eod if self.reset_attention_mask else None,
             restart_positions=self.reset_position_ids,
         )
-        made: list[Any] = [samples and TriModeDataset(samples, maker, split) for split, samples in enumerate(splits)]
-        return made[0], made[1], made[2]
+
+
+@dataclass(kw_only=True)
+class ChatDatasetConfig(IndexedDatasetConfig):
+    """Conversations of ``nemodiff data prepare --chat``, packed into samples of L places; answers are learned."""
+
+    conversations: ClassVar[bool] = True
+
+    @property
+    def irregular(self) -> bool:
+        """Always: blocks start with answers."""
+        return True
+
+    def problems(self, objective: ObjectiveConfig) -> list[str]:
+        """What is wrong with these values under an objective, one line each."""
+        if objective.stage == "joint" and objective.clean_half == "block_causal":
+            return [
+                "objective.clean_half=block_causal decodes blocks counted from the start of the text, but those of "
+                "conversations start with answers; set clean_half=causal"
+            ]
+        return []
+
+    def read(self, context: DatasetBuildContext) -> Sequence[Any]:
+        """Packs of conversations, for each split."""
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+        from nemodiff_train.data.conversations import ConversationDataset, PackConfig
+
+        config = PackConfig(**self._shared(context), eod_mask_loss=False)
+        config.block_size = self.objective.largest_block if self.objective.noisy_views else 1
+        config.finalize()
+        return BlendedMegatronDatasetBuilder(ConversationDataset, _samples(context), lambda: True, config).build()
+
+    def maker(self, tokenizer: Any) -> SampleMaker:
+        """What makes samples of them."""
+        return ConversationMaker(
+            objective=self.objective,
+            mask_id=self.mask_token_id,
+            batch_size=self.batch_size,
+            length=self.seq_length,
+            padding_id=tokenizer.eod,
+        )
+
+    def end_of_turn(self) -> int | None:
+        """The token that ends every answer; None without data."""
+        found = [manifest.eod_token_id for prefix in self.prefixes if (manifest := Manifest.read(prefix))]
+        return found[0] if found else None
+
+
+def _is_weight(part: str) -> bool:
+    try:
+        float(part)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(kw_only=True)
@@ -109,6 +218,8 @@ class EvaluationConfig:
     """Exact limit for each prompt."""
     threshold: float = 0.9
     """Of block diffusion."""
+    chat: bool = False
+    """Prompts are put into the tokenizer's chat template."""
 
 
 @dataclass(kw_only=True)
@@ -146,6 +257,8 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
+        if isinstance(data, ChatDatasetConfig):
+            model.stop_at(data.end_of_turn())
         if objective.stage == "joint":
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
 

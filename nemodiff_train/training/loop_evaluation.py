@@ -43,7 +43,7 @@ class LoopEvaluation(Callback):
             return
         modes = ("ar",) if config.objective.stage == "ar" else tuple(chosen.modes)
         self.task = load_task(chosen.task, scorer=chosen.scorer, count=chosen.count)
-        self.plan = Plan(modes=modes, batch_size=chosen.count)
+        self.plan = Plan(modes=modes, batch_size=chosen.count, chat=chosen.chat)
         self.tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
         self.settings = DecodingSettings(
             max_new_tokens=chosen.max_new_tokens,

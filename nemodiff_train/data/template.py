@@ -34,7 +34,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
-            raise UserError(f"the tokenizer in '{tokenizer.name_or_path}' has no chat template; do without one")
+            raise UserError(
+                f"the tokenizer in '{tokenizer.name_or_path}' has no chat template; do without one, or put a "
+                "chat_template.jinja beside it"
+            )
         try:
             self._template: str = tokenizer.get_chat_template()
         except ValueError as error:
@@ -45,7 +48,7 @@ class ChatTemplate:
         self._process: Any = None
         self._connection: Any = None
 
-    def __call__(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """One conversation as text.
 
         Args:

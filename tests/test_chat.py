@@ -1,0 +1,454 @@
+"""Fine-tuning: conversations through the chat template, packed samples, training, decoding behind a prompt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nemodiff_train.cli import main
+from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
+from nemodiff_train.data.columns import Conversation
+from nemodiff_train.data.packing import pack
+from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.errors import UserError
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.conversation import ConversationMaker
+from nemodiff_train.objective.rule import may_attend, places
+from nemodiff_train.objective.sample import Sample
+from tests import gang, matrix, small
+from tests.gang import Job
+from tests.prepared import one_line, write_jsonl
+
+BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
+
+
+def maker(**switches: Any) -> ConversationMaker:
+    objective = ObjectiveConfig(**{"block_size": BLOCK, **switches})
+    assert not objective.problems(LENGTH)
+    return ConversationMaker(objective=objective, mask_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
+
+
+def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
+    """A pack of conversations, each the lengths of its turns; tokens count up from ``first``."""
+    lengths = torch.tensor([length for turns in conversations for length in turns])
+    return {
+        "tokens": torch.arange(first, first + int(lengths.sum())),
+        "lengths": lengths,
+        "answers": torch.tensor([place % 2 == 1 for turns in conversations for place in range(len(turns))]),
+        "conversations": torch.tensor([number for number, turns in enumerate(conversations) for _ in turns]),
+    }
+
+
+def sees(sample: Sample) -> Tensor:
+    """[2 L, 2 L] who sees whom."""
+    everything = places(1, sample["structure"][1], sample["structure"][0])
+    return may_attend(everything.as_queries(), everything.as_keys())
+
+
+def test_the_grid_starts_with_each_answer() -> None:
+    made = maker(all_masked_share=1.0).make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
+    #         prompt      answer             padding prompt answer      prompt          answer   padding
+    document = [0] * 3 + [0] * 6 + [-1] * 2 + [0] * 2 + [0] * 4 + [1] * 5 + [1] * 3 + [-2]
+    answer = [False] * 3 + [True] * 6 + [False] * 4 + [True] * 4 + [False] * 5 + [True] * 3 + [False]
+    blocks = [0] * 3 + [1] * 4 + [2] * 4 + [3] * 2 + [4] * 4 + [5] * 4 + [6] + [7] * 4
+    position = [*range(9), 9, 10, *range(9, 15), *range(8), 8]
+    size = len(document)
+    found = made["structure"][:, :size].tolist()
+    assert found[0] == document
+    assert found[1] == blocks and found[2] == position
+    assert made["maskable"][:size].tolist() == answer and not made["maskable"][size:].any()
+    noisy, clean = made["tokens"].unflatten(0, (2, LENGTH))
+    real = torch.tensor([number >= 0 for number in document])
+    assert (
+        clean[:size][real].tolist() == list(range(10, 10 + int(real.sum())))
+        and (clean[:size][~real] == PADDING).all()
+    )
+    assert (noisy[made["maskable"]] == MASK).all() and (noisy[:size][~real] == MASK).all()
+    prompt = real & ~torch.tensor(answer)
+    assert torch.equal(noisy[:size][prompt], clean[:size][prompt])
+    # The last place of a prompt predicts the answer's first token; the answer's last predicts nothing.
+    weights = made["loss_mask"].unflatten(0, (2, LENGTH))
+    assert weights[1].nonzero()[:, 0].tolist() == [place - 1 for place, said in enumerate(answer) if said]
+    assert (weights[0] > 0).tolist() == made["maskable"].tolist()
+
+
+def test_padding_and_other_conversations_are_unseen() -> None:
+    made = maker().make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
+    allowed, document = sees(made), made["structure"][0].repeat(2)
+    clean = torch.arange(2 * LENGTH) >= LENGTH
+    talk = torch.where(document < 0, -1 - document, document)
+    assert not (allowed & (talk[:, None] != talk[None, :]) & clean[None, :]).any()
+    assert not (allowed & (document < 0) & clean).any()  # nothing sees clean padding
+    noisy_pairs = allowed & ~clean[None, :]
+    same_block = made["structure"][1].repeat(2)[:, None] == made["structure"][1].repeat(2)[None, :]
+    assert not (noisy_pairs & ~same_block).any()
+    assert allowed.any(1).all()
+    # An answer's blocks see their prompt, and the padding of their last block as the masks that it is in decoding.
+    assert allowed[3, LENGTH : LENGTH + 3].all() and allowed[7, 9] and not allowed[13, LENGTH + 9 : LENGTH + 11].any()
+
+
+def test_noise_is_drawn_for_each_conversation() -> None:
+    """A pack trains what its conversations would alone: levels of their own, and all-masked ones among them."""
+    levels: list[Tensor] = []
+    for index in range(300):
+        made = maker(all_masked_share=0.3).make(packed([3, 6], [2, 6], [4, 5]), 0, index)
+        level, document = made["level"][:LENGTH], made["structure"][0]
+        each = torch.stack([level[(document == number).nonzero()[0, 0]] for number in range(3)])
+        for number in range(3):
+            assert (level[document == number] == each[number]).all()
+        levels.append(each)
+    found = torch.stack(levels)
+    full = (found == 1).float()
+    assert full.mean() == pytest.approx(0.3, abs=0.06)
+    assert 0 < (full.sum(1) == 1).float().mean() < 1  # some, not all, of a pack
+    assert abs(float(torch.corrcoef(found.T)[0, 1])) < 0.2
+
+
+def test_shifted_targets_stay_in_their_answer() -> None:
+    made = maker(shift=True, all_masked_share=1.0).make(packed([3, 6], [5, 3]), 0, 0)
+    weights, labels = made["loss_mask"][:LENGTH], made["labels"][:LENGTH]
+    targets = [labels[place].item() for place in weights.nonzero()[:, 0]]
+    assert targets == [14, 15, 16, 18, 25, 26]  # every answer token but the first of each block
+
+
+def test_ar_samples_have_no_padding_between_turns() -> None:
+    made = maker(stage="ar").make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
+    assert made["tokens"].tolist() == [*range(10, 33), *[PADDING] * (LENGTH - 23)]
+    assert made["loss_mask"].sum() == 13
+
+
+def test_what_does_not_fit_is_cut() -> None:
+    made = maker().make(packed([40, 30]), 0, 0)
+    assert made["tokens"].shape == (2 * LENGTH,) and made["maskable"].sum() == 8
+    assert made["loss_mask"][LENGTH:].sum() == 8 and made["loss_mask"][-1] == 0
+
+
+def test_packs_are_full_and_complete() -> None:
+    sizes = np.random.default_rng(0).integers(1, 400, 2000)
+    bins = pack(sizes, 512, seed=3)
+    assert sorted(item for items in bins for item in items) == list(range(2000))
+    filled = [int(sizes[items].sum()) for items in bins]
+    assert max(filled) <= 512 and sum(filled) / (512 * len(bins)) > 0.95
+    assert bins == pack(sizes, 512, seed=3) != pack(sizes, 512, seed=4)
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETS = (  # what an earlier turn has thought is left out, as Qwen 3's template does
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content if loop.last else message.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "<think>hm</think>1"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "<think>well</think>2"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small.tokenizer(folder)
+    made = load_tokenizer(str(folder))
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.chat_template = CHATML
+    return made
+
+
+def spoken(tokenizer: Any, talk: list[dict[str, Any]]) -> list[list[str]]:
+    """The sequences of the documents that a conversation becomes."""
+    encoded = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, None))((Conversation(talk, "talk"),))
+    return [
+        [tokenizer.decode(part) for part in np.split(document.tokens, np.cumsum(document.lengths)[:-1])]
+        for document in encoded.documents
+    ]
+
+
+def test_turns_are_what_the_template_asks_and_the_model_says(tokenizer: Any) -> None:
+    (turns,) = spoken(tokenizer, TALK)
+    assert turns == [
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n",
+        "<think>hm</think>1<|im_end|>",
+        "\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n",
+        "<think>well</think>2<|im_end|>",
+    ]
+    assert "".join(turns) + "\n" == tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
+def test_a_template_that_forgets_gets_a_document_for_each_answer(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", FORGETS)
+    first, second = spoken(tokenizer, TALK)
+    assert first[1] == "<think>hm</think>1<|im_end|>" and second[1] == "<think>well</think>2<|im_end|>"
+    assert "assistant\n1<|im_end|>" in second[0] and "hm" not in second[0]
+
+
+def test_a_template_without_an_end_gets_the_tokenizers(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", said + "{% if add_generation_prompt %}assistant:{% endif %}")
+    (turns,) = spoken(tokenizer, TALK[1:3])
+    assert turns == ["user: one?\nassistant:", f" <think>hm</think>1\n{small.EOD}"]
+
+
+def test_templates_that_cannot_serve_are_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = (
+        "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    for template, said in (
+        (None, "has no chat template"),
+        (other, "other words"),
+        ("{{ raise_exception('no system') }}", "talk: the chat template in .*no system"),
+        ("{{ messages[9].content.x }}", "talk: the chat template .* cannot be used"),
+    ):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        with pytest.raises(UserError, match=said):
+            ChatEncoder(tokenizer, 0)((Conversation(TALK, "talk"),))
+
+
+def prepare(folder: Path, rows: list[Any], model: Path, *options: str) -> int:
+    source = write_jsonl(folder / "chat.jsonl", rows)
+    words = ["data", "prepare", str(source), "--chat", "--tokenizer", str(model), "--output", str(folder / "chat")]
+    return main([*words, "--workers", "1", *options])
+
+
+def talks(count: int) -> list[dict[str, Any]]:
+    """Conversations of one to three turns whose answers follow from their questions."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        messages = []
+        for _ in range(draw.integers(1, 4)):
+            start = int(draw.integers(0, 8))
+            messages.append({"role": "user", "content": f"from {start} on?"})
+            counted = "".join(str(n % 10) for n in range(start, start + int(draw.integers(3, 30))))
+            messages.append({"role": "assistant", "content": counted})
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen 3 whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("model") / "qwen3"
+    small.qwen3(folder)
+    made = load_tokenizer(str(folder))
+    made.chat_template = CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", small.EOD)
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*talks(20), {"messages": []}, {"messages": None}]
+    assert prepare(tmp_path, rows, model) == 0
+    manifest = json.loads((tmp_path / "chat.json").read_text())
+    assert manifest["documents"] == 20 and manifest["eod_token_id"] == 0
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "chat")]) == 0
+    told = capsys.readouterr().out
+    assert "conversation 0, given" in told and "conversation 0, answer" in told and "end of turn" in told
+    pairs = [{"question": "a?", "reply": "b"}, {"question": "c?", "reply": None}]
+    (tmp_path / "pairs").mkdir()
+    fields = "--prompt-field", "question", "--answer-field", "reply"
+    assert prepare(tmp_path / "pairs", pairs, model, *fields) == 0
+    assert json.loads((tmp_path / "pairs" / "chat.json").read_text())["documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"messages": "hi"}, (), "no list of messages"),
+        ({"messages": [{"from": "human"}]}, (), "no list of messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of the role 'assistant'"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, (), "surrogate"),
+        ({"talk": []}, (), "its fields: talk (--messages-field)"),
+        ({"p": "a", "a": "b"}, ("--prompt-field", "p"), "go together"),
+        ({"p": "a", "a": 3}, ("--prompt-field", "p", "--answer-field", "a"), "of type int"),
+    ],
+)
+def test_refused_in_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, options: tuple[str, ...], said: str
+) -> None:
+    assert prepare(tmp_path, [row], model, *options) == 2
+    assert said in one_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
+LAYOUTS = {
+    "micro-batch 1": (1, ["train.micro_batch_size=1"]),
+    "tensor 2 + sequence": (2, matrix.SP2),
+    "pipeline 2": (2, matrix.PP2),
+    "context 2": (2, matrix.CP2),
+    "data 2": (2, []),
+}
+
+
+@pytest.fixture(scope="module")
+def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Joint fine-tuning on one process and under other layouts, and LoRA on what it gave."""
+    folder = tmp_path_factory.mktemp("chat")
+    assert prepare(folder, talks(200), model) == 0
+    shared = {"start_from": str(model), "data": str(folder / "chat"), "recipe": "chat"}
+    one = {**shared, "output": str(folder / "one process"), "settings": ["checkpoint.save_interval=10"]}
+    jobs = [Job("one process", 1, "jobs:train", one)]
+    for name, (world, layout) in LAYOUTS.items():
+        jobs.append(Job(name, world, "jobs:train", {**shared, "output": str(folder / name), "settings": layout}))
+    for name, world, layout in (("LoRA", 1, []), ("LoRA, tensor 2", 2, matrix.SP2)):
+        start = folder / f"base of {name}"
+        start.symlink_to(folder / "one process")
+        arguments = {**shared, "start_from": str(start / "checkpoints"), "output": str(folder / name), "rank": 4}
+        jobs.append(
+            Job(name, world, "jobs:train", {**arguments, "settings": ["checkpoint.save_interval=10", *layout]})
+        )
+    found = gang.run(jobs, folder)
+    errors = [result["error"] for result in found.values() if "error" in result]
+    assert not errors, errors[0]
+    return folder, found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_the_same(ran: Any, layout: str) -> None:
+    expected, found = ran[1]["one process"]["steps"], ran[1][layout]["steps"]
+    assert [step["step"] for step in found] == [step["step"] for step in expected] != []
+    for name in ("loss", "ar loss", "diffusion loss", "masked share", "gradient norm"):
+        for mine, other in zip(found, expected, strict=True):
+            assert mine[name] == pytest.approx(other[name], rel=1e-5), name
+
+
+def test_it_learns(ran: Any) -> None:
+    for name in ("one process", "LoRA"):
+        steps = ran[1][name]["steps"]
+        assert steps[-1]["loss"] < steps[0]["loss"], name
+
+
+def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
+    """What was trained is what decodes and what is exported, under any layout of either."""
+    from nemodiff_train.host import prepare as host
+
+    host()
+    from nemodiff_train.decoding.loading import load_for_decoding
+    from nemodiff_train.decoding.session import Session
+
+    folder, found = ran
+    first, second = (found[name]["steps"] for name in ("LoRA", "LoRA, tensor 2"))
+    for mine, other in zip(first, second, strict=True):
+        # Bridge draws the adapters of each tensor-parallel rank apart; B is zero, so that the first loss is the same.
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5 if mine["step"] == 1 else 0.05)
+
+    def logits(checkpoint: Path) -> Tensor:
+        models = load_for_decoding(str(checkpoint))
+        return Session(models, 1, 64, MASK).prefill([list(range(20, 40))]).masked_fill(torch.arange(320) == MASK, 0)
+
+    base, tuned = logits(folder / "one process" / "checkpoints"), logits(folder / "LoRA" / "checkpoints")
+    assert (base - tuned).abs().max() > 1e-3
+    assert main(["convert", "export", str(folder / "LoRA" / "checkpoints"), str(tmp_path / "model")]) == 0
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        there = exported(torch.arange(20, 40)[None]).logits[:, -1].masked_fill(torch.arange(320) == MASK, 0)
+    torch.testing.assert_close(tuned, there, rtol=1e-4, atol=1e-4)
+    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert 0 in np.atleast_1d(settings["eos_token_id"])
+
+
+def test_nothing_leaks_between_conversations(ran: Any) -> None:
+    """Other words in one conversation of a pack leave the logits of the others as they were, bit for bit."""
+    from nemodiff_train.host import prepare as host
+
+    host()
+    from nemodiff_train.decoding.loading import load_for_decoding
+
+    (model,) = load_for_decoding(str(ran[0] / "one process" / "checkpoints"))
+    make = ConversationMaker(
+        objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
+    )
+    pack = packed([5, 9, 3, 6], [4, 12], first=20)
+    other = {**pack, "tokens": pack["tokens"].clone()}
+    other["tokens"][:23] += 100  # all of the first conversation
+    before, after = (_logits(model, make.make(each, 0, 3)) for each in (pack, other))
+    second = make.make(pack, 0, 3)["structure"][0] == 1
+    mine = second.repeat(2)
+    assert torch.equal(before[mine], after[mine]) and not torch.equal(before[~mine], after[~mine])
+
+
+def _logits(model: Any, sample: Sample) -> Tensor:
+    """[2 L, vocabulary] of a training sample."""
+    structure = sample["structure"][None]
+    model.attention_state.rotary_structure = structure
+    with torch.no_grad():
+        found: Tensor = model(sample["tokens"][None], sample["position_ids"][None], attention_mask=structure)
+    found[..., MASK] = -torch.inf  # never a prediction in decoding
+    return found[0]
+
+
+def test_decoding_crosses_the_boundary_at_every_offset(ran: Any) -> None:
+    """A block behind a prompt sees in decoding what it saw in training, wherever the prompt ends."""
+    from nemodiff_train.host import prepare as host
+
+    host()
+    from nemodiff_train.decoding.loading import load_for_decoding
+    from nemodiff_train.decoding.session import Session
+
+    size, length = 16, 64
+    models = load_for_decoding(str(ran[0] / "one process" / "checkpoints"))
+    objective = ObjectiveConfig(block_size=size, all_masked_share=1.0)
+    make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
+    for prompt in range(1, 2 * size + 1):
+        pack = packed([prompt, size + 5], first=20)
+        trained = _logits(models[0], make.make(pack, 0, 0))
+        tokens = pack["tokens"].tolist()
+        session = Session(models, 1, 128, MASK)
+        first = session.prefill([tokens[:prompt]])
+        # AR: the prompt's last place predicts the answer's first token.
+        torch.testing.assert_close(first[0], trained[length + prompt - 1], rtol=1e-4, atol=1e-4)
+        for begin in (0, size):
+            drafted = session.forward(torch.full((1, size), MASK), torch.arange(1), "denoise", causal=False)
+            start = prompt + begin  # the second block's last places lie behind the answer's end
+            torch.testing.assert_close(drafted[0], trained[start : start + size], rtol=1e-4, atol=1e-4)
+            if not begin:
+                block = torch.tensor([tokens[prompt : prompt + size]])
+                session.forward(block, torch.arange(1), "commit", causal=True)
+                session.commit(torch.arange(1), size)
+
+
+def test_decodes_a_conversation(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(ran[0] / "one process" / "checkpoints")
+    assert main(["generate", checkpoint, "from 3 on?", "--chat", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out
+    assert main(["generate", checkpoint, "from 3 on?", "--max-new-tokens", "4"]) == 0
+
+
+def test_text_and_conversations_are_told_apart(ran: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = ran
+    base, chat, lora = (
+        str(folder / "one process" / "checkpoints"),
+        str(folder / "chat"),
+        str(folder / "LoRA" / "checkpoints"),
+    )
+    small.data(tmp_path / "text")
+    capsys.readouterr()
+    output = f"output={tmp_path / 'output'}"
+    for words, said in (
+        (["sft_demo", f"start_from={base}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
+        (["demo_joint", f"start_from={base}", f"problems={chat}", f"code={chat}", output], "use sft"),
+        (["sft_demo", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
+        (
+            ["sft_demo", f"start_from={base}", f"data={chat}", output, "objective.clean_half=block_causal"],
+            "clean_half",
+        ),
+        (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),
+    ):
+        assert main(["train", *words]) == 2, words
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nemodiff: error:")]
+        assert len(lines) == 1 and said in lines[0], lines
+        assert not (tmp_path / "output").exists()
