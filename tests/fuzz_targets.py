@@ -133,8 +133,9 @@ _DEPTHS = st.integers(1, 200_000).flatmap(lambda n: st.sampled_from(["[" * n, '{
 
 def _lines(world: World) -> Files:
     record = st.dictionaries(st.sampled_from(["text", "prompt", "answer", "x"]), _JSON, max_size=4)
-    line = st.one_of(record.map(json.dumps), _JSON.map(json.dumps), _DEPTHS, st.text(max_size=20))
-    text = st.lists(line, max_size=4).map("\n".join).map(lambda text: text.encode(errors="surrogatepass"))
+    good = st.just('{"text": "a b", "prompt": "1 + 1 =", "answer": "2"}')
+    line = st.one_of(good, good, record.map(json.dumps), _JSON.map(json.dumps), _DEPTHS, st.text(max_size=20))
+    text = st.lists(line, max_size=3).map("\n".join).map(lambda text: text.encode(errors="surrogatepass"))
     return text | st.binary(max_size=64) | text.filter(len).flatmap(damaged)
 
 
@@ -154,15 +155,15 @@ def _read_lines(world: World, content: bytes) -> None:
 
 
 def _all(readers: list[Callable[[], Any]]) -> None:
-    """Every reader has its turn; the last refusal counts."""
-    refusal = None
+    """Every reader has its turn; refused is what all of them refuse."""
+    refusals = []
     for read in readers:
         try:
             read()
         except UserError as error:
-            refusal = error
-    if refusal:
-        raise refusal
+            refusals.append(error)
+    if len(refusals) == len(readers):
+        raise refusals[0]
 
 
 def _indexes(world: World) -> Files:
@@ -241,8 +242,8 @@ def _overrides(world: World) -> st.SearchStrategy[list[str]]:
     }
     keys = [f"{section}.{key}" for section, values in own.items() for key in vars(values)]
     keys += [f"model.{name}" for name in ("num_layers", "block_size", "tensor_model_parallel_size", "mask_token_id")]
-    keys += ["optimizer.lr", "checkpoint.save", "checkpoint.load", "tokenizer.tokenizer_model", "objective", "model"]
-    key = st.sampled_from(keys) | st.text(max_size=12)
+    keys += ["optimizer.lr", "checkpoint.save", "checkpoint.load", "tokenizer.tokenizer_model", "model.hf_config"]
+    key = st.sampled_from(keys) | st.text(max_size=12).map(lambda text: f"model.{text}")
     prefix = st.sampled_from(["", "", "", "", "+", "++", "~"])
     value = st.sampled_from(_WORDS) | st.text(max_size=20) | st.integers().map(str) | st.floats().map(str)
     word = st.tuples(prefix, key, value).map(lambda parts: f"{parts[0]}{parts[1]}={parts[2]}")
@@ -260,13 +261,35 @@ def _read_overrides(world: World, words: list[str]) -> None:
 
 
 _TEMPLATE = [
-    "{{ messages }}", "{{ messages[0].content }}", "{{ messages[9].content }}", "{% for m in messages %}",
-    "{% endfor %}", "{% if x is defined %}", "{% endif %}", "{{ raise_exception('no') }}", "{{ 9 ** 9 ** 9 }}",
-    "{{ 'a' * 10 ** 10 }}", "{% for i in range(99999) %}", "{{ ''.__class__.__mro__ }}", "{{ eos_token }}", "{{", "{%",
-    "{{ [1] * 10 ** 9 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}", "{{ '%999999999d' % 1 }}",
-    "{{ messages.append(1) }}", "{{ x.y.z }}", "{% generation %}", "{% include 'a' %}", "{{ lipsum(n=9999) }}", "text",
-    "{{ '{:>9999999999}'.format(1) }}", "{{ cycler.__init__.__globals__ }}", "{{ strftime_now('%Y') }}",
-]  # fmt: skip
+    "{{ messages }}",
+    "{{ messages[0].content }}",
+    "{{ messages[9].content }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% if x is defined %}",
+    "{% endif %}",
+    "{{ raise_exception('no') }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{% for i in range(99999) %}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ eos_token }}",
+    "{{",
+    "{%",
+    "{{ [1] * 10 ** 9 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ 1 / 0 }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ messages.append(1) }}",
+    "{{ x.y.z }}",
+    "{% generation %}",
+    "{% include 'a' %}",
+    "{{ lipsum(n=9999) }}",
+    "text",
+    "{{ '{:>9999999999}'.format(1) }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ strftime_now('%Y') }}",
+]
 
 
 def _templates(world: World) -> st.SearchStrategy[str]:

@@ -40,12 +40,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "recipe.py").write_text(RECIPE)
     (made / "sharded" / "checkpoints" / "iter_0000005").mkdir(parents=True)
     (made / "sharded" / "checkpoints" / "iter_0000005" / "run_config.yaml").write_text(SHARDED)
+    _more(made)
     (made / "prompts.jsonl").write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n')
     return made
 
 
+def _more(made: Path) -> None:
+    """Text, data sets and checkpoints that somebody else damaged."""
+    (made / "good.jsonl").write_text('{"prompt": "a", "answer": "1", "text": "one two"}\n')
+    (made / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    (made / "rows.jsonl").write_text('{"question": "a"}\n')
+    (made / "text.txt").write_text("the quick brown fox")
+    (made / "binary.txt").write_bytes(b"ab\xff\xfe")
+    index = (made / "data.idx").read_bytes()
+    for name, content in (("cut", index[:-9]), ("huge", index[:18] + b"\xff" * 8 + index[26:]), ("other", b"x" * 99)):
+        (made / f"{name}.bin").write_bytes((made / "data.bin").read_bytes())
+        (made / f"{name}.idx").write_bytes(content)
+    for name, content in (("torn", "model: [1"), ("nothing", "x: 1")):
+        (made / name / "iter_0000001").mkdir(parents=True)
+        (made / name / "iter_0000001" / "run_config.yaml").write_text(content)
+    small.tokenizer(made / "no_config")
+    for name, content in (("config_list", "[1]"), ("config_deep", '{"a":' * 100_000), ("no_json", "{")):
+        (made / name).mkdir()
+        (made / name / "config.json").write_text(content)
+    (made / "no_function.py").write_text("x = 1\n")
+
+
 def train(*words: str, model: str = "model", data: str = "data", output: str = "out") -> list[str]:
     return ["train", "recipe.py", f"start_from={model}", f"data={data}", f"output={output}", *words]
+
+
+def evaluate(*words: str) -> list[str]:
+    return ["eval", "empty", "--task", "good.jsonl", "--output", "out", *words]
+
+
+def prepare_data(*words: str) -> list[str]:
+    return ["data", "prepare", *words, "--tokenizer", "model", "--output", "out"]
 
 
 SHARDED = """
@@ -157,6 +187,84 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "eval: bad prompts": (["eval", "empty", "--task", "prompts.jsonl", "--output", "out"], ["prompts.jsonl:"]),
     "eval: unknown task": (["eval", "empty", "--task", "arithmetics", "--output", "out"], ["'arithmetic'"]),
     "generate: no checkpoint": (["generate", "empty", "hello"], ["empty"]),
+    "export: output exists": (["convert", "export", "sharded", "empty"], ["empty", "exists"]),
+    "export: unknown format": (["convert", "export", "model", "out", "--format", "gguf"], ["--format", "gguf"]),
+    "import: two mask tokens": (
+        ["convert", "import", "model", "out", "--mask-token", "a", "--add-mask-token", "b"],
+        ["--add-mask-token", "--mask-token"],
+    ),
+    "import: another number of processes": (
+        ["convert", "import", "model", "out", "--tensor-parallel", "2"],
+        ["1 processes", "takes 2"],
+    ),
+    "import: no settings": (["convert", "import", "no_config", "out"], ["no_config", "no checkpoint"]),
+    "import: settings are a list": (["convert", "import", "config_list", "out"], ["config_list/config.json"]),
+    "import: settings nested too deep": (["convert", "import", "config_deep", "out"], ["config_deep/config.json"]),
+    "import: settings are no JSON": (["convert", "import", "no_json", "out"], ["no_json/config.json", "no JSON"]),
+    "verify: nothing to compare": (["convert", "verify", "model", "nowhere"], ["nowhere"]),
+    "verify: no action": (["convert"], ["ACTION"]),
+    "inspect: nothing": (["convert", "inspect", "empty"], ["empty", "no checkpoint"]),
+    "inspect: damaged configuration": (
+        ["convert", "inspect", "torn"],
+        ["torn/iter_0000001/run_config.yaml", "damaged"],
+    ),
+    "inspect: a configuration without a model": (["convert", "inspect", "nothing"], ["describes no model"]),
+    "eval: neither checkpoint nor comparison": (["eval", "--output", "out"], ["--compare"]),
+    "eval: nothing to compare": (["eval", "--compare", "empty", "model", "--output", "out"], ["empty/metrics.json"]),
+    "eval: no batch": (evaluate("--batch-size", "0"), ["--batch-size", "at least 1"]),
+    "eval: no prompts": (evaluate("--count", "0"), ["at least 1"]),
+    "eval: unknown scorer": (evaluate("--scorer", "numerc"), ["numerc", "numeric"]),
+    "eval: pattern that is none": (evaluate("--scorer", "regex", "--pattern", "("), ["pattern '('"]),
+    "eval: thresholds that are no numbers": (evaluate("--thresholds", "0.5;0.7"), ["--thresholds", "0.5;0.7"]),
+    "eval: threshold that is no probability": (evaluate("--thresholds", "1.5"), ["threshold", "1.5"]),
+    "eval: block size of nothing": (evaluate("--block-sizes", "0"), ["block size is 0"]),
+    "eval: benchmark of other fields": (
+        ["eval", "empty", "--task", "gsm8k", "--data", "rows.jsonl", "--output", "out"],
+        ["rows.jsonl", "'answer'", "gsm8k"],
+    ),
+    "eval: programs without leave": (["eval", "empty", "--task", "mbpp", "--output", "out"], ["--run-code"]),
+    "eval: deep prompts": (["eval", "empty", "--task", "deep.jsonl", "--output", "out"], ["deep.jsonl:1"]),
+    "likelihood: no checkpoint": (["likelihood", "empty", "text.txt"], ["empty"]),
+    "likelihood: no text": (["likelihood", "empty", "nowhere.txt"], ["nowhere.txt"]),
+    "likelihood: no batch": (["likelihood", "empty", "text.txt", "--batch-size", "0"], ["--batch-size"]),
+    "generate: no temperature": (["generate", "empty", "a", "--temperature", "-1"], ["temperature", "-1"]),
+    "generate: unknown policy": (["generate", "empty", "a", "--policy", "treshold"], ["'threshold'"]),
+    "generate: a number that is none": (["generate", "empty", "a", "--max-new-tokens", "x"], ["--max-new-tokens"]),
+    "plan: no GPUs": (["plan", "joint", "--gpus", "0"], ["--gpus", "above 0"]),
+    "plan: unknown GPU": (["plan", "joint", "--gpus", "8", "--gpu", "h1000"], ["--gpu", "h1000"]),
+    "plan: unknown recipe": (["plan", "jont", "--gpus", "8"], ["jont", "Did you mean 'joint'?"]),
+    "launch: no time": (["launch", "joint", "--slurm", "--time", "soon"], ["--time soon"]),
+    "launch: name of two lines": (["launch", "joint", "--slurm", "--name", "a\nb"], ["--name", "a\\nb"]),
+    "launch: a key": (["launch", "joint", "--slurm", "--dry-run", "logger.comet_api_key=abc"], ["comet_api_key"]),
+    "train: GPUs without a dry run": (train("--gpus", "8"), ["--gpus", "--dry-run"]),
+    "train: a file that is no recipe": (["train", "no_function.py"], ["no_function.py", "no function 'recipe'"]),
+    "train: no such file": (["train", "nowhere.py"], ["no recipe file 'nowhere.py'"]),
+    "train: a setting from the environment": (train("logger.wandb_project=${oc.env:HOME}"), ["wandb_project", "${"]),
+    "train: a key with control codes": (train("train.\x1b[31m=5"), ["train.\\x1b[31m"]),
+    "train: a list where text is meant": (train("checkpoint.save=[1]"), ["checkpoint.save", "string"]),
+    "train: a number where text is meant": (train("logger.wandb_project=17"), ["logger.wandb_project=17", "quotes"]),
+    "train: text where a list is meant": (train("dataset.data=abc"), ["dataset.data='abc'", "list"]),
+    "train: a fraction where a count is meant": (train("train.train_iters=2.5"), ["train.train_iters=2.5"]),
+    "train: no number": (train("optimizer.lr=nan"), ["optimizer.lr=nan", "no number"]),
+    "train: half a list": (train("dataset.data=[a"), ["cannot apply the overrides"]),
+    "train: index cut off": (train(data="cut"), ["cut.idx", "do not hold"]),
+    "train: index of too many sequences": (train(data="huge"), ["huge.idx", "do not hold"]),
+    "train: index of another kind": (train(data="other"), ["other.idx", "does not begin like one"]),
+    "data prepare: no input": (prepare_data("nowhere.txt"), ["nowhere.txt", "no such file"]),
+    "data prepare: no text": (prepare_data("binary.txt"), ["binary.txt", "byte 2"]),
+    "data prepare: nested too deep": (prepare_data("deep.jsonl"), ["deep.jsonl:1", "malformed JSON"]),
+    "data prepare: no such field": (
+        prepare_data("good.jsonl", "--text-field", "txt"),
+        ["'txt'", "Did you mean 'text'?"],
+    ),
+    "data prepare: no such token": (prepare_data("good.jsonl", "--eod-token", "<end>"), ["<end>"]),
+    "data prepare: no workers": (prepare_data("good.jsonl", "--workers", "0"), ["--workers 0"]),
+    "data prepare: no tokenizer": (["data", "prepare", "text.txt", "--output", "out"], ["--tokenizer"]),
+    "data merge: no manifest": (["data", "merge", "data", "--output", "out"], ["data.json", "no such manifest"]),
+    "data merge: a directory": (["data", "merge", "data", "--output", "empty"], ["empty", "a directory"]),
+    "data inspect: no manifest": (["data", "inspect", "data"], ["data.json", "no such manifest"]),
+    "data: unknown action": (["data", "mrege"], ["mrege"]),
+    "demo: no problems": (["demo", "--output", "out", "--count", "0"], ["--count"]),
     "unknown verb": (["trian"], ["Did you mean 'train'?"]),
     "unknown option": (["generate", "empty", "hello", "--mod", "ar", "--nope"], ["--nope"]),
     "demo: output in use": (["demo", "--output", "model"], ["model", "not empty"]),

@@ -4,10 +4,12 @@ A chat template is a program that comes with a model.  Jinja's sandbox keeps it 
 from running for ever or filling the memory; a process of its own, with limits, does.
 """
 
-import multiprocessing
+import json
 import resource
+import select
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from nemodiff_train.errors import UserError
@@ -33,20 +35,20 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        self._where = tokenizer.name_or_path
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer in '{tokenizer.name_or_path}' has no chat template; do without one, or put a "
+                f"the tokenizer in '{self._where}' has no chat template; do without one, or put a "
                 "chat_template.jinja beside it"
             )
         try:
-            self._template: str = tokenizer.get_chat_template()
+            template = tokenizer.get_chat_template()
         except ValueError as error:
-            raise UserError(f"the tokenizer in '{tokenizer.name_or_path}': {str(error).splitlines()[0]}") from None
+            raise self._refusal(str(error).partition("\n")[0]) from None
         named = tokenizer.special_tokens_map.items()
-        self._tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
-        self._where = tokenizer.name_or_path
-        self._process: Any = None
-        self._connection: Any = None
+        tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
+        self._begin = {"template": template, "tokens": tokens}
+        self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """One conversation as text.
@@ -60,61 +62,80 @@ class ChatTemplate:
         """
         if self._process is None:
             self._start()
-        self._connection.send((list(messages), add_generation_prompt))
-        good, text = self._receive(SECONDS)
-        if not good:
-            raise self._refusal(text)
-        return text
+        answer = self._ask({"messages": list(messages), "prompt": add_generation_prompt}, SECONDS)
+        if "text" not in answer:
+            raise self._refusal(answer["problem"])
+        return answer["text"]
 
     def close(self) -> None:
         """End the process; the next call starts another."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
-            self._connection.close()
+            self._process.communicate()
             self._process = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit locks that Megatron's threads hold
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._template, self._tokens), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive(_START_SECONDS)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        self._ask(self._begin, _START_SECONDS)
 
-    def _receive(self, seconds: float) -> tuple[bool, str]:
+    def _ask(self, question: dict[str, Any], seconds: float) -> dict[str, str]:
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        line = ""
         try:
-            if self._connection.poll(seconds):
-                return self._connection.recv()
-            problem = f"it took more than {seconds:.0f} seconds"
-        except (EOFError, OSError):
-            problem = "it took more memory than there is"
-        self.close()
-        raise self._refusal(problem)
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            in_time = bool(select.select([self._process.stdout], [], [], seconds)[0])
+            line = self._process.stdout.readline() if in_time else ""
+            problem = "it ended the process" if in_time else f"it took more than {seconds:.0f} seconds"
+        except BrokenPipeError:
+            problem = "it ended the process"
+        if not line:
+            self.close()
+            raise self._refusal(problem)
+        answer: dict[str, str] = json.loads(line)
+        return answer
 
     def _refusal(self, problem: str) -> UserError:
         return UserError(f"the chat template in '{self._where}' cannot be used: {problem}")
 
 
-def _serve(connection: Connection, template: str, tokens: dict[str, Any]) -> None:
-    """Answer every conversation with (True, text) or (False, what is wrong)."""
+def _serve() -> None:
+    """Answer each line on standard input, the first of which holds the template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    begin = json.loads(sys.stdin.readline())
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    connection.send((True, ""))
+    answer = {"text": ""}
     while True:
-        try:
-            messages, prompt = connection.recv()
-        except EOFError:
+        print(json.dumps(answer), flush=True)
+        question = sys.stdin.readline()
+        if not question:
             return
-        try:
-            texts, _ = render_jinja_template([messages], None, None, template, add_generation_prompt=prompt, **tokens)
-            good, text = len(texts[0]) <= CHARACTERS, texts[0]
-            answer = (good, text if good else f"its text has {len(text):,} characters")
-        except MemoryError:
-            answer = (False, "it took too much memory")
-        except Exception as error:  # whatever a program can do wrong
-            answer = (False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        connection.send(answer)
+        answer = _render(render_jinja_template, begin["template"], begin["tokens"], json.loads(question))
+
+
+def _render(render: Any, template: str, tokens: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
+    try:
+        texts, _ = render(
+            [asked["messages"]], chat_template=template, add_generation_prompt=asked["prompt"], **tokens
+        )
+    except MemoryError:
+        return {"problem": "it took too much memory"}
+    except Exception as error:  # whatever a program can do wrong
+        return {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    if len(texts[0]) > CHARACTERS:
+        return {"problem": f"its text has {len(texts[0]):,} characters"}
+    return {"text": texts[0]}
+
+
+if __name__ == "__main__":
+    _serve()

@@ -13,12 +13,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from nemodiff_train.console import console, progress_bar
+from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.loading import open_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.decoding.stages import Stages
-from nemodiff_train.data.template import ChatTemplate
 
 
 @register_model("nemodiff")

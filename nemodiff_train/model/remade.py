@@ -1,8 +1,8 @@
 """Outputs of norms and of the gated activation that the backward pass makes again instead of keeping them.
 
 They are a quarter of what a layer keeps, and cost a few elementwise operations to make from what is kept anyway.
-Megatron's own way (``recompute_modules=layernorm``) compiles C++ at run time, takes Transformer Engine, and leaves out
-the activation of a dense layer.
+Megatron's own way (``recompute_modules=layernorm``) compiles C++ at run time, takes Transformer Engine, and leaves
+out the activation of a dense layer.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 def recompute_outputs(model: Any) -> None:
     """Let every layer of a Megatron GPT model drop the inputs of its linear layers that it can make again.
 
-    It does so while ``config.recompute_elementwise`` holds.  Values and gradients stay the same to the bit.  What is left out: norms that Transformer Engine computes inside a
-    linear layer, and feed-forwards other than SwiGLU.
+    It does so while ``config.recompute_elementwise`` holds.  Values and gradients stay the same to the bit.  What is
+    left out: norms that Transformer Engine computes inside a linear layer, and feed-forwards other than SwiGLU.
     """
     for layer in model.decoder.layers:
         for norm, linear in (
@@ -78,7 +78,7 @@ class _Dropped:
 def _drop_until(result: Tensor, states: Tensor, make: Callable[[], Tensor]) -> None:
     """Free the memory of ``states`` until the gradient of ``result`` arrives.
 
-    The memory is refilled in place, below autograd, which holds on to the tensor: ``.data`` does not count as a change.
+    The memory is refilled in place, below autograd, which holds on to the tensor: ``.data`` is no change to it.
     """
     size = states.untyped_storage().nbytes()
     waiting = [(states.data, make)]

@@ -39,7 +39,7 @@ def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> 
 
 
 def sharded() -> DistributedDataParallelConfig:
-    """Gradients as a sharded optimizer takes them; Bridge would see to it itself, but too late for :func:`overlap`."""
+    """Gradients as a sharded optimizer takes them; Bridge sees to it itself, but too late for :func:`overlap`."""
     return DistributedDataParallelConfig(use_distributed_optimizer=True)
 
 

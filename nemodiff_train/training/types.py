@@ -10,6 +10,8 @@ from pydantic.errors import PydanticUserError
 
 from nemodiff_train.errors import UserError
 
+_ANY = ConfigDict(arbitrary_types_allowed=True)
+
 
 def check_setting(config: Any, key: str) -> None:
     """Refuse a value that is not of its field's declared type, or no number where one is meant.
@@ -41,15 +43,17 @@ def check_setting(config: Any, key: str) -> None:
         raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}") from None
     if isinstance(value, str) and isinstance(fitting, bool | int | float):
         raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
+    if isinstance(value, float) and isinstance(fitting, bool | int):
+        raise UserError(f"{key}={value} is written as a fraction; write {fitting}")
 
 
-@functools.cache
 def _adapter(owner: type, name: str) -> TypeAdapter[Any] | None:
     """A check of the field's type; none where it is no plain type, or where its choices have a better message."""
     try:
         hint = get_type_hints(owner).get(name)
         if hint is None or get_origin(hint) is Literal:
             return None
-        return TypeAdapter(hint, config=None if is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True))
-    except (NameError, TypeError, PydanticUserError):
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=_ANY if not is_dataclass(hint) else None)
+        return adapter if adapter.pydantic_complete else None
+    except (NameError, TypeError, PydanticUserError):  # of Megatron's own
         return None

@@ -107,7 +107,7 @@ def _status(key: str) -> int:
 
 
 def qwen3(layers: int, hidden: int, vocabulary: int, dtype: torch.dtype = DTYPE) -> Any:
-    """A Qwen 3 with heads of 64, half as many for keys, and a feed-forward three times as wide as the hidden states."""
+    """A Qwen 3 with heads of 64, half as many for keys, and a feed-forward three times as wide as its states."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -128,7 +128,8 @@ def ministral3(
         "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
     }  # fmt: skip
     return Ministral3Config(
-        architectures=["Ministral3ForCausalLM"], vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden,
+        architectures=["Ministral3ForCausalLM"], vocab_size=vocabulary,
+        hidden_size=hidden, intermediate_size=3 * hidden,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=128,
         tie_word_embeddings=True, max_position_embeddings=2**18, rope_parameters=rope,
         dtype=str(dtype).removeprefix("torch."),
