@@ -100,7 +100,7 @@ def load_drafter(models: list[Any], checkpoint: str, lora: DraftLoRA) -> None:
     )
     from megatron.core import dist_checkpointing
 
-    folder = str(newest_iteration(Path(checkpoint)).absolute())
+    folder = str(newest_iteration(Path(checkpoint), read=True).absolute())
     lora(models, training=False)
     metadata = dist_checkpointing.load_content_metadata(folder)
     wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(models, {"metadata": metadata}), lora)
