@@ -1,5 +1,6 @@
 """Faults at chosen places of a training that runs otherwise as the command line runs it."""
 
+import errno
 import os
 import signal
 import time
@@ -67,6 +68,21 @@ def _mid_shard(step: int) -> None:
         plain(descriptor)
 
     filesystem_async.os.fsync = half
+
+
+def _full_disk(step: int) -> None:
+    """The disk takes no more of a shard, as a full one says it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    plain = filesystem_async.os.fsync
+
+    def full(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".distcp") and f"iter_{step:07d}" in name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        plain(descriptor)
+
+    filesystem_async.os.fsync = full
 
 
 def _before_manifest(step: int) -> None:
@@ -160,9 +176,9 @@ def _crash(step: int) -> None:
     _in_step(step, fail)
 
 
-def _flip(step: int, split: bool = False) -> None:
+def _flip(step: int) -> None:
     def flip(model: Any) -> None:
-        name, weight = next((n, p) for n, p in model[0].named_parameters() if n.endswith("final_layernorm.weight"))
+        weight = next(p for n, p in model[0].named_parameters() if n.endswith("final_layernorm.weight"))
         weight.data.view(torch.int32)[3] ^= 1
 
     _in_step(step, flip)
@@ -171,6 +187,7 @@ def _flip(step: int, split: bool = False) -> None:
 FAULTS: dict[str, Callable[[int], None]] = {
     "before shard": _before_shard,
     "mid-shard": _mid_shard,
+    "full disk": _full_disk,
     "before manifest": _before_manifest,
     "before publication": _before_publication,
     "before tracker": _before_tracker,

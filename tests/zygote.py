@@ -4,6 +4,7 @@ A gang is kept as torchrun keeps one: when a rank fails, the others are ended.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -75,7 +76,9 @@ class Zygote:
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         for gang, rank in list(self.gangs.values()):
             gang.send(rank, signal.SIGKILL)
         assert self.process.stdin is not None
@@ -164,6 +167,8 @@ def _serve(folder: Path) -> None:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 ranks.discard(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # its helper for saving, which a killed rank leaves behind
                 print(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}), file=said, flush=True)
 
 
@@ -174,6 +179,7 @@ def _fork(job: dict[str, Any], folder: Path, rank: int, port: str, said: Any) ->
     code = 1
     try:
         said.close()
+        os.setpgid(0, 0)
         log = os.open(folder / f"{job['name']}.rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
@@ -181,6 +187,7 @@ def _fork(job: dict[str, Any], folder: Path, rank: int, port: str, said: Any) ->
         world = str(job["world"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        _fork_helper_for_saving()
         module, function = job["function"].split(":")
         code = getattr(importlib.import_module(f"tests.{module}"), function)(**job["arguments"])
     except SystemExit as leaving:
@@ -191,6 +198,15 @@ def _fork(job: dict[str, Any], folder: Path, rank: int, port: str, said: Any) ->
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _fork_helper_for_saving() -> None:
+    """Megatron starts a process for its saves' results, which would import torch anew; a fork has it."""
+    import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager: Any = torch.multiprocessing.get_context("fork").Manager()
+    setattr(filesystem_async, "_results_queue", manager.Queue())  # noqa: B010
 
 
 def main() -> None:
@@ -206,7 +222,10 @@ def main() -> None:
     for module in ("nemodiff_train.training.restarts", "nemodiff_train.drafter.step", "tests.faults"):
         importlib.import_module(module)
     importlib.import_module("megatron.bridge.training.pretrain")
-    importlib.import_module("transformers")
+    for module in ("transformers", "hydra", "megatron.bridge.training.utils.omegaconf_utils", "tensorboard"):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # what is imported stays as it is in every fork
     _serve(Path(sys.argv[1]))
 
 
