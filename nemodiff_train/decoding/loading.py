@@ -120,7 +120,7 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     provider = open_checkpoint(checkpoint)
     iteration = newest_iteration(Path(checkpoint), read=True)
     if iteration != (newest := newest_iteration(Path(checkpoint))) and is_main_process():
-        console.print(f"[yellow]'{newest}' is damaged; taking '{iteration}'[/yellow]")
+        console.print(f"[yellow]'{newest}' is damaged; taking '{iteration}'[/yellow]", soft_wrap=True)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     lay_out(provider, tensor_parallel, pipeline_parallel)
     with _halves_joined_in_place():

@@ -1,6 +1,5 @@
 """Checkpoints that are complete or invisible: Bridge saves and loads them, this publishes and chooses them."""
 
-import errno
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from megatron.bridge.training.checkpointing import (
 )
 from megatron.bridge.training.config import CheckpointConfig
 from megatron.bridge.training.state import GlobalState
+from torch.distributed.checkpoint import CheckpointException
 
 from nemodiff_train.console import console
 from nemodiff_train.conversion.output import everywhere, rank, together
@@ -34,7 +34,7 @@ from nemodiff_train.model.folders import iterations
 MANAGER = f"{__name__}.WholeCheckpoints"
 _ASIDE = "damaged-"
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRITERS = ("<class 'OSError'>", "PytorchStreamWriter failed")
 _NEARLY_NOTHING = 1 << 20  # bytes; what is free on a disk that is called full
 
 
@@ -58,7 +58,7 @@ class WholeCheckpoints(DefaultCheckpointManager):
         """Save and publish; an asynchronous save is published by :meth:`finalize_async_saves`.
 
         Raises:
-            RunStopped: The disk is full.
+            RunStopped: The disk is full, or cannot be written to.
         """
         if ctx.non_persistent_ckpt:
             super().save(ctx, callback_manager)
@@ -70,9 +70,9 @@ class WholeCheckpoints(DefaultCheckpointManager):
             super().save(ctx, callback_manager)
             self.saving.append(iteration)
             self._publish_finished(ctx.state)
-        except Exception as error:
-            if full := _disk_is_full(error, iteration.parent):
-                raise _no_room(iteration, full) from error
+        except (Exception, CheckpointException) as error:
+            if reason := _cannot_write(error, iteration.parent):
+                raise _not_saved(iteration, error, reason) from error
             raise
         finally:
             self.checkpoint_config.most_recent_k = self.keep_last
@@ -81,14 +81,14 @@ class WholeCheckpoints(DefaultCheckpointManager):
         """Finish asynchronous saves that are done, and publish them.
 
         Raises:
-            RunStopped: The disk is full.
+            RunStopped: The disk is full, or cannot be written to.
         """
         try:
             super().finalize_async_saves(state, blocking, terminate)
             self._publish_finished(state)
-        except Exception as error:
-            if self.saving and (full := _disk_is_full(error, self.saving[0].parent)):
-                raise _no_room(self.saving[0], full) from error
+        except (Exception, CheckpointException) as error:
+            if self.saving and (reason := _cannot_write(error, self.saving[0].parent)):
+                raise _not_saved(self.saving[0], error, reason) from error
             raise
 
     def _publish_finished(self, state: GlobalState) -> None:
@@ -242,6 +242,9 @@ def _settle(folder: Path, whole: Path | None, wrong: dict[Path, str]) -> None:
         console.print(
             f"[yellow]checkpoint '{iteration}': {damage}; it is '{aside.name}' now[/yellow]", soft_wrap=True
         )
+    for iteration in iterations(folder) if whole is not None else []:
+        if iteration < whole and mark_of(iteration).exists():
+            shutil.rmtree(iteration)  # its removal had begun
     for mark in folder.glob(".iter_*.unfinished"):
         if not (folder / mark.name[1:].removesuffix(".unfinished")).exists():
             mark.unlink()
@@ -262,21 +265,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _disk_is_full(error: Exception, folder: Path) -> str:
-    """How an error says so, or an empty string: PyTorch's writer does not pass on the reason."""
+def _cannot_write(error: BaseException, folder: Path) -> str:
+    """What keeps a checkpoint from being written, or an empty string if the error is another."""
     for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            return str(cause.strerror)
-    return "the disk is full" if shutil.disk_usage(folder).free < _NEARLY_NOTHING else ""
+        if isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError):
+            return str(cause.strerror or cause).lower()
+        if any(word in str(cause) for word in _WRITERS):  # they do not pass on the reason
+            full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
+            return "the disk is full" if full else "a file could not be written, as on a full disk"
+    return ""
 
 
-def _no_room(iteration: Path, reason: str) -> RunStopped:
+def _not_saved(iteration: Path, error: BaseException, reason: str) -> RunStopped:
     shutil.rmtree(iteration, ignore_errors=True)  # what fills the disk; the mark stays
     whole = [one.name for one in iterations(iteration.parent) if structure_damage(one) is None]
     last = f"'{whole[0]}' is intact" if whole else "there is none before it"
     return RunStopped(
-        f"checkpoint '{iteration}' could not be saved: {reason.lower()} ({last}); make room and repeat the command",
-        alone=True,
+        f"checkpoint '{iteration}' could not be saved: {reason} ({last}); make room and repeat the command",
+        alone=not isinstance(error, CheckpointException),  # which all ranks raise together
     )
 
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import CheckpointLoadContext, DefaultCheckpointManager
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from megatron.core.utils import get_model_config
 
 from nemodiff_train.console import console, is_main_process
 from nemodiff_train.conversion.output import everywhere
@@ -140,14 +139,14 @@ def before_gradients_are_shared(model: Any, call: Callable[[], None]) -> None:
         model: The chunks.
         call: Runs once a step; with ``ddp.overlap_grad_reduce`` some of the sums have begun.
     """
-    config: Any = get_model_config(model[0])
-    plain = config.finalize_model_grads_func
+    # Not the configuration's finalize_model_grads_func: that is saved with every checkpoint.
+    plain = model[0].finish_grad_sync
 
-    def finalize(*words: Any, **named: Any) -> Any:
+    def finish(*words: Any, **named: Any) -> Any:
         call()
         return plain(*words, **named)
 
-    config.finalize_model_grads_func = finalize
+    model[0].finish_grad_sync = finish
 
 
 def _field(fault: str) -> str:
