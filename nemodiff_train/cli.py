@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from nemodiff_train import __version__
 from nemodiff_train.console import is_main_process
-from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.errors import RunStopped, UserError, nearest
 
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
 # 20 seconds, so a module imports it inside `run`.
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 on success, 2 on bad input (after one line on standard error).
+        0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error).
     """
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
@@ -77,3 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main_process():
             print(f"nemodiff: error: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stop:
+        if stop.alone or is_main_process():
+            print(f"nemodiff: {stop}", file=sys.stderr)
+        return 1

@@ -22,6 +22,21 @@ def _shown(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
+class RunStopped(Exception):
+    """A run that cannot go on: one line that says why, and what to do.
+
+    The command line prints it without a traceback and exits with code 1.
+
+    Args:
+        line: What to print.
+        alone: Whether only this rank knows, so that it has to speak for itself.
+    """
+
+    def __init__(self, line: str, *, alone: bool = False) -> None:
+        super().__init__(line)
+        self.alone = alone
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

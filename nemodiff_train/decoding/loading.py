@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from nemodiff_train.console import console, quiet
+from nemodiff_train.console import console, is_main_process, quiet
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
@@ -105,7 +105,7 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     """Load a Megatron checkpoint of this project for decoding, resharded as asked.
 
     Args:
-        checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
+        checkpoint: A folder of ``iter_*`` (the newest whole one is taken, every byte checked) or one of them.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out.
 
@@ -113,22 +113,24 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
         The Megatron GPT model in evaluation mode: this pipeline rank's chunks.
 
     Raises:
-        UserError: It is no checkpoint, or the gang does not fit.
+        UserError: It is no checkpoint, none is whole, or the gang does not fit.
     """
     from megatron.bridge.training.model_load_save import build_and_load_model
 
     from nemodiff_train.model.adapters import base_of, merge_adapters
 
     provider = open_checkpoint(checkpoint)
-    newest = newest_iteration(Path(checkpoint))
-    weights = base_of(newest) if is_lora(newest) else newest
+    iteration = newest_iteration(Path(checkpoint), read=True)
+    if iteration != (newest := newest_iteration(Path(checkpoint))) and is_main_process():
+        console.print(f"[yellow]'{newest}' is damaged; taking '{iteration}'[/yellow]", soft_wrap=True)
+    weights = base_of(iteration) if is_lora(iteration) else iteration
     start_model_parallel(tensor_parallel, pipeline_parallel)
     lay_out(provider, tensor_parallel, pipeline_parallel)
     with _halves_joined_in_place():
         built = build_and_load_model(str(weights.absolute()), provider)
     models = built if isinstance(built, list) else [built]
-    if weights != newest:
-        merge_adapters(models, newest)
+    if weights != iteration:
+        merge_adapters(models, iteration)
     return [model.eval() for model in models]
 
 

@@ -32,7 +32,7 @@ def base_of(checkpoint: Path) -> Path:
             f"'{checkpoint}' holds adapters of '{base}', which is not there; run from the folder that the "
             "training ran in, or put the checkpoint back"
         )
-    return newest_iteration(base)
+    return newest_iteration(base, read=True)
 
 
 def merge_adapters(models: list[Any], checkpoint: Path) -> None:
@@ -62,6 +62,6 @@ def load_adapters(models: list[Any], checkpoint: Path, adapters: LoRA) -> None:
         checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
         adapters: What was given to them.
     """
-    folder = str(newest_iteration(checkpoint).absolute())
+    folder = str(newest_iteration(checkpoint, read=True).absolute())
     metadata = dist_checkpointing.load_content_metadata(folder)
     load_peft_adapter_checkpoint(models, folder, adapters, model_sd_kwargs={"metadata": metadata})

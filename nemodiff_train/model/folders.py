@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checksums import damage, structure_damage
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
@@ -14,18 +15,38 @@ def is_megatron_checkpoint(path: Path) -> bool:
     return (path / "run_config.yaml").is_file() or any(path.glob("iter_*/run_config.yaml"))
 
 
-def newest_iteration(path: Path) -> Path:
-    """The newest ``iter_*`` folder of a Megatron checkpoint folder (or ``path``, if it is one itself).
+def iterations(path: Path) -> list[Path]:
+    """The ``iter_*`` folders of a Megatron checkpoint folder, the newest first, whole or not."""
+    return sorted(
+        (found for found in path.glob("iter_*") if found.name[5:].isdigit() and found.is_dir()), reverse=True
+    )
+
+
+def newest_iteration(path: Path, *, read: bool = False) -> Path:
+    """The newest whole ``iter_*`` folder of a Megatron checkpoint folder (or ``path``, if it is one itself).
+
+    Args:
+        path: The folder.
+        read: Compare every byte with the recorded checksums; otherwise the names and sizes of the files.
 
     Raises:
-        UserError: It is no Megatron checkpoint.
+        UserError: It is no Megatron checkpoint, or none in it is whole; the damaged file is named.
     """
+    look = damage if read else structure_damage
     if (path / "run_config.yaml").is_file():
+        if read and (wrong := look(path)):
+            raise UserError(f"the checkpoint '{path}' is damaged: {wrong}; take another one")
         return path
-    found = sorted(path.glob("iter_*/run_config.yaml"))
-    if not found:
+    wrong = ""
+    for iteration in iterations(path):
+        if not (found := look(iteration)):
+            return iteration
+        wrong = wrong or f"'{iteration.name}': {found}"
+    if not wrong:
         raise UserError(f"'{path}' is no Megatron checkpoint: it has no iter_*/run_config.yaml")
-    return found[-1].parent
+    raise UserError(
+        f"no checkpoint in '{path}' is whole ({wrong}); resume the run that makes it, or take another one"
+    )
 
 
 def run_config(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A micro-batch from the loader to the device, with this rank's part of it."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +38,14 @@ class Recorder:
     def __init__(self) -> None:
         self.kept: list[list[Any]] | None = None
         """Micro-batches of the step by model chunk; None while nothing is kept."""
+        self.waited = 0.0
+        """Seconds that reading has taken."""
 
     def read(self, data: Iterator[Any], chunk: int) -> Any:
         """The next micro-batch of a model chunk."""
+        started = time.perf_counter()
         samples = next(data)
+        self.waited += time.perf_counter() - started
         if self.kept is not None:
             self.kept[chunk].append(samples)
         return samples

@@ -1,13 +1,16 @@
 """What a run tells: a progress line, a JSONL of every step, and tokens/s beside Bridge's own figures."""
 
 import json
+import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from rich.progress import Progress
 
 from nemodiff_train.console import progress_bar
 from nemodiff_train.training.diagnostics import LossTally
@@ -32,6 +35,7 @@ class RunLog(Callback):
         self.file: IO[str] | None = None
         self.tally = tally
         self.extra: dict[str, float] = {}
+        self.progress: Progress | None = None
 
     def note(self, figures: dict[str, float]) -> None:
         """Add figures of the step that has just run; on any rank, kept on the last."""
@@ -45,6 +49,7 @@ class RunLog(Callback):
         if not self.speaks:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        drop_after(self.path, context.state.train_state.step)
         self.file = self.path.open("a")
         self.progress.start()
         self.task = self.progress.add_task(
@@ -72,12 +77,45 @@ class RunLog(Callback):
         figures["tokens/s"] = extra.pop("tokens per second")
         record = {"step": step, **figures, "gradient norm": _number(context.grad_norm), "seconds": seconds, **extra}
         print(json.dumps(record), file=self.file, flush=True)
+        assert self.progress is not None
         self.progress.update(self.task, completed=step, figures=_headline(figures))
 
     def on_train_end(self, context: CallbackContext) -> None:
-        self.progress.stop()
+        self.close()
+
+    def close(self) -> None:
+        """End the progress line and the file; Bridge does not call ``on_train_end`` when a run is stopped."""
+        if self.progress is not None:
+            self.progress.stop()
         if self.file is not None:
             self.file.close()
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Cut what a resume from ``step`` trains again from ``metrics.jsonl``, and what a kill left half written."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or _step(line) > step:
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+def _step(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def recorded_norms(path: Path, count: int) -> list[float]:
+    """The gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
+    with path.open("rb") as file:
+        norms = (json.loads(line).get("gradient norm") for line in file)
+        return list(deque((norm for norm in norms if norm is not None), maxlen=count))
 
 
 def _write_to_loggers(context: CallbackContext, figures: dict[str, float], step: int) -> None:

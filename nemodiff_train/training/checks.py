@@ -36,6 +36,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
     yield from _overlap_problems(config)
+    yield from config.resilience.problems()
     yield from _resume_problems(config)
     if config.drafter:
         yield from drafter_problems(config)
@@ -90,7 +91,10 @@ def _resume_problems(config: TriModeConfig) -> list[str]:
     """What keeps the optimizer state in the output folder from being loaded."""
     if not config.checkpoint.load or not is_megatron_checkpoint(Path(config.checkpoint.load)):
         return []
-    iteration = newest_iteration(Path(config.checkpoint.load))
+    try:
+        iteration = newest_iteration(Path(config.checkpoint.load))
+    except UserError:
+        return []  # none is whole: WholeCheckpoints tells the damaged from the unfinished
     began = run_config(iteration)
     was, now = (bool(c["use_distributed_optimizer"]) for c in (began["optimizer"], vars(config.optimizer)))
     if was != now:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import netrc
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from nemodiff_train.errors import UserError
+from nemodiff_train.console import console, is_main_process
+from nemodiff_train.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
     from nemodiff_train.training.config import TriModeConfig
@@ -55,28 +57,70 @@ def train(config: "TriModeConfig") -> None:
 
     Raises:
         UserError: The configuration cannot run here; nothing has been written.
+        RunStopped: The run cannot go on.
+        SystemExit: With 0, after a signal: the step is saved.
     """
+    from nemodiff_train.training.checks import check
+
+    _fit_to_host(config)
+    _protect(config)
+    if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
+        os.environ["MASTER_PORT"] = str(_free_port())
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _stay_offline_unless_logged_in(config)
+    _run(config, Path(config.checkpoint.save).parent)
+
+
+def _run(config: "TriModeConfig", output: Path) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     from nemodiff_train.drafter.step import DraftStep
     from nemodiff_train.training.callbacks import RunLog
-    from nemodiff_train.training.checks import check
+    from nemodiff_train.training.drift import DriftCheck
     from nemodiff_train.training.gradients import GradientProbe
+    from nemodiff_train.training.guard import GradientGuard
     from nemodiff_train.training.loop_evaluation import LoopEvaluation
     from nemodiff_train.training.mask_embedding import MaskEmbedding
+    from nemodiff_train.training.pace import Pace
+    from nemodiff_train.training.restarts import counted_start, same_wandb_run
     from nemodiff_train.training.step import ForwardStep
+    from nemodiff_train.training.watch import Watch
 
-    _fit_to_host(config)
-    config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
-    if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
-        os.environ["MASTER_PORT"] = str(_free_port())
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    output = Path(config.checkpoint.save).parent
-    _stay_offline_unless_logged_in(config)
     step = DraftStep() if config.drafter else ForwardStep()
     log = RunLog(output, step.tally)
-    with _prints_go_to(output / "train.log"):
-        pretrain(config, step, callbacks=[GradientProbe(step, log), MaskEmbedding(step), LoopEvaluation(log), log])
+    with contextlib.ExitStack() as stack:
+        ending = stack.enter_context(counted_start(output, config.resilience.restarts))
+        if config.logger.wandb_project:
+            stack.enter_context(same_wandb_run(output))
+        stack.enter_context(_prints_go_to(output / "train.log"))
+        watch = stack.enter_context(Watch(output, config.resilience, ending))
+        stack.callback(log.close)
+        probes = [GradientProbe(step, log), MaskEmbedding(step), LoopEvaluation(log), DriftCheck()]
+        guards = [Pace(step.recorder, watch), GradientGuard(log), watch]
+        try:
+            pretrain(config, step, callbacks=[*probes, *guards, log])
+        except SystemExit as leaving:
+            if not leaving.code and is_main_process():
+                console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
+            raise
+
+
+def _protect(config: "TriModeConfig") -> None:
+    """Settings of Bridge's that what watches over a run needs."""
+    from nemodiff_train.training.checkpoints import MANAGER
+
+    config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
+    config.checkpoint.custom_manager_class = MANAGER
+    # GradientGuard looks at every gradient; these would end one rank with a traceback, and leave the others waiting.
+    config.rerun_state_machine.check_for_nan_in_loss = False
+    config.ddp.check_for_nan_in_grad = False
+    logging.getLogger("megatron.bridge.training.pretrain").addFilter(_is_a_surprise)
+
+
+def _is_a_surprise(record: logging.LogRecord) -> bool:
+    """Whether a traceback says more than the one line that follows it."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, RunStopped | UserError | SystemExit)
 
 
 def _fit_to_host(config: "TriModeConfig") -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
@@ -10,7 +10,7 @@ from megatron.bridge.training.config import ConfigContainer, GPTDatasetConfig
 from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, unknown_choices
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
@@ -222,6 +222,62 @@ class EvaluationConfig:
     """Prompts are put into the tokenizer's chat template."""
 
 
+Reaction = Literal["stop", "skip", "rollback"]
+
+
+@dataclass(kw_only=True)
+class ResilienceConfig:
+    """What a run does about faults; see docs/training.md, "When it stops".
+
+    ``checkpoint.most_recent_k`` says how many checkpoints are kept; these are the other settings.
+    """
+
+    keep_every: int = 0
+    """Keep checkpoints whose step is a multiple of this, whatever ``checkpoint.most_recent_k`` says; 0 for none."""
+    on_non_finite: Reaction = "stop"
+    """After a gradient that is not finite: stop, skip the update, or go back to the last checkpoint's weights."""
+    on_spike: Reaction = "skip"
+    """The same after a gradient norm above ``spike_factor`` times the median of the last ``spike_window``."""
+    spike_factor: float = 0.0
+    """0 for no such limit."""
+    spike_window: int = 50
+    """Steps of the median; no step counts as a spike before half of them are there."""
+    patience: int = 5
+    """Steps without an update in a row that are borne."""
+    drift_interval: int = 1000
+    """Steps between comparisons of the replicas' weights; 0 for none."""
+    hang_timeout: float = 1800.0
+    """Seconds without a sign of progress after which every rank writes its stacks and exits; 0 for no limit."""
+    exit_grace: float = 240.0
+    """Seconds from SIGTERM or SIGUSR1 until a run that has not saved and ended exits all the same."""
+    pace_interval: int = 10
+    """Steps between figures of slow data and slow ranks in ``status.json``; 0 for none."""
+    restarts: int = 3
+    """Starts in a row that may end without a new checkpoint; 0 for any number."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one line each."""
+        found = unknown_choices("resilience", self)
+        for name in (
+            "keep_every",
+            "spike_factor",
+            "patience",
+            "drift_interval",
+            "hang_timeout",
+            "pace_interval",
+            "restarts",
+        ):
+            if getattr(self, name) < 0:
+                found.append(f"resilience.{name} is {getattr(self, name)}; use 0 or more")
+        if 0 < self.spike_factor <= 1:
+            found.append(f"resilience.spike_factor is {self.spike_factor}; use a factor above 1, or 0 for none")
+        if self.spike_window < 2:
+            found.append(f"resilience.spike_window is {self.spike_window}; use 2 or more")
+        if self.exit_grace <= 0:
+            found.append(f"resilience.exit_grace is {self.exit_grace}; use more than 0")
+        return found
+
+
 @dataclass(kw_only=True)
 class TriModeConfig(ConfigContainer):
     """Everything a run is made of.  ``objective`` to ``drafter`` are ours, the rest Bridge's."""
@@ -229,6 +285,7 @@ class TriModeConfig(ConfigContainer):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     drafter: DrafterConfig | None = None
     """Train a drafter instead, whose adapters ``peft`` describes."""
 

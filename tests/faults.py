@@ -1,0 +1,201 @@
+"""Faults at chosen places of a training that runs otherwise as the command line runs it."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECIPE = "from tests.small import recipe\n"
+
+
+def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> int:
+    """``nemodiff train`` with a fault.
+
+    Args:
+        words: Behind ``nemodiff train``.
+        fault: A key of ``FAULTS``, or nothing.
+        rank: Where it happens.
+        step: When: in this step, or in the save after it.
+
+    Returns:
+        The exit code.
+    """
+    from nemodiff_train.cli import main
+
+    if fault and int(os.environ["RANK"]) == rank:
+        FAULTS[fault](step)
+    return main(["train", *words])
+
+
+def _die(*arguments: Any, **named: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _instead(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
+    """Replace a function for the checkpoint of one step, which its first argument says."""
+    plain = getattr(owner, name)
+
+    def replaced(*arguments: Any, **named: Any) -> Any:
+        due = any(f"iter_{step:07d}" in str(argument) for argument in arguments)
+        return (call if due else plain)(*arguments, **named)
+
+    setattr(owner, name, replaced)
+
+
+def _before_shard(step: int) -> None:
+    from megatron.bridge.training import checkpointing
+
+    _instead(checkpointing.dist_checkpointing, "save", step, _die)
+
+
+def _mid_shard(step: int) -> None:
+    """Half of a shard is written, and on the disk."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    plain = filesystem_async.os.fsync
+
+    def half(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".distcp") and f"iter_{step:07d}" in name:
+            os.truncate(name, os.stat(name).st_size // 2)
+            plain(descriptor)
+            _die()
+        plain(descriptor)
+
+    filesystem_async.os.fsync = half
+
+
+def _full_disk(step: int) -> None:
+    """The disk takes no more of a shard, as a full one says it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    plain = filesystem_async.os.fsync
+
+    def full(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".distcp") and f"iter_{step:07d}" in name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        plain(descriptor)
+
+    filesystem_async.os.fsync = full
+
+
+def _before_manifest(step: int) -> None:
+    from nemodiff_train.training import checkpoints
+
+    _instead(checkpoints, "write_checksums", step, _die)
+
+
+def _before_publication(step: int) -> None:
+    from nemodiff_train.training import checkpoints
+
+    _instead(checkpoints, "remove_mark", step, _die)
+
+
+def _before_tracker(step: int) -> None:
+    from nemodiff_train.training import checkpoints
+
+    _instead(checkpoints, "write_trackers", step, _die)
+
+
+def _before_cleanup(step: int) -> None:
+    from nemodiff_train.training import checkpoints
+
+    plain = checkpoints.prune
+
+    def prune(folder: Path, *keep: int) -> None:
+        if (folder / f"iter_{step:07d}").exists():
+            _die()
+        plain(folder, *keep)
+
+    checkpoints.prune = prune
+
+
+def _mid_cleanup(step: int) -> None:
+    """An older checkpoint is half removed."""
+    from nemodiff_train.training import checkpoints
+
+    plain = checkpoints.shutil.rmtree
+
+    def rmtree(path: Path, *arguments: Any, **named: Any) -> None:
+        if Path(path).name == f"iter_{step:07d}" and Path(path).exists():
+            (Path(path) / "train_state.pt").unlink()
+            _die()
+        plain(path, *arguments, **named)
+
+    checkpoints.shutil.rmtree = rmtree
+
+
+def _in_step(step: int, call: Callable[[Any], None]) -> None:
+    """Call a function with the model when the last backward pass of a step is done."""
+    from nemodiff_train.training import guard
+    from nemodiff_train.training.guard import GradientGuard
+
+    plain = GradientGuard.on_train_start
+
+    def on_train_start(self: GradientGuard, context: Any) -> None:
+        plain(self, context)
+
+        def look() -> None:
+            if context.state.train_state.step + 1 == step:
+                call(context.model)
+
+        guard.before_gradients_are_shared(context.model, look)
+
+    GradientGuard.on_train_start = on_train_start
+
+
+def _nan(step: int) -> None:
+    def spoil(model: Any) -> None:
+        model[0].buffers[0].grad_data[7] = float("nan")
+
+    _in_step(step, spoil)
+
+
+def _spike(step: int) -> None:
+    def enlarge(model: Any) -> None:
+        for buffer in model[0].buffers:
+            buffer.grad_data.mul_(1e3)
+
+    _in_step(step, enlarge)
+
+
+def _hang(step: int) -> None:
+    _in_step(step, lambda model: time.sleep(3600))
+
+
+def _crash(step: int) -> None:
+    def fail(model: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    _in_step(step, fail)
+
+
+def _flip(step: int) -> None:
+    def flip(model: Any) -> None:
+        weight = next(p for n, p in model[0].named_parameters() if n.endswith("final_layernorm.weight"))
+        weight.data.view(torch.int32)[3] ^= 1
+
+    _in_step(step, flip)
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "before shard": _before_shard,
+    "mid-shard": _mid_shard,
+    "full disk": _full_disk,
+    "before manifest": _before_manifest,
+    "before publication": _before_publication,
+    "before tracker": _before_tracker,
+    "before cleanup": _before_cleanup,
+    "mid-cleanup": _mid_cleanup,
+    "nan": _nan,
+    "spike": _spike,
+    "hang": _hang,
+    "crash": _crash,
+    "flip": _flip,
+}

@@ -1,0 +1,391 @@
+"""A training survives: kills at any place of a save, damaged files, bad gradients, signals, hangs, endless restarts.
+
+Every gang is forked from one process that has imported Bridge, and runs what the command line runs.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemodiff_train.cli import main
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
+from nemodiff_train.model.folders import iterations, newest_iteration
+from tests import faults, small
+from tests.zygote import Gang, Zygote
+
+STEPS = 6
+TIMES = ("tokens/s", "seconds")
+
+
+class Bench:
+    """A model, data, and the words that train one with the other."""
+
+    def __init__(self, folder: Path, zygote: Zygote) -> None:
+        self.folder = folder
+        self.zygote = zygote
+        small.qwen3(folder / "qwen3", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
+        small.data(folder / "data")
+        (folder / "small_recipe.py").write_text(faults.RECIPE)
+
+    def words(self, name: str, *more: str) -> list[str]:
+        return [
+            str(self.folder / "small_recipe.py"),
+            *(f"{key}={self.folder / value}" for key, value in (("start_from", "qwen3"), ("data", "data"))),
+            f"output={self.folder / name}",
+            "dataset.seq_length=32",
+            f"train.train_iters={STEPS}",
+            "checkpoint.save_interval=2",
+            "checkpoint.most_recent_k=2",
+            *more,
+        ]
+
+    def train(self, name: str, *more: str, world: int = 2, **fault: Any) -> tuple[list[int], str]:
+        """Exit codes by rank, and what was said."""
+        return self.zygote.run(name.replace("/", "-"), world, "faults:train", words=self.words(name, *more), **fault)
+
+    def steps(self, name: str) -> list[dict[str, Any]]:
+        """``metrics.jsonl`` without what depends on the clock."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+    def checkpoints(self, name: str) -> Path:
+        return self.folder / name / "checkpoints"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def host() -> None:
+    """Bridge can be imported."""
+    from nemodiff_train.host import prepare
+
+    prepare()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("survival")
+    with Zygote(folder / "logs") as zygote:
+        yield Bench(folder, zygote)
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Bench) -> list[dict[str, Any]]:
+    """The steps of a run that nothing happens to."""
+    assert bench.train("reference")[0] == [0, 0]
+    steps = bench.steps("reference")
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert [one.name for one in iterations(bench.checkpoints("reference"))] == ["iter_0000006", "iter_0000004"]
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "step"),
+    [
+        ("before shard", 0, 4),
+        ("mid-shard", 1, 4),
+        ("before manifest", 0, 4),
+        ("before publication", 0, 4),
+        ("before tracker", 0, 4),
+        ("before cleanup", 0, 6),
+        ("mid-cleanup", 0, 2),
+    ],
+)
+def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
+    bench: Bench, reference: list[dict[str, Any]], fault: str, rank: int, step: int
+) -> None:
+    codes, _ = bench.train(fault, fault=fault, rank=rank, step=step)
+    assert codes[rank] == -signal.SIGKILL
+    folder = bench.checkpoints(fault)
+    newest = {"before cleanup": 6, "mid-cleanup": 6, "before tracker": 4}.get(fault, 2)
+    assert newest_iteration(folder, read=True).name == f"iter_{newest:07d}"
+    codes, said = bench.train(fault)
+    assert codes == [0, 0], said
+    assert ("damaged-iter_" in said) == (newest == 2)
+    assert (folder / "iter_0000002").exists() == (fault == "before cleanup")  # nothing is saved any more
+    assert bench.steps(fault) == reference
+    assert damage(newest_iteration(folder)) is None
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+
+
+def truncate(file: Path) -> str:
+    os.truncate(file, file.stat().st_size // 2)
+    return "bytes"
+
+
+def flip(file: Path) -> str:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "has changed"
+
+
+def delete(file: Path) -> str:
+    file.unlink()
+    return "is missing"
+
+
+@pytest.fixture
+def copied(bench: Bench, reference: Any, tmp_path: Path) -> Path:
+    """The checkpoints of the run that nothing happened to, 4 and 6."""
+    shutil.copytree(bench.checkpoints("reference"), tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, delete])
+@pytest.mark.parametrize("which", ["run_config.yaml", "train_state.pt", "shard"])
+def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
+    copied: Path, harm: Any, which: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from nemodiff_train.training.checkpoints import choose
+
+    iteration = copied / "iter_0000006"
+    file = iteration / (files_of(iteration)[0] if which == "shard" else which)
+    words = harm(file)
+    assert newest_iteration(copied, read=True).name == "iter_0000004"
+    chosen = choose(copied)
+    assert chosen is not None and chosen.name == "iter_0000004"
+    said = capfd.readouterr().err
+    assert "iter_0000006" in said and f"'{file.name}'" in said and words in said
+    assert (copied / "damaged-iter_0000006").is_dir() and not iteration.exists()
+    assert (copied / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert (copied / "latest_train_state.pt").read_bytes() == (chosen / "train_state.pt").read_bytes()
+
+
+def test_no_silent_start_from_the_beginning(copied: Path) -> None:
+    from nemodiff_train.training.checkpoints import choose
+
+    for iteration in iterations(copied):
+        flip(iteration / "train_state.pt")
+    with pytest.raises(UserError, match=r"iter_0000006'.*train_state.*iter_0000004'.*train_state"):
+        choose(copied)
+    assert len(iterations(copied)) == 2  # nothing is renamed: the next start says the same
+    with pytest.raises(UserError, match="iter_0000004"):
+        choose(copied, step=4)
+    shutil.rmtree(copied / "iter_0000004")
+    (copied / "iter_0000006").rename(copied / "damaged-iter_0000006")
+    with pytest.raises(UserError, match="damaged-iter_0000006"):
+        choose(copied)
+
+
+def test_only_an_unfinished_first_checkpoint_is_a_beginning(copied: Path) -> None:
+    from nemodiff_train.training.checkpoints import choose
+
+    for iteration in iterations(copied):
+        mark_of(iteration).touch()
+    assert choose(copied) is None
+    assert not list(copied.glob("latest_*")) and not iterations(copied)
+    assert choose(copied) is None  # and again: what was set aside was never complete
+
+
+def test_what_is_pruned_and_kept(tmp_path: Path) -> None:
+    from nemodiff_train.training.checkpoints import prune
+
+    for step in range(10, 80, 10):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    mark_of(tmp_path / "iter_0000070").touch()
+    prune(tmp_path, 0, 0)
+    assert len(iterations(tmp_path)) == 7
+    prune(tmp_path, 2, 30)
+    assert [int(one.name[5:]) for one in iterations(tmp_path)] == [70, 60, 50, 30]
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval(bench: Bench, reference: list[dict[str, Any]]) -> None:
+    shutil.copytree(bench.folder / "reference", bench.folder / "flipped")
+    iteration = bench.checkpoints("flipped") / "iter_0000006"
+    flip(iteration / files_of(iteration)[0])
+    codes, said = bench.train("flipped")
+    assert codes == [0, 0] and "has changed since it was saved" in said
+    assert bench.steps("flipped") == reference
+
+
+def test_generate_takes_the_newest_whole_checkpoint(
+    bench: Bench, copied: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flip(copied / "iter_0000006" / files_of(copied / "iter_0000006")[0])
+    assert main(["generate", str(copied), "the", "--max-new-tokens", "4"]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "iter_0000006' is damaged" in said and "iter_0000004" in said
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(bench: Bench, reference: list[dict[str, Any]]) -> None:
+    codes, said = bench.train("full", fault="full disk", rank=1, step=4)
+    assert codes[1] == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    assert "iter_0000004" in line and "could not be saved" in line and "'iter_0000002' is intact" in line
+    assert not (bench.checkpoints("full") / "iter_0000004").exists()
+    assert bench.train("full")[0] == [0, 0]
+    assert bench.steps("full") == reference
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor"])
+def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout: str) -> None:
+    name = f"nan stop {layout}"
+    sizes = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
+    codes, said = bench.train(name, *sizes, fault="nan", rank=1, step=3)
+    assert codes == [1, 1]
+    place = "stage 0, replica 1, tensor rank 0" if layout == "data" else "stage 0, replica 0, tensor rank 1"
+    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    assert f"step 3: gradient not finite on rank 1 ({place})" in line
+    assert [step["step"] for step in bench.steps(name)] == [1, 2]
+    assert "Traceback" not in said
+
+
+def test_a_skipped_update_changes_nothing(bench: Bench, reference: list[dict[str, Any]]) -> None:
+    policy = ("resilience.on_non_finite=skip", "resilience.drift_interval=1")
+    codes, said = bench.train("nan skip", *policy, fault="nan", rank=1, step=3)
+    assert codes == [0, 0], said
+    assert bench.train("skipped", "train.iterations_to_skip=[3]")[0] == [0, 0]
+    found = bench.steps("nan skip")
+    assert found[2]["gradient norm"] is None and found[2]["skipped: non-finite"] == 1
+    assert found[:2] == reference[:2] and found[3:] == bench.steps("skipped")[2:]
+
+
+SPIKES = ("resilience.spike_factor=10", "resilience.spike_window=2", "checkpoint.save_interval=3")
+
+
+def test_a_spike_is_skipped(bench: Bench) -> None:
+    codes, said = bench.train("spike skip", *SPIKES, fault="spike", rank=0, step=5)
+    assert codes == [0, 0] and "step 5: gradient norm" in said
+    assert bench.train("spike skipped", *SPIKES, "train.iterations_to_skip=[5]")[0] == [0, 0]
+    assert bench.steps("spike skip")[5] == bench.steps("spike skipped")[4]
+
+
+def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: Bench) -> None:
+    codes, said = bench.train(
+        "spike rollback", *SPIKES, "resilience.on_spike=rollback", fault="spike", rank=1, step=5
+    )
+    assert codes == [0, 0] and "went back to step 3" in said
+    assert bench.train("never trained", *SPIKES, "train.iterations_to_skip=[4,5]")[0] == [0, 0]
+    found = bench.steps("spike rollback")
+    assert [step["step"] for step in found] == list(range(1, STEPS + 1))
+    assert found[5] == bench.steps("never trained")[3]
+
+
+def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
+    codes, said = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
+    assert codes == [1, 1] and "no checkpoint to go back to" in said
+
+
+def test_patience_ends(bench: Bench) -> None:
+    codes, said = bench.train(
+        "patience", "resilience.on_non_finite=skip", "resilience.patience=0", fault="nan", step=3
+    )
+    assert codes == [1, 1] and "resilience.patience" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -> None:
+    name = f"signal {number}"
+    long = ("train.train_iters=100000", "checkpoint.save_interval=100000")
+    gang = bench.zygote.start(name, 2, "faults:train", words=bench.words(name, *long))
+    assert bench.zygote.wait(gang, during=once_trained(bench.folder / name, 3, rank=1, number=number)) == [0, 0]
+    last = bench.steps(name)[-1]["step"]
+    assert newest_iteration(bench.checkpoints(name), read=True).name == f"iter_{last:07d}"
+    assert f"stopped after step {last}" in gang.said() and "Traceback" not in gang.said()
+    (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
+    assert start["ended"] == "told to end"
+    status = json.loads((bench.folder / name / "status.json").read_text())
+    assert status["step"] == last and status["phase"] == "ended"
+
+
+def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
+    """Sends a signal to a rank as soon as so many steps are recorded."""
+    sent = []
+
+    def look(gang: Gang) -> None:
+        metrics = output / "metrics.jsonl"
+        if not sent and metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
+            sent.append(number)
+            gang.send(rank, number)
+
+    return look
+
+
+def test_a_hanging_rank_leaves_every_ranks_stacks(bench: Bench) -> None:
+    codes, said = bench.train("hang", "resilience.hang_timeout=4", fault="hang", rank=1, step=3)
+    assert codes == [1, 1]
+    stacks = [(bench.folder / "hang" / "stacks" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("no progress for 4 s, in step 3 (step)" in stack for stack in stacks)
+    assert "faults.py" in stacks[1] and "finish_grad_sync" in stacks[0]
+    (start,) = json.loads((bench.folder / "hang" / "restarts.json").read_text())
+    assert "no progress" in start["ended"] and "rank_1.txt" in said
+
+
+def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
+    name = "hang and signal"
+    words = bench.words(name, "resilience.hang_timeout=0", "resilience.exit_grace=1")
+    gang = bench.zygote.start(name, 2, "faults:train", words=words, fault="hang", rank=1, step=3)
+    during = once_trained(bench.folder / name, 2, rank=0, number=signal.SIGTERM)
+    assert bench.zygote.wait(gang, during=during)[0] == 1
+    assert "not ended 1 s after the signal" in (bench.folder / name / "stacks" / "rank_0.txt").read_text()
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor"])
+def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
+    more = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
+    name = f"drift {layout}"
+    codes, said = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
+    assert codes == [1, 1], said
+    assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in said
+
+
+@pytest.mark.parametrize("layout", ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"])
+def test_no_drift_where_nothing_drifts(bench: Bench, layout: str) -> None:
+    name = f"steady {layout.partition('_')[0]}"
+    assert bench.train(name, layout, "resilience.drift_interval=1")[0] == [0, 0]
+
+
+def test_starts_without_progress_end(bench: Bench) -> None:
+    limit = "resilience.restarts=2"
+    for start in range(2):
+        codes, said = bench.train("loop", limit, world=1, fault="crash", step=3)
+        assert codes == [1], (start, said)
+    # Both ended after the checkpoint of step 2: the first made progress, so one more may fail.
+    assert bench.train("loop", limit, world=1, fault="crash", step=3)[0] == [1]
+    codes, said = bench.train("loop", limit, world=1)
+    assert codes == [1] and "the last 2 starts went on from step 2" in said and "out of luck" in said
+    (bench.folder / "loop" / "restarts.json").unlink()
+    assert bench.train("loop", limit, world=1)[0] == [0]
+
+
+def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
+    from nemodiff_train.training.callbacks import drop_after, recorded_norms
+
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "gradient norm": step / 3 if step != 2 else None}) for step in range(1, 7)]
+    file.write_text("\n".join(lines) + '\n{"step": 7, "gra')
+    drop_after(file, 9)
+    assert file.read_text().splitlines() == lines
+    drop_after(file, 4)
+    assert file.read_text() == "\n".join(lines[:4]) + "\n"
+    assert recorded_norms(file, 2) == [3 / 3, 4 / 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"on_spike": "ignore"}, "on_spike"),
+        ({"spike_factor": 0.5}, "spike_factor"),
+        ({"spike_window": 1}, "spike_window"),
+        ({"exit_grace": 0}, "exit_grace"),
+        ({"hang_timeout": -1}, "hang_timeout"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
+    from nemodiff_train.training.config import ResilienceConfig
+
+    (line,) = ResilienceConfig(**changes).problems()
+    assert said in line
+
+
+def test_every_published_file_has_a_checksum(bench: Bench, reference: Any) -> None:
+    iteration = newest_iteration(bench.checkpoints("reference"))
+    entries = json.loads((iteration / CHECKSUMS).read_text())
+    assert sorted(entries) == sorted(files_of(iteration))
+    assert any(name.endswith(".distcp") for name in entries)
