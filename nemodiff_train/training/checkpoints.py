@@ -242,8 +242,8 @@ def _settle(folder: Path, whole: Path | None, wrong: dict[Path, str]) -> None:
         console.print(
             f"[yellow]checkpoint '{iteration}': {damage}; it is '{aside.name}' now[/yellow]", soft_wrap=True
         )
-    for iteration in iterations(folder) if whole is not None else []:
-        if iteration < whole and mark_of(iteration).exists():
+    for iteration in iterations(folder):
+        if whole is not None and iteration < whole and mark_of(iteration).exists():
             shutil.rmtree(iteration)  # its removal had begun
     for mark in folder.glob(".iter_*.unfinished"):
         if not (folder / mark.name[1:].removesuffix(".unfinished")).exists():
