@@ -92,7 +92,7 @@ def _daemons(folder: Path) -> list[list[str]]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     names = ("key-file", "log-file", "pid-file", "seed-file")
-    files = [f"--{name}={folder}/munge.{name.removesuffix("-file")}" for name in names]
+    files = [f"--{name}={folder}/munge.{name.removesuffix('-file')}" for name in names]
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files]
     return [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D"]]
 

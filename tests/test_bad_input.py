@@ -204,7 +204,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "verify: nothing to compare": (["convert", "verify", "model", "nowhere"], ["nowhere"]),
     "verify: no action": (["convert"], ["ACTION"]),
     "inspect: nothing": (["convert", "inspect", "empty"], ["empty", "no checkpoint"]),
-    "inspect: damaged configuration": (["convert", "inspect", "torn"], ["torn/iter_0000001/run_config.yaml", "damaged"]),
+    "inspect: damaged configuration": (
+        ["convert", "inspect", "torn"],
+        ["torn/iter_0000001/run_config.yaml", "damaged"],
+    ),
     "inspect: a configuration without a model": (["convert", "inspect", "nothing"], ["describes no model"]),
     "eval: neither checkpoint nor comparison": (["eval", "--output", "out"], ["--compare"]),
     "eval: nothing to compare": (["eval", "--compare", "empty", "model", "--output", "out"], ["empty/metrics.json"]),
@@ -250,7 +253,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "data prepare: no input": (prepare_data("nowhere.txt"), ["nowhere.txt", "no such file"]),
     "data prepare: no text": (prepare_data("binary.txt"), ["binary.txt", "byte 2"]),
     "data prepare: nested too deep": (prepare_data("deep.jsonl"), ["deep.jsonl:1", "malformed JSON"]),
-    "data prepare: no such field": (prepare_data("good.jsonl", "--text-field", "txt"), ["'txt'", "Did you mean 'text'?"]),
+    "data prepare: no such field": (
+        prepare_data("good.jsonl", "--text-field", "txt"),
+        ["'txt'", "Did you mean 'text'?"],
+    ),
     "data prepare: no such token": (prepare_data("good.jsonl", "--eod-token", "<end>"), ["<end>"]),
     "data prepare: no workers": (prepare_data("good.jsonl", "--workers", "0"), ["--workers 0"]),
     "data prepare: no tokenizer": (["data", "prepare", "text.txt", "--output", "out"], ["--tokenizer"]),
