@@ -1,4 +1,4 @@
-.PHONY: demo test check
+.PHONY: demo test check audit
 .DEFAULT_GOAL := demo
 
 demo: .venv/ready  ## the main job, offline: AR checkpoint in, tri-mode checkpoint out, scored in three modes
@@ -9,6 +9,9 @@ test: .venv/ready  ## the test suite
 
 check: .venv/ready  ## style and types
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+
+audit:  ## known vulnerabilities of the pinned packages; needs the network
+	tools/audit
 
 .venv/ready: pyproject.toml constraints.txt .python-version
 	tools/setup

@@ -141,14 +141,10 @@ def test_array_is_merged(site: Site) -> None:
 
 
 def test_chain_stops_where_a_job_fails(site: Site) -> None:
-    first = "--job-name=first slurm/task.sbatch data inspect prepared"
-    (site.folder / "chain").write_text(
-        f"# a chain\n\n{first}\n--job-name=bad slurm/task.sbatch data inspect nothing\n"
-    )
-    with (site.folder / "chain").open("a") as file:
-        file.write("--job-name=never slurm/task.sbatch data inspect prepared")
-    if not (site.folder / "slurm").exists():
-        (site.folder / "slurm").symlink_to(ROOT / "slurm")
+    inspected = {"first": "prepared", "bad": "nothing", "never": "prepared"}
+    lines = [f"--job-name={name} slurm/task.sbatch data inspect {data}" for name, data in inspected.items()]
+    (site.folder / "chain").write_text("# a chain\n\n" + "\n".join(lines))
+    (site.folder / "slurm").symlink_to(ROOT / "slurm")
     jobs = [line.split()[0] for line in site(ROOT / "slurm" / "chain.sh", "chain").splitlines()]
     site.wait(lambda: all(site.state(job) in ENDED for job in jobs), "first", "bad")
     assert [site.state(job) for job in jobs] == ["COMPLETED", "FAILED", "CANCELLED"]

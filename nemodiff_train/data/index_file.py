@@ -41,10 +41,9 @@ def check_index(prefix: str) -> None:
     if code not in _ITEM_BYTES:
         raise _damaged(path, f"its token type {code} is none of whole numbers")
     needed = _HEADER.size + 12 * sequences + 8 * ends
-    if path.stat().st_size not in (needed, needed + sequences):  # some tools add a byte a sequence
-        raise _damaged(
-            path, f"{path.stat().st_size} bytes do not hold {sequences} sequences and {ends} document ends"
-        )
+    size = path.stat().st_size
+    if size not in (needed, needed + sequences):  # some tools add a byte a sequence
+        raise _damaged(path, f"{size} bytes do not hold {sequences} sequences and {ends} document ends")
     if sequences == 0 or ends < 2:
         raise UserError(f"{prefix}: the data set is empty")
     content = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size)

@@ -59,9 +59,8 @@ def run_config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"'{file}' is damaged ({' '.join(str(error).split())[:200]}); take another iteration"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{file}' is damaged ({reason}); take another iteration") from None
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise UserError(f"'{file}' describes no model; take another iteration")
     return found

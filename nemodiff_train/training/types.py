@@ -29,7 +29,8 @@ def check_setting(config: Any, key: str) -> None:
     owner = functools.reduce(lambda node, part: getattr(node, part, None), path, config)
     if not is_dataclass(owner) or not hasattr(owner, name):
         return
-    value, adapter = getattr(owner, name), _adapter(type(owner), name)
+    kind: type = type(owner)
+    value, adapter = getattr(owner, name), _adapter(kind, name)
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"{key}={value} is no number")
     if adapter is None or value is None:  # None is "not set" in many fields that do not say so
