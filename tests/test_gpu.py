@@ -1,0 +1,207 @@
+"""What only a GPU runs: kernels against the rule, training against the CPU's, decoding.
+
+Skipped where there is none.  ``NEMODIFF_REHEARSE=1`` runs it all on a CPU, whose kernels then take the place of the GPU's;
+``tools/gpu_check`` uses both.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import small
+from tests.conftest import GPU
+
+pytestmark = pytest.mark.skipif(not (GPU or os.environ.get("NEMODIFF_REHEARSE")), reason="there is no GPU")
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+ROOT = Path(__file__).parents[1]
+# Of the largest value: rounding of the inputs' type, summed over a few hundred products.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared() -> None:
+    from nemodiff_train.host import prepare
+
+    prepare()
+
+
+def structure(rows: int, length: int) -> Tensor:
+    """[rows, 3, length] of samples whose documents end anywhere."""
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+
+    maker = SampleMaker(objective=ObjectiveConfig(stage="ar"), document_end=0)
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(rows):
+        tokens = torch.randint(0, 40, (length + 1,), generator=draw)
+        plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
+        made.append(maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)["structure"])
+    return torch.stack(made).to(DEVICE)
+
+
+def plan_of(kind: str, rows: int, length: int) -> Any:
+    from nemodiff_train.attention.plan import Share, irregular_plan, regular_plan
+
+    match kind:
+        case "causal":
+            return regular_plan(0, length, 32, False, Share(), DEVICE)
+        case "joint":
+            return regular_plan(1, length, 32, False, Share(), DEVICE)
+        case "two views, block-causal":
+            return regular_plan(2, length, 16, True, Share(), DEVICE)
+    return irregular_plan(1, structure(rows, length), False, 32, Share())
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of all pairs in fp64, [batch, heads, queries, head_dim]."""
+    query, key, value = (states.double() for states in (query, key, value))
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+
+def heads(rows: int, queries: int, keys: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random queries of 4 heads, keys and values of 2, all of width 64."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = (rows, 4, queries, 64), (rows, 2, keys, 64), (rows, 2, keys, 64)
+    return [torch.randn(shape, generator=draw).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest expected value."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+@pytest.mark.parametrize("kind", ["causal", "joint", "two views, block-causal", "documents"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_follows_the_rule(kind: str, dtype: torch.dtype) -> None:
+    """Forward and the gradients of queries, keys and values."""
+    from nemodiff_train.attention import kernels
+    from nemodiff_train.objective.rule import may_attend
+
+    rows = 2
+    plan = plan_of(kind, rows, 256)
+    mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+    states = heads(rows, len(plan.queries.view), len(plan.keys.view), dtype)
+    upstream = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    found = kernels.planned(*states, plan)
+    gradients = torch.autograd.grad(found, states, upstream)
+    expected = dense(*states, mask if mask.dim() == 2 else mask.view(-1, 1, *mask.shape[-2:]))
+    assert difference(found, expected) < TOLERANCE[dtype]
+    for mine, other in zip(gradients, torch.autograd.grad(expected, states, upstream.double()), strict=True):
+        assert difference(mine, other) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_to_a_cache(masked: bool) -> None:
+    from nemodiff_train.attention import kernels
+
+    new, visible = 16, 80
+    query, key, value = heads(2, new, visible, torch.float32)
+    places = torch.arange(visible, device=DEVICE)
+    mask = (places <= places[-new:, None]).expand(2, 1, -1, -1) if masked else None
+    found = kernels.cached(query, key, value, mask)
+    everything = torch.ones(new, visible, dtype=torch.bool, device=DEVICE)
+    assert difference(found, dense(query, key, value, everything if mask is None else mask)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_head_in_chunks(dtype: torch.dtype) -> None:
+    """Losses and gradients at the places that carry loss, over more than one chunk of places."""
+    from megatron.core import parallel_state
+
+    from nemodiff_train.decoding.loading import start_model_parallel
+    from nemodiff_train.model.head import token_losses
+
+    start_model_parallel(1)
+    draw = torch.Generator().manual_seed(0)
+    positions, hidden, vocabulary = 1500, 64, 1000
+    states = torch.randn(positions, 1, hidden, generator=draw).to(DEVICE, dtype).requires_grad_()
+    table = (torch.randn(vocabulary, hidden, generator=draw) / 8).to(DEVICE, dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (1, positions), generator=draw).to(DEVICE)
+    weights = (torch.rand(1, positions, generator=draw) * (torch.rand(1, positions, generator=draw) < 0.6)).to(DEVICE)
+    group = parallel_state.get_tensor_model_parallel_group()
+    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
+    places = weights.flatten().nonzero()[:, 0]
+    found = token_losses(states, labels, places, weights, vocabulary, layer)
+    gradients = torch.autograd.grad((found * weights).sum(), (states, table))
+    logits = states.double()[:, 0] @ table.double().T
+    expected = torch.nn.functional.cross_entropy(logits, labels[0], reduction="none") * (weights[0] > 0)
+    assert difference(found[0], expected) < TOLERANCE[dtype]
+    for mine, other in zip(
+        gradients, torch.autograd.grad((expected * weights[0]).sum(), (states, table)), strict=True
+    ):
+        assert difference(mine, other) < TOLERANCE[dtype]
+
+
+RECIPE = """
+from tests import small
+
+
+def recipe(start_from: str, data: str, output: str, precision: str = "") -> object:
+    config = small.recipe(start_from, data, output)
+    config.mixed_precision, config.checkpoint.save_interval = precision or None, 10
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps of a small model: on the CPU, here in fp32 with a checkpoint, and here in bf16."""
+    folder = tmp_path_factory.mktemp("gpu")
+    small.qwen3(folder / "model")
+    small.data(folder / "data")
+    (folder / "recipe.py").write_text(RECIPE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    runs = {
+        "cpu": ({"CUDA_VISIBLE_DEVICES": ""}, []),
+        "fp32": ({}, []),
+        "bf16": ({}, ["precision=bf16_mixed"]),
+    }
+    started = {}
+    for name, (settings, words) in runs.items():
+        command = [sys.executable, "-m", "nemodiff_train", "train", "recipe.py", "start_from=model", "data=data"]
+        with (folder / f"{name}.log").open("w") as log:
+            started[name] = subprocess.Popen(
+                [*command, f"output={name}", *words],
+                cwd=folder,
+                env={**environment, **settings},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+    for name, process in started.items():
+        assert process.wait(timeout=400) == 0, (folder / f"{name}.log").read_text()[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_training_is_the_cpus(trained: Path, name: str, tolerance: float) -> None:
+    """The same noise and, within the type's rounding, the same losses and gradient norms over ten steps."""
+    found, expected = (
+        [json.loads(line) for line in (trained / run / "metrics.jsonl").read_text().splitlines()]
+        for run in (name, "cpu")
+    )
+    assert len(found) == len(expected) == 10
+    for mine, other in zip(found, expected, strict=True):
+        assert mine["masked share"] == pytest.approx(other["masked share"], abs=1e-6)
+        for figure in ("loss", "ar loss", "diffusion loss", "gradient norm"):
+            assert mine[figure] == pytest.approx(other[figure], rel=tolerance), figure
+
+
+def test_self_speculation_is_ar_decoding(trained: Path) -> None:
+    """Every mode decodes what was trained here, and the lossless ones say the same."""
+    from tests import jobs
+
+    found = jobs.decode(str(trained / "fp32" / "checkpoints"))
+    assert all(len(tokens) == 24 for tokens in found["diffusion"])
+    assert found["linear"] == found["quadratic"] == found["oracle"] == found["ar"]
