@@ -258,7 +258,7 @@ def _read_overrides(world: World, words: list[str]) -> None:
 
 _TEMPLATE = [
     "{{ messages }}", "{{ messages[0].content }}", "{{ messages[9].content }}", "{% for m in messages %}", "text",
-    "{% endfor %}", "{% if x is defined %}", "{% endif %}", "{{ raise_exception('no') }}", "{{ 9 ** 9 ** 9 }}",
+    "{% endfor %}", "{% if x is defined %}", "{% endif %}", "{{ raise_exception('no') }}", "{{ 9 ** (9 ** 9) }}",
     "{{ 'a' * 10 ** 10 }}", "{% for i in range(99999) %}", "{{ ''.__class__.__mro__ }}", "{{ eos_token }}", "{{",
     "{{ [1] * 10 ** 9 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}", "{% include 'a' %}",
     "{{ '%999999999d' % 1 }}", "{{ messages.append(1) }}", "{{ x.y.z }}", "{% generation %}", "{%",

@@ -56,7 +56,8 @@ def _more(made: Path) -> None:
     for name, content in (("cut", index[:-9]), ("huge", index[:18] + b"\xff" * 8 + index[26:]), ("other", b"x" * 99)):
         (made / f"{name}.bin").write_bytes((made / "data.bin").read_bytes())
         (made / f"{name}.idx").write_bytes(content)
-    for name, content in (("torn", "model: [1"), ("nothing", "x: 1")):
+    object_, target = "model: !!python/object/apply:os.system [ls]", "model: {_target_: os.system, command: ls}"
+    for name, content in (("torn", "model: [1"), ("nothing", "x: 1"), ("object", object_), ("target", target)):
         (made / name / "iter_0000001").mkdir(parents=True)
         (made / name / "iter_0000001" / "run_config.yaml").write_text(content)
     small.tokenizer(made / "no_config")
@@ -209,6 +210,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["torn/iter_0000001/run_config.yaml", "damaged"],
     ),
     "inspect: a configuration without a model": (["convert", "inspect", "nothing"], ["describes no model"]),
+    "export: a configuration with an object": (["convert", "export", "object", "out"], ["object", "damaged"]),
+    "export: a configuration with a program": (["convert", "export", "target", "out"], ["os.system", "not allowed"]),
+    "generate: a configuration with a program": (["generate", "target", "hello"], ["os.system", "not allowed"]),
     "eval: neither checkpoint nor comparison": (["eval", "--output", "out"], ["--compare"]),
     "eval: nothing to compare": (["eval", "--compare", "empty", "model", "--output", "out"], ["empty/metrics.json"]),
     "eval: no batch": (evaluate("--batch-size", "0"), ["--batch-size", "at least 1"]),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemodiff_train.cli import main
 from nemodiff_train.data import encode, parts, prepare
 from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.tokenizer import load_tokenizer
@@ -153,6 +154,55 @@ def test_interrupted_while_publishing(
     assert parts.Parts.discard is discard
     assert run(jsonl, tokenizer_dir, tmp_path / "out") == 0
     assert digests(tmp_path / "out") == digests(prepared)
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_merged_is_as_prepared_at_once(
+    prepared: str, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = []
+    for number, first in enumerate((0, 100, 250)):
+        texts = TEXTS[first : (100, 250, 300)[number]]
+        source = write_jsonl(tmp_path / f"{number}.jsonl", [{"text": text} for text in texts])
+        shards.append(str(tmp_path / f"shard-{number}"))
+        assert run(source, tokenizer_dir, shards[-1]) == 0
+    output = str(tmp_path / "merged")
+    assert main(["data", "merge", *shards, "--output", output]) == 0
+    assert digests(output) | {".json": ""} == digests(prepared) | {".json": ""}
+    manifest = Manifest.read(output)
+    assert manifest is not None
+    assert (manifest.documents, [Path(each.path).name for each in manifest.inputs]) == (
+        len(TEXTS),
+        ["0.jsonl", "1.jsonl", "2.jsonl"],
+    )
+    assert not Path(f"{output}.parts").exists()
+    capsys.readouterr()
+    assert main(["data", "merge", *shards, "--output", output]) == 0
+    assert "already complete" in capsys.readouterr().err
+    assert main(["data", "merge", *shards[:2], "--output", output]) == 2
+    assert "other inputs" in one_line(capsys)
+    assert main(["data", "merge", *shards[:2], "--output", output, "--overwrite"]) == 0
+    assert read_back(output, tokenizer_dir) == TEXTS[:250]
+
+
+@pytest.mark.parametrize("moves", [1, 3])
+def test_merge_interrupted_while_publishing(
+    moves: int, prepared: str, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, left = Path.replace, [moves + 1]  # the first is of state.json
+
+    def stop_after(path: Path, target: Any) -> Path:
+        if left[0] == 0:
+            raise SystemError
+        left[0] -= 1
+        return replace(path, target)
+
+    command = ["data", "merge", prepared, "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(Path, "replace", stop_after)
+        main(command)
+    assert main(command) == 0
+    assert digests(tmp_path / "out") | {".json": ""} == digests(prepared) | {".json": ""}
     assert not (tmp_path / "out.parts").exists()
 
 

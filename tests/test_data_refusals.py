@@ -140,6 +140,32 @@ def test_inspect(prepared: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no such manifest" in one_line(capsys)
 
 
+def test_merge_refuses(prepared: str, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "one"}])
+    for name, tokenizer in (
+        ("a", tokenizer_dir),
+        ("b", tokenizer_dir),
+        ("c", save_tokenizer(tmp_path / "other", 280)),
+    ):
+        assert run(one, tokenizer, tmp_path / name) == 0
+    Path(f"{tmp_path}/b.bin").write_bytes(Path(f"{tmp_path}/b.bin").read_bytes()[::-1])
+    before = sorted(tmp_path.iterdir())
+    cases = [
+        ((prepared, prepared), "named twice"),
+        ((prepared, str(tmp_path / "none")), "no such manifest"),
+        ((prepared, str(tmp_path / "c")), "another tokenizer"),
+        ((prepared, str(tmp_path / "b")), "its SHA-256 is not the manifest's"),
+        ((prepared, str(tmp_path / "a"), "--output", str(tmp_path / "a")), "one of the shards"),
+        ((str(tmp_path / "a"), "--output", str(tmp_path)), "a directory"),
+        ((str(tmp_path / "a"), "--output", str(tmp_path / "one.jsonl" / "out")), "cannot write there"),
+    ]
+    for words, message in cases:
+        capsys.readouterr()
+        assert main(["data", "merge", "--output", str(tmp_path / "out"), *words]) == 2
+        assert message in one_line(capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_fingerprint(tokenizer_dir: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     expected = tokenizer_fingerprint(tokenizer)

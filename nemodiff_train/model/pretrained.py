@@ -13,7 +13,7 @@ import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json
+from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json, run_config
 from nemodiff_train.model.provider import TriModeModelProvider, forget_layout, tri_mode
 
 
@@ -153,10 +153,15 @@ def _generation_config(source: str) -> dict[str, Any]:
 
 def _megatron_model(path: Path) -> TriModeModelProvider:
     from megatron.bridge.training.model_load_save import load_model_config
+    from megatron.bridge.utils.instantiate_utils import InstantiationException
 
     iteration = newest_iteration(path)
-    with quiet():
-        provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
+    run_config(iteration)  # refuses a damaged one
+    try:
+        with quiet():
+            provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
+    except InstantiationException as error:
+        raise UserError(f"'{iteration}/run_config.yaml' cannot be used: {str(error).splitlines()[0]}") from None
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
     forget_layout(provider)
