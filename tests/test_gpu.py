@@ -1,6 +1,6 @@
 """What only a GPU runs: kernels against the rule, training against the CPU's, decoding.
 
-Skipped where there is none.  ``NEMODIFF_REHEARSE=1`` runs it all on a CPU, whose kernels then take the place of the GPU's;
+Skipped where there is none.  ``NEMODIFF_REHEARSE=1`` runs it all on a CPU, with the CPU's kernels;
 ``tools/gpu_check`` uses both.
 """
 
