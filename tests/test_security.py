@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from nemodiff_train.cli import main
+from nemodiff_train.data import template as templates
+from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
-from nemodiff_train.evaluation import chat
-from nemodiff_train.evaluation.chat import ChatTemplate
 from tests import small
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,7 @@ def test_chat_template_as_transformers_writes_it(model: Path) -> None:
     ],
 )
 def test_chat_template_within_limits(text: str, needle: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 3.0)
+    monkeypatch.setattr(templates, "SECONDS", 3.0)
     with pytest.raises(UserError, match=r"chat template in .* cannot be used: ") as refusal:
         template(load_tokenizer(str(model / "model")), text)
     assert needle in str(refusal.value)
