@@ -131,7 +131,9 @@ _DEPTHS = st.integers(1, 200_000).flatmap(lambda n: st.sampled_from(["[" * n, '{
 
 
 def _lines(world: World) -> Files:
-    record = st.dictionaries(st.sampled_from(["text", "prompt", "answer", "x"]), _JSON, max_size=4)
+    fields = st.sampled_from(["text", "prompt", "answer", "messages", "x"])
+    message = st.dictionaries(st.sampled_from(["role", "content", "x"]), _JSON | st.just("assistant"), max_size=3)
+    record = st.dictionaries(fields, _JSON | st.lists(message, max_size=3), max_size=4)
     good = st.just('{"text": "a b", "prompt": "1 + 1 =", "answer": "2"}')
     line = st.one_of(good, good, record.map(json.dumps), _JSON.map(json.dumps), _DEPTHS, st.text(max_size=20))
     text = st.lists(line, max_size=3).map("\n".join).map(lambda text: text.encode(errors="surrogatepass"))
@@ -139,13 +141,16 @@ def _lines(world: World) -> Files:
 
 
 def _read_lines(world: World, content: bytes) -> None:
+    from nemodiff_train.data.columns import AnswerColumns, MessagesColumn, TextColumn
     from nemodiff_train.data.sources import documents, resolve
     from nemodiff_train.evaluation.records import read_records
     from nemodiff_train.evaluation.tasks import task_from_file
 
     path = world.write("lines.jsonl", content)
     readers: list[Callable[[], Any]] = [
-        lambda: list(documents(resolve([str(path)], "text", "train", "*"))),
+        lambda: list(documents(resolve([str(path)], TextColumn("text"), "train", "*"))),
+        lambda: list(documents(resolve([str(path)], MessagesColumn("messages"), "train", "*"))),
+        lambda: list(documents(resolve([str(path)], AnswerColumns("prompt", "answer"), "train", "*"))),
         lambda: task_from_file(path, "exact"),
         lambda: task_from_file(path, "numeric"),
         lambda: read_records(path),

@@ -62,7 +62,7 @@ class Site:
         assert found is not None
         return int(found[1])
 
-    def wait(self, happened: Callable[[], bool], *logs: str, seconds: int = 300) -> None:
+    def wait(self, happened: Callable[[], bool], *logs: str, seconds: int = 900) -> None:
         """Until something is so; fails with the logs of the jobs."""
         deadline = time.monotonic() + seconds
         while not happened():

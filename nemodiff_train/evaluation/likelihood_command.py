@@ -25,12 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the figures, and write them where asked."""
+    from nemodiff_train.data.columns import TextColumn
     from nemodiff_train.data.sources import documents, resolve
     from nemodiff_train.host import prepare
 
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
-    sources = resolve(arguments.input, arguments.text_field, "train", "*")
+    sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
     prepare()
     from nemodiff_train.decoding.loading import open_model
     from nemodiff_train.evaluation.files import write_atomic
