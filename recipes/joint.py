@@ -5,7 +5,16 @@ from megatron.bridge.training.config import RNGConfig, TrainingConfig
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective.presets import preset
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, overlap, schedule, sharded, tokenizer_of
+from nemodiff_train.training.parts import (
+    adamw,
+    checkpoints,
+    loggers,
+    no_validation,
+    overlap,
+    schedule,
+    sharded,
+    tokenizer_of,
+)
 
 STEPS = 12_500
 

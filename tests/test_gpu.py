@@ -112,7 +112,9 @@ def test_attention_to_a_cache(masked: bool) -> None:
     mask = (places <= places[-new:, None]).expand(2, 1, -1, -1) if masked else None
     found = kernels.cached(query, key, value, mask)
     everything = torch.ones(new, visible, dtype=torch.bool, device=DEVICE)
-    assert difference(found, dense(query, key, value, everything if mask is None else mask)) < TOLERANCE[torch.float32]
+    assert (
+        difference(found, dense(query, key, value, everything if mask is None else mask)) < TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

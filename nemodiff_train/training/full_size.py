@@ -10,7 +10,16 @@ from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.presets import preset
 from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, overlap, schedule, sharded, tokenizer_of
+from nemodiff_train.training.parts import (
+    adamw,
+    checkpoints,
+    loggers,
+    no_validation,
+    overlap,
+    schedule,
+    sharded,
+    tokenizer_of,
+)
 
 TOKENS = {"ar": 10**12, "joint": 3 * 10**11}
 """Clean tokens of a stage (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 5)."""

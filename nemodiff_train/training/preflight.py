@@ -79,7 +79,9 @@ def _size_up(config: TriModeConfig, world_size: int, gpu_memory: float, page: Ta
             f"weights, gradients and optimizer state take {needed:.1f} GB of a GPU, which has {gpu_memory:g} GB; "
             "raise model.tensor_model_parallel_size or model.pipeline_model_parallel_size, or use more GPUs"
         )
-    whole = sum(stage.trained for stage in stages) * model.tensor_model_parallel_size  # a few replicated rows too many
+    whole = (
+        sum(stage.trained for stage in stages) * model.tensor_model_parallel_size
+    )  # a few replicated rows too many
     each = whole * (_OPTIMIZER[mixed] + (2 if mixed else 4)) / GB
     count = _checkpoints_at_once(config)
     folder = Path(config.checkpoint.save).absolute()
