@@ -267,6 +267,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _cannot_write(error: BaseException, folder: Path) -> str:
     """What keeps a checkpoint from being written, or an empty string if the error is another."""
+    if isinstance(error, CheckpointException) and rank() != 0:
+        return "a file could not be written"  # the reason is with rank 0, which says it
     for cause in _causes(error):
         if isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError):
             return str(cause.strerror or cause).lower()
@@ -277,12 +279,14 @@ def _cannot_write(error: BaseException, folder: Path) -> str:
 
 
 def _not_saved(iteration: Path, error: BaseException, reason: str) -> RunStopped:
-    shutil.rmtree(iteration, ignore_errors=True)  # what fills the disk; the mark stays
+    together_known = isinstance(error, CheckpointException)  # all ranks raise it
+    if rank() == 0 or not together_known:
+        shutil.rmtree(iteration, ignore_errors=True)  # what fills the disk; the mark stays
     whole = [one.name for one in iterations(iteration.parent) if structure_damage(one) is None]
     last = f"'{whole[0]}' is intact" if whole else "there is none before it"
     return RunStopped(
         f"checkpoint '{iteration}' could not be saved: {reason} ({last}); make room and repeat the command",
-        alone=not isinstance(error, CheckpointException),  # which all ranks raise together
+        alone=not together_known,
     )
 
 
