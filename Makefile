@@ -9,6 +9,7 @@ test: .venv/ready  ## the test suite
 
 check: .venv/ready  ## style and types
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+	.venv/bin/mypy $(filter-out tools/setup,$(wildcard tools/[a-z]*[!h] tools/bench/[a-z]*))
 
 audit:  ## known vulnerabilities of the pinned packages; needs the network
 	tools/audit

@@ -2,7 +2,6 @@
 
 Imported before anything of Megatron, since it prepares the host.
 """
-# ruff: noqa: E402  (Megatron may be imported only after prepare())
 
 import argparse
 import ctypes
