@@ -1,6 +1,7 @@
 """The one exception a user is meant to see."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
@@ -35,6 +36,11 @@ class RunStopped(Exception):
     def __init__(self, line: str, *, alone: bool = False) -> None:
         super().__init__(line)
         self.alone = alone
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether nothing more can be written: the disk is full, or the user's share of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -223,6 +223,15 @@ def test_a_full_disk_is_one_line_and_costs_nothing(bench: Bench, reference: list
     assert bench.steps("full") == reference
 
 
+def test_a_disk_too_full_for_a_log_is_one_line(bench: Bench) -> None:
+    (bench.folder / "no log").mkdir()
+    (bench.folder / "no log" / "train.log").symlink_to("/dev/full")
+    codes, said = bench.train("no log", world=1)
+    assert codes == [1] and "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    assert f"the disk of '{bench.folder / 'no log'}' is full" in line
+
+
 @pytest.mark.parametrize("layout", ["data", "tensor"])
 def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout: str) -> None:
     name = f"nan stop {layout}"

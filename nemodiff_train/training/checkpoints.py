@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemodiff_train.console import console
 from nemodiff_train.conversion.output import everywhere, rank, together
-from nemodiff_train.errors import RunStopped, UserError
+from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.evaluation.files import write_atomic
 from nemodiff_train.model.checksums import (
     CHECKSUMS,
@@ -34,7 +34,7 @@ from nemodiff_train.model.folders import iterations
 MANAGER = f"{__name__}.WholeCheckpoints"
 _ASIDE = "damaged-"
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
-_WRITERS = ("<class 'OSError'>", "PytorchStreamWriter failed")
+_WRITERS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
 _NEARLY_NOTHING = 1 << 20  # bytes; what is free on a disk that is called full
 
 
@@ -256,7 +256,7 @@ def _settle(folder: Path, whole: Path | None, wrong: dict[Path, str]) -> None:
         console.print("[yellow]no checkpoint had been finished: the run starts from its beginning[/yellow]")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it came from; Megatron's saving wraps what happened on each rank."""
     while error is not None:
         yield error
@@ -269,12 +269,13 @@ def _cannot_write(error: BaseException, folder: Path) -> str:
     """What keeps a checkpoint from being written, or an empty string if the error is another."""
     if isinstance(error, CheckpointException) and rank() != 0:
         return "a file could not be written"  # the reason is with rank 0, which says it
-    for cause in _causes(error):
+    causes = list(causes_of(error))
+    for cause in causes:
         if isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError):
-            return str(cause.strerror or cause).lower()
-        if any(word in str(cause) for word in _WRITERS):  # they do not pass on the reason
-            full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
-            return "the disk is full" if full else "a file could not be written, as on a full disk"
+            return "the disk is full" if disk_is_full(cause) else str(cause.strerror or cause).lower()
+    if any(word in str(cause) for cause in causes for word in _WRITERS):  # they do not pass on the reason
+        full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
+        return "the disk is full" if full else "a file could not be written, as on a full disk"
     return ""
 
 

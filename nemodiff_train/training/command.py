@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from nemodiff_train.console import console, is_main_process
-from nemodiff_train.errors import RunStopped, UserError
+from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 
 if TYPE_CHECKING:
     from nemodiff_train.training.config import TriModeConfig
@@ -68,7 +68,14 @@ def train(config: "TriModeConfig") -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     _stay_offline_unless_logged_in(config)
-    _run(config, Path(config.checkpoint.save).parent)
+    output = Path(config.checkpoint.save).parent
+    try:
+        _run(config, output)
+    except OSError as error:
+        stop = _stopped_by(error, output)
+        if stop is None:
+            raise
+        raise stop from error
 
 
 def _run(config: "TriModeConfig", output: Path) -> None:
@@ -105,6 +112,16 @@ def _run(config: "TriModeConfig", output: Path) -> None:
             raise
 
 
+def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
+    """What stopped the run: on a full disk, closing a log fails as well, after the error that counts."""
+    from nemodiff_train.training.checkpoints import causes_of
+
+    known = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
+    if known is None and disk_is_full(error):
+        return RunStopped(f"the disk of '{output}' is full; make room and repeat the command", alone=True)
+    return known
+
+
 def _protect(config: "TriModeConfig") -> None:
     """Settings of Bridge's that what watches over a run needs."""
     from nemodiff_train.training.checkpoints import MANAGER
@@ -120,7 +137,7 @@ def _protect(config: "TriModeConfig") -> None:
 def _is_a_surprise(record: logging.LogRecord) -> bool:
     """Whether a traceback says more than the one line that follows it."""
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, RunStopped | UserError | SystemExit)
+    return not (isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error))
 
 
 def _fit_to_host(config: "TriModeConfig") -> None:
