@@ -33,7 +33,8 @@ def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> in
 
 
 def _die(*arguments: Any, **named: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    """This rank, and the process that writes for it."""
+    os.killpg(0, signal.SIGKILL)
 
 
 def _instead(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
@@ -55,34 +56,40 @@ def _before_shard(step: int) -> None:
 
 def _mid_shard(step: int) -> None:
     """Half of a shard is written, and on the disk."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    plain = filesystem_async.os.fsync
+    def half(name: str) -> None:
+        os.truncate(name, os.stat(name).st_size // 2)
+        _die()
 
-    def half(descriptor: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if name.endswith(".distcp") and f"iter_{step:07d}" in name:
-            os.truncate(name, os.stat(name).st_size // 2)
-            plain(descriptor)
-            _die()
-        plain(descriptor)
-
-    filesystem_async.os.fsync = half
+    _when_a_shard_is_written(step, half)
 
 
 def _full_disk(step: int) -> None:
     """The disk takes no more of a shard, as a full one says it."""
+
+    def full(name: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    _when_a_shard_is_written(step, full)
+
+
+def _no_writer(step: int) -> None:
+    """The process that writes is killed, as one that takes too much memory is."""
+    _when_a_shard_is_written(step, lambda name: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _when_a_shard_is_written(step: int, call: Callable[[str], None]) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     plain = filesystem_async.os.fsync
 
-    def full(descriptor: int) -> None:
+    def fsync(descriptor: int) -> None:
+        plain(descriptor)
         name = os.readlink(f"/proc/self/fd/{descriptor}")
         if name.endswith(".distcp") and f"iter_{step:07d}" in name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-        plain(descriptor)
+            call(name)
 
-    filesystem_async.os.fsync = full
+    filesystem_async.os.fsync = fsync
 
 
 def _before_manifest(step: int) -> None:
@@ -188,6 +195,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "before shard": _before_shard,
     "mid-shard": _mid_shard,
     "full disk": _full_disk,
+    "no writer": _no_writer,
     "before manifest": _before_manifest,
     "before publication": _before_publication,
     "before tracker": _before_tracker,

@@ -84,6 +84,10 @@ def reference(bench: Bench) -> list[dict[str, Any]]:
     return steps
 
 
+BACKGROUND = "checkpoint.async_save=true"
+
+
+@pytest.mark.parametrize("saving", ["checkpoint.async_save=false", BACKGROUND])
 @pytest.mark.parametrize(
     ("fault", "rank", "step"),
     [
@@ -97,20 +101,44 @@ def reference(bench: Bench) -> list[dict[str, Any]]:
     ],
 )
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
-    bench: Bench, reference: list[dict[str, Any]], fault: str, rank: int, step: int
+    bench: Bench, reference: list[dict[str, Any]], fault: str, rank: int, step: int, saving: str
 ) -> None:
-    codes, _ = bench.train(fault, fault=fault, rank=rank, step=step)
+    name = f"{fault} {saving}"
+    codes, _ = bench.train(name, saving, fault=fault, rank=rank, step=step)
     assert codes[rank] == -signal.SIGKILL
-    folder = bench.checkpoints(fault)
+    folder = bench.checkpoints(name)
     newest = {"before cleanup": 6, "mid-cleanup": 6, "before tracker": 4}.get(fault, 2)
     assert newest_iteration(folder, read=True).name == f"iter_{newest:07d}"
-    codes, said = bench.train(fault)
+    codes, said = bench.train(name, saving)
     assert codes == [0, 0], said
     assert ("damaged-iter_" in said) == (newest == 2)
     assert (folder / "iter_0000002").exists() == (fault == "before cleanup")  # nothing is saved any more
-    assert bench.steps(fault) == reference
+    assert bench.steps(name) == reference
     assert damage(newest_iteration(folder)) is None
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+
+
+def test_saved_in_the_background_is_what_the_step_had(bench: Bench, reference: list[dict[str, Any]]) -> None:
+    """Training goes on while the file is written, and changes nothing in it."""
+    codes, said = bench.train("background", BACKGROUND)
+    assert codes == [0, 0], said
+    assert bench.steps("background") == reference
+    for step in (4, 6):
+        kept, written = (
+            json.loads((bench.checkpoints(name) / f"iter_{step:07d}" / CHECKSUMS).read_text())
+            for name in ("reference", "background")
+        )
+        shards = [name for name in kept if name.endswith(".distcp")]
+        assert shards and all(kept[name] == written[name] for name in shards)
+
+
+def test_a_writer_that_is_killed_stops_the_run(bench: Bench, reference: list[dict[str, Any]]) -> None:
+    codes, said = bench.train("no writer", BACKGROUND, fault="no writer", rank=1, step=4)
+    assert codes[1] == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    assert "iter_0000004' on rank 1 is gone (exit code -9)" in line
+    assert bench.train("no writer", BACKGROUND)[0] == [0, 0]
+    assert bench.steps("no writer") == reference
 
 
 def truncate(file: Path) -> str:
@@ -213,14 +241,18 @@ def test_generate_takes_the_newest_whole_checkpoint(
     assert "iter_0000006' is damaged" in said and "iter_0000004" in said
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(bench: Bench, reference: list[dict[str, Any]]) -> None:
-    codes, said = bench.train("full", fault="full disk", rank=1, step=4)
+@pytest.mark.parametrize("saving", ["checkpoint.async_save=false", BACKGROUND])
+def test_a_full_disk_is_one_line_and_costs_nothing(
+    bench: Bench, reference: list[dict[str, Any]], saving: str
+) -> None:
+    name = f"full {saving}"
+    codes, said = bench.train(name, saving, fault="full disk", rank=1, step=4)
     assert codes[1] == 1
     (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
     assert "iter_0000004" in line and "could not be saved" in line and "'iter_0000002' is intact" in line
-    assert not (bench.checkpoints("full") / "iter_0000004").exists()
-    assert bench.train("full")[0] == [0, 0]
-    assert bench.steps("full") == reference
+    assert not (bench.checkpoints(name) / "iter_0000004").exists()
+    assert bench.train(name, saving)[0] == [0, 0]
+    assert bench.steps(name) == reference
 
 
 def test_a_disk_too_full_for_a_log_is_one_line(bench: Bench) -> None:

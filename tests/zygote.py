@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from tests.gang import _free_port
@@ -201,11 +201,13 @@ def _fork(job: dict[str, Any], folder: Path, rank: int, port: str, said: Any) ->
 
 
 def _fork_helper_for_saving() -> None:
-    """Megatron starts a process for its saves' results, which would import torch anew; a fork has it."""
+    """Megatron starts processes for its saves and their results, which would import torch anew; a fork has it."""
     import torch
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
-    manager: Any = torch.multiprocessing.get_context("fork").Manager()
+    fork: Any = torch.multiprocessing.get_context("fork")
+    setattr(async_utils, "mp", SimpleNamespace(get_context=lambda mode: fork))  # noqa: B010
+    manager: Any = fork.Manager()
     setattr(filesystem_async, "_results_queue", manager.Queue())  # noqa: B010
 
 

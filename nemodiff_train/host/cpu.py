@@ -149,6 +149,37 @@ def _replace_barrier() -> None:
     setattr(dist, "barrier", barrier)  # noqa: B010  (a plain assignment would not type-check)
 
 
+def _replace_asynchronous_saving() -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    if PersistentAsyncCaller.async_loop is not save_worker:
+        _PLAIN["async_loop"] = PersistentAsyncCaller.async_loop
+        _PLAIN["preload_tensors"] = FileSystemWriterAsync.preload_tensors
+    setattr(PersistentAsyncCaller, "async_loop", staticmethod(save_worker))  # noqa: B010
+    setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(copied_to_host))  # noqa: B010
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {}
+
+
+def save_worker(*arguments: Any) -> None:
+    """Megatron's process for asynchronous saves; a new one has no stand-ins yet."""
+    from nemodiff_train.host.prepare import prepare
+
+    prepare()
+    _PLAIN["async_loop"](*arguments)
+
+
+def copied_to_host(*arguments: Any, **named: Any) -> Any:
+    """What Megatron brings from the GPU before training goes on; a tensor of the CPU it would not copy."""
+    buckets = _PLAIN["preload_tensors"](*arguments, **named)
+    return [
+        (file, key, (content, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (content, tensors) in buckets
+    ]
+
+
 def cpu_as_cuda() -> None:
     """Point every CUDA call that Megatron makes at the CPU, for the rest of this process."""
     _replace_device_queries()
@@ -156,4 +187,5 @@ def cpu_as_cuda() -> None:
     _replace_random_states()
     _replace_tensor_methods()
     _replace_barrier()
+    _replace_asynchronous_saving()
     _CudaMeansCpu().__enter__()

@@ -64,6 +64,7 @@ class WholeCheckpoints(DefaultCheckpointManager):
             super().save(ctx, callback_manager)
             return
         iteration = Path(str(self.checkpoint_config.save)) / f"iter_{ctx.state.train_state.step:07d}"
+        self.finalize_async_saves(ctx.state, blocking=True)  # one at a time: a kill costs no more than one of them
         self.checkpoint_config.most_recent_k = -1  # Bridge would remove older ones before this one is published
         try:
             _begin(iteration)
@@ -81,8 +82,9 @@ class WholeCheckpoints(DefaultCheckpointManager):
         """Finish asynchronous saves that are done, and publish them.
 
         Raises:
-            RunStopped: The disk is full, or cannot be written to.
+            RunStopped: The disk is full, or cannot be written to, or the process that writes is gone.
         """
+        self._check_writer(state)
         try:
             super().finalize_async_saves(state, blocking, terminate)
             self._publish_finished(state)
@@ -90,6 +92,19 @@ class WholeCheckpoints(DefaultCheckpointManager):
             if self.saving and (reason := _cannot_write(error, self.saving[0].parent)):
                 raise _not_saved(self.saving[0], error, reason) from error
             raise
+
+    def _check_writer(self, state: GlobalState) -> None:
+        """Megatron would wait for ever for what a process that was killed has not written."""
+        queue = state.async_calls_queue
+        for call in queue.async_calls if queue is not None else ():
+            writer = call.async_caller.process
+            if writer is not None and not writer.is_alive():
+                raise RunStopped(
+                    f"the process that writes '{self.saving[0]}' on rank {rank()} is gone (exit code "
+                    f"{writer.exitcode}); if its memory was short, set checkpoint.async_save=false, then repeat the "
+                    "command",
+                    alone=True,
+                )
 
     def _publish_finished(self, state: GlobalState) -> None:
         queue = state.async_calls_queue

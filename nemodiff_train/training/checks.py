@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything is built."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
     yield from _overlap_problems(config)
+    yield from _setting_problems(config)
     yield from config.resilience.problems()
     yield from _resume_problems(config)
     if config.drafter:
@@ -48,6 +50,15 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
             look(config)
         except UserError as error:
             yield str(error)
+
+
+def _setting_problems(config: TriModeConfig) -> Iterator[str]:
+    """What Bridge itself would refuse, later and with a traceback."""
+    for section in ("optimizer", "logger", "train", "scheduler", "checkpoint"):
+        try:
+            copy.deepcopy(getattr(config, section)).finalize()
+        except (AssertionError, ValueError) as error:
+            yield f"{section}: {error}"
 
 
 def _overlap_problems(config: TriModeConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
 from nemodiff_train.training.parts import (
     adamw,
     checkpoints,
+    in_background,
     loggers,
     no_validation,
     overlap,
@@ -87,4 +88,5 @@ def two_stage(
         mixed_precision="bf16_mixed",
     )
     config.checkpoint.most_recent_k = 3  # a stage makes hundreds, each with the optimizer state
+    in_background(config.checkpoint)
     return config

@@ -90,6 +90,11 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
     )
 
 
+def in_background(saving: CheckpointConfig) -> None:
+    """Let training go on while a process of each rank writes the checkpoint, from a copy in the host's memory."""
+    saving.async_save, saving.async_strategy = True, "mcore"
+
+
 def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
     """TensorBoard under ``output``; Weights & Biases too when a project is named (offline unless logged in)."""
     return LoggerConfig(
