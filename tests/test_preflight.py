@@ -45,6 +45,32 @@ def test_all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) 
         assert needle in page
 
 
+def test_of_a_drafter_only_adapters_count(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as a training has, and their gradients and optimizer state alone."""
+    (folder / "recipe.py").write_text("from tests.small import drafter as recipe\n")
+    assert dry_run("--gpu-memory", "0.001") == 2  # the model has had no joint stage
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    model = sum(tensor.numel() for tensor in small.weights(folder / "model").values())
+    adapters = 4 * 16 * (64 + 64)  # layers, rank, and the width of both sides
+    assert f"{model + adapters:,} on the largest" in page and f"{adapters:,} in adapters" in page
+    assert "a GPU, which has" not in page  # 4 bytes a frozen weight; 16 would not fit
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (["ddp.overlap_param_gather=true"], "use_distributed_optimizer=true as well"),
+        (["model.tp_comm_overlap=true"], "needs Transformer Engine"),
+        (["model.tp_comm_overlap=true", "evaluation.interval=5"], "excludes decoding in the loop"),
+    ],
+)
+def test_communication_that_cannot_be_hidden(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], needle: str
+) -> None:
+    assert dry_run(*words) == 2
+    assert needle in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_sizes(family: str, tmp_path: Path) -> None:
     """Every size and stage can be laid out on 8 to 256 GPUs, and refuses another size's checkpoint."""
