@@ -15,6 +15,17 @@ from tests import small
 FAMILIES = {"ministral3": Ministral3Config, "qwen3": Qwen3Config}
 
 
+WITH_PRECISION = """
+from tests import small
+
+
+def recipe(start_from: str, data: str, output: str, precision: str = "bf16_mixed") -> object:
+    config = small.recipe(start_from, data, output)
+    config.mixed_precision = precision
+    return config
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     small.qwen3(tmp_path / "model")
@@ -71,6 +82,35 @@ def test_communication_that_cannot_be_hidden(
     assert needle in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
+@pytest.mark.parametrize(
+    ("words", "needles"),
+    [
+        (["model.attention_kernel=flahs", "model.attention_tile=40"], ["use 'auto' or 'flash'", "multiple of 16"]),
+        (
+            ["model.attention_kernel=flash"],
+            ["Hopper or data-center Blackwell", "package flash-attn-4", "whole tiles of 256"],
+        ),
+        (
+            ["precision=bf16_with_fp8_current_scaling_mixed"],
+            ["fp8 needs Transformer Engine and a GPU", "8.9 or more"],
+        ),
+        (["precision=bf16-with-mxfp8-mixed"], ["fp8 needs Transformer Engine and a GPU", "10.0 or more"]),
+        (["precision=bf16_with_nvfp4_mixed"], ["fp4 needs Transformer Engine and a GPU"]),
+        (["precision=bf16_mixd"], ["Did you mean 'bf16_mixed'?"]),
+    ],
+)
+def test_kernels_and_formats_that_this_machine_lacks(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], needles: list[str]
+) -> None:
+    """In one line each, before anything is built."""
+    (folder / "recipe.py").write_text(WITH_PRECISION)
+    assert dry_run() == 0
+    capsys.readouterr()
+    assert dry_run(*words) == 2
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(needle in page for needle in needles)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_sizes(family: str, tmp_path: Path) -> None:
     """Every size and stage can be laid out on 8 to 256 GPUs, and refuses another size's checkpoint."""
@@ -100,6 +140,9 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
             assert run.ddp.overlap_grad_reduce and run.ddp.overlap_param_gather
             step = run.train.global_batch_size * run.dataset.seq_length
             assert tokens <= run.train.train_iters * step < tokens + step
+    small_floats = "bf16_with_fp8_current_scaling_mixed"
+    run = page.recipe("8b", "joint", f"{tmp_path}/8b", "tokenizer", "data", "out", precision=small_floats)
+    assert run.mixed_precision == small_floats
     with pytest.raises(UserError, match="size=14b"):
         page.recipe("14b", "ar", f"{tmp_path}/8b", "tokenizer", "data", "out")
     with pytest.raises(UserError, match=r"unknown stage.*'joint'"):

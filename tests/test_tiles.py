@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.choice import Kernel, choose, kernel_problems
+from nemodiff_train.attention.choice import Kernel, choose
 from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
@@ -72,7 +72,9 @@ def test_tiles_are_those_of_the_pairs(plan: Plan, tile: tuple[int, int]) -> None
     allowed = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
     queries, keys = allowed.shape[-2:]
     rows = 1 if allowed.dim() == 2 else len(allowed)
-    assert torch.equal(create_mask(ours.mask_mod, rows, 1, queries, keys, "cpu")[:, 0], allowed.view(rows, queries, keys))
+    assert torch.equal(
+        create_mask(ours.mask_mod, rows, 1, queries, keys, "cpu")[:, 0], allowed.view(rows, queries, keys)
+    )
     theirs = create_block_mask(ours.mask_mod, rows, None, queries, keys, "cpu", BLOCK_SIZE=tile)
     assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     for name in ("full_kv_num_blocks", "full_q_num_blocks"):
@@ -106,3 +108,17 @@ def test_flex_attention_is_sdpa(kind: str, share: Share) -> None:
     states = [torch.randn(shape, generator=generator) for shape in shapes]
     found = kernels.planned_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
     torch.testing.assert_close(found, kernels.planned_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings overrule the rule, but for what has kernels of its own."""
+    gpu, capability = torch.device("cuda"), {"of": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["of"])
+    assert choose(CPU, False, "flash", 64).name == choose(gpu, True, "flash", 64).name == "sdpa"
+    assert choose(gpu, False) == Kernel("flex", (128, 128), {})
+    assert choose(gpu, False, tile=256, options={"num_warps": 8}) == Kernel("flex", (256, 256), {"num_warps": 8})
+    assert choose(gpu, False, "flash") == Kernel("flex", (128, 128), {"BACKEND": "FLASH"})
+    capability["of"] = (10, 0)
+    assert choose(gpu, False) == Kernel("flex", (128, 128), {})
+    assert choose(gpu, False, "flash") == Kernel("flex", (256, 128), {"BACKEND": "FLASH"})
+    assert choose(gpu, False, "flash", options={"BACKEND": "AUTO"}).options == {"BACKEND": "AUTO"}

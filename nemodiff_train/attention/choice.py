@@ -1,4 +1,4 @@
-"""Which kernel computes attention in training, and with which options: one rule, and the settings that overrule it."""
+"""Which kernel computes attention in training, with which options: one rule, and the settings that overrule it."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,7 @@ import torch
 from nemodiff_train.errors import nearest
 
 KERNELS = ("auto", "flash")
+_FLASH, _INSTEAD = "model.attention_kernel=flash", "set model.attention_kernel=auto"
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ def choose(
 ) -> Kernel:
     """The kernel for a plan.
 
-    A tile smaller than a kernel's own steps is refused by FlexAttention, and 128 is the least that the Triton kernels'
-    steps divide on every GPU, forward and backward.  Larger ones hold more pairs that the rule forbids.  The flash
-    kernels take two such tiles of queries at a time on Blackwell.
+    The smaller a tile, the fewer pairs it holds that the rule forbids.  But FlexAttention refuses one that the steps
+    of its kernels do not divide, which are up to 128 long on Hopper and Blackwell; and even that computes only a few
+    percent more than the rule allows, whatever the diffusion block (tools/bench/attention).  On Blackwell the flash
+    kernels take 256 queries.
 
     Args:
         device: Where it runs.
@@ -53,12 +55,13 @@ def choose(
     return Kernel("flex", (tile, tile) if tile else sides, {**backend, **(options or {})})
 
 
-def kernel_problems(model: Any, positions: int) -> Iterator[str]:
+def kernel_problems(model: Any, positions: int, cuda: bool) -> Iterator[str]:
     """What keeps the settings of a model from being used here, a line each.
 
     Args:
         model: The ``TriModeModelProvider``.
         positions: Of a training sample.
+        cuda: Whether there is a GPU.
     """
     kernel, tile = model.attention_kernel, model.attention_tile
     if kernel not in KERNELS:
@@ -67,17 +70,15 @@ def kernel_problems(model: Any, positions: int) -> Iterator[str]:
         yield f"model.attention_tile is {tile}; use a multiple of 16, or 0 for the kernel's own"
     if kernel != "flash":
         return
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
+    if not cuda or torch.cuda.get_device_capability()[0] not in (9, 10):
         # On older GPUs its kernels have been reported to compute all pairs, mask or no mask.
-        yield "model.attention_kernel=flash needs a Hopper or Blackwell GPU; set model.attention_kernel=auto"
+        yield f"{_FLASH} needs a GPU of the Hopper or data-center Blackwell kind; {_INSTEAD}"
     if not _has_flash():
-        yield "model.attention_kernel=flash needs the package flash-attn-4; install it, or set model.attention_kernel=auto"
+        yield f"{_FLASH} needs the package flash-attn-4; install it, or {_INSTEAD}"
     side = tile or 256
     if model.context_parallel_size > 1 or positions % side:
-        yield (
-            f"model.attention_kernel=flash takes whole tiles of {side} positions on one context-parallel rank; set "
-            "model.attention_kernel=auto"
-        )
+        # Nothing says what its kernels do with captured tensors behind the last whole tile.
+        yield f"{_FLASH} takes samples of whole tiles of {side} positions, on one context-parallel rank; {_INSTEAD}"
 
 
 def _has_flash() -> bool:

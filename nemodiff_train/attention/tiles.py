@@ -1,10 +1,10 @@
 """FlexAttention's block mask, made from the structure of a plan and not by looking at its pairs.
 
-FlexAttention computes attention a tile of queries x keys at a time, and wants to know which tiles hold an allowed pair
-and which hold nothing else.  Positions are cut into runs: consecutive places of one view, within one tile.  Along a run
-blocks, documents and places never fall, so their smallest and largest values say what some or all of a run's queries
-may see of a run of keys.  That takes as much work and memory as there are pairs of runs, a few thousandths of the pairs
-of positions.
+FlexAttention computes attention a tile of queries x keys at a time, and wants to know which tiles hold an allowed
+pair and which hold nothing else.  Positions are cut into runs: consecutive places of one view, within one tile.
+Along a run blocks, documents and places never fall, so their smallest and largest values say what some or all of a
+run's queries may see of a run of keys.  That takes work and memory for every pair of runs, of which there are
+thousands of times fewer than pairs of positions.
 """
 
 from collections.abc import Callable
@@ -115,8 +115,8 @@ def block_mask(
 ) -> BlockMask:
     """What :func:`torch.nn.attention.flex_attention.create_block_mask` makes of the rule.
 
-    Tiles that it leaves out hold no allowed pair, and those it calls full no other.  Between documents it may keep a few
-    tiles that hold none.
+    Tiles that it leaves out hold no allowed pair, and those it calls full no other.  Where documents meet it may keep
+    a tile that holds none.
 
     Args:
         queries: Positions whose ``block`` and ``document`` are [positions] or [rows, positions].
@@ -166,7 +166,7 @@ def _by_tile(found: Tensor, query_runs: Runs, key_runs: Runs) -> Tensor:
 
 
 def _numbers(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of each row are chosen, and which, chosen ones first: [rows, 1, tiles] and [rows, 1, tiles, tiles]."""
+    """How many key tiles each query tile takes, [rows, 1, tiles], and all of them, those first, on one axis more."""
     chosen = tiles[:, None].int()
     return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
 from rich.table import Table
 
@@ -149,6 +150,7 @@ def _as_rank(config: TriModeConfig, world_size: int, rank: int) -> Iterator[None
             context_parallel_size=config.model.context_parallel_size,
             create_gloo_process_groups=False,
         )
+        model_parallel_cuda_manual_seed(1)  # adapters are made under Megatron's random state, even without values
         yield
     finally:
         parallel_state.destroy_model_parallel()
