@@ -80,3 +80,17 @@ def test_a_frozen_output_layer_gets_no_gradient(group: torch.distributed.Process
         found.append(states.grad)
         states.grad = None
     assert torch.equal(found[0], found[1])
+
+
+def test_the_host_never_waits_for_the_device(group: torch.distributed.ProcessGroup) -> None:
+    """Forward and backward with tensors that have no values, of which none can be asked for."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from nemodiff_train.model.head import token_losses
+
+    with FakeTensorMode():
+        table, states = torch.zeros(50, 8, requires_grad=True), torch.zeros(12, 3, 8, requires_grad=True)
+        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
+        labels, places = torch.zeros(3, 12).long(), torch.zeros(20).long()
+        token_losses(states, labels, places, torch.zeros(3, 12), 50, layer).sum().backward()
+        assert states.grad is not None and table.grad is not None
