@@ -26,6 +26,7 @@ def recipe(
     output: str,
     mask_token: str | None = None,
     objective: str = "nemotron",
+    precision: str = "bf16_mixed",
 ) -> TriModeConfig:
     """Joint training with a published objective.
 
@@ -37,6 +38,7 @@ def recipe(
         mask_token: A token of the tokenizer that never occurs in the data, such as Qwen's ``<|fim_pad|>``; None for
             the one that the checkpoint or else the tokenizer has.
         objective: One of the presets of docs/objectives.md.
+        precision: One of Megatron Bridge's, such as ``bf16_with_fp8_current_scaling_mixed``.
     """
     model = model_from(start_from)
     model.tensor_model_parallel_size = 2
@@ -55,5 +57,5 @@ def recipe(
         tokenizer=tokenizer_of(tokenizer),
         validation=no_validation(),
         rng=RNGConfig(seed=1),
-        mixed_precision="bf16_mixed",
+        mixed_precision=precision,
     )

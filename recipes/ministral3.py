@@ -18,6 +18,7 @@ def recipe(
     data: str,
     output: str,
     mask_token: str | None = None,
+    precision: str = "bf16_mixed",
 ) -> TriModeConfig:
     """AR pretraining on one trillion tokens, or joint training on 300 billion, at block size 32.
 
@@ -30,5 +31,6 @@ def recipe(
         data: Prefix of a data set made by 'nemodiff data prepare'.
         output: The run's folder.
         mask_token: Of the joint stage; None for the one that the checkpoint or else the tokenizer has.
+        precision: One of Megatron Bridge's, such as ``bf16_with_fp8_current_scaling_mixed``.
     """
-    return two_stage(SIZES, size, stage, start_from, tokenizer, data, output, mask_token)
+    return two_stage(SIZES, size, stage, start_from, tokenizer, data, output, mask_token, precision)

@@ -183,8 +183,9 @@ def exchange(size: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(context_parallel_size=size)
     group = parallel_state.get_context_parallel_group()
     config: Any = SimpleNamespace(
-        noisy_views=1, block_size=32, largest_block=32, clean_half="causal", query_scale_beta=0.0
-    )
+        noisy_views=1, block_size=32, largest_block=32, clean_half="causal", query_scale_beta=0.0,
+        attention_kernel="auto", attention_tile=0, attention_options={},
+    )  # fmt: skip
     attention = TriModeAttention(config, layer_number=1)
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))

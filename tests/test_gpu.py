@@ -86,6 +86,22 @@ def difference(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_attention_follows_the_rule(kind: str, dtype: torch.dtype) -> None:
     """Forward and the gradients of queries, keys and values."""
+    check_attention(kind, dtype)
+
+
+@pytest.mark.parametrize("kind", ["joint", "two views, block-causal", "documents"])
+def test_flash_attention_follows_the_rule(kind: str) -> None:
+    """Where it can be asked for."""
+    from nemodiff_train.attention.choice import choose, kernel_problems
+
+    model = SimpleNamespace(attention_kernel="flash", attention_tile=0, context_parallel_size=1)
+    if found := list(kernel_problems(model, 512, GPU)):
+        pytest.skip("; ".join(found))
+    check_attention(kind, torch.bfloat16, choose(DEVICE, False, "flash"))
+
+
+def check_attention(kind: str, dtype: torch.dtype, kernel: Any = None) -> None:
+    """Of two samples of 256 tokens."""
     from nemodiff_train.attention import kernels
     from nemodiff_train.objective.rule import may_attend
 
@@ -94,7 +110,7 @@ def test_attention_follows_the_rule(kind: str, dtype: torch.dtype) -> None:
     mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
     states = heads(rows, len(plan.queries.view), len(plan.keys.view), dtype)
     upstream = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
-    found = kernels.planned(*states, plan)
+    found = kernels.planned(*states, plan, None, kernel)
     gradients = torch.autograd.grad(found, states, upstream)
     expected = dense(*states, mask if mask.dim() == 2 else mask.view(-1, 1, *mask.shape[-2:]))
     assert difference(found, expected) < TOLERANCE[dtype]

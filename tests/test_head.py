@@ -64,3 +64,33 @@ def test_only_what_carries_loss_has_logits_and_once(
     losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), weights, 50, layer)
     losses.sum().backward()
     assert seen == [4, 4, 1]
+
+
+def test_a_frozen_output_layer_gets_no_gradient(group: torch.distributed.ProcessGroup) -> None:
+    """And the states' is the same as beside one that learns."""
+    from nemodiff_train.model.head import token_losses
+
+    torch.manual_seed(0)
+    states, table, weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.rand(3, 12)
+    labels, places, found = torch.randint(50, (3, 12)), torch.arange(36), []
+    for learns in (True, False):
+        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table.clone().requires_grad_(learns))
+        (token_losses(states, labels, places, weights, 50, layer) * weights).sum().backward()
+        assert (layer.weight.grad is not None) == learns
+        found.append(states.grad)
+        states.grad = None
+    assert torch.equal(found[0], found[1])
+
+
+def test_the_host_never_waits_for_the_device(group: torch.distributed.ProcessGroup) -> None:
+    """Forward and backward with tensors that have no values, of which none can be asked for."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from nemodiff_train.model.head import token_losses
+
+    with FakeTensorMode():
+        table, states = torch.zeros(50, 8, requires_grad=True), torch.zeros(12, 3, 8, requires_grad=True)
+        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
+        labels, places = torch.zeros(3, 12).long(), torch.zeros(20).long()
+        token_losses(states, labels, places, torch.zeros(3, 12), 50, layer).sum().backward()
+        assert states.grad is not None and table.grad is not None

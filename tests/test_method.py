@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemodiff_train.attention import kernels
+from nemodiff_train.attention.choice import Kernel
 from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import reduce, report, sums
@@ -132,7 +133,8 @@ def test_the_gpu_kernel_follows_the_rule(irregular: bool) -> None:
         plan = irregular_plan(1, structure, False, 32, Share())
         table = torch.stack([brute_force(128, *row) for row in rows])[:, None]
     q, k, v = (s.detach().float() for s in states(256, 256))
-    torch.testing.assert_close(kernels.planned_flex(q, k, v, plan), dense(q, k, v, table, None), rtol=1e-4, atol=1e-5)
+    found = kernels.planned_flex(q, k, v, plan, None, Kernel("flex"))
+    torch.testing.assert_close(found, dense(q, k, v, table, None), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("irregular", [False, True])

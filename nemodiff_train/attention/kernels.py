@@ -11,20 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemodiff_train.attention.choice import Kernel, choose
 from nemodiff_train.attention.plan import Plan
 
 
-def planned(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
-    """Attention of a training pass, with the best kernel for the device.
+def planned(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None, kernel: Kernel | None = None
+) -> Tensor:
+    """Attention of a training pass.
 
     Args:
         query: [batch, heads, queries of the plan, head_dim].
         key: [batch, kv_heads, keys of the plan, head_dim]; ``value`` likewise.
         plan: Who attends to whom.
         scale: Softmax scale; None for 1/sqrt(head_dim).
+        kernel: What :func:`~nemodiff_train.attention.choice.choose` returned; None for its choice without settings.
     """
-    kernel = planned_flex if query.is_cuda and not plan.causal else planned_sdpa
-    return kernel(query, key, value, plan, scale)
+    kernel = kernel or choose(query.device, plan.causal)
+    if kernel.name == "sdpa":
+        return planned_sdpa(query, key, value, plan, scale)
+    return planned_flex(query, key, value, plan, scale, kernel)
 
 
 def planned_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
@@ -83,10 +89,14 @@ def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(like.dtype)
 
 
-def planned_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
+def planned_flex(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None, kernel: Kernel
+) -> Tensor:
     """The rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
     attend = _compiled_flex() if query.is_cuda else _flex()
-    return attend(query, key, value, block_mask=plan.block_mask, scale=scale, enable_gqa=True)
+    options = dict(kernel.options) or None
+    mask = plan.block_mask(kernel.tile)
+    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 def _flex():  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nemodiff_train.attention import kernels
+from nemodiff_train.attention.choice import Kernel, choose
 from nemodiff_train.attention.context import gather_keys
 from nemodiff_train.attention.state import AttentionState
 
@@ -62,8 +63,13 @@ class TriModeAttention(MegatronModule):
             if self.state.share.size > 1:
                 key, value = gather_keys(key, value, plan, self.state.context_group)
             q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-            out = kernels.planned(q, k, v, plan, self.softmax_scale)
+            kernel = self._kernel(query.device, plan.causal)
+            out = kernels.planned(q, k, v, plan, self.softmax_scale, kernel)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _kernel(self, device: torch.device, causal: bool) -> Kernel:
+        config = self.config
+        return choose(device, causal, config.attention_kernel, config.attention_tile, config.attention_options)
 
     def _scaled_by_position(self, query: Tensor, structure: Tensor | None) -> Tensor:
         """Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from nemodiff_train.objective.rule import Places, may_attend, places
+from nemodiff_train.attention.tiles import Runs, block_mask
+from nemodiff_train.objective.rule import CLEAN, Places, may_attend
 
 # Queries that one SDPA call takes at a time: enough to keep the call busy, few enough that little of
 # its mask is empty.
@@ -45,6 +47,81 @@ class Share:
             return states
         segments = states.view(len(states), -1, length)
         return segments[:, :, self.places(length, states.device)].flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Which positions a rank has and in which order keys reach it: the same whatever a sample's blocks."""
+
+    queries: tuple[Tensor, Tensor]
+    """[queries] view and place of each."""
+    keys: tuple[Tensor, Tensor]
+    """[keys] likewise."""
+    sent: Tensor
+    """Own positions to send."""
+    received: Tensor
+    """Rows of what all ranks sent, reordered to ``[edges | clean in place order]``."""
+
+
+# Made once: counting and choosing positions makes the host wait for the device.
+@functools.lru_cache(maxsize=16)
+def _arrangement(views: int, length: int, share: Share, reach: int, device: torch.device) -> Arrangement:
+    mine = share.places(length, device)
+    view = torch.tensor([*range(views), CLEAN], device=device).repeat_interleave(len(mine))
+    place = mine.repeat(views + 1)
+    noisy = views * len(mine)
+    sent, received, (edge_view, edge_place) = _exchange(views, length, share, reach, device)
+    # Keys that this rank has already arrive again with the others', and are seen by nobody then.
+    edge_view = edge_view.where(~torch.isin(edge_place, mine), NOBODY)
+    clean = torch.arange(length, device=device)
+    key_view = torch.cat([view[:noisy], edge_view, torch.full_like(clean, CLEAN)])
+    key_place = torch.cat([place[:noisy], edge_place, clean])
+    return Arrangement((view, place), (key_view, key_place), sent, received)
+
+
+@functools.lru_cache(maxsize=16)
+def _runs(arrangement: Arrangement, tile: tuple[int, int]) -> tuple[Runs, Runs]:
+    """Queries and keys, cut for FlexAttention's tiles."""
+    return Runs.of(*arrangement.queries, tile[0]), Runs.of(*arrangement.keys, tile[1])
+
+
+def _exchange(
+    views: int, length: int, share: Share, reach: int, device: torch.device
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What context-parallel ranks send each other.
+
+    Returns:
+        Own positions to send; rows of what all ranks sent, reordered to ``[edges | clean in place order]``;
+        and the edges' views and places.
+    """
+    empty = torch.empty(0, dtype=torch.long, device=device)
+    if share.size == 1:
+        return empty, empty, (empty, empty)
+    n = length // share.size
+    near = _near_ends(share, length, reach, device)
+    view = torch.arange(views, device=device)
+    sent = torch.cat([views * n + torch.arange(n, device=device), (view[:, None] * n + near).flatten()])
+    edge_views, edge_places, edge_rows, clean_rows = [empty], [empty], [empty], empty.new_empty(length)
+    for rank in range(share.size):
+        other = Share(rank, share.size)
+        theirs = other.places(length, device)
+        first = rank * len(sent)
+        clean_rows[theirs] = first + torch.arange(n, device=device)
+        edge_rows.append(first + torch.arange(n, len(sent), device=device))
+        their_edges = theirs[_near_ends(other, length, reach, device)]
+        edge_views.append(view.repeat_interleave(len(their_edges)))
+        edge_places.append(their_edges.repeat(views))
+    return sent, torch.cat([*edge_rows, clean_rows]), (torch.cat(edge_views), torch.cat(edge_places))
+
+
+def _near_ends(share: Share, length: int, reach: int, device: torch.device) -> Tensor:
+    """Which of a rank's places are within reach of another chunk's."""
+    near, offset = [], 0
+    for start, end in share.runs(length):
+        place = torch.arange(end - start, device=device)
+        near.append(offset + place[(place < reach) | (place >= end - start - reach)])
+        offset += end - start
+    return torch.cat(near)
 
 
 @dataclass(frozen=True)
@@ -97,50 +174,16 @@ class Plan:
     ) -> None:
         self.views, self.block_causal, self.share, self.reach = views, block_causal, share, reach
         self.length, self.device = blocks.shape[-1], blocks.device
-        everything = places(views, blocks, documents)
-        mine = share.places(self.length, self.device)
-        self.own_places = len(mine)
-        own = torch.cat([segment * self.length + mine for segment in range(views + 1)])
-        noisy = own[: views * len(mine)]
-        clean = views * self.length + torch.arange(self.length, device=self.device)
-        self.sent, self.received, edges = self._exchange()
-        self.queries = everything.at(own)
-        self.keys = everything.at(torch.cat([noisy, edges, clean]))
-        self.keys.view[len(noisy) : len(noisy) + len(edges)][torch.isin(edges, noisy)] = NOBODY
-        self.first_clean = len(noisy) + len(edges)
+        self.arrangement = _arrangement(views, self.length, share, reach, blocks.device)
+        self.own_places = len(self.arrangement.queries[1]) // (views + 1)
+        self.sent, self.received = self.arrangement.sent, self.arrangement.received
+        self.queries, self.keys = (
+            Places(view, place, blocks[..., place], documents[..., place])
+            for view, place in (self.arrangement.queries, self.arrangement.keys)
+        )
+        self.first_clean = len(self.keys.view) - self.length
         self.group = group
-
-    def _exchange(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What context-parallel ranks send each other.
-
-        Returns:
-            Own positions to send; rows of what all ranks sent, reordered to ``[edges | clean in place order]``;
-            and the edges' positions in the whole sample.
-        """
-        n, empty = self.own_places, torch.empty(0, dtype=torch.long, device=self.device)
-        if self.share.size == 1:
-            return empty, empty, empty
-        near = self._near_ends(self.share)
-        offsets = torch.arange(self.views, device=self.device)[:, None]
-        sent = torch.cat([self.views * n + torch.arange(n, device=self.device), (offsets * n + near).flatten()])
-        edges, edge_rows, clean_rows = [empty], [empty], empty.new_empty(self.length)
-        for rank in range(self.share.size):
-            other = Share(rank, self.share.size)
-            theirs = other.places(self.length, self.device)
-            first = rank * len(sent)
-            clean_rows[theirs] = first + torch.arange(n, device=self.device)
-            edge_rows.append(first + torch.arange(n, len(sent), device=self.device))
-            edges.append((offsets * self.length + theirs[self._near_ends(other)]).flatten())
-        return sent, torch.cat([*edge_rows, clean_rows]), torch.cat(edges)
-
-    def _near_ends(self, share: Share) -> Tensor:
-        """Which of a rank's places are within reach of another chunk's."""
-        near, offset = [], 0
-        for start, end in share.runs(self.length):
-            place = torch.arange(end - start, device=self.device)
-            near.append(offset + place[(place < self.reach) | (place >= end - start - self.reach)])
-            offset += end - start
-        return torch.cat(near)
+        self._block_masks: dict[tuple[int, int], BlockMask] = {}
 
     @property
     def causal(self) -> bool:
@@ -174,8 +217,6 @@ class Plan:
         visible = last
         if segment < self.views:
             near = (self.keys.place >= first - self.reach) & (self.keys.place < last + self.reach)
-            while near.dim() > 1:
-                near = near[0]
             noisy = ((self.keys.view == segment) & near).nonzero()[:, 0]
         elif self.block_causal:
             visible = min(last + self.reach, self.length)
@@ -187,22 +228,16 @@ class Plan:
         added = torch.zeros(mask.shape, device=self.device).masked_fill(~mask, -torch.inf)
         return Group(queries, noisy, clean, added.view(-1, 1, *mask.shape[-2:]))
 
-    @functools.cached_property
-    def block_mask(self) -> Any:
-        """The same for FlexAttention."""
-        from torch.nn.attention.flex_attention import create_block_mask
+    def block_mask(self, tile: tuple[int, int]) -> BlockMask:
+        """The same for FlexAttention.
 
-        def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return may_attend(_pick(self.queries, batch, query), _pick(self.keys, batch, key), self.block_causal)
-
-        documents = self.keys.document
-        rows = None if documents.dim() == 1 else len(documents)
-        queries, keys = len(self.queries.view), len(self.keys.view)
-        return create_block_mask(rule, B=rows, H=None, Q_LEN=queries, KV_LEN=keys, device=str(self.device))
-
-
-def _pick(positions: Places, batch: Tensor, index: Tensor) -> Places:
-    return Places(*(each[index] if each.dim() == 1 else each[batch, index] for each in positions))
+        Args:
+            tile: Queries and keys of a tile.
+        """
+        if tile not in self._block_masks:
+            runs = _runs(self.arrangement, tile)
+            self._block_masks[tile] = block_mask(self.queries, self.keys, self.block_causal, *runs, tile)
+        return self._block_masks[tile]
 
 
 @functools.lru_cache(maxsize=16)

@@ -79,7 +79,7 @@ def draft_loss(batch: Sample, recipe: Any, figures: Report, **stage: Any) -> Ten
     total, gradients = torch.zeros((), device=states.device), []
     learns = torch.is_grad_enabled()
     parts = max(1, ROWS[states.device.type] // (size - 1))
-    pieces = (each.split(parts) for each in (drafts, verifiers, usable, uniform.to(states.device)))
+    pieces = (each.split(parts) for each in (drafts, verifiers, usable, uniform.to(states.device, non_blocking=True)))
     for draft, verifier, use, draw in zip(*pieces, strict=True):
         with torch.no_grad():
             q, p = head(draft), head(verifier)

@@ -98,7 +98,8 @@ class _CrossEntropy(torch.autograd.Function):
         rows = ROWS[states.device.type]
         losses = torch.empty(len(states), device=states.device)
         of_states = torch.empty_like(states)
-        of_table = torch.zeros_like(table, dtype=torch.float32) if weights is not None else None
+        learns = weights is not None and ctx.needs_input_grad[1]  # not where adapters alone are trained
+        of_table = torch.zeros_like(table, dtype=torch.float32) if learns else None
         scales = losses if weights is None else weights
         parts = (each.split(rows) for each in (states, targets, losses, scales, of_states))
         for part, target, loss, scale, of_part in zip(*parts, strict=True):
@@ -109,27 +110,30 @@ class _CrossEntropy(torch.autograd.Function):
             exponentials = logits.sub_(largest[:, None]).exp_()
             of_target, total = _over_ranks(torch.stack([of_target, exponentials.sum(-1)]), dist.ReduceOp.SUM, group)
             loss.copy_(total.log() - of_target)
-            if of_table is not None:  # of the logits: softmax - one-hot
+            if weights is not None:  # of the logits: softmax - one-hot
                 gradient = exponentials.mul_((scale / total)[:, None])
                 gradient.scatter_add_(-1, own[:, None], -(scale * held)[:, None])
                 gradient = gradient.to(table.dtype)
                 torch.mm(gradient, table, out=of_part)
+                if of_table is None:
+                    continue
                 if table.dtype == torch.float32:
                     of_table.addmm_(gradient.T, part)
                 else:
                     of_table += gradient.T @ part
-        if of_table is not None:
+        if weights is not None:
             ctx.save_for_backward(of_states, of_table, weights)
         ctx.dtype = table.dtype
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """What was found forward, times what the gradient is of the weights."""
         of_states, of_table, weights = ctx.saved_tensors
         factor = (gradient @ weights) / (weights @ weights).clamp(min=torch.finfo(weights.dtype).tiny)
         # In place: of a large vocabulary these are large.  A second backward pass would be refused.
-        return of_states.mul_(factor.to(of_states.dtype)), of_table.mul_(factor).to(ctx.dtype), None, None, None
+        scaled = None if of_table is None else of_table.mul_(factor).to(ctx.dtype)
+        return of_states.mul_(factor.to(of_states.dtype)), scaled, None, None, None
 
 
 def _logits(states: Tensor, table: Tensor) -> Tensor:

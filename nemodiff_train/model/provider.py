@@ -80,6 +80,13 @@ class TriModeModelProvider(GPTModelProvider):
     """Place i of a block predicts token i + 1."""
     recompute_elementwise: bool = True
     """Make the outputs of norms and of the gated activation again in the backward pass instead of keeping them."""
+    attention_kernel: str = "auto"
+    """``auto``, or ``flash`` for FlexAttention's FlashAttention 4 backend; see
+    :func:`~nemodiff_train.attention.choice.choose`. Of a run, as the next two are."""
+    attention_tile: int = 0
+    """Queries, and keys, of a tile of FlexAttention's block mask; 0 for the kernel's own."""
+    attention_options: dict[str, Any] = field(default_factory=dict)
+    """More ``kernel_options`` for FlexAttention, such as ``{"fwd_BLOCK_N": 64}``."""
     mask_token_id: int | None = None
     """Id of the mask token; None until a joint stage has been trained."""
     query_scale_beta: float = 0.0
@@ -173,10 +180,14 @@ LAYOUT = (
 
 
 def forget_layout(provider: TriModeModelProvider) -> None:
-    """Return to one process: a checkpoint holds the layout that trained it, and every run has its own."""
+    """Return to one process: a checkpoint holds the layout that trained it, and every run has its own.
+
+    So it is with kernels, which belong to a machine.
+    """
     for setting in fields(provider):
         if setting.name in LAYOUT:
             setattr(provider, setting.name, setting.default)
+    provider.attention_kernel, provider.attention_tile, provider.attention_options = "auto", 0, {}
 
 
 def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> None:

@@ -42,8 +42,8 @@ def stage_parameters(work: Workload, layout: Layout, last: bool) -> float:
 
 
 def trained_parameters(work: Workload, layout: Layout, last: bool) -> float:
-    """Those of them that have gradients and optimizer state: all, or a drafter's adapters, which come on top."""
-    if work.rank:
+    """Those of them that have gradients and optimizer state: all, or adapters, which come on top."""
+    if work.layer_adapters:
         return work.layers / layout.pipeline * work.layer_adapters / layout.tensor
     return stage_parameters(work, layout, last)
 
@@ -53,7 +53,7 @@ def _of_stage(work: Workload, layout: Layout, last: bool, rows: int) -> Memory:
     shards = layout.data * layout.context if work.sharded else 1
     in_flight = 1 if last else min(layout.pipeline, layout.micro_batches)
     return Memory(
-        weights=work.width * (stage_parameters(work, layout, last) + (trained if work.rank else 0)),
+        weights=work.width * (stage_parameters(work, layout, last) + (trained if work.layer_adapters else 0)),
         gradients=4 * trained,
         optimizer=(12 if work.mixed else 8) * trained / shards,
         activations=_activations(work, layout, in_flight),
@@ -81,7 +81,7 @@ def _saved_by_layer(work: Workload, layout: Layout) -> float:
     """
     own = work.positions / layout.context
     # Of a frozen matrix, autograd does not keep what it multiplies.
-    dropped = work.remade or work.rank
+    dropped = work.remade or work.layer_adapters
     shared = (2 if dropped else 4) * work.hidden / (layout.tensor if layout.sequence else 1)
     before_norms = work.queries + work.keys if work.head_norms else 0
     inner = (2 if dropped else 3) if work.gated else 2
@@ -94,7 +94,7 @@ def _logits(work: Workload, layout: Layout, rows: int) -> float:
     """The output layer and its loss where every noisy place is masked; see nemodiff_train/model/head.py."""
     states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.width
     if (
-        work.rank
+        work.layer_adapters
     ):  # logits of drafts and verifiers, their distributions and the drafts' gradient, of all tokens in fp32
         return states + 6 * 4 * rows * work.vocabulary
     chunk = rows * work.vocabulary / layout.tensor

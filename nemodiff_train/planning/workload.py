@@ -1,6 +1,7 @@
 """The work of a training step: parameters, positions, allowed pairs, and the operations that they take."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from nemodiff_train.training.config import TriModeConfig
 
@@ -35,8 +36,8 @@ class Workload:
     """Weights and activations in bf16; else in fp32."""
     sharded: bool
     """Whether data-parallel ranks share the optimizer's state."""
-    rank: int = 0
-    """Of a drafter's adapters, which alone are trained; 0 where all weights are."""
+    layer_adapters: int = 0
+    """Parameters of a layer's adapters, which alone are trained; 0 where all weights are."""
     remade: bool = True
     """Whether the outputs of norms and of the gated activation are made again instead of kept."""
 
@@ -62,11 +63,6 @@ class Workload:
         return 2 * self.hidden
 
     @property
-    def layer_adapters(self) -> int:
-        """Parameters of a layer's adapter: two matrices beside the attention's output."""
-        return self.rank * (self.queries + self.hidden)
-
-    @property
     def table(self) -> int:
         """Parameters of the embedding, and again of an output layer of its own."""
         return self.vocabulary * self.hidden
@@ -85,9 +81,14 @@ class Workload:
         return clean + self.views * noisy
 
     @property
+    def products(self) -> int:
+        """Operations a parameter and position, forward and backward: three products, without its gradient two."""
+        return 4 if self.layer_adapters else 6
+
+    @property
     def matrix_flops(self) -> int:
-        """Of all layers on one sample, forward and backward: 6 a parameter and position, 4 where it is frozen."""
-        own = (4 if self.rank else 6) * self.layer_matrices + 6 * self.layer_adapters
+        """Of all layers on one sample, forward and backward."""
+        own = self.products * self.layer_matrices + 6 * self.layer_adapters
         return self.layers * own * self.positions
 
     @property
@@ -99,11 +100,9 @@ class Workload:
     def head_flops(self) -> float:
         """Of the output layer, at the places that carry loss: all clean ones and the masked ones.
 
-        A drafter takes the logits of both halves forward, and those of the drafts backward.
+        As many for a drafter, which takes the logits of both halves forward, and those of the drafts backward.
         """
-        if self.rank:
-            return 2 * self.table * 3 * self.length
-        return 6 * self.table * self.length * (1 + MASKED_SHARE * self.views)
+        return self.products * self.table * self.length * (1 + MASKED_SHARE * self.views)
 
 
 def workload_of(config: TriModeConfig) -> Workload:
@@ -127,6 +126,21 @@ def workload_of(config: TriModeConfig) -> Workload:
         global_batch=config.train.global_batch_size,
         mixed=config.mixed_precision is not None,
         sharded=bool(config.optimizer.use_distributed_optimizer),
-        rank=config.peft.dim if config.drafter and config.peft else 0,
+        layer_adapters=_layer_adapters(model, config.peft, head),
         remade=model.recompute_elementwise,
     )
+
+
+def _layer_adapters(model: Any, peft: Any, head: int) -> int:
+    """Parameters of the two matrices beside each linear layer that is adapted."""
+    if peft is None:
+        return 0
+    queries, keys = head * model.num_attention_heads, head * (model.num_query_groups or model.num_attention_heads)
+    inner = (2 if model.gated_linear_unit else 1) * model.ffn_hidden_size
+    widths = {
+        "linear_qkv": model.hidden_size + queries + 2 * keys,
+        "linear_proj": queries + model.hidden_size,
+        "linear_fc1": model.hidden_size + inner,
+        "linear_fc2": model.ffn_hidden_size + model.hidden_size,
+    }
+    return int(peft.dim * sum(width for name, width in widths.items() if name in peft.target_modules))

@@ -9,14 +9,15 @@ from torch import Tensor
 from nemodiff_train.attention.plan import Share
 from nemodiff_train.objective.sample import Sample
 
-_WHOLE = ("structure", "index")  # every context-parallel rank needs all of these
+_WHOLE = ("structure",)  # every context-parallel rank needs all of it
+_HOST = ("index",)  # seeds generators
 
 
 def to_device(samples: Sample, share: Share) -> Sample:
     """Move a micro-batch to the device and take this context-parallel rank's places.
 
     ``places`` is added: [n] indices of what carries loss in the flattened ``loss_mask``.  Found before the move, they
-    cost the device no wait for the host.
+    cost the device no wait for the host.  ``index`` stays where it is, for the same reason.
 
     Args:
         samples: What the loader collated from :class:`~nemodiff_train.objective.sample.SampleMaker`'s fields.
@@ -25,6 +26,8 @@ def to_device(samples: Sample, share: Share) -> Sample:
     length = samples["maskable"].shape[1]
 
     def mine(name: str, values: Tensor) -> Tensor:
+        if name in _HOST:
+            return values
         values = values.cuda(non_blocking=True)
         return values if name in _WHOLE else share.take(values, length)
 

@@ -4,11 +4,15 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from nemodiff_train.attention.choice import kernel_problems
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.checks import drafter_problems
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.host import prepare
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.folders import (
     is_drafter,
@@ -36,6 +40,9 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     """What keeps a configuration from running on so many processes, a line each."""
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
+    cuda, positions = prepare().cuda, config.dataset.seq_length * (config.objective.noisy_views + 1)
+    yield from kernel_problems(config.model, positions, cuda)
+    yield from _precision_problems(config, cuda)
     yield from _overlap_problems(config)
     yield from _setting_problems(config)
     yield from config.resilience.problems()
@@ -78,6 +85,27 @@ def _overlap_problems(config: TriModeConfig) -> Iterator[str]:
         yield f"{name}.tp_comm_overlap=true needs tensor and sequence parallelism; leave it out"
     if config.evaluation.interval:
         yield f"{name}.tp_comm_overlap=true excludes decoding in the loop; set evaluation.interval=0"
+
+
+def _precision_problems(config: TriModeConfig, cuda: bool) -> Iterator[str]:
+    """What keeps the matrix products from being done in the format that was asked for."""
+    from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, get_mixed_precision_config
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    kind, known = config.mixed_precision, [name for name in MIXED_PRECISION_RECIPES if "-" not in name]
+    if isinstance(kind, str) and kind.replace("-", "_") not in known:
+        yield f"precision '{kind}' is unknown; use one of {', '.join(known)}.{nearest(kind, known)}"
+    elif kind is not None:
+        chosen = get_mixed_precision_config(kind)
+        if not (chosen.fp8 or chosen.fp4):
+            return
+        least = (10, 0) if chosen.fp4 or chosen.fp8_recipe == "mxfp8" else (8, 9)
+        fits = cuda and torch.cuda.get_device_capability() >= least
+        if not (HAVE_TE and fits):
+            yield (
+                f"{'fp4' if chosen.fp4 else 'fp8'} needs Transformer Engine and a GPU of compute capability "
+                f"{least[0]}.{least[1]} or more; use bf16_mixed"
+            )
 
 
 def _check_start(config: TriModeConfig) -> None:

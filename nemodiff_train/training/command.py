@@ -131,6 +131,7 @@ def _protect(config: "TriModeConfig") -> None:
     # GradientGuard looks at every gradient; these would end one rank with a traceback, and leave the others waiting.
     config.rerun_state_machine.check_for_nan_in_loss = False
     config.ddp.check_for_nan_in_grad = False
+    config.train.check_optimizer_step_success = False  # nor need ranks be asked whether all have updated
     logging.getLogger("megatron.bridge.training.pretrain").addFilter(_is_a_surprise)
 
 

@@ -27,13 +27,14 @@ class LossTally:
         if self.totals is None:
             self.totals = torch.zeros(2, LEVELS + OCTAVES, device=losses.device)
         noisy = batch["level"].shape[1]
-        masked = batch["loss_mask"][:, :noisy] > 0
-        loss = losses[:, :noisy][masked].float()
-        level = (batch["level"][masked] * LEVELS).long().clamp(max=LEVELS - 1)
-        octave = torch.log2(batch["slot"][masked].float() + 1).ceil().long().clamp(max=OCTAVES - 1)
+        # All places, each with its part in the sums: to pick the masked ones, the host would wait for the device.
+        masked = (batch["loss_mask"][:, :noisy] > 0).float().flatten()
+        loss = losses[:, :noisy].float().flatten() * masked
+        level = (batch["level"].flatten() * LEVELS).long().clamp(max=LEVELS - 1)
+        octave = torch.log2(batch["slot"].flatten().float() + 1).ceil().long().clamp(max=OCTAVES - 1)
         for bucket in (level, LEVELS + octave):
             self.totals[0].index_add_(0, bucket, loss)
-            self.totals[1].index_add_(0, bucket, torch.ones_like(loss))
+            self.totals[1].index_add_(0, bucket, masked)
 
     def take(self, group: dist.ProcessGroup) -> dict[str, float]:
         """Means over the ranks of ``group`` since the last call, by name; buckets without a place are left out."""

@@ -48,6 +48,7 @@ def two_stage(
     data: str,
     output: str,
     mask_token: str | None,
+    precision: str,
 ) -> TriModeConfig:
     """The configuration of one stage, for 8 to 256 GPUs of 80 GB.
 
@@ -85,7 +86,7 @@ def two_stage(
         tokenizer=tokenizer_of(tokenizer),
         validation=no_validation(),
         rng=RNGConfig(seed=1),
-        mixed_precision="bf16_mixed",
+        mixed_precision=precision,
     )
     config.checkpoint.most_recent_k = 3  # a stage makes hundreds, each with the optimizer state
     in_background(config.checkpoint)

@@ -94,7 +94,7 @@ def _part_of_loss(views: int, part: str, half: int, batch: Sample, losses: Tenso
     """The sum of one loss over half of the samples, with the whole batch's tokens to divide by."""
     # Pairs of samples stay together, since antithetic levels make their gradients depend on each other.
     chosen = (batch["index"] // 2 % 2 == half).float()[:, None]
-    found = sums(losses.float(), {**batch, "loss_mask": batch["loss_mask"] * chosen}, views)
+    found = sums(losses.float(), {**batch, "loss_mask": batch["loss_mask"] * chosen.to(losses.device)}, views)
     return getattr(found, part), found.tokens.to(torch.int32), {}
 
 

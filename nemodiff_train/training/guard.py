@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import CheckpointLoadContext, DefaultCheckpointManager
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from torch import Tensor
 
 from nemodiff_train.console import console, is_main_process
 from nemodiff_train.conversion.output import everywhere
@@ -64,8 +65,7 @@ class GradientGuard(Callback):
         if self.plain_prepare():
             return True  # fp16's loss scale deals with it
         optimizer: Any = self.context.optimizer
-        norm = float(optimizer.get_grad_norm())
-        fault = self._agreed_fault(norm)
+        norm, fault = self._agreed(optimizer.get_grad_norm())
         if fault is None:
             self.in_a_row = 0
             self._history().append(norm)
@@ -73,22 +73,24 @@ class GradientGuard(Callback):
         self._react(fault, norm)
         return True
 
-    def _agreed_fault(self, norm: float) -> str | None:
-        """What any rank has found."""
-        finite = math.isfinite(norm)
-        found = torch.tensor(
-            [not finite, finite and self._is_spike(norm)], dtype=torch.int32, device=self.mine.device
-        )
-        found[0] |= self.mine[0]
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        broken, spiked = found.tolist()
-        return NON_FINITE if broken else SPIKE if spiked else None
+    def _agreed(self, norm: Tensor | float) -> tuple[float, str | None]:
+        """This rank's norm as a number, and what any rank has found.
 
-    def _is_spike(self, norm: float) -> bool:
+        The host waits for the device here, and nowhere else in a step but to log.
+        """
+        own = torch.as_tensor(norm, dtype=torch.float32, device=self.mine.device).reshape(1)
+        finite = own.isfinite()
+        found = torch.cat([~finite | (self.mine > 0), finite & (own > self._limit())]).float()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        broken, spiked, value = torch.cat([found, own]).tolist()
+        return value, NON_FINITE if broken else SPIKE if spiked else None
+
+    def _limit(self) -> float:
+        """The norm above which a step counts as a spike."""
         settings, history = self.settings, self._history()
         if not settings.spike_factor or len(history) < settings.spike_window // 2:
-            return False
-        return norm > settings.spike_factor * statistics.median(history)
+            return math.inf
+        return settings.spike_factor * statistics.median(history)
 
     def _history(self) -> deque[float]:
         """Norms of the last updates, of those before a resume too: the decision must not depend on it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
 from rich.table import Table
 
@@ -71,7 +72,7 @@ def _size_up(config: TriModeConfig, world_size: int, gpu_memory: float, page: Ta
     needed = max(stage.bytes(mixed, replicas) for stage in stages) / GB
     largest = max(stages, key=lambda stage: stage.parameters)
     page.add_row("parameters of a GPU", f"{largest.parameters:,} on the largest of {len(stages)} stages")
-    if config.drafter:
+    if config.peft:
         page.add_row("of them trained", f"{max(stage.trained for stage in stages):,} in adapters, the rest is frozen")
     page.add_row("memory of a GPU", f"{needed:.1f} GB of {gpu_memory:g} GB, before activations")
     if needed > gpu_memory:
@@ -79,9 +80,8 @@ def _size_up(config: TriModeConfig, world_size: int, gpu_memory: float, page: Ta
             f"weights, gradients and optimizer state take {needed:.1f} GB of a GPU, which has {gpu_memory:g} GB; "
             "raise model.tensor_model_parallel_size or model.pipeline_model_parallel_size, or use more GPUs"
         )
-    whole = (
-        sum(stage.trained for stage in stages) * model.tensor_model_parallel_size
-    )  # a few replicated rows too many
+    # A few replicated rows too many.
+    whole = sum(stage.trained for stage in stages) * model.tensor_model_parallel_size
     each = whole * (_OPTIMIZER[mixed] + (2 if mixed else 4)) / GB
     count = _checkpoints_at_once(config)
     folder = Path(config.checkpoint.save).absolute()
@@ -108,7 +108,7 @@ class _Stage:
 
     parameters: int
     trained: int
-    """Those with gradients and optimizer state: of a drafter, its adapters alone."""
+    """Those with gradients and optimizer state: with adapters, those alone."""
 
     def bytes(self, mixed: bool, replicas: int) -> float:
         """Weights, gradients and optimizer state."""
@@ -128,7 +128,7 @@ def _stage(config: TriModeConfig, world_size: int, rank: int) -> _Stage:
         config.model.use_cpu_initialization = False
         config.model.perform_initialization = False
         chunks = config.model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
-        if config.drafter and config.peft:
+        if config.peft:
             with torch.device("meta"):
                 config.peft(chunks)
         found = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -150,6 +150,7 @@ def _as_rank(config: TriModeConfig, world_size: int, rank: int) -> Iterator[None
             context_parallel_size=config.model.context_parallel_size,
             create_gloo_process_groups=False,
         )
+        model_parallel_cuda_manual_seed(1)  # adapters are made under Megatron's random state, even without values
         yield
     finally:
         parallel_state.destroy_model_parallel()

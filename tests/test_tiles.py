@@ -1,0 +1,124 @@
+"""FlexAttention's block mask, made from the structure of a plan, against the one that PyTorch makes pair by pair."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+from nemodiff_train.attention import kernels
+from nemodiff_train.attention.choice import Kernel, choose
+from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.conversation import ConversationMaker
+from nemodiff_train.objective.rule import may_attend
+from nemodiff_train.objective.sample import SampleMaker
+
+CPU = torch.device("cpu")
+
+
+def text(draw: torch.Generator, length: int, block: int) -> Tensor:
+    """[3, length] of a sample whose documents end anywhere."""
+    maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, document_end=0)
+    tokens = torch.randint(0, 40, (length + 1,), generator=draw)
+    plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
+    return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["structure"]
+
+
+def conversations(draw: torch.Generator, length: int, block: int) -> Tensor:
+    """[3, length] of a pack of conversations, whose answers are padded to whole blocks."""
+    maker = ConversationMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, length=length)
+    turns = 2 * int(torch.randint(1, 5, (), generator=draw))
+    lengths = torch.randint(1, max(2, length // 5), (turns,), generator=draw)
+    opens = torch.rand(turns, generator=draw) < 0.4
+    opens[0] = False
+    pack = {
+        "tokens": torch.randint(0, 40, (max(length, int(lengths.sum())),), generator=draw),
+        "lengths": lengths,
+        "answers": torch.arange(turns) % 2 == 1,
+        "conversations": opens.cumsum(0),
+    }
+    return maker.clean(pack, block).structure
+
+
+@st.composite
+def plans(draw: Any) -> Plan:
+    """A plan of any kind."""
+    size = draw(st.sampled_from([1, 1, 2, 4]))
+    share = Share(draw(st.integers(0, size - 1)), size)
+    length = 2 * size * draw(st.integers(1, 240 // (2 * size)))
+    block, views = draw(st.sampled_from([1, 4, 8, 12, 32])), draw(st.integers(0, 2))
+    block_causal = draw(st.booleans())
+    kind = draw(st.sampled_from(["regular", "text", "conversations"]))
+    if kind == "regular":
+        return regular_plan(views, length, block, block_causal, share, CPU)
+    make, seed = {"text": text, "conversations": conversations}[kind], draw(st.integers(0, 2**32))
+    generator = torch.Generator().manual_seed(seed)
+    structure = torch.stack([make(generator, length, block) for _ in range(draw(st.integers(1, 2)))])
+    return irregular_plan(views, structure, block_causal, block, share)
+
+
+TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(plans(), st.sampled_from(TILES))
+def test_tiles_are_those_of_the_pairs(plan: Plan, tile: tuple[int, int]) -> None:
+    """None with an allowed pair is missing, full ones are the same, and hardly any is there in vain."""
+    ours = plan.block_mask(tile)
+    allowed = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+    queries, keys = allowed.shape[-2:]
+    rows = 1 if allowed.dim() == 2 else len(allowed)
+    assert torch.equal(
+        create_mask(ours.mask_mod, rows, 1, queries, keys, "cpu")[:, 0], allowed.view(rows, queries, keys)
+    )
+    theirs = create_block_mask(ours.mask_mod, rows, None, queries, keys, "cpu", BLOCK_SIZE=tile)
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in ("full_kv_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(chosen(ours.full_kv_num_blocks, ours.full_kv_indices),
+                       chosen(theirs.full_kv_num_blocks, theirs.full_kv_indices))  # fmt: skip
+    computed, needed = ours.to_dense().bool(), theirs.to_dense().bool()
+    assert not (needed & ~computed).any()
+    in_vain = int((computed & ~needed).sum())
+    documents = plan.keys.document
+    assert in_vain == 0 or documents.dim() > 1
+    assert in_vain <= computed.shape[0] * computed.shape[-2]  # a tile for each row of tiles at most
+    backward = chosen(ours.q_num_blocks, ours.q_indices) | chosen(ours.full_q_num_blocks, ours.full_q_indices)
+    assert torch.equal(backward.mT, computed)
+
+
+def chosen(counts: Tensor | None, indices: Tensor | None) -> Tensor:
+    """The table of tiles that a list of them stands for."""
+    assert counts is not None and indices is not None
+    first = torch.arange(indices.shape[-1]) < counts[..., None]
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter_(-1, indices.long(), first)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("text", Share()), ("conversations", Share()), ("text", Share(1, 2))])
+def test_flex_attention_is_sdpa(kind: str, share: Share) -> None:
+    """Over two views of samples that differ, which end within a tile."""
+    make, generator = {"text": text, "conversations": conversations}[kind], torch.Generator().manual_seed(3)
+    structure = torch.stack([make(generator, 200, 16) for _ in range(2)])
+    plan = irregular_plan(2, structure, False, 16, share)
+    shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
+    states = [torch.randn(shape, generator=generator) for shape in shapes]
+    found = kernels.planned_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
+    torch.testing.assert_close(found, kernels.planned_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings overrule the rule, but for what has kernels of its own."""
+    gpu, capability = torch.device("cuda"), {"of": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["of"])
+    assert choose(CPU, False, "flash", 64).name == choose(gpu, True, "flash", 64).name == "sdpa"
+    assert choose(gpu, False) == Kernel("flex", (128, 128), {})
+    assert choose(gpu, False, tile=256, options={"num_warps": 8}) == Kernel("flex", (256, 256), {"num_warps": 8})
+    assert choose(gpu, False, "flash") == Kernel("flex", (128, 128), {"BACKEND": "FLASH"})
+    capability["of"] = (10, 0)
+    assert choose(gpu, False) == Kernel("flex", (128, 128), {})
+    assert choose(gpu, False, "flash") == Kernel("flex", (256, 128), {"BACKEND": "FLASH"})
+    assert choose(gpu, False, "flash", options={"BACKEND": "AUTO"}).options == {"BACKEND": "AUTO"}

@@ -1,0 +1,69 @@
+"""Between the loader and the gradient the host never waits for the device: it asks no tensor there for a value.
+
+Shown with tensors that have none.  The output layer's is in tests/test_head.py.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from nemodiff_train.attention import kernels
+from nemodiff_train.attention.plan import Share, irregular_plan
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.loss import gradient_of, reduce, report, sums
+from nemodiff_train.training.diagnostics import LossTally
+
+LENGTH, ROWS = 96, 2
+
+
+@pytest.fixture
+def fake() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def batch() -> dict[str, Tensor]:
+    """The shapes of a micro-batch of one noisy view."""
+    halves = {"loss_mask": 2 * LENGTH, "maskable": LENGTH, "level": LENGTH, "slot": LENGTH}
+    return {name: torch.zeros(ROWS, places) for name, places in halves.items()}
+
+
+def test_asking_is_noticed(fake: FakeTensorMode) -> None:
+    with fake:
+        values = torch.zeros(4)
+        with pytest.raises(DataDependentOutputException):
+            values.sum().item()
+        with pytest.raises(DynamicOutputShapeException):
+            values[values > 0]
+
+
+@pytest.mark.parametrize("share", [Share(), Share(0, 2)])
+def test_plans_of_samples_that_differ(fake: FakeTensorMode, share: Share) -> None:
+    """With their block mask, after the first of a shape."""
+    structure = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
+    irregular_plan(1, structure, False, 16, share).block_mask((32, 32))
+    with fake:
+        found = irregular_plan(1, torch.empty_like(structure), False, 16, share).block_mask((32, 32))
+        assert found.kv_indices.shape[0] == ROWS and found.q_indices is not None
+
+
+def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
+    with fake:
+        samples, losses = batch(), torch.zeros(ROWS, 2 * LENGTH)
+        objective = ObjectiveConfig()
+        found = sums(losses, samples, 1)
+        report(found, *reduce(found, objective, 0.3), 1)
+        gradient_of(lambda some: reduce(sums(some, samples, 1), objective, 0.3)[0], losses)
+        tally = LossTally()
+        tally.add(samples, losses)
+        tally.add(samples, losses)
+
+
+def test_attention_over_a_plan(fake: FakeTensorMode) -> None:
+    structure = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
+    plan = irregular_plan(1, structure, False, 16, Share())
+    assert plan.groups
+    with fake:
+        states = [torch.zeros(ROWS, heads, 2 * LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
+        kernels.planned(*states, plan).sum().backward()
+        assert states[0].grad is not None
