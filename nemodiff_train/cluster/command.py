@@ -1,6 +1,7 @@
 """``nemodiff launch --slurm RECIPE``: a recipe as a SLURM job."""
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -30,6 +31,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         sys.stdout.write(text)
         return
+    if not os.access(".", os.W_OK, effective_ids=True):
+        raise UserError(
+            f"'{Path.cwd()}' cannot be written to, and SLURM puts the job's log there; submit from a folder that all "
+            "nodes share"
+        )
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here; run on a login node, or see the script with --dry-run")
     done = subprocess.run(["sbatch"], input=text, text=True, capture_output=True)
