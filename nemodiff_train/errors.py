@@ -1,8 +1,10 @@
 """The one exception a user is meant to see."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -35,6 +37,13 @@ class RunStopped(Exception):
     def __init__(self, line: str, *, alone: bool = False) -> None:
         super().__init__(line)
         self.alone = alone
+
+
+def line_in(error: BaseException, place: Path) -> int | None:
+    """The line of a file, or of a file of a folder, that an error was raised in; None if it came from elsewhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames and Path(frames[-1].filename).absolute().is_relative_to(place.absolute())
+    return frames[-1].lineno if own else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

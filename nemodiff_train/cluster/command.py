@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError
+from nemodiff_train.training.pages import check_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,9 @@ def script(arguments: argparse.Namespace) -> str:
         raise UserError(f"--time {arguments.time} is no SLURM time; write hours:minutes:seconds or days-hours")
     if not re.fullmatch(r"[\w.-]+", arguments.name):
         raise UserError(f"--name {arguments.name}: use letters, digits, '.', '_' and '-'")
+    if arguments.after is not None and arguments.after < 1:
+        raise UserError(f"--after {arguments.after}: use the number of a job")
+    check_recipe(arguments.recipe)
     for word in arguments.settings:
         if "=" not in word:
             raise UserError(f"'{word}' is not of the form key=value")

@@ -6,8 +6,11 @@ from pathlib import Path
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.decoding.decode import MODES
 from nemodiff_train.drafter.checks import drafter_problems
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.evaluation.files import check_can_be_made
+from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.folders import (
     is_drafter,
@@ -19,6 +22,7 @@ from nemodiff_train.model.folders import (
 )
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
+from nemodiff_train.training.ranges import range_problems
 
 
 def check(config: TriModeConfig, world_size: int) -> None:
@@ -33,6 +37,9 @@ def check(config: TriModeConfig, world_size: int) -> None:
 
 def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     """What keeps a configuration from running on so many processes, a line each."""
+    if found := range_problems(config):
+        yield from found  # what follows divides by some of them
+        return
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
     yield from _overlap_problems(config)
@@ -43,7 +50,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     elif config.peft is not None and not is_megatron_checkpoint(Path(config.checkpoint.pretrained_checkpoint or "")):
         yield "adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'"
     yield from config.dataset.problems(config.objective)
-    for look in (_check_start, _check_data):
+    for look in (_check_output, _check_start, _check_data, _check_evaluation):
         try:
             look(config)
         except UserError as error:
@@ -67,6 +74,22 @@ def _overlap_problems(config: TriModeConfig) -> Iterator[str]:
         yield f"{name}.tp_comm_overlap=true needs tensor and sequence parallelism; leave it out"
     if config.evaluation.interval:
         yield f"{name}.tp_comm_overlap=true excludes decoding in the loop; set evaluation.interval=0"
+
+
+def _check_output(config: TriModeConfig) -> None:
+    check_can_be_made(Path(str(config.checkpoint.save)))
+    if config.checkpoint.ckpt_format != "torch_dist":
+        raise UserError(f"checkpoint.ckpt_format is '{config.checkpoint.ckpt_format}'; use 'torch_dist'")
+
+
+def _check_evaluation(config: TriModeConfig) -> None:
+    chosen = config.evaluation
+    if chosen.interval:
+        if unknown := [mode for mode in chosen.modes if mode not in MODES]:
+            raise UserError(
+                f"evaluation.modes has '{unknown[0]}'; known: {', '.join(MODES)}.{nearest(unknown[0], MODES)}"
+            )
+        load_task(chosen.task, scorer=chosen.scorer, count=chosen.count)
 
 
 def _check_start(config: TriModeConfig) -> None:
