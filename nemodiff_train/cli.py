@@ -1,8 +1,11 @@
 """The ``nemodiff`` command: one verb a module, each imported only when it is called."""
 
 import argparse
+import errno
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -24,6 +27,28 @@ VERBS = {
     "data": ("nemodiff_train.data.command", "turn text into Megatron's .bin/.idx"),
     "demo": ("nemodiff_train.demo.command", "the whole job on a small model, offline"),
 }
+
+
+_HEAD_START = 5.0
+"""Seconds that the first rank has to say what is wrong: a launcher ends all ranks as soon as one has ended."""
+
+
+def _refuse(error: UserError) -> int:
+    """Say what is wrong; ranks that nobody ends meanwhile met it alone, and say it too."""
+    if not is_main_process():
+        time.sleep(_HEAD_START)
+    print(f"nemodiff: error: {error}", file=sys.stderr)
+    return 2
+
+
+_UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
+"""What is wrong with a path as such, wherever it is met."""
+
+
+def _unusable(error: OSError) -> str:
+    name = os.fsdecode(error.filename)
+    shown = name if len(name) <= 200 else f"{name[:100]}..."
+    return f"'{shown}' cannot be used: {str(error.strerror).lower()}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,9 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = parse(sys.argv[1:] if argv is None else argv)
         return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
     except UserError as error:
-        if is_main_process():
-            print(f"nemodiff: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except OSError as error:
+        if error.errno not in _UNUSABLE or error.filename is None:
+            raise
+        return _refuse(UserError(_unusable(error)))
     except RunStopped as stop:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -41,6 +43,13 @@ class RunStopped(Exception):
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether nothing more can be written: the disk is full, or the user's share of it."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def line_in(error: BaseException, place: Path) -> int | None:
+    """The line of a file, or of a file of a folder, that an error was raised in; None if it came from elsewhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames and Path(frames[-1].filename).absolute().is_relative_to(place.absolute())
+    return frames[-1].lineno if own else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hypothesis import strategies as st
 
@@ -34,6 +35,8 @@ class World:
     """A folder with good inputs, which the targets damage."""
 
     folder: Path
+    renderer: Any = None
+    """A chat template whose process, which takes seconds to start, renders all of them."""
 
     def __post_init__(self) -> None:
         from nemodiff_train.host import prepare
@@ -69,6 +72,8 @@ class Target:
 
     inputs: Callable[[World], st.SearchStrategy[Any]]
     read: Callable[[World, Any], None]
+    ready: Callable[[World], None] = lambda world: None
+    """What comes before an input and does not count."""
 
 
 def attempt(target: Target, world: World, drawn: Any) -> bool:
@@ -80,6 +85,7 @@ def attempt(target: Target, world: World, drawn: Any) -> bool:
     Raises:
         Exception: A finding.
     """
+    target.ready(world)
     with _limits():
         try:
             target.read(world, drawn)
@@ -275,15 +281,27 @@ def _templates(world: World) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(_TEMPLATE) | st.text(max_size=10), max_size=5).map("".join)
 
 
-def _read_template(world: World, template: str) -> None:
+RENDERING = 2.0
+"""Seconds for a template, in place of ten: one in four takes all it is given."""
+
+
+def _start_renderer(world: World) -> None:
     from nemodiff_train.data.template import ChatTemplate
 
+    if world.renderer is None:
+        world.tokenizer.chat_template = "{{ messages }}"
+        world.renderer = ChatTemplate(world.tokenizer)
+    if world.renderer._process is None:
+        world.renderer._start()
+
+
+def _read_template(world: World, template: str) -> None:
+    from nemodiff_train.data import template as templates
+
     world.tokenizer.chat_template = template
-    chat = ChatTemplate(world.tokenizer)
-    try:
-        assert isinstance(chat([{"role": "user", "content": "hello"}]), str)
-    finally:
-        chat.close()
+    world.renderer._given = templates.ChatTemplate(world.tokenizer)._given
+    with patch.object(templates, "SECONDS", RENDERING):
+        assert isinstance(world.renderer([{"role": "user", "content": "hello"}]), str)
 
 
 TARGETS = {
@@ -291,5 +309,5 @@ TARGETS = {
     "jsonl": Target(_lines, _read_lines),
     "idx": Target(_indexes, _read_index),
     "safetensors": Target(_weights, _read_weights),
-    "chat": Target(_templates, _read_template),
+    "chat": Target(_templates, _read_template, _start_renderer),
 }

@@ -61,6 +61,21 @@ def test_command_parses(words: list[str]) -> None:
     assert parse(words).verb == words[0]
 
 
+def batch_lines() -> list[tuple[str, list[str]]]:
+    """Script and words of every job that docs/cluster.md names, in its table, its chain and its text."""
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"slurm/(train|task)\.sbatch ([^`\n]+)", text)
+    return [(script, shlex.split(re.sub(r"(: any recipe.*|\.\.\.)", "", words))) for script, words in found]
+
+
+@pytest.mark.parametrize(("script", "words"), batch_lines(), ids=str)
+def test_batch_line_parses(script: str, words: list[str]) -> None:
+    if script == "train":
+        assert parse(["train", *words]).settings
+    else:
+        assert parse(words).verb == words[0]
+
+
 def test_every_verb_is_shown() -> None:
     assert {words[0] for words in commands()} >= set(VERBS)
 

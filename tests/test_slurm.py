@@ -20,6 +20,7 @@ from tests.prepared import TEXTS, digests, run, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40
+TIMES = ("tokens/s", "seconds")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no SLURM here: {', '.join(missing())} missing")
@@ -62,14 +63,30 @@ class Site:
         assert found is not None
         return int(found[1])
 
-    def wait(self, happened: Callable[[], bool], *logs: str, seconds: int = 900) -> None:
-        """Until something is so; fails with the logs of the jobs."""
+    def wait(self, happened: Callable[[], bool], *names: str, job: int | str = "", seconds: int = 900) -> None:
+        """Until something is so; fails with the logs.
+
+        Args:
+            happened: What is waited for.
+            names: Of the jobs whose logs are shown.
+            job: Fail as soon as this one has ended and it still is not so.
+            seconds: Fail after so many.
+        """
         deadline = time.monotonic() + seconds
         while not happened():
-            assert time.monotonic() < deadline, [
-                path.read_text()[-4000:] for log in logs for path in self.folder.glob(f"{log}*.log")
-            ]
+            over = bool(job) and self.state(job) in ENDED and not happened()
+            assert time.monotonic() < deadline and not over, self.logs(*names)
             time.sleep(0.2)
+
+    def finish(self, job: int | str, name: str, state: str = "COMPLETED") -> None:
+        """Wait for the end of a job, which must be this one."""
+        self.wait(lambda: self.state(job) in ENDED, name)
+        assert self.state(job) == state, self.logs(name)
+
+    def logs(self, *names: str) -> str:
+        """The ends of the jobs' logs."""
+        found = [path for name in names for path in sorted(self.folder.glob(f"{name}*.log"))]
+        return "\n".join(f"{path.name}:\n{path.read_text()[-4000:]}" for path in found)
 
     def lines(self, output: str) -> list[dict[str, float]]:
         """What a run has told so far, repeated steps included."""
@@ -79,7 +96,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("work")
+    folder = tmp_path_factory.mktemp("it's a place")  # what a shell would take apart
     small.qwen3(folder / "model")
     small.data(folder / "data")
     (folder / "recipe.py").write_text(
@@ -89,38 +106,40 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "    config.checkpoint.save_interval = 5\n"
         "    return config\n"
     )
+    (folder / "slurm").symlink_to(ROOT / "slurm")
     with cluster() as environment:
         yield Site(folder, environment)
 
 
-TOLD = ("loss", "ar loss", "diffusion loss", "masked share", "gradient norm")
-
-
-def losses(lines: list[dict[str, float]]) -> dict[int, list[float]]:
-    """Of every step, as the last start told them."""
-    return {int(line["step"]): [line[name] for name in TOLD] for line in lines}
+def figures(lines: list[dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Of every step, as the last start told them, without those of the clock."""
+    return {int(line["step"]): {name: line[name] for name in line if name not in TIMES} for line in lines}
 
 
 def test_preempted_training_ends_as_if_it_had_not_been(site: Site) -> None:
+    def trained() -> int:
+        return max(figures(site.lines("preempted")), default=0)
+
     job = site.launch("preempted")
-    site.wait(lambda: len(losses(site.lines("preempted"))) >= 3, "preempted")
+    site.wait(lambda: trained() >= 3, "preempted", job=job)
     site("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 sends before the time limit
-    site.wait(lambda: site.restarts(job) == 1 or site.state(job) in ENDED, "preempted")
-    stopped = max(losses(site.lines("preempted")))
+    site.wait(lambda: site.restarts(job) == 1, "preempted", job=job)
+    stopped = trained()
     assert stopped < STEPS, "the run was over before it was preempted"
 
-    site.wait(lambda: max(losses(site.lines("preempted"))) >= stopped + 8, "preempted")
+    site.wait(lambda: trained() >= stopped + 8, "preempted", job=job)
     site("scontrol", "requeue", job)  # what preemption does
     site.wait(lambda: site.state(job) == "PENDING", "preempted")
-    assert max(losses(site.lines("preempted"))) < STEPS, "the run was over before it was put back into the queue"
-    site.wait(lambda: site.state(job) in ENDED, "preempted")
-    assert (site.state(job), site.restarts(job) >= 2) == ("COMPLETED", True)
+    assert trained() < STEPS, "the run was over before it was put back into the queue"
+    site.finish(job, "preempted")
+    assert site.restarts(job) >= 2
 
     whole = site.launch("whole")
-    site.wait(lambda: site.state(whole) in ENDED, "whole")
-    assert (site.state(whole), site.restarts(whole)) == ("COMPLETED", 0)
-    found, expected = (losses(site.lines(name)) for name in ("preempted", "whole"))
+    site.finish(whole, "whole")
+    assert site.restarts(whole) == 0
+    found, expected = (figures(site.lines(name)) for name in ("preempted", "whole"))
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
+    assert {"loss", "ar loss", "diffusion loss", "masked share", "gradient norm"} <= set(expected[STEPS])
     assert found == expected
 
 
@@ -130,8 +149,7 @@ def test_array_is_merged(site: Site) -> None:
     for number, start in enumerate(range(0, len(TEXTS), 100)):
         write_jsonl(folder / f"{number}.jsonl", [{"text": text} for text in TEXTS[start : start + 100]])
     job = site(ROOT / "slurm" / "data.sh", "corpus", "model", "prepared", "--time=10")
-    site.wait(lambda: site.state(job) in ENDED, "nemodiff")
-    assert site.state(job) == "COMPLETED"
+    site.finish(job, "nemodiff")
     assert run(folder, str(site.folder / "model"), site.folder / "once") == 0
     found, expected = (digests(site.folder / name) for name in ("prepared", "once"))
     assert {**found, ".json": ""} == {**expected, ".json": ""}  # the manifests name other inputs
@@ -144,8 +162,49 @@ def test_chain_stops_where_a_job_fails(site: Site) -> None:
     inspected = {"first": "prepared", "bad": "nothing", "never": "prepared"}
     lines = [f"--job-name={name} slurm/task.sbatch data inspect {data}" for name, data in inspected.items()]
     (site.folder / "chain").write_text("# a chain\n\n" + "\n".join(lines))
-    (site.folder / "slurm").symlink_to(ROOT / "slurm")
     jobs = [line.split()[0] for line in site(ROOT / "slurm" / "chain.sh", "chain").splitlines()]
     site.wait(lambda: all(site.state(job) in ENDED for job in jobs), "first", "bad")
     assert [site.state(job) for job in jobs] == ["COMPLETED", "FAILED", "CANCELLED"]
     assert "no such manifest" in (site.folder / f"bad-{jobs[1]}.log").read_text()
+
+
+SMALLER = {
+    "models/ministral-8b": "model",
+    "data/corpus": "data",
+    "--nodes=4 --time=1-00": "--nodes=1 --time=10",
+    "--gpus=1 ": "",
+    "ministral3 size=8b stage=joint": "joint.py",
+    "train.sbatch drafter": "train.sbatch drafter.py",
+    "--task gsm8k": "--task task.jsonl --max-new-tokens 8",
+}
+"""What the documentation's chain has, and what a small machine is given in its place."""
+PAGES = {
+    "joint": "config = small.recipe(start_from, data, output)",
+    "drafter": "config = small.drafter(start_from, data, output)",
+}
+
+
+def test_chain_of_the_documentation(site: Site) -> None:
+    """Conversion, training, evaluation, drafter and export, as docs/cluster.md puts them one behind the other."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    chain = text[text.index("# from a published model") :].partition("```")[0]
+    for large, little in SMALLER.items():
+        assert large in chain, f"docs/cluster.md has no '{large}' any more"
+        chain = chain.replace(large, little)
+    (site.folder / "whole-chain").write_text(chain)
+    (site.folder / "task.jsonl").write_text('{"prompt": "the quick", "answer": "1"}\n' * 2)
+    for name, line in PAGES.items():
+        (site.folder / f"{name}.py").write_text(
+            "from tests import small\n\n\n"
+            "def recipe(start_from, data, output, tokenizer=''):\n"
+            f"    {line}\n"
+            "    config.train.train_iters = 2\n"
+            "    return config\n"
+        )
+    jobs = [line.split()[0] for line in site(ROOT / "slurm" / "chain.sh", "whole-chain").splitlines()]
+    assert len(jobs) == 5
+    for job in jobs:
+        site.finish(job, f"nemodiff*-{job}")
+    assert (site.folder / "runs" / "joint" / "gsm8k" / "report.html").is_file()
+    assert any((site.folder / "runs" / "drafter" / "checkpoints").glob("iter_*"))
+    assert (site.folder / "models" / "tri-mode" / "config.json").is_file()

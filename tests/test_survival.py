@@ -17,7 +17,7 @@ from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
 from nemodiff_train.model.folders import iterations, newest_iteration
-from tests import faults, small
+from tests import faults, matrix, small
 from tests.zygote import Gang, Zygote
 
 STEPS = 6
@@ -380,6 +380,62 @@ def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
 def test_no_drift_where_nothing_drifts(bench: Bench, layout: str) -> None:
     name = f"steady {layout.partition('_')[0]}"
     assert bench.train(name, layout, "resilience.drift_interval=1")[0] == [0, 0]
+
+
+SHARDED = (*matrix.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
+JOURNEYS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
+    "tensor, pipeline, alone": [(2, (*matrix.TP2,)), (2, (*matrix.PP2,)), (1, ())],
+    "alone, context, data": [(1, ()), (2, (*matrix.CP2,)), (2, ())],
+    "sharded: tensor, data, pipeline": [(2, (*matrix.TP2, *SHARDED)), (2, SHARDED), (2, (*matrix.PP2, *SHARDED))],
+    "sharded: data, tensor + sequence x pipeline, alone": [
+        (2, SHARDED),
+        (4, (*matrix.SP2, *matrix.PP2, *SHARDED)),
+        (1, SHARDED),
+    ],
+}
+"""Processes and settings of the three starts of a run, two steps each."""
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Bench) -> list[dict[str, Any]]:
+    """The steps of an uninterrupted run of one process."""
+    assert bench.train("alone", world=1)[0] == [0]
+    return bench.steps("alone")
+
+
+@pytest.mark.parametrize("journey", JOURNEYS)
+def test_a_run_goes_on_under_other_layouts(bench: Bench, alone: list[dict[str, Any]], journey: str) -> None:
+    name = journey.replace(":", "")
+    for world, settings in JOURNEYS[journey]:
+        codes, said = bench.train(name, "train.exit_interval=2", *settings, world=world)
+        assert codes == [0] * world, said
+    found = bench.steps(name)
+    assert len(found) == len(alone) == STEPS
+    for mine, expected in zip(found, alone, strict=True):
+        assert mine == pytest.approx(expected, rel=matrix.TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "needles"),
+    [
+        ((*matrix.TP2, *matrix.SHARDED), (*matrix.PP2, *matrix.SHARDED), ["tensor_model", "fully_reshardable=true"]),
+        (SHARDED, (), ["optimizer.use_distributed_optimizer=true"]),
+        ((), SHARDED, ["optimizer.use_distributed_optimizer=false"]),
+    ],
+    ids=["saved for its own layout", "sharded, then plain", "plain, then sharded"],
+)
+def test_what_cannot_go_on_is_refused(
+    bench: Bench, before: tuple[str, ...], after: tuple[str, ...], needles: list[str]
+) -> None:
+    name = f"refused {needles[0]}"
+    assert bench.train(name, "train.exit_interval=2", *before)[0] == [0, 0]
+    codes, said = bench.train(name, *after)
+    assert codes == [2, -signal.SIGTERM], said  # the first rank speaks, and the launcher ends the other
+    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: error: ")]
+    assert "iter_0000002" in line and all(needle in line for needle in needles)
+    assert "Traceback" not in said
+    assert len(bench.steps(name)) == 2  # nothing is written, and the first way still goes on
+    assert bench.train(name, *before)[0] == [0, 0]
 
 
 def test_starts_without_progress_end(bench: Bench) -> None:

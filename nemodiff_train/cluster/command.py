@@ -1,6 +1,7 @@
 """``nemodiff launch --slurm RECIPE``: a recipe as a SLURM job."""
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError
+from nemodiff_train.training.pages import check_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         sys.stdout.write(text)
         return
+    if not os.access(".", os.W_OK, effective_ids=True):
+        raise UserError(
+            f"'{Path.cwd()}' cannot be written to, and SLURM puts the job's log there; submit from a folder that all "
+            "nodes share"
+        )
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here; run on a login node, or see the script with --dry-run")
     done = subprocess.run(["sbatch"], input=text, text=True, capture_output=True)
@@ -50,6 +57,9 @@ def script(arguments: argparse.Namespace) -> str:
         raise UserError(f"--time {arguments.time} is no SLURM time; write hours:minutes:seconds or days-hours")
     if not re.fullmatch(r"[\w.-]+", arguments.name):
         raise UserError(f"--name {arguments.name}: use letters, digits, '.', '_' and '-'")
+    if arguments.after is not None and arguments.after < 1:
+        raise UserError(f"--after {arguments.after}: use the number of a job")
+    check_recipe(arguments.recipe)
     for word in arguments.settings:
         if "=" not in word:
             raise UserError(f"'{word}' is not of the form key=value")

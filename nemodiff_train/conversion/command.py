@@ -129,6 +129,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if not arguments.tolerance >= 0:
+        raise UserError(f"--tolerance is {arguments.tolerance}; use 0 or more")
     from nemodiff_train.host import prepare
 
     prepare()

@@ -70,6 +70,8 @@ def choose(
     tokenizer = load_tokenizer(source)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if add_mask_token is not None:
+        if not add_mask_token.strip():
+            raise UserError("--add-mask-token is empty; give the new token a name, such as '<mask>'")
         if add_mask_token in vocabulary:
             raise UserError(
                 f"--add-mask-token '{add_mask_token}' is token {vocabulary[add_mask_token]} already; use --mask-token"

@@ -11,20 +11,18 @@ import torch.distributed as dist
 
 from nemodiff_train.console import is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.files import check_can_be_made
 
 
 def check_free(output: Path) -> None:
-    """Refuse an output that exists, or that no folder can be made for.
+    """Refuse an output that exists, or that no folder can be made for; makes nothing.
 
     Raises:
         UserError: Names the output.
     """
     if output.exists():
         raise UserError(f"'{output}' exists already; name a folder that does not, or remove it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make '{output}': {error.strerror}") from None
+    check_can_be_made(output.parent)
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from running for ever or filling the memory; a process of its own, with limits, 
 import json
 import resource
 import select
+import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ CHARACTERS = 1 << 24
 """Of one rendered conversation."""
 
 _START_SECONDS = 300.0  # a busy machine imports slowly
+_ORPHAN_SECONDS = 5.0  # beyond the limit: only a process whose parent is gone lives to see them
 
 
 class ChatTemplate:
@@ -47,7 +50,7 @@ class ChatTemplate:
             raise self._refusal(str(error).partition("\n")[0]) from None
         named = tokenizer.special_tokens_map.items()
         tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
-        self._begin = {"template": template, "tokens": tokens}
+        self._given = {"template": template, "tokens": tokens}
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -62,7 +65,8 @@ class ChatTemplate:
         """
         if self._process is None:
             self._start()
-        answer = self._ask({"messages": list(messages), "prompt": add_generation_prompt}, SECONDS)
+        asked = {"messages": list(messages), "prompt": add_generation_prompt, "seconds": SECONDS}
+        answer = self._ask({**self._given, **asked}, SECONDS)
         if "text" not in answer:
             raise self._refusal(answer["problem"])
         return answer["text"]
@@ -70,8 +74,7 @@ class ChatTemplate:
     def close(self) -> None:
         """End the process; the next call starts another."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            self._finish()
             self._process = None
 
     def _start(self) -> None:
@@ -83,7 +86,9 @@ class ChatTemplate:
             text=True,
             encoding="utf-8",
         )
-        self._ask(self._begin, _START_SECONDS)
+        # Python keeps a process that nobody has waited for, and its pipes, whatever becomes of this object.
+        self._finish = weakref.finalize(self, _end, self._process)
+        self._ask({}, _START_SECONDS)
 
     def _ask(self, question: dict[str, Any], seconds: float) -> dict[str, str]:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
@@ -106,32 +111,40 @@ class ChatTemplate:
         return UserError(f"the chat template in '{self._where}' cannot be used: {problem}")
 
 
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.communicate()
+
+
 def _serve() -> None:
-    """Answer each line on standard input, the first of which holds the template."""
+    """Answer each line on standard input; the first is empty, and its answer says that the limits are set."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    begin = json.loads(sys.stdin.readline())
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    answer = {"text": ""}
-    while True:
+    while line := sys.stdin.readline():
+        asked = json.loads(line)
+        answer = _render(render_jinja_template, asked) if asked else {"text": ""}
         print(json.dumps(answer), flush=True)
-        question = sys.stdin.readline()
-        if not question:
-            return
-        answer = _render(render_jinja_template, begin["template"], begin["tokens"], json.loads(question))
 
 
-def _render(render: Any, template: str, tokens: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
+def _render(render: Any, asked: dict[str, Any]) -> dict[str, str]:
+    # The alarm is not caught, and so ends the process: nobody else would if the parent was killed meanwhile.
+    signal.setitimer(signal.ITIMER_REAL, asked["seconds"] + _ORPHAN_SECONDS)
     try:
         texts, _ = render(
-            [asked["messages"]], chat_template=template, add_generation_prompt=asked["prompt"], **tokens
+            [asked["messages"]],
+            chat_template=asked["template"],
+            add_generation_prompt=asked["prompt"],
+            **asked["tokens"],
         )
     except MemoryError:
         return {"problem": "it took too much memory"}
     except Exception as error:  # whatever a program can do wrong
         return {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     if len(texts[0]) > CHARACTERS:
         return {"problem": f"its text has {len(texts[0]):,} characters"}
     return {"text": texts[0]}

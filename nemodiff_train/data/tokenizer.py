@@ -25,8 +25,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     try:
         # Left unset, a terminal would be asked whether to run the tokenizer's own code.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # damaged files make Transformers stumble in any way
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: cannot load a tokenizer from it: {reason}") from error
 
 

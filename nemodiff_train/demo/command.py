@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from nemodiff_train.console import console
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.files import check_can_be_made
 
 if TYPE_CHECKING:
     from nemodiff_train.evaluation.evaluation import Evaluation
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the whole job, one announced step after another."""
     output = Path(arguments.output)
+    check_can_be_made(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"'{output}' is not empty; name a new folder, or remove it")
     if arguments.start_from and not Path(arguments.start_from).is_dir():
@@ -48,9 +50,21 @@ def run(arguments: argparse.Namespace) -> None:
 
     started = time.monotonic()
     prepare()
+    if arguments.start_from:
+        _check_mask_token(arguments.start_from, arguments.mask_token)
     output.mkdir(parents=True, exist_ok=True)
     Demo(output, arguments.start_from, arguments.mask_token, arguments.count).run()
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def _check_mask_token(model: str, token: str) -> None:
+    """Minutes before the joint stage would."""
+    from nemodiff_train.data.tokenizer import load_tokenizer
+
+    if token not in load_tokenizer(model).get_vocab():
+        raise UserError(
+            f"--mask-token '{token}' is not in the tokenizer of '{model}'; name one of its reserved tokens"
+        )
 
 
 class Demo:

@@ -21,6 +21,22 @@ def usable_directory(directory: Path) -> Path:
     return directory
 
 
+def check_can_be_made(directory: Path) -> None:
+    """Refuse a folder that exists as something else, or below which nothing can be written; makes nothing.
+
+    Raises:
+        UserError: Names it.
+    """
+    there = directory
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"cannot make the folder '{directory}': '{there}' is a file")
+    # What the kernel shows as files lets root write anywhere, and makes nothing.
+    if not os.access(there, os.W_OK | os.X_OK) or there.is_relative_to("/proc") or there.is_relative_to("/sys"):
+        raise UserError(f"cannot make the folder '{directory}': '{there}' cannot be written to")
+
+
 def write_atomic(path: Path, text: str) -> Path:
     """Write ``text`` as UTF-8 to ``path`` by way of a temporary file in the same directory.
 

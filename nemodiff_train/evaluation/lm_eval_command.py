@@ -3,8 +3,9 @@
 import argparse
 import importlib.util
 import sys
+from pathlib import Path
 
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, line_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.host import prepare
 
     prepare()
+    import lm_eval
     from lm_eval.__main__ import cli_evaluate
 
     import nemodiff_train.evaluation.lm_eval  # noqa: F401  (registers the model)
@@ -26,4 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     words = [word for word in arguments.arguments if word != "--"]
     chosen = [] if "--model" in words or not any(word.startswith("-") for word in words) else ["--model", "nemodiff"]
     sys.argv = ["lm_eval", *words, *chosen]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if line_in(error, Path(lm_eval.__file__).parent) is None:
+            raise
+        raise UserError(f"lm-eval: {error}") from None  # what the harness says of its own arguments

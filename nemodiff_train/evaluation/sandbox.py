@@ -1,8 +1,9 @@
 """Running a model's code to see whether it passes its tests.
 
 A subprocess with limits on time, memory and output, an empty environment, a folder of its own that is
-removed, and an audit hook that refuses sockets, further processes, and writing elsewhere.  That keeps mistakes
-in; it is no wall against code that means harm: run such evaluations in a container.
+removed, and an audit hook that refuses sockets, further processes, and writing elsewhere.  It ends with the
+evaluation, however that ends.  That keeps mistakes in; it is no wall against code that means harm: run such
+evaluations in a container.
 """
 
 import os
@@ -17,7 +18,10 @@ SECONDS = 10
 MEMORY = 2**30
 
 _GUARD = """
-import os, resource, sys
+import ctypes, os, resource, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() != {parent}:
+    sys.exit(1)
 resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
 resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -54,7 +58,8 @@ def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="nemodiff-code-"))
     try:
         (folder / "program.py").write_text(program)
-        (folder / "guard.py").write_text(_GUARD.format(memory=memory, seconds=seconds, reached=REACHED_END))
+        limits = {"memory": memory, "seconds": seconds, "reached": REACHED_END, "parent": os.getpid()}
+        (folder / "guard.py").write_text(_GUARD.format(**limits))
         return _exit_status(folder, seconds) == REACHED_END
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -55,7 +55,12 @@ def model_like(config: PretrainedConfig) -> TriModeModelProvider:
 
 
 def _provider(config: PretrainedConfig) -> TriModeModelProvider:
-    return tri_mode(auto_bridge(config).to_megatron_provider(load_weights=False), config.to_dict())
+    bridge = auto_bridge(config)
+    try:
+        provider = bridge.to_megatron_provider(load_weights=False)
+    except ValueError as error:  # such as an activation that Megatron lacks
+        raise UserError(f"config.json of {architecture(config.to_dict())}: {' '.join(str(error).split())}") from None
+    return tri_mode(provider, config.to_dict())
 
 
 def auto_bridge(config: PretrainedConfig) -> Any:
@@ -119,7 +124,7 @@ def config_from(settings: dict[str, Any]) -> PretrainedConfig:
         raise _unsupported(architecture(settings))
     try:
         return CONFIG_MAPPING[kind].from_dict(settings)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:  # a dtype is looked up in torch
         raise UserError(f"config.json of {architecture(settings)}: {' '.join(str(error).split())}") from None
 
 

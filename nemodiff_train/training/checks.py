@@ -10,9 +10,12 @@ from nemodiff_train.attention.choice import kernel_problems
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.manifest import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.decoding.decode import MODES
 from nemodiff_train.drafter.checks import drafter_problems
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.host import prepare
+from nemodiff_train.evaluation.files import check_can_be_made
+from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.folders import (
     is_drafter,
@@ -24,6 +27,7 @@ from nemodiff_train.model.folders import (
 )
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
+from nemodiff_train.training.ranges import range_problems
 
 
 def check(config: TriModeConfig, world_size: int) -> None:
@@ -38,6 +42,9 @@ def check(config: TriModeConfig, world_size: int) -> None:
 
 def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     """What keeps a configuration from running on so many processes, a line each."""
+    if found := range_problems(config):
+        yield from found  # what follows divides by some of them
+        return
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
     cuda, positions = prepare().cuda, config.dataset.seq_length * (config.objective.noisy_views + 1)
@@ -52,7 +59,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     elif config.peft is not None and not is_megatron_checkpoint(Path(config.checkpoint.pretrained_checkpoint or "")):
         yield "adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'"
     yield from config.dataset.problems(config.objective)
-    for look in (_check_start, _check_data):
+    for look in (_check_output, _check_start, _check_data, _check_evaluation):
         try:
             look(config)
         except UserError as error:
@@ -106,6 +113,22 @@ def _precision_problems(config: TriModeConfig, cuda: bool) -> Iterator[str]:
                 f"{'fp4' if chosen.fp4 else 'fp8'} needs Transformer Engine and a GPU of compute capability "
                 f"{least[0]}.{least[1]} or more; use bf16_mixed"
             )
+
+
+def _check_output(config: TriModeConfig) -> None:
+    check_can_be_made(Path(str(config.checkpoint.save)))
+    if config.checkpoint.ckpt_format != "torch_dist":
+        raise UserError(f"checkpoint.ckpt_format is '{config.checkpoint.ckpt_format}'; use 'torch_dist'")
+
+
+def _check_evaluation(config: TriModeConfig) -> None:
+    chosen = config.evaluation
+    if chosen.interval:
+        if unknown := [mode for mode in chosen.modes if mode not in MODES]:
+            raise UserError(
+                f"evaluation.modes has '{unknown[0]}'; known: {', '.join(MODES)}.{nearest(unknown[0], MODES)}"
+            )
+        load_task(chosen.task, scorer=chosen.scorer, count=chosen.count)
 
 
 def _check_start(config: TriModeConfig) -> None:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; resumes by itself when the output folder has a checkpoint."""
     if not arguments.dry_run and arguments.gpus is not None:
         raise UserError("--gpus goes with --dry-run; a run has the processes that torchrun starts")
-    if (arguments.gpus is not None and arguments.gpus < 1) or arguments.gpu_memory <= 0:
+    if (arguments.gpus is not None and arguments.gpus < 1) or not arguments.gpu_memory > 0:
         raise UserError("--gpus and --gpu-memory take a number above 0")
     from nemodiff_train.host import prepare
 

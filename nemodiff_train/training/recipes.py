@@ -2,14 +2,15 @@
 
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nemodiff_train.credentials import check_no_secrets
-from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.errors import UserError, line_in, nearest
 from nemodiff_train.training.config import TriModeConfig
+from nemodiff_train.training.pages import check_recipe, recipe_names
 from nemodiff_train.training.types import check_setting
 
 
@@ -32,36 +33,52 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     pairs = [_split(word) for word in words]
     check_no_secrets(dict(pairs))
     arguments = _arguments(name, module.recipe, {key: value for key, value in pairs if "." not in key})
-    config: TriModeConfig = module.recipe(**arguments)
+    config = _called(name, lambda: module.recipe(**arguments))
+    if not isinstance(config, TriModeConfig):
+        raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
     return override(config, {key: value for key, value in pairs if "." in key})
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    import recipes
-
-    return sorted(path.stem for path in Path(recipes.__path__[0]).glob("*.py") if path.stem != "__init__")
 
 
 def _import(name: str) -> ModuleType:
     if name in recipe_names():
         return importlib.import_module(f"recipes.{name}")
     path = Path(name)
-    if path.suffix != ".py":
-        raise UserError(f"no recipe '{name}'; known: {', '.join(recipe_names())}.{nearest(name, recipe_names())}")
+    check_recipe(name)
     if not path.is_file():
         raise UserError(f"no recipe file '{name}'")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = spec.loader
+    _called(name, lambda: loader.exec_module(module))
     return module
+
+
+def _called[Result](name: str, call: Callable[[], Result]) -> Result:
+    """What a part of a recipe returns; a mistake that the recipe itself makes is told in one line.
+
+    Raises:
+        UserError: Names the line of the recipe.
+    """
+    try:
+        return call()
+    except SyntaxError as error:
+        raise UserError(f"recipe '{name}', line {error.lineno or 1}: {error.msg}") from None
+    except ImportError as error:
+        raise UserError(f"recipe '{name}' cannot import what it names: {error}") from None
+    except Exception as error:
+        line = line_in(error, Path(name))
+        if line is None or isinstance(error, UserError):
+            raise  # a program's own mistake is shown with its traceback
+        raise UserError(f"recipe '{name}', line {line}: {type(error).__name__}: {error}") from None
 
 
 def _split(word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals:
         raise UserError(f"'{word}' is not of the form key=value")
+    if not value and "." not in key:
+        raise UserError(f"'{word}' gives nothing; name what {key or 'it'} is, or leave it out")
     return key, value
 
 

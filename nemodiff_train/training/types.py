@@ -3,12 +3,12 @@
 import functools
 import math
 from dataclasses import is_dataclass
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, nearest
 
 _ANY = ConfigDict(arbitrary_types_allowed=True)
 
@@ -30,6 +30,7 @@ def check_setting(config: Any, key: str) -> None:
     if not is_dataclass(owner) or not hasattr(owner, name):
         return
     kind: type = type(owner)
+    _check_choice(key, getattr(owner, name), _hint(kind, name))
     value, adapter = getattr(owner, name), _adapter(kind, name)
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"{key}={value} is no number")
@@ -48,12 +49,29 @@ def check_setting(config: Any, key: str) -> None:
         raise UserError(f"{key}={value} is written as a fraction; write {fitting}")
 
 
+def _check_choice(key: str, value: Any, hint: Any) -> None:
+    """Refuse what is none of a ``Literal``'s choices, or of those of its fields that may be unset."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+    choices = [choice for kind in kinds for choice in get_args(kind)]
+    if choices and value is not None and value not in choices:
+        known = "', '".join(map(str, choices))
+        raise UserError(f"{key} is '{value}'; use '{known}'.{nearest(str(value), map(str, choices))}")
+
+
+def _hint(owner: type, name: str) -> Any:
+    """The declared type of a field; None where only Megatron can tell."""
+    try:
+        return get_type_hints(owner).get(name)
+    except (NameError, TypeError):
+        return None
+
+
 def _adapter(owner: type, name: str) -> TypeAdapter[Any] | None:
     """A check of the field's type; none where it is no plain type, or where its choices have a better message."""
+    hint = _hint(owner, name)
+    if hint is None or get_origin(hint) is Literal:
+        return None
     try:
-        hint = get_type_hints(owner).get(name)
-        if hint is None or get_origin(hint) is Literal:
-            return None
         adapter: TypeAdapter[Any] = TypeAdapter(hint, config=_ANY if not is_dataclass(hint) else None)
         return adapter if adapter.pydantic_complete else None
     except (NameError, TypeError, PydanticUserError):  # of Megatron's own

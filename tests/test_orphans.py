@@ -1,0 +1,121 @@
+"""What a command has started ends with it, even where it is killed and can end nothing itself."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import small
+from tests.prepared import write_jsonl
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 60
+"""Until what is left has ended: the limit of a conversation and five seconds, on a busy machine."""
+
+ENDLESS = (
+    "{% if messages[0].content == 'endless' %}"
+    + "{% for i in range(99999) %}" * 3
+    + "{% endfor %}" * 3
+    + "{% endif %}{{ messages[0].content }}"
+)
+RENDERING = """
+import sys
+from nemodiff_train.data.template import ChatTemplate
+from nemodiff_train.data.tokenizer import load_tokenizer
+chat = ChatTemplate(load_tokenizer(sys.argv[1]))
+chat([{"role": "user", "content": "hello"}])
+open("begun", "w").close()
+chat([{"role": "user", "content": "endless"}])
+"""
+WAITING = "import time\nopen('begun', 'w').close()\ntime.sleep(3600)\n"
+RUNNING = f"""
+import tempfile
+from nemodiff_train.evaluation.sandbox import passes
+tempfile.tempdir = "."
+passes({WAITING!r}, seconds=3600)
+"""
+PREPARING = """
+import sys
+from nemodiff_train.cli import main
+main(["data", "prepare", "chat.jsonl", "--chat", "--tokenizer", sys.argv[1], "--output", "out", "--workers", "2"])
+"""
+
+
+def below(pid: int) -> set[int]:
+    """The processes that a process has started, and those that they have."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has ended meanwhile
+    found: set[int] = set()
+    ahead = {pid}
+    while ahead:
+        ahead = {child for child, parent in parents.items() if parent in ahead} - found
+        found |= ahead
+    return found
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def words(pid: int) -> list[str]:
+    """The command line of a process."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
+def wait(happened: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.1)
+    return happened()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("orphans") / "model"
+    small.tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(ENDLESS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("program", "processes"),
+    [(RENDERING, 1), (RUNNING, 1), (PREPARING, 4)],  # what forks workers, a worker, and its chat template
+    ids=["chat template", "a model's program", "preparation of conversations"],
+)
+def test_nothing_is_left_of_a_killed_command(program: str, processes: int, model: Path, tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "endless"}, {"role": "assistant", "content": "a"}]
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": said}] * 200)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = subprocess.Popen([sys.executable, "-c", program, str(model)], cwd=tmp_path, env=environment)
+    started: set[int] = set()
+
+    def at_work() -> bool:
+        started.update(below(command.pid))
+        alive = [pid for pid in started if lives(pid)]
+        if program is PREPARING:
+            return len(alive) >= processes and any("nemodiff_train.data.template" in words(pid) for pid in alive)
+        return len(alive) >= processes and any(tmp_path.rglob("begun"))
+
+    try:
+        assert wait(at_work, 300) and command.poll() is None
+        time.sleep(1)  # into the endless part
+        started |= below(command.pid)
+    finally:
+        command.kill()
+        command.wait()
+    assert wait(lambda: not any(map(lives, started)), SECONDS), [words(pid) for pid in started if lives(pid)]
