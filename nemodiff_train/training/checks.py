@@ -13,9 +13,9 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import MODES
 from nemodiff_train.drafter.checks import drafter_problems
 from nemodiff_train.errors import UserError, nearest
-from nemodiff_train.host import prepare
 from nemodiff_train.evaluation.files import check_can_be_made
 from nemodiff_train.evaluation.tasks import load_task
+from nemodiff_train.host import prepare
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.folders import (
     is_drafter,
