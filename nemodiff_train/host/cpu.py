@@ -165,9 +165,9 @@ _PLAIN: dict[str, Callable[..., Any]] = {}
 
 def save_worker(*arguments: Any) -> None:
     """Megatron's process for asynchronous saves; a new one has no stand-ins yet."""
-    from nemodiff_train.host.prepare import prepare
+    from nemodiff_train.host.prepare import prepare_unseen
 
-    prepare()
+    prepare_unseen()
     _PLAIN["async_loop"](*arguments)
 
 

@@ -53,6 +53,15 @@ def prepare() -> Host:
 
     Call before importing ``megatron``.  Inert where CUDA works and every package is installed.
     """
+    host = prepare_unseen()
+    if is_main_process():
+        console.print(f"[dim]{host}[/dim]")
+    return host
+
+
+@functools.cache
+def prepare_unseen() -> Host:
+    """:func:`prepare` for a process that a prepared one has started, without the line."""
     _quiet_third_parties()
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -70,7 +79,4 @@ def prepare() -> Host:
             # OpenMP threads wait for each other in a busy loop: one that has to share its core makes
             # small models many times slower.  Processes are the way to use more cores.
             torch.set_num_threads(1)
-    host = Host(cuda=cuda, missing_packages=missing)
-    if is_main_process():
-        console.print(f"[dim]{host}[/dim]")
-    return host
+    return Host(cuda=cuda, missing_packages=missing)
