@@ -107,7 +107,8 @@ def _flex():  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _compiled_flex():  # type: ignore[no-untyped-def]
-    return torch.compile(_flex(), dynamic=False)
+    # As one graph: else, after a few recompilations, PyTorch would go on without a sparse kernel and not say so.
+    return torch.compile(_flex(), dynamic=False, fullgraph=True)
 
 
 def cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from nemodiff_train.objective.rule import CLEAN, Places, may_attend
 
-_LARGE = torch.iinfo(torch.int32).max
+_ENDS = ("amin", "amax")
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,18 @@ class Runs:
         filled = (torch.arange(len(of_tile), device=view.device) + 1) * tile <= len(view)
         return cls(opens.cumsum(0) - 1, view[first], tiles, of_tile, filled)
 
-    def ends(self, values: Tensor, counts: Tensor | None = None) -> "Ends":
+    def ends(self, values: Tensor) -> "Ends":
         """The smallest and largest value of each run.
 
         Args:
             values: [positions] or [rows, positions].
-            counts: The same shape or [positions]: which positions to look at; None for all.
         """
         values = values.view(-1, len(self.run))
-        low, high = values, values
-        if counts is not None:
-            low, high = values.where(counts, _LARGE), values.where(counts, -_LARGE)
-        run, shape = self.run.expand_as(low), (len(low), len(self.view))
-        return Ends(
-            low.new_full(shape, _LARGE).scatter_reduce_(1, run, low, "amin"),
-            high.new_full(shape, -_LARGE).scatter_reduce_(1, run, high, "amax"),
+        run, shape = self.run.expand_as(values), (len(values), len(self.view))
+        low, high = (
+            values.new_zeros(shape).scatter_reduce_(1, run, values, how, include_self=False) for how in _ENDS
         )
+        return Ends(low, high)
 
 
 class Ends(NamedTuple):
@@ -89,7 +85,7 @@ class Ends(NamedTuple):
         return self.high[:, :, None] > other.low[:, None, :]
 
     def meets(self, other: "Ends") -> Tensor:
-        """Whether a value is one of ``other``'s, where neither leaves a value out."""
+        """Whether a value may be one of ``other``'s, and is where neither leaves a value out."""
         return self.reaches(other) & (other.reaches(self)).mT
 
 
@@ -139,12 +135,10 @@ def _tiles(
     """Whether some pair of a tile is allowed, and whether every pair is: [rows, query tiles, key tiles] each."""
     document = torch.where(queries.document < 0, -1 - queries.document, queries.document)
     own = _Summary(query_runs.view, *map(query_runs.ends, (queries.place, queries.block, document)))
-    shown = (keys.view != CLEAN) | (keys.document >= 0)  # not the clean half of padding
-    seen = _Summary(key_runs.view, *(key_runs.ends(each, shown) for each in (keys.place, keys.block, keys.document)))
-    # A run that holds padding is never all allowed: its lowest document is no query's.
-    whole = _Summary(key_runs.view, *(key_runs.ends(each) for each in (keys.place, keys.block, keys.document)))
+    # Documents of padding keys are no query's: with them a run is never all allowed, and of them alone never at all.
+    seen = _Summary(key_runs.view, *map(key_runs.ends, (keys.place, keys.block, keys.document)))
     some = _by_tile(_allowed(own, seen, block_causal), query_runs, key_runs)
-    every = _by_tile(_allowed(own.turned(), whole.turned(), block_causal), query_runs, key_runs)
+    every = _by_tile(_allowed(own.turned(), seen.turned(), block_causal), query_runs, key_runs)
     filled = query_runs.filled[:, None] & key_runs.filled
     return some > 0, filled & (every == query_runs.of_tile[:, None] * key_runs.of_tile)
 
