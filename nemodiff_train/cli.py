@@ -30,7 +30,7 @@ VERBS = {
 
 
 _HEAD_START = 5.0
-"""Seconds that the first rank has to say what is wrong: a launcher ends all ranks as soon as one of them has ended."""
+"""Seconds that the first rank has to say what is wrong: a launcher ends all ranks as soon as one has ended."""
 
 
 def _refuse(error: UserError) -> int:
