@@ -69,6 +69,9 @@ def _more(made: Path) -> None:
     (made / "raises.py").write_text("def recipe(start_from, data, output):\n    return 1 / 0\n")
     (made / "needs.py").write_text("import no_such_module\n")
     (made / "returns.py").write_text("def recipe():\n    return 5\n")
+    for name, shard in (("nameless", ["x" * 300]), ("outside", "../model/model.safetensors")):
+        small.qwen3(made / name)
+        (made / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     for name in ("empty.txt", "empty.jsonl"):
         (made / name).touch()
     (made / "loop.txt").symlink_to("loop.txt")
@@ -196,6 +199,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "import: no model": (["convert", "import", "empty", "out"], ["empty"]),
     "import: truncated": (["convert", "import", "truncated", "out"], ["truncated/model.safetensors"]),
     "import: missing shard": (["convert", "import", "incomplete", "out"], ["model-00002-of-00002.safetensors"]),
+    "import: an index of no names": (
+        ["convert", "import", "nameless", "out"],
+        ["index.json", "not a file beside it"],
+    ),
+    "import: an index of paths": (["convert", "import", "outside", "out"], ["../model/", "not a file beside it"]),
     "import: unsupported": (["convert", "import", "gpt2", "out"], ["GPT2LMHeadModel", "Ministral3ForCausalLM"]),
     "import: output exists": (["convert", "import", "model", "empty"], ["empty", "exists"]),
     "export: no checkpoint": (["convert", "export", "model", "out"], ["model", "Megatron"]),
