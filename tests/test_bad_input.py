@@ -65,6 +65,22 @@ def _more(made: Path) -> None:
         (made / name).mkdir()
         (made / name / "config.json").write_text(content)
     (made / "no_function.py").write_text("x = 1\n")
+    (made / "syntax.py").write_text("x = 1\ndef recipe(:\n")
+    (made / "raises.py").write_text("def recipe(start_from, data, output):\n    return 1 / 0\n")
+    (made / "needs.py").write_text("import no_such_module\n")
+    (made / "returns.py").write_text("def recipe():\n    return 5\n")
+    for name, shard in (("nameless", ["x" * 300]), ("outside", "../model/model.safetensors")):
+        small.qwen3(made / name)
+        (made / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    for name in ("empty.txt", "empty.jsonl"):
+        (made / name).touch()
+    (made / "loop.txt").symlink_to("loop.txt")
+    small.tokenizer(made / "listed")
+    (made / "listed" / "tokenizer_config.json").write_text("[1]")
+    for name, key, value in (("dtype", "dtype", "float99"), ("activation", "hidden_act", "nope")):
+        small.qwen3(made / name)
+        settings = json.loads((made / name / "config.json").read_text())
+        (made / name / "config.json").write_text(json.dumps({**settings, key: value}))
 
 
 def train(*words: str, model: str = "model", data: str = "data", output: str = "out") -> list[str]:
@@ -84,6 +100,8 @@ optimizer: {use_distributed_optimizer: true}
 checkpoint: {dist_ckpt_optim_fully_reshardable: false}
 model: {tensor_model_parallel_size: 1, pipeline_model_parallel_size: 2, context_parallel_size: 1}
 """
+
+LONG = "x" * 5000
 
 # Words of the command, and what its one line must name.
 CASES: dict[str, tuple[list[str], list[str]]] = {
@@ -181,6 +199,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "import: no model": (["convert", "import", "empty", "out"], ["empty"]),
     "import: truncated": (["convert", "import", "truncated", "out"], ["truncated/model.safetensors"]),
     "import: missing shard": (["convert", "import", "incomplete", "out"], ["model-00002-of-00002.safetensors"]),
+    "import: an index of no names": (
+        ["convert", "import", "nameless", "out"],
+        ["index.json", "not a file beside it"],
+    ),
+    "import: an index of paths": (["convert", "import", "outside", "out"], ["../model/", "not a file beside it"]),
     "import: unsupported": (["convert", "import", "gpt2", "out"], ["GPT2LMHeadModel", "Ministral3ForCausalLM"]),
     "import: output exists": (["convert", "import", "model", "empty"], ["empty", "exists"]),
     "export: no checkpoint": (["convert", "export", "model", "out"], ["model", "Megatron"]),
@@ -202,6 +225,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "import: settings are a list": (["convert", "import", "config_list", "out"], ["config_list/config.json"]),
     "import: settings nested too deep": (["convert", "import", "config_deep", "out"], ["config_deep/config.json"]),
     "import: settings are no JSON": (["convert", "import", "no_json", "out"], ["no_json/config.json", "no JSON"]),
+    "import: an empty mask token": (
+        ["convert", "import", "model", "no/such/out", "--add-mask-token", ""],
+        ["--add-mask-token is empty"],
+    ),
+    "import: unknown dtype": (["convert", "import", "dtype", "out"], ["config.json", "float99"]),
+    "import: unknown activation": (["convert", "import", "activation", "out"], ["config.json", "nope"]),
+    "verify: a tolerance that is no number": (
+        ["convert", "verify", "model", "model", "--tolerance", "nan"],
+        ["--tolerance is nan"],
+    ),
     "verify: nothing to compare": (["convert", "verify", "model", "nowhere"], ["nowhere"]),
     "verify: no action": (["convert"], ["ACTION"]),
     "inspect: nothing": (["convert", "inspect", "empty"], ["empty", "no checkpoint"]),
@@ -237,9 +270,78 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "plan: no GPUs": (["plan", "joint", "--gpus", "0"], ["--gpus", "above 0"]),
     "plan: unknown GPU": (["plan", "joint", "--gpus", "8", "--gpu", "h1000"], ["--gpu", "h1000"]),
     "plan: unknown recipe": (["plan", "jont", "--gpus", "8"], ["jont", "Did you mean 'joint'?"]),
+    "launch: unknown recipe": (["launch", "jont", "--slurm"], ["jont", "Did you mean 'joint'?"]),
+    "launch: after no job": (["launch", "joint", "--slurm", "--after", "-1"], ["--after -1"]),
     "launch: no time": (["launch", "joint", "--slurm", "--time", "soon"], ["--time soon"]),
     "launch: name of two lines": (["launch", "joint", "--slurm", "--name", "a\nb"], ["--name", "a\\nb"]),
     "launch: a key": (["launch", "joint", "--slurm", "--dry-run", "logger.comet_api_key=abc"], ["comet_api_key"]),
+    "train: an empty argument": (train(output=""), ["'output=' gives nothing"]),
+    "train: twice the same": (
+        train("train.train_iters=1", "train.train_iters=2"),
+        ["'train.train_iters'", "2 times"],
+    ),
+    "train: nothing in parallel, without a run": (
+        train("--dry-run", "model.tensor_model_parallel_size=0"),
+        ["model.tensor_model_parallel_size is 0"],
+    ),
+    "plan: no micro-batch": (
+        [
+            "plan",
+            "recipe.py",
+            "start_from=model",
+            "data=data",
+            "output=out",
+            "train.micro_batch_size=0",
+            "--gpus",
+            "8",
+        ],
+        ["train.micro_batch_size is 0"],
+    ),
+    "train: no steps": (train("train.train_iters=0"), ["train.train_iters is 0"]),
+    "train: no batch": (train("train.global_batch_size=-8"), ["train.global_batch_size is -8"]),
+    "train: no micro-batch": (train("train.micro_batch_size=0"), ["train.micro_batch_size is 0"]),
+    "train: no length": (train("dataset.seq_length=-64"), ["dataset.seq_length is -64"]),
+    "train: nothing in parallel": (
+        train("model.pipeline_model_parallel_size=0"),
+        ["model.pipeline_model_parallel_size"],
+    ),
+    "train: no layers": (train("model.num_layers=0"), ["model.num_layers is 0"]),
+    "train: more layers than the checkpoint": (train("model.num_layers=8"), ["model.num_layers is 8", "has 4"]),
+    "train: a rate below nothing": (train("optimizer.lr=-1"), ["optimizer.lr is -1"]),
+    "train: an endless rate": (train("optimizer.lr=1e400"), ["optimizer.lr is inf"]),
+    "train: no such optimizer": (train("optimizer.optimizer=adamm"), ["'adamm'", "'adam'"]),
+    "train: no such decay": (train("scheduler.lr_decay_style=cosin"), ["Did you mean 'cosine'?"]),
+    "train: another checkpoint format": (
+        train("checkpoint.ckpt_format=torch"),
+        ["checkpoint.ckpt_format", "'torch_dist'"],
+    ),
+    "train: shares of nothing": (train("dataset.split='0,0,0'"), ["dataset.split is '0,0,0'"]),
+    "train: shares that are none": (train("dataset.split=abc"), ["dataset.split is 'abc'"]),
+    "train: a weight for one of two": (train("dataset.data=['0.5',data,data]"), ["weights for some"]),
+    "train: a weight below nothing": (train("dataset.data=['-1',data,'0.3',data]"), ["not above 0"]),
+    "train: nowhere to go on from": (train("checkpoint.load=nope"), ["checkpoint.load='nope'"]),
+    "train: no such step to go on from": (train("checkpoint.ckpt_step=7"), ["checkpoint.ckpt_step=7"]),
+    "train: an evaluation of nothing": (
+        train("evaluation.interval=1", "evaluation.task=empty.jsonl"),
+        ["empty.jsonl is empty"],
+    ),
+    "train: an evaluation in no mode": (
+        train("evaluation.interval=1", "evaluation.modes=[ar,lineer]"),
+        ["evaluation.modes", "Did you mean 'linear'?"],
+    ),
+    "train: output is a file": (train(output="text.txt"), ["text.txt", "is a file"]),
+    "train: output where nothing can be made": (train(output="/proc/run"), ["/proc/run", "cannot be written to"]),
+    "train: memory that is no number": (train("--dry-run", "--gpu-memory", "nan"), ["--gpu-memory"]),
+    "train: a recipe that is no Python": (
+        ["train", "syntax.py", "start_from=model", "data=data", "output=out"],
+        ["'syntax.py', line 2"],
+    ),
+    "train: a recipe that fails": (
+        ["train", "raises.py", "start_from=model", "data=data", "output=out"],
+        ["'raises.py', line 2", "ZeroDivisionError"],
+    ),
+    "train: a recipe of missing modules": (["train", "needs.py"], ["'needs.py'", "no_such_module"]),
+    "train: a recipe of another kind": (["train", "returns.py"], ["'returns.py' returns int"]),
     "train: GPUs without a dry run": (train("--gpus", "8"), ["--gpus", "--dry-run"]),
     "train: a file that is no recipe": (["train", "no_function.py"], ["no_function.py", "no function 'recipe'"]),
     "train: no such file": (["train", "nowhere.py"], ["no recipe file 'nowhere.py'"]),
@@ -264,11 +366,34 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "data prepare: no such token": (prepare_data("good.jsonl", "--eod-token", "<end>"), ["<end>"]),
     "data prepare: no workers": (prepare_data("good.jsonl", "--workers", "0"), ["--workers 0"]),
     "data prepare: no tokenizer": (["data", "prepare", "text.txt", "--output", "out"], ["--tokenizer"]),
+    "data prepare: a damaged tokenizer": (
+        ["data", "prepare", "text.txt", "--tokenizer", "listed", "--output", "out"],
+        ["listed", "cannot load a tokenizer"],
+    ),
+    "data prepare: no chat template": (
+        ["data", "prepare", "good.jsonl", "--chat", "--tokenizer", "model", "--output", "out"],
+        ["chat template"],
+    ),
+    "data prepare: half a pair of fields": (prepare_data("good.jsonl", "--answer-field", "answer"), ["go together"]),
+    "data prepare: an endless name": (prepare_data(LONG), ["file name too long"]),
+    "data prepare: output below a file": (
+        ["data", "prepare", "text.txt", "--tokenizer", "model", "--output", "text.txt/out"],
+        ["text.txt/out"],
+    ),
+    "data prepare: a link to itself": (prepare_data("loop.txt"), ["loop.txt"]),
+    "data prepare: nothing but an empty file": (prepare_data("empty.txt"), ["empty.txt"]),
     "data merge: no manifest": (["data", "merge", "data", "--output", "out"], ["data.json", "no such manifest"]),
     "data merge: a directory": (["data", "merge", "data", "--output", "empty"], ["empty", "a directory"]),
     "data inspect: no manifest": (["data", "inspect", "data"], ["data.json", "no such manifest"]),
     "data: unknown action": (["data", "mrege"], ["mrege"]),
     "demo: no problems": (["demo", "--output", "out", "--count", "0"], ["--count"]),
+    "demo: output below a file": (["demo", "--output", "text.txt/out"], ["text.txt/out", "is a file"]),
+    "demo: output where nothing can be made": (["demo", "--output", "/proc/demo"], ["/proc/demo"]),
+    "demo: a mask token that a model lacks": (
+        ["demo", "--output", "out", "--start-from", "model", "--mask-token", "nope"],
+        ["--mask-token 'nope'"],
+    ),
+    "lm-eval: no task": (["lm-eval", "--model", "nemodiff"], ["lm-eval", "tasks"]),
     "unknown verb": (["trian"], ["Did you mean 'train'?"]),
     "unknown option": (["generate", "empty", "hello", "--mod", "ar", "--nope"], ["--nope"]),
     "demo: output in use": (["demo", "--output", "model"], ["model", "not empty"]),

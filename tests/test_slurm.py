@@ -104,6 +104,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "def recipe(output):\n"
         "    config = small.recipe('model', 'data', output, seq_length=256)\n"
         "    config.checkpoint.save_interval = 5\n"
+        "    config.diagnostics.loss_interval = 1\n"  # figures over several steps would lack those before a stop
         "    return config\n"
     )
     (folder / "slurm").symlink_to(ROOT / "slurm")

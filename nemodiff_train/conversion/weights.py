@@ -23,6 +23,7 @@ CHECKSUMS = "checksums.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names of dtypes in safetensors; what else there is holds no plain weights."""
 
+_LONGEST = 255  # bytes of a file's name
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -216,12 +217,17 @@ def _index(directory: Path) -> dict[str, str]:
         return {}
     try:
         weight_map = json.loads(file.read_text())["weight_map"]
-        names = {str(name): str(shard) for name, shard in weight_map.items()}
+        names = {str(name): shard for name, shard in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"'{file}' is no index of safetensors; fetch it again") from None
-    if outside := [shard for shard in names.values() if Path(shard).name != shard]:
-        raise UserError(f"'{file}' names '{outside[0]}', which is not a file beside it; fetch it again")
+    if outside := [shard for shard in names.values() if not _is_file_name(shard)]:
+        raise UserError(f"'{file}' names '{outside[0]!s:.200}', which is not a file beside it; fetch it again")
     return names
+
+
+def _is_file_name(shard: Any) -> bool:
+    """Whether an index names what a file can be called, and no path."""
+    return isinstance(shard, str) and Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST
 
 
 def _check_siblings(file: Path) -> None:

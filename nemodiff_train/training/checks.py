@@ -25,9 +25,10 @@ from nemodiff_train.model.folders import (
     read_json,
     run_config,
 )
+from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.layout import layout_problems
-from nemodiff_train.training.ranges import range_problems
+from nemodiff_train.training.ranges import choice_problems, range_problems
 
 
 def check(config: TriModeConfig, world_size: int) -> None:
@@ -45,6 +46,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     if found := range_problems(config):
         yield from found  # what follows divides by some of them
         return
+    yield from choice_problems(config)
     yield from config.objective.problems(config.dataset.seq_length)
     yield from layout_problems(config, world_size)
     cuda, positions = prepare().cuda, config.dataset.seq_length * (config.objective.noisy_views + 1)
@@ -116,9 +118,8 @@ def _precision_problems(config: TriModeConfig, cuda: bool) -> Iterator[str]:
 
 
 def _check_output(config: TriModeConfig) -> None:
-    check_can_be_made(Path(str(config.checkpoint.save)))
-    if config.checkpoint.ckpt_format != "torch_dist":
-        raise UserError(f"checkpoint.ckpt_format is '{config.checkpoint.ckpt_format}'; use 'torch_dist'")
+    if config.checkpoint.save:
+        check_can_be_made(Path(config.checkpoint.save))
 
 
 def _check_evaluation(config: TriModeConfig) -> None:
@@ -142,6 +143,7 @@ def _check_start(config: TriModeConfig) -> None:
             f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
         )
     check_weights(start)
+    _check_shape(config, start)
     if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
         raise UserError(
             f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
@@ -149,8 +151,25 @@ def _check_start(config: TriModeConfig) -> None:
         )
 
 
+_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+
+
+def _check_shape(config: TriModeConfig, start: Path) -> None:
+    """Bridge would leave layers that the checkpoint lacks as they were drawn."""
+    stored = model_from(str(start))
+    for name in _SHAPE:
+        was, now = getattr(stored, name), getattr(config.model, name)
+        if was != now:
+            raise UserError(f"model.{name} is {now}, but '{start}' has {was}; leave it as it is there")
+
+
 def _resume_problems(config: TriModeConfig) -> list[str]:
-    """What keeps the optimizer state in the output folder from being loaded."""
+    """What keeps a run from going on where it should: its checkpoints are missing, or do not fit."""
+    load, step = config.checkpoint.load, config.checkpoint.ckpt_step
+    if load and load != config.checkpoint.save and not is_megatron_checkpoint(Path(load)):
+        return [f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"]
+    if step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
+        return [f"checkpoint.ckpt_step={step}: there is no such checkpoint in '{load}'"]
     if not config.checkpoint.load or not is_megatron_checkpoint(Path(config.checkpoint.load)):
         return []
     try:

@@ -11,6 +11,7 @@ from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError, line_in, nearest
 from nemodiff_train.training.config import TriModeConfig
 from nemodiff_train.training.pages import check_recipe, recipe_names
+from nemodiff_train.training.ranges import range_problems
 from nemodiff_train.training.types import check_setting
 
 
@@ -31,12 +32,18 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     if not callable(getattr(module, "recipe", None)):
         raise UserError(f"'{name}' has no function 'recipe'; a recipe is a file that defines one")
     pairs = [_split(word) for word in words]
+    for key in {key for key, _ in pairs}:
+        if len(values := [value for other, value in pairs if other == key]) > 1:
+            raise UserError(f"'{key}' is given {len(values)} times; give it once")
     check_no_secrets(dict(pairs))
     arguments = _arguments(name, module.recipe, {key: value for key, value in pairs if "." not in key})
     config = _called(name, lambda: module.recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
-    return override(config, {key: value for key, value in pairs if "." in key})
+    override(config, {key: value for key, value in pairs if "." in key})
+    if found := range_problems(config):
+        raise UserError("; ".join(found))
+    return config
 
 
 def _import(name: str) -> ModuleType:
