@@ -28,7 +28,9 @@ def train_plainly(**arguments: Any) -> dict[str, Any]:
     from nemodiff_train.model import head
     from nemodiff_train.objective.rule import may_attend
 
-    def dense(query: Any, key: Any, value: Any, plan: Any, scale: float | None = None) -> torch.Tensor:
+    def dense(
+        query: Any, key: Any, value: Any, plan: Any, scale: float | None = None, kernel: Any = None
+    ) -> torch.Tensor:
         seen.append(len(query))
         mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
         groups = query.shape[1] // key.shape[1]
