@@ -32,9 +32,6 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     if not callable(getattr(module, "recipe", None)):
         raise UserError(f"'{name}' has no function 'recipe'; a recipe is a file that defines one")
     pairs = [_split(word) for word in words]
-    for key in {key for key, _ in pairs}:
-        if len(values := [value for other, value in pairs if other == key]) > 1:
-            raise UserError(f"'{key}' is given {len(values)} times; give it once")
     check_no_secrets(dict(pairs))
     arguments = _arguments(name, module.recipe, {key: value for key, value in pairs if "." not in key})
     config = _called(name, lambda: module.recipe(**arguments))
