@@ -107,4 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as stop:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)
+        else:
+            time.sleep(_HEAD_START)
         return 1

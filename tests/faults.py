@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+HANGS = "a rank hangs from here on"
 RECIPE = "from tests.small import recipe\n"
 
 
@@ -173,7 +175,11 @@ def _spike(step: int) -> None:
 
 
 def _hang(step: int) -> None:
-    _in_step(step, lambda model: time.sleep(3600))
+    def hang(model: Any) -> None:
+        print(HANGS, file=sys.__stderr__, flush=True)
+        time.sleep(3600)
+
+    _in_step(step, hang)
 
 
 def _crash(step: int) -> None:

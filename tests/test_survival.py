@@ -22,6 +22,8 @@ from tests.zygote import Gang, Zygote
 
 STEPS = 6
 TIMES = ("tokens/s", "seconds")
+STOPPED = [1, -signal.SIGTERM]
+"""The first rank speaks, and the launcher ends the other."""
 
 
 class Bench:
@@ -247,7 +249,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
 ) -> None:
     name = f"full {saving}"
     codes, said = bench.train(name, saving, fault="full disk", rank=1, step=4)
-    assert codes[1] == 1
+    assert codes == STOPPED
     (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
     assert "iter_0000004" in line and "could not be saved" in line and "'iter_0000002' is intact" in line
     assert not (bench.checkpoints(name) / "iter_0000004").exists()
@@ -269,7 +271,7 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout
     name = f"nan stop {layout}"
     sizes = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     codes, said = bench.train(name, *sizes, fault="nan", rank=1, step=3)
-    assert codes == [1, 1]
+    assert codes == STOPPED
     place = "stage 0, replica 1, tensor rank 0" if layout == "data" else "stage 0, replica 0, tensor rank 1"
     (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
     assert f"step 3: gradient not finite on rank 1 ({place})" in line
@@ -310,14 +312,14 @@ def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
     codes, said = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
-    assert codes == [1, 1] and "no checkpoint to go back to" in said
+    assert codes == STOPPED and "no checkpoint to go back to" in said
 
 
 def test_patience_ends(bench: Bench) -> None:
     codes, said = bench.train(
         "patience", "resilience.on_non_finite=skip", "resilience.patience=0", fault="nan", step=3
     )
-    assert codes == [1, 1] and "resilience.patience" in said
+    assert codes == STOPPED and "resilience.patience" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -362,8 +364,12 @@ def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
     name = "hang and signal"
     words = bench.words(name, "resilience.hang_timeout=0", "resilience.exit_grace=1")
     gang = bench.zygote.start(name, 2, "faults:train", words=words, fault="hang", rank=1, step=3)
-    during = once_trained(bench.folder / name, 2, rank=0, number=signal.SIGTERM)
-    assert bench.zygote.wait(gang, during=during)[0] == 1
+
+    def when_it_hangs(gang: Gang) -> None:
+        if faults.HANGS in gang.said():
+            gang.send(0, signal.SIGTERM)
+
+    assert bench.zygote.wait(gang, during=when_it_hangs)[0] == 1
     assert "not ended 1 s after the signal" in (bench.folder / name / "stacks" / "rank_0.txt").read_text()
 
 
@@ -372,7 +378,7 @@ def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
     more = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     name = f"drift {layout}"
     codes, said = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
-    assert codes == [1, 1], said
+    assert codes == STOPPED, said
     assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in said
 
 
@@ -430,7 +436,7 @@ def test_what_cannot_go_on_is_refused(
     name = f"refused {needles[0]}"
     assert bench.train(name, "train.exit_interval=2", *before)[0] == [0, 0]
     codes, said = bench.train(name, *after)
-    assert codes == [2, -signal.SIGTERM], said  # the first rank speaks, and the launcher ends the other
+    assert codes == [2, -signal.SIGTERM], said
     (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: error: ")]
     assert "iter_0000002" in line and all(needle in line for needle in needles)
     assert "Traceback" not in said
