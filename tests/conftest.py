@@ -18,6 +18,14 @@ if not GPU:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
+LONG = ("test_slurm.py", "test_layouts.py", "test_chat.py", "test_drafter.py", "test_survival.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take minutes begin first: no worker is left with one of them at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_groups_left() -> Iterator[None]:
     """Process groups end with the module that began them: the next one may need other ones."""
