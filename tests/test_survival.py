@@ -225,13 +225,17 @@ def test_what_is_pruned_and_kept(tmp_path: Path) -> None:
     assert [int(one.name[5:]) for one in iterations(tmp_path)] == [70, 60, 50, 30]
 
 
-def test_a_damaged_newest_checkpoint_costs_one_interval(bench: Bench, reference: list[dict[str, Any]]) -> None:
-    shutil.copytree(bench.folder / "reference", bench.folder / "flipped")
-    iteration = bench.checkpoints("flipped") / "iter_0000006"
-    flip(iteration / files_of(iteration)[0])
-    codes, said = bench.train("flipped")
+@pytest.mark.parametrize("which", ["shard", "run_config.yaml"])
+def test_a_damaged_newest_checkpoint_costs_one_interval(
+    bench: Bench, reference: list[dict[str, Any]], which: str
+) -> None:
+    name = f"flipped {which}"
+    shutil.copytree(bench.folder / "reference", bench.folder / name)
+    iteration = bench.checkpoints(name) / "iter_0000006"
+    flip(iteration / (files_of(iteration)[0] if which == "shard" else which))
+    codes, said = bench.train(name)
     assert codes == [0, 0] and "has changed since it was saved" in said
-    assert bench.steps("flipped") == reference
+    assert bench.steps(name) == reference
 
 
 def test_generate_takes_the_newest_whole_checkpoint(

@@ -59,7 +59,7 @@ def recorded(iteration: Path) -> dict[str, dict[str, Any]]:
 
 
 def structure_damage(iteration: Path) -> str | None:
-    """What can be seen to be wrong with a checkpoint without reading it, or None; the file is named."""
+    """What can be seen to be wrong with a checkpoint without reading its weights, or None; the file is named."""
     if mark_of(iteration).exists():
         return "it is unfinished: its saving was interrupted"
     if not (iteration / "run_config.yaml").is_file():
@@ -74,7 +74,7 @@ def structure_damage(iteration: Path) -> str | None:
             return f"'{name}' is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"'{name}' has {file.stat().st_size:,} of {entry['bytes']:,} bytes"
-    return None
+    return content_damage(iteration, {"run_config.yaml"} & expected.keys())  # read before the weights are looked at
 
 
 def content_damage(iteration: Path, names: Iterable[str]) -> str | None:
