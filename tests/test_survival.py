@@ -22,8 +22,6 @@ from tests.zygote import Gang, Zygote
 
 STEPS = 6
 TIMES = ("tokens/s", "seconds")
-STOPPED = [1, -signal.SIGTERM]
-"""The first rank speaks, and the launcher ends the other."""
 
 
 class Bench:
@@ -143,6 +141,11 @@ def test_a_writer_that_is_killed_stops_the_run(bench: Bench, reference: list[dic
     assert bench.steps("no writer") == reference
 
 
+def stopped(codes: list[int]) -> bool:
+    """The first rank speaks, and the launcher ends the other, if it has not ended by itself."""
+    return codes[0] == 1 and codes[1] in (1, -signal.SIGTERM, -signal.SIGKILL)
+
+
 def truncate(file: Path) -> str:
     os.truncate(file, file.stat().st_size // 2)
     return "bytes"
@@ -253,7 +256,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
 ) -> None:
     name = f"full {saving}"
     codes, said = bench.train(name, saving, fault="full disk", rank=1, step=4)
-    assert codes == STOPPED
+    assert stopped(codes)
     (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
     assert "iter_0000004" in line and "could not be saved" in line and "'iter_0000002' is intact" in line
     assert not (bench.checkpoints(name) / "iter_0000004").exists()
@@ -275,7 +278,7 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout
     name = f"nan stop {layout}"
     sizes = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     codes, said = bench.train(name, *sizes, fault="nan", rank=1, step=3)
-    assert codes == STOPPED
+    assert stopped(codes)
     place = "stage 0, replica 1, tensor rank 0" if layout == "data" else "stage 0, replica 0, tensor rank 1"
     (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
     assert f"step 3: gradient not finite on rank 1 ({place})" in line
@@ -316,14 +319,14 @@ def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
     codes, said = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
-    assert codes == STOPPED and "no checkpoint to go back to" in said
+    assert stopped(codes) and "no checkpoint to go back to" in said
 
 
 def test_patience_ends(bench: Bench) -> None:
     codes, said = bench.train(
         "patience", "resilience.on_non_finite=skip", "resilience.patience=0", fault="nan", step=3
     )
-    assert codes == STOPPED and "resilience.patience" in said
+    assert stopped(codes) and "resilience.patience" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -355,10 +358,10 @@ def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
 
 
 def test_a_hanging_rank_leaves_every_ranks_stacks(bench: Bench) -> None:
-    codes, said = bench.train("hang", "resilience.hang_timeout=4", fault="hang", rank=1, step=3)
+    codes, said = bench.train("hang", "resilience.hang_timeout=8", fault="hang", rank=1, step=3)
     assert codes == [1, 1]
     stacks = [(bench.folder / "hang" / "stacks" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
-    assert all("no progress for 4 s, in step 3 (step)" in stack for stack in stacks)
+    assert all("no progress for 8 s, in step 3 (step)" in stack for stack in stacks)
     assert "faults.py" in stacks[1] and "finish_grad_sync" in stacks[0]
     (start,) = json.loads((bench.folder / "hang" / "restarts.json").read_text())
     assert "no progress" in start["ended"] and "rank_1.txt" in said
@@ -382,7 +385,7 @@ def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
     more = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     name = f"drift {layout}"
     codes, said = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
-    assert codes == STOPPED, said
+    assert stopped(codes), said
     assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in said
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ MANAGER = f"{__name__}.WholeCheckpoints"
 _ASIDE = "damaged-"
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
 _WRITERS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
+_TICK = 0.05  # seconds
 _NEARLY_NOTHING = 1 << 20  # bytes; what is free on a disk that is called full
 
 
@@ -86,6 +88,10 @@ class WholeCheckpoints(DefaultCheckpointManager):
         """
         self._check_writer(state)
         try:
+            while blocking and _running(state):  # Megatron's own waiting does not look at the process
+                super().finalize_async_saves(state)
+                time.sleep(_TICK)
+                self._check_writer(state)
             super().finalize_async_saves(state, blocking, terminate)
             self._publish_finished(state)
         except (Exception, CheckpointException) as error:
@@ -107,15 +113,19 @@ class WholeCheckpoints(DefaultCheckpointManager):
                 )
 
     def _publish_finished(self, state: GlobalState) -> None:
-        queue = state.async_calls_queue
-        running = queue.get_num_unfinalized_calls() if queue is not None else 0
-        while len(self.saving) > running:
+        while len(self.saving) > _running(state):
             iteration = self.saving.pop(0)
             publish(iteration)
             config: Any = state.cfg
             if rank() == 0:
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
         together()
+
+
+def _running(state: GlobalState) -> int:
+    """How many asynchronous saves have not been finished, the same on all ranks."""
+    queue = state.async_calls_queue
+    return int(queue.get_num_unfinalized_calls()) if queue is not None else 0
 
 
 def _begin(iteration: Path) -> None:
