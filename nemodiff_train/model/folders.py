@@ -73,7 +73,8 @@ def is_drafter(path: Path) -> bool:
 
 def is_lora(path: Path) -> bool:
     """Whether a Megatron checkpoint holds adapters that belong into a model's weights."""
-    return is_megatron_checkpoint(path) and run_config(path).get("peft") is not None and not is_drafter(path)
+    described = run_config(path) if is_megatron_checkpoint(path) else {}
+    return described.get("peft") is not None and described.get("drafter") is None
 
 
 def read_json(file: Path) -> dict[str, Any]:

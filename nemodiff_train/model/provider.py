@@ -1,6 +1,6 @@
 """The model: whatever GPT that Bridge builds for a family, with its core attention replaced."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -179,15 +179,18 @@ LAYOUT = (
 )
 
 
+KERNEL = ("attention_kernel", "attention_tile", "attention_options")
+
+
 def forget_layout(provider: TriModeModelProvider) -> None:
     """Return to one process: a checkpoint holds the layout that trained it, and every run has its own.
 
     So it is with kernels, which belong to a machine.
     """
     for setting in fields(provider):
-        if setting.name in LAYOUT:
-            setattr(provider, setting.name, setting.default)
-    provider.attention_kernel, provider.attention_tile, provider.attention_options = "auto", 0, {}
+        if setting.name in (*LAYOUT, *KERNEL):
+            plain = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            setattr(provider, setting.name, plain)
 
 
 def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> None:

@@ -22,6 +22,10 @@ class Places(NamedTuple):
     """Number of the document in the sample; -1 - d for padding of document d, which sees what d sees, and whose clean
     half nothing sees."""
 
+    def seen_document(self) -> Tensor:
+        """Number of the document whose text a place sees."""
+        return torch.where(self.document < 0, -1 - self.document, self.document)
+
     def as_queries(self) -> "Places":
         """With a last axis to broadcast over keys."""
         return Places(*(each[..., :, None] for each in self))
@@ -58,8 +62,7 @@ def may_attend(query: Places, key: Places, block_causal: bool = False) -> Tensor
     before = query.block >= key.block if block_causal else query.place >= key.place
     same_block = (query.view == key.view) & (query.block == key.block)
     visible_text = torch.where(query_clean, before, query.block > key.block)
-    document = torch.where(query.document < 0, -1 - query.document, query.document)
-    return torch.where(key_clean, visible_text & (document == key.document), same_block)
+    return torch.where(key_clean, visible_text & (query.seen_document() == key.document), same_block)
 
 
 def places(views: int, blocks: Tensor, documents: Tensor) -> Places:

@@ -93,10 +93,10 @@ def _saved_by_layer(work: Workload, layout: Layout) -> float:
 def _logits(work: Workload, layout: Layout, rows: int) -> float:
     """The output layer and its loss where every noisy place is masked; see nemodiff_train/model/head.py."""
     states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.width
-    if (
-        work.layer_adapters
-    ):  # logits of drafts and verifiers, their distributions and the drafts' gradient, of all tokens in fp32
+    if work.drafts:
+        # Logits of drafts and verifiers, their distributions and the drafts' gradient, of all tokens in fp32.
         return states + 6 * 4 * rows * work.vocabulary
     chunk = rows * work.vocabulary / layout.tensor
-    table = work.table / layout.tensor * (4 + 4 + work.width)  # its gradient, kept, and scaled into another
+    # Its gradient, kept, and scaled into another; of a frozen table there is none.
+    table = 0 if work.layer_adapters else work.table / layout.tensor * (4 + 4 + work.width)
     return states + chunk * (4 + work.width) + table

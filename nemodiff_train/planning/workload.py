@@ -38,6 +38,8 @@ class Workload:
     """Whether data-parallel ranks share the optimizer's state."""
     layer_adapters: int = 0
     """Parameters of a layer's adapters, which alone are trained; 0 where all weights are."""
+    drafts: bool = False
+    """Whether the adapters are a drafter's, whose loss compares the logits of both halves."""
     remade: bool = True
     """Whether the outputs of norms and of the gated activation are made again instead of kept."""
 
@@ -127,6 +129,7 @@ def workload_of(config: TriModeConfig) -> Workload:
         mixed=config.mixed_precision is not None,
         sharded=bool(config.optimizer.use_distributed_optimizer),
         layer_adapters=_layer_adapters(model, config.peft, head),
+        drafts=config.drafter is not None,
         remade=model.recompute_elementwise,
     )
 

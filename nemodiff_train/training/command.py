@@ -65,7 +65,7 @@ def train(config: "TriModeConfig") -> None:
     _fit_to_host(config)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
@@ -158,7 +158,8 @@ def _fit_to_host(config: "TriModeConfig") -> None:
         config.dataset.pin_memory = False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

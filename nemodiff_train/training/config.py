@@ -1,5 +1,6 @@
 """The configuration of a run: Bridge's container, with the objective and the data it needs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from nemodiff_train.errors import UserError, unknown_choices
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
+from nemodiff_train.training.ranges import number
 
 
 @dataclass(kw_only=True)
@@ -43,7 +45,7 @@ class IndexedDatasetConfig(DatasetProvider):
     @property
     def prefixes(self) -> list[str]:
         """The data sets, without their weights."""
-        return [part for part in map(str, self.data) if not _is_weight(part)]
+        return [part for part in map(str, self.data) if math.isnan(number(part))]
 
     @property
     def irregular(self) -> bool:
@@ -178,14 +180,6 @@ class ChatDatasetConfig(IndexedDatasetConfig):
         """The token that ends every answer; None without data."""
         found = [manifest.eod_token_id for prefix in self.prefixes if (manifest := Manifest.read(prefix))]
         return found[0] if found else None
-
-
-def _is_weight(part: str) -> bool:
-    try:
-        float(part)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(kw_only=True)

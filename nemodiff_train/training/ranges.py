@@ -43,10 +43,10 @@ def choice_problems(config: Any) -> list[str]:
         found.append(f"optimizer.optimizer is '{optimizer}'; use 'adam' or 'sgd', or install emerging-optimizers")
     if config.checkpoint.ckpt_format != "torch_dist":
         found.append(f"checkpoint.ckpt_format is '{config.checkpoint.ckpt_format}'; use 'torch_dist'")
-    shares = [_number(share) for share in str(config.dataset.split).split(",")]
+    shares = [number(share) for share in str(config.dataset.split).split(",")]
     if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or not sum(shares):
         found.append(f"dataset.split is '{config.dataset.split}'; use three shares, such as '99,1,0'")
-    weights = [_number(part) for part in config.dataset.data]
+    weights = [number(part) for part in config.dataset.data]
     weighted = [not math.isnan(weight) for weight in weights]
     if any(weighted) and weighted != [True, False] * (len(weights) // 2):
         found.append("dataset.data has weights for some; use prefixes alone, or a weight before each")
@@ -55,7 +55,7 @@ def choice_problems(config: Any) -> list[str]:
     return found
 
 
-def _number(text: Any) -> float:
+def number(text: Any) -> float:
     """What a text stands for; not a number where it stands for none."""
     try:
         return float(text)
