@@ -11,8 +11,39 @@ from typing import Any
 
 import torch
 
+from tests import small
+
 HANGS = "a rank hangs from here on"
 RECIPE = "from tests.small import recipe\n"
+
+
+def furnish(folder: Path) -> None:
+    """Put a model, data and a recipe into a folder."""
+    small.qwen3(folder / "qwen3", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
+    small.data(folder / "data")
+    (folder / "small_recipe.py").write_text(RECIPE)
+
+
+def words(folder: Path, output: Path, steps: int, interval: int, kept: int) -> list[str]:
+    """What comes behind ``nemodiff train`` for a run of so many steps, with a checkpoint every ``interval``.
+
+    Args:
+        folder: Of :func:`furnish`.
+        output: The run's folder.
+        steps: Of the run.
+        interval: Steps between checkpoints.
+        kept: Checkpoints that stay.
+    """
+    return [
+        str(folder / "small_recipe.py"),
+        f"start_from={folder / 'qwen3'}",
+        f"data={folder / 'data'}",
+        f"output={output}",
+        "dataset.seq_length=32",
+        f"train.train_iters={steps}",
+        f"checkpoint.save_interval={interval}",
+        f"checkpoint.most_recent_k={kept}",
+    ]
 
 
 def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> int:

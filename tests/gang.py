@@ -7,7 +7,6 @@ jobs it has a rank in, one after another, and starts and ends the process groups
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nemodiff_train.training.command import free_port
 
 SIZE = 4
 
@@ -54,18 +55,12 @@ def run(jobs: list[Job], folder: Path) -> dict[str, Any]:
     return results
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _rendezvous(folder: Path, name: str, rank: int) -> str:
     """The port rank 0 chose for a job, told to the others through a file."""
     path = folder / f"port-{name}"
     if rank == 0:
         temporary = path.with_suffix(".new")
-        temporary.write_text(str(_free_port()))
+        temporary.write_text(str(free_port()))
         temporary.rename(path)
     while not path.exists():
         time.sleep(0.02)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import small
+
 
 def train(output: str, settings: list[str], recipe: str = "recipe", **arguments: Any) -> dict[str, Any]:
     """Train a small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
     from nemodiff_train.training.command import train as run
     from nemodiff_train.training.recipes import override
-    from tests import small
 
     config = getattr(small, recipe)(output=output, **arguments)
     run(override(config, dict(word.split("=", 1) for word in settings)))
@@ -28,19 +29,16 @@ def train_plainly(**arguments: Any) -> dict[str, Any]:
     from nemodiff_train.model import head
     from nemodiff_train.objective.rule import may_attend
 
-    def dense(
+    def planned(
         query: Any, key: Any, value: Any, plan: Any, scale: float | None = None, kernel: Any = None
     ) -> torch.Tensor:
         seen.append(len(query))
         mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        return weights @ value.repeat_interleave(groups, 1)
+        return small.dense(query, key, value, mask, scale)
 
     seen: list[int] = []
     plain, rows = kernels.planned, head.ROWS
-    kernels.planned, head.ROWS = dense, {"cpu": 10**9, "cuda": 10**9}
+    kernels.planned, head.ROWS = planned, {"cpu": 10**9, "cuda": 10**9}
     try:
         found = train(**arguments)
     finally:

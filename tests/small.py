@@ -177,37 +177,54 @@ QWEN3: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
 
 def built(settings: dict[str, Any]) -> Any:
     """A random Megatron model of a small Qwen 3 on one process, with mask token 1."""
+    from transformers import Qwen3Config
+
+    return build(Qwen3Config(**{**_sizes(64), "architectures": ["Qwen3ForCausalLM"], **settings}))
+
+
+def build(config: Any) -> Any:
+    """A random Megatron model of a Hugging Face configuration, on one process, with mask token 1."""
     from nemodiff_train.host import prepare
 
     prepare()
     from megatron.core.utils import unwrap_model
-    from transformers import Qwen3Config
 
     from nemodiff_train.decoding.loading import lay_out, start_model_parallel
     from nemodiff_train.model.pretrained import model_like
 
     start_model_parallel(1)
-    provider = model_like(Qwen3Config(**{**_sizes(64), "architectures": ["Qwen3ForCausalLM"], **settings}))
+    provider = model_like(config)
     lay_out(provider)
     provider.perform_initialization, provider.noisy_views, provider.mask_token_id = True, 1, 1
     provider.finalize()
     return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
 
 
-def batch(model: Any, length: int) -> Any:
-    """A random training sample of ``length`` clean tokens, as a micro-batch."""
+def batch(model: Any, length: int, stage: Any = "joint", index: int = 0, block: int = 32) -> dict[str, torch.Tensor]:
+    """A random training sample of ``length`` clean tokens, as a micro-batch on the device."""
     from nemodiff_train.objective import ObjectiveConfig
     from nemodiff_train.objective.sample import SampleMaker
     from nemodiff_train.training.batch import to_device
 
-    ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(index))
     plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
-    maker = SampleMaker(objective=ObjectiveConfig(stage="joint"), mask_id=1)
-    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)
+    maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
+    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
     return to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
 
 
-def loss(model: Any, batch: Any) -> torch.Tensor:
+def documents(draw: torch.Generator, length: int, block: int, average: int = 40) -> torch.Tensor:
+    """[3, length] structure of a sample whose documents end anywhere, after so many tokens on average."""
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+
+    maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, document_end=0)
+    tokens = torch.randint(0, average, (length + 1,), generator=draw)
+    plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
+    return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["structure"]
+
+
+def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The weighted sum of a micro-batch's losses, from a forward pass as training does it."""
     from functools import partial
 
@@ -216,15 +233,32 @@ def loss(model: Any, batch: Any) -> torch.Tensor:
     def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
         return (losses * batch["loss_mask"]).sum()
 
+    model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
     process = partial(_losses, batch, total)
     return total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
 
 
-def step(model: Any, batch: Any) -> float:
+def step(model: Any, batch: dict[str, torch.Tensor]) -> float:
     """Forward and backward; returns the loss."""
     found = loss(model, batch)
     found.backward()
-    return float(found)
+    return found.item()
+
+
+def dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Softmax attention of all pairs written out, [batch, heads, queries, head_dim]; fewer heads for keys."""
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+
+def figures(output: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's ``metrics.jsonl``, without what depends on the clock."""
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    told = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{key: value for key, value in line.items() if key not in ("tokens/s", "seconds")} for line in told]
 
 
 def data(prefix: Path, documents: int = 100, length: int = 300) -> None:

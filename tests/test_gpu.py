@@ -36,17 +36,8 @@ def prepared() -> None:
 
 def structure(rows: int, length: int) -> Tensor:
     """[rows, 3, length] of samples whose documents end anywhere."""
-    from nemodiff_train.objective import ObjectiveConfig
-    from nemodiff_train.objective.sample import SampleMaker
-
-    maker = SampleMaker(objective=ObjectiveConfig(stage="ar"), document_end=0)
     draw = torch.Generator().manual_seed(0)
-    made = []
-    for index in range(rows):
-        tokens = torch.randint(0, 40, (length + 1,), generator=draw)
-        plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
-        made.append(maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)["structure"])
-    return torch.stack(made).to(DEVICE)
+    return torch.stack([small.documents(draw, length, 32) for _ in range(rows)]).to(DEVICE)
 
 
 def plan_of(kind: str, rows: int, length: int) -> Any:
@@ -63,11 +54,8 @@ def plan_of(kind: str, rows: int, length: int) -> Any:
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of all pairs in fp64, [batch, heads, queries, head_dim]."""
-    query, key, value = (states.double() for states in (query, key, value))
-    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+    """Attention of all pairs in fp64."""
+    return small.dense(query.double(), key.double(), value.double(), mask)
 
 
 def heads(rows: int, queries: int, keys: int, dtype: torch.dtype) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """The method, stated a second time: rule, plans, kernels, sample, reduction."""
 
-import math
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import reduce, report, sums
 from nemodiff_train.objective.rule import dense_mask
 from nemodiff_train.objective.sample import SampleMaker
+from tests import small
 
 CPU = torch.device("cpu")
 
@@ -67,20 +66,11 @@ def states(queries: int, keys: int, rows: int = 2) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    """Softmax attention written out, with the table as its mask."""
-    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-    scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(q.shape[-1]))
-    return scores.masked_fill(~table, -torch.inf).softmax(-1) @ v
-
-
 def check_kernel(plan: Plan, table: torch.Tensor, scale: float | None = None) -> None:
     """Both kernels, forward, and SDPA's backward, against dense attention."""
     size = table.shape[-1]
     ours, theirs = states(size, size), states(size, size)
-    out, expected = kernels.planned_sdpa(*ours, plan, scale), dense(*theirs, table, scale)
+    out, expected = kernels.planned_sdpa(*ours, plan, scale), small.dense(*theirs, table, scale)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     direction = torch.randn_like(out)
     out.backward(direction)
@@ -134,7 +124,7 @@ def test_the_gpu_kernel_follows_the_rule(irregular: bool) -> None:
         table = torch.stack([brute_force(128, *row) for row in rows])[:, None]
     q, k, v = (s.detach().float() for s in states(256, 256))
     found = kernels.planned_flex(q, k, v, plan, None, Kernel("flex"))
-    torch.testing.assert_close(found, dense(q, k, v, table, None), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, small.dense(q, k, v, table), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("irregular", [False, True])
@@ -149,7 +139,7 @@ def test_a_context_parallel_rank_computes_its_part(
     blocks, numbers = documents(length, block, [20, 50] if irregular else [])
     table = brute_force(length, blocks, numbers, views, block_causal)
     q, k, v = (s.detach()[:1] for s in states((views + 1) * length, (views + 1) * length))
-    expected = dense(q, k, v, table, None)
+    expected = small.dense(q, k, v, table)
     structure = torch.tensor([[numbers, blocks, [0] * length]])
     shares = [Share(rank, size) for rank in range(size)]
     plans = [

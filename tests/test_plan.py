@@ -99,12 +99,15 @@ def test_adapters_take_gradients_and_optimizer_state_alone() -> None:
     from nemodiff_train.planning.layouts import Layout
     from nemodiff_train.planning.memory import memory_of
 
-    layout, whole, drafter = Layout(1, 1, 1, 2, 4, False), workload(), workload(layer_adapters=5000)
+    layout, whole, drafter = Layout(1, 1, 1, 2, 4, False), workload(), workload(layer_adapters=5000, drafts=True)
     adapters = drafter.layers * 5000
     trains, drafts = memory_of(whole, layout), memory_of(drafter, layout)
     assert drafts.gradients == 4 * adapters and drafts.optimizer == 8 * adapters
     assert drafts.weights == trains.weights + 4 * adapters
     assert drafts.total < trains.total and drafter.matrix_flops < whole.matrix_flops
+    tuned = memory_of(workload(layer_adapters=5000), layout)
+    # The output layer's gradient is kept in fp32, and scaled into another.
+    assert trains.logits - tuned.logits == whole.table * (4 + 4 + whole.width)
 
 
 def _kernels_of_the_cpu() -> dict[Any, Any]:

@@ -21,7 +21,6 @@ from tests import faults, matrix, small
 from tests.zygote import Gang, Zygote
 
 STEPS = 6
-TIMES = ("tokens/s", "seconds")
 
 
 class Bench:
@@ -30,21 +29,10 @@ class Bench:
     def __init__(self, folder: Path, zygote: Zygote) -> None:
         self.folder = folder
         self.zygote = zygote
-        small.qwen3(folder / "qwen3", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
-        small.data(folder / "data")
-        (folder / "small_recipe.py").write_text(faults.RECIPE)
+        faults.furnish(folder)
 
     def words(self, name: str, *more: str) -> list[str]:
-        return [
-            str(self.folder / "small_recipe.py"),
-            *(f"{key}={self.folder / value}" for key, value in (("start_from", "qwen3"), ("data", "data"))),
-            f"output={self.folder / name}",
-            "dataset.seq_length=32",
-            f"train.train_iters={STEPS}",
-            "checkpoint.save_interval=2",
-            "checkpoint.most_recent_k=2",
-            *more,
-        ]
+        return [*faults.words(self.folder, self.folder / name, steps=STEPS, interval=2, kept=2), *more]
 
     def train(self, name: str, *more: str, world: int = 2, **fault: Any) -> tuple[list[int], str]:
         """Exit codes by rank, and what was said."""
@@ -52,8 +40,7 @@ class Bench:
 
     def steps(self, name: str) -> list[dict[str, Any]]:
         """``metrics.jsonl`` without what depends on the clock."""
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+        return small.figures(self.folder / name)
 
     def checkpoints(self, name: str) -> Path:
         return self.folder / name / "checkpoints"

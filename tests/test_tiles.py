@@ -18,17 +18,9 @@ from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_p
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import may_attend
-from nemodiff_train.objective.sample import SampleMaker
+from tests import small
 
 CPU = torch.device("cpu")
-
-
-def text(draw: torch.Generator, length: int, block: int) -> Tensor:
-    """[3, length] of a sample whose documents end anywhere."""
-    maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, document_end=0)
-    tokens = torch.randint(0, 40, (length + 1,), generator=draw)
-    plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
-    return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["structure"]
 
 
 def conversations(draw: torch.Generator, length: int, block: int) -> Tensor:
@@ -58,7 +50,7 @@ def plans(draw: Any) -> Plan:
     kind = draw(st.sampled_from(["regular", "text", "conversations"]))
     if kind == "regular":
         return regular_plan(views, length, block, block_causal, share, CPU)
-    make, seed = {"text": text, "conversations": conversations}[kind], draw(st.integers(0, 2**32))
+    make, seed = {"text": small.documents, "conversations": conversations}[kind], draw(st.integers(0, 2**32))
     generator = torch.Generator().manual_seed(seed)
     structure = torch.stack([make(generator, length, block) for _ in range(draw(st.integers(1, 2)))])
     return irregular_plan(views, structure, block_causal, block, share)
@@ -91,7 +83,7 @@ def test_tiles_are_those_of_the_pairs(plan: Plan, tile: tuple[int, int]) -> None
     assert torch.equal(backward.mT, computed)
 
 
-@pytest.mark.parametrize("make", [text, conversations])
+@pytest.mark.parametrize("make", [small.documents, conversations])
 def test_hardly_a_tile_is_computed_in_vain(make: Any) -> None:
     """Over forty samples of documents and turns about as long as a tile."""
     computed = needed = 0
@@ -114,7 +106,8 @@ def chosen(counts: Tensor | None, indices: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(("kind", "share"), [("text", Share()), ("conversations", Share()), ("text", Share(1, 2))])
 def test_flex_attention_is_sdpa(kind: str, share: Share) -> None:
     """Over two views of samples that differ, which end within a tile."""
-    make, generator = {"text": text, "conversations": conversations}[kind], torch.Generator().manual_seed(3)
+    make = {"text": small.documents, "conversations": conversations}[kind]
+    generator = torch.Generator().manual_seed(3)
     structure = torch.stack([make(generator, 200, 16) for _ in range(2)])
     plan = irregular_plan(2, structure, False, 16, share)
     shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
@@ -137,7 +130,7 @@ def graphs_of_samples() -> int:
     attend = torch.compile(flex_attention, backend="eager", dynamic=False, fullgraph=True)
     torch._dynamo.utils.counters.clear()
     generator = torch.Generator().manual_seed(0)
-    for number, make in enumerate((text, text, conversations)):
+    for number, make in enumerate((small.documents, small.documents, conversations)):
         plan = irregular_plan(1, make(generator, 128, 16)[None], False, 16, Share())
         states = [torch.randn(1, heads, 256, 8, generator=generator) for heads in (4, 2, 2)]
         torch._dynamo.config.error_on_recompile = number > 0

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from tests.gang import _free_port
+from nemodiff_train.training.command import free_port
 
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL for the ranks that are left
 
@@ -159,7 +159,7 @@ def _serve(folder: Path) -> None:
             *lines, pending = pending.split("\n")
             for line in lines:
                 job = json.loads(line)
-                port = str(_free_port())
+                port = str(free_port())
                 pids = [_fork(job, folder, rank, port, said) for rank in range(job["world"])]
                 ranks |= set(pids)
                 print(json.dumps({"pids": pids}), file=said, flush=True)

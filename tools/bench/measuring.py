@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from nemodiff_train.host import prepare
 GPU = prepare().cuda
 
 import torch
-from torch import Tensor
+
+from nemodiff_train.planning.workload import Workload
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -135,44 +135,12 @@ def ministral3(
     )  # fmt: skip
 
 
-def build(config: Any) -> Any:
-    """A random Megatron model of a Hugging Face configuration, on one process, with mask token 1."""
-    from megatron.core.utils import unwrap_model
-
-    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
-    from nemodiff_train.model.pretrained import model_like
-
-    start_model_parallel(1)
-    provider = model_like(config)
-    lay_out(provider)
-    provider.perform_initialization, provider.mask_token_id = True, 1
-    provider.finalize()
-    return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
-
-
-def sample(model: Any, length: int, stage: Any = "joint", index: int = 0, block: int = 32) -> dict[str, Tensor]:
-    """A random training sample of ``length`` clean tokens, as a micro-batch on the device."""
-    from nemodiff_train.objective import ObjectiveConfig
-    from nemodiff_train.objective.sample import SampleMaker
-    from nemodiff_train.training.batch import to_device
-
-    ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(index))
-    plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
-    maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
-    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
-    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
-
-
-def step(model: Any, batch: dict[str, Tensor]) -> float:
-    """One micro-batch forward and backward, as training does it; returns its loss."""
-    from nemodiff_train.training.step import _losses
-
-    model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
-    process = partial(_losses, batch, _total)
-    loss = _total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
-    loss.backward()
-    return loss.item()
-
-
-def _total(batch: dict[str, Tensor], losses: Tensor) -> Tensor:
-    return (losses * batch["loss_mask"]).sum()
+def workload(model: Any, length: int) -> Workload:
+    """What a joint step on one sample of ``length`` clean tokens takes, with a model of :func:`tests.small.build`."""
+    config = model.config
+    return Workload(
+        layers=config.num_layers, hidden=config.hidden_size, queries=config.kv_channels * config.num_attention_heads,
+        keys=config.kv_channels * config.num_query_groups, feed_forward=config.ffn_hidden_size, gated=True,
+        head_norms=config.qk_layernorm, vocabulary=config.vocab_size, tied=True, length=length, views=1,
+        block=config.block_size, micro_batch=1, global_batch=1, mixed=False, sharded=False,
+    )  # fmt: skip
