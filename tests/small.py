@@ -315,6 +315,15 @@ def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_le
     )
 
 
+def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
+    """:func:`recipe` with a published objective, at block sizes that fit its samples."""
+    from nemodiff_train.objective.presets import preset as objective
+
+    config = recipe(start_from, data, output)
+    config.objective = objective(preset)
+    return config
+
+
 def drafter(start_from: str, data: str, output: str) -> Any:
     """A drafter of four layers for what :func:`recipe` has trained."""
     from nemodiff_train.drafter.adapter import DraftLoRA
