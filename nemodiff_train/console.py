@@ -16,12 +16,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from nemodiff_train.distributed import is_main_process
+
 console = Console(stderr=True, highlight=False)
-
-
-def is_main_process() -> bool:
-    """Whether this process is rank 0 of its gang (or alone); only rank 0 speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager

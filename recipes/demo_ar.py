@@ -3,11 +3,11 @@
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 from transformers import Qwen3Config
 
+from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+from nemodiff_train.config.defaults import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
 from nemodiff_train.model.pretrained import model_like
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
 STEPS = 900
 

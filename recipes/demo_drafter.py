@@ -2,12 +2,12 @@
 
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
-from nemodiff_train.drafter.adapter import DraftLoRA
+from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+from nemodiff_train.config.defaults import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 from nemodiff_train.drafter.config import DrafterConfig
+from nemodiff_train.model.draft_adapter import DraftLoRA
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
 STEPS = 600
 

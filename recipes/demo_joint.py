@@ -2,10 +2,10 @@
 
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
+from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+from nemodiff_train.config.defaults import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
 STEPS = 700
 
@@ -27,7 +27,7 @@ def recipe(
     model.tensor_model_parallel_size = ranks
     # Two departures from the paper, for a training of minutes: all-masked samples are what a one-shot draft
     # starts from, and the shift lets the noisy half reuse the sums that the AR model can do already.
-    objective = ObjectiveConfig(block_size=32, mask_token=mask_token, all_masked_share=0.2, shift=True)
+    objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.2, shift=True)
     return TriModeConfig(
         model=model,
         objective=objective,

@@ -2,10 +2,8 @@
 
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
-from nemodiff_train.model.pretrained import model_from
-from nemodiff_train.objective.presets import preset
-from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import (
+from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+from nemodiff_train.config.defaults import (
     adamw,
     checkpoints,
     loggers,
@@ -15,6 +13,8 @@ from nemodiff_train.training.parts import (
     sharded,
     tokenizer_of,
 )
+from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.objective.presets import preset
 
 STEPS = 12_500
 

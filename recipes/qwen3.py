@@ -1,7 +1,7 @@
 """The paper's two stages on Qwen 3, one size and one stage at a time, for 8 to 256 GPUs."""
 
-from nemodiff_train.training.config import TriModeConfig
-from nemodiff_train.training.full_size import Size, two_stage
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.published import Size, two_stage
 
 SIZES = {
     "4b": Size(layers=36, hidden=2560, tensor=1),

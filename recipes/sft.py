@@ -6,11 +6,11 @@ gives no shares for the warm-up and the decay of its schedule.
 
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
+from nemodiff_train.config.config import ChatDatasetConfig, TriModeConfig
+from nemodiff_train.config.defaults import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 from nemodiff_train.model.adapters import lora
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.training.config import ChatDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
 TOKENS, BATCH, LENGTH = 45 * 10**9, 256, 16384
 

@@ -2,11 +2,11 @@
 
 from megatron.bridge.training.config import RNGConfig, TrainingConfig
 
+from nemodiff_train.config.config import ChatDatasetConfig, TriModeConfig
+from nemodiff_train.config.defaults import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 from nemodiff_train.model.adapters import lora
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.training.config import ChatDatasetConfig, TriModeConfig
-from nemodiff_train.training.parts import adamw, checkpoints, loggers, no_validation, schedule, tokenizer_of
 
 STEPS = 300
 
@@ -26,7 +26,7 @@ def recipe(start_from: str, data: str, output: str, rank: int = 0, ranks: int = 
     return TriModeConfig(
         model=model,
         # The switches of the demo's joint stage.
-        objective=ObjectiveConfig(block_size=model.block_size, shift=model.shift, all_masked_share=0.2),
+        objective=ObjectiveConfig(block_size=model.block_size, shift=model.shift, fully_masked_fraction=0.2),
         peft=lora(rank),
         dataset=ChatDatasetConfig(seq_length=256, data=[data], split="100,0,0"),
         train=TrainingConfig(train_iters=STEPS, global_batch_size=8, micro_batch_size=8),

@@ -4,7 +4,7 @@ import random
 
 from nemodiff_train.evaluation.categories import by_category
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
-from nemodiff_train.evaluation.records import Decoded, LoggedRecord, Settings
+from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
 from nemodiff_train.evaluation.scorers import Scorer, make_scorer
 from nemodiff_train.evaluation.tasks import Prompt, Task
 
@@ -59,19 +59,21 @@ def _tokens(draw: random.Random) -> list[int]:
     return [*(draw.randrange(10, 80) for _ in range(draw.randrange(12, 40))), draw.choice([RIGHT, RIGHT, WRONG])]
 
 
-def _ar(draw: random.Random, index: int, settings: Settings) -> Decoded:
+def _ar(draw: random.Random, index: int, settings: Settings) -> DecodeRecord:
     tokens = _tokens(draw)
-    return Decoded(index, tokens, {"prefill": 1, "decode": len(tokens) - 1}, seconds=draw.random())
+    return DecodeRecord(index, tokens, {"prefill": 1, "decode": len(tokens) - 1}, seconds=draw.random())
 
 
-def _diffusion(draw: random.Random, index: int, settings: Settings) -> Decoded:
+def _diffusion(draw: random.Random, index: int, settings: Settings) -> DecodeRecord:
     tokens = _tokens(draw)
     rounds = draw.randrange(2, 9)
     steps = [1, *(draw.randrange(2, rounds + 2) for _ in tokens[1:])]
-    return Decoded(index, tokens, {"prefill": 1, "denoise": rounds, "commit": 1}, seconds=draw.random(), steps=steps)
+    return DecodeRecord(
+        index, tokens, {"prefill": 1, "denoise": rounds, "commit": 1}, seconds=draw.random(), steps=steps
+    )
 
 
-def _cycles(draw: random.Random, index: int, settings: Settings) -> Decoded:
+def _cycles(draw: random.Random, index: int, settings: Settings) -> DecodeRecord:
     """Draft and verify as decoding records it; what is proposed where the verifier agrees is what is committed."""
     tokens, places = _tokens(draw), int(str(settings["block_size"])) - 1
     accepted: list[int] = []
@@ -84,4 +86,6 @@ def _cycles(draw: random.Random, index: int, settings: Settings) -> Decoded:
         accepted.append(min(right + 1, len(tokens) - start))
     steps = [1, *(3 + 2 * cycle for cycle, count in enumerate(accepted) for _ in range(count))]
     forwards = {"prefill": 1, "draft": len(accepted), "verify": len(accepted)}
-    return Decoded(index, tokens, forwards, accepted, drafted, proposed=proposed, seconds=draw.random(), steps=steps)
+    return DecodeRecord(
+        index, tokens, forwards, accepted, drafted, proposed=proposed, seconds=draw.random(), steps=steps
+    )

@@ -126,25 +126,25 @@ def _when_a_shard_is_written(step: int, call: Callable[[str], None]) -> None:
 
 
 def _before_manifest(step: int) -> None:
-    from nemodiff_train.training import checkpoints
+    from nemodiff_train.resilience import checkpoints
 
     _instead(checkpoints, "write_checksums", step, _die)
 
 
 def _before_publication(step: int) -> None:
-    from nemodiff_train.training import checkpoints
+    from nemodiff_train.resilience import checkpoints
 
     _instead(checkpoints, "remove_mark", step, _die)
 
 
 def _before_tracker(step: int) -> None:
-    from nemodiff_train.training import checkpoints
+    from nemodiff_train.resilience import checkpoints
 
     _instead(checkpoints, "write_trackers", step, _die)
 
 
 def _before_cleanup(step: int) -> None:
-    from nemodiff_train.training import checkpoints
+    from nemodiff_train.resilience import checkpoints
 
     plain = checkpoints.prune
 
@@ -158,7 +158,7 @@ def _before_cleanup(step: int) -> None:
 
 def _mid_cleanup(step: int) -> None:
     """An older checkpoint is half removed."""
-    from nemodiff_train.training import checkpoints
+    from nemodiff_train.resilience import checkpoints
 
     plain = checkpoints.shutil.rmtree
 
@@ -173,8 +173,8 @@ def _mid_cleanup(step: int) -> None:
 
 def _in_step(step: int, call: Callable[[Any], None]) -> None:
     """Call a function with the model when the last backward pass of a step is done."""
-    from nemodiff_train.training import guard
-    from nemodiff_train.training.guard import GradientGuard
+    from nemodiff_train.resilience import gradient_guard as guard
+    from nemodiff_train.resilience.gradient_guard import GradientGuard
 
     plain = GradientGuard.on_train_start
 

@@ -39,9 +39,9 @@ class World:
     """A chat template whose process, which takes seconds to start, renders all of them."""
 
     def __post_init__(self) -> None:
-        from nemodiff_train.host import prepare
+        from nemodiff_train.runtime import init_runtime
 
-        prepare()
+        init_runtime()
         small.qwen3(self.folder / "model")
         small.data(self.folder / "data", documents=5)
         small.qwen3(self.folder / "damaged")
@@ -258,9 +258,9 @@ def _overrides(world: World) -> st.SearchStrategy[list[str]]:
 
 
 def _read_overrides(world: World, words: list[str]) -> None:
+    from nemodiff_train.config.recipes import override
     from nemodiff_train.credentials import check_no_secrets
-    from nemodiff_train.training.checks import check
-    from nemodiff_train.training.recipes import override
+    from nemodiff_train.validation.checks import check
 
     pairs = dict(word.split("=", 1) for word in words)
     check_no_secrets(pairs)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemodiff_train.training.command import free_port
+from nemodiff_train.training.run import free_port
 
 SIZE = 4
 
@@ -97,9 +97,9 @@ def _take_part(job: dict[str, Any], folder: Path, rank: int) -> None:
 def main() -> None:
     """One process of the gang."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     for job in json.loads((folder / "jobs.json").read_text()):
         if rank < job["world"]:
             _take_part(job, folder, rank)

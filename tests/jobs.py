@@ -15,8 +15,8 @@ from tests import small
 
 def train(output: str, settings: list[str], recipe: str = "recipe", **arguments: Any) -> dict[str, Any]:
     """Train a small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
-    from nemodiff_train.training.command import train as run
-    from nemodiff_train.training.recipes import override
+    from nemodiff_train.config.recipes import override
+    from nemodiff_train.training.run import train as run
 
     config = getattr(small, recipe)(output=output, **arguments)
     run(override(config, dict(word.split("=", 1) for word in settings)))
@@ -27,22 +27,22 @@ def train_plainly(**arguments: Any) -> dict[str, Any]:
     """As :func:`train`, with attention as one product over all pairs under a dense mask, and all logits at once."""
     from nemodiff_train.attention import kernels
     from nemodiff_train.model import head
-    from nemodiff_train.objective.rule import may_attend
+    from nemodiff_train.objective.rule import can_attend
 
     def planned(
         query: Any, key: Any, value: Any, plan: Any, scale: float | None = None, kernel: Any = None
     ) -> torch.Tensor:
         seen.append(len(query))
-        mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+        mask = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
         return small.dense(query, key, value, mask, scale)
 
     seen: list[int] = []
-    plain, rows = kernels.planned, head.ROWS
-    kernels.planned, head.ROWS = planned, {"cpu": 10**9, "cuda": 10**9}
+    plain, rows = kernels.attend, head.LOGIT_CHUNK
+    kernels.attend, head.LOGIT_CHUNK = planned, {"cpu": 10**9, "cuda": 10**9}
     try:
         found = train(**arguments)
     finally:
-        kernels.planned, head.ROWS = plain, rows
+        kernels.attend, head.LOGIT_CHUNK = plain, rows
     return {**found, "attended": len(seen)}
 
 
@@ -82,7 +82,7 @@ def _difference(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from nemodiff_train.decoding.loading import lay_out
+    from nemodiff_train.model.loading import set_parallelism
     from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
 
     if not dist.is_initialized():
@@ -91,7 +91,7 @@ def _difference(
         parallel_state.initialize_model_parallel(tensor, pipeline)
         model_parallel_cuda_manual_seed(1)
     provider: Any = model_from(source)
-    lay_out(provider, tensor)
+    set_parallelism(provider, tensor)
     provider.pipeline_model_parallel_size = pipeline
     if not keep_scale:
         provider.query_scale_beta = 0.0
@@ -125,10 +125,10 @@ def _difference(
 def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
     """Tokens of every mode for three prompts."""
     from nemodiff_train.decoding.decode import MODES, decode
-    from nemodiff_train.decoding.loading import open_model
+    from nemodiff_train.model.loading import load_model
 
     settings: dict[str, Any] = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.05}
-    opened = open_model(checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
+    opened = load_model(checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
     return {
         mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]
@@ -175,7 +175,7 @@ def exchange(size: int) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from nemodiff_train.attention.modules import TriModeAttention
-    from nemodiff_train.attention.plan import share_of
+    from nemodiff_train.attention.plan import shard_of
     from nemodiff_train.attention.state import AttentionState
 
     length, heads, kv_heads, width = 4096, 2, 1, 8
@@ -183,7 +183,7 @@ def exchange(size: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(context_parallel_size=size)
     group = parallel_state.get_context_parallel_group()
     config: Any = SimpleNamespace(
-        noisy_views=1, block_size=32, largest_block=32, clean_half="causal", query_scale_beta=0.0,
+        noisy_views=1, block_size=32, largest_block=32, clean_attention="causal", query_scale_beta=0.0,
         attention_kernel="auto", attention_tile=0, attention_options={},
     )  # fmt: skip
     attention = TriModeAttention(config, layer_number=1)
@@ -191,7 +191,7 @@ def exchange(size: int) -> dict[str, Any]:
     query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))
     attention.state = AttentionState()
     expected = attention(query, key, value)
-    share = share_of(group)
+    share = shard_of(group)
     attention.state = AttentionState(share=share, context_group=group)
     mine = torch.cat([segment * length + share.places(length) for segment in (0, 1)])
     sent: list[int] = []

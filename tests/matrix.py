@@ -13,7 +13,7 @@ from tests.gang import Job
 
 Steps = list[dict[str, float]]
 
-FIGURES = ("loss", "ar loss", "diffusion loss", "masked share", "gradient norm")
+FIGURES = ("loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm")
 TOLERANCE = 1e-5
 """fp32 sums in another order differ by about 1e-7 relative; ten steps amplify that less than tenfold."""
 
@@ -43,10 +43,10 @@ DOCUMENTS = [
 VIEWS = [
     "objective.views=2",
     "objective.complementary=true",
-    "objective.noise_per=block",
-    "objective.level_draw=stratified",
+    "objective.noise_granularity=block",
+    "objective.noise_level_sampling=stratified",
     "objective.weighting=none",
-    "objective.clean_half=block_causal",
+    "objective.clean_attention=block_causal",
     "objective.shift=true",
     "objective.mask_embedding_noise=1",
 ]

@@ -184,17 +184,17 @@ def built(settings: dict[str, Any]) -> Any:
 
 def build(config: Any) -> Any:
     """A random Megatron model of a Hugging Face configuration, on one process, with mask token 1."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from megatron.core.utils import unwrap_model
 
-    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.pretrained import model_like
 
     start_model_parallel(1)
     provider = model_like(config)
-    lay_out(provider)
+    set_parallelism(provider)
     provider.perform_initialization, provider.noisy_views, provider.mask_token_id = True, 1, 1
     provider.finalize()
     return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
@@ -210,18 +210,18 @@ def batch(model: Any, length: int, stage: Any = "joint", index: int = 0, block: 
     plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
     maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
     made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
-    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.share)
+    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.shard)
 
 
 def documents(draw: torch.Generator, length: int, block: int, average: int = 40) -> torch.Tensor:
-    """[3, length] structure of a sample whose documents end anywhere, after so many tokens on average."""
+    """[3, length] segment_ids of a sample whose documents end anywhere, after so many tokens on average."""
     from nemodiff_train.objective import ObjectiveConfig
     from nemodiff_train.objective.sample import SampleMaker
 
     maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, document_end=0)
     tokens = torch.randint(0, average, (length + 1,), generator=draw)
     plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
-    return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["structure"]
+    return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["segment_ids"]
 
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -258,7 +258,9 @@ def figures(output: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's ``metrics.jsonl``, without what depends on the clock."""
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
     told = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in line.items() if key not in ("tokens/s", "seconds")} for line in told]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "seconds")} for line in told
+    ]
 
 
 def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
@@ -279,10 +281,10 @@ def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_le
     from megatron.bridge.training import config as bridge
     from megatron.core.distributed import DistributedDataParallelConfig
 
+    from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+    from nemodiff_train.config.defaults import tokenizer_of
     from nemodiff_train.model.pretrained import model_from
     from nemodiff_train.objective import ObjectiveConfig
-    from nemodiff_train.training.config import TextDatasetConfig, TriModeConfig
-    from nemodiff_train.training.parts import tokenizer_of
 
     checkpoints = f"{output}/checkpoints"
     return TriModeConfig(
@@ -326,8 +328,8 @@ def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
 
 def drafter(start_from: str, data: str, output: str) -> Any:
     """A drafter of four layers for what :func:`recipe` has trained."""
-    from nemodiff_train.drafter.adapter import DraftLoRA
     from nemodiff_train.drafter.config import DrafterConfig
+    from nemodiff_train.model.draft_adapter import DraftLoRA
 
     config = recipe(start_from, data, output)
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=16, alpha=64)
@@ -336,8 +338,8 @@ def drafter(start_from: str, data: str, output: str) -> Any:
 
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Ten steps on conversations."""
+    from nemodiff_train.config.config import ChatDatasetConfig
     from nemodiff_train.model.adapters import lora
-    from nemodiff_train.training.config import ChatDatasetConfig
 
     config = recipe(start_from, data, output)
     config.dataset = ChatDatasetConfig(seq_length=64, data=[data], split="100,0,0")

@@ -30,12 +30,12 @@ class Exported:
     folder: Path
     family: str
     shift: bool = False
-    clean_half: str = "causal"
+    clean_attention: str = "causal"
     tied: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return ("ar", "linear", "diffusion") if self.clean_half == "causal" else ("diffusion",)
+        return ("ar", "linear", "diffusion") if self.clean_attention == "causal" else ("diffusion",)
 
     def write_source(self) -> None:
         """A directory of the family, told by hand that it is a tri-mode one."""
@@ -53,7 +53,7 @@ class Exported:
             "mask_token_id": MASK,
             "block_size": BLOCK,
             "shift": self.shift,
-            "clean_half": self.clean_half,
+            "clean_attention": self.clean_attention,
             "text_config": json.loads(config.read_text()),
         }
         (source / "config.json").write_text(json.dumps(settings))
@@ -68,8 +68,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3"},
     "ministral3": {"family": "ministral3"},
     "shift": {"family": "qwen3", "shift": True, "tied": True},
-    "blocks": {"family": "ministral3", "clean_half": "block_causal"},
-    "blocks-shift": {"family": "qwen3", "clean_half": "block_causal", "shift": True},
+    "blocks": {"family": "ministral3", "clean_attention": "block_causal"},
+    "blocks-shift": {"family": "qwen3", "clean_attention": "block_causal", "shift": True},
 }
 SETTINGS = {"ar": {}, "linear": {"block_size": BLOCK}, "diffusion": {"block_size": BLOCK, "threshold": THRESHOLD}}
 METHODS = {"ar": "ar_generate", "linear": "linear_spec_generate", "diffusion": "generate"}
@@ -79,7 +79,7 @@ def megatron(exported: Exported) -> list[tuple[str, list[int], dict[str, Any], l
     """What the Megatron side decodes: method, prompt, arguments, new tokens, forwards."""
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
-    from nemodiff_train.decoding.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_for_decoding
 
     model = load_for_decoding(str(exported.folder / "checkpoint"))
     found = []
@@ -176,11 +176,11 @@ def test_import_and_export_keep_everything(name: str, exported: dict[str, Export
     assert after.keys() - before.keys() <= ({"lm_head.weight"} if exported[name].tied else set())
     assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
-    for key in ("architectures", "model_type", "mask_token_id", "block_size", "shift", "clean_half"):
+    for key in ("architectures", "model_type", "mask_token_id", "block_size", "shift", "clean_attention"):
         assert ours[key] == theirs[key]
     assert theirs["text_config"].items() <= ours["text_config"].items()
     card = (out / "README.md").read_text()
-    assert f"id {MASK}" in card and ("ar_generate" in card) == (ours["clean_half"] == "causal")
+    assert f"id {MASK}" in card and ("ar_generate" in card) == (ours["clean_attention"] == "causal")
 
 
 def test_a_model_without_a_mask_token_is_refused(
@@ -196,7 +196,7 @@ def test_a_model_without_a_mask_token_is_refused(
 
 def test_training_does_not_start_from_it(exported: dict[str, Exported], tmp_path: Path) -> None:
     from nemodiff_train.errors import UserError
-    from nemodiff_train.training.checks import check
+    from nemodiff_train.validation.checks import check
 
     small.data(tmp_path / "data", documents=10)
     config = small.recipe(str(exported["qwen3"].folder / "out"), str(tmp_path / "data"), str(tmp_path / "run"))
@@ -343,7 +343,7 @@ def test_models_of_other_objectives_are_refused_what_they_cannot(model: Any, mon
     monkeypatch.setattr(model.config, "shift", True)
     with pytest.raises(ValueError, match="causal_context"):
         model.generate(prompt, 8, causal_context=False)
-    monkeypatch.setattr(model.config, "clean_half", "block_causal")
+    monkeypatch.setattr(model.config, "clean_attention", "block_causal")
     for method in ("ar_generate", "linear_spec_generate"):
         with pytest.raises(ValueError, match=r"generate\(\) only"):
             getattr(model, method)(prompt)

@@ -117,8 +117,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         train("objective.complementary=true", "objective.views=2"),
         ["max_noise_level", "0.999"],
     ),
-    "half-life without a count": (train("objective.half_life=0.1"), ["masked_count=exact", "noise_per=block"]),
-    "AR loss that can see its targets": (train("objective.clean_half=block_causal"), ["ar_weight=0", "shift=true"]),
+    "half-life without a count": (
+        train("objective.position_bias_half_life=0.1"),
+        ["mask_sampling=exact", "noise_granularity=block"],
+    ),
+    "AR loss that can see its targets": (
+        train("objective.clean_attention=block_causal"),
+        ["ar_weight=0", "shift=true"],
+    ),
     "random blocks without a range": (train("objective.block_schedule=random"), ["objective.block_sizes"]),
     "a range of three sizes": (
         train("objective.block_schedule=random", "objective.block_sizes=[2,4,8]"),
@@ -407,9 +413,9 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def refused(words: list[str], capsys: Any, *needles: str) -> None:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     capsys.readouterr()
     assert main(words) == 2
     output = capsys.readouterr()

@@ -149,9 +149,9 @@ def test_a_program_that_passes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model as Megatron and as Hugging Face have it."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from nemodiff_train.conversion.importing import import_checkpoint
 
     folder = tmp_path_factory.mktemp("harness")

@@ -17,7 +17,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
-from nemodiff_train.objective.rule import may_attend, places
+from nemodiff_train.objective.rule import can_attend, places
 from nemodiff_train.objective.sample import Sample
 from tests import gang, matrix, small
 from tests.gang import Job
@@ -45,19 +45,19 @@ def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
 
 def sees(sample: Sample) -> Tensor:
     """[2 L, 2 L] who sees whom."""
-    everything = places(1, sample["structure"][1], sample["structure"][0])
-    return may_attend(everything.as_queries(), everything.as_keys())
+    everything = places(1, sample["segment_ids"][1], sample["segment_ids"][0])
+    return can_attend(everything.as_queries(), everything.as_keys())
 
 
 def test_the_grid_starts_with_each_answer() -> None:
-    made = maker(all_masked_share=1.0).make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
+    made = maker(fully_masked_fraction=1.0).make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
     #         prompt      answer             padding prompt answer      prompt          answer   padding
     document = [0] * 3 + [0] * 6 + [-1] * 2 + [0] * 2 + [0] * 4 + [1] * 5 + [1] * 3 + [-2]
     answer = [False] * 3 + [True] * 6 + [False] * 4 + [True] * 4 + [False] * 5 + [True] * 3 + [False]
     blocks = [0] * 3 + [1] * 4 + [2] * 4 + [3] * 2 + [4] * 4 + [5] * 4 + [6] + [7] * 4
     position = [*range(9), 9, 10, *range(9, 15), *range(8), 8]
     size = len(document)
-    found = made["structure"][:, :size].tolist()
+    found = made["segment_ids"][:, :size].tolist()
     assert found[0] == document
     assert found[1] == blocks and found[2] == position
     assert made["maskable"][:size].tolist() == answer and not made["maskable"][size:].any()
@@ -78,13 +78,13 @@ def test_the_grid_starts_with_each_answer() -> None:
 
 def test_padding_and_other_conversations_are_unseen() -> None:
     made = maker().make(packed([3, 6, 2, 4], [5, 3]), 0, 0)
-    allowed, document = sees(made), made["structure"][0].repeat(2)
+    allowed, document = sees(made), made["segment_ids"][0].repeat(2)
     clean = torch.arange(2 * LENGTH) >= LENGTH
     talk = torch.where(document < 0, -1 - document, document)
     assert not (allowed & (talk[:, None] != talk[None, :]) & clean[None, :]).any()
     assert not (allowed & (document < 0) & clean).any()  # nothing sees clean padding
     noisy_pairs = allowed & ~clean[None, :]
-    same_block = made["structure"][1].repeat(2)[:, None] == made["structure"][1].repeat(2)[None, :]
+    same_block = made["segment_ids"][1].repeat(2)[:, None] == made["segment_ids"][1].repeat(2)[None, :]
     assert not (noisy_pairs & ~same_block).any()
     assert allowed.any(1).all()
     # An answer's blocks see their prompt, and the padding of their last block as the masks that it is in decoding.
@@ -95,8 +95,8 @@ def test_noise_is_drawn_for_each_conversation() -> None:
     """A pack trains what its conversations would alone: levels of their own, and all-masked ones among them."""
     levels: list[Tensor] = []
     for index in range(300):
-        made = maker(all_masked_share=0.3).make(packed([3, 6], [2, 6], [4, 5]), 0, index)
-        level, document = made["level"][:LENGTH], made["structure"][0]
+        made = maker(fully_masked_fraction=0.3).make(packed([3, 6], [2, 6], [4, 5]), 0, index)
+        level, document = made["level"][:LENGTH], made["segment_ids"][0]
         each = torch.stack([level[(document == number).nonzero()[0, 0]] for number in range(3)])
         for number in range(3):
             assert (level[document == number] == each[number]).all()
@@ -109,7 +109,7 @@ def test_noise_is_drawn_for_each_conversation() -> None:
 
 
 def test_shifted_targets_stay_in_their_answer() -> None:
-    made = maker(shift=True, all_masked_share=1.0).make(packed([3, 6], [5, 3]), 0, 0)
+    made = maker(shift=True, fully_masked_fraction=1.0).make(packed([3, 6], [5, 3]), 0, 0)
     weights, labels = made["loss_mask"][:LENGTH], made["labels"][:LENGTH]
     targets = [labels[place].item() for place in weights.nonzero()[:, 0]]
     assert targets == [14, 15, 16, 18, 25, 26]  # every answer token but the first of each block
@@ -319,7 +319,7 @@ def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
 def test_every_layout_trains_the_same(ran: Any, layout: str) -> None:
     expected, found = ran[1]["one process"]["steps"], ran[1][layout]["steps"]
     assert [step["step"] for step in found] == [step["step"] for step in expected] != []
-    for name in ("loss", "ar loss", "diffusion loss", "masked share", "gradient norm"):
+    for name in ("loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm"):
         for mine, other in zip(found, expected, strict=True):
             assert mine[name] == pytest.approx(other[name], rel=1e-5), name
 
@@ -332,11 +332,11 @@ def test_it_learns(ran: Any) -> None:
 
 def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
     """What was trained is what decodes and what is exported, under any layout of either."""
-    from nemodiff_train.host import prepare as host
+    from nemodiff_train.runtime import init_runtime as host
 
     host()
-    from nemodiff_train.decoding.loading import load_for_decoding
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.loading import load_for_decoding
 
     folder, found = ran
     first, second = (found[name]["steps"] for name in ("LoRA", "LoRA, tensor 2"))
@@ -363,10 +363,10 @@ def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
 
 def test_nothing_leaks_between_conversations(ran: Any) -> None:
     """Other words in one conversation of a pack leave the logits of the others as they were, bit for bit."""
-    from nemodiff_train.host import prepare as host
+    from nemodiff_train.runtime import init_runtime as host
 
     host()
-    from nemodiff_train.decoding.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_for_decoding
 
     (model,) = load_for_decoding(str(ran[0] / "one process" / "checkpoints"))
     make = ConversationMaker(
@@ -376,32 +376,32 @@ def test_nothing_leaks_between_conversations(ran: Any) -> None:
     other = {**pack, "tokens": pack["tokens"].clone()}
     other["tokens"][:23] += 100  # all of the first conversation
     before, after = (_logits(model, make.make(each, 0, 3)) for each in (pack, other))
-    second = make.make(pack, 0, 3)["structure"][0] == 1
+    second = make.make(pack, 0, 3)["segment_ids"][0] == 1
     mine = second.repeat(2)
     assert torch.equal(before[mine], after[mine]) and not torch.equal(before[~mine], after[~mine])
 
 
 def _logits(model: Any, sample: Sample) -> Tensor:
     """[2 L, vocabulary] of a training sample."""
-    structure = sample["structure"][None]
-    model.attention_state.rotary_structure = structure
+    segment_ids = sample["segment_ids"][None]
+    model.attention_state.rotary_segment_ids = segment_ids
     with torch.no_grad():
-        found: Tensor = model(sample["tokens"][None], sample["position_ids"][None], attention_mask=structure)
+        found: Tensor = model(sample["tokens"][None], sample["position_ids"][None], attention_mask=segment_ids)
     found[..., MASK] = -torch.inf  # never a prediction in decoding
     return found[0]
 
 
 def test_decoding_crosses_the_boundary_at_every_offset(ran: Any) -> None:
     """A block behind a prompt sees in decoding what it saw in training, wherever the prompt ends."""
-    from nemodiff_train.host import prepare as host
+    from nemodiff_train.runtime import init_runtime as host
 
     host()
-    from nemodiff_train.decoding.loading import load_for_decoding
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.loading import load_for_decoding
 
     size, length = 16, 64
     models = load_for_decoding(str(ran[0] / "one process" / "checkpoints"))
-    objective = ObjectiveConfig(block_size=size, all_masked_share=1.0)
+    objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
     make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):
         pack = packed([prompt, size + 5], first=20)
@@ -443,8 +443,8 @@ def test_text_and_conversations_are_told_apart(ran: Any, tmp_path: Path, capsys:
         (["demo_joint", f"start_from={base}", f"problems={chat}", f"code={chat}", output], "use sft"),
         (["sft_demo", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
         (
-            ["sft_demo", f"start_from={base}", f"data={chat}", output, "objective.clean_half=block_causal"],
-            "clean_half",
+            ["sft_demo", f"start_from={base}", f"data={chat}", output, "objective.clean_attention=block_causal"],
+            "clean_attention",
         ),
         (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),
     ):

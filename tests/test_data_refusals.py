@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nemodiff_train.cli import main
-from nemodiff_train.data import parts
+from nemodiff_train.data import partial_output as parts
 from nemodiff_train.data.manifest import Manifest, check_blend, tokenizer_fingerprint
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError

@@ -20,17 +20,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def build(directory: Path, family: Callable[[Path], None]) -> Any:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
-    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    init_runtime()
+    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
 
     family(directory)
     provider = model_from(str(directory))
     provider.mask_token_id = MASK
     start_model_parallel(1)
-    lay_out(provider)
+    set_parallelism(provider)
     provider.finalize()
     models = provider.provide_distributed_model(wrap_with_ddp=False)
     auto_bridge(hf_config(str(directory))).load_hf_weights(models, hf_path=str(directory))
@@ -293,19 +293,19 @@ def test_settings_of_the_draw() -> None:
 @pytest.mark.parametrize("policy", ["threshold", "entropy", "fixed", "leftmost"])
 def test_policies_fix_what_they_say(policy: str) -> None:
     """By hand on one block of six places, the fourth known."""
-    from nemodiff_train.decoding.diffusion import places_to_fix
+    from nemodiff_train.decoding.diffusion import select_positions_to_unmask
     from nemodiff_train.decoding.generation import DecodingSettings
 
     p = torch.tensor([0.95, 0.5, 0.99, 1.0, 0.9, 0.6])
     log = torch.stack([p.log(), (1 - p).clamp(min=1e-30).log()], dim=-1)[None]
     masked = torch.tensor([[True, True, True, False, True, True]])
     settings = DecodingSettings(policy=policy, threshold=0.9, steps=3, entropy_bound=0.3)  # type: ignore[arg-type]
-    found = places_to_fix(log, log.argmax(-1), masked, settings, step=0)[0].nonzero()[:, 0].tolist()
+    found = select_positions_to_unmask(log, log.argmax(-1), masked, settings, step=0)[0].nonzero()[:, 0].tolist()
     # Entropies: 0.056 (place 2), 0.199 (0), 0.325 (4): the sum before the third is 0.255.
     expected = {"threshold": [0, 2, 4], "entropy": [0, 2, 4], "fixed": [0, 2], "leftmost": [0]}
     assert found == expected[policy]
     strict = DecodingSettings(policy=policy, threshold=1.0, steps=9, entropy_bound=0.0)  # type: ignore[arg-type]
-    alone = places_to_fix(log, log.argmax(-1), masked, strict, step=0)[0].nonzero()[:, 0].tolist()
+    alone = select_positions_to_unmask(log, log.argmax(-1), masked, strict, step=0)[0].nonzero()[:, 0].tolist()
     assert alone == ([0] if policy == "leftmost" else [2])
 
 
@@ -504,10 +504,10 @@ def test_the_released_models_semantics(model: Any, prompt: list[int]) -> None:
 def trained(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The model as training with blocks of 8 would run it, for each kind of clean half, with and without shift."""
     config = model.config
-    config.clean_half, config.shift = request.param
+    config.clean_attention, config.shift = request.param
     config.noisy_views, config.block_size = 1, 8
     yield model
-    config.noisy_views, config.clean_half, config.shift = 0, "causal", False
+    config.noisy_views, config.clean_attention, config.shift = 0, "causal", False
 
 
 def training_logits(model: Any, clean: list[int], noisy: list[int]) -> torch.Tensor:
@@ -527,7 +527,7 @@ def test_a_block_is_decoded_as_it_was_trained(trained: Any) -> None:
     text = torch.randint(20, 220, (32,), generator=torch.Generator().manual_seed(5)).tolist()
     noisy = text[:24] + [token if place in (0, 3) else MASK for place, token in enumerate(text[24:])]
     session, row = Session(trained, 1, 32, MASK), torch.arange(1)
-    session.prefill([text[:24]], 8 if trained.config.clean_half == "block_causal" else None)
+    session.prefill([text[:24]], 8 if trained.config.clean_attention == "block_causal" else None)
     found = session.forward(torch.tensor([noisy[24:]]), row, "denoise", causal=False)[0]
     torch.testing.assert_close(found[1:], training_logits(trained, text, noisy)[25:], rtol=1e-4, atol=1e-4)
 
@@ -548,7 +548,7 @@ def test_block_diffusion_with_a_block_causal_clean_half(trained: Any) -> None:
     from nemodiff_train.errors import UserError
 
     config, block, threshold = trained.config, 8, 0.02
-    if config.clean_half == "causal":
+    if config.clean_attention == "causal":
         pytest.skip("its blocks start behind the prompt; stated above")
     for prompt in (PROMPTS[2], PROMPTS[0] * 4, PROMPTS[2] * 3):
         text = list(prompt)

@@ -136,19 +136,19 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 def test_every_layout_trains_the_same_drafter(ran: Any, layout: str) -> None:
     expected, found = ran[1]["one process"]["steps"][HALF_WAY:], ran[1][layout]["steps"]
     assert [step["step"] for step in found] == [step["step"] for step in expected] != []
-    for name in ("draft loss", "gradient norm", "counted slots", "acceptance length/7", "expected TPF"):
+    for name in ("draft_loss", "grad_norm", "counted_slots", "acceptance_length/7", "expected_tpf"):
         for mine, other in zip(found, expected, strict=True):
             assert mine[name] == pytest.approx(other[name], rel=1e-5), name
 
 
 def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the adapters in place, what is prefilled, verified and denoised stays bit for bit as it was."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from nemodiff_train.decoding.decode import decode
-    from nemodiff_train.decoding.loading import open_model
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.loading import load_model
 
     folder, _ = ran
     checkpoint = str(folder / "base" / "checkpoints")
@@ -162,8 +162,8 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    plain = open_model(checkpoint, max_new_tokens=24)
-    with_drafter = open_model(checkpoint, max_new_tokens=24, drafter=str(folder / "one process" / "checkpoints"))
+    plain = load_model(checkpoint, max_new_tokens=24)
+    with_drafter = load_model(checkpoint, max_new_tokens=24, drafter=str(folder / "one process" / "checkpoints"))
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])
@@ -173,7 +173,7 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
     # Megatron's own forward, which Transformer Engine's layers take, gives the same.
     from nemodiff_train.decoding import stages
 
-    monkeypatch.setattr(stages, "is_plain", lambda chunk: False)
+    monkeypatch.setattr(stages, "can_fast_forward", lambda chunk: False)
     for kind, values in logits(with_drafter).items():
         torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
 

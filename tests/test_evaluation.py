@@ -13,23 +13,23 @@ import pytest
 from rich.console import Console
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.evaluation import svg
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
-from nemodiff_train.evaluation.files import usable_directory, write_atomic
 from nemodiff_train.evaluation.metrics import agreement_by_place, summarise, wilson
-from nemodiff_train.evaluation.records import Decoded, read_records
-from nemodiff_train.evaluation.report import write_report
+from nemodiff_train.evaluation.records import DecodeRecord, read_records
 from nemodiff_train.evaluation.scorers import make_scorer
-from nemodiff_train.evaluation.table import print_table
 from nemodiff_train.evaluation.tasks import Prompt, Task
-from nemodiff_train.evaluation.trace import pieces
+from nemodiff_train.files import usable_directory, write_atomic
+from nemodiff_train.report import svg
+from nemodiff_train.report.report import write_report
+from nemodiff_train.report.table import print_table
+from nemodiff_train.report.trace import pieces
 
 AR = [
-    Decoded(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
-    Decoded(1, [8, 2], {"prefill": 1, "decode": 1}, seconds=0.2),
+    DecodeRecord(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
+    DecodeRecord(1, [8, 2], {"prefill": 1, "decode": 1}, seconds=0.2),
 ]
 LINEAR = [
-    Decoded(
+    DecodeRecord(
         0,
         [5, 6, 7, 2],
         {"prefill": 1, "draft": 2, "verify": 2},
@@ -37,11 +37,11 @@ LINEAR = [
         drafted=[[False, True, True], [True, False, True]],
         seconds=0.2,
     ),
-    Decoded(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], seconds=0.1),
+    DecodeRecord(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], seconds=0.1),
 ]
 DIFFUSION = [
-    Decoded(0, [5, 6, 9, 2], {"prefill": 1, "denoise": 2, "commit": 1}, seconds=0.25, steps=[0, 2, 1, 2]),
-    Decoded(1, [8, 2], {"prefill": 1, "denoise": 1, "commit": 1}, seconds=0.15, steps=[0, 1]),
+    DecodeRecord(0, [5, 6, 9, 2], {"prefill": 1, "denoise": 2, "commit": 1}, seconds=0.25, steps=[0, 2, 1, 2]),
+    DecodeRecord(1, [8, 2], {"prefill": 1, "denoise": 1, "commit": 1}, seconds=0.15, steps=[0, 1]),
 ]
 WORDS = {2: "", 3: " 4", 5: "so", 6: " <b>", 7: " 12", 8: "7", 9: " 13"}
 
@@ -86,7 +86,7 @@ def test_agreement_with_places_never_reached_and_short_drafts() -> None:
 
 
 def test_nothing_but_prefill_and_no_clock() -> None:
-    metrics = summarise([Decoded(0, [2], {"prefill": 1})], [False], {})
+    metrics = summarise([DecodeRecord(0, [2], {"prefill": 1})], [False], {})
     assert metrics.tpf_all == 1.0
     assert (metrics.tpf_no_prefill, metrics.tokens_per_second, metrics.identical_to_ar) == (None, None, None)
 
@@ -110,7 +110,7 @@ def test_wilson_interval() -> None:
 def test_impossible_records_are_refused(fields: dict[str, Any], message: str) -> None:
     sound = {"prompt_index": 0, "tokens": [1, 2], "forwards": {"prefill": 1}}
     with pytest.raises(ValueError, match=message):
-        Decoded(**{**sound, **fields})
+        DecodeRecord(**{**sound, **fields})
 
 
 def test_summarise_refuses_what_does_not_match() -> None:
@@ -124,14 +124,14 @@ def test_commit_steps() -> None:
     assert AR[0].commit_steps() == [0, 1, 2, 3]
     assert LINEAR[0].commit_steps() == [0, 1, 2, 2]
     assert DIFFUSION[0].commit_steps() == [0, 2, 1, 2]
-    unknown = Decoded(0, [5, 6], {"prefill": 1, "denoise": 1})
+    unknown = DecodeRecord(0, [5, 6], {"prefill": 1, "denoise": 1})
     assert unknown.commit_steps() == []
     assert [(piece.text, piece.step) for piece in pieces(unknown, decode)] == [("so <b>", None)]
 
 
 def test_pieces_keep_characters_whole() -> None:
     letters = [b"a", b"\xc3", b"\xa9", b"b"]
-    record = Decoded(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3})
+    record = DecodeRecord(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3})
     found = pieces(record, lambda tokens: b"".join(letters[t] for t in tokens).decode(errors="replace"))
     assert [piece.text for piece in found] == ["a", "é", "b"]
 
@@ -215,7 +215,7 @@ def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_page_of_one_mode_with_one_place(tmp_path: Path) -> None:
-    record = Decoded(0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[False]])
+    record = DecodeRecord(0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[False]])
     task = Task("one", [Prompt(prompt="7", answer="7")], make_scorer("exact"))
     single = assemble("m", task, [Run("linear", {}, [record])], decode, settings={}, samples=0)
     page = read_page(write_report(tmp_path, single))

@@ -94,9 +94,9 @@ def published_shapes(settings: dict[str, Any]) -> dict[str, list[int]]:
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_sizes(tmp_path: Path, size: str) -> None:
     """Laid out as an export lays them out: names, shapes, dtype and number of the tensors, and the settings."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from nemodiff_train.conversion.formats import nemotron_format
     from nemodiff_train.conversion.shards import ShardWriter
     from nemodiff_train.conversion.weights import check_weights, expected_shapes
@@ -112,7 +112,7 @@ def test_published_sizes(tmp_path: Path, size: str) -> None:
     assert nemotron_format(provider) == settings
 
     writer = ShardWriter(tmp_path, expected_shapes(settings), torch.bfloat16)
-    writer.lay_out()  # the data are holes in the files
+    writer.set_parallelism()  # the data are holes in the files
     stored = check_weights(tmp_path)
     assert {name: list(tensor.shape) for name, tensor in stored.items()} == published_shapes(settings)
     assert {tensor.dtype for tensor in stored.values()} == {"BF16"} and len(stored) == count
@@ -124,9 +124,9 @@ def test_published_sizes(tmp_path: Path, size: str) -> None:
 
 
 def test_keys_that_a_file_leaves_out() -> None:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from nemodiff_train.model.pretrained import config_from
 
     settings = {"architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion"}

@@ -29,28 +29,28 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 @pytest.fixture(scope="module", autouse=True)
 def prepared() -> None:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
 
 
-def structure(rows: int, length: int) -> Tensor:
+def segment_ids(rows: int, length: int) -> Tensor:
     """[rows, 3, length] of samples whose documents end anywhere."""
     draw = torch.Generator().manual_seed(0)
     return torch.stack([small.documents(draw, length, 32) for _ in range(rows)]).to(DEVICE)
 
 
 def plan_of(kind: str, rows: int, length: int) -> Any:
-    from nemodiff_train.attention.plan import Share, irregular_plan, regular_plan
+    from nemodiff_train.attention.plan import ContextParallelShard, segmented_plan, uniform_plan
 
     match kind:
         case "causal":
-            return regular_plan(0, length, 32, False, Share(), DEVICE)
+            return uniform_plan(0, length, 32, False, ContextParallelShard(), DEVICE)
         case "joint":
-            return regular_plan(1, length, 32, False, Share(), DEVICE)
+            return uniform_plan(1, length, 32, False, ContextParallelShard(), DEVICE)
         case "two views, block-causal":
-            return regular_plan(2, length, 16, True, Share(), DEVICE)
-    return irregular_plan(1, structure(rows, length), False, 32, Share())
+            return uniform_plan(2, length, 16, True, ContextParallelShard(), DEVICE)
+    return segmented_plan(1, segment_ids(rows, length), False, 32, ContextParallelShard())
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -80,25 +80,25 @@ def test_attention_follows_the_rule(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["joint", "two views, block-causal", "documents"])
 def test_flash_attention_follows_the_rule(kind: str) -> None:
     """Where it can be asked for."""
-    from nemodiff_train.attention.choice import choose, kernel_problems
+    from nemodiff_train.attention.selection import kernel_problems, select_kernel
 
     model = SimpleNamespace(attention_kernel="flash", attention_tile=0, context_parallel_size=1)
     if found := list(kernel_problems(model, 512, GPU)):
         pytest.skip("; ".join(found))
-    check_attention(kind, torch.bfloat16, choose(DEVICE, False, "flash"))
+    check_attention(kind, torch.bfloat16, select_kernel(DEVICE, False, "flash"))
 
 
 def check_attention(kind: str, dtype: torch.dtype, kernel: Any = None) -> None:
     """Of two samples of 256 tokens."""
     from nemodiff_train.attention import kernels
-    from nemodiff_train.objective.rule import may_attend
+    from nemodiff_train.objective.rule import can_attend
 
     rows = 2
     plan = plan_of(kind, rows, 256)
-    mask = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+    mask = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
     states = heads(rows, len(plan.queries.view), len(plan.keys.view), dtype)
     upstream = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
-    found = kernels.planned(*states, plan, None, kernel)
+    found = kernels.attend(*states, plan, None, kernel)
     gradients = torch.autograd.grad(found, states, upstream)
     expected = dense(*states, mask if mask.dim() == 2 else mask.view(-1, 1, *mask.shape[-2:]))
     assert difference(found, expected) < TOLERANCE[dtype]
@@ -114,7 +114,7 @@ def test_attention_to_a_cache(masked: bool) -> None:
     query, key, value = heads(2, new, visible, torch.float32)
     places = torch.arange(visible, device=DEVICE)
     mask = (places <= places[-new:, None]).expand(2, 1, -1, -1) if masked else None
-    found = kernels.cached(query, key, value, mask)
+    found = kernels.attend_cached(query, key, value, mask)
     everything = torch.ones(new, visible, dtype=torch.bool, device=DEVICE)
     assert (
         difference(found, dense(query, key, value, everything if mask is None else mask)) < TOLERANCE[torch.float32]
@@ -126,8 +126,8 @@ def test_head_in_chunks(dtype: torch.dtype) -> None:
     """Losses and gradients at the places that carry loss, over more than one chunk of places."""
     from megatron.core import parallel_state
 
-    from nemodiff_train.decoding.loading import start_model_parallel
     from nemodiff_train.model.head import token_losses
+    from nemodiff_train.model.loading import start_model_parallel
 
     start_model_parallel(1)
     draw = torch.Generator().manual_seed(0)

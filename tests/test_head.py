@@ -8,12 +8,12 @@ import torch
 
 @pytest.fixture(scope="module")
 def group() -> torch.distributed.ProcessGroup:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from megatron.core import parallel_state
 
-    from nemodiff_train.decoding.loading import start_model_parallel
+    from nemodiff_train.model.loading import start_model_parallel
 
     start_model_parallel(1)
     return parallel_state.get_tensor_model_parallel_group()
@@ -28,7 +28,7 @@ def test_losses_and_gradients(
 
     torch.manual_seed(0)
     positions, batch, hidden, vocabulary = 12, 3, 8, 50
-    monkeypatch.setitem(head.ROWS, "cpu", rows)
+    monkeypatch.setitem(head.LOGIT_CHUNK, "cpu", rows)
     states = torch.randn(positions, batch, hidden, requires_grad=True)
     table = torch.randn(vocabulary + 3, hidden, requires_grad=True)  # three rows of no token
     labels = torch.randint(vocabulary, (batch, positions))
@@ -55,7 +55,7 @@ def test_only_what_carries_loss_has_logits_and_once(
 ) -> None:
     from nemodiff_train.model import head
 
-    monkeypatch.setitem(head.ROWS, "cpu", 4)
+    monkeypatch.setitem(head.LOGIT_CHUNK, "cpu", 4)
     seen: list[int] = []
     plain = head._logits
     monkeypatch.setattr(head, "_logits", lambda part, table: (seen.append(len(part)), plain(part, table))[1])

@@ -112,7 +112,7 @@ def test_ten_steps_are_the_same_training(results: dict[str, Any], layout: Layout
 def test_the_references_are_different_trainings(results: dict[str, Any]) -> None:
     """The noise moves from step to step, and each switch of the matrix does something."""
     one = steps(results, "one process")
-    assert one[0]["diffusion loss"] != one[1]["diffusion loss"]
+    assert one[0]["diffusion_loss"] != one[1]["diffusion_loss"]
     for reference in matrix.REFERENCES[1:]:
         assert steps(results, reference.name)[-1]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-3)
 
@@ -120,7 +120,7 @@ def test_the_references_are_different_trainings(results: dict[str, Any]) -> None
 def test_bf16_with_fp32_master_weights(results: dict[str, Any]) -> None:
     """Near the fp32 curve: bf16 has 8 bits, so 2e-2 relative."""
     for mine, reference in zip(steps(results, "bf16"), steps(results, "one process"), strict=True):
-        assert mine["masked share"] == reference["masked share"]
+        assert mine["masked_fraction"] == reference["masked_fraction"]
         assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-2) and mine["loss"] != reference["loss"]
 
 
@@ -128,15 +128,15 @@ def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
     expected, found = steps(results, "one process")[5:], steps(results, "resumed")
     assert [step["step"] for step in found] == [6, 7, 8, 9, 10]
     for mine, reference in zip(found, expected, strict=True):
-        for name in ("loss", "ar loss", "diffusion loss", "masked share", "gradient norm"):
+        for name in ("loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm"):
             assert mine[name] == reference[name]
 
 
 def test_the_ar_stage_has_no_diffusion(results: dict[str, Any]) -> None:
     first = steps(results, "ar stage")[0]
-    assert "diffusion loss" not in first and "masked share" not in first
+    assert "diffusion_loss" not in first and "masked_fraction" not in first
     # The clean half of the joint stage is the AR model's view of the same samples.
-    assert first["ar loss"] == pytest.approx(steps(results, "one process")[0]["ar loss"], rel=1e-5)
+    assert first["ar_loss"] == pytest.approx(steps(results, "one process")[0]["ar_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["1 1", "2 1", "1 2"])
@@ -159,20 +159,28 @@ def test_decoding_does_not_depend_on_the_layout(results: dict[str, Any], layout:
 def test_what_a_run_logs(results: dict[str, Any]) -> None:
     found = results["loggers"]
     assert "error" not in found, found["error"]
-    wanted = {"loss", "ar loss", "diffusion loss", "masked share", "grad-norm", "learning-rate", "tokens per second"}
-    wanted |= {"diffusion loss by place/1", "diffusion loss by place/9-16"}
+    wanted = {
+        "loss",
+        "ar_loss",
+        "diffusion_loss",
+        "masked_fraction",
+        "grad-norm",
+        "learning-rate",
+        "tokens_per_second",
+    }
+    wanted |= {"diffusion_loss_by_position/1", "diffusion_loss_by_position/9-16"}
     assert wanted <= set(found["tags"])
     assert found["wandb"] == 1
 
 
 def test_the_ar_stage_with_documents_and_split(results: dict[str, Any]) -> None:
     documents, joint = steps(results, "ar stage, documents")[0], steps(results, "documents, one process")[0]
-    assert documents["ar loss"] == pytest.approx(joint["ar loss"], rel=1e-5)
-    assert documents["ar loss"] != pytest.approx(steps(results, "ar stage")[0]["ar loss"], rel=1e-3)
+    assert documents["ar_loss"] == pytest.approx(joint["ar_loss"], rel=1e-5)
+    assert documents["ar_loss"] != pytest.approx(steps(results, "ar stage")[0]["ar_loss"], rel=1e-3)
     for whole, split in zip(
         steps(results, "ar stage"), steps(results, "ar stage, context 2 x pipeline 2"), strict=True
     ):
-        for name in ("ar loss", "gradient norm"):
+        for name in ("ar_loss", "grad_norm"):
             assert split[name] == pytest.approx(whole[name], rel=1e-5)
 
 
@@ -185,11 +193,11 @@ def test_a_decayed_mask_row_is_reported(results: dict[str, Any]) -> None:
 
 def test_a_run_tells_its_loss_by_noise_level_and_place(results: dict[str, Any]) -> None:
     fifth, last = (steps(results, "told")[step] for step in (4, 9))
-    by_level = [value for name, value in last.items() if name.startswith("diffusion loss by noise level/")]
-    by_place = [value for name, value in last.items() if name.startswith("diffusion loss by place/")]
+    by_level = [value for name, value in last.items() if name.startswith("diffusion_loss_by_noise_level/")]
+    by_place = [value for name, value in last.items() if name.startswith("diffusion_loss_by_position/")]
     assert len(by_level) >= 8 and len(by_place) == 5  # blocks of 16: 1, 2, 3-4, 5-8, 9-16
     assert all(2 < value < 12 for value in by_level + by_place)
-    assert "diffusion loss by place/1" in fifth and "diffusion loss by place/1" not in steps(results, "told")[3]
+    assert "diffusion_loss_by_position/1" in fifth and "diffusion_loss_by_position/1" not in steps(results, "told")[3]
 
 
 @pytest.mark.parametrize("layout", [name for name, *_ in EVALUATED])
@@ -201,12 +209,12 @@ def test_evaluation_in_the_loop_changes_nothing(results: dict[str, Any], layout:
             assert all(mine[name] == reference[name] for name in matrix.FIGURES)
     for step in (4, 9):
         figures = {name for name in alone[step] if name.startswith("evaluation ")}
-        assert {"evaluation TPF/linear", "evaluation accuracy/diffusion", "evaluation seconds"} <= figures
+        assert {"eval/tpf/linear", "eval/accuracy/diffusion", "eval/seconds"} <= figures
         assert figures == {name for name in split[step] if name.startswith("evaluation ")}
-        for name in figures - {"evaluation seconds"}:
+        for name in figures - {"eval/seconds"}:
             assert split[step][name] == pytest.approx(alone[step][name], rel=1e-6)
-        assert alone[step]["evaluation TPF/ar"] == 1
-    assert "evaluation seconds" not in alone[3]
+        assert alone[step]["eval/tpf/ar"] == 1
+    assert "eval/seconds" not in alone[3]
 
 
 def test_measuring_gradients_changes_nothing(results: dict[str, Any]) -> None:
@@ -216,7 +224,7 @@ def test_measuring_gradients_changes_nothing(results: dict[str, Any]) -> None:
     for step in (told[4], told[9]):
         assert -1 <= step["gradient cosine"] <= 1 and step["gradient cosine"] != 0
         for part in ("ar", "diffusion"):
-            assert step[f"gradient norm/{part}"] > 0 and step[f"gradient variance/{part}"] > 0
+            assert step[f"grad_norm/{part}"] > 0 and step[f"gradient variance/{part}"] > 0
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -16,10 +16,10 @@ TEXT = torch.randint(20, 220, (29,), generator=torch.Generator().manual_seed(2))
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
-    from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+    init_runtime()
+    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
 
     directory: Path = tmp_path_factory.mktemp("likelihood") / "qwen3"
@@ -27,7 +27,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     provider = model_from(str(directory))
     provider.mask_token_id, provider.noisy_views, provider.block_size = MASK, 1, 2
     start_model_parallel(1)
-    lay_out(provider)
+    set_parallelism(provider)
     provider.finalize()
     models = provider.provide_distributed_model(wrap_with_ddp=False)
     auto_bridge(hf_config(str(directory))).load_hf_weights(models, hf_path=str(directory))

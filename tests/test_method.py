@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.choice import Kernel
-from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
+from nemodiff_train.attention.plan import AttentionPlan, ContextParallelShard, segmented_plan, uniform_plan
+from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import reduce, report, sums
 from nemodiff_train.objective.rule import dense_mask
@@ -49,9 +49,9 @@ def test_the_rule_is_the_table(length: int, block: int, views: int, block_causal
 
 def test_the_rule_is_the_reference_s() -> None:
     """Megatron Bridge's own example, whose mask is right."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from megatron.bridge.diffusion.common.dllm import compute_block_mask
 
     theirs = compute_block_mask(16, 128).mask_mod
@@ -66,11 +66,11 @@ def states(queries: int, keys: int, rows: int = 2) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def check_kernel(plan: Plan, table: torch.Tensor, scale: float | None = None) -> None:
+def check_kernel(plan: AttentionPlan, table: torch.Tensor, scale: float | None = None) -> None:
     """Both kernels, forward, and SDPA's backward, against dense attention."""
     size = table.shape[-1]
     ours, theirs = states(size, size), states(size, size)
-    out, expected = kernels.planned_sdpa(*ours, plan, scale), small.dense(*theirs, table, scale)
+    out, expected = kernels.attend_sdpa(*ours, plan, scale), small.dense(*theirs, table, scale)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     direction = torch.randn_like(out)
     out.backward(direction)
@@ -82,12 +82,14 @@ def check_kernel(plan: Plan, table: torch.Tensor, scale: float | None = None) ->
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(("length", "block"), SHAPES)
 def test_the_kernel_is_dense_attention(length: int, block: int, scale: float | None) -> None:
-    check_kernel(regular_plan(1, length, block, False, Share(), CPU), grid(length, block), scale)
+    check_kernel(uniform_plan(1, length, block, False, ContextParallelShard(), CPU), grid(length, block), scale)
 
 
 @pytest.mark.parametrize(("views", "block_causal"), [(1, True), (2, False), (3, True), (0, False)])
 def test_the_kernel_with_views_and_a_block_causal_clean_half(views: int, block_causal: bool) -> None:
-    check_kernel(regular_plan(views, 160, 32, block_causal, Share(), CPU), grid(160, 32, views, block_causal))
+    check_kernel(
+        uniform_plan(views, 160, 32, block_causal, ContextParallelShard(), CPU), grid(160, 32, views, block_causal)
+    )
 
 
 def documents(length: int, block: int, ends: list[int]) -> tuple[list[int], list[int]]:
@@ -108,22 +110,22 @@ def documents(length: int, block: int, ends: list[int]) -> tuple[list[int], list
 @pytest.mark.parametrize(("views", "block_causal"), [(1, False), (2, True), (0, False)])
 def test_the_kernel_with_documents(views: int, block_causal: bool) -> None:
     rows = [documents(300, 16, [5, 6, 150, 299]), documents(300, 16, [127])]
-    structure = torch.tensor([[numbers, blocks, [0] * 300] for blocks, numbers in rows])
+    segment_ids = torch.tensor([[numbers, blocks, [0] * 300] for blocks, numbers in rows])
     table = torch.stack([brute_force(300, *row, views, block_causal) for row in rows])[:, None]
-    check_kernel(irregular_plan(views, structure, block_causal, 16, Share()), table)
+    check_kernel(segmented_plan(views, segment_ids, block_causal, 16, ContextParallelShard()), table)
 
 
 @pytest.mark.parametrize("irregular", [False, True])
 def test_the_gpu_kernel_follows_the_rule(irregular: bool) -> None:
     rows = [documents(128, 32, [40]), documents(128, 32, [])]
-    structure = torch.tensor([[numbers, blocks, [0] * 128] for blocks, numbers in rows])
-    plan = regular_plan(1, 128, 32, False, Share(), CPU)
+    segment_ids = torch.tensor([[numbers, blocks, [0] * 128] for blocks, numbers in rows])
+    plan = uniform_plan(1, 128, 32, False, ContextParallelShard(), CPU)
     table = grid(128, 32)
     if irregular:
-        plan = irregular_plan(1, structure, False, 32, Share())
+        plan = segmented_plan(1, segment_ids, False, 32, ContextParallelShard())
         table = torch.stack([brute_force(128, *row) for row in rows])[:, None]
     q, k, v = (s.detach().float() for s in states(256, 256))
-    found = kernels.planned_flex(q, k, v, plan, None, Kernel("flex"))
+    found = kernels.attend_flex(q, k, v, plan, None, Kernel("flex"))
     torch.testing.assert_close(found, small.dense(q, k, v, table), rtol=1e-4, atol=1e-5)
 
 
@@ -140,12 +142,12 @@ def test_a_context_parallel_rank_computes_its_part(
     table = brute_force(length, blocks, numbers, views, block_causal)
     q, k, v = (s.detach()[:1] for s in states((views + 1) * length, (views + 1) * length))
     expected = small.dense(q, k, v, table)
-    structure = torch.tensor([[numbers, blocks, [0] * length]])
-    shares = [Share(rank, size) for rank in range(size)]
+    segment_ids = torch.tensor([[numbers, blocks, [0] * length]])
+    shares = [ContextParallelShard(rank, size) for rank in range(size)]
     plans = [
-        irregular_plan(views, structure, block_causal, block, share)
+        segmented_plan(views, segment_ids, block_causal, block, share)
         if irregular
-        else regular_plan(views, length, block, block_causal, share, CPU)
+        else uniform_plan(views, length, block, block_causal, share, CPU)
         for share in shares
     ]
     own = [torch.cat([s * length + share.places(length) for s in range(views + 1)]) for share in shares]
@@ -157,7 +159,7 @@ def test_a_context_parallel_rank_computes_its_part(
             torch.cat([x[:, :, mine[:noisy]], everyone[:, :, plan.received]], dim=2)
             for x, everyone in zip((k, v), sent, strict=True)
         )
-        out = kernels.planned_sdpa(q[:, :, mine], keys, values, plan)
+        out = kernels.attend_sdpa(q[:, :, mine], keys, values, plan)
         torch.testing.assert_close(out, expected[:, :, mine], rtol=1e-9, atol=1e-9)
         if not irregular and length // (2 * size) % block == 0:
             assert len(plan.sent) == length // size  # nothing but clean places
@@ -185,7 +187,7 @@ def test_the_sample() -> None:
     assert torch.equal(made["loss_mask"][:64] > 0, masked)
     assert torch.equal(made["loss_mask"][64:], plain["loss_mask"])
     assert torch.equal(made["position_ids"], torch.arange(64).repeat(2))
-    assert torch.equal(made["structure"], torch.stack([torch.zeros(64), torch.arange(64) // 32, torch.arange(64)]))
+    assert torch.equal(made["segment_ids"], torch.stack([torch.zeros(64), torch.arange(64) // 32, torch.arange(64)]))
     assert torch.equal(made["slot"], torch.arange(64) % 32)
     torch.testing.assert_close(made["loss_mask"][:64][masked], 1 / made["level"][masked])
 
@@ -206,7 +208,7 @@ def test_the_sample_with_documents() -> None:
     made = make(ObjectiveConfig(block_size=16), ends=ends, document_end=2, restart_positions=True)
     blocks, numbers = documents(64, 16, list(ends))
     positions = [place - max([end + 1 for end in ends if end < place], default=0) for place in range(64)]
-    assert made["structure"].tolist() == [numbers, blocks, positions]
+    assert made["segment_ids"].tolist() == [numbers, blocks, positions]
     assert made["position_ids"].tolist() == positions * 2
     expected = sample()["loss_mask"].clone()
     expected[list(ends)] = 0
@@ -217,7 +219,7 @@ def test_the_sample_with_documents() -> None:
     )
     assert seen.any(0).all()
     together = make(ObjectiveConfig(block_size=16), ends=ends)
-    assert together["structure"][0].max() == 0 and together["loss_mask"][64 + 9] == 1
+    assert together["segment_ids"][0].max() == 0 and together["loss_mask"][64 + 9] == 1
 
 
 def test_the_shifted_sample() -> None:
@@ -237,7 +239,7 @@ def test_the_shifted_sample() -> None:
 
 
 def test_a_block_causal_clean_half_has_ar_targets_only_where_it_cannot_see_them() -> None:
-    made = make(ObjectiveConfig(block_size=16, shift=True, clean_half="block_causal"))
+    made = make(ObjectiveConfig(block_size=16, shift=True, clean_attention="block_causal"))
     assert made["loss_mask"][64:].nonzero()[:, 0].tolist() == [15, 31, 47, 63]
 
 
@@ -256,8 +258,8 @@ def test_reduction_by_hand_and_over_any_micro_batching() -> None:
     total, count = reduce(found, objective, 0.3)
     assert total.item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-12) and count.item() == 8 * 63
     whole = report(found, total, count, 1)
-    assert whole["ar loss"].tolist() == pytest.approx([ar, 8 * 63], rel=1e-6)
-    assert whole["diffusion loss"].tolist() == pytest.approx([diffusion, 8 * 63], rel=1e-6)
+    assert whole["ar_loss"].tolist() == pytest.approx([ar, 8 * 63], rel=1e-6)
+    assert whole["diffusion_loss"].tolist() == pytest.approx([diffusion, 8 * 63], rel=1e-6)
     for size in (1, 2, 4):
         parts = []
         for n in range(0, 8, size):

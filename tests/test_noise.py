@@ -19,13 +19,18 @@ BATCH = 8
 SCHEDULES: dict[str, dict[str, object]] = {
     "nemotron": {},
     "clipped": {"min_noise_level": 0.3, "max_noise_level": 0.8},
-    "all-masked share": {"all_masked_share": 0.25, "min_noise_level": 0.1},
-    "per block": {"noise_per": "block", "min_noise_level": 0.1},
-    "antithetic": {"level_draw": "antithetic", "min_noise_level": 0.1},
-    "stratified": {"level_draw": "stratified", "noise_per": "block", "min_noise_level": 0.1},
-    "exact count": {"masked_count": "exact", "min_noise_level": 0.1},
-    "exact count per block": {"masked_count": "exact", "noise_per": "block", "min_noise_level": 0.1},
-    "half-life": {"masked_count": "exact", "noise_per": "block", "half_life": 0.1, "min_noise_level": 0.1},
+    "all-masked share": {"fully_masked_fraction": 0.25, "min_noise_level": 0.1},
+    "per block": {"noise_granularity": "block", "min_noise_level": 0.1},
+    "antithetic": {"noise_level_sampling": "antithetic", "min_noise_level": 0.1},
+    "stratified": {"noise_level_sampling": "stratified", "noise_granularity": "block", "min_noise_level": 0.1},
+    "exact count": {"mask_sampling": "exact", "min_noise_level": 0.1},
+    "exact count per block": {"mask_sampling": "exact", "noise_granularity": "block", "min_noise_level": 0.1},
+    "half-life": {
+        "mask_sampling": "exact",
+        "noise_granularity": "block",
+        "position_bias_half_life": 0.1,
+        "min_noise_level": 0.1,
+    },
     "complementary": {"views": 2, "complementary": True, "min_noise_level": 0.1, "max_noise_level": 0.9},
 }
 
@@ -54,31 +59,31 @@ def test_every_schedule_over_many_draws(name: str) -> None:
     weight, level = (np.concatenate([getattr(each, part) for each in draws]) for part in ("weight", "level"))
     assert not masked[:, ~ELIGIBLE].any() and not weight[:, ~ELIGIBLE].any()
     low, high = objective.min_noise_level, objective.max_noise_level
-    full = objective.all_masked_share
+    full = objective.fully_masked_fraction
     assert within(masked[:, ELIGIBLE].mean(1), (1 - full) * (low + high) / 2 + full)
     assert level.min() >= low - 1e-6 and level.max() <= max(high, float(full > 0)) + 1e-6
     np.testing.assert_allclose(weight[masked], 1 / level[masked], rtol=1e-5)
-    if objective.half_life is None:
+    if objective.position_bias_half_life is None:
         assert within(weight[:, ELIGIBLE], 1)
     else:
         for block in (0, 1):
             assert within(weight[:, ELIGIBLE & (block == BLOCKS)].mean(1), 1)
 
 
-@pytest.mark.parametrize("noise_per", ["sequence", "block"])
-def test_effective_weights_add_up_to_the_places(noise_per: str) -> None:
+@pytest.mark.parametrize("noise_granularity", ["sequence", "block"])
+def test_effective_weights_add_up_to_the_places(noise_granularity: str) -> None:
     """The share that was in fact masked: the weights of a sample or block with any mask sum to its places."""
-    objective = ObjectiveConfig(weighting="effective", noise_per=noise_per)  # type: ignore[arg-type]
+    objective = ObjectiveConfig(weighting="effective", noise_granularity=noise_granularity)  # type: ignore[arg-type]
     for index in range(300):
         found = draw(index, objective)
-        for scope in [BLOCKS == 0, BLOCKS == 1] if noise_per == "block" else [BLOCKS >= 0]:
+        for scope in [BLOCKS == 0, BLOCKS == 1] if noise_granularity == "block" else [BLOCKS >= 0]:
             if found.masked[0, scope].any():
                 assert found.weight[0, scope].sum() == pytest.approx((ELIGIBLE & scope).sum(), rel=1e-6)
     assert set(np.unique(draw(3, ObjectiveConfig(weighting="none")).weight)) == {0.0, 1.0}
 
 
 def test_an_exact_count_is_exact() -> None:
-    objective = ObjectiveConfig(masked_count="exact", min_noise_level=0.5, max_noise_level=0.5)
+    objective = ObjectiveConfig(mask_sampling="exact", min_noise_level=0.5, max_noise_level=0.5)
     counts = [int(draw(index, objective).masked.sum()) for index in range(2000)]  # 0.5 x 15 places: 7 or 8
     assert set(counts) == {7, 8} and abs(np.mean(counts) - 7.5) < 5 * 0.5 / math.sqrt(2000)
 
@@ -89,11 +94,15 @@ def test_half_life_draws_without_replacement(level: float) -> None:
 
     The weight of place i is exp(beta (1 - t) i), beta = ln 2 / (half-life x block) (Efficient-DLM, section 3.3).
     """
-    half_life, size, count = 0.1, 4, round(level * 4)
+    position_bias_half_life, size, count = 0.1, 4, round(level * 4)
     objective = ObjectiveConfig(
-        masked_count="exact", noise_per="block", half_life=half_life, min_noise_level=level, max_noise_level=level
+        mask_sampling="exact",
+        noise_granularity="block",
+        position_bias_half_life=position_bias_half_life,
+        min_noise_level=level,
+        max_noise_level=level,
     )
-    beta = math.log(2) / (half_life * size)
+    beta = math.log(2) / (position_bias_half_life * size)
     preference = [math.exp(beta * (1 - level) * place) for place in range(size)]
     expected = np.zeros(size)
     for order in itertools.permutations(range(size), count):
@@ -128,17 +137,19 @@ def test_noise_is_a_function_of_its_key() -> None:
 
 
 def test_antithetic_pairs_mirror_each_other() -> None:
-    objective = ObjectiveConfig(level_draw="antithetic", noise_per="block", min_noise_level=0.2, max_noise_level=0.6)
+    objective = ObjectiveConfig(
+        noise_level_sampling="antithetic", noise_granularity="block", min_noise_level=0.2, max_noise_level=0.6
+    )
     for index in range(0, 20, 2):
         first, second = draw(index, objective), draw(index + 1, objective)
         np.testing.assert_allclose(first.level + second.level, 0.8, rtol=1e-5)
         assert not np.array_equal(first.masked, second.masked)
 
 
-@pytest.mark.parametrize(("noise_per", "per_sample"), [("sequence", 1), ("block", 2)])
-def test_stratified_levels_cover_a_global_batch_evenly(noise_per: str, per_sample: int) -> None:
+@pytest.mark.parametrize(("noise_granularity", "per_sample"), [("sequence", 1), ("block", 2)])
+def test_stratified_levels_cover_a_global_batch_evenly(noise_granularity: str, per_sample: int) -> None:
     """Every one of the batch's equal parts of the range holds exactly one level."""
-    objective = ObjectiveConfig(level_draw="stratified", noise_per=noise_per)  # type: ignore[arg-type]
+    objective = ObjectiveConfig(noise_level_sampling="stratified", noise_granularity=noise_granularity)  # type: ignore[arg-type]
     low, high = objective.min_noise_level, objective.max_noise_level
     for step in range(5):
         levels = np.concatenate([draw(step * BATCH + i, objective).level[0, ::BLOCK] for i in range(BATCH)])

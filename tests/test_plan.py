@@ -65,11 +65,11 @@ def workload(**changes: Any) -> Any:
 
 @pytest.mark.parametrize(("views", "length", "block"), [(0, 48, 16), (1, 48, 16), (2, 64, 8)])
 def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> None:
-    from nemodiff_train.attention.plan import Share, regular_plan
-    from nemodiff_train.objective.rule import may_attend
+    from nemodiff_train.attention.plan import ContextParallelShard, uniform_plan
+    from nemodiff_train.objective.rule import can_attend
 
-    places = regular_plan(views, length, block, False, Share(), torch.device("cpu"))
-    allowed = may_attend(places.queries.as_queries(), places.keys.as_keys(), False)
+    places = uniform_plan(views, length, block, False, ContextParallelShard(), torch.device("cpu"))
+    allowed = can_attend(places.queries.as_queries(), places.keys.as_keys(), False)
     assert workload(views=views, length=length, block=block).pairs == int(allowed.sum())
 
 
@@ -88,7 +88,7 @@ def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
     counter = FlopCounterMode(display=False, custom_mapping=_kernels_of_the_cpu())
     with counter:
         small.step(model, batch)
-    places = len(batch["places"])
+    places = len(batch["loss_indices"])
     minimum = work.matrix_flops + work.attention_flops + 6 * work.table * places
     print(f"counted / minimum: {counter.get_total_flops() / minimum:.4f}")
     assert 1.0 <= counter.get_total_flops() / minimum <= 1.05

@@ -9,7 +9,7 @@ from transformers import Ministral3Config, Qwen3Config
 
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
-from nemodiff_train.host import prepare
+from nemodiff_train.runtime import init_runtime
 from tests import small
 
 FAMILIES = {"ministral3": Ministral3Config, "qwen3": Qwen3Config}
@@ -114,8 +114,8 @@ def test_kernels_and_formats_that_this_machine_lacks(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_sizes(family: str, tmp_path: Path) -> None:
     """Every size and stage can be laid out on 8 to 256 GPUs, and refuses another size's checkpoint."""
-    prepare()
-    from nemodiff_train.training.layout import layout_problems
+    init_runtime()
+    from nemodiff_train.validation.layout import layout_problems
 
     page = importlib.import_module(f"recipes.{family}")
     for size, shape in page.SIZES.items():

@@ -13,7 +13,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig, noise
 from nemodiff_train.objective.loss import reduce, sums
 from nemodiff_train.objective.presets import PRESETS, preset
-from nemodiff_train.objective.rule import may_attend, places
+from nemodiff_train.objective.rule import can_attend, places
 from nemodiff_train.objective.sample import SampleMaker
 from nemodiff_train.objective.schedule import block_size_at
 
@@ -46,9 +46,9 @@ def ours(model: Transformer, batch: list[dict[str, Tensor]], objective: Objectiv
     """The library: samples, rule and reduction, one sample a micro-batch."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for sample in batch:
-        document, block, _ = sample["structure"]
+        document, block, _ = sample["segment_ids"]
         everything = places(objective.views, block, document)
-        table = may_attend(everything.as_queries(), everything.as_keys(), objective.clean_half == "block_causal")
+        table = can_attend(everything.as_queries(), everything.as_keys(), objective.clean_attention == "block_causal")
         losses = F.cross_entropy(
             model(sample["tokens"], sample["position_ids"], table), sample["labels"], reduction="none"
         )
@@ -193,9 +193,9 @@ def test_every_preset_has_a_formula() -> None:
 
 def test_the_noise_is_the_reference_s_with_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron Bridge's own masking, fed the uniform numbers that ours drew."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     from megatron.bridge.diffusion.common import dllm
 
     for index in range(20):

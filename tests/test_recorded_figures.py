@@ -33,7 +33,7 @@ def _run(folder: Path, name: str, settings: list[str], recipe: str = "recipe", *
         data=str(folder / "data"),
         **arguments,
     )
-    timed = ("tokens/s", "seconds", "step")
+    timed = ("tokens_per_second", "seconds", "step")
     return [{key: value for key, value in step.items() if key not in timed} for step in found["steps"]]
 
 
@@ -66,8 +66,8 @@ def test_ten_steps_train_as_recorded(figures: dict[str, list[Any]], name: str) -
 if __name__ == "__main__":
     import tempfile
 
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     with tempfile.TemporaryDirectory() as folder:
         FILE.write_text(json.dumps(_train_everything(Path(folder)), indent=1) + "\n")

@@ -17,16 +17,16 @@ from nemodiff_train.cli import main
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation import charts, display
-from nemodiff_train.evaluation.compare import compare, mcnemar, write_comparison
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
-from nemodiff_train.evaluation.page import inline_json
-from nemodiff_train.evaluation.pareto import Point, areas, aup, front
-from nemodiff_train.evaluation.records import Decoded
-from nemodiff_train.evaluation.report import write_report
-from nemodiff_train.evaluation.run import Plan, settings_of
-from nemodiff_train.evaluation.table import print_comparison
-from nemodiff_train.evaluation.trace import trace
+from nemodiff_train.evaluation.records import DecodeRecord
+from nemodiff_train.evaluation.run import AttentionPlan, settings_of
+from nemodiff_train.report.compare import compare, mcnemar, write_comparison
+from nemodiff_train.report.page import inline_json
+from nemodiff_train.report.pareto import Point, areas, aup, front
+from nemodiff_train.report.report import write_report
+from nemodiff_train.report.table import print_comparison
+from nemodiff_train.report.trace import trace
 from tests import browser, evaluations
 
 
@@ -114,8 +114,8 @@ def test_every_figure_follows_from_the_records(report: Path) -> None:
 
 def test_bars_stay_within_the_drawing() -> None:
     """An oracle's search, many times its path, is told and not drawn."""
-    searched = Decoded(0, [5, 6, 7], {"prefill": 1, "denoise": 1, "search": 400})
-    plain = Decoded(0, [5, 6, 7], {"prefill": 1, "decode": 2})
+    searched = DecodeRecord(0, [5, 6, 7], {"prefill": 1, "denoise": 1, "search": 400})
+    plain = DecodeRecord(0, [5, 6, 7], {"prefill": 1, "decode": 2})
     drawn = charts.forwards_bars({"oracle": summarise([searched], [True], {}), "ar": summarise([plain], [True], {})})
     bars = [(float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', drawn)]
     assert len(bars) == 4 and max(x + width for x, width in bars) <= charts.WIDTH
@@ -177,7 +177,7 @@ def test_page_prints_the_figures(report: Path) -> None:
 
 def point(tpf: float, accuracy: float, mode: str = "diffusion", **settings: float) -> Point:
     """A point of given figures."""
-    metrics = summarise([Decoded(0, [1], {"denoise": 1})], [True], dict(settings))
+    metrics = summarise([DecodeRecord(0, [1], {"denoise": 1})], [True], dict(settings))
     return Point(mode=mode, metrics=metrics.model_copy(update={"tpf_all": tpf, "accuracy": accuracy / 100}))
 
 
@@ -204,7 +204,7 @@ def test_areas_drop_what_is_too_far_below_and_move_with_the_best() -> None:
 
 def test_grid_of_settings() -> None:
     settings = DecodingSettings(block_size=16, threshold=0.9)
-    plan = Plan(thresholds=(0.5,), block_sizes=(8, 16))
+    plan = AttentionPlan(thresholds=(0.5,), block_sizes=(8, 16))
     grid = settings_of("diffusion", settings, plan)
     assert [(each.block_size, each.threshold) for each in grid] == [(8, 0.5), (8, 0.9), (16, 0.5), (16, 0.9)]
     assert [each.block_size for each in settings_of("linear", settings, plan)] == [8, 16]
@@ -222,7 +222,7 @@ def test_points_hold_each_run_once() -> None:
 
 
 def test_trace_of_drafts() -> None:
-    record = Decoded(
+    record = DecodeRecord(
         0,
         [5, 6, 7, 8, 9],
         {"prefill": 1, "draft": 2, "verify": 2},
@@ -250,13 +250,13 @@ def test_trace_of_drafts() -> None:
 
 
 def test_trace_without_drafts_or_steps() -> None:
-    assert trace(Decoded(0, [5, 6], {"prefill": 1, "denoise": 1}), evaluations.text).frames == []
-    ar = trace(Decoded(0, [5, 6], {"prefill": 1, "decode": 1}), evaluations.text)
+    assert trace(DecodeRecord(0, [5, 6], {"prefill": 1, "denoise": 1}), evaluations.text).frames == []
+    ar = trace(DecodeRecord(0, [5, 6], {"prefill": 1, "decode": 1}), evaluations.text)
     assert [frame.words for frame in ar.frames] == [
         "Step 1 \N{MIDDLE DOT} 1 of 2 tokens",
         "Step 2 \N{MIDDLE DOT} 2 of 2 tokens",
     ]
-    cut = Decoded(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True]], 0.0, [1, 3], [[6, 7]])
+    cut = DecodeRecord(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True]], 0.0, [1, 3], [[6, 7]])
     assert trace(cut, evaluations.text).drafts[0].kept == 1
 
 

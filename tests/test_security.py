@@ -70,9 +70,9 @@ def test_a_run_writes_no_keys(model: Path) -> None:
 def test_keys_are_no_settings(
     word: str, verb: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     monkeypatch.chdir(model)
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)

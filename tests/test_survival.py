@@ -15,8 +15,8 @@ import pytest
 
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import iterations, newest_iteration
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
-from nemodiff_train.model.folders import iterations, newest_iteration
 from tests import faults, matrix, small
 from tests.zygote import Gang, Zygote
 
@@ -49,9 +49,9 @@ class Bench:
 @pytest.fixture(autouse=True, scope="module")
 def host() -> None:
     """Bridge can be imported."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +162,12 @@ def copied(bench: Bench, reference: Any, tmp_path: Path) -> Path:
 def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
     copied: Path, harm: Any, which: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from nemodiff_train.training.checkpoints import choose
 
     iteration = copied / "iter_0000006"
     file = iteration / (files_of(iteration)[0] if which == "shard" else which)
     words = harm(file)
     assert newest_iteration(copied, read=True).name == "iter_0000004"
-    chosen = choose(copied)
+    chosen = latest_complete(copied)
     assert chosen is not None and chosen.name == "iter_0000004"
     said = capfd.readouterr().err
     assert "iter_0000006" in said and f"'{file.name}'" in said and words in said
@@ -178,33 +177,31 @@ def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
 
 
 def test_no_silent_start_from_the_beginning(copied: Path) -> None:
-    from nemodiff_train.training.checkpoints import choose
 
     for iteration in iterations(copied):
         flip(iteration / "train_state.pt")
     with pytest.raises(UserError, match=r"iter_0000006'.*train_state.*iter_0000004'.*train_state"):
-        choose(copied)
+        latest_complete(copied)
     assert len(iterations(copied)) == 2  # nothing is renamed: the next start says the same
     with pytest.raises(UserError, match="iter_0000004"):
-        choose(copied, step=4)
+        latest_complete(copied, step=4)
     shutil.rmtree(copied / "iter_0000004")
     (copied / "iter_0000006").rename(copied / "damaged-iter_0000006")
     with pytest.raises(UserError, match="damaged-iter_0000006"):
-        choose(copied)
+        latest_complete(copied)
 
 
 def test_only_an_unfinished_first_checkpoint_is_a_beginning(copied: Path) -> None:
-    from nemodiff_train.training.checkpoints import choose
 
     for iteration in iterations(copied):
         mark_of(iteration).touch()
-    assert choose(copied) is None
+    assert latest_complete(copied) is None
     assert not list(copied.glob("latest_*")) and not iterations(copied)
-    assert choose(copied) is None  # and again: what was set aside was never complete
+    assert latest_complete(copied) is None  # and again: what was set aside was never complete
 
 
 def test_what_is_pruned_and_kept(tmp_path: Path) -> None:
-    from nemodiff_train.training.checkpoints import prune
+    from nemodiff_train.resilience.checkpoints import prune
 
     for step in range(10, 80, 10):
         (tmp_path / f"iter_{step:07d}").mkdir()
@@ -279,7 +276,7 @@ def test_a_skipped_update_changes_nothing(bench: Bench, reference: list[dict[str
     assert codes == [0, 0], said
     assert bench.train("skipped", "train.iterations_to_skip=[3]")[0] == [0, 0]
     found = bench.steps("nan skip")
-    assert found[2]["gradient norm"] is None and found[2]["skipped: non-finite"] == 1
+    assert found[2]["grad_norm"] is None and found[2]["skipped: non-finite"] == 1
     assert found[:2] == reference[:2] and found[3:] == bench.steps("skipped")[2:]
 
 
@@ -452,10 +449,10 @@ def test_starts_without_progress_end(bench: Bench) -> None:
 
 
 def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
-    from nemodiff_train.training.callbacks import drop_after, recorded_norms
+    from nemodiff_train.training.callbacks.run_log import drop_after, recorded_norms
 
     file = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step, "gradient norm": step / 3 if step != 2 else None}) for step in range(1, 7)]
+    lines = [json.dumps({"step": step, "grad_norm": step / 3 if step != 2 else None}) for step in range(1, 7)]
     file.write_text("\n".join(lines) + '\n{"step": 7, "gra')
     drop_after(file, 9)
     assert file.read_text().splitlines() == lines
@@ -475,7 +472,7 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
-    from nemodiff_train.training.config import ResilienceConfig
+    from nemodiff_train.config.config import ResilienceConfig
 
     (line,) = ResilienceConfig(**changes).problems()
     assert said in line

@@ -1,4 +1,4 @@
-"""FlexAttention's block mask, made from the structure of a plan, against the one that PyTorch makes pair by pair."""
+"""FlexAttention's block mask, made from the segment_ids of a plan, against the one that PyTorch makes pair by pair."""
 
 import multiprocessing
 import os
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.choice import Kernel, choose
-from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
+from nemodiff_train.attention.plan import AttentionPlan, ContextParallelShard, segmented_plan, uniform_plan
+from nemodiff_train.attention.selection import Kernel, select_kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
-from nemodiff_train.objective.rule import may_attend
+from nemodiff_train.objective.rule import can_attend
 from tests import small
 
 CPU = torch.device("cpu")
@@ -36,24 +36,24 @@ def conversations(draw: torch.Generator, length: int, block: int) -> Tensor:
         "answers": torch.arange(turns) % 2 == 1,
         "conversations": opens.cumsum(0),
     }
-    return maker.clean(pack, block).structure
+    return maker.clean(pack, block).segment_ids
 
 
 @st.composite
-def plans(draw: Any) -> Plan:
+def plans(draw: Any) -> AttentionPlan:
     """A plan of any kind."""
     size = draw(st.sampled_from([1, 1, 2, 4]))
-    share = Share(draw(st.integers(0, size - 1)), size)
+    share = ContextParallelShard(draw(st.integers(0, size - 1)), size)
     length = 2 * size * draw(st.integers(1, 240 // (2 * size)))
     block, views = draw(st.sampled_from([1, 4, 8, 12, 32])), draw(st.integers(0, 2))
     block_causal = draw(st.booleans())
     kind = draw(st.sampled_from(["regular", "text", "conversations"]))
     if kind == "regular":
-        return regular_plan(views, length, block, block_causal, share, CPU)
+        return uniform_plan(views, length, block, block_causal, share, CPU)
     make, seed = {"text": small.documents, "conversations": conversations}[kind], draw(st.integers(0, 2**32))
     generator = torch.Generator().manual_seed(seed)
-    structure = torch.stack([make(generator, length, block) for _ in range(draw(st.integers(1, 2)))])
-    return irregular_plan(views, structure, block_causal, block, share)
+    segment_ids = torch.stack([make(generator, length, block) for _ in range(draw(st.integers(1, 2)))])
+    return segmented_plan(views, segment_ids, block_causal, block, share)
 
 
 TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
@@ -61,10 +61,10 @@ TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
 
 @settings(max_examples=80, deadline=None)
 @given(plans(), st.sampled_from(TILES))
-def test_tiles_are_those_of_the_pairs(plan: Plan, tile: tuple[int, int]) -> None:
+def test_tiles_are_those_of_the_pairs(plan: AttentionPlan, tile: tuple[int, int]) -> None:
     """None with an allowed pair is missing, full ones are the same, and without documents so are all."""
     ours = plan.block_mask(tile)
-    allowed = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+    allowed = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
     queries, keys = allowed.shape[-2:]
     rows = 1 if allowed.dim() == 2 else len(allowed)
     assert torch.equal(
@@ -88,9 +88,9 @@ def test_hardly_a_tile_is_computed_in_vain(make: Any) -> None:
     """Over forty samples of documents and turns about as long as a tile."""
     computed = needed = 0
     for seed in range(40):
-        structure = make(torch.Generator().manual_seed(seed), 256, 16)[None]
-        plan = irregular_plan(1, structure, False, 16, Share())
-        allowed = may_attend(plan.queries.as_queries(), plan.keys.as_keys(), False)
+        segment_ids = make(torch.Generator().manual_seed(seed), 256, 16)[None]
+        plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard())
+        allowed = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), False)
         computed += int(plan.block_mask((32, 32)).to_dense().sum())
         needed += int(allowed.view(16, 32, 16, 32).any(1).any(2).sum())
     assert needed <= computed <= 1.02 * needed
@@ -103,17 +103,24 @@ def chosen(counts: Tensor | None, indices: Tensor | None) -> Tensor:
     return torch.zeros(indices.shape, dtype=torch.bool).scatter_(-1, indices.long(), first)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("text", Share()), ("conversations", Share()), ("text", Share(1, 2))])
-def test_flex_attention_is_sdpa(kind: str, share: Share) -> None:
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [
+        ("text", ContextParallelShard()),
+        ("conversations", ContextParallelShard()),
+        ("text", ContextParallelShard(1, 2)),
+    ],
+)
+def test_flex_attention_is_sdpa(kind: str, shard: ContextParallelShard) -> None:
     """Over two views of samples that differ, which end within a tile."""
     make = {"text": small.documents, "conversations": conversations}[kind]
     generator = torch.Generator().manual_seed(3)
-    structure = torch.stack([make(generator, 200, 16) for _ in range(2)])
-    plan = irregular_plan(2, structure, False, 16, share)
+    segment_ids = torch.stack([make(generator, 200, 16) for _ in range(2)])
+    plan = segmented_plan(2, segment_ids, False, 16, shard)
     shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
     states = [torch.randn(shape, generator=generator) for shape in shapes]
-    found = kernels.planned_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
-    torch.testing.assert_close(found, kernels.planned_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
+    found = kernels.attend_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
+    torch.testing.assert_close(found, kernels.attend_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
 
 
 def test_one_compilation_serves_all_samples() -> None:
@@ -131,11 +138,11 @@ def graphs_of_samples() -> int:
     torch._dynamo.utils.counters.clear()
     generator = torch.Generator().manual_seed(0)
     for number, make in enumerate((small.documents, small.documents, conversations)):
-        plan = irregular_plan(1, make(generator, 128, 16)[None], False, 16, Share())
+        plan = segmented_plan(1, make(generator, 128, 16)[None], False, 16, ContextParallelShard())
         states = [torch.randn(1, heads, 256, 8, generator=generator) for heads in (4, 2, 2)]
         torch._dynamo.config.error_on_recompile = number > 0
         found = attend(*states, block_mask=plan.block_mask((64, 64)), enable_gqa=True)
-        torch.testing.assert_close(found, kernels.planned_sdpa(*states, plan), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, kernels.attend_sdpa(*states, plan), rtol=1e-4, atol=1e-5)
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -143,11 +150,13 @@ def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings overrule the rule, but for what has kernels of its own."""
     gpu, capability = torch.device("cuda"), {"of": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["of"])
-    assert choose(CPU, False, "flash", 64).name == choose(gpu, True, "flash", 64).name == "sdpa"
-    assert choose(gpu, False) == Kernel("flex", (128, 128), {})
-    assert choose(gpu, False, tile=256, options={"num_warps": 8}) == Kernel("flex", (256, 256), {"num_warps": 8})
-    assert choose(gpu, False, "flash") == Kernel("flex", (128, 128), {"BACKEND": "FLASH"})
+    assert select_kernel(CPU, False, "flash", 64).name == select_kernel(gpu, True, "flash", 64).name == "sdpa"
+    assert select_kernel(gpu, False) == Kernel("flex", (128, 128), {})
+    assert select_kernel(gpu, False, tile=256, options={"num_warps": 8}) == Kernel(
+        "flex", (256, 256), {"num_warps": 8}
+    )
+    assert select_kernel(gpu, False, "flash") == Kernel("flex", (128, 128), {"BACKEND": "FLASH"})
     capability["of"] = (10, 0)
-    assert choose(gpu, False) == Kernel("flex", (128, 128), {})
-    assert choose(gpu, False, "flash") == Kernel("flex", (256, 128), {"BACKEND": "FLASH"})
-    assert choose(gpu, False, "flash", options={"BACKEND": "AUTO"}).options == {"BACKEND": "AUTO"}
+    assert select_kernel(gpu, False) == Kernel("flex", (128, 128), {})
+    assert select_kernel(gpu, False, "flash") == Kernel("flex", (256, 128), {"BACKEND": "FLASH"})
+    assert select_kernel(gpu, False, "flash", options={"BACKEND": "AUTO"}).options == {"BACKEND": "AUTO"}

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.plan import Share, irregular_plan
+from nemodiff_train.attention.plan import ContextParallelShard, segmented_plan
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import gradient_of, reduce, report, sums
-from nemodiff_train.training.diagnostics import LossTally
+from nemodiff_train.training.callbacks.loss_breakdown import LossTally
 
 LENGTH, ROWS = 96, 2
 
@@ -37,13 +37,13 @@ def test_asking_is_noticed(fake: FakeTensorMode) -> None:
             values[values > 0]
 
 
-@pytest.mark.parametrize("share", [Share(), Share(0, 2)])
-def test_plans_of_samples_that_differ(fake: FakeTensorMode, share: Share) -> None:
+@pytest.mark.parametrize("share", [ContextParallelShard(), ContextParallelShard(0, 2)])
+def test_plans_of_samples_that_differ(fake: FakeTensorMode, shard: ContextParallelShard) -> None:
     """With their block mask, after the first of a shape."""
-    structure = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
-    irregular_plan(1, structure, False, 16, share).block_mask((32, 32))
+    segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
+    segmented_plan(1, segment_ids, False, 16, shard).block_mask((32, 32))
     with fake:
-        found = irregular_plan(1, torch.empty_like(structure), False, 16, share).block_mask((32, 32))
+        found = segmented_plan(1, torch.empty_like(segment_ids), False, 16, shard).block_mask((32, 32))
         assert found.kv_indices.shape[0] == ROWS and found.q_indices is not None
 
 
@@ -60,10 +60,10 @@ def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
 
 
 def test_attention_over_a_plan(fake: FakeTensorMode) -> None:
-    structure = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
-    plan = irregular_plan(1, structure, False, 16, Share())
+    segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
+    plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard())
     assert plan.groups
     with fake:
         states = [torch.zeros(ROWS, heads, 2 * LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
-        kernels.planned(*states, plan).sum().backward()
+        kernels.attend(*states, plan).sum().backward()
         assert states[0].grad is not None

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from nemodiff_train.training.command import free_port
+from nemodiff_train.training.run import free_port
 
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL for the ranks that are left
 
@@ -213,15 +213,15 @@ def _fork_helper_for_saving() -> None:
 
 def main() -> None:
     """The process that forks."""
-    from nemodiff_train.host import prepare
+    from nemodiff_train.runtime import init_runtime
 
-    prepare()
+    init_runtime()
     import torch
 
     torch.set_num_threads(1)
     for module in ("checks", "command", "recipes", "drift", "guard", "loop_evaluation", "mask_embedding", "pace"):
         importlib.import_module(f"nemodiff_train.training.{module}")
-    for module in ("nemodiff_train.training.restarts", "nemodiff_train.drafter.step", "tests.faults"):
+    for module in ("nemodiff_train.resilience.restarts", "nemodiff_train.drafter.step", "tests.faults"):
         importlib.import_module(module)
     importlib.import_module("megatron.bridge.training.pretrain")
     for module in ("transformers", "hydra", "megatron.bridge.training.utils.omegaconf_utils", "tensorboard"):

@@ -11,12 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemodiff_train.attention.choice import Kernel, choose
-from nemodiff_train.attention.plan import Plan
+from nemodiff_train.attention.plan import AttentionPlan
+from nemodiff_train.attention.selection import Kernel, select_kernel
 
 
-def planned(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None, kernel: Kernel | None = None
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """Attention of a training pass.
 
@@ -25,15 +30,15 @@ def planned(
         key: [batch, kv_heads, keys of the plan, head_dim]; ``value`` likewise.
         plan: Who attends to whom.
         scale: Softmax scale; None for 1/sqrt(head_dim).
-        kernel: What :func:`~nemodiff_train.attention.choice.choose` returned; None for its choice without settings.
+        kernel: What :func:`~nemodiff_train.attention.selection.select_kernel` returned; None for its choice without settings.
     """
-    kernel = kernel or choose(query.device, plan.causal)
+    kernel = kernel or select_kernel(query.device, plan.causal)
     if kernel.name == "sdpa":
-        return planned_sdpa(query, key, value, plan, scale)
-    return planned_flex(query, key, value, plan, scale, kernel)
+        return attend_sdpa(query, key, value, plan, scale)
+    return attend_flex(query, key, value, plan, scale, kernel)
 
 
-def planned_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
+def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None) -> Tensor:
     """The rule with SDPA calls that together visit little more than the allowed pairs.
 
     The clean half of a single document is causal attention.  Everything else is taken a few blocks at a
@@ -56,7 +61,9 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None
+    ) -> Tensor:
         ctx.plan, ctx.scale = plan, scale
         output, logsums = torch.empty_like(query), []
         for group in plan.groups:
@@ -89,8 +96,8 @@ def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(like.dtype)
 
 
-def planned_flex(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None, kernel: Kernel
+def attend_flex(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None, kernel: Kernel
 ) -> Tensor:
     """The rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
     attend = _compiled_flex() if query.is_cuda else _flex()
@@ -111,7 +118,9 @@ def _compiled_flex():  # type: ignore[no-untyped-def]
     return torch.compile(_flex(), dynamic=False, fullgraph=True)
 
 
-def cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Attention of new tokens to a cache and themselves.
 
     Args:

@@ -7,8 +7,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.choice import Kernel, choose
-from nemodiff_train.attention.context import gather_keys
+from nemodiff_train.attention.context_parallel import gather_keys
+from nemodiff_train.attention.selection import Kernel, select_kernel
 from nemodiff_train.attention.state import AttentionState
 
 
@@ -46,32 +46,32 @@ class TriModeAttention(MegatronModule):
         Args:
             query: [positions, batch, heads, head_dim].
             key: [positions, batch, kv_heads, head_dim]; ``value`` likewise.
-            attention_mask: The ``structure`` [batch, 3, L] of training samples with documents or changing
+            attention_mask: The ``segment_ids`` [batch, 3, L] of training samples with documents or changing
                 blocks; Megatron carries its attention mask through pipelining and recomputation.
 
         Returns:
             [positions, batch, heads * head_dim].
         """
-        cached = self.state.cached
+        cached = self.state.decode_batch
         query = self._scaled_by_position(query, attention_mask)
         if cached is not None:
             q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
             k, v = cached.extend(self.layer_number, k, v)
-            out = kernels.cached(q, k, v, cached.mask, self.softmax_scale)
+            out = kernels.attend_cached(q, k, v, cached.mask, self.softmax_scale)
         else:
             plan = self.state.plan(self.config, len(query), attention_mask, query.device)
-            if self.state.share.size > 1:
+            if self.state.shard.size > 1:
                 key, value = gather_keys(key, value, plan, self.state.context_group)
             q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
             kernel = self._kernel(query.device, plan.causal)
-            out = kernels.planned(q, k, v, plan, self.softmax_scale, kernel)
+            out = kernels.attend(q, k, v, plan, self.softmax_scale, kernel)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _kernel(self, device: torch.device, causal: bool) -> Kernel:
         config = self.config
-        return choose(device, causal, config.attention_kernel, config.attention_tile, config.attention_options)
+        return select_kernel(device, causal, config.attention_kernel, config.attention_tile, config.attention_options)
 
-    def _scaled_by_position(self, query: Tensor, structure: Tensor | None) -> Tensor:
+    def _scaled_by_position(self, query: Tensor, segment_ids: Tensor | None) -> Tensor:
         """Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).
 
         Positions are places in the text, so all views of a training sample scale alike; it is
@@ -80,16 +80,16 @@ class TriModeAttention(MegatronModule):
         beta = self.config.query_scale_beta
         if not beta:
             return query
-        cached = self.state.cached
+        cached = self.state.decode_batch
         if cached is None:
-            place = self.state.positions(self.config, len(query), structure, query.device).T
+            place = self.state.positions(self.config, len(query), segment_ids, query.device).T
         else:
             place = cached.positions.T
         scale = 1 + beta * torch.log1p(torch.floor(place / self.config.query_scale_original_length))
         return query * scale[:, :, None, None].to(query.dtype)
 
 
-class PlacedRotary(nn.Module):
+class PositionLookupRotary(nn.Module):
     """Rotary angles by place in the text instead of by position in the tensor.
 
     Wraps the model's own rotary embedding (RoPE, YaRN, ...): its table is computed once and looked up
@@ -111,11 +111,11 @@ class PlacedRotary(nn.Module):
         Returns:
             The angles, with YaRN's magnitude factor where the wrapped embedding returns one.
         """
-        cached = self.state.cached
+        cached = self.state.decode_batch
         table, factor = self._table(positions if cached is None else cached.visible)
         if cached is None:
-            own = positions // self.state.share.size
-            place = self.state.positions(self.config, own, self.state.rotary_structure, table.device)
+            own = positions // self.state.shard.size
+            place = self.state.positions(self.config, own, self.state.rotary_segment_ids, table.device)
         else:
             place = cached.positions
         angles = table[:, 0, 0][place.T][:, :, None]

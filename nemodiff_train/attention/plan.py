@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from nemodiff_train.attention.tiles import Runs, block_mask
-from nemodiff_train.objective.rule import CLEAN, Places, may_attend
+from nemodiff_train.objective.rule import CLEAN, Positions, can_attend
 
 # Queries that one SDPA call takes at a time: enough to keep the call busy, few enough that little of
 # its mask is empty.
@@ -20,7 +20,7 @@ NOBODY = -2
 
 
 @dataclass(frozen=True)
-class Share:
+class ContextParallelShard:
     """One rank's part of the sequence under context parallelism: the same places of every view and of the clean half.
 
     L places are cut into 2 * size chunks; rank r has chunks r and 2 * size - 1 - r, so that all ranks
@@ -50,7 +50,7 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrangement:
+class KeyQueryLayout:
     """Which positions a rank has and in which order keys reach it: the same whatever a sample's blocks."""
 
     queries: tuple[Tensor, Tensor]
@@ -65,28 +65,30 @@ class Arrangement:
 
 # Made once: counting and choosing positions makes the host wait for the device.
 @functools.lru_cache(maxsize=16)
-def _arrangement(views: int, length: int, share: Share, reach: int, device: torch.device) -> Arrangement:
-    mine = share.places(length, device)
+def _arrangement(
+    views: int, length: int, shard: ContextParallelShard, reach: int, device: torch.device
+) -> KeyQueryLayout:
+    mine = shard.places(length, device)
     view = torch.tensor([*range(views), CLEAN], device=device).repeat_interleave(len(mine))
     place = mine.repeat(views + 1)
     noisy = views * len(mine)
-    sent, received, (edge_view, edge_place) = _exchange(views, length, share, reach, device)
+    sent, received, (edge_view, edge_place) = _exchange(views, length, shard, reach, device)
     # Keys that this rank has already arrive again with the others', and are seen by nobody then.
     edge_view = edge_view.where(~torch.isin(edge_place, mine), NOBODY)
     clean = torch.arange(length, device=device)
     key_view = torch.cat([view[:noisy], edge_view, torch.full_like(clean, CLEAN)])
     key_place = torch.cat([place[:noisy], edge_place, clean])
-    return Arrangement((view, place), (key_view, key_place), sent, received)
+    return KeyQueryLayout((view, place), (key_view, key_place), sent, received)
 
 
 @functools.lru_cache(maxsize=16)
-def _runs(arrangement: Arrangement, tile: tuple[int, int]) -> tuple[Runs, Runs]:
+def _runs(arrangement: KeyQueryLayout, tile: tuple[int, int]) -> tuple[Runs, Runs]:
     """Queries and keys, cut for FlexAttention's tiles."""
     return Runs.of(*arrangement.queries, tile[0]), Runs.of(*arrangement.keys, tile[1])
 
 
 def _exchange(
-    views: int, length: int, share: Share, reach: int, device: torch.device
+    views: int, length: int, shard: ContextParallelShard, reach: int, device: torch.device
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """What context-parallel ranks send each other.
 
@@ -95,15 +97,15 @@ def _exchange(
         and the edges' views and places.
     """
     empty = torch.empty(0, dtype=torch.long, device=device)
-    if share.size == 1:
+    if shard.size == 1:
         return empty, empty, (empty, empty)
-    n = length // share.size
-    near = _near_ends(share, length, reach, device)
+    n = length // shard.size
+    near = _near_ends(shard, length, reach, device)
     view = torch.arange(views, device=device)
     sent = torch.cat([views * n + torch.arange(n, device=device), (view[:, None] * n + near).flatten()])
     edge_views, edge_places, edge_rows, clean_rows = [empty], [empty], [empty], empty.new_empty(length)
-    for rank in range(share.size):
-        other = Share(rank, share.size)
+    for rank in range(shard.size):
+        other = ContextParallelShard(rank, shard.size)
         theirs = other.places(length, device)
         first = rank * len(sent)
         clean_rows[theirs] = first + torch.arange(n, device=device)
@@ -114,10 +116,10 @@ def _exchange(
     return sent, torch.cat([*edge_rows, clean_rows]), (torch.cat(edge_views), torch.cat(edge_places))
 
 
-def _near_ends(share: Share, length: int, reach: int, device: torch.device) -> Tensor:
+def _near_ends(shard: ContextParallelShard, length: int, reach: int, device: torch.device) -> Tensor:
     """Which of a rank's places are within reach of another chunk's."""
     near, offset = [], 0
-    for start, end in share.runs(length):
+    for start, end in shard.runs(length):
         place = torch.arange(end - start, device=device)
         near.append(offset + place[(place < reach) | (place >= end - start - reach)])
         offset += end - start
@@ -151,7 +153,7 @@ class Group:
         total[:, :, self.clean] += part[:, :, first:]
 
 
-class Plan:
+class AttentionPlan:
     """The queries and keys of one rank in one micro-batch, and what each query may see.
 
     Queries are this rank's positions, ``[noisy views | clean]``.  Keys are its noisy positions, then what
@@ -162,23 +164,30 @@ class Plan:
         views: Noisy views.
         blocks: [L], or [batch, L] where rows differ: number of each place's block.
         documents: The same shape: number of each place's document.
-        block_causal: What a clean place sees; see :func:`~nemodiff_train.objective.rule.may_attend`.
+        block_causal: What a clean place sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
         share: The rank.
-        reach: Places by which a block may extend beyond a chunk or a group of queries; 0 where both hold
+        reach: Positions by which a block may extend beyond a chunk or a group of queries; 0 where both hold
             whole blocks.
         group: Queries that one SDPA call takes.
     """
 
     def __init__(
-        self, views: int, blocks: Tensor, documents: Tensor, block_causal: bool, share: Share, reach: int, group: int
+        self,
+        views: int,
+        blocks: Tensor,
+        documents: Tensor,
+        block_causal: bool,
+        shard: ContextParallelShard,
+        reach: int,
+        group: int,
     ) -> None:
-        self.views, self.block_causal, self.share, self.reach = views, block_causal, share, reach
+        self.views, self.block_causal, self.shard, self.reach = views, block_causal, shard, reach
         self.length, self.device = blocks.shape[-1], blocks.device
-        self.arrangement = _arrangement(views, self.length, share, reach, blocks.device)
+        self.arrangement = _arrangement(views, self.length, shard, reach, blocks.device)
         self.own_places = len(self.arrangement.queries[1]) // (views + 1)
         self.sent, self.received = self.arrangement.sent, self.arrangement.received
         self.queries, self.keys = (
-            Places(view, place, blocks[..., place], documents[..., place])
+            Positions(view, place, blocks[..., place], documents[..., place])
             for view, place in (self.arrangement.queries, self.arrangement.keys)
         )
         self.first_clean = len(self.keys.view) - self.length
@@ -196,7 +205,7 @@ class Plan:
         found = []
         for segment in range(self.views + 1):
             offset = segment * self.own_places
-            for start, end in self.share.runs(self.length):
+            for start, end in self.shard.runs(self.length):
                 step = end if self._plain(segment) else self.group
                 for first in range(start, end, step):
                     last = min(first + step, end)
@@ -208,7 +217,7 @@ class Plan:
     def _plain(self, segment: int) -> bool:
         """Whether a segment is the ordinary causal attention that needs no mask."""
         one_document = self.keys.document.dim() == 1
-        return segment == self.views and self.share.size == 1 and one_document and not self.block_causal
+        return segment == self.views and self.shard.size == 1 and one_document and not self.block_causal
 
     def _group(self, segment: int, first: int, last: int, queries: slice) -> Group:
         if self._plain(segment):
@@ -224,7 +233,7 @@ class Plan:
         index = torch.arange(self.first_clean, clean.stop, device=self.device)
         keys = self.keys.at(index if noisy is None else torch.cat([noisy, index]))
         own = torch.arange(queries.start, queries.stop, device=self.device)
-        mask = may_attend(self.queries.at(own).as_queries(), keys.as_keys(), self.block_causal)
+        mask = can_attend(self.queries.at(own).as_queries(), keys.as_keys(), self.block_causal)
         added = torch.zeros(mask.shape, device=self.device).masked_fill(~mask, -torch.inf)
         return Group(queries, noisy, clean, added.view(-1, 1, *mask.shape[-2:]))
 
@@ -241,28 +250,30 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=16)
-def regular_plan(
-    views: int, length: int, block_size: int, block_causal: bool, share: Share, device: torch.device
-) -> Plan:
+def uniform_plan(
+    views: int, length: int, block_size: int, block_causal: bool, shard: ContextParallelShard, device: torch.device
+) -> AttentionPlan:
     """The plan of samples that are one document with a fixed grid of blocks."""
     blocks = torch.arange(length, device=device) // block_size
-    chunk = length // (2 * share.size) if share.size > 1 else length
+    chunk = length // (2 * shard.size) if shard.size > 1 else length
     reach = 0 if chunk % block_size == 0 else block_size - 1
     group = max(block_size, QUERY_GROUP // block_size * block_size)
-    return Plan(views, blocks, torch.zeros_like(blocks), block_causal, share, reach, group)
+    return AttentionPlan(views, blocks, torch.zeros_like(blocks), block_causal, shard, reach, group)
 
 
-def irregular_plan(views: int, structure: Tensor, block_causal: bool, largest_block: int, share: Share) -> Plan:
+def segmented_plan(
+    views: int, segment_ids: Tensor, block_causal: bool, largest_block: int, shard: ContextParallelShard
+) -> AttentionPlan:
     """The plan of samples with documents, or with blocks of changing size.
 
     Args:
-        structure: [batch, 3, L] document, block and position of each place.
+        segment_ids: [batch, 3, L] document, block and position of each place.
         largest_block: Most places of a block.
     """
-    documents, blocks = structure[:, 0], structure[:, 1]
-    return Plan(views, blocks, documents, block_causal, share, largest_block - 1, QUERY_GROUP)
+    documents, blocks = segment_ids[:, 0], segment_ids[:, 1]
+    return AttentionPlan(views, blocks, documents, block_causal, shard, largest_block - 1, QUERY_GROUP)
 
 
-def share_of(group: Any) -> Share:
+def shard_of(group: Any) -> ContextParallelShard:
     """The share of this process in a context-parallel process group."""
-    return Share(group.rank(), group.size())
+    return ContextParallelShard(group.rank(), group.size())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemodiff_train.attention.plan import Plan, Share, irregular_plan, regular_plan
+from nemodiff_train.attention.plan import AttentionPlan, ContextParallelShard, segmented_plan, uniform_plan
 
 # More than a pipeline rank has micro-batches in flight at most layouts; a plan that is missing is made again.
 PLANS_KEPT = 16
@@ -47,7 +47,7 @@ class KeyValueCache:
 
 
 @dataclass(frozen=True)
-class CachedPass:
+class DecodeBatch:
     """One forward over new tokens behind a cache; the same for every layer, so made once.
 
     ``mask`` is None where every cached and new position is visible to every query.
@@ -68,7 +68,7 @@ class CachedPass:
     """Whether the new tokens are a draft: whether a drafter's adapters act."""
 
     @classmethod
-    def make(cls, cache: KeyValueCache, rows: Tensor, new: int, reach: int) -> "CachedPass":
+    def make(cls, cache: KeyValueCache, rows: Tensor, new: int, reach: int) -> "DecodeBatch":
         """Lay ``new`` tokens behind each row's committed ones.
 
         Args:
@@ -86,7 +86,7 @@ class CachedPass:
         return cls(cache, rows, positions, visible, mask, positions)
 
     @classmethod
-    def laid_out(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "CachedPass":
+    def laid_out(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "DecodeBatch":
         """Lay new tokens behind each row's committed ones, with positions and a mask of their own.
 
         Args:
@@ -125,51 +125,51 @@ class AttentionState:
     """Shared by every attention module and the rotary embedding of one model.
 
     Decoding sets ``cached`` for the length of one forward.  In training nothing changes from one
-    micro-batch to the next but ``structure``, which travels as Megatron's attention mask instead:
+    micro-batch to the next but ``segment_ids``, which travels as Megatron's attention mask instead:
     recomputation and pipelining run layers of one micro-batch between those of another.
     """
 
-    cached: CachedPass | None = None
-    share: Share = field(default_factory=Share)
+    decode_batch: DecodeBatch | None = None
+    shard: ContextParallelShard = field(default_factory=ContextParallelShard)
     """This process's part of the sequence under context parallelism."""
     context_group: Any = None
     """The process group of context parallelism."""
     tables: dict[int, Any] = field(default_factory=dict)
     """Rotary angles by number of places, as the model's own embedding returns them."""
-    rotary_structure: Tensor | None = None
-    """The ``structure`` of the micro-batch that is about to run forward, for the rotary embedding."""
-    plans: dict[tuple[int, ...], tuple[Tensor, Plan]] = field(default_factory=dict)
-    """Plans of the last few micro-batches, by the address of their structure."""
+    rotary_segment_ids: Tensor | None = None
+    """The ``segment_ids`` of the micro-batch that is about to run forward, for the rotary embedding."""
+    plans: dict[tuple[int, ...], tuple[Tensor, AttentionPlan]] = field(default_factory=dict)
+    """Plans of the last few micro-batches, by the address of their segment_ids."""
 
     def drafted(self, positions: int, views: int) -> int:
         """How many of a forward's positions, from the first one, are drafts: the noisy views, or a draft pass."""
-        if self.cached is None:
+        if self.decode_batch is None:
             return positions * views // (views + 1)
-        return positions if self.cached.drafts else 0
+        return positions if self.decode_batch.drafts else 0
 
-    def plan(self, config: Any, positions: int, structure: Tensor | None, device: torch.device) -> Plan:
+    def plan(self, config: Any, positions: int, segment_ids: Tensor | None, device: torch.device) -> AttentionPlan:
         """Who attends to whom, for queries of ``positions`` places on this rank.
 
         Args:
             config: The model's ``TriModeModelProvider``.
-            structure: [batch, 3, L] of :class:`~nemodiff_train.objective.sample.SampleMaker`, or None where
+            segment_ids: [batch, 3, L] of :class:`~nemodiff_train.objective.sample.SampleMaker`, or None where
                 samples are one document with a fixed grid of blocks.
         """
-        views, block_causal = config.noisy_views, config.clean_half == "block_causal" and config.noisy_views > 0
-        if structure is None:
-            length = positions * self.share.size // (views + 1)
-            return regular_plan(views, length, config.block_size, block_causal, self.share, device)
-        key = (structure.data_ptr(), *structure.shape)
+        views, block_causal = config.noisy_views, config.clean_attention == "block_causal" and config.noisy_views > 0
+        if segment_ids is None:
+            length = positions * self.shard.size // (views + 1)
+            return uniform_plan(views, length, config.block_size, block_causal, self.shard, device)
+        key = (segment_ids.data_ptr(), *segment_ids.shape)
         if key not in self.plans:
             while len(self.plans) >= PLANS_KEPT:
                 self.plans.pop(next(iter(self.plans)))
-            plan = irregular_plan(views, structure, block_causal, config.largest_block, self.share)
-            self.plans[key] = (structure, plan)  # holding the structure keeps its address from being used again
+            plan = segmented_plan(views, segment_ids, block_causal, config.largest_block, self.shard)
+            self.plans[key] = (segment_ids, plan)  # holding the segment_ids keeps its address from being used again
         return self.plans[key][1]
 
-    def positions(self, config: Any, count: int, structure: Tensor | None, device: torch.device) -> Tensor:
+    def positions(self, config: Any, count: int, segment_ids: Tensor | None, device: torch.device) -> Tensor:
         """Position in the text of every query of a training sample on this rank: [batch or 1, ``count``]."""
         segments = config.noisy_views + 1
-        mine = self.share.places(count * self.share.size // segments, device)
-        own = mine[None] if structure is None else structure[:, 2, mine].long()
+        mine = self.shard.places(count * self.shard.size // segments, device)
+        own = mine[None] if segment_ids is None else segment_ids[:, 2, mine].long()
         return own.repeat(1, segments)

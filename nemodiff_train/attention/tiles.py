@@ -1,4 +1,4 @@
-"""FlexAttention's block mask, made from the structure of a plan and not by looking at its pairs.
+"""FlexAttention's block mask, made from the segment_ids of a plan and not by looking at its pairs.
 
 FlexAttention computes attention a tile of queries x keys at a time, and wants to know which tiles hold an allowed
 pair and which hold nothing else.  Positions are cut into runs: consecutive places of one view, within one tile.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from nemodiff_train.objective.rule import CLEAN, Places, may_attend
+from nemodiff_train.objective.rule import CLEAN, Positions, can_attend
 
 _ENDS = ("amin", "amax")
 
@@ -107,7 +107,7 @@ class _Summary(NamedTuple):
 
 
 def block_mask(
-    queries: Places, keys: Places, block_causal: bool, query_runs: Runs, key_runs: Runs, tile: tuple[int, int]
+    queries: Positions, keys: Positions, block_causal: bool, query_runs: Runs, key_runs: Runs, tile: tuple[int, int]
 ) -> BlockMask:
     """What :func:`torch.nn.attention.flex_attention.create_block_mask` makes of the rule.
 
@@ -117,7 +117,7 @@ def block_mask(
     Args:
         queries: Positions whose ``block`` and ``document`` are [positions] or [rows, positions].
         keys: Likewise.
-        block_causal: What a clean place sees; see :func:`~nemodiff_train.objective.rule.may_attend`.
+        block_causal: What a clean place sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
         query_runs: The queries, cut by ``tile[0]``.
         key_runs: The keys, cut by ``tile[1]``.
         tile: Queries and keys of a tile.
@@ -130,7 +130,7 @@ def block_mask(
 
 
 def _tiles(
-    queries: Places, keys: Places, block_causal: bool, query_runs: Runs, key_runs: Runs
+    queries: Positions, keys: Positions, block_causal: bool, query_runs: Runs, key_runs: Runs
 ) -> tuple[Tensor, Tensor]:
     """Whether some pair of a tile is allowed, and whether every pair is: [rows, query tiles, key tiles] each."""
     own = _Summary(query_runs.view, *map(query_runs.ends, (queries.place, queries.block, queries.seen_document())))
@@ -143,7 +143,7 @@ def _tiles(
 
 
 def _allowed(query: _Summary, key: _Summary, block_causal: bool) -> Tensor:
-    """The rule of :func:`~nemodiff_train.objective.rule.may_attend` for runs: [rows, query runs, key runs]."""
+    """The rule of :func:`~nemodiff_train.objective.rule.can_attend` for runs: [rows, query runs, key runs]."""
     before = query.block.reaches(key.block) if block_causal else query.place.reaches(key.place)
     visible = torch.where((query.view == CLEAN)[:, None], before, query.block.passes(key.block))
     same_block = (query.view[:, None] == key.view) & query.block.meets(key.block)
@@ -164,16 +164,18 @@ def _numbers(tiles: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
 
 
-def _rule(queries: Places, keys: Places, block_causal: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _rule(
+    queries: Positions, keys: Positions, block_causal: bool
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The rule for single pairs, which FlexAttention asks in tiles that are not full."""
     # 32 bits: the kernel reads these for every pair of such a tile.
-    queries, keys = (Places(*(each.int() for each in positions)) for positions in (queries, keys))
+    queries, keys = (Positions(*(each.int() for each in positions)) for positions in (queries, keys))
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return may_attend(_pick(queries, batch, query), _pick(keys, batch, key), block_causal)
+        return can_attend(_pick(queries, batch, query), _pick(keys, batch, key), block_causal)
 
     return rule
 
 
-def _pick(positions: Places, batch: Tensor, index: Tensor) -> Places:
-    return Places(*(each[index] if each.dim() == 1 else each[batch, index] for each in positions))
+def _pick(positions: Positions, batch: Tensor, index: Tensor) -> Positions:
+    return Positions(*(each[index] if each.dim() == 1 else each[batch, index] for each in positions))

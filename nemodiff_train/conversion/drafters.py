@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from nemodiff_train.console import console, is_main_process, quiet
+from nemodiff_train.console import console, quiet
 from nemodiff_train.conversion.formats import FORMATS, own_format
-from nemodiff_train.conversion.output import complete_or_absent
-from nemodiff_train.decoding.loading import start_model_parallel
-from nemodiff_train.drafter.adapter import open_drafter
+from nemodiff_train.distributed import is_main_process
+from nemodiff_train.files import atomic_directory
+from nemodiff_train.model.checkpoint import newest_iteration
+from nemodiff_train.model.draft_adapter import open_drafter
 from nemodiff_train.model.families import architecture, stored_name
-from nemodiff_train.model.folders import newest_iteration
+from nemodiff_train.model.loading import start_model_parallel
 from nemodiff_train.model.pretrained import model_from
 
 PARTS = {"linear_in": "lora_A", "linear_out": "lora_B"}
@@ -38,7 +40,7 @@ def export_drafter(source: str, output: str, format: str | None = None) -> None:
     lora = open_drafter(source, provider)
     kind = architecture(FORMATS[format or own_format(provider)].settings(provider))
     start_model_parallel(1)  # reading is a collective, of one process too
-    with complete_or_absent(Path(output)) as partial, quiet():
+    with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         adapters = _adapters(newest_iteration(Path(source)), provider.num_layers)
         if is_main_process():
             named = {f"base_model.model.{stored_name(kind, name)}": values for name, values in adapters.items()}

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nemodiff_train.console import bytes_bar, console, is_main_process, quiet
+from nemodiff_train.console import bytes_bar, console, quiet
 from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, own_format
 from nemodiff_train.conversion.importing import check_stages
-from nemodiff_train.conversion.output import check_free, complete_or_absent, everywhere, rank, together
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
-from nemodiff_train.decoding.loading import load_for_decoding, open_checkpoint, tokenizer_directory
+from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
+from nemodiff_train.model.loading import load_for_decoding, open_checkpoint, tokenizer_directory
 from nemodiff_train.model.pretrained import auto_bridge, config_from
 
 
@@ -54,7 +56,7 @@ def export_checkpoint(
     code = code_files(settings, remote_code) if remote_code else []
     tokenizer = tokenizer_directory(source)
     writer = _writer(settings, provider, Path(output), max_shard_size)
-    with complete_or_absent(Path(output)) as partial, quiet():
+    with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         with console.status(f"loading {source}"):
             models = load_for_decoding(source, tensor_parallel, pipeline_parallel)
         writer.directory = partial
@@ -96,18 +98,18 @@ def tensors(models: list[Any], settings: dict[str, Any]) -> Iterator[tuple[str, 
 
 def _write_weights(models: list[Any], settings: dict[str, Any], writer: ShardWriter, description: str) -> None:
     if is_main_process():
-        writer.lay_out()
-    together()
-    ranks = len(everywhere(None))
+        writer.set_parallelism()
+    barrier()
+    ranks = len(all_gather_object(None))
     with bytes_bar() as bar:
         task = bar.add_task(description, total=writer.total)
         for name, values in tensors(models, settings):
             if name not in writer.shapes:  # a tied output layer
                 continue
-            if writer.owner(name, ranks) == rank():
+            if writer.owner(name, ranks) == global_rank():
                 writer.write(name, values)
             bar.advance(task, values.nbytes)
-    checksums = {name: value for own in everywhere(writer.checksums) for name, value in own.items()}
+    checksums = {name: value for own in all_gather_object(writer.checksums) for name, value in own.items()}
     if is_main_process():
         writer.close(checksums)
 

@@ -54,10 +54,10 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
             "--format nemotron needs a mask token, which this checkpoint has not; train it jointly, or import it "
             "with --mask-token"
         )
-    if provider.shift or provider.clean_half != "causal":
+    if provider.shift or provider.clean_attention != "causal":
         raise UserError(
             "--format nemotron is decoded without shift and with a causal clean half, but this model has "
-            f"shift={str(provider.shift).lower()} and clean_half={provider.clean_half}; use --format ar"
+            f"shift={str(provider.shift).lower()} and clean_attention={provider.clean_attention}; use --format ar"
         )
     chosen = {
         "mask_token_id": provider.mask_token_id,

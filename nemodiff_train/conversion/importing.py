@@ -12,14 +12,15 @@ from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
 from torch import Tensor
 
-from nemodiff_train.console import bytes_bar, console, is_main_process, quiet
-from nemodiff_train.conversion.mask_token import MaskToken, choose, write_tokenizer
-from nemodiff_train.conversion.output import check_free, complete_or_absent, everywhere, rank
+from nemodiff_train.console import bytes_bar, console, quiet
+from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
 from nemodiff_train.conversion.weights import DTYPES, Stored, check_contents, check_weights
-from nemodiff_train.decoding.loading import lay_out, start_model_parallel
+from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import atomic_directory, check_free
+from nemodiff_train.model.checkpoint import is_megatron_checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
-from nemodiff_train.model.folders import is_megatron_checkpoint
+from nemodiff_train.model.loading import set_parallelism, start_model_parallel
 from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -53,13 +54,13 @@ def import_checkpoint(
     provider = model_from(source)
     check_stages(provider, pipeline_parallel)
     stored = check_weights(Path(source))
-    token = choose(source, provider, mask_token, add_mask_token)
+    token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
     take_dtype(provider, next(iter(stored.values())).dtype)
     if token:
         token.tell(provider)
-    with complete_or_absent(Path(output)) as partial, quiet():
+    with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
         with console.status(f"writing {output}"):
@@ -70,7 +71,7 @@ def import_checkpoint(
 
 def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[Any]:
     """This rank's part of a model, without weights, for conversion."""
-    lay_out(provider, tensor_parallel, pipeline_parallel)
+    set_parallelism(provider, tensor_parallel, pipeline_parallel)
     provider.finalize()
     models: list[Any] = provider.provide_distributed_model(wrap_with_ddp=False)
     return [model.eval() for model in models]
@@ -130,11 +131,11 @@ class _Reader(SafeTensorsStateSource):
 def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
     """Read everything once, the ranks sharing the work, before anything is built."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    share = slice(rank(), None, world)
+    share = slice(global_rank(), None, world)
     with bytes_bar() as bar:
         task = bar.add_task(f"checking {directory}", total=sum(t.nbytes for t in list(stored.values())[share]))
         own = check_contents(directory, stored, lambda count: bar.advance(task, count), share)
-    if wrong := [line for lines in everywhere(own) for line in lines]:
+    if wrong := [line for lines in all_gather_object(own) for line in lines]:
         more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0]}{more}")
 

@@ -8,8 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
-from nemodiff_train.model.folders import (
+from nemodiff_train.model.checkpoint import (
     is_drafter,
     is_lora,
     is_megatron_checkpoint,
@@ -17,6 +16,7 @@ from nemodiff_train.model.folders import (
     read_json,
     run_config,
 )
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
 
 
 def inspect(path: str) -> None:

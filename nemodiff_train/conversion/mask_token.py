@@ -52,7 +52,7 @@ class MaskToken:
         return longer
 
 
-def choose(
+def select_mask_token(
     source: str, provider: TriModeModelProvider, mask_token: str | None, add_mask_token: str | None
 ) -> MaskToken | None:
     """The mask token that the options ask for; None where they leave the model's own.

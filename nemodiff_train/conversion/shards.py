@@ -68,7 +68,7 @@ class ShardWriter:
         """Which of several ranks is to write a tensor: files are dealt out in turn."""
         return list(self._files).index(self._file_of[name]) % ranks
 
-    def lay_out(self) -> None:
+    def set_parallelism(self) -> None:
         """Make the files, complete but for the data, and the index; for one process."""
         for name, tensors in self._files.items():
             header = self._headers[name]

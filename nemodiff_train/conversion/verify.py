@@ -17,11 +17,11 @@ from nemodiff_train.conversion.exporting import tensors
 from nemodiff_train.conversion.importing import build, load_weights, take_dtype
 from nemodiff_train.conversion.weights import check_weights, opened
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.decoding.loading import load_for_decoding, start_model_parallel, tokenizer_directory
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import is_megatron_checkpoint
 from nemodiff_train.model.families import ar_settings, architecture, stored_name
-from nemodiff_train.model.folders import is_megatron_checkpoint
+from nemodiff_train.model.loading import load_for_decoding, start_model_parallel, tokenizer_directory
 from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import read_json
 from nemodiff_train.model.families import ar_settings, architecture, is_left_out, stored_name
-from nemodiff_train.model.folders import read_json
 
 INDEX = "model.safetensors.index.json"
 CHECKSUMS = "checksums.json"

@@ -21,7 +21,7 @@ class PackConfig(GPTDatasetConfig):
     """Megatron's settings of a data set, and the grid that answers are padded to."""
 
     block_size: int = 1
-    """Places that an answer is rounded up to; 1 for no padding."""
+    """Positions that an answer is rounded up to; 1 for no padding."""
 
 
 class ConversationDataset(MegatronDataset):

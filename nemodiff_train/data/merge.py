@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from nemodiff_train.data.manifest import Manifest, Plan, check_files, verify_checksums
-from nemodiff_train.data.parts import Parts, Totals
+from nemodiff_train.data.partial_output import Parts, Totals
 from nemodiff_train.data.prepare import check_output, existing
 from nemodiff_train.errors import UserError
 

@@ -16,7 +16,7 @@ def pack(sizes: Ints, capacity: int, seed: int) -> list[list[int]]:
 
     Args:
         sizes: [items] places that each takes, 1 .. ``capacity``.
-        capacity: Places of a bin.
+        capacity: Positions of a bin.
         seed: Of the order; the same bins for the same seed.
 
     Returns:

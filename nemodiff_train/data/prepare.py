@@ -16,7 +16,7 @@ from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_diges
 from nemodiff_train.data.columns import AnswerColumns, Columns, MessagesColumn, TextColumn
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.manifest import Manifest, Plan, TokenizerInfo
-from nemodiff_train.data.parts import SUFFIXES, Parts, Totals
+from nemodiff_train.data.partial_output import SUFFIXES, Parts, Totals
 from nemodiff_train.data.sources import Source, documents, resolve
 from nemodiff_train.data.tokenizer import (
     end_of_document_id,

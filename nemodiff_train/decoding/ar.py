@@ -16,7 +16,7 @@ def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampl
     """
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows), device=session.device)
-    chosen = sampler.choose(session.prefill(prompts)[:, None], active)
+    chosen = sampler.sample_tokens(session.prefill(prompts)[:, None], active)
     while True:
         for row, token in zip(active.tolist(), chosen[:, 0].tolist(), strict=True):
             rows[row].extend([token], [session.calls(row)])
@@ -26,4 +26,4 @@ def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampl
             return rows
         logits = session.forward(chosen, active, "decode", causal=True)
         session.commit(active, 1)
-        chosen = sampler.choose(logits[:, -1:], active)
+        chosen = sampler.sample_tokens(logits[:, -1:], active)

@@ -12,9 +12,9 @@ from nemodiff_train.decoding.oracle import decode_oracle
 from nemodiff_train.decoding.quadratic import decode_quadratic
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
-from nemodiff_train.decoding.stages import Stages
+from nemodiff_train.decoding.stages import PipelineRunner
 from nemodiff_train.errors import UserError, nearest
-from nemodiff_train.host import prepare
+from nemodiff_train.runtime import init_runtime
 
 Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
 
@@ -40,10 +40,10 @@ def check_mode(config: Any, mode: str) -> None:
         raise UserError(f"unknown mode '{mode}'; known: {', '.join(MODES)}.{nearest(mode, MODES)}")
     if mode != "ar" and config.mask_token_id is None:
         raise UserError(f"mode '{mode}' needs a mask token, and this checkpoint has had no joint stage; use ar")
-    if mode != "diffusion" and config.clean_half == "block_causal":
+    if mode != "diffusion" and config.clean_attention == "block_causal":
         raise UserError(
             f"mode '{mode}' needs a causal clean half, and this checkpoint was trained with "
-            "objective.clean_half=block_causal; use diffusion"
+            "objective.clean_attention=block_causal; use diffusion"
         )
 
 
@@ -69,7 +69,7 @@ def decode(
     Raises:
         UserError: Unknown mode, no prompts, or a model that cannot decode in this mode.
     """
-    config = Stages(model).config
+    config = PipelineRunner(model).config
     check_mode(config, mode)
     check_prompts(prompts)
     longest = max(map(len, prompts)) + settings.max_new_tokens
@@ -77,7 +77,7 @@ def decode(
     extra = settings.block_size ** (2 if mode == "quadratic" else 1)
     session = Session(model, len(prompts), longest + extra, config.mask_token_id)
     sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
-    with prepare().plain_torch():
+    with init_runtime().without_device_rewriting():
         return MODES[mode](session, prompts, sampler), session
 
 
@@ -99,13 +99,13 @@ def fill(
     Raises:
         UserError: Nothing to fill, or a model that cannot decode blocks.
     """
-    config = Stages(model).config
+    config = PipelineRunner(model).config
     check_mode(config, "linear")  # infilling needs the same: a mask token, and a causal clean half
     check_prompts([text])
     _check_positions(config, len(text))
     session = Session(model, 1, len(text) + settings.block_size, config.mask_token_id)
     sampler = Sampler(settings, [0])
-    with prepare().plain_torch():
+    with init_runtime().without_device_rewriting():
         if start is None:
             return infill(session, text, sampler), session
         return revise(session, text, start, least, sampler), session

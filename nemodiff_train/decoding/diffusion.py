@@ -26,7 +26,7 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
     """
     settings = sampler.settings
     rows = [Generation(settings) for _ in prompts]
-    whole_blocks = session.model.config.clean_half == "block_causal"
+    whole_blocks = session.model.config.clean_attention == "block_causal"
     blocks, known = (_open_whole_blocks if whole_blocks else _open_behind)(session, prompts, sampler)
     active = torch.arange(len(rows), device=session.device)
     while True:
@@ -45,13 +45,13 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
         session.commit(active, blocks.shape[1])
         blocks = _masks(session, len(active), settings.block_size)
         if _has_seeds(session):
-            blocks[:, :1] = sampler.choose(logits[:, -1:], active)
+            blocks[:, :1] = sampler.sample_tokens(logits[:, -1:], active)
 
 
 def _has_seeds(session: Session) -> bool:
     """Whether the last place of the committed text predicts the next token."""
     config = session.model.config
-    return bool(config.clean_half == "causal" or config.shift)
+    return bool(config.clean_attention == "causal" or config.shift)
 
 
 def _masks(session: Session, rows: int, block_size: int) -> Tensor:
@@ -63,7 +63,7 @@ def _open_behind(session: Session, prompts: Sequence[Sequence[int]], sampler: Sa
     """First blocks behind the prompts, and how many of their tokens belong to the prompt: none."""
     blocks = _masks(session, len(prompts), sampler.settings.block_size)
     rows = torch.arange(len(prompts), device=blocks.device)
-    blocks[:, :1] = sampler.choose(session.prefill(prompts)[:, None], rows)
+    blocks[:, :1] = sampler.sample_tokens(session.prefill(prompts)[:, None], rows)
     return blocks, [0] * len(prompts)
 
 
@@ -78,7 +78,7 @@ def _open_whole_blocks(
         seeds = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
         if _has_seeds(session):
             committed = torch.tensor(ends, device=blocks.device).nonzero()[:, 0]  # only they draw
-            blocks[committed, :1] = sampler.choose(seeds[committed, None], committed)
+            blocks[committed, :1] = sampler.sample_tokens(seeds[committed, None], committed)
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
         blocks[row, : len(prompt) - end] = torch.tensor(prompt[end:], device=blocks.device)
     return blocks, [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
@@ -115,20 +115,22 @@ def denoise(
     ends_row = sampler.settings.stop_token_ids if stops else frozenset()
     step = 0
     while True:
-        open_rows = _unsettled(blocks, wanted, mask, ends_row).nonzero()[:, 0]
+        open_rows = rows_with_masks(blocks, wanted, mask, ends_row).nonzero()[:, 0]
         if not len(open_rows):
             return steps
         before = blocks[open_rows]
         logits = session.forward(before, rows[open_rows], "denoise", causal=False)
-        chosen = sampler.choose(logits, rows[open_rows])
-        fixed = places_to_fix(logits, chosen, (before == mask) & wanted[open_rows], sampler.settings, step)
+        chosen = sampler.sample_tokens(logits, rows[open_rows])
+        fixed = select_positions_to_unmask(
+            logits, chosen, (before == mask) & wanted[open_rows], sampler.settings, step
+        )
         blocks[open_rows] = torch.where(fixed, chosen, before)
         calls[open_rows] += 1
         step += 1
         steps[open_rows] = torch.where(before == mask, calls[open_rows, None], steps[open_rows])
 
 
-def _unsettled(blocks: Tensor, wanted: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
+def rows_with_masks(blocks: Tensor, wanted: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
     """[batch] rows with a wanted mask before their first stop token (or any, without a stop token)."""
     masked = (blocks == mask) & wanted
     stopped = torch.isin(blocks, torch.tensor(sorted(stops), dtype=blocks.dtype, device=blocks.device)) & wanted
@@ -136,7 +138,9 @@ def _unsettled(blocks: Tensor, wanted: Tensor, mask: int, stops: frozenset[int])
     return (masked & before_stop).any(1)
 
 
-def places_to_fix(logits: Tensor, chosen: Tensor, masked: Tensor, settings: DecodingSettings, step: int) -> Tensor:
+def select_positions_to_unmask(
+    logits: Tensor, chosen: Tensor, masked: Tensor, settings: DecodingSettings, step: int
+) -> Tensor:
     """The masked places that a denoising forward fixes, under the settings' policy; at least one a row.
 
     Args:
@@ -150,22 +154,22 @@ def places_to_fix(logits: Tensor, chosen: Tensor, masked: Tensor, settings: Deco
         [batch, block] boolean.
     """
     log_p = logits.log_softmax(-1)
-    sureness = log_p.gather(-1, chosen[..., None])[..., 0].exp()
+    confidence = log_p.gather(-1, chosen[..., None])[..., 0].exp()
     if settings.policy == "entropy":
-        sureness = (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # minus the entropy; 0 x -inf is 0 here
-    order = sureness.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        confidence = (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # minus the entropy; 0 x -inf is 0 here
+    order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(1)
     if settings.policy == "threshold":
-        return masked & ((sureness >= settings.threshold) | (rank == 0))
+        return masked & ((confidence >= settings.threshold) | (rank == 0))
     if settings.policy == "fixed":
         left = masked.sum(1, keepdim=True)
         share = (left + max(settings.steps - step, 1) - 1) // max(settings.steps - step, 1)
         return masked & (rank < share)
     if settings.policy == "entropy":
         # Sorted by entropy, the largest is the last: what must stay below the bound is the sum before it.
-        entropy = (-sureness * masked).gather(1, order)
+        entropy = (-confidence * masked).gather(1, order)
         before = entropy.cumsum(1) - entropy
         return masked & (before <= settings.entropy_bound).gather(1, rank)
     from_left = masked.cumsum(1)
-    run = (~masked | (sureness >= settings.threshold)).long().cumprod(1).bool()
+    run = (~masked | (confidence >= settings.threshold)).long().cumprod(1).bool()
     return masked & (run | (from_left == 1))

@@ -9,8 +9,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 
-def is_plain(chunk: Any) -> bool:
-    """Whether :func:`run_plain` can take the place of a model chunk's own forward.
+def can_fast_forward(chunk: Any) -> bool:
+    """Whether :func:`fast_forward` can take the place of a model chunk's own forward.
 
     It knows Megatron-Core's own layers and a drafter's; those of Transformer Engine, other adapters, and key heads
     that tensor-parallel ranks share are left to Megatron.
@@ -34,7 +34,7 @@ def is_plain(chunk: Any) -> bool:
     )
 
 
-def run_plain(chunk: Any, tokens: Tensor, places: Tensor | None) -> Tensor:
+def fast_forward(chunk: Any, tokens: Tensor, places: Tensor | None) -> Tensor:
     """The chunk's forward.
 
     Megatron's modules are made for training: each linear layer is an autograd function that looks up groups and
@@ -42,7 +42,7 @@ def run_plain(chunk: Any, tokens: Tensor, places: Tensor | None) -> Tensor:
     of a small model that costs more than the arithmetic.
 
     Args:
-        chunk: A Megatron GPT model for which :func:`is_plain` holds, its attention state set for this pass and
+        chunk: A Megatron GPT model for which :func:`can_fast_forward` holds, its attention state set for this pass and
             its input tensor to the states of the stage before.
         tokens: [batch, new].
         places: [batch, k] of the new tokens whose logits are wanted; None for all.

@@ -20,7 +20,7 @@ class DecodingSettings:
     max_new_tokens: int = 512
     """Exact limit on the new tokens of a row, the stop token included."""
     block_size: int = 32
-    """Places of a diffusion block, and of a draft (its known first place included)."""
+    """Positions of a diffusion block, and of a draft (its known first place included)."""
     temperature: float = 0.0
     """0 for greedy decoding; otherwise tokens are drawn from softmax(logits / temperature)."""
     top_k: int = 0

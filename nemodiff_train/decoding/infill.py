@@ -18,7 +18,7 @@ class Filled:
     tokens: list[int]
     """The whole text."""
     places: list[int]
-    """Places that were filled."""
+    """Positions that were filled."""
     steps: list[int]
     """For each of them, which forward (counted from 1) settled it."""
 

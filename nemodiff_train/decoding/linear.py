@@ -20,7 +20,7 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     """
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows), device=session.device)
-    last = sampler.choose(session.prefill(prompts)[:, None], active)
+    last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)
     for row, token in enumerate(last[:, 0].tolist()):
         rows[row].extend([token], [session.calls(row)])
     while True:
@@ -30,12 +30,12 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
             return rows
         masks = _masks(session, len(active), sampler.settings.block_size - 1)
         guess = session.forward(torch.cat([last, masks], dim=1), active, "draft", causal=False)[:, 1:]
-        draft = sampler.choose(guess, active)
+        draft = sampler.sample_tokens(guess, active)
         logits = session.forward(torch.cat([last, draft], dim=1), active, "verify", causal=True)
-        last = commit_kept(session, rows, active, verify(sampler, draft, guess, logits, active), draft)[0]
+        last = commit_accepted(session, rows, active, verify(sampler, draft, guess, logits, active), draft)[0]
 
 
-def commit_kept(
+def commit_accepted(
     session: Session, rows: list[Generation], active: Tensor, verified: tuple[Tensor, Tensor, Tensor], draft: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Commit what a verification kept, and note the cycle.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.decoding.generation import Generation
-from nemodiff_train.decoding.linear import commit_kept
+from nemodiff_train.decoding.linear import commit_accepted
 from nemodiff_train.decoding.sampling import Sampler, verify
 from nemodiff_train.decoding.session import Layout, Session
 
@@ -23,7 +23,7 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
     active = torch.arange(len(rows), device=session.device)
     masks = sampler.settings.block_size - 1
     logits, guess = _prefill(session, prompts, masks)
-    last = sampler.choose(logits[:, None], active)
+    last = sampler.sample_tokens(logits[:, None], active)
     for row, token in enumerate(last[:, 0].tolist()):
         rows[row].extend([token], [session.calls(row)])
     layout = _chain_and_groups(masks, session.device)
@@ -32,12 +32,12 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
         active, last, guess = active[running], last[running], guess[running]
         if not len(active):
             return rows
-        draft = sampler.choose(guess, active)
+        draft = sampler.sample_tokens(guess, active)
         tokens = last.new_full((len(active), masks * (masks + 1)), session.mask_token_id or 0)
         tokens[:, :masks] = torch.cat([last, draft], dim=1)
         logits = session.forward(tokens, active, "fused", layout=layout)
         verified = verify(sampler, draft, guess, logits[:, :masks], active)
-        last, counts = commit_kept(session, rows, active, verified, draft)
+        last, counts = commit_accepted(session, rows, active, verified, draft)
         groups = logits[:, masks:].unflatten(1, (masks, masks))
         guess = _drafting(session, groups[torch.arange(len(active)), counts - 1])
 

@@ -27,7 +27,7 @@ class Sampler:
         keys = [np.array([settings.seed, number], dtype=np.uint64) for number in numbers]
         self._generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
-    def choose(self, logits: Tensor, rows: Tensor) -> Tensor:
+    def sample_tokens(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Choose a token at every place.
 
         Args:

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nemodiff_train.attention.state import CachedPass, KeyValueCache
-from nemodiff_train.decoding.stages import Stages
+from nemodiff_train.attention.state import DecodeBatch, KeyValueCache
+from nemodiff_train.decoding.stages import PipelineRunner
 from nemodiff_train.errors import UserError
 
 Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify", "fused", "search"]
@@ -45,7 +45,7 @@ class Session:
     """
 
     def __init__(self, model: Any, rows: int, capacity: int, mask_token_id: int | None) -> None:
-        self.model = Stages(model)
+        self.model = PipelineRunner(model)
         self.device = self.model.device
         self.cache = KeyValueCache(self.model.layers, rows, capacity, self.device)
         self.mask_token_id = mask_token_id
@@ -74,7 +74,7 @@ class Session:
             rows: [batch] rows of the session they belong to, ascending.
             kind: What the call is counted as.
             causal: Causal attention among the new tokens; otherwise they see their whole block.
-            block_size: Places of a block; None where all new tokens are one.
+            block_size: Positions of a block; None where all new tokens are one.
             layout: Positions and attention of the new tokens, instead of the last two.
             places: [batch, k] of the new tokens whose logits are wanted; None for all.
 
@@ -89,11 +89,11 @@ class Session:
         self._check_room(rows, tokens.shape[1])
         started = time.perf_counter()
         if layout is None:
-            cached = CachedPass.make(
+            cached = DecodeBatch.make(
                 self.cache, rows, tokens.shape[1], 1 if causal else block_size or tokens.shape[1]
             )
         else:
-            cached = CachedPass.laid_out(self.cache, rows, *layout)
+            cached = DecodeBatch.laid_out(self.cache, rows, *layout)
         if kind == "draft":
             cached = replace(cached, drafts=True)
         logits = self.model(tokens, cached, places)[..., : self.vocab_size].float()

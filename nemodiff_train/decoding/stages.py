@@ -7,11 +7,11 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemodiff_train.attention.state import CachedPass
-from nemodiff_train.decoding.forward import is_plain, logits_at, run_plain
+from nemodiff_train.attention.state import DecodeBatch
+from nemodiff_train.decoding.forward import can_fast_forward, fast_forward, logits_at
 
 
-class Stages:
+class PipelineRunner:
     """Runs the model chunks of all pipeline ranks one after another.
 
     Every rank of a pipeline calls it with the same tokens and gets the same logits.
@@ -25,11 +25,11 @@ class Stages:
         self.config = self.chunks[0].config
         self.device = next(self.chunks[0].parameters()).device
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
-        self._plain = all(is_plain(chunk) for chunk in self.chunks)
+        self._plain = all(can_fast_forward(chunk) for chunk in self.chunks)
         self._group = self.chunks[0].pg_collection.pp
         self._rank, self._size = self._group.rank(), self._group.size()
 
-    def __call__(self, tokens: Tensor, cached: CachedPass, places: Tensor | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, cached: DecodeBatch, places: Tensor | None = None) -> Tensor:
         """Run new tokens behind a cache.
 
         Args:
@@ -54,11 +54,11 @@ class Stages:
                 dist.send(passed.contiguous(), self._global(stage + 1), self._group)
         return self._share(tokens if places is None else places, passed)
 
-    def _run(self, chunk: Any, tokens: Tensor, cached: CachedPass, places: Tensor | None) -> Tensor:
+    def _run(self, chunk: Any, tokens: Tensor, cached: DecodeBatch, places: Tensor | None) -> Tensor:
         chunk.attention_state.cached = cached
         try:
             if self._plain:
-                return run_plain(chunk, tokens, places)
+                return fast_forward(chunk, tokens, places)
             output: Tensor = chunk(
                 input_ids=tokens,
                 position_ids=cached.positions,

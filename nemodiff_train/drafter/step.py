@@ -10,7 +10,7 @@ from megatron.bridge.training.state import GlobalState
 from torch import Tensor
 
 from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
-from nemodiff_train.model.head import ROWS, whole
+from nemodiff_train.model.head import LOGIT_CHUNK, whole
 from nemodiff_train.objective.loss import Report
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.training.step import ForwardStep, LossFunction
@@ -58,7 +58,7 @@ def draft_loss(batch: Sample, recipe: Any, figures: Report, **stage: Any) -> Ten
     Args:
         batch: The micro-batch.
         recipe: The ``TriModeConfig``.
-        figures: Filled with [sum, count] of what is reported; the gradient is divided by the count of ``draft loss``.
+        figures: Filled with [sum, count] of what is reported; the gradient is divided by the count of ``draft_loss``.
         stage: Megatron's: ``hidden_states`` [2L, batch, hidden] (under sequence parallel this rank's), and the
             output layer.
 
@@ -78,7 +78,7 @@ def draft_loss(batch: Sample, recipe: Any, figures: Report, **stage: Any) -> Ten
     head = partial(_logits, table=table, config=stage["config"], group=layer.tp_group)
     total, gradients = torch.zeros((), device=states.device), []
     learns = torch.is_grad_enabled()
-    parts = max(1, ROWS[states.device.type] // (size - 1))
+    parts = max(1, LOGIT_CHUNK[states.device.type] // (size - 1))
     pieces = (each.split(parts) for each in (drafts, verifiers, usable, uniform.to(states.device, non_blocking=True)))
     for draft, verifier, use, draw in zip(*pieces, strict=True):
         with torch.no_grad():
@@ -92,7 +92,7 @@ def draft_loss(batch: Sample, recipe: Any, figures: Report, **stage: Any) -> Ten
         total += loss.detach()
         for name, pair in _figures(slots, use).items():
             figures[name] = figures.get(name, torch.zeros_like(pair)) + pair
-    figures["draft loss"] = torch.stack([total, figures["counted slots"][0]])
+    figures["draft_loss"] = torch.stack([total, figures["counted_slots"][0]])
     return _WithGradient.apply(drafts, total, torch.cat(gradients)) if learns else total
 
 
@@ -139,16 +139,16 @@ def _figures(slots: Any, usable: Tensor) -> Report:
     """[sum, count] of what tells how good greedy drafts are."""
     real = usable[:, 0].sum().float()
     kept = slots.kept.float()
-    found = {"counted slots": torch.stack([slots.counted.sum().float(), usable.sum().float()])}
+    found = {"counted_slots": torch.stack([slots.counted.sum().float(), usable.sum().float()])}
     most = kept.shape[1]
     for length in {*(n for n in DRAFT_LENGTHS if n < most), most}:
         accepted = kept[:, :length].sum() + real  # the verifier's own token behind them
-        found[f"acceptance length/{length}"] = torch.stack([accepted, real])
+        found[f"acceptance_length/{length}"] = torch.stack([accepted, real])
     for place in (n for n in PLACES if n <= most):
-        found[f"acceptance by place/{place}"] = torch.stack([kept[:, place - 1].sum(), real])
-    found["expected TPF"] = torch.stack([kept.sum() + real, 2 * real])
+        found[f"acceptance_by_position/{place}"] = torch.stack([kept[:, place - 1].sum(), real])
+    found["expected_tpf"] = torch.stack([kept.sum() + real, 2 * real])
     return found
 
 
 def _reduce(figures: Report, loss: Tensor) -> tuple[Tensor, Tensor, Report]:
-    return loss, figures["draft loss"][1].to(torch.int32), figures
+    return loss, figures["draft_loss"][1].to(torch.int32), figures

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemodiff_train.console import progress_bar
-from nemodiff_train.decoding.stages import Stages
+from nemodiff_train.decoding.stages import PipelineRunner
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import sums
@@ -65,7 +65,7 @@ def likelihood(
     the AR half.
 
     Args:
-        model: What :func:`~nemodiff_train.decoding.loading.load_for_decoding` returned, on one pipeline stage.
+        model: What :func:`~nemodiff_train.model.loading.load_for_decoding` returned, on one pipeline stage.
         texts: Token ids of each text.
         length: L, a multiple of the model's block size.
         draws: Noise draws of each sample.
@@ -75,13 +75,13 @@ def likelihood(
     Raises:
         UserError: No text, no draws, a length that does not fit, or a model without a joint stage.
     """
-    config = Stages(model).config
+    config = PipelineRunner(model).config
     _check(config, length, draws)
     objective = ObjectiveConfig(
         block_size=config.block_size,
         shift=config.shift,
-        clean_half=config.clean_half,
-        noise_per="block",
+        clean_attention=config.clean_attention,
+        noise_granularity="block",
         seed=seed,
     )
     maker = SampleMaker(objective=objective, mask_id=config.mask_token_id)
@@ -105,7 +105,7 @@ def likelihood(
                 progress.update(bar, advance=len(numbers))
     means = totals / tokens
     error = float(means.std() / math.sqrt(draws)) if draws > 1 else math.nan
-    causal = config.clean_half == "causal"
+    causal = config.clean_attention == "causal"
     return Likelihood(tokens, float(ar[0] / ar[1]) if causal else None, float(means.mean()), error, draws)
 
 
@@ -151,7 +151,7 @@ def _score(chunk: Any, batch: Sample) -> _Scores:
     length = batch["maskable"].shape[1]
     clean, counts = losses[:, length:], batch["maskable"]
     targets = counts & (batch["labels"][:, length:] != NO_TOKEN)
-    block = batch["structure"][:, 1]
+    block = batch["segment_ids"][:, 1]
     before_block = torch.zeros_like(targets)
     before_block[:, :-1] = (block[:, 1:] != block[:, :-1]) & counts[:, 1:]
     return _Scores(

@@ -15,10 +15,10 @@ from torch import Tensor
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
-from nemodiff_train.decoding.loading import open_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.session import Session
-from nemodiff_train.decoding.stages import Stages
+from nemodiff_train.decoding.stages import PipelineRunner
+from nemodiff_train.model.loading import load_model
 
 
 @register_model("nemodiff")
@@ -40,7 +40,7 @@ class NemodiffLM(TemplateLM):
     ) -> None:
         super().__init__()
         settings.pop("max_batch_size", None)  # the harness passes its own
-        self.opened = open_model(checkpoint, modes=(mode,), **settings)
+        self.opened = load_model(checkpoint, modes=(mode,), **settings)
         self.tokenizer = self.opened.tokenizer
         self._chat: ChatTemplate | None = None
         self.mode = mode
@@ -106,7 +106,7 @@ class NemodiffLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts under the AR half, each from an end-of-text token."""
-        limit = int(Stages(self.opened.model).config.hf_config.get("max_position_embeddings") or 2048) - 1
+        limit = int(PipelineRunner(self.opened.model).config.hf_config.get("max_position_embeddings") or 2048) - 1
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, limit, 1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from nemodiff_train.evaluation.records import Decoded, Settings
+from nemodiff_train.evaluation.records import DecodeRecord, Settings
 
 Z_95 = 1.959964
 
@@ -83,10 +83,10 @@ class ModeMetrics(BaseModel):
 
 
 def summarise(
-    records: Sequence[Decoded],
+    records: Sequence[DecodeRecord],
     correct: Sequence[bool | None],
     settings: Mapping[str, JsonValue],
-    ar: Sequence[Decoded] | None = None,
+    ar: Sequence[DecodeRecord] | None = None,
 ) -> ModeMetrics:
     """Reduce one run to its figures.
 
@@ -162,7 +162,7 @@ def _place(place: int, cycles: list[Sequence[bool]]) -> PlaceAgreement:
     )
 
 
-def _identical(records: Sequence[Decoded], ar: Sequence[Decoded]) -> float:
+def _identical(records: Sequence[DecodeRecord], ar: Sequence[DecodeRecord]) -> float:
     reference = {record.prompt_index: record.tokens for record in ar}
     missing = [record.prompt_index for record in records if record.prompt_index not in reference]
     if missing:

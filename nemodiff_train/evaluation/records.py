@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.evaluation.files import write_atomic
+from nemodiff_train.files import write_atomic
 
 # prefill: the prompt, once. decode: one autoregressive step. draft, verify: self-speculation.
 # denoise: one pass over a masked block. commit: the causal pass that writes a finished block to the cache.
@@ -18,7 +18,7 @@ Settings = dict[str, JsonValue]
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodeRecord:
     """One prompt's continuation and every forward it took.
 
     Attributes:
@@ -91,7 +91,7 @@ class LoggedRecord(BaseModel):
     """None where the prompt has no answer."""
     category: str | None = None
     """The prompt's category, where the task names one."""
-    decoded: Decoded
+    decoded: DecodeRecord
 
 
 def write_records(path: Path, records: Iterable[LoggedRecord]) -> Path:

@@ -12,12 +12,12 @@ from megatron.core import parallel_state
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.decoding.loading import Opened
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
-from nemodiff_train.evaluation.records import Decoded
+from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.evaluation.tasks import Task
+from nemodiff_train.model.loading import LoadedModel
 
 # What decides which places a denoising forward fixes.
 OF_POLICY = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entropy_bound", "fixed": "steps"}
@@ -38,7 +38,7 @@ class Plan:
     """Prompts are put into the tokenizer's chat template, as what a user says."""
 
 
-def evaluate(opened: Opened, task: Task, plan: Plan, checkpoint: str, shown: bool | None = None) -> Evaluation:
+def evaluate(opened: LoadedModel, task: Task, plan: Plan, checkpoint: str, shown: bool | None = None) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 
     Args:
@@ -94,7 +94,7 @@ def _run(
     named = {name: getattr(settings, name) for name in _used(mode, settings)}
     swept = [f"{named[name]:g}" for name in ("block_size", "threshold") if name in named]
     label = f"decoding ({', '.join([mode, *swept])})"
-    decoded: list[Decoded] = []
+    decoded: list[DecodeRecord] = []
     replicas = parallel_state.get_data_parallel_group()
     own = range(replicas.rank(), len(prompts), replicas.size())
     with progress_bar(shown=shown) as progress:
@@ -105,24 +105,24 @@ def _run(
     return Run(mode, named, _from_all(decoded, replicas))
 
 
-def _from_all(decoded: list[Decoded], replicas: Any) -> list[Decoded]:
+def _from_all(decoded: list[DecodeRecord], replicas: Any) -> list[DecodeRecord]:
     """The records of every data-parallel replica, in the order of the prompts."""
     if replicas.size() == 1:
         return decoded
-    everyone: list[list[Decoded]] = [[] for _ in range(replicas.size())]
+    everyone: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
     dist.all_gather_object(everyone, decoded, group=replicas)
     return sorted((record for part in everyone for record in part), key=lambda record: record.prompt_index)
 
 
 def _decode_batch(
     model: Any, prompts: list[list[int]], indices: Sequence[int], mode: str, settings: DecodingSettings
-) -> list[Decoded]:
+) -> list[DecodeRecord]:
     started = time.perf_counter()
     generations, session = decode(model, prompts, mode, settings, list(indices))
     rows = len(prompts)
     seconds = (time.perf_counter() - started) / rows
     return [
-        Decoded(
+        DecodeRecord(
             prompt_index=index,
             tokens=generation.tokens,
             forwards=path_forwards(generation, session.forwards[row]),

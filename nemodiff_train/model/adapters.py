@@ -9,10 +9,10 @@ from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 from megatron.core import dist_checkpointing
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.host.packages import let_adapters_know_layers
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, run_config
+from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration, run_config
+from nemodiff_train.runtime.packages import patch_peft_te_flag
 
-let_adapters_know_layers()
+patch_peft_te_flag()
 
 
 def lora(rank: int) -> LoRA | None:

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-# Places whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache.
-ROWS = {"cuda": 512, "cpu": 128}
+# Positions whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache.
+LOGIT_CHUNK = {"cuda": 512, "cpu": 128}
 
 
 def token_losses(
@@ -95,7 +95,7 @@ class _CrossEntropy(torch.autograd.Function):
         Returns:
             [n] nats.
         """
-        rows = ROWS[states.device.type]
+        rows = LOGIT_CHUNK[states.device.type]
         losses = torch.empty(len(states), device=states.device)
         of_states = torch.empty_like(states)
         learns = weights is not None and ctx.needs_input_grad[1]  # not where adapters alone are trained

@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration, read_json, run_config
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
-from nemodiff_train.model.folders import is_megatron_checkpoint, newest_iteration, read_json, run_config
-from nemodiff_train.model.provider import TriModeModelProvider, forget_layout, tri_mode
+from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 
 
 def model_from(source: str) -> TriModeModelProvider:
@@ -39,7 +39,7 @@ def model_from(source: str) -> TriModeModelProvider:
     if architecture(settings) == TRI_MODE:
         provider.mask_token_id, provider.shift = settings["mask_token_id"], settings["shift"]
         provider.block_size = provider.largest_block = settings["block_size"]
-        provider.clean_half = settings["clean_half"]
+        provider.clean_attention = settings["clean_attention"]
     return provider
 
 
@@ -169,5 +169,5 @@ def _megatron_model(path: Path) -> TriModeModelProvider:
         raise UserError(f"'{iteration}/run_config.yaml' cannot be used: {str(error).splitlines()[0]}") from None
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
-    forget_layout(provider)
+    reset_parallelism(provider)
     return provider

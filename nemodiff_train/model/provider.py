@@ -17,12 +17,12 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
 
-from nemodiff_train.attention.modules import PlacedRotary, TriModeAttention
-from nemodiff_train.attention.plan import share_of
+from nemodiff_train.attention.modules import PositionLookupRotary, TriModeAttention
+from nemodiff_train.attention.plan import shard_of
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.norm import head_norm, replicated_norm
-from nemodiff_train.model.remade import recompute_outputs
+from nemodiff_train.model.recompute import recompute_activations
 
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
@@ -71,10 +71,10 @@ class TriModeModelProvider(GPTModelProvider):
     noisy_views: int = 0
     """Noisy halves of a training sample; 0 for plain AR training. Set from the objective, as the next four are."""
     block_size: int = 32
-    """Places per diffusion block."""
+    """Positions per diffusion block."""
     largest_block: int = 32
     """Most places of a block in training, where the size changes from step to step."""
-    clean_half: str = "causal"
+    clean_attention: str = "causal"
     """What a clean place sees: ``causal`` or ``block_causal``."""
     shift: bool = False
     """Place i of a block predicts token i + 1."""
@@ -82,7 +82,7 @@ class TriModeModelProvider(GPTModelProvider):
     """Make the outputs of norms and of the gated activation again in the backward pass instead of keeping them."""
     attention_kernel: str = "auto"
     """``auto``, or ``flash`` for FlexAttention's FlashAttention 4 backend; see
-    :func:`~nemodiff_train.attention.choice.choose`. Of a run, as the next two are."""
+    :func:`~nemodiff_train.attention.selection.select_kernel`. Of a run, as the next two are."""
     attention_tile: int = 0
     """Queries, and keys, of a tile of FlexAttention's block mask; 0 for the kernel's own."""
     attention_options: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class TriModeModelProvider(GPTModelProvider):
     hf_generation_config: dict[str, Any] = field(default_factory=dict)
     """The ``generation_config.json`` that came with it."""
 
-    def stop_at(self, token: int | None) -> None:
+    def add_stop_token(self, token: int | None) -> None:
         """Have decoding, here and where the model is exported to, end at one more token."""
         named = self.hf_generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
         ends = named if isinstance(named, list) else [] if named is None else [named]
@@ -126,13 +126,13 @@ class TriModeModelProvider(GPTModelProvider):
         self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
-        state = AttentionState(share=share_of(context_group), context_group=context_group)
+        state = AttentionState(shard=shard_of(context_group), context_group=context_group)
         for module in model.modules():
             if isinstance(module, TriModeAttention):
                 module.state = state
-        model.rotary_pos_emb = PlacedRotary(model.rotary_pos_emb, self, state)
+        model.rotary_pos_emb = PositionLookupRotary(model.rotary_pos_emb, self, state)
         model.attention_state = state
-        recompute_outputs(model)
+        recompute_activations(model)
         return model
 
 
@@ -182,7 +182,7 @@ LAYOUT = (
 KERNEL = ("attention_kernel", "attention_tile", "attention_options")
 
 
-def forget_layout(provider: TriModeModelProvider) -> None:
+def reset_parallelism(provider: TriModeModelProvider) -> None:
     """Return to one process: a checkpoint holds the layout that trained it, and every run has its own.
 
     So it is with kernels, which belong to a machine.
@@ -229,7 +229,7 @@ def _rope_is_known(source: GPTModelProvider, rope: dict[str, Any]) -> bool:
     return False
 
 
-def run_without_fusions(provider: TriModeModelProvider) -> None:
+def disable_fused_kernels(provider: TriModeModelProvider) -> None:
     """Turn off the kernels that need CUDA extensions, for a machine that lacks them."""
     # Megatron's SwiGLU is one function in plain torch, which keeps its input alone for the backward pass.
     provider.bias_activation_fusion = provider.gated_linear_unit and provider.activation_func is F.silu

@@ -55,7 +55,7 @@ class ObjectiveConfig:
     # Blocks
 
     block_size: int = 32
-    """Places per diffusion block; also what decoding starts from. The released models use 32."""
+    """Positions per diffusion block; also what decoding starts from. The released models use 32."""
 
     block_schedule: Literal["fixed", "random", "curriculum"] = "fixed"
     """``fixed``: ``block_size``. ``random``: drawn for each step between the first and the last of
@@ -68,7 +68,7 @@ class ObjectiveConfig:
     block_steps: int = 0
     """Steps that a size of the curriculum lasts."""
 
-    clean_half: Literal["causal", "block_causal"] = "causal"
+    clean_attention: Literal["causal", "block_causal"] = "causal"
     """What a clean place sees: itself and the places before it, or its whole block too (BD3-LM). Where it sees
     the block, only a block's last place can carry an AR loss, and only ``shift`` has a use for it."""
 
@@ -84,7 +84,7 @@ class ObjectiveConfig:
     complementary: bool = False
     """The second of each two views hides exactly what the first shows (Fast-dLLM v2)."""
 
-    noise_per: Literal["sequence", "block"] = "sequence"
+    noise_granularity: Literal["sequence", "block"] = "sequence"
     """What has a noise level t of its own. ``block``: BD3-LM (2503.09573), Efficient-DLM (2512.14067)."""
 
     min_noise_level: float = 1e-3
@@ -93,19 +93,19 @@ class ObjectiveConfig:
     max_noise_level: float = 1.0
     """Upper end of the noise level. BD3-LM clips both ends, dFactory trains on U(0.3, 0.8)."""
 
-    level_draw: Literal["independent", "antithetic", "stratified"] = "independent"
+    noise_level_sampling: Literal["independent", "antithetic", "stratified"] = "independent"
     """How levels of different samples relate. ``antithetic``: samples 2k and 2k + 1 mirror each other.
     ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic)."""
 
-    masked_count: Literal["bernoulli", "exact"] = "bernoulli"
+    mask_sampling: Literal["bernoulli", "exact"] = "bernoulli"
     """``bernoulli``: each place on its own with probability t. ``exact``: t times the places that can be masked,
     rounded up or down at random so that the mean is exact."""
 
-    half_life: float | None = None
+    position_bias_half_life: float | None = None
     """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later places of a block are
     masked more often. The share of a block over which the preference halves at t = 0."""
 
-    all_masked_share: float = 0.0
+    fully_masked_fraction: float = 0.0
     """Share of samples at noise level 1, every place hidden. TiDAR (2511.08923, section 3) trains on nothing
     else: it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
 
@@ -148,15 +148,19 @@ class ObjectiveConfig:
                 f"objective.min_noise_level={self.min_noise_level} and max_noise_level={self.max_noise_level}: "
                 "use 0 < min <= max <= 1"
             )
-        if not 0 <= self.all_masked_share <= 1:
-            found.append(f"objective.all_masked_share={self.all_masked_share} is not a share between 0 and 1")
+        if not 0 <= self.fully_masked_fraction <= 1:
+            found.append(
+                f"objective.fully_masked_fraction={self.fully_masked_fraction} is not a share between 0 and 1"
+            )
         if not 0 <= self.seed < 2**32:
             found.append(f"objective.seed={self.seed} is not between 0 and 2**32 - 1")
         for name in ("alpha", "ar_weight", "alpha_ramp_steps", "mask_embedding_noise", "mask_embedding_noise_steps"):
             if getattr(self, name) < 0:
                 found.append(f"objective.{name}={getattr(self, name)} is negative")
-        if self.half_life is not None and self.half_life <= 0:
-            found.append(f"objective.half_life={self.half_life} is not positive; Efficient-DLM uses 0.1")
+        if self.position_bias_half_life is not None and self.position_bias_half_life <= 0:
+            found.append(
+                f"objective.position_bias_half_life={self.position_bias_half_life} is not positive; Efficient-DLM uses 0.1"
+            )
         if self.views < 1:
             found.append(f"objective.views={self.views}; a joint sample has at least 1 noisy view")
         return found
@@ -183,22 +187,23 @@ class ObjectiveConfig:
 
     def _conflicts(self) -> list[str]:
         """Switches that contradict each other, and which of them to change."""
-        full = self.all_masked_share
+        full = self.fully_masked_fraction
         rules = {
             "objective.complementary needs views in pairs; set objective.views=2": self.complementary
             and self.views % 2 == 1,
-            "objective.complementary with all_masked_share would leave empty views; set all_masked_share=0": (
+            "objective.complementary with fully_masked_fraction would leave empty views; set fully_masked_fraction=0": (
                 self.complementary and full > 0
             ),
             "objective.complementary with weighting=inverse weighs by 1/(1 - t); set max_noise_level to at most "
             f"1 - min_noise_level ({1 - self.min_noise_level:g}), or another weighting": self.complementary
             and self.weighting == "inverse"
             and self.max_noise_level > 1 - self.min_noise_level,
-            "objective.half_life draws a number of places in each block; set masked_count=exact and "
-            "noise_per=block": self.half_life is not None
-            and (self.masked_count != "exact" or self.noise_per != "block"),
-            "objective.clean_half=block_causal lets clean places see what an AR loss would ask of them; set "
-            "ar_weight=0, or shift=true to keep it at the last place of each block": self.clean_half == "block_causal"
+            "objective.position_bias_half_life draws a number of places in each block; set mask_sampling=exact and "
+            "noise_granularity=block": self.position_bias_half_life is not None
+            and (self.mask_sampling != "exact" or self.noise_granularity != "block"),
+            "objective.clean_attention=block_causal lets clean places see what an AR loss would ask of them; set "
+            "ar_weight=0, or shift=true to keep it at the last place of each block": self.clean_attention
+            == "block_causal"
             and self.ar_weight > 0
             and not self.shift,
             "objective.alpha and ar_weight are both 0; nothing would be trained": self.stage == "joint"

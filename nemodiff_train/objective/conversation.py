@@ -39,7 +39,7 @@ class ConversationMaker(SampleMaker):
         Args:
             sample: ``tokens`` of the conversations end to end, and for each of their turns ``lengths``, ``answers``
                 (whether the model says it) and ``conversations`` (0, 1, ... without gaps).
-            block_size: Places of a block.
+            block_size: Positions of a block.
         """
         lengths, answers, conversations = sample["lengths"], sample["answers"], sample["conversations"]
         grid = block_size if self.objective.noisy_views else 1  # AR has no blocks to fill
@@ -60,7 +60,7 @@ class ConversationMaker(SampleMaker):
         return Clean(
             tokens=tokens,
             labels=tokens.roll(-1),
-            structure=torch.stack([document, opens.cumsum(0) - 1, position]).int(),
+            segment_ids=torch.stack([document, opens.cumsum(0) - 1, position]).int(),
             targets=said_next,
             maskable=answer,
             sequences=talk,

@@ -19,7 +19,7 @@ class Sums:
     ar: Tensor
     """Sum of AR losses."""
     ar_targets: Tensor
-    """Places with an AR target."""
+    """Positions with an AR target."""
     diffusion: Tensor
     """Sum of weighted diffusion losses, a mean over views."""
     masked: Tensor
@@ -103,14 +103,14 @@ def report(found: Sums, loss: Tensor, count: Tensor, views: int) -> Report:
         count: What it returned second.
         views: Noisy views; 0 in the AR stage.
     """
-    ar = {"ar loss": _pair(found.ar, found.ar_targets)}
+    ar = {"ar_loss": _pair(found.ar, found.ar_targets)}
     if not views:
         return ar
     return {
         "loss": _pair(loss, count),
         **ar,
-        "diffusion loss": _pair(found.diffusion, found.tokens),
-        "masked share": _pair(found.masked, found.tokens),
+        "diffusion_loss": _pair(found.diffusion, found.tokens),
+        "masked_fraction": _pair(found.masked, found.tokens),
     }
 
 

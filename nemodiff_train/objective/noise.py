@@ -76,20 +76,20 @@ def draw_noise(
         eligible: [L] places that may be masked.
         blocks: [L] number of each place's block, 0, 1, ... without gaps.
         objective: The switches.
-        block_size: Places of a full block.
+        block_size: Positions of a full block.
         batch_size: Samples in a global batch; consecutive indices form one (for stratified levels).
         sequences: [L] number of each place's sequence, 0, 1, ... without gaps; None where the sample is one.
     """
     draw = _generator(key, 0, _MASKS, key.sample)
     sequences = np.zeros_like(blocks) if sequences is None else sequences
-    full = (draw.random(int(sequences[-1]) + 1) < objective.all_masked_share)[sequences]
-    scopes = blocks if objective.noise_per == "block" else sequences
+    full = (draw.random(int(sequences[-1]) + 1) < objective.fully_masked_fraction)[sequences]
+    scopes = blocks if objective.noise_granularity == "block" else sequences
     views: list[tuple[Bools, Floats, Floats]] = []
     for view in range(objective.views):
         if objective.complementary and view % 2:
             masked, levels = eligible & ~views[-1][0], 1 - views[-1][2]
         else:
-            uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.level_draw, batch_size)
+            uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.noise_level_sampling, batch_size)
             low, high = objective.min_noise_level, objective.max_noise_level
             levels = np.where(full, 1.0, (low + (high - low) * uniform)[scopes])
             masked = _mask(draw, levels, eligible, scopes, blocks, objective, block_size) | (eligible & full)
@@ -130,17 +130,17 @@ def _mask(
 ) -> Bools:
     """[L] places masked at their levels."""
     uniform = draw.random(len(levels))
-    if objective.masked_count == "bernoulli":
+    if objective.mask_sampling == "bernoulli":
         return (uniform < levels) & eligible
     preference = -np.log(-np.log(uniform))  # Gumbel: the k largest are a draw of k without replacement
-    if objective.half_life is not None:
-        preference += _slope(levels, objective.half_life, block_size) * _place_in(blocks)
+    if objective.position_bias_half_life is not None:
+        preference += _slope(levels, objective.position_bias_half_life, block_size) * _place_in(blocks)
     return _first_of_each(preference, eligible, scopes, _rounded(draw, levels, eligible, scopes))
 
 
-def _slope(levels: Floats, half_life: float, block_size: int) -> Floats:
-    """Log-preference per place, beta (1 - t) with beta = ln 2 / (half_life * block) (Efficient-DLM, section 3.3)."""
-    return math.log(2) / (half_life * block_size) * (1 - levels)
+def _slope(levels: Floats, position_bias_half_life: float, block_size: int) -> Floats:
+    """Log-preference per place, beta (1 - t) with beta = ln 2 / (position_bias_half_life * block) (Efficient-DLM, section 3.3)."""
+    return math.log(2) / (position_bias_half_life * block_size) * (1 - levels)
 
 
 def _place_in(scopes: Ints) -> Ints:

@@ -17,13 +17,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha": 1.0,
         "ar_weight": 0.0,
         "block_size": 64,
-        "clean_half": "block_causal",
-        "noise_per": "block",
-        "masked_count": "exact",
-        "half_life": 0.1,
+        "clean_attention": "block_causal",
+        "noise_granularity": "block",
+        "mask_sampling": "exact",
+        "position_bias_half_life": 0.1,
     },
     # TiDAR, arXiv 2511.08923, section 3: (mean AR + mean diffusion) / 2 with every place hidden
-    "tidar": {"alpha": 0.5, "ar_weight": 0.5, "block_size": 16, "weighting": "none", "all_masked_share": 1.0},
+    "tidar": {"alpha": 0.5, "ar_weight": 0.5, "block_size": 16, "weighting": "none", "fully_masked_fraction": 1.0},
     # Set Block Decoding, arXiv 2509.04185: no weights at all, block size 2 to 16 drawn for each step
     "set_block": {
         "alpha": 1.0,
@@ -36,22 +36,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast_dllm_v2": {
         "alpha": 2.0,
         "weighting": "none",
-        "clean_half": "block_causal",
+        "clean_attention": "block_causal",
         "shift": True,
         "views": 2,
         "complementary": True,
-        "noise_per": "block",
+        "noise_granularity": "block",
     },
     # BD3-LM, arXiv 2503.09573: block 4 with the clipped window found best for it on LM1B
     "bd3": {
         "alpha": 1.0,
         "ar_weight": 0.0,
         "block_size": 4,
-        "clean_half": "block_causal",
-        "noise_per": "block",
+        "clean_attention": "block_causal",
+        "noise_granularity": "block",
         "min_noise_level": 0.45,
         "max_noise_level": 0.95,
-        "level_draw": "stratified",
+        "noise_level_sampling": "stratified",
     },
 }
 

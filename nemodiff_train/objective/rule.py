@@ -9,7 +9,7 @@ CLEAN = -1
 """The ``view`` of clean positions; noisy views count from 0."""
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """What the rule needs to know of some positions: four tensors that broadcast against each other."""
 
     view: Tensor
@@ -26,20 +26,20 @@ class Places(NamedTuple):
         """Number of the document whose text a place sees."""
         return torch.where(self.document < 0, -1 - self.document, self.document)
 
-    def as_queries(self) -> "Places":
+    def as_queries(self) -> "Positions":
         """With a last axis to broadcast over keys."""
-        return Places(*(each[..., :, None] for each in self))
+        return Positions(*(each[..., :, None] for each in self))
 
-    def as_keys(self) -> "Places":
+    def as_keys(self) -> "Positions":
         """With a second-to-last axis to broadcast over queries."""
-        return Places(*(each[..., None, :] for each in self))
+        return Positions(*(each[..., None, :] for each in self))
 
-    def at(self, index: Tensor) -> "Places":
+    def at(self, index: Tensor) -> "Positions":
         """Some of the positions."""
-        return Places(*(each[..., index] for each in self))
+        return Positions(*(each[..., index] for each in self))
 
 
-def may_attend(query: Places, key: Places, block_causal: bool = False) -> Tensor:
+def can_attend(query: Positions, key: Positions, block_causal: bool = False) -> Tensor:
     """Whether a query may see a key.
 
     ======= ======= ======================================================================
@@ -65,7 +65,7 @@ def may_attend(query: Places, key: Places, block_causal: bool = False) -> Tensor
     return torch.where(key_clean, visible_text & (query.seen_document() == key.document), same_block)
 
 
-def places(views: int, blocks: Tensor, documents: Tensor) -> Places:
+def places(views: int, blocks: Tensor, documents: Tensor) -> Positions:
     """The positions of a whole training sample, ``[noisy views | clean]``.
 
     Args:
@@ -82,11 +82,11 @@ def places(views: int, blocks: Tensor, documents: Tensor) -> Places:
     wide = [
         each.expand_as(blocks).repeat(*[1] * (blocks.dim() - 1), views + 1) for each in (place, blocks, documents)
     ]
-    return Places(view, *wide)
+    return Positions(view, *wide)
 
 
 def dense_mask(length: int, block_size: int, views: int = 1, block_causal: bool = False) -> Tensor:
     """The rule for one document as a boolean table, True where attention is allowed: [(V+1) L, (V+1) L]."""
     blocks = torch.arange(length) // block_size
     everything = places(views, blocks, torch.zeros_like(blocks))
-    return may_attend(everything.as_queries(), everything.as_keys(), block_causal)
+    return can_attend(everything.as_queries(), everything.as_keys(), block_causal)

@@ -23,7 +23,7 @@ class Clean:
     """[L] ids."""
     labels: Tensor
     """[L] the next tokens."""
-    structure: Tensor
+    segment_ids: Tensor
     """[3, L] int32: document, block and position of each place."""
     targets: Tensor
     """[L] whether the next token is an AR target."""
@@ -63,7 +63,7 @@ class SampleMaker:
         slot         place of the target in its block, from 0
         ============ ============================================ ===================================
 
-        and once, not once a view: ``structure`` [3, L], the document, block and position of each place;
+        and once, not once a view: ``segment_ids`` [3, L], the document, block and position of each place;
         ``maskable`` [L], places that count; ``index``.  ``alpha`` and the number of views are not in the
         weights: the loss applies them, so that both parts can be reported apart.
 
@@ -75,14 +75,14 @@ class SampleMaker:
         block_size = block_size_at(self.objective, index // self.batch_size if split == 0 else None)
         clean = self.clean(sample, block_size)
         targets = clean.targets
-        if self.objective.noisy_views and self.objective.clean_half == "block_causal":
-            targets = targets & _ends(clean.structure[1], last=True)  # elsewhere the place could see it
+        if self.objective.noisy_views and self.objective.clean_attention == "block_causal":
+            targets = targets & _ends(clean.segment_ids[1], last=True)  # elsewhere the place could see it
         made = {
             "tokens": clean.tokens,
             "labels": clean.labels,
             "loss_mask": targets.float(),
-            "position_ids": clean.structure[2].long(),
-            "structure": clean.structure,
+            "position_ids": clean.segment_ids[2].long(),
+            "segment_ids": clean.segment_ids,
             "maskable": clean.maskable,
             "index": torch.tensor(index),
         }
@@ -95,15 +95,15 @@ class SampleMaker:
 
         Args:
             sample: As :meth:`make` takes it.
-            block_size: Places of a block.
+            block_size: Positions of a block.
         """
         tokens, counts = sample["tokens"], sample["loss_mask"] > 0
-        structure = self._structure(tokens, block_size)
+        segment_ids = self._structure(tokens, block_size)
         return Clean(
             tokens=tokens,
             labels=sample["labels"],
-            structure=structure,
-            targets=counts & ~_ends(structure[0], last=int(tokens[-1]) == self.document_end),
+            segment_ids=segment_ids,
+            targets=counts & ~_ends(segment_ids[0], last=int(tokens[-1]) == self.document_end),
             maskable=counts,
         )
 
@@ -118,7 +118,7 @@ class SampleMaker:
         return torch.stack([document, opens.cumsum(0) - 1, position]).int()
 
     def _with_noise(self, clean: "Clean", made: Sample, key: Key, block_size: int) -> Sample:
-        tokens, block = clean.tokens, clean.structure[1]
+        tokens, block = clean.tokens, clean.segment_ids[1]
         eligible, blocks = clean.maskable.numpy(), block.long().numpy()
         sequences = None if clean.sequences is None else clean.sequences.numpy()
         noise = draw_noise(key, eligible, blocks, self.objective, block_size, self.batch_size, sequences)

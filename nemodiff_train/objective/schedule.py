@@ -12,7 +12,7 @@ def alpha_at(objective: ObjectiveConfig, step: int) -> float:
 
 
 def block_size_at(objective: ObjectiveConfig, step: int | None) -> int:
-    """Places per block in a step (counted from 0); None for validation, which always uses ``block_size``."""
+    """Positions per block in a step (counted from 0); None for validation, which always uses ``block_size``."""
     if step is None or objective.block_schedule == "fixed":
         return objective.block_size
     if objective.block_schedule == "curriculum":

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.planning.hardware import NODE
-from nemodiff_train.training.config import TriModeConfig
-from nemodiff_train.training.layout import layout_problems
+from nemodiff_train.validation.layout import layout_problems
 
 CONTEXTS = (1, 2, 4, 8)
 TENSORS = (1, 2, 4, 8)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemodiff_train.model.head import ROWS
+from nemodiff_train.model.head import LOGIT_CHUNK
 from nemodiff_train.planning.layouts import Layout
 from nemodiff_train.planning.workload import Workload
 
@@ -31,7 +31,9 @@ def memory_of(work: Workload, layout: Layout, device: str = "cuda") -> Memory:
         device: ``cuda`` or ``cpu``, which decides how many places have logits at once.
     """
     stages = (True,) if layout.pipeline == 1 else (False, True)
-    return max((_of_stage(work, layout, last, ROWS[device]) for last in stages), key=lambda memory: memory.total)
+    return max(
+        (_of_stage(work, layout, last, LOGIT_CHUNK[device]) for last in stages), key=lambda memory: memory.total
+    )
 
 
 def stage_parameters(work: Workload, layout: Layout, last: bool) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from nemodiff_train.training.config import TriModeConfig
+from nemodiff_train.config.config import TriModeConfig
 
 MASKED_SHARE = 0.5
 """Of the noisy places, over many samples; the noise level is uniform."""

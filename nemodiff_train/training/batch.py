@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nemodiff_train.attention.plan import Share
+from nemodiff_train.attention.plan import ContextParallelShard
 from nemodiff_train.objective.sample import Sample
 
-_WHOLE = ("structure",)  # every context-parallel rank needs all of it
+_WHOLE = ("segment_ids",)  # every context-parallel rank needs all of it
 _HOST = ("index",)  # seeds generators
 
 
-def to_device(samples: Sample, share: Share) -> Sample:
+def to_device(samples: Sample, shard: ContextParallelShard) -> Sample:
     """Move a micro-batch to the device and take this context-parallel rank's places.
 
     ``places`` is added: [n] indices of what carries loss in the flattened ``loss_mask``.  Found before the move, they
@@ -29,10 +29,12 @@ def to_device(samples: Sample, share: Share) -> Sample:
         if name in _HOST:
             return values
         values = values.cuda(non_blocking=True)
-        return values if name in _WHOLE else share.take(values, length)
+        return values if name in _WHOLE else shard.take(values, length)
 
-    places = share.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
-    return {name: mine(name, values) for name, values in samples.items()} | {"places": places.cuda(non_blocking=True)}
+    places = shard.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
+    return {name: mine(name, values) for name, values in samples.items()} | {
+        "loss_indices": places.cuda(non_blocking=True)
+    }
 
 
 class Recorder:

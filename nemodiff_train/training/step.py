@@ -17,7 +17,7 @@ from nemodiff_train.objective.loss import Report, gradient_of, reduce, sums, tri
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.objective.schedule import alpha_at
 from nemodiff_train.training.batch import Recorder, to_device
-from nemodiff_train.training.diagnostics import LossTally
+from nemodiff_train.training.callbacks.loss_breakdown import LossTally
 
 LossFunction = partial[tuple[Tensor, Tensor, Report]]
 
@@ -91,19 +91,19 @@ class ForwardStep:
         chunk = unwrap_model(model)
         batch = self._next(config, data_iterator, chunk)
         self.batch = batch
-        structure = batch["structure"] if batch is not None and config.dataset.irregular else None
-        chunk.attention_state.rotary_structure = structure
+        segment_ids = batch["segment_ids"] if batch is not None and config.dataset.needs_segment_ids else None
+        chunk.attention_state.rotary_segment_ids = segment_ids
         output = model(
             input_ids=batch["tokens"] if batch and chunk.pre_process else None,
             position_ids=batch["position_ids"] if batch and chunk.pre_process else None,
-            attention_mask=structure,
+            attention_mask=segment_ids,
             output_processor=partial(process, batch or {}),
         )
         return batch, output
 
     def _next(self, config: Any, data_iterator: Iterator[Any], chunk: Any) -> Sample | None:
         """The next micro-batch; None on a stage that needs nothing of it."""
-        if not (chunk.pre_process or chunk.post_process or config.dataset.irregular):
+        if not (chunk.pre_process or chunk.post_process or config.dataset.needs_segment_ids):
             return None
         if config.objective.reduction == "automodel" and chunk.training and chunk.post_process:
             return self._next_read_ahead(data_iterator, chunk)
@@ -111,7 +111,7 @@ class ForwardStep:
 
     def _read(self, data_iterator: Iterator[Any], chunk: Any) -> Sample:
         samples = self.recorder.read(data_iterator, chunk.vp_stage or 0)
-        return to_device(samples, chunk.attention_state.share)
+        return to_device(samples, chunk.attention_state.shard)
 
     def _next_read_ahead(self, data_iterator: Iterator[Any], chunk: Any) -> Sample:
         """As :meth:`_read`, having read the whole step: how much of it is masked scales its diffusion loss."""
@@ -123,7 +123,7 @@ class ForwardStep:
 
 def _losses(batch: Sample, total: Callable[[Sample, Tensor], Tensor], **stage: Any) -> Tensor:
     """The cross-entropy of a micro-batch, in the place of Megatron's output layer and loss."""
-    labels, places, vocabulary = batch["labels"], batch["places"], stage["config"].vocab_size
+    labels, places, vocabulary = batch["labels"], batch["loss_indices"], stage["config"].vocab_size
     layer, table = stage["output_layer"], stage["output_weight"]
     weights = gradient_of(partial(total, batch), labels)
     return token_losses(stage["hidden_states"], labels, places, weights, vocabulary, layer, table)

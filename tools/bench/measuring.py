@@ -17,9 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from nemodiff_train.host import prepare
+from nemodiff_train.runtime import init_runtime
 
-GPU = prepare().cuda
+GPU = init_runtime().cuda
 
 import torch
 

@@ -14,9 +14,9 @@ class TriModeConfig(PretrainedConfig):
     Args:
         text_config: Configuration of the AR family, or its dictionary with a ``model_type``.
         mask_token_id: Row of the embedding that stands for a token still to be found.
-        block_size: Places of a block in training, and of a block or draft unless asked otherwise.
+        block_size: Positions of a block in training, and of a block or draft unless asked otherwise.
         shift: Place i of a block predicts token i + 1, as an AR model does; otherwise token i.
-        clean_half: What text that is already there sees: ``causal``, or ``block_causal``, its whole block too.
+        clean_attention: What text that is already there sees: ``causal``, or ``block_causal``, its whole block too.
         kwargs: Settings of any Transformers model.
     """
 
@@ -30,7 +30,7 @@ class TriModeConfig(PretrainedConfig):
         mask_token_id: int,
         block_size: int = 32,
         shift: bool = False,
-        clean_half: str = "causal",
+        clean_attention: str = "causal",
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -39,7 +39,7 @@ class TriModeConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.block_size = block_size
         self.shift = shift
-        self.clean_half = clean_half
+        self.clean_attention = clean_attention
         self.tie_word_embeddings = text_config.tie_word_embeddings
         super().__init__(**{**kwargs, "tie_word_embeddings": text_config.tie_word_embeddings})
 

@@ -42,7 +42,7 @@ def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) ->
         "mask_token_id": provider.mask_token_id,
         "block_size": provider.block_size,
         "shift": provider.shift,
-        "clean_half": provider.clean_half,
+        "clean_attention": provider.clean_attention,
         "text_config": family,
     }
 
@@ -57,6 +57,6 @@ def add_code(directory: Path, settings: dict[str, Any]) -> None:
     for name in _CODE:
         shutil.copyfile(_FOLDER / name, directory / name)
     card = Template((_FOLDER / "card.md.j2").read_text(), undefined=StrictUndefined, keep_trailing_newline=True)
-    causal = settings["clean_half"] == "causal"
+    causal = settings["clean_attention"] == "causal"
     family = settings["text_config"]["architectures"][0]
     (directory / "README.md").write_text(card.render(settings, family=family, causal=causal))

@@ -139,7 +139,7 @@ class TriModeModel(PreTrainedModel):
         Args:
             prompt_ids: [batch, length] token ids.
             max_new_tokens: Limit on the new tokens of a row, the stop token included.
-            block_length: Places of a block; None for what the model was trained with.
+            block_length: Positions of a block; None for what the model was trained with.
             threshold: Probability from which a place is fixed; None fixes one place a forward.
             causal_context: Whether the AR prediction gives a block's first token; otherwise it is a mask too.
             temperature: 0 is greedy; above, tokens are drawn from softmax(logits / temperature).
@@ -155,7 +155,7 @@ class TriModeModel(PreTrainedModel):
         """
         self._check(prompt_ids, max_new_tokens, temperature, block_length)
         size = block_length or self.config.block_size
-        whole_blocks = self.config.clean_half == "block_causal"
+        whole_blocks = self.config.clean_attention == "block_causal"
         if self.config.shift and not causal_context:
             raise ValueError("causal_context=False: a model with the shift predicts no first token of a block itself")
         seeded = self.config.shift or (causal_context and not whole_blocks)
@@ -206,7 +206,7 @@ class TriModeModel(PreTrainedModel):
         Args:
             prompt_ids: [1, length] token ids.
             max_new_tokens: Limit on the new tokens, the stop token included.
-            block_length: Places of a draft, its known first one included; None for the model's block size.
+            block_length: Positions of a draft, its known first one included; None for the model's block size.
             temperature: 0 is greedy; above, drafts and tokens are drawn from softmax(logits / temperature).
             mask_token_id: Another mask token than the model's.
             eos_token_id: Token or tokens that end the text; None for none.
@@ -260,7 +260,7 @@ class TriModeModel(PreTrainedModel):
             raise ValueError(f"block_length is {block_length}; it must be at least 1")
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}; it must be 0 or above")
-        if causal and self.config.clean_half == "block_causal":
+        if causal and self.config.clean_attention == "block_causal":
             raise ValueError("this model was trained with a block-causal clean half: it decodes with generate() only")
 
 
@@ -297,7 +297,7 @@ class _Session:
 
         Args:
             tokens: [batch, new] token ids.
-            block: Places that see each other, of which the text is a multiple; None for a causal forward.
+            block: Positions that see each other, of which the text is a multiple; None for a causal forward.
             last: Whether the logits of the last place are enough.
 
         Returns:
@@ -344,9 +344,9 @@ class _Session:
             if self.model.config.shift:
                 logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is known
             chosen = _choose(logits, temperature)
-            sureness = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0].masked_fill(~hidden, -1.0)
-            fixed = sureness >= (torch.inf if threshold is None else threshold)
-            fixed = fixed.scatter(1, sureness.argmax(1, keepdim=True), True)
+            confidence = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0].masked_fill(~hidden, -1.0)
+            fixed = confidence >= (torch.inf if threshold is None else threshold)
+            fixed = fixed.scatter(1, confidence.argmax(1, keepdim=True), True)
             block = torch.where(fixed & hidden, chosen, block)
 
     def _block_mask(self, new: int, block: int) -> Tensor:

@@ -1,0 +1,112 @@
+"""The ``nemodiff`` command: one verb a module, each imported only when it is called."""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nemodiff_train import __version__
+from nemodiff_train.distributed import is_main_process
+from nemodiff_train.errors import RunStopped, UserError, nearest
+
+# Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
+# 20 seconds, so a module imports it inside `run`.
+VERBS = {
+    "train": ("nemodiff_train.training.run", "train a recipe: AR only, or AR + diffusion jointly"),
+    "plan": ("nemodiff_train.cli.plan", "memory and step time of every layout, estimated"),
+    "launch": ("nemodiff_train.cli.launch", "submit a recipe to SLURM, or print the job"),
+    "convert": ("nemodiff_train.cli.convert", "move checkpoints between Hugging Face and Megatron"),
+    "eval": ("nemodiff_train.cli.eval", "score accuracy and tokens per forward in every mode"),
+    "lm-eval": ("nemodiff_train.cli.lm_eval", "lm-evaluation-harness with --model nemodiff"),
+    "likelihood": ("nemodiff_train.cli.likelihood", "AR perplexity and diffusion bound of a text"),
+    "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
+    "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),
+    "demo": ("nemodiff_train.demo.run", "the whole job on a small model, offline"),
+}
+
+
+_HEAD_START = 5.0
+"""Seconds that the first rank has to say what is wrong: a launcher ends all ranks as soon as one has ended."""
+
+
+def _refuse(error: UserError) -> int:
+    """Say what is wrong; ranks that nobody ends meanwhile met it alone, and say it too."""
+    if not is_main_process():
+        time.sleep(_HEAD_START)
+    print(f"nemodiff: error: {error}", file=sys.stderr)
+    return 2
+
+
+_UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
+"""What is wrong with a path as such, wherever it is met."""
+
+
+def _unusable(error: OSError) -> str:
+    name = os.fsdecode(error.filename)
+    shown = name if len(name) <= 200 else f"{name[:100]}..."
+    return f"'{shown}' cannot be used: {str(error.strerror).lower()}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see '{self.prog} --help')")
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only ``verb``'s module is imported, since the others are not needed to parse it."""
+    parser = _Parser(prog="nemodiff", description="Turn an autoregressive language model into a tri-mode one.")
+    parser.add_argument("--version", action="version", version=f"nemodiff {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, (module, summary) in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == verb:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        UserError: Not a verb, or not its arguments.
+    """
+    words = list(arguments)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+    if verb == "lm-eval":  # argparse would take the options behind it for ours
+        words.insert(words.index(verb) + 1, "--")
+    parser = build_parser(verb)
+    parsed, rest = parser.parse_known_args(words)
+    if hasattr(parsed, "settings") and not any(word.startswith("-") for word in rest):
+        parsed.settings += rest  # key=value words behind an option, which argparse does not put together
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error).
+    """
+    try:
+        parsed = parse(sys.argv[1:] if argv is None else argv)
+        return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
+    except UserError as error:
+        return _refuse(error)
+    except OSError as error:
+        if error.errno not in _UNUSABLE or error.filename is None:
+            raise
+        return _refuse(UserError(_unusable(error)))
+    except RunStopped as stop:
+        if stop.alone or is_main_process():
+            print(f"nemodiff: {stop}", file=sys.stderr)
+        else:
+            time.sleep(_HEAD_START)
+        return 1

@@ -1,0 +1,147 @@
+"""``nemodiff convert import|export|verify|inspect``."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import is_drafter
+
+FORMATS = ("ar", "nemotron", "tri-mode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb and of its actions."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+    _add_import(actions.add_parser("import", help="Hugging Face model to Megatron checkpoint"))
+    _add_export(actions.add_parser("export", help="Megatron checkpoint to Hugging Face directory"))
+    _add_verify(actions.add_parser("verify", help="compare two checkpoints, tensor by tensor and by their logits"))
+    inspect = actions.add_parser("inspect", help="say what a directory holds, and what would load it")
+    inspect.add_argument("path", help="Hugging Face directory or Megatron checkpoint")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="Hugging Face directory or name")
+    parser.add_argument("output", help="folder to create; it must not exist yet")
+    mask = parser.add_mutually_exclusive_group()
+    mask.add_argument("--mask-token", metavar="TOKEN|ID", help="token of the vocabulary that is to be the mask token")
+    mask.add_argument("--add-mask-token", metavar="TOKEN", help="token to add to the vocabulary as the mask token")
+    _add_layout(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="Megatron checkpoint, or a drafter's; the newest iteration is taken")
+    parser.add_argument("output", help="directory to create; it must not exist yet")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; tri-mode: with code that decodes in every "
+        "mode; by default nemotron for a model that came as one, else ar",
+    )
+    parser.add_argument("--remote-code", metavar="DIR", help="directory with the Python files of --format nemotron")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    _add_layout(parser)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help="Hugging Face directory or Megatron checkpoint")
+    parser.add_argument("b", help="the other one")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference of a weight (default: 0, bit for bit)"
+    )
+    parser.add_argument("--prompt", default="The quick brown fox", help="text whose logits are compared")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each layer (default: 1)")
+    parser.add_argument(
+        "--pipeline-parallel", type=int, default=1, help="ranks that share the layers out (default: 1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, compare or describe; an output appears complete or not at all.
+
+    Returns:
+        0, or 1 where ``verify`` finds a difference.
+    """
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "import": _import,
+        "export": _export,
+        "verify": _verify,
+        "inspect": _inspect,
+    }
+    return actions[arguments.action](arguments)
+
+
+def _check_world(arguments: argparse.Namespace) -> None:
+    import os
+
+    world, ranks = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor_parallel * arguments.pipeline_parallel
+    if world != ranks:
+        raise UserError(
+            f"{world} processes were started, but --tensor-parallel {arguments.tensor_parallel} x "
+            f"--pipeline-parallel {arguments.pipeline_parallel} takes {ranks}; start that many with torchrun"
+        )
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.runtime import init_runtime
+
+    _check_world(arguments)
+    init_runtime()
+    from nemodiff_train.conversion.importing import import_checkpoint
+
+    import_checkpoint(
+        arguments.source,
+        arguments.output,
+        tensor_parallel=arguments.tensor_parallel,
+        pipeline_parallel=arguments.pipeline_parallel,
+        mask_token=arguments.mask_token,
+        add_mask_token=arguments.add_mask_token,
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.runtime import init_runtime
+
+    _check_world(arguments)
+    init_runtime()
+    from nemodiff_train.conversion.drafters import export_drafter
+    from nemodiff_train.conversion.exporting import export_checkpoint
+
+    if is_drafter(Path(arguments.source)):
+        if arguments.remote_code:
+            raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
+        export_drafter(arguments.source, arguments.output, arguments.format)
+        return 0
+    export_checkpoint(
+        arguments.source,
+        arguments.output,
+        format=arguments.format,
+        remote_code=arguments.remote_code,
+        max_shard_size=arguments.max_shard_size,
+        tensor_parallel=arguments.tensor_parallel,
+        pipeline_parallel=arguments.pipeline_parallel,
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if not arguments.tolerance >= 0:
+        raise UserError(f"--tolerance is {arguments.tolerance}; use 0 or more")
+    from nemodiff_train.runtime import init_runtime
+
+    init_runtime()
+    from nemodiff_train.conversion.verify import verify
+
+    equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=arguments.prompt)
+    return 0 if equal else 1
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from nemodiff_train.conversion.inspection import inspect
+
+    inspect(arguments.path)
+    return 0

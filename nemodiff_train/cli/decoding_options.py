@@ -1,0 +1,55 @@
+"""The decoding settings as options of the command line, the same for every verb that decodes."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from nemodiff_train.decoding.generation import DecodingSettings
+
+_HELP: dict[str, str] = {
+    "max_new_tokens": "exact limit on new tokens",
+    "temperature": "0 is greedy; above, tokens are drawn",
+    "top_k": "draw from the k most probable tokens; 0 for all",
+    "top_p": "draw from the most probable tokens that reach this probability",
+    "seed": "of the draws",
+    "policy": "which places block diffusion fixes: threshold, leftmost, entropy or fixed",
+    "threshold": "probability from which block diffusion fixes a place",
+    "entropy_bound": "nats, for --policy entropy",
+    "steps": "forwards of a block, for --policy fixed",
+    "search_budget": "forwards the oracle may spend on a prompt",
+}
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a verb."""
+    defaults = {f.name: f.default for f in fields(DecodingSettings)}
+    for name, text in _HELP.items():
+        default = defaults[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (%(default)s)"
+        )
+    parser.add_argument("--block-size", type=int, help="places of a block or draft (default: as trained)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; drafts in mode linear")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each layer")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="processes that share the layers out")
+
+
+def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options say, as arguments of :func:`~nemodiff_train.model.loading.load_model`."""
+    names = [*_HELP, "block_size", "drafter", "tensor_parallel", "pipeline_parallel"]
+    return {**{name: getattr(arguments, name) for name in names}, "stop_strings": tuple(arguments.stop)}
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse values that no model could decode with, before anything slow.
+
+    Raises:
+        UserError: Names the value.
+    """
+    chosen = {name: getattr(arguments, name) for name in _HELP}
+    if arguments.block_size is not None:
+        chosen["block_size"] = arguments.block_size
+    DecodingSettings(**chosen, stop_strings=tuple(arguments.stop))

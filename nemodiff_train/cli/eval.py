@@ -1,0 +1,112 @@
+"""``nemodiff eval CHECKPOINT --task TASK --output DIRECTORY``, and ``nemodiff eval --compare DIR DIR``."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
+from nemodiff_train.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", nargs="?", help="Megatron checkpoint of this project")
+    parser.add_argument(
+        "--compare", nargs=2, metavar="DIR", help="compare two finished evaluations instead of decoding"
+    )
+    parser.add_argument("--task", default="arithmetic", help="a built-in task, or a JSONL file of prompt and answer")
+    parser.add_argument("--scorer", default="numeric", help="for a file: numeric, exact or regex")
+    parser.add_argument("--pattern", help="the regular expression of --scorer regex")
+    parser.add_argument("--count", type=int, help="prompts to take (a built-in task: 200)")
+    parser.add_argument("--data", help="a benchmark's rows: a JSONL or Parquet file, a folder, or a hub name")
+    parser.add_argument("--run-code", action="store_true", help="run the programs that the model writes")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    parser.add_argument("--modes", default="ar,diffusion,linear", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--thresholds", default="", help="further diffusion thresholds, comma-separated")
+    parser.add_argument("--block-sizes", default="", help="further block sizes, each at each threshold")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together (%(default)s)")
+    parser.add_argument("--output", required=True, help="folder for the report, or for the comparison")
+    add_decoding_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate a checkpoint, or compare two evaluations."""
+    if (arguments.checkpoint is None) == (arguments.compare is None):
+        raise UserError("name either a checkpoint to evaluate, or two evaluations with --compare")
+    if arguments.compare is None:
+        _evaluate(arguments)
+    else:
+        first, second = arguments.compare
+        _compare(Path(first), Path(second), Path(arguments.output))
+
+
+def _compare(first: Path, second: Path, output: Path) -> None:
+    """Print the differences and write the comparison's page."""
+    from nemodiff_train.report.compare import compare, write_comparison
+    from nemodiff_train.report.table import print_comparison
+
+    comparison = compare(first, second)
+    if not is_main_process():
+        return
+    page = write_comparison(output, comparison)
+    print_comparison(comparison)
+    console.print(f"comparison: [bold]{page}[/bold]")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate, print the table, write the report."""
+    from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.evaluation.tasks import load_task
+    from nemodiff_train.files import usable_directory
+    from nemodiff_train.runtime import init_runtime
+
+    task = load_task(
+        arguments.task,
+        scorer=arguments.scorer,
+        pattern=arguments.pattern,
+        count=arguments.count,
+        source=arguments.data,
+        run_code=arguments.run_code,
+    )
+    thresholds = _numbers("--thresholds", arguments.thresholds, float, "0.5,0.7,0.9")
+    block_sizes = _numbers("--block-sizes", arguments.block_sizes, int, "8,16,32")
+    modes = tuple(arguments.modes.split(","))
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    check_options(arguments)
+    for threshold in thresholds:
+        DecodingSettings(threshold=threshold)  # refuses what is no probability
+    for block_size in block_sizes:
+        DecodingSettings(block_size=block_size)
+    init_runtime()
+    from nemodiff_train.evaluation.run import Plan, evaluate
+    from nemodiff_train.model.loading import load_model, open_checkpoint
+    from nemodiff_train.report.report import write_report
+    from nemodiff_train.report.table import print_table
+
+    open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
+    usable_directory(Path(arguments.output))
+    opened = load_model(arguments.checkpoint, modes=modes, **decoding_options(arguments))
+    plan = Plan(
+        modes=modes,
+        thresholds=thresholds,
+        block_sizes=block_sizes,
+        batch_size=arguments.batch_size,
+        chat=arguments.chat,
+    )
+    evaluation = evaluate(opened, task, plan, arguments.checkpoint)
+    if is_main_process():
+        report = write_report(Path(arguments.output), evaluation)
+        print_table(evaluation)
+        console.print(f"report: [bold]{report}[/bold]")
+
+
+def _numbers[Number: (int, float)](
+    option: str, text: str, kind: Callable[[str], Number], example: str
+) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part)
+    except ValueError:
+        raise UserError(f"{option} '{text}' is not a list of numbers such as {example}") from None

@@ -1,0 +1,62 @@
+"""``nemodiff generate CHECKPOINT PROMPT``."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
+
+if TYPE_CHECKING:
+    from nemodiff_train.decoding.session import Session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("--mode", default="linear", help="ar, diffusion, linear or quadratic (%(default)s)")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument(
+        "--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it"
+    )
+    parser.add_argument(
+        "--revise", type=float, metavar="P", help="decode tokens again that the AR half gives less than P"
+    )
+    add_decoding_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the continuation, and what it cost."""
+    from nemodiff_train.runtime import init_runtime
+
+    check_options(arguments)
+    init_runtime()
+    from nemodiff_train.decoding.decode import decode, fill
+    from nemodiff_train.decoding.prompts import prompt_tokens
+    from nemodiff_train.model.loading import load_model
+
+    mode = "diffusion" if arguments.infill else arguments.mode
+    opened = load_model(arguments.checkpoint, modes=(mode,), **decoding_options(arguments))
+    (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
+    if arguments.infill:
+        filled, session = fill(opened.model, prompt, opened.settings)
+        _print(opened.tokenizer.decode(filled.tokens), len(filled.places), session)
+        return
+    (generation,), session = decode(opened.model, [prompt], mode, opened.settings)
+    _print(opened.settings.text(generation.tokens), len(generation.tokens), session)
+    if arguments.revise is not None:
+        text = [*prompt, *generation.tokens]
+        revised, session = fill(opened.model, text, opened.settings, len(prompt), arguments.revise)
+        _print(opened.settings.text(revised.tokens[len(prompt) :]), len(revised.places), session)
+
+
+def _print(text: str, tokens: int, session: "Session") -> None:
+    if not is_main_process():
+        return
+    print(text)
+    forwards = session.calls(0)
+    console.print(
+        f"[dim]{tokens} tokens in {forwards} forwards ({dict(session.forwards[0])}): "
+        f"{tokens / forwards:.2f} tokens per forward[/dim]"
+    )

@@ -1,0 +1,79 @@
+"""``nemodiff launch --slurm RECIPE``: a recipe as a SLURM job."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from nemodiff_train.config.registry import check_recipe
+from nemodiff_train.credentials import check_no_secrets
+from nemodiff_train.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
+    parser.add_argument("--slurm", action="store_true", required=True, help="the scheduler")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
+    parser.add_argument("--time", default="04:00:00", metavar="LIMIT", help="of one job, as SLURM writes it")
+    parser.add_argument("--name", default="nemodiff", help="of the job and its log")
+    parser.add_argument("--after", type=int, metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the script, or submit it."""
+    text = script(arguments)
+    if arguments.dry_run:
+        sys.stdout.write(text)
+        return
+    if not os.access(".", os.W_OK, effective_ids=True):
+        raise UserError(
+            f"'{Path.cwd()}' cannot be written to, and SLURM puts the job's log there; submit from a folder that all "
+            "nodes share"
+        )
+    if shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch here; run on a login node, or see the script with --dry-run")
+    done = subprocess.run(["sbatch"], input=text, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    print(done.stdout.strip())
+
+
+def script(arguments: argparse.Namespace) -> str:
+    """``slurm/train.sbatch`` with this job's options and words.
+
+    Raises:
+        UserError: An option is malformed, a recipe or word cannot be one, or a word holds a key or password.
+    """
+    if arguments.nodes < 1:
+        raise UserError(f"--nodes {arguments.nodes}: use 1 or more")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", arguments.time):
+        raise UserError(f"--time {arguments.time} is no SLURM time; write hours:minutes:seconds or days-hours")
+    if not re.fullmatch(r"[\w.-]+", arguments.name):
+        raise UserError(f"--name {arguments.name}: use letters, digits, '.', '_' and '-'")
+    if arguments.after is not None and arguments.after < 1:
+        raise UserError(f"--after {arguments.after}: use the number of a job")
+    check_recipe(arguments.recipe)
+    for word in arguments.settings:
+        if "=" not in word:
+            raise UserError(f"'{word}' is not of the form key=value")
+    check_no_secrets(dict(word.split("=", 1) for word in arguments.settings))
+    import slurm
+
+    folder = Path(slurm.__path__[0])
+    text = (folder / "train.sbatch").read_text()
+    options = {"nodes": arguments.nodes, "time": arguments.time, "job-name": arguments.name}
+    for option, value in options.items():
+        text = re.sub(rf"(?m)^#SBATCH --{option}=.*$", f"#SBATCH --{option}={value}", text)
+    if arguments.after is not None:
+        dependency = f"#SBATCH --dependency=afterok:{arguments.after}\n"
+        text = text.replace("#SBATCH --requeue\n", dependency + "#SBATCH --requeue\n")
+    words = shlex.join([arguments.recipe, *arguments.settings])
+    start = "set -euo pipefail\n"
+    return text.replace(start, f"{start}set -- {words}\nSCRIPTS=${{SCRIPTS:-{shlex.quote(str(folder))}}}\n", 1)

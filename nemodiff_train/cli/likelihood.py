@@ -1,0 +1,60 @@
+"""``nemodiff likelihood CHECKPOINT TEXT ...``."""
+
+import argparse
+import json
+from pathlib import Path
+
+from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
+from nemodiff_train.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
+    parser.add_argument(
+        "input", nargs="+", metavar="TEXT", help="text, JSONL or Parquet files, or directories of them"
+    )
+    parser.add_argument("--text-field", default="text", help="field of a record (%(default)s)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sample (%(default)s)")
+    parser.add_argument("--draws", type=int, default=8, help="noise draws of each sample (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples scored together (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each layer")
+    parser.add_argument("--output", help="JSON file for the figures")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the figures, and write them where asked."""
+    from nemodiff_train.data.columns import TextColumn
+    from nemodiff_train.data.sources import documents, resolve
+    from nemodiff_train.runtime import init_runtime
+
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
+    init_runtime()
+    from nemodiff_train.evaluation.likelihood import likelihood
+    from nemodiff_train.files import write_atomic
+    from nemodiff_train.model.loading import load_model
+
+    opened = load_model(arguments.checkpoint, tensor_parallel=arguments.tensor_parallel)
+    found = likelihood(
+        opened.model,
+        (opened.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),
+        length=arguments.length,
+        draws=arguments.draws,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    if not is_main_process():
+        return
+    if arguments.output:
+        write_atomic(Path(arguments.output), json.dumps(found.figures(), indent=2) + "\n")
+    if found.ar_loss is not None:
+        console.print(f"AR          {found.ar_loss:.4f} nats a token, perplexity {found.ar_perplexity:.3f}")
+    console.print(
+        f"diffusion   {found.diffusion_loss:.4f} ± {found.diffusion_error:.4f} nats a token at most "
+        f"({found.draws} draws), perplexity {found.diffusion_perplexity:.3f}"
+    )
+    console.print(f"[dim]{found.tokens} tokens[/dim]")

@@ -1,0 +1,138 @@
+"""How one output came about, forward by forward, as the report replays it."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemodiff_train.evaluation.records import DecodeRecord
+
+Decode = Callable[[list[int]], str]
+"""Tokens to text, special tokens left out."""
+
+CONTEXT = 8
+"""Tokens before a draft that are decoded with it, so that its first character and its spaces come out right."""
+
+
+class Piece(BaseModel):
+    """A stretch of output text: one token, or the few tokens that make up one character."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    place: int = Field(description="Index of its first token.")
+    step: int | None = Field(description="The cycle or forward that committed it, from 0; none if not known.")
+
+
+class Draft(BaseModel):
+    """What one cycle proposed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    start: int = Field(description="Index of the first token it may commit.")
+    texts: list[str] = Field(description="The drafted tokens.")
+    agreed: list[bool] = Field(description="Whether the verifier would have chosen the same token, by place.")
+    kept: int = Field(description="Drafted tokens that were committed.")
+    committed: int = Field(description="Tokens that the cycle committed, its bonus token included.")
+
+
+class Frame(BaseModel):
+    """One position of the slider."""
+
+    model_config = ConfigDict(frozen=True)
+
+    words: str = Field(description="What happens in it.")
+    step: int = Field(description="Pieces of this step and of earlier ones are committed.")
+    draft: int | None = Field(default=None, description="Index of the draft that is shown.")
+    verified: bool = Field(default=False, description="Whether the draft has been verified.")
+
+
+class Trace(BaseModel):
+    """The text of an output cut into pieces, and the frames of its replay (none if the record does not tell)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pieces: list[Piece]
+    drafts: list[Draft]
+    frames: list[Frame]
+
+    @property
+    def last(self) -> int:
+        """The last step, at least 1: what the colours are spread over."""
+        return max((frame.step for frame in self.frames), default=0) or 1
+
+
+def trace(record: DecodeRecord, decode: Decode) -> Trace:
+    """Everything the viewer needs of a record."""
+    drafts = _drafts(record, decode)
+    return Trace(pieces=pieces(record, decode), drafts=drafts, frames=_frames(record, drafts))
+
+
+def pieces(record: DecodeRecord, decode: Decode) -> list[Piece]:
+    """Cut a record's text at token borders; a character made of several tokens stays whole."""
+    steps = _ranks(record)
+    if not steps:
+        return [Piece(text=decode(record.tokens), place=0, step=None)]
+    return [Piece(text=text, place=place, step=steps[end]) for text, place, end in _cut(record.tokens, decode)]
+
+
+def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
+    """The text between whole characters, with the first and the last token it was made of."""
+    found: list[tuple[str, int, int]] = []
+    shown, first = "", 0
+    for last in range(len(tokens)):
+        text = decode(list(tokens[: last + 1]))
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and last + 1 < len(tokens):
+            continue
+        if len(text) > len(shown):
+            found.append((text[len(shown) :], first, last))
+        shown, first = text, last + 1
+    return found
+
+
+def _ranks(record: DecodeRecord) -> list[int]:
+    """For each token, the place of its step among all steps that committed something."""
+    steps = record.commit_steps()
+    order = {step: rank for rank, step in enumerate(sorted(set(steps)))}
+    return [order[step] for step in steps]
+
+
+def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
+    if not len(record.proposed) == len(record.drafted) == len(record.accepted):
+        return []
+    ends = list(accumulate(record.accepted, initial=len(record.tokens) - sum(record.accepted)))
+    rows = zip(ends, record.proposed, record.drafted, record.accepted, strict=False)
+    return [_draft(record, decode, *row) for row in rows]
+
+
+def _draft(
+    record: DecodeRecord, decode: Decode, start: int, proposed: list[int], agreed: list[bool], committed: int
+) -> Draft:
+    before = record.tokens[max(start - CONTEXT, 0) : start]
+    texts = [""] * len(proposed)  # stays empty at special tokens and inside a character of several tokens
+    for text, first, _ in _cut([*before, *proposed], decode):
+        if first >= len(before):
+            texts[first - len(before)] = text
+    right = agreed.index(False) if False in agreed else len(agreed)
+    return Draft(start=start, texts=texts, agreed=agreed, kept=min(right, committed), committed=committed)
+
+
+def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
+    steps, ranks = record.commit_steps(), _ranks(record)
+    cycles = {ranks[draft.start]: index for index, draft in enumerate(drafts) if draft.start < len(ranks)}
+    frames = []
+    for rank, step in enumerate(sorted(set(steps))):
+        done = f"{sum(other <= rank for other in ranks)} of {len(ranks)} tokens"
+        index = cycles.get(rank)
+        if index is None:
+            name = f"Forward {step} of {sum(record.forwards.values())}" if record.steps else f"Step {rank + 1}"
+            frames.append(Frame(words=f"{name} \N{MIDDLE DOT} {done}", step=rank))
+            continue
+        draft, cycle = drafts[index], f"Cycle {index + 1} of {len(drafts)}"
+        drafted = f"{cycle} drafts {len(draft.agreed)}"
+        verified = f"{cycle} keeps {draft.kept} of {len(draft.agreed)} \N{MIDDLE DOT} {done}"
+        frames += [
+            Frame(words=drafted, step=rank - 1, draft=index),
+            Frame(words=verified, step=rank, draft=index, verified=True),
+        ]
+    return frames

@@ -1,0 +1,190 @@
+"""``nemodiff train RECIPE [key=value ...]``, alone or under torchrun."""
+
+import argparse
+import contextlib
+import logging
+import netrc
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
+from nemodiff_train.errors import RunStopped, UserError, disk_is_full
+
+if TYPE_CHECKING:
+    from nemodiff_train.config.config import TriModeConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
+    parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="with --dry-run: GB of one GPU (default 80)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; resumes by itself when the output folder has a checkpoint."""
+    if not arguments.dry_run and arguments.gpus is not None:
+        raise UserError("--gpus goes with --dry-run; a run has the processes that torchrun starts")
+    if (arguments.gpus is not None and arguments.gpus < 1) or not arguments.gpu_memory > 0:
+        raise UserError("--gpus and --gpu-memory take a number above 0")
+    from nemodiff_train.runtime import init_runtime
+
+    init_runtime()
+    from nemodiff_train.config.recipes import load_recipe
+
+    config = load_recipe(arguments.recipe, arguments.settings)
+    if arguments.dry_run:
+        from nemodiff_train.validation.preflight import preflight
+
+        _fit_to_host(config)
+        return preflight(config, arguments.gpus, arguments.gpu_memory)
+    train(config)
+    return 0
+
+
+def train(config: "TriModeConfig") -> None:
+    """Run Bridge's ``pretrain()`` with the joint objective.
+
+    Losses, data order and noise depend on the configuration alone, not on the layout.  What Megatron
+    prints goes to ``train.log`` beside the checkpoints; the console shows one progress line.
+
+    Raises:
+        UserError: The configuration cannot run here; nothing has been written.
+        RunStopped: The run cannot go on.
+        SystemExit: With 0, after a signal: the step is saved.
+    """
+    from nemodiff_train.validation.checks import check
+
+    _fit_to_host(config)
+    _protect(config)
+    if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
+        os.environ["MASTER_PORT"] = str(free_port())
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _stay_offline_unless_logged_in(config)
+    output = Path(config.checkpoint.save).parent
+    try:
+        _run(config, output)
+    except OSError as error:
+        stop = _stopped_by(error, output)
+        if stop is None:
+            raise
+        raise stop from error
+
+
+def _run(config: "TriModeConfig", output: Path) -> None:
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemodiff_train.drafter.step import DraftStep
+    from nemodiff_train.resilience.gradient_guard import GradientGuard
+    from nemodiff_train.resilience.replicas import ReplicaConsistencyCheck
+    from nemodiff_train.resilience.restarts import counted_start, same_wandb_run
+    from nemodiff_train.resilience.stragglers import StragglerMonitor
+    from nemodiff_train.resilience.watchdog import Watchdog
+    from nemodiff_train.training.callbacks.gradient_probe import GradientProbe
+    from nemodiff_train.training.callbacks.loop_evaluation import LoopEvaluation
+    from nemodiff_train.training.callbacks.mask_embedding import MaskEmbedding
+    from nemodiff_train.training.callbacks.run_log import RunLog
+    from nemodiff_train.training.step import ForwardStep
+
+    step = DraftStep() if config.drafter else ForwardStep()
+    log = RunLog(output, step.tally)
+    with contextlib.ExitStack() as stack:
+        ending = stack.enter_context(counted_start(output, config.resilience.restarts))
+        if config.logger.wandb_project:
+            stack.enter_context(same_wandb_run(output))
+        stack.enter_context(_prints_go_to(output / "train.log"))
+        watch = stack.enter_context(Watchdog(output, config.resilience, ending))
+        stack.callback(log.close)
+        probes = [GradientProbe(step, log), MaskEmbedding(step), LoopEvaluation(log), ReplicaConsistencyCheck()]
+        guards = [StragglerMonitor(step.recorder, watch), GradientGuard(log), watch]
+        try:
+            pretrain(config, step, callbacks=[*probes, *guards, log])
+        except SystemExit as leaving:
+            if not leaving.code and is_main_process():
+                console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
+            raise
+
+
+def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
+    """What stopped the run: on a full disk, closing a log fails as well, after the error that counts."""
+    from nemodiff_train.resilience.checkpoints import causes_of
+
+    known = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
+    if known is None and disk_is_full(error):
+        return RunStopped(f"the disk of '{output}' is full; make room and repeat the command", alone=True)
+    return known
+
+
+def _protect(config: "TriModeConfig") -> None:
+    """Settings of Bridge's that what watches over a run needs."""
+    from nemodiff_train.resilience.checkpoints import MANAGER
+
+    config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
+    config.checkpoint.custom_manager_class = MANAGER
+    # GradientGuard looks at every gradient; these would end one rank with a traceback, and leave the others waiting.
+    config.rerun_state_machine.check_for_nan_in_loss = False
+    config.ddp.check_for_nan_in_grad = False
+    config.train.check_optimizer_step_success = False  # nor need ranks be asked whether all have updated
+    logging.getLogger("megatron.bridge.training.pretrain").addFilter(_is_a_surprise)
+
+
+def _is_a_surprise(record: logging.LogRecord) -> bool:
+    """Whether a traceback says more than the one line that follows it."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error))
+
+
+def _fit_to_host(config: "TriModeConfig") -> None:
+    """Settings that follow from what this machine lacks; a GPU machine with everything changes nothing."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from nemodiff_train.model.provider import disable_fused_kernels
+    from nemodiff_train.runtime import init_runtime
+
+    host = init_runtime()
+    config.dist.distributed_backend = host.backend
+    if not HAVE_TE:
+        disable_fused_kernels(config.model)
+    if not host.cuda:
+        config.model.use_cpu_initialization = True
+        config.dataset.num_workers = 0
+        config.dataset.pin_memory = False
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
+    """Weights & Biases reads its mode when it is imported, so a login is looked for where it keeps one."""
+    if not config.logger.wandb_project or os.environ.get("WANDB_API_KEY"):
+        return
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        logged_in = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    if not logged_in:
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@contextlib.contextmanager
+def _prints_go_to(path: Path) -> Iterator[None]:
+    """Prints of the first rank, and of the last, which Bridge lets tell the losses, go to a file."""
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    speaks = int(os.environ.get("RANK", "0")) in (0, last)
+    if speaks:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path if speaks else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
+        yield

@@ -1,0 +1,1 @@
+"""Refuse a configuration that cannot run, before anything is built."""
