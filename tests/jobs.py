@@ -191,9 +191,9 @@ def exchange(size: int) -> dict[str, Any]:
     query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))
     attention.state = AttentionState()
     expected = attention(query, key, value)
-    share = shard_of(group)
-    attention.state = AttentionState(share=share, context_group=group)
-    mine = torch.cat([segment * length + share.places(length) for segment in (0, 1)])
+    shard = shard_of(group)
+    attention.state = AttentionState(shard=shard, context_group=group)
+    mine = torch.cat([segment * length + shard.places(length) for segment in (0, 1)])
     sent: list[int] = []
     plain: Any = dist.all_gather_into_tensor
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from nemodiff_train.cli import main
-from nemodiff_train.data import encode, parts, prepare
+from nemodiff_train.data import encode, prepare
+from nemodiff_train.data import partial_output as parts
 from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.demo.corpus import write_stdlib_text

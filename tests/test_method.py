@@ -145,16 +145,16 @@ def test_a_context_parallel_rank_computes_its_part(
     segment_ids = torch.tensor([[numbers, blocks, [0] * length]])
     shares = [ContextParallelShard(rank, size) for rank in range(size)]
     plans = [
-        segmented_plan(views, segment_ids, block_causal, block, share)
+        segmented_plan(views, segment_ids, block_causal, block, shard)
         if irregular
-        else uniform_plan(views, length, block, block_causal, share, CPU)
-        for share in shares
+        else uniform_plan(views, length, block, block_causal, shard, CPU)
+        for shard in shares
     ]
-    own = [torch.cat([s * length + share.places(length) for s in range(views + 1)]) for share in shares]
+    own = [torch.cat([s * length + shard.places(length) for s in range(views + 1)]) for shard in shares]
     assert sorted(torch.cat(own).tolist()) == list(range((views + 1) * length))
-    for share, plan, mine in zip(shares, plans, own, strict=True):
+    for shard, plan, mine in zip(shares, plans, own, strict=True):
         sent = [torch.cat([x[:, :, o][:, :, p.sent] for o, p in zip(own, plans, strict=True)], dim=2) for x in (k, v)]
-        noisy = views * len(share.places(length))
+        noisy = views * len(shard.places(length))
         keys, values = (
             torch.cat([x[:, :, mine[:noisy]], everyone[:, :, plan.received]], dim=2)
             for x, everyone in zip((k, v), sent, strict=True)

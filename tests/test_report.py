@@ -16,11 +16,11 @@ from rich.console import Console
 from nemodiff_train.cli import main
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
-from nemodiff_train.evaluation import charts, display
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
 from nemodiff_train.evaluation.records import DecodeRecord
-from nemodiff_train.evaluation.run import AttentionPlan, settings_of
+from nemodiff_train.evaluation.run import Plan, settings_of
+from nemodiff_train.report import charts, display
 from nemodiff_train.report.compare import compare, mcnemar, write_comparison
 from nemodiff_train.report.page import inline_json
 from nemodiff_train.report.pareto import Point, areas, aup, front
@@ -204,7 +204,7 @@ def test_areas_drop_what_is_too_far_below_and_move_with_the_best() -> None:
 
 def test_grid_of_settings() -> None:
     settings = DecodingSettings(block_size=16, threshold=0.9)
-    plan = AttentionPlan(thresholds=(0.5,), block_sizes=(8, 16))
+    plan = Plan(thresholds=(0.5,), block_sizes=(8, 16))
     grid = settings_of("diffusion", settings, plan)
     assert [(each.block_size, each.threshold) for each in grid] == [(8, 0.5), (8, 0.9), (16, 0.5), (16, 0.9)]
     assert [each.block_size for each in settings_of("linear", settings, plan)] == [8, 16]

@@ -17,6 +17,7 @@ from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import iterations, newest_iteration
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
+from nemodiff_train.resilience.checkpoints import latest_complete
 from tests import faults, matrix, small
 from tests.zygote import Gang, Zygote
 

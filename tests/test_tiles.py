@@ -43,17 +43,17 @@ def conversations(draw: torch.Generator, length: int, block: int) -> Tensor:
 def plans(draw: Any) -> AttentionPlan:
     """A plan of any kind."""
     size = draw(st.sampled_from([1, 1, 2, 4]))
-    share = ContextParallelShard(draw(st.integers(0, size - 1)), size)
+    shard = ContextParallelShard(draw(st.integers(0, size - 1)), size)
     length = 2 * size * draw(st.integers(1, 240 // (2 * size)))
     block, views = draw(st.sampled_from([1, 4, 8, 12, 32])), draw(st.integers(0, 2))
     block_causal = draw(st.booleans())
     kind = draw(st.sampled_from(["regular", "text", "conversations"]))
     if kind == "regular":
-        return uniform_plan(views, length, block, block_causal, share, CPU)
+        return uniform_plan(views, length, block, block_causal, shard, CPU)
     make, seed = {"text": small.documents, "conversations": conversations}[kind], draw(st.integers(0, 2**32))
     generator = torch.Generator().manual_seed(seed)
     segment_ids = torch.stack([make(generator, length, block) for _ in range(draw(st.integers(1, 2)))])
-    return segmented_plan(views, segment_ids, block_causal, block, share)
+    return segmented_plan(views, segment_ids, block_causal, block, shard)
 
 
 TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
@@ -104,7 +104,7 @@ def chosen(counts: Tensor | None, indices: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"),
+    ("kind", "shard"),
     [
         ("text", ContextParallelShard()),
         ("conversations", ContextParallelShard()),

@@ -37,7 +37,7 @@ def test_asking_is_noticed(fake: FakeTensorMode) -> None:
             values[values > 0]
 
 
-@pytest.mark.parametrize("share", [ContextParallelShard(), ContextParallelShard(0, 2)])
+@pytest.mark.parametrize("shard", [ContextParallelShard(), ContextParallelShard(0, 2)])
 def test_plans_of_samples_that_differ(fake: FakeTensorMode, shard: ContextParallelShard) -> None:
     """With their block mask, after the first of a shape."""
     segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)

@@ -134,4 +134,4 @@ def _number(value: Any) -> float | None:
 def _headline(figures: dict[str, float]) -> str:
     names = {"ar_loss": "AR", "diffusion_loss": "diffusion", "draft_loss": "draft", "expected_tpf": "TPF"}
     losses = " ".join(f"{short} {figures[name]:.3f}" for name, short in names.items() if name in figures)
-    return f"{losses} · {figures['tokens/s']:,.0f} tok/s"
+    return f"{losses} · {figures['tokens_per_second']:,.0f} tok/s"
