@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nemodiff_train.runtime import init_runtime
 from tests import jobs, small
 
 FILE = Path(__file__).with_name("recorded_figures.json")
@@ -38,6 +39,7 @@ def _run(folder: Path, name: str, settings: list[str], recipe: str = "recipe", *
 
 
 def _train_everything(folder: Path) -> dict[str, list[Any]]:
+    init_runtime()
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
     figures = {name: _run(folder, name, [], recipe="of_preset", preset=name) for name in PRESETS}
@@ -66,8 +68,5 @@ def test_ten_steps_train_as_recorded(figures: dict[str, list[Any]], name: str) -
 if __name__ == "__main__":
     import tempfile
 
-    from nemodiff_train.runtime import init_runtime
-
-    init_runtime()
     with tempfile.TemporaryDirectory() as folder:
         FILE.write_text(json.dumps(_train_everything(Path(folder)), indent=1) + "\n")

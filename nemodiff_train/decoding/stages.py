@@ -55,7 +55,7 @@ class PipelineRunner:
         return self._share(tokens if places is None else places, passed)
 
     def _run(self, chunk: Any, tokens: Tensor, cached: DecodeBatch, places: Tensor | None) -> Tensor:
-        chunk.attention_state.cached = cached
+        chunk.attention_state.decode_batch = cached
         try:
             if self._plain:
                 return fast_forward(chunk, tokens, places)
@@ -67,7 +67,7 @@ class PipelineRunner:
             )
             return output
         finally:
-            chunk.attention_state.cached = None
+            chunk.attention_state.decode_batch = None
 
     def _receive(self, tokens: Tensor, stage: int) -> Tensor:
         shape = (tokens.shape[1], tokens.shape[0], self.config.hidden_size)
