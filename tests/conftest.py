@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.prepared import TEXTS, run, save_tokenizer, write_jsonl
+from tools.support.ranks import RankPool
 
 GPU = torch.cuda.is_available()
 """Asked before the host is prepared, which answers yes for a CPU as well."""
@@ -37,6 +38,13 @@ def no_groups_left() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """A process that has imported Bridge and forks the ranks of every job."""
+    with RankPool(tmp_path_factory.mktemp("ranks")) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")
