@@ -220,7 +220,8 @@ def _weights(inputs: Inputs) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
 
 
 def _read_weights(inputs: Inputs, content: tuple[bytes, bytes | None]) -> None:
-    from nemodiff_train.conversion.weights import INDEX, check_contents, check_weights
+    from nemodiff_train.conversion.headers import INDEX
+    from nemodiff_train.conversion.weights import check_contents, check_weights
 
     folder = inputs.folder / "damaged"
     inputs.write("damaged/model.safetensors", content[0])

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, TextIO
 
+from nemodiff_train.distributed import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 1.0
 """Seconds between SIGTERM and SIGKILL for the ranks that outlive a failed one."""
@@ -276,8 +278,6 @@ def _result_file(logs: Path, name: str) -> Path:
 
 def _serve() -> None:
     """Fork ranks as asked on standard input, and report their process ids and ends on standard output."""
-    from nemodiff_train.training.run import free_port
-
     ranks: set[int] = set()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to the log
