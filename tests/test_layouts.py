@@ -5,6 +5,7 @@ layout.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -27,7 +28,7 @@ class Runs(Jobs):
         """Add a training run of the Qwen 3."""
         self.add(name, world_size, jobs.train, **self.arguments(name, *settings, **arguments))
 
-    def arguments(self, name: str, *settings: str, **arguments: str) -> dict[str, object]:
+    def arguments(self, name: str, *settings: str, **arguments: str) -> dict[str, Any]:
         """Return the arguments of a training run of the Qwen 3."""
         inputs = {"start_from": str(self.folder / "qwen3"), "data": str(self.folder / "data")}
         return {**inputs, "output": str(self.folder / name), "settings": [*SETTINGS, *settings], **arguments}
@@ -69,7 +70,7 @@ def test_bf16_with_fp32_master_weights(runs: Runs) -> None:
 
 
 def test_a_resumed_run_continues_bit_for_bit(runs: Runs) -> None:
-    stopped = {"stopped": str(runs.folder / "one"), "step": layouts.HALF_WAY}
+    stopped: dict[str, Any] = {"stopped": str(runs.folder / "one"), "step": layouts.HALF_WAY}
     runs.add("resumed", 1, jobs.resume, after="one", **stopped, **runs.arguments("resumed"))
     steps, expected = runs.steps("resumed"), runs.steps("one")[layouts.HALF_WAY :]
     assert [step["step"] for step in steps] == [6, 7, 8, 9, 10]

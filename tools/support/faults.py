@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -146,19 +147,17 @@ def _before_cleanup(step: int) -> None:
 
     plain = checkpoints.prune
 
-    def prune(folder: Path, *keep: int) -> None:
+    def prune(folder: Path, keep_last: int, keep_every: int) -> None:
         if (folder / f"iter_{step:07d}").exists():
             _die()
-        plain(folder, *keep)
+        plain(folder, keep_last, keep_every)
 
     checkpoints.prune = prune
 
 
 def _mid_cleanup(step: int) -> None:
     """Die when an older checkpoint is half removed."""
-    from nemodiff_train.resilience import checkpoints
-
-    plain = checkpoints.shutil.rmtree
+    plain: Any = shutil.rmtree
 
     def rmtree(path: Path, *arguments: Any, **named: Any) -> None:
         if Path(path).name == f"iter_{step:07d}" and Path(path).exists():
@@ -166,7 +165,7 @@ def _mid_cleanup(step: int) -> None:
             _die()
         plain(path, *arguments, **named)
 
-    checkpoints.shutil.rmtree = rmtree
+    setattr(shutil, "rmtree", rmtree)  # noqa: B010
 
 
 def _in_step(step: int, call: Callable[[Any], None]) -> None:
@@ -185,7 +184,7 @@ def _in_step(step: int, call: Callable[[Any], None]) -> None:
 
         guard.before_gradients_are_shared(context.model, look)
 
-    GradientGuard.on_train_start = on_train_start
+    setattr(GradientGuard, "on_train_start", on_train_start)  # noqa: B010
 
 
 def _nan(step: int) -> None:

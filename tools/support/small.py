@@ -181,7 +181,7 @@ def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def recipe(start_from: str, data: str, output: str, stage: str = "joint", seq_length: int = 64) -> Any:
+def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_length: int = 64) -> Any:
     """Return the configuration of ten steps in fp32."""
     from megatron.bridge.training import config as bridge
     from megatron.core.distributed import DistributedDataParallelConfig
