@@ -1,4 +1,4 @@
-"""How one output came about, forward by forward, as the report replays it."""
+"""Replay of one output: which forward committed which token, and what each cycle drafted."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nemodiff_train.evaluation.records import DecodeRecord
 
 Decode = Callable[[list[int]], str]
-"""Tokens to text, special tokens left out."""
+"""Turns tokens into text, special tokens left out."""
 
 CONTEXT = 8
 """Tokens before a draft that are decoded with it, so that its first character and its spaces come out right."""
@@ -20,24 +20,23 @@ class Piece(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     text: str
-    place: int = Field(description="Index of its first token.")
-    step: int | None = Field(description="The cycle or forward that committed it, from 0; none if not known.")
+    position: int = Field(description="Index of its first token in the output.")
+    step: int | None = Field(description="The cycle or forward that committed it, from 0; None if unknown.")
 
 
 class Draft(BaseModel):
-    """What one cycle proposed."""
+    """The draft of one cycle."""
 
     model_config = ConfigDict(frozen=True)
 
-    start: int = Field(description="Index of the first token it may commit.")
-    texts: list[str] = Field(description="The drafted tokens.")
-    agreed: list[bool] = Field(description="Whether the verifier would have chosen the same token, by place.")
-    kept: int = Field(description="Drafted tokens that were committed.")
-    committed: int = Field(description="Tokens that the cycle committed, its bonus token included.")
+    start: int = Field(description="Index in the output of the first token that the cycle may commit.")
+    texts: list[str] = Field(description="Drafted tokens as text.")
+    accept_mask: list[bool] = Field(description="Whether the verifier agrees with each drafted token.")
+    accepted: int = Field(description="Number of drafted tokens that were committed.")
 
 
 class Frame(BaseModel):
-    """One position of the slider."""
+    """One stop of the replay's slider."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,7 +47,7 @@ class Frame(BaseModel):
 
 
 class Trace(BaseModel):
-    """The text of an output cut into pieces, and the frames of its replay (none if the record does not tell)."""
+    """The text of an output cut into pieces, and the frames of its replay (none if the record has no steps)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,67 +57,67 @@ class Trace(BaseModel):
 
     @property
     def last(self) -> int:
-        """The last step, at least 1: what the colours are spread over."""
+        """The last step, at least 1; colours are spread over 0..last."""
         return max((frame.step for frame in self.frames), default=0) or 1
 
 
 def trace(record: DecodeRecord, decode: Decode) -> Trace:
-    """Everything the viewer needs of a record."""
+    """Return all that the replay needs of a record."""
     drafts = _drafts(record, decode)
     return Trace(pieces=pieces(record, decode), drafts=drafts, frames=_frames(record, drafts))
 
 
 def pieces(record: DecodeRecord, decode: Decode) -> list[Piece]:
     """Cut a record's text at token borders; a character made of several tokens stays whole."""
-    steps = _ranks(record)
+    steps = _step_ranks(record)
     if not steps:
-        return [Piece(text=decode(record.tokens), place=0, step=None)]
-    return [Piece(text=text, place=place, step=steps[end]) for text, place, end in _cut(record.tokens, decode)]
+        return [Piece(text=decode(record.tokens), position=0, step=None)]
+    return [Piece(text=text, position=first, step=steps[last]) for text, first, last in _cut(record.tokens, decode)]
 
 
 def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
-    """The text between whole characters, with the first and the last token it was made of."""
-    found: list[tuple[str, int, int]] = []
-    shown, first = "", 0
+    """Return the text between whole characters, with the indices of its first and last token."""
+    stretches: list[tuple[str, int, int]] = []
+    before, first = "", 0
     for last in range(len(tokens)):
         text = decode(list(tokens[: last + 1]))
         if text.endswith("\N{REPLACEMENT CHARACTER}") and last + 1 < len(tokens):
-            continue
-        if len(text) > len(shown):
-            found.append((text[len(shown) :], first, last))
-        shown, first = text, last + 1
-    return found
+            continue  # in the middle of a character
+        if len(text) > len(before):
+            stretches.append((text[len(before) :], first, last))
+        before, first = text, last + 1
+    return stretches
 
 
-def _ranks(record: DecodeRecord) -> list[int]:
-    """For each token, the place of its step among all steps that committed something."""
+def _step_ranks(record: DecodeRecord) -> list[int]:
+    """Return for each token the rank of its step among all steps that committed a token."""
     steps = record.commit_steps()
-    order = {step: rank for rank, step in enumerate(sorted(set(steps)))}
-    return [order[step] for step in steps]
+    ranks = {step: rank for rank, step in enumerate(sorted(set(steps)))}
+    return [ranks[step] for step in steps]
 
 
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
     if not len(record.proposed) == len(record.drafted) == len(record.accepted):
         return []
-    ends = list(accumulate(record.accepted, initial=len(record.tokens) - sum(record.accepted)))
-    rows = zip(ends, record.proposed, record.drafted, record.accepted, strict=False)
+    starts = accumulate(record.accepted, initial=len(record.tokens) - sum(record.accepted))
+    rows = zip(starts, record.proposed, record.drafted, record.accepted, strict=False)
     return [_draft(record, decode, *row) for row in rows]
 
 
 def _draft(
-    record: DecodeRecord, decode: Decode, start: int, proposed: list[int], agreed: list[bool], committed: int
+    record: DecodeRecord, decode: Decode, start: int, tokens: list[int], accept_mask: list[bool], committed: int
 ) -> Draft:
     before = record.tokens[max(start - CONTEXT, 0) : start]
-    texts = [""] * len(proposed)  # stays empty at special tokens and inside a character of several tokens
-    for text, first, _ in _cut([*before, *proposed], decode):
+    texts = [""] * len(tokens)  # stays empty at special tokens and inside a character of several tokens
+    for text, first, _ in _cut([*before, *tokens], decode):
         if first >= len(before):
             texts[first - len(before)] = text
-    right = agreed.index(False) if False in agreed else len(agreed)
-    return Draft(start=start, texts=texts, agreed=agreed, kept=min(right, committed), committed=committed)
+    agreed = [*accept_mask, False].index(False)  # an end may cut a draft before the first disagreement
+    return Draft(start=start, texts=texts, accept_mask=accept_mask, accepted=min(agreed, committed))
 
 
 def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
-    steps, ranks = record.commit_steps(), _ranks(record)
+    steps, ranks = record.commit_steps(), _step_ranks(record)
     cycles = {ranks[draft.start]: index for index, draft in enumerate(drafts) if draft.start < len(ranks)}
     frames = []
     for rank, step in enumerate(sorted(set(steps))):
@@ -129,8 +128,8 @@ def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
             frames.append(Frame(words=f"{name} \N{MIDDLE DOT} {done}", step=rank))
             continue
         draft, cycle = drafts[index], f"Cycle {index + 1} of {len(drafts)}"
-        drafted = f"{cycle} drafts {len(draft.agreed)}"
-        verified = f"{cycle} keeps {draft.kept} of {len(draft.agreed)} \N{MIDDLE DOT} {done}"
+        drafted = f"{cycle} drafts {len(draft.texts)}"
+        verified = f"{cycle} accepts {draft.accepted} of {len(draft.texts)} \N{MIDDLE DOT} {done}"
         frames += [
             Frame(words=drafted, step=rank - 1, draft=index),
             Frame(words=verified, step=rank, draft=index, verified=True),
