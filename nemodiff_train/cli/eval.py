@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
     init_runtime()
-    from nemodiff_train.evaluation.run import Plan, evaluate
+    from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
     from nemodiff_train.model.loading import load_model, open_checkpoint
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
     usable_directory(Path(arguments.output))
     opened = load_model(arguments.checkpoint, modes=modes, **decoding_options(arguments))
-    plan = Plan(
+    plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
         block_sizes=block_sizes,

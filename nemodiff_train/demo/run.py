@@ -210,14 +210,14 @@ class Demo:
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]
     ) -> "tuple[Evaluation, Decode]":
-        from nemodiff_train.evaluation.run import Plan, evaluate
+        from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
         from nemodiff_train.evaluation.tasks import load_task
         from nemodiff_train.model.loading import load_model
 
         task = load_task("arithmetic", count=self.count)
         opened = load_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
-        plan = Plan(modes=modes, thresholds=thresholds, batch_size=1)  # as one user sees the speed
-        return evaluate(opened, task, plan, str(checkpoint)), opened.settings.text
+        settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # the speed one user sees
+        return evaluate(opened, task, settings, str(checkpoint)), opened.settings.text
 
 
 def _processes() -> int:

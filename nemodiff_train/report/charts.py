@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from nemodiff_train.evaluation.metrics import ModeMetrics, PlaceAgreement
+from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
 from nemodiff_train.evaluation.pareto import FRONT, Point, curves, front, varied_settings
 from nemodiff_train.report.display import decimal, mode_class, percent, setting, title
 from nemodiff_train.report.svg import (
@@ -153,15 +153,15 @@ def _accuracy_scale(points: Sequence[Point]) -> Scale:
     return Scale(max(low - margin, -0.02), min(high + margin, 1.02), BOTTOM, TOP)
 
 
-def acceptance_curve(mode: str, agreement: Sequence[PlaceAgreement]) -> Markup:
+def acceptance_curve(mode: str, agreement: Sequence[PositionAgreement]) -> Markup:
     """Draw the share of cycles in which the verifier agrees with the draft, by position in the draft."""
     width = max(len(agreement), 2)
     x, y = Scale(0.5, width + 0.5, LEFT, RIGHT - 84), Scale(0, 1, BOTTOM, TOP)
-    reached = [(x(a.place), y(a.reached / a.drafted)) for a in agreement]
+    reached = [(x(a.position), y(a.reached / a.drafted)) for a in agreement]
     area = path([(reached[0][0], BOTTOM), *reached, (reached[-1][0], BOTTOM)], "area")
     series = [
-        [(a.place, a.conditional, a.reached) for a in agreement if a.conditional is not None],
-        [(a.place, a.unconditional, a.drafted) for a in agreement],
+        [(a.position, a.conditional, a.reached) for a in agreement if a.conditional is not None],
+        [(a.position, a.unconditional, a.drafted) for a in agreement],
     ]
     lines = [_acceptance_line(points, index, x, y) for index, points in enumerate(series)]
     # Each curve is named at its right end.

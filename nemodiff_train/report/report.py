@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pydantic import JsonValue
 
 from nemodiff_train.evaluation.evaluation import Evaluation
-from nemodiff_train.evaluation.metrics import ModeMetrics, PlaceAgreement
+from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
 from nemodiff_train.evaluation.pareto import Area, varied_settings
 from nemodiff_train.evaluation.records import LoggedRecord, write_records
 from nemodiff_train.files import usable_directory, write_atomic
@@ -74,7 +74,7 @@ def write_report(directory: Path, evaluation: Evaluation, decode: Decode) -> Pat
 
 def rules() -> dict[str, str]:
     """Return every figure's counting rule in words, by field name."""
-    fields = {**ModeMetrics.model_fields, **PlaceAgreement.model_fields, "aup": Area.model_fields["aup"]}
+    fields = {**ModeMetrics.model_fields, **PositionAgreement.model_fields, "aup": Area.model_fields["aup"]}
     return {name: field.description or "" for name, field in fields.items()}
 
 

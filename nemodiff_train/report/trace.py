@@ -5,6 +5,7 @@ from itertools import accumulate
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.evaluation.records import DecodeRecord
 
 Decode = Callable[[list[int]], str]
@@ -30,9 +31,9 @@ class Draft(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     start: int = Field(description="Index in the output of the first token that the cycle may commit.")
-    texts: list[str] = Field(description="Drafted tokens as text.")
-    accept_mask: list[bool] = Field(description="Whether the verifier agrees with each drafted token.")
-    accepted: int = Field(description="Number of drafted tokens that were committed.")
+    texts: list[str] = Field(description="Draft tokens as text.")
+    accept_mask: list[bool] = Field(description="Whether each draft token passed the verifier's test.")
+    accepted: int = Field(description="Number of draft tokens that were committed.")
 
 
 class Frame(BaseModel):
@@ -97,23 +98,20 @@ def _step_ranks(record: DecodeRecord) -> list[int]:
 
 
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
-    if not len(record.proposed) == len(record.drafted) == len(record.accepted):
+    if not all(cycle.draft_tokens for cycle in record.cycles):
         return []
-    starts = accumulate(record.accepted, initial=len(record.tokens) - sum(record.accepted))
-    rows = zip(starts, record.proposed, record.drafted, record.accepted, strict=False)
-    return [_draft(record, decode, *row) for row in rows]
+    committed = [cycle.committed for cycle in record.cycles]
+    starts = accumulate(committed, initial=len(record.tokens) - sum(committed))
+    return [_draft(record, decode, start, cycle) for start, cycle in zip(starts, record.cycles, strict=False)]
 
 
-def _draft(
-    record: DecodeRecord, decode: Decode, start: int, tokens: list[int], accept_mask: list[bool], committed: int
-) -> Draft:
+def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Draft:
     before = record.tokens[max(start - CONTEXT, 0) : start]
-    texts = [""] * len(tokens)  # stays empty at special tokens and inside a character of several tokens
-    for text, first, _ in _cut([*before, *tokens], decode):
+    texts = [""] * len(cycle.draft_tokens)  # stays empty at special tokens and inside a character of several tokens
+    for text, first, _ in _cut([*before, *cycle.draft_tokens], decode):
         if first >= len(before):
             texts[first - len(before)] = text
-    agreed = [*accept_mask, False].index(False)  # an end may cut a draft before the first disagreement
-    return Draft(start=start, texts=texts, accept_mask=accept_mask, accepted=min(agreed, committed))
+    return Draft(start=start, texts=texts, accept_mask=cycle.accept_mask, accepted=cycle.accepted)
 
 
 def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
