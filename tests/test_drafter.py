@@ -163,10 +163,9 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    plain = load_model(Checkpoint.open(checkpoint), max_new_tokens=24)
-    with_drafter = load_model(
-        checkpoint, max_new_tokens=24, drafter=Checkpoint.open(folder / "one process" / "checkpoints")
-    )
+    model, drafter = Checkpoint.open(checkpoint), Checkpoint.open(folder / "one process" / "checkpoints")
+    plain = load_model(model, max_new_tokens=24)
+    with_drafter = load_model(model, max_new_tokens=24, drafter=drafter)
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])
