@@ -157,6 +157,7 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
     init_runtime()
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
 
     prompts = [list(range(20, 33)), list(range(50, 55))]
@@ -169,8 +170,8 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    plain = load_model(base, max_new_tokens=24)
-    with_drafter = load_model(base, max_new_tokens=24, drafter=drafter)
+    plain = load_model(Checkpoint.open(base), max_new_tokens=24)
+    with_drafter = load_model(Checkpoint.open(base), max_new_tokens=24, drafter=Checkpoint.open(drafter))
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])
@@ -219,7 +220,7 @@ def test_refused_in_one_line(
     capsys.readouterr()
     for words, said in (
         (["generate", drafter, "a"], "is a drafter"),
-        (["generate", base, "a", "--drafter", base], "is no drafter"),
+        (["generate", base, "a", "--drafter", base], "is not a drafter"),
         (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "mode linear alone"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
@@ -235,4 +236,4 @@ def test_refused_in_one_line(
 
 def test_inspected_as_what_it_is(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "inspect", drafter]) == 0
-    assert "of a drafter" in capsys.readouterr().out
+    assert "Megatron checkpoint: drafter" in capsys.readouterr().out
