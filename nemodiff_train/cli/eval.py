@@ -6,12 +6,15 @@ from pathlib import Path
 
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
+from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import usable_directory
+from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the verb's arguments."""
     parser.add_argument("checkpoint", nargs="?", help="Megatron checkpoint of this project")
     parser.add_argument(
         "--compare", nargs=2, metavar="DIR", help="compare two finished evaluations instead of decoding"
@@ -57,10 +60,7 @@ def _compare(first: Path, second: Path, output: Path) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, write the report."""
-    from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.evaluation.tasks import load_task
-    from nemodiff_train.files import usable_directory
-    from nemodiff_train.runtime import init_runtime
 
     task = load_task(
         arguments.task,
