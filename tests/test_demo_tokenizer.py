@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nemodiff_train.demo.arithmetic import problems
+from nemodiff_train.evaluation.arithmetic import problems
 from nemodiff_train.demo.tokenizer import train_tokenizer
 
 
