@@ -137,9 +137,7 @@ def denoise(
         steps[unfinished] = torch.where(masked, calls[unfinished, None], steps[unfinished])
 
 
-def rows_with_masks(
-    blocks: Tensor, wanted: Tensor, mask_token_id: int, stop_token_ids: frozenset[int]
-) -> Tensor:
+def rows_with_masks(blocks: Tensor, wanted: Tensor, mask_token_id: int, stop_token_ids: frozenset[int]) -> Tensor:
     """Return the rows with a wanted mask before their first stop token, or any wanted mask without a stop token.
 
     Args:

@@ -9,9 +9,9 @@ from nemodiff_train.errors import UserError, nearest
 
 ForwardKind = Literal["prefill", "decode", "draft", "verify", "denoise", "commit", "fused", "search"]
 """Purpose of a call of the model. ``prefill``: the prompt, once. ``decode``: one autoregressive step. ``draft`` and
-``verify``: linear self-speculation. ``denoise``: one forward over a masked block. ``commit``: the forward that writes a
-finished block to the cache. ``fused``: verification and the next drafts in one. ``search``: spent by an oracle to find
-its path, never part of TPF."""
+``verify``: linear self-speculation. ``denoise``: one forward over a masked block. ``commit``: the forward that writes
+a finished block to the cache. ``fused``: verification and the next drafts in one. ``search``: spent by an oracle to
+find its path, never part of TPF."""
 
 Policy = Literal["threshold", "entropy", "fixed", "leftmost"]
 

@@ -21,7 +21,9 @@ class PipelineRunner:
     """
 
     def __init__(self, model: GPTModel | list[GPTModel]) -> None:
-        self.chunks: list[GPTModel] = [unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])]
+        self.chunks: list[GPTModel] = [
+            unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])
+        ]
         self.config: TriModeModelProvider = self.chunks[0].config
         self.device: torch.device = next(self.chunks[0].parameters()).device
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
@@ -56,7 +58,7 @@ class PipelineRunner:
         return self._broadcast_logits(tokens if indices is None else indices, output)
 
     def _run(self, chunk: GPTModel, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None) -> Tensor:
-        """Run one chunk: [batch, k or new, padded vocab] logits on the last stage, else [new, batch, hidden] states."""
+        """Return the chunk's logits [batch, k or new, padded vocab], or its states [new, batch, hidden]."""
         chunk.attention_state.decode_batch = batch
         try:
             if self._fast:

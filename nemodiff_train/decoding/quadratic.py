@@ -96,10 +96,12 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> 
 def _chain_and_groups(masks: int, device: torch.device) -> Layout:
     """Return the layout of a chain of ``masks`` tokens, then one group of ``masks`` masks on each of them.
 
-    Positions and attention of ``masks * (masks + 1)`` tokens.  With masks = 2, chain c0 c1 and groups a on c0, b on c1::
+    With masks = 2, a chain c, group a on c0 and group b on c1::
 
         token     c0 c1 a0 a1 b0 b1
         position   0  1  1  2  2  3
+
+    a sees c0 and a; b sees c0, c1 and b.
     """
     chain = torch.arange(masks, device=device)
     anchor = torch.cat([chain, chain.repeat_interleave(masks)])  # [new] the chain's token that each belongs to

@@ -126,7 +126,9 @@ def rejection_sample(
         return Verification(accept_mask, _leading(accept_mask), tokens, accept_probs)
     target_probs, draft_probs = sampler.distribution(target_logits), sampler.distribution(draft_logits)
     bonus_probs, target_probs = target_probs[:, -1:], target_probs[:, :-1]
-    accept_mask = sampler.uniform(rows, draft_tokens.shape[1]) < _accept_probs(target_probs, draft_probs, draft_tokens)
+    # Accept with probability min(1, p/q): [batch, k].
+    ratio = _accept_probs(target_probs, draft_probs, draft_tokens)
+    accept_mask = sampler.uniform(rows, ratio.shape[1]) < ratio
     # Residual distribution [batch, k, vocab]; where p = q it is empty, but there every token is accepted.
     recovered_probs = (target_probs - draft_probs).clamp(min=0)
     recovered_probs = torch.where(recovered_probs.sum(-1, keepdim=True) > 0, recovered_probs, target_probs)

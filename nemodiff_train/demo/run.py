@@ -103,9 +103,9 @@ class Demo:
     def _prepare_data(self) -> str:
         """Write the text, train a tokenizer where the model brings none, and make .bin/.idx."""
         from nemodiff_train.data.prepare import Options, prepare
-        from nemodiff_train.evaluation.arithmetic import problems, write_conversations
         from nemodiff_train.demo.corpus import write_stdlib_text
         from nemodiff_train.demo.tokenizer import train_tokenizer
+        from nemodiff_train.evaluation.arithmetic import problems, write_conversations
 
         folder = self.output / "data"
         folder.mkdir()

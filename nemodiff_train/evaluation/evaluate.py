@@ -15,8 +15,8 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
+from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord
-from nemodiff_train.evaluation.tasks import Task
 from nemodiff_train.model.loading import LoadedModel
 
 # What decides which places a denoising forward fixes.
