@@ -5,6 +5,7 @@ Keys and values keep their own, smaller number of heads (grouped-query attention
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,14 +118,16 @@ def attend_flex(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None, kernel: Kernel
 ) -> Tensor:
     """Follow the rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
-    flex: Callable[..., Tensor] = _compiled_flex() if query.is_cuda else flex_attention
     options = dict(kernel.options) or None
     mask = plan.block_mask(kernel.tile)
+    flex = _flex(query.is_cuda)
     return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _flex(compiled: bool) -> Callable[..., Any]:
+    if not compiled:
+        return flex_attention
     # fullgraph: without it PyTorch would, after a few recompilations, silently go on without a sparse kernel.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
