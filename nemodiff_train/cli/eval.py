@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
     init_runtime()
-    from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
+    from nemodiff_train.evaluation.evaluate import evaluate
+    from nemodiff_train.evaluation.settings import EvaluationSettings
     from nemodiff_train.model.loading import load_model, open_checkpoint
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table

@@ -189,7 +189,8 @@ class Demo:
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]
     ) -> "tuple[Evaluation, Decode]":
-        from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
+        from nemodiff_train.evaluation.evaluate import evaluate
+        from nemodiff_train.evaluation.settings import EvaluationSettings
         from nemodiff_train.evaluation.tasks import load_task
         from nemodiff_train.model.loading import load_model
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import batched
 
 import torch.distributed as dist
@@ -17,25 +16,8 @@ from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord
+from nemodiff_train.evaluation.settings import EvaluationSettings, relevant_settings, settings_of
 from nemodiff_train.model.loading import LoadedModel
-
-# The parameter that each policy of block diffusion depends on.
-POLICY_PARAMETER = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entropy_bound", "fixed": "steps"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Modes and settings that an evaluation covers."""
-
-    modes: tuple[str, ...] = ("ar", "diffusion", "linear")
-    thresholds: tuple[float, ...] = ()
-    """Thresholds besides that of the decoding settings, for the curve of accuracy against TPF."""
-    block_sizes: tuple[int, ...] = ()
-    """Block sizes besides that of the decoding settings; each is combined with each threshold."""
-    batch_size: int = 32
-    """Prompts decoded together."""
-    chat: bool = False
-    """Whether prompts are put into the tokenizer's chat template, as a user's message."""
 
 
 def evaluate(
@@ -69,30 +51,6 @@ def evaluate(
     )
 
 
-def settings_of(mode: str, settings: DecodingSettings, covered: EvaluationSettings) -> list[DecodingSettings]:
-    """Return all settings that a mode is decoded with: the grid, as far as the mode depends on it."""
-    relevant = _relevant(mode, settings)
-    sizes = {settings.block_size, *(covered.block_sizes if "block_size" in relevant else ())}
-    thresholds = {settings.threshold, *(covered.thresholds if "threshold" in relevant else ())}
-    return [
-        replace(settings, block_size=size, threshold=threshold)
-        for size in sorted(sizes)
-        for threshold in sorted(thresholds)
-    ]
-
-
-def _relevant(mode: str, settings: DecodingSettings) -> tuple[str, ...]:
-    """Name the settings that a mode's output or its forwards depend on."""
-    names: tuple[str, ...] = ("max_new_tokens",)
-    if mode != "ar":
-        names += ("block_size",)
-    if mode == "diffusion":
-        names += ("policy", POLICY_PARAMETER[settings.policy])
-    if settings.temperature:
-        names += ("temperature", "top_k", "top_p", "seed")
-    return names
-
-
 def _run(
     model: list[GPTModel],
     prompts: Sequence[list[int]],
@@ -102,7 +60,7 @@ def _run(
     shown: bool | None,
 ) -> Run:
     """Decode this data-parallel replica's prompts, and gather the records of all."""
-    values = {name: getattr(settings, name) for name in _relevant(mode, settings)}
+    values = {name: getattr(settings, name) for name in relevant_settings(mode, settings)}
     swept = [f"{values[name]:g}" for name in ("block_size", "threshold") if name in values]
     records: list[DecodeRecord] = []
     replicas: dist.ProcessGroup = parallel_state.get_data_parallel_group()
