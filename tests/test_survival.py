@@ -1,13 +1,12 @@
 """A training survives: kills at any place of a save, damaged files, bad gradients, signals, hangs, endless restarts.
 
-Every gang is forked from one process that has imported Bridge, and runs what the command line runs.
+Every run has two ranks and is what the command line runs.
 """
 
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import pytest
 
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import iterations, newest_iteration
-from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, iterations, mark_of
 from nemodiff_train.resilience.checkpoints import latest_complete
-from tests import faults, matrix, small
-from tests.zygote import Gang, Zygote
+from tools.support import faults, layouts, small
+from tools.support.ranks import RankPool, World
 
 STEPS = 6
 
@@ -27,9 +26,9 @@ STEPS = 6
 class Bench:
     """A model, data, and the words that train one with the other."""
 
-    def __init__(self, folder: Path, zygote: Zygote) -> None:
+    def __init__(self, folder: Path, ranks: RankPool) -> None:
         self.folder = folder
-        self.zygote = zygote
+        self.ranks = ranks
         faults.furnish(folder)
 
     def words(self, name: str, *more: str) -> list[str]:
@@ -37,7 +36,13 @@ class Bench:
 
     def train(self, name: str, *more: str, world: int = 2, **fault: Any) -> tuple[list[int], str]:
         """Exit codes by rank, and what was said."""
-        return self.zygote.run(name.replace("/", "-"), world, "faults:train", words=self.words(name, *more), **fault)
+        running = self.start(name, *more, world=world, **fault)
+        return self.ranks.wait(running), running.output()
+
+    def start(self, name: str, *more: str, world: int = 2, **fault: Any) -> World:
+        """Start the ranks of a training."""
+        logs = self.folder / "logs"
+        return self.ranks.start(name, world, faults.train, logs=logs, words=self.words(name, *more), **fault)
 
     def steps(self, name: str) -> list[dict[str, Any]]:
         """``metrics.jsonl`` without what depends on the clock."""
@@ -56,10 +61,8 @@ def host() -> None:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("survival")
-    with Zygote(folder / "logs") as zygote:
-        yield Bench(folder, zygote)
+def bench(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Bench:
+    return Bench(tmp_path_factory.mktemp("survival"), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +99,13 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
     assert codes[rank] == -signal.SIGKILL
     folder = bench.checkpoints(name)
     newest = {"before cleanup": 6, "mid-cleanup": 6, "before tracker": 4}.get(fault, 2)
-    assert newest_iteration(folder, read=True).name == f"iter_{newest:07d}"
+    assert Checkpoint.open(folder).verify_contents().iteration.name == f"iter_{newest:07d}"
     codes, said = bench.train(name, saving)
     assert codes == [0, 0], said
     assert ("damaged-iter_" in said) == (newest == 2)
     assert (folder / "iter_0000002").exists() == (fault == "before cleanup")  # nothing is saved any more
     assert bench.steps(name) == reference
-    assert damage(newest_iteration(folder)) is None
+    assert damage(Checkpoint.open(folder).iteration) is None
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
 
 
@@ -167,7 +170,7 @@ def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
     iteration = copied / "iter_0000006"
     file = iteration / (files_of(iteration)[0] if which == "shard" else which)
     words = harm(file)
-    assert newest_iteration(copied, read=True).name == "iter_0000004"
+    assert Checkpoint.open(copied).verify_contents().iteration.name == "iter_0000004"
     chosen = latest_complete(copied)
     assert chosen is not None and chosen.name == "iter_0000004"
     said = capfd.readouterr().err
@@ -318,11 +321,11 @@ def test_patience_ends(bench: Bench) -> None:
 def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -> None:
     name = f"signal {number}"
     long = ("train.train_iters=100000", "checkpoint.save_interval=100000")
-    gang = bench.zygote.start(name, 2, "faults:train", words=bench.words(name, *long))
-    assert bench.zygote.wait(gang, during=once_trained(bench.folder / name, 3, rank=1, number=number)) == [0, 0]
+    world = bench.start(name, *long)
+    assert bench.ranks.wait(world, during=once_trained(bench.folder / name, 3, rank=1, number=number)) == [0, 0]
     last = bench.steps(name)[-1]["step"]
-    assert newest_iteration(bench.checkpoints(name), read=True).name == f"iter_{last:07d}"
-    assert f"stopped after step {last}" in gang.said() and "Traceback" not in gang.said()
+    assert Checkpoint.open(bench.checkpoints(name)).verify_contents().iteration.name == f"iter_{last:07d}"
+    assert f"stopped after step {last}" in world.output() and "Traceback" not in world.output()
     (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
     assert start["ended"] == "told to end"
     status = json.loads((bench.folder / name / "status.json").read_text())
@@ -333,11 +336,11 @@ def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
     """Sends a signal to a rank as soon as so many steps are recorded."""
     sent = []
 
-    def look(gang: Gang) -> None:
+    def look(world: World) -> None:
         metrics = output / "metrics.jsonl"
         if not sent and metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
             sent.append(number)
-            gang.send(rank, number)
+            world.send(rank, number)
 
     return look
 
@@ -354,14 +357,14 @@ def test_a_hanging_rank_leaves_every_ranks_stacks(bench: Bench) -> None:
 
 def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
     name = "hang and signal"
-    words = bench.words(name, "resilience.hang_timeout=0", "resilience.exit_grace=1")
-    gang = bench.zygote.start(name, 2, "faults:train", words=words, fault="hang", rank=1, step=3)
+    settings = ("resilience.hang_timeout=0", "resilience.exit_grace=1")
+    world = bench.start(name, *settings, fault="hang", rank=1, step=3)
 
-    def when_it_hangs(gang: Gang) -> None:
-        if faults.HANGS in gang.said():
-            gang.send(0, signal.SIGTERM)
+    def when_it_hangs(world: World) -> None:
+        if faults.HANGS in world.output():
+            world.send(0, signal.SIGTERM)
 
-    assert bench.zygote.wait(gang, during=when_it_hangs)[0] == 1
+    assert bench.ranks.wait(world, during=when_it_hangs)[0] == 1
     assert "not ended 1 s after the signal" in (bench.folder / name / "stacks" / "rank_0.txt").read_text()
 
 
@@ -380,14 +383,14 @@ def test_no_drift_where_nothing_drifts(bench: Bench, layout: str) -> None:
     assert bench.train(name, layout, "resilience.drift_interval=1")[0] == [0, 0]
 
 
-SHARDED = (*matrix.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
+SHARDED = (*layouts.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
 JOURNEYS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
-    "tensor, pipeline, alone": [(2, (*matrix.TP2,)), (2, (*matrix.PP2,)), (1, ())],
-    "alone, context, data": [(1, ()), (2, (*matrix.CP2,)), (2, ())],
-    "sharded: tensor, data, pipeline": [(2, (*matrix.TP2, *SHARDED)), (2, SHARDED), (2, (*matrix.PP2, *SHARDED))],
+    "tensor, pipeline, alone": [(2, (*layouts.TP2,)), (2, (*layouts.PP2,)), (1, ())],
+    "alone, context, data": [(1, ()), (2, (*layouts.CP2,)), (2, ())],
+    "sharded: tensor, data, pipeline": [(2, (*layouts.TP2, *SHARDED)), (2, SHARDED), (2, (*layouts.PP2, *SHARDED))],
     "sharded: data, tensor + sequence x pipeline, alone": [
         (2, SHARDED),
-        (4, (*matrix.SP2, *matrix.PP2, *SHARDED)),
+        (4, (*layouts.SP2, *layouts.PP2, *SHARDED)),
         (1, SHARDED),
     ],
 }
@@ -410,13 +413,17 @@ def test_a_run_goes_on_under_other_layouts(bench: Bench, alone: list[dict[str, A
     found = bench.steps(name)
     assert len(found) == len(alone) == STEPS
     for mine, expected in zip(found, alone, strict=True):
-        assert mine == pytest.approx(expected, rel=matrix.TOLERANCE)
+        assert mine == pytest.approx(expected, rel=layouts.TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "needles"),
     [
-        ((*matrix.TP2, *matrix.SHARDED), (*matrix.PP2, *matrix.SHARDED), ["tensor_model", "fully_reshardable=true"]),
+        (
+            (*layouts.TP2, *layouts.SHARDED),
+            (*layouts.PP2, *layouts.SHARDED),
+            ["tensor_model", "fully_reshardable=true"],
+        ),
         (SHARDED, (), ["optimizer.use_distributed_optimizer=true"]),
         ((), SHARDED, ["optimizer.use_distributed_optimizer=false"]),
     ],
@@ -480,7 +487,7 @@ def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
 
 
 def test_every_published_file_has_a_checksum(bench: Bench, reference: Any) -> None:
-    iteration = newest_iteration(bench.checkpoints("reference"))
+    iteration = Checkpoint.open(bench.checkpoints("reference")).iteration
     entries = json.loads((iteration / CHECKSUMS).read_text())
     assert sorted(entries) == sorted(files_of(iteration))
     assert any(name.endswith(".distcp") for name in entries)

@@ -19,6 +19,7 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import load_model
 
 Options = Mapping[str, Any]
@@ -50,7 +51,9 @@ class NemodiffLM(TemplateLM):
     ) -> None:
         super().__init__()
         settings.pop("max_batch_size", None)  # the harness passes its own
-        self.loaded = load_model(checkpoint, modes=(mode,), **settings)
+        if drafter := settings.pop("drafter", None):
+            settings["drafter"] = Checkpoint.open(drafter)
+        self.loaded = load_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
         self.tokenizer = self.loaded.tokenizer
         self._chat: ChatTemplate | None = None
         self.mode = mode

@@ -136,7 +136,7 @@ def ministral3(
 
 
 def workload(model: Any, length: int) -> Workload:
-    """What a joint step on one sample of ``length`` clean tokens takes, with a model of :func:`tests.small.build`."""
+    """Return the work of a joint step on one sample of ``length`` clean tokens, with a model of ``small.build``."""
     config = model.config
     return Workload(
         layers=config.num_layers, hidden=config.hidden_size, queries=config.kv_channels * config.num_attention_heads,
