@@ -12,12 +12,12 @@ from megatron.core import parallel_state
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.evaluation.tasks import Task
-from nemodiff_train.model.loading import LoadedModel
 
 # What decides which places a denoising forward fixes.
 OF_POLICY = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entropy_bound", "fixed": "steps"}
@@ -39,7 +39,7 @@ class EvaluationSettings:
 
 
 def evaluate(
-    opened: LoadedModel, task: Task, plan: EvaluationSettings, checkpoint: str, shown: bool | None = None
+    opened: DecodingModel, task: Task, plan: EvaluationSettings, checkpoint: str, shown: bool | None = None
 ) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 

@@ -65,7 +65,7 @@ def likelihood(
     the AR half.
 
     Args:
-        model: What :func:`~nemodiff_train.model.loading.load_for_decoding` returned, on one pipeline stage.
+        model: Chunks of a :class:`~nemodiff_train.model.loading.LoadedModel`, on one pipeline stage.
         texts: Token ids of each text.
         length: L, a multiple of the model's block size.
         draws: Noise draws of each sample.

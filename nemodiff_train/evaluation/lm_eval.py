@@ -15,11 +15,11 @@ from torch import Tensor
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
+from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.loading import load_model
 
 
 @register_model("nemodiff")
@@ -43,7 +43,7 @@ class NemodiffLM(TemplateLM):
         settings.pop("max_batch_size", None)  # the harness passes its own
         if drafter := settings.pop("drafter", None):
             settings["drafter"] = Checkpoint.open(drafter)
-        self.opened = load_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
+        self.opened = load_decoding_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
         self.tokenizer = self.opened.tokenizer
         self._chat: ChatTemplate | None = None
         self.mode = mode
