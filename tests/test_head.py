@@ -32,19 +32,19 @@ def test_losses_and_gradients(
     states = torch.randn(positions, batch, hidden, requires_grad=True)
     weight = torch.randn(vocab_size + 3, hidden, requires_grad=True)  # three rows of padding
     labels = torch.randint(vocab_size, (batch, positions))
-    weights = torch.rand(batch, positions) * (torch.rand(batch, positions) < 0.6)
+    loss_weights = torch.rand(batch, positions) * (torch.rand(batch, positions) < 0.6)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
-    indices = weights.flatten().nonzero()[:, 0]
+    indices = loss_weights.flatten().nonzero()[:, 0]
 
-    losses = head.token_losses(states, labels, indices, 4 * weights, vocab_size, layer)
-    (losses * weights).sum().backward()
+    losses = head.token_losses(states, labels, indices, 4 * loss_weights, vocab_size, layer)
+    (losses * loss_weights).sum().backward()
     ours = losses.detach(), states.grad, weight.grad
     states.grad = weight.grad = None
 
     logits = (states.transpose(0, 1) @ weight[:vocab_size].T).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none").view(batch, positions)
-    (expected * weights).sum().backward()
-    theirs = torch.where(weights > 0, expected.detach(), 0.0), states.grad, weight.grad
+    (expected * loss_weights).sum().backward()
+    theirs = torch.where(loss_weights > 0, expected.detach(), 0.0), states.grad, weight.grad
     for one, other in zip(ours, theirs, strict=True):
         assert one is not None and other is not None
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -59,9 +59,9 @@ def test_only_what_carries_loss_has_logits_and_once(
     chunks: list[int] = []
     plain = head._logits
     monkeypatch.setattr(head, "_logits", lambda part, weight: (chunks.append(len(part)), plain(part, weight))[1])
-    states, weight, weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.ones(3, 12)
+    states, weight, loss_weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.ones(3, 12)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
-    losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), weights, 50, layer)
+    losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), loss_weights, 50, layer)
     losses.sum().backward()
     assert chunks == [4, 4, 1]
 
@@ -71,11 +71,11 @@ def test_a_frozen_output_layer_gets_no_gradient(group: torch.distributed.Process
     from nemodiff_train.model.head import token_losses
 
     torch.manual_seed(0)
-    states, weight, weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.rand(3, 12)
+    states, weight, loss_weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.rand(3, 12)
     labels, indices, gradients = torch.randint(50, (3, 12)), torch.arange(36), []
     for trains in (True, False):
         layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight.clone().requires_grad_(trains))
-        (token_losses(states, labels, indices, weights, 50, layer) * weights).sum().backward()
+        (token_losses(states, labels, indices, loss_weights, 50, layer) * loss_weights).sum().backward()
         assert (layer.weight.grad is not None) == trains
         gradients.append(states.grad)
         states.grad = None

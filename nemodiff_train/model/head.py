@@ -49,10 +49,8 @@ def token_losses(
     weight = layer.weight if weight is None else weight
     first_token = layer.tp_group.rank() * len(weight)  # of this rank's rows
     targets = labels.flatten()[loss_indices] - first_token
-    gradients = loss_weights.flatten()[loss_indices] if torch.is_grad_enabled() else None
-    losses: Tensor = _CrossEntropy.apply(
-        states, weight[: vocab_size - first_token], targets, gradients, layer.tp_group
-    )
+    scales = loss_weights.flatten()[loss_indices] if torch.is_grad_enabled() else None
+    losses: Tensor = _CrossEntropy.apply(states, weight[: vocab_size - first_token], targets, scales, layer.tp_group)
     return torch.zeros(labels.numel(), device=labels.device).index_put((loss_indices,), losses).view(labels.shape)
 
 
@@ -141,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
             else:
                 d_weight += d_logits.T @ state
         if loss_weights is not None:
-            ctx.save_for_backward(d_states, d_weight, loss_weights)
+            ctx.save_for_backward(d_states, d_weight, loss_weights)  # type: ignore[arg-type]  # None is allowed
         ctx.dtype = weight.dtype
         return losses
 

@@ -30,7 +30,7 @@ def head_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's norm, keeping only its input for the backward pass (PyTorch's own keeps three tensors of that size)."""
+    """PyTorch's norm, keeping only its input for the backward pass (PyTorch's keeps three tensors of that size)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., hidden]."""
@@ -55,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: _RMSNormContext, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Differentiate y = x r w, with r = (mean(x²) + eps)^-1/2.
 
-        With g the gradient of y, that of x is r (g w - x r² mean(g w x)), and that of w the sum of g x r over positions.
+        With g the gradient of y, that of x is r (g w - x r² mean(g w x)); that of w is the sum of g x r.
         """
         x, weight = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -157,7 +157,7 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     if provider.query_scale_beta:
         provider.query_scale_original_length = rope["original_max_position_embeddings"]
     if provider.position_embedding_type == "yarn":
-        # Transformers rounds YaRN's correction range unless the file says otherwise; Bridge's default of None does not.
+        # Transformers rounds YaRN's correction range unless the file says otherwise; Bridge does not by default.
         provider.yarn_correction_range_round_to_int = rope.get("truncate", True)
     provider.attention_dropout = provider.hidden_dropout = 0.0
     provider.apply_rope_fusion = False  # the fused kernel takes one angle per position; here rows may differ
