@@ -2,15 +2,16 @@
 
 from typing import Any
 
+import megatron.bridge.peft.utils as peft_utils
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 from megatron.core import dist_checkpointing
 
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.runtime.packages import patch_peft_te_flag
+from nemodiff_train.runtime.patches import tell_adapters_whether_transformer_engine_is_there
 
-patch_peft_te_flag()
+tell_adapters_whether_transformer_engine_is_there(peft_utils)
 
 
 def lora(rank: int) -> LoRA | None:
