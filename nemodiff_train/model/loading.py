@@ -1,21 +1,14 @@
 """Load a Megatron checkpoint for decoding, comparison or export, under any layout."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from megatron.bridge.training.model_load_save import build_and_load_model
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +22,7 @@ from nemodiff_train.model.draft_adapter import load_drafter, open_drafter
 from nemodiff_train.model.pretrained import config_from, model_from
 from nemodiff_train.model.provider import TriModeModelProvider, disable_fused_kernels
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.runtime.patches import halves_joined_in_place
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def load_model(
         weights = checkpoint.base.verify_contents() if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
-        with _halves_joined_in_place():
+        with halves_joined_in_place():
             built: Any = build_and_load_model(str(weights.iteration.absolute()), provider)
         chunks: list[GPTModel] = built if isinstance(built, list) else [built]
         if weights is not checkpoint:
@@ -87,46 +81,6 @@ def stop_tokens(provider: TriModeModelProvider, tokenizer: PreTrainedTokenizerBa
         named = settings.get("eos_token_id")
         ids.update(named if isinstance(named, list) else [named])
     return frozenset(token for token in ids if token is not None)
-
-
-@contextmanager
-def _halves_joined_in_place() -> Iterator[None]:
-    """Keep Megatron from copying what it has loaded in place.
-
-    It reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
-    those of all layers before the first is used: two fifths of a model, held twice.
-    """
-    plain = serialization.apply_factory_merges
-
-    def merge(loaded: Any, factories: Any, key: tuple[str, ...] = ()) -> Any:
-        for factory in nested_values(factories):
-            if isinstance(factory, ShardedTensorFactory):
-                factory.merge_fn = partial(_join, factory.merge_fn)
-        return plain(loaded, factories, key)
-
-    serialization.apply_factory_merges = merge
-    try:
-        yield
-    finally:
-        serialization.apply_factory_merges = plain
-
-
-def _join(plain: Callable[[Any], Any], parts: Any) -> Any:
-    """Return parts that follow one another in memory as the one tensor that they are; join others as Megatron does.
-
-    Args:
-        plain: Megatron's way, which copies.
-        parts: Tensors [rows, ...] that differ in their rows alone, or what else a factory is given.
-    """
-    if not isinstance(parts, list) or not all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
-        return plain(parts)
-    storage, offset = parts[0].untyped_storage(), parts[0].storage_offset()
-    for part in parts:
-        if part.untyped_storage().data_ptr() != storage.data_ptr() or part.storage_offset() != offset:
-            return plain(parts)
-        offset += part.numel()
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    return parts[0].as_strided(shape, parts[0].stride())
 
 
 def set_parallelism(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
