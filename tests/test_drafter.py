@@ -179,9 +179,9 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
     assert [one.tokens for one in outputs[0]] == [one.tokens for one in outputs[1]]
 
     # Megatron's own forward, which Transformer Engine's layers take, gives the same.
-    from nemodiff_train.decoding import stages
+    from nemodiff_train.decoding import pipeline
 
-    monkeypatch.setattr(stages, "can_fast_forward", lambda chunk: False)
+    monkeypatch.setattr(pipeline, "can_fast_forward", lambda chunk: False)
     for kind, values in logits(with_drafter).items():
         torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
 

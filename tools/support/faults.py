@@ -19,8 +19,9 @@ HANGS = "a rank hangs from here on"
 RECIPE = "from tools.support.small import recipe\n"
 
 
-def furnish(folder: Path) -> None:
+def furnish(folder: str | Path) -> None:
     """Write a model, data and a recipe into a folder."""
+    folder = Path(folder)
     small.qwen3(folder / "qwen3", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
     small.data(folder / "data")
     (folder / "small_recipe.py").write_text(RECIPE)

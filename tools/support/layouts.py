@@ -139,8 +139,9 @@ LAYOUTS = {
 data parallelism (dp), after what else the run has."""
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: str | Path) -> None:
     """Write the models and the data that the runs start from."""
+    folder = Path(folder)
     small.qwen3(folder / "qwen3")
     small.qwen3(folder / "tied", tie_word_embeddings=True)
     small.qwen3(folder / "odd", vocab_size=small.VOCABULARY + 1)
