@@ -145,7 +145,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _CrossEntropyContext, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """Scale the gradients computed forward by what the losses' gradient is of their weights."""
+        """Scale the gradients computed forward by the ratio of the losses' gradient to their weights."""
         d_states, d_weight, loss_weights = ctx.saved_tensors
         # gradient = factor * loss_weights, so the factor is their projection, <gradient, w> / <w, w>: a scalar.
         norm = (loss_weights @ loss_weights).clamp(min=torch.finfo(loss_weights.dtype).tiny)
