@@ -22,9 +22,9 @@ def global_rank() -> int:
 
 
 def world_size() -> int:
-    """Return the number of ranks of the process group, or 1 where there is none yet."""
+    """Return the number of ranks: the process group's, else the launcher's ``WORLD_SIZE``, else 1."""
     dist = _initialized()
-    return int(dist.get_world_size()) if dist else 1
+    return int(dist.get_world_size()) if dist else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
@@ -33,13 +33,13 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all ranks, if there are several."""
-    if world_size() > 1:
-        _initialized().barrier()
+    """Wait for all ranks of the process group, if there is one."""
+    if dist := _initialized():
+        dist.barrier()
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Return the values of all ranks, by rank, on every rank.
+    """Return the values of all ranks of the process group, by rank, on every rank; the value alone without a group.
 
     Args:
         value: Any object that can be pickled.

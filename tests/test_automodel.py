@@ -80,9 +80,9 @@ def megatron(exported: Exported) -> list[tuple[str, list[int], dict[str, Any], l
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
-    model = load_for_decoding(Checkpoint.open(exported.folder / "checkpoint"))
+    model = load_model(Checkpoint.open(exported.folder / "checkpoint")).chunks
     found = []
 
     def take(mode: str, prompts: list[list[int]], stops: frozenset[int]) -> list[Any]:

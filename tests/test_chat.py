@@ -346,7 +346,7 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
     host()
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
     first, second = (runs[name]["steps"] for name in ("lora", "lora_sp2"))
     for mine, other in zip(first, second, strict=True):
@@ -354,7 +354,7 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5 if mine["step"] == 1 else 0.05)
 
     def logits(checkpoint: str) -> Tensor:
-        models = load_for_decoding(Checkpoint.open(checkpoint))
+        models = load_model(Checkpoint.open(checkpoint)).chunks
         return Session(models, 1, 64, MASK).prefill([list(range(20, 40))]).masked_fill(torch.arange(320) == MASK, 0)
 
     base, tuned = logits(one), logits(lora)
@@ -376,9 +376,9 @@ def test_nothing_leaks_between_conversations(one: str) -> None:
 
     host()
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
-    (model,) = load_for_decoding(Checkpoint.open(one))
+    (model,) = load_model(Checkpoint.open(one)).chunks
     make = ConversationMaker(
         objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
     )
@@ -408,10 +408,10 @@ def test_decoding_crosses_the_boundary_at_every_offset(one: str) -> None:
     host()
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
     size, length = 16, 64
-    models = load_for_decoding(Checkpoint.open(one))
+    models = load_model(Checkpoint.open(one)).chunks
     objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
     make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):

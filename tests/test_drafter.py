@@ -156,9 +156,9 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
 
     init_runtime()
     from nemodiff_train.decoding.decode import decode
+    from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_model
 
     prompts = [list(range(20, 33)), list(range(50, 55))]
     tokens, rows = torch.tensor([[40, 41, 42, 1], [60, 61, 1, 1]]), torch.arange(2)
@@ -170,8 +170,8 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    plain = load_model(Checkpoint.open(base), max_new_tokens=24)
-    with_drafter = load_model(Checkpoint.open(base), max_new_tokens=24, drafter=Checkpoint.open(drafter))
+    plain = load_decoding_model(Checkpoint.open(base), max_new_tokens=24)
+    with_drafter = load_decoding_model(Checkpoint.open(base), max_new_tokens=24, drafter=Checkpoint.open(drafter))
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])

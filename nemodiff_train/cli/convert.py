@@ -1,9 +1,9 @@
 """``nemodiff convert import|export|verify|inspect``."""
 
 import argparse
-import os
 from collections.abc import Callable
 
+from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_world(arguments: argparse.Namespace) -> None:
-    world, ranks = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor_parallel * arguments.pipeline_parallel
+    world, ranks = world_size(), arguments.tensor_parallel * arguments.pipeline_parallel
     if world != ranks:
         raise UserError(
             f"{world} processes were started, but --tensor-parallel {arguments.tensor_parallel} x "

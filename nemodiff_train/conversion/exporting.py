@@ -14,13 +14,13 @@ from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, ow
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
-from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process
+from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_for_decoding, model_of
-from nemodiff_train.model.pretrained import auto_bridge, config_from
+from nemodiff_train.model.loading import load_model
+from nemodiff_train.model.pretrained import auto_bridge, config_from, model_from
 
 
 def export_checkpoint(
@@ -48,7 +48,7 @@ def export_checkpoint(
         UserError: No checkpoint, existing output, or a format that cannot hold the model.
     """
     check_free(Path(output))
-    provider = model_of(source)
+    provider = model_from(source.require_model())
     check_stages(provider, pipeline_parallel)
     name = format or own_format(provider)
     settings = FORMATS[name].settings(provider)
@@ -58,10 +58,9 @@ def export_checkpoint(
     tokenizer = source.tokenizer_directory
     writer = _writer(settings, provider, Path(output), max_shard_size)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
-        with console.status(f"loading {source.path}"):
-            models = load_for_decoding(source, tensor_parallel, pipeline_parallel)
+        loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
         writer.directory = partial
-        _write_weights(models, settings, writer, f"exporting {source.path}")
+        _write_weights(loaded.chunks, settings, writer, f"exporting {source.path}")
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             copy_code(code, partial)
@@ -101,13 +100,12 @@ def _write_weights(models: list[Any], settings: dict[str, Any], writer: ShardWri
     if is_main_process():
         writer.set_parallelism()
     barrier()
-    ranks = len(all_gather_object(None))
     with bytes_bar() as bar:
         task = bar.add_task(description, total=writer.total)
         for name, values in tensors(models, settings):
             if name not in writer.shapes:  # a tied output layer
                 continue
-            if writer.owner(name, ranks) == global_rank():
+            if writer.owner(name, world_size()) == global_rank():
                 writer.write(name, values)
             bar.advance(task, values.nbytes)
     checksums = {name: value for own in all_gather_object(writer.checksums) for name, value in own.items()}

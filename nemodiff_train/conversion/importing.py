@@ -1,6 +1,5 @@
 """``nemodiff convert import``: a Hugging Face model becomes a Megatron checkpoint."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from nemodiff_train.console import bytes_bar, console, quiet
 from nemodiff_train.conversion.headers import Stored
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
 from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights
-from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process
+from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -131,8 +130,7 @@ class _Reader(SafeTensorsStateSource):
 
 def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
     """Read everything once, the ranks sharing the work, before anything is built."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    share = slice(global_rank(), None, world)
+    share = slice(global_rank(), None, world_size())
     with bytes_bar() as bar:
         task = bar.add_task(f"checking {directory}", total=sum(t.nbytes for t in list(stored.values())[share]))
         own = check_contents(directory, stored, lambda count: bar.advance(task, count), share)

@@ -22,7 +22,7 @@ from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_for_decoding, start_model_parallel
+from nemodiff_train.model.loading import load_model, start_model_parallel
 from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -127,7 +127,7 @@ class _Megatron(_Side):
 
     @cached_property
     def megatron(self) -> list[Any]:
-        return load_for_decoding(self.checkpoint)
+        return load_model(self.checkpoint).chunks
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:

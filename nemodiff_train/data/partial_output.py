@@ -6,7 +6,6 @@ Where prepared data sets are merged, those are the parts, and they stay where th
 """
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from nemodiff_train.data.encode import EncodedBatch
 from nemodiff_train.data.manifest import Manifest, Plan, count_tokens, sha256_of
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import replace_atomic, sync, write_atomic
 
 PART_BYTES = 128 << 20  # of text: a minute or so of one worker's time is lost at most
 SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")  # the manifest last: it vouches for the others
@@ -167,7 +167,7 @@ class Parts:
         manifest = self._describe(merged, dtype)
         Path(f"{self._prefix}.json").unlink(missing_ok=True)  # it describes the files about to be replaced
         for suffix in SUFFIXES:
-            _sync(Path(merged + suffix)).replace(self._prefix + suffix)
+            replace_atomic(Path(merged + suffix), Path(self._prefix + suffix))
         self.discard()
         return manifest
 
@@ -196,19 +196,10 @@ class Parts:
         return str(self._folder / f"{number:05d}")
 
     def _save_state(self) -> None:
-        draft = self._folder / "state.json.new"
-        draft.write_text(self._state.model_dump_json(), encoding="utf-8")
-        _sync(draft).replace(self._folder / "state.json")
+        write_atomic(self._folder / "state.json", self._state.model_dump_json())
 
 
 def _finalize(builder: Any, stem: str) -> None:
     builder.finalize(f"{stem}.idx")
     for suffix in (".bin", ".idx"):
-        _sync(Path(stem + suffix))
-
-
-def _sync(path: Path) -> Path:
-    """Make the content reach the disk before anything says that it is complete."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path
+        sync(Path(stem + suffix))

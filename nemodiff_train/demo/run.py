@@ -194,10 +194,9 @@ class Demo:
         from nemodiff_train.evaluation.settings import EvaluationSettings
         from nemodiff_train.evaluation.tasks import load_task
         from nemodiff_train.model.checkpoint import Checkpoint
-        from nemodiff_train.model.loading import load_model
 
         task = load_task("arithmetic", count=self.count)
-        opened = load_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
+        opened = load_decoding_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # the speed one user sees
         return evaluate(opened, task, settings, str(checkpoint)), opened.settings.text
 

@@ -1,7 +1,6 @@
 """Checkpoints that are complete or invisible: Bridge saves and loads them, this publishes and chooses them."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,11 +17,12 @@ from megatron.bridge.training.state import GlobalState
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemodiff_train.console import console
-from nemodiff_train.distributed import all_gather_object, barrier, global_rank
+from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
-from nemodiff_train.files import write_atomic
+from nemodiff_train.files import copy_atomic, sync, write_atomic
 from nemodiff_train.model.checksums import (
     CHECKSUMS,
+    Digest,
     content_damage,
     digests,
     files_of,
@@ -117,7 +117,7 @@ class WholeCheckpoints(DefaultCheckpointManager):
             iteration = self.saving.pop(0)
             publish(iteration)
             config: Any = state.cfg
-            if global_rank() == 0:
+            if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
         barrier()
 
@@ -130,48 +130,44 @@ def _running(state: GlobalState) -> int:
 
 def _begin(iteration: Path) -> None:
     """Mark a checkpoint as unfinished before its first byte is written."""
-    if global_rank() == 0:
+    if is_main_process():
         iteration.parent.mkdir(parents=True, exist_ok=True)
         mark_of(iteration).touch()
-        _to_disk(iteration.parent)
+        sync(iteration.parent)
         shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
     barrier()
 
 
 def publish(iteration: Path) -> None:
     """Make a saved checkpoint the newest: checksums, then the mark, then the trackers.  Every rank takes part."""
-    names = all_gather_object(files_of(iteration) if global_rank() == 0 else None)[0]
-    shares = all_gather_object(digests(iteration, names[global_rank() :: len(all_gather_object(None))], durable=True))
-    if global_rank() == 0:
+    names = all_gather_object(files_of(iteration) if is_main_process() else None)[0]
+    shares = all_gather_object(digests(iteration, names[global_rank() :: world_size()], durable=True))
+    if is_main_process():
         write_checksums(iteration, {name: entry for share in shares for name, entry in share.items()})
         remove_mark(iteration)
         write_trackers(iteration)
     barrier()
 
 
-def write_checksums(iteration: Path, entries: dict[str, dict[str, Any]]) -> None:
+def write_checksums(iteration: Path, entries: dict[str, Digest]) -> None:
     """Say what the files of a checkpoint are."""
     write_atomic(iteration / CHECKSUMS, json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    _to_disk(iteration)
+    sync(iteration)
 
 
 def remove_mark(iteration: Path) -> None:
     """Say that a checkpoint is complete."""
     mark_of(iteration).unlink(missing_ok=True)
-    _to_disk(iteration.parent)
+    sync(iteration.parent)
 
 
 def write_trackers(iteration: Path) -> None:
     """Name a checkpoint as the one to load, in Bridge's two files; neither is ever half written."""
     folder, state = iteration.parent, iteration / "train_state.pt"
     if state.is_file():
-        temporary = folder / f".{_TRACKED_STATE}.tmp"
-        shutil.copyfile(state, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(folder / _TRACKED_STATE)
+        copy_atomic(state, folder / _TRACKED_STATE)
     write_atomic(folder / _TRACKED_STEP, str(step_of(iteration)))
-    _to_disk(folder)
+    sync(folder)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
@@ -210,7 +206,7 @@ def latest_complete(folder: Path, step: int | None = None) -> Path | None:
     Raises:
         UserError: None is whole, and not all were merely unfinished; nothing is renamed then.
     """
-    found = all_gather_object([str(one) for one in iterations(folder)] if global_rank() == 0 else None)[0]
+    found = all_gather_object([str(one) for one in iterations(folder)] if is_main_process() else None)[0]
     wanted = [Path(one) for one in found if step is None or step_of(Path(one)) == step]
     wrong: dict[Path, str] = {}
     whole = None
@@ -221,13 +217,13 @@ def latest_complete(folder: Path, step: int | None = None) -> Path | None:
             break
         wrong[iteration] = damage
     unfinished = all_gather_object(
-        [mark_of(iteration).exists() for iteration in wrong] if global_rank() == 0 else None
+        [mark_of(iteration).exists() for iteration in wrong] if is_main_process() else None
     )[0]
     if whole is None and not all(unfinished):
         raise _none_whole(folder, wrong)
     if whole is None and not wrong and (lost := _set_aside_before(folder)):
         raise UserError(f"of the checkpoints in '{folder}' only '{lost}' is left, which is damaged; {_WAY_OUT}")
-    if global_rank() == 0:
+    if is_main_process():
         quarantine_damaged(folder, whole, wrong)
     barrier()
     return whole
@@ -249,11 +245,11 @@ def _set_aside_before(folder: Path) -> str:
 
 def _damage(iteration: Path) -> str | None:
     """What is wrong with a checkpoint; its bytes are read by all ranks, a share each."""
-    seen = all_gather_object(structure_damage(iteration) if global_rank() == 0 else None)[0]
+    seen = all_gather_object(structure_damage(iteration) if is_main_process() else None)[0]
     if seen is not None:
         return str(seen)
     names = sorted(recorded(iteration))
-    shares = all_gather_object(content_damage(iteration, names[global_rank() :: len(all_gather_object(None))]))
+    shares = all_gather_object(content_damage(iteration, names[global_rank() :: world_size()]))
     return next((share for share in shares if share), None)
 
 
@@ -294,7 +290,7 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
 
 def _cannot_write(error: BaseException, folder: Path) -> str:
     """What keeps a checkpoint from being written, or an empty string if the error is another."""
-    if isinstance(error, CheckpointException) and global_rank() != 0:
+    if isinstance(error, CheckpointException) and not is_main_process():
         return "a file could not be written"  # the reason is with rank 0, which says it
     causes = list(causes_of(error))
     for cause in causes:
@@ -308,7 +304,7 @@ def _cannot_write(error: BaseException, folder: Path) -> str:
 
 def _not_saved(iteration: Path, error: BaseException, reason: str) -> RunStopped:
     together_known = isinstance(error, CheckpointException)  # all ranks raise it
-    if global_rank() == 0 or not together_known:
+    if is_main_process() or not together_known:
         shutil.rmtree(iteration, ignore_errors=True)  # what fills the disk; the mark stays
     whole = [one.name for one in iterations(iteration.parent) if structure_damage(one) is None]
     last = f"'{whole[0]}' is intact" if whole else "there is none before it"
@@ -316,12 +312,3 @@ def _not_saved(iteration: Path, error: BaseException, reason: str) -> RunStopped
         f"checkpoint '{iteration}' could not be saved: {reason} ({last}); make room and repeat the command",
         alone=not together_known,
     )
-
-
-def _to_disk(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
+from nemodiff_train.distributed import world_size
 from nemodiff_train.resilience.gradient_guard import before_gradients_are_shared
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.training.batch import Recorder
@@ -51,7 +52,7 @@ class StragglerMonitor(Callback):
             return
         own = torch.tensor([self.own, self.recorder.waited], device=torch.cuda.current_device()) / self.interval
         self.own = self.recorder.waited = 0.0
-        found = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        found = [torch.zeros_like(own) for _ in range(world_size())]
         dist.all_gather(found, own)
         self.watch.figures = _figures([each.tolist() for each in found])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from nemodiff_train.console import console
-from nemodiff_train.distributed import free_port, is_main_process
+from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def train(config: "TriModeConfig") -> None:
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, world_size())
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
@@ -160,8 +160,7 @@ def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
 @contextlib.contextmanager
 def _prints_go_to(path: Path) -> Iterator[None]:
     """Prints of the first rank, and of the last, which Bridge lets tell the losses, go to a file."""
-    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-    speaks = int(os.environ.get("RANK", "0")) in (0, last)
+    speaks = global_rank() in (0, world_size() - 1)
     if speaks:
         path.parent.mkdir(parents=True, exist_ok=True)
     with open(path if speaks else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):

@@ -13,12 +13,12 @@ from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.console import console
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.loading import DecodingModel, for_tokenizer
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.evaluation.evaluate import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
-from nemodiff_train.model.loading import LoadedModel, stop_tokens
 from nemodiff_train.report.display import percent
 from nemodiff_train.training.callbacks.gradient_probe import gathered_parameters
 from nemodiff_train.training.callbacks.run_log import RunLog
@@ -47,13 +47,12 @@ class LoopEvaluation(Callback):
         self.task = load_task(chosen.task, scorer=chosen.scorer, count=chosen.count)
         self.plan = EvaluationSettings(modes=modes, batch_size=chosen.count, chat=chosen.chat)
         self.tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-        self.settings = DecodingSettings(
+        settings = DecodingSettings(
             max_new_tokens=chosen.max_new_tokens,
             block_size=config.objective.block_size,
             threshold=chosen.threshold,
-            stop_token_ids=stop_tokens(config.model, self.tokenizer),
-            detokenize=lambda tokens: str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
         )
+        self.settings = for_tokenizer(settings, config.model, self.tokenizer)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         config: Any = context.state.cfg
@@ -63,7 +62,7 @@ class LoopEvaluation(Callback):
         started = time.perf_counter()
         with _as_for_decoding(context.model):
             evaluation = evaluate(
-                LoadedModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.settings),
+                DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.settings),
                 self.task,
                 self.plan,
                 f"step {step}",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.noise import EMBEDDINGS
 from nemodiff_train.objective.noise import generator as draw
@@ -40,7 +41,7 @@ class MaskEmbedding(Callback):
             return
         table = first.embedding.word_embeddings
         mask, others = root_mean_squares(table, config.model.mask_token_id, config.model.vocab_size)
-        if context.state.train_state.step == 0 and mask < DECAYED * others and dist.get_rank() == 0:
+        if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
             console.print(
                 f"[yellow]the embedding of mask token {config.model.mask_token_id} is {mask / others:.1%} of the "
                 "other rows' size, which can make gradients large at high noise levels; "

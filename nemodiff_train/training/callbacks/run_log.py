@@ -7,12 +7,12 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from rich.progress import Progress
 
 from nemodiff_train.console import progress_bar
+from nemodiff_train.distributed import global_rank, world_size
 from nemodiff_train.training.callbacks.loss_breakdown import LossTally
 
 
@@ -44,7 +44,7 @@ class RunLog(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         config: Any = context.state.cfg
         self.tokens_per_step = config.train.global_batch_size * config.dataset.seq_length
-        self.speaks = dist.get_rank() == dist.get_world_size() - 1
+        self.speaks = global_rank() == world_size() - 1
         self.progress = progress_bar("{task.fields[figures]}", shown=self.speaks)
         if not self.speaks:
             return
