@@ -112,7 +112,7 @@ def test_published_sizes(tmp_path: Path, size: str) -> None:
     assert nemotron_format(provider) == settings
 
     writer = ShardWriter(tmp_path, expected_shapes(settings), torch.bfloat16)
-    writer.set_parallelism()  # the data are holes in the files
+    writer.create_files()  # the data are holes in the files
     stored = check_weights(tmp_path)
     assert {name: list(tensor.shape) for name, tensor in stored.items()} == published_shapes(settings)
     assert {tensor.dtype for tensor in stored.values()} == {"BF16"} and len(stored) == count
