@@ -104,14 +104,15 @@ def _export(arguments: argparse.Namespace) -> int:
     _check_world(arguments)
     source = Checkpoint.open(arguments.source)
     init_runtime()
-    from nemodiff_train.conversion.drafters import export_drafter
-    from nemodiff_train.conversion.exporting import export_checkpoint
-
     if source.kind is Kind.DRAFTER:
+        from nemodiff_train.conversion.drafters import export_drafter
+
         if arguments.remote_code:
             raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
         export_drafter(source, arguments.output, arguments.format)
         return 0
+    from nemodiff_train.conversion.exporting import export_checkpoint
+
     export_checkpoint(
         source,
         arguments.output,

@@ -71,8 +71,8 @@ def export_checkpoint(
         console.print(f"exported [bold]{source.path}[/bold] to [bold]{output}[/bold]")
         if FORMATS[name].needs_code and not code:
             console.print(
-                "[yellow]the directory is loaded by Python files of its publisher, which it lacks; copy them to it, or "
-                "export with --remote-code[/yellow]"
+                "[yellow]the directory is loaded by Python files of its publisher, which are not part of it; "
+                "copy them to it, or export with --remote-code[/yellow]"
             )
 
 

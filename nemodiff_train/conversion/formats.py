@@ -51,8 +51,8 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
         )
     if provider.mask_token_id is None:
         raise UserError(
-            "--format nemotron needs a mask token, which this checkpoint does not have; train it jointly, or import it "
-            "with --mask-token"
+            "--format nemotron needs a mask token, but this checkpoint has none; train it jointly, or import it with "
+            "--mask-token"
         )
     if provider.shift or provider.clean_attention != "causal":
         raise UserError(

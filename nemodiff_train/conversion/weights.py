@@ -105,7 +105,7 @@ def _check_dtypes(stored: dict[str, Stored]) -> None:
 def check_contents(
     directory: Path, stored: dict[str, Stored], advance: Callable[[int], None], shard: slice = slice(None)
 ) -> list[str]:
-    """Read the weights once and compare them with the checksums, where the directory has them; refuse NaN and infinity.
+    """Read the weights once: compare them with the checksums, where there are any, and find NaN and infinity.
 
     Args:
         directory: Where they are.
