@@ -190,6 +190,7 @@ class Demo:
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]
     ) -> "tuple[Evaluation, Decode]":
+        from nemodiff_train.decoding.loading import load_decoding_model
         from nemodiff_train.evaluation.evaluate import evaluate
         from nemodiff_train.evaluation.settings import EvaluationSettings
         from nemodiff_train.evaluation.tasks import load_task
