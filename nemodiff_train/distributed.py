@@ -6,6 +6,7 @@ Light to import: torch is looked up only where it has been loaded, so a process 
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -38,7 +39,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather_object(value: Any) -> list[Any]:
+def all_gather_object[Value](value: Value) -> list[Value]:
     """Return the values of all ranks of the process group, by rank, on every rank; the value alone without a group.
 
     Args:
@@ -47,9 +48,19 @@ def all_gather_object(value: Any) -> list[Any]:
     dist = _initialized()
     if not dist:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_main_process[Value](compute: Callable[[], Value]) -> Value:
+    """Compute a value on rank 0 alone, and return it on every rank.
+
+    Args:
+        compute: Returns an object that can be pickled.
+    """
+    value: Any = compute() if is_main_process() else None
+    return all_gather_object(value)[0]
 
 
 def free_port() -> int:

@@ -163,7 +163,7 @@ def _resume_problems(config: TriModeConfig) -> list[str]:
     try:
         saved = Checkpoint.find(load) if load else None
     except UserError:
-        return []  # none is complete: WholeCheckpoints tells the damaged from the unfinished
+        return []  # none is complete: AtomicCheckpointManager tells the damaged from the unfinished
     if load and load != config.checkpoint.save and not saved:
         return [f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"]
     if step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
