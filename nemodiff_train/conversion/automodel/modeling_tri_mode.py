@@ -165,7 +165,7 @@ class TriModeModel(PreTrainedModel):
         text, length = prompt_ids, prompt_ids.shape[1]
         end = length + max_new_tokens
         start = length // size * size if block_causal else length
-        uncached = prompt_ids[:, :start]  # tokens of the text that the next causal forward caches
+        uncached = prompt_ids[:, :start]  # tokens of the text that are not in the cache
         while True:
             block = session.masks(len(text), size)
             if uncached.shape[1]:
@@ -356,7 +356,7 @@ class _Session:
             block = torch.where(unmask & masked, tokens, block)
 
     def _block_mask(self, new: int, block: int) -> Tensor:
-        """Return the additive mask [1, 1, new, cached + new]: 0 where a position can attend, else the lowest number."""
+        """Return the additive mask [1, 1, new, cached + new]: 0 where a position can attend, else the minimum."""
         dtype, device = self.model.dtype, self.model.device
         position = torch.arange(new, device=device)
         can_attend = position // block <= position[:, None] // block  # [queries, keys]
