@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
     if arguments.infill:
         filled, session = fill(opened.model, prompt, opened.settings)
-        _print(opened.tokenizer.decode(filled.tokens), len(filled.positions), session)
+        _print(str(opened.tokenizer.decode(filled.tokens)), len(filled.positions), session)
         return
     (generation,), session = decode(opened.model, [prompt], mode, opened.settings)
     _print(opened.settings.text(generation.tokens), len(generation.tokens), session)

@@ -60,9 +60,9 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = "The quick b
             rows = _compare_tensors(one, other, tolerance)
         with console.status("comparing logits"):
             rows.append(_compare_ar_logits(one, other, tokens, tolerance))
-            masked = next((side for side in (one, other) if side.provider.mask_token_id is not None), None)
-            if masked is not None:
-                block = torch.full((1, masked.provider.block_size), masked.provider.mask_token_id)
+            masked = one.provider if one.provider.mask_token_id is not None else other.provider
+            if masked.mask_token_id is not None:
+                block = torch.full((1, masked.block_size), masked.mask_token_id)
                 logits = [side.diffusion_logits(tokens, block) for side in (one, other)]
                 rows.append(_row("block-diffusion logits", _difference(*logits), tolerance))
     _print(rows, a, b)

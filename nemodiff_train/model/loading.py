@@ -157,8 +157,9 @@ def start_model_parallel(tensor_parallel: int, pipeline_parallel: int = 1) -> No
             f"{world} processes were started, but this takes a multiple of {ranks} "
             f"(--tensor-parallel {tensor_parallel} x --pipeline-parallel {pipeline_parallel})"
         )
-    if not dist.is_initialized():
-        alone = {"store": HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-        dist.init_process_group(init_runtime().backend, **alone)
+    if not dist.is_initialized() and world == 1:  # without a launcher, which would name a port
+        dist.init_process_group(init_runtime().backend, store=HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        dist.init_process_group(init_runtime().backend)
     parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     model_parallel_cuda_manual_seed(1234)
