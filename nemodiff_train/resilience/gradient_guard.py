@@ -96,7 +96,7 @@ class GradientGuard(Callback):
         """Norms of the last updates, of those before a resume too: the decision must not depend on it."""
         if self.norms is None:
             window = self.settings.spike_window
-            own = recorded_norms(self.log.path, window) if self.log.file is not None else None
+            own = recorded_norms(self.log.path, window) if self.log.file is not None else []
             self.norms = deque(all_gather_object(own)[-1], maxlen=window)  # the last rank has the file
         return self.norms
 
