@@ -227,11 +227,11 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
         lambda d: (d / "model.safetensors").write_text("<html>404</html>"),
         ["model.safetensors"],
     ),
-    "flipped bit": ("ours", flip, ["model-00002-of-00004.safetensors", "encoder.layers.", "not what was written"]),
+    "flipped bit": ("ours", flip, ["model-00002-of-00004.safetensors", "encoder.layers.", "has changed"]),
     "not a number": (
         "theirs",
         rewrite(lambda t: t[LAYER].view(-1)[7:8].fill_(float("inf")) and None),
-        ["model.safetensors", LAYER, "no numbers"],
+        ["model.safetensors", LAYER, "NaN"],
     ),
     "half downloaded": (
         "ours",
