@@ -58,7 +58,7 @@ def test_the_accepted_prefix_and_the_first_rejected_slot_count() -> None:
     usable, greedy = torch.ones(1, 5, dtype=torch.bool), torch.full((1, 5, 2), 0.999)
     assert judge(draft, verifier, usable, greedy, DrafterConfig()).counted.tolist() == [[True] * 3 + [False] * 2]
     every = judge(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
-    assert every.counted.all() and every.kept.tolist() == [[True, True, False, False, False]]
+    assert every.counted.all() and every.accepted.tolist() == [[True, True, False, False, False]]
     unlucky = torch.tensor([0.0, 0.9999]).expand(1, 5, 2)  # every slot drawn; none of the draws is the choice
     assert judge(draft, verifier, usable, unlucky, DrafterConfig()).counted.tolist() == [[True] + [False] * 4]
     ended = torch.tensor([[True, False, True, True, True]])

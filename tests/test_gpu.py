@@ -200,7 +200,7 @@ def test_training_is_the_cpus(trained: Path, name: str, tolerance: float) -> Non
     assert len(found) == len(expected) == 10
     for mine, other in zip(found, expected, strict=True):
         assert mine["masked share"] == pytest.approx(other["masked share"], abs=1e-6)
-        for figure in ("loss", "ar loss", "diffusion loss", "gradient norm"):
+        for figure in ("loss", "ar_loss", "diffusion_loss", "grad_norm"):
             assert mine[figure] == pytest.approx(other[figure], rel=tolerance), figure
 
 

@@ -7,7 +7,7 @@ from nemodiff_train.attention import kernels
 from nemodiff_train.attention.plan import AttentionPlan, ContextParallelShard, segmented_plan, uniform_plan
 from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import reduce, report, sums
+from nemodiff_train.objective.loss import loss_sums, loss_weights, report
 from nemodiff_train.objective.rule import dense_mask
 from nemodiff_train.objective.sample import SampleMaker
 from tests import small
@@ -188,16 +188,16 @@ def test_the_sample() -> None:
     assert torch.equal(made["loss_mask"][64:], plain["loss_mask"])
     assert torch.equal(made["position_ids"], torch.arange(64).repeat(2))
     assert torch.equal(made["segment_ids"], torch.stack([torch.zeros(64), torch.arange(64) // 32, torch.arange(64)]))
-    assert torch.equal(made["slot"], torch.arange(64) % 32)
-    torch.testing.assert_close(made["loss_mask"][:64][masked], 1 / made["level"][masked])
+    assert torch.equal(made["index_in_block"], torch.arange(64) % 32)
+    torch.testing.assert_close(made["loss_mask"][:64][masked], 1 / made["noise_level"][masked])
 
 
 def test_the_sample_with_views_of_complementary_noise() -> None:
     made = make(ObjectiveConfig(views=2, complementary=True, weighting="none"))
     first, second = (made["tokens"][:128] == 5).view(2, 64)
-    eligible = sample()["loss_mask"] > 0
-    assert torch.equal(first ^ second, eligible) and first.any() and second.any()
-    torch.testing.assert_close(made["level"][:64], 1 - made["level"][64:])
+    maskable = sample()["loss_mask"] > 0
+    assert torch.equal(first ^ second, maskable) and first.any() and second.any()
+    torch.testing.assert_close(made["noise_level"][:64], 1 - made["noise_level"][64:])
     assert torch.equal(made["labels"], torch.cat([*[sample()["tokens"]] * 2, sample()["labels"]]))
     assert len(made["position_ids"]) == 192
 
@@ -233,8 +233,8 @@ def test_the_shifted_sample() -> None:
         expected = usual["loss_mask"][place + 1] if inside else torch.tensor(0.0)
         assert shifted["loss_mask"][place] == expected
         if inside:
-            assert shifted["level"][place] == usual["level"][place + 1]
-            assert shifted["slot"][place] == usual["slot"][place + 1]
+            assert shifted["noise_level"][place] == usual["noise_level"][place + 1]
+            assert shifted["index_in_block"][place] == usual["index_in_block"][place + 1]
     assert torch.equal(shifted["loss_mask"][64:], usual["loss_mask"][64:])
 
 
@@ -247,6 +247,15 @@ def batch_of(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
 
 
+def parts_of(
+    losses: torch.Tensor, batch: dict[str, torch.Tensor], objective: ObjectiveConfig, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, the denominator and the report of a micro-batch, at alpha = 0.3."""
+    weights, denominator = loss_weights(batch, objective, 0.3, scale)
+    loss = (losses * weights).sum()
+    return loss, denominator, report(loss_sums(losses, batch), loss, denominator, objective)
+
+
 def test_reduction_by_hand_and_over_any_micro_batching() -> None:
     objective = ObjectiveConfig()
     samples = [make(objective, n) for n in range(8)]
@@ -254,17 +263,14 @@ def test_reduction_by_hand_and_over_any_micro_batching() -> None:
     masks = batch["loss_mask"]
     ar = sum(float(losses[n, 64 + i] * masks[n, 64 + i]) for n in range(8) for i in range(64))
     diffusion = sum(float(losses[n, i] * masks[n, i]) for n in range(8) for i in range(64))
-    found = sums(losses, batch, 1)
-    total, count = reduce(found, objective, 0.3)
-    assert total.item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-12) and count.item() == 8 * 63
-    whole = report(found, total, count, 1)
+    total, count, whole = parts_of(losses, batch, objective)
+    assert total.item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-7) and count.item() == 8 * 63
     assert whole["ar_loss"].tolist() == pytest.approx([ar, 8 * 63], rel=1e-6)
     assert whole["diffusion_loss"].tolist() == pytest.approx([diffusion, 8 * 63], rel=1e-6)
     for size in (1, 2, 4):
-        parts = []
-        for n in range(0, 8, size):
-            some = sums(losses[n : n + size], batch_of(samples[n : n + size]), 1)
-            parts.append(report(some, *reduce(some, objective, 0.3), 1))
+        parts = [
+            parts_of(losses[n : n + size], batch_of(samples[n : n + size]), objective)[2] for n in range(0, 8, size)
+        ]
         for name, expected in whole.items():
             torch.testing.assert_close(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-5)
 
@@ -273,16 +279,32 @@ def test_named_reductions() -> None:
     """Megatron Bridge divides each micro-batch by masked + all tokens; NeMo AutoModel each loss by its own."""
     batches = [batch_of([make(ObjectiveConfig(), n)]) for n in range(4)]
     losses = [torch.rand(1, 128, dtype=torch.float64) for _ in range(4)]
-    parts = [sums(some, batch, 1) for some, batch in zip(losses, batches, strict=True)]
     ar = [float((some * batch["loss_mask"])[:, 64:].sum()) for some, batch in zip(losses, batches, strict=True)]
     noisy = [float((some * batch["loss_mask"])[:, :64].sum()) for some, batch in zip(losses, batches, strict=True)]
     masked = [int((batch["loss_mask"][:, :64] > 0).sum()) for batch in batches]
 
     def mean(name: str, scale: float = 1.0) -> float:
-        pairs = [reduce(part, ObjectiveConfig(reduction=name), 0.3, scale) for part in parts]  # type: ignore[arg-type]
-        return float(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
+        objective = ObjectiveConfig(reduction=name)  # type: ignore[arg-type]
+        parts = [parts_of(some, batch, objective, scale) for some, batch in zip(losses, batches, strict=True)]
+        return float(sum(loss for loss, _, _ in parts) / sum(count for _, count, _ in parts))
 
     by_micro_batch = [(a + 0.3 * d) / (m + 63) for a, d, m in zip(ar, noisy, masked, strict=True)]
-    assert mean("bridge") == pytest.approx(sum(by_micro_batch) / 4, rel=1e-9)
+    assert mean("bridge") == pytest.approx(sum(by_micro_batch) / 4, rel=1e-6)
     expected = sum(ar) / (4 * 63) + 0.3 * sum(noisy) / sum(masked)
     assert mean("automodel", 4 * 63 / sum(masked)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["global", "automodel", "bridge"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_weights_are_the_gradient_of_the_formula(reduction: str, views: int) -> None:
+    """Bit for bit what autograd finds for the sums, divided and weighed as each reduction states."""
+    objective = ObjectiveConfig(reduction=reduction, views=views, ar_weight=0.7)  # type: ignore[arg-type]
+    batch = batch_of([make(objective, n) for n in range(3)])
+    losses, scale = torch.rand(batch["loss_mask"].shape, requires_grad=True), torch.tensor(1.7)
+    sums = loss_sums(losses, batch)
+    diffusion = sums.diffusion * (0.3 * scale if reduction == "automodel" else 0.3)
+    total = 0.7 * sums.ar + diffusion
+    if reduction == "bridge":
+        total = total / (sums.masked + sums.tokens)
+    weights, _ = loss_weights(batch, objective, 0.3, scale)
+    assert torch.equal(weights, torch.autograd.grad(total, losses)[0])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig, noise
-from nemodiff_train.objective.loss import reduce, sums
+from nemodiff_train.objective.loss import loss_weights
 from nemodiff_train.objective.presets import PRESETS, preset
-from nemodiff_train.objective.rule import can_attend, places
+from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import SampleMaker
 from nemodiff_train.objective.schedule import block_size_at
 
@@ -47,14 +47,14 @@ def ours(model: Transformer, batch: list[dict[str, Tensor]], objective: Objectiv
     total, count = torch.zeros((), dtype=torch.float64), 0
     for sample in batch:
         document, block, _ = sample["segment_ids"]
-        everything = places(objective.views, block, document)
+        everything = sample_positions(objective.views, block, document)
         table = can_attend(everything.as_queries(), everything.as_keys(), objective.clean_attention == "block_causal")
         losses = F.cross_entropy(
             model(sample["tokens"], sample["position_ids"], table), sample["labels"], reduction="none"
         )
-        found = sums(losses[None], {name: value[None] for name, value in sample.items()}, objective.views)
-        part, tokens = reduce(found, objective, objective.alpha)
-        total, count = total + part, count + int(tokens)
+        batch_of_one = {name: value[None] for name, value in sample.items()}
+        weights, denominator = loss_weights(batch_of_one, objective, objective.alpha)
+        total, count = total + (losses * weights).sum(), count + int(denominator)
     return total / count
 
 
@@ -98,7 +98,7 @@ class Text:
 def texts_and_levels(model: Transformer, batch: list[dict[str, Tensor]], objective: ObjectiveConfig) -> Any:
     for index, sample in enumerate(batch):
         text = Text(model, sample, objective.views, block_size_at(objective, index // len(batch)))
-        yield text, (lambda start, level=sample["level"]: 1 / float(level[start]))
+        yield text, (lambda start, level=sample["noise_level"]: 1 / float(level[start]))
 
 
 def nemotron(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
@@ -155,7 +155,7 @@ def fast_dllm_v2(model: Transformer, batch: Any, objective: ObjectiveConfig) -> 
 
 def bd3(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
     """The block NELBO under the linear schedule: 1/t losses block by block, t clipped, in blocks of 4."""
-    assert all(0.45 <= float(level) <= 0.95 for sample in batch for level in sample["level"])
+    assert all(0.45 <= float(level) <= 0.95 for sample in batch for level in sample["noise_level"])
     return efficient_dlm(model, batch, objective)
 
 

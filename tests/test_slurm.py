@@ -138,7 +138,7 @@ def test_preempted_training_ends_as_if_it_had_not_been(site: Site) -> None:
     assert site.restarts(whole) == 0
     found, expected = (figures(site.lines(name)) for name in ("preempted", "whole"))
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
-    assert {"loss", "ar loss", "diffusion loss", "masked share", "gradient norm"} <= set(expected[STEPS])
+    assert {"loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm"} <= set(expected[STEPS])
     assert found == expected
 
 

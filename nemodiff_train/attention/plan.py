@@ -225,7 +225,7 @@ class AttentionPlan:
         noisy = None
         visible = last
         if segment < self.views:
-            near = (self.keys.place >= first - self.reach) & (self.keys.place < last + self.reach)
+            near = (self.keys.position >= first - self.reach) & (self.keys.position < last + self.reach)
             noisy = ((self.keys.view == segment) & near).nonzero()[:, 0]
         elif self.block_causal:
             visible = min(last + self.reach, self.length)

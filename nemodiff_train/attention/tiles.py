@@ -133,9 +133,9 @@ def _tiles(
     queries: Positions, keys: Positions, block_causal: bool, query_runs: Runs, key_runs: Runs
 ) -> tuple[Tensor, Tensor]:
     """Whether some pair of a tile is allowed, and whether every pair is: [rows, query tiles, key tiles] each."""
-    own = _Summary(query_runs.view, *map(query_runs.ends, (queries.place, queries.block, queries.seen_document())))
+    own = _Summary(query_runs.view, *map(query_runs.ends, (queries.position, queries.block, queries.seen_document())))
     # Documents of padding keys are no query's: with them a run is never all allowed, and of them alone never at all.
-    seen = _Summary(key_runs.view, *map(key_runs.ends, (keys.place, keys.block, keys.document)))
+    seen = _Summary(key_runs.view, *map(key_runs.ends, (keys.position, keys.block, keys.document)))
     some = _by_tile(_allowed(own, seen, block_causal), query_runs, key_runs)
     every = _by_tile(_allowed(own.turned(), seen.turned(), block_causal), query_runs, key_runs)
     filled = query_runs.filled[:, None] & key_runs.filled

@@ -14,7 +14,7 @@ from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.stages import PipelineRunner
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import sums
+from nemodiff_train.objective.loss import loss_sums
 from nemodiff_train.objective.sample import Sample, SampleMaker
 
 NO_TOKEN = -1
@@ -147,7 +147,7 @@ def _score(chunk: Any, batch: Sample) -> _Scores:
     batch = {name: value.to(device) for name, value in batch.items()}
     with torch.inference_mode():
         losses = chunk(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]).double()
-    found = sums(losses, batch, 1)
+    found = loss_sums(losses, batch)
     length = batch["maskable"].shape[1]
     clean, counts = losses[:, length:], batch["maskable"]
     targets = counts & (batch["labels"][:, length:] != NO_TOKEN)

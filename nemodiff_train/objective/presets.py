@@ -1,7 +1,7 @@
 """Published objectives, as settings of :class:`~nemodiff_train.objective.config.ObjectiveConfig`.
 
-Each sets what its paper says about samples, attention and loss.  Learning rates, data and lengths are
-the recipe's.  ``docs/method.md`` states each formula, and what differs from the paper's own code.
+Each sets what its paper says about samples, attention and loss; learning rates, data and lengths belong to a recipe.
+``docs/method.md`` states each formula, and what differs from the paper's own code.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_sampling": "exact",
         "position_bias_half_life": 0.1,
     },
-    # TiDAR, arXiv 2511.08923, section 3: (mean AR + mean diffusion) / 2 with every place hidden
+    # TiDAR, arXiv 2511.08923, section 3: (mean AR + mean diffusion) / 2 with every position masked
     "tidar": {"alpha": 0.5, "ar_weight": 0.5, "block_size": 16, "weighting": "none", "fully_masked_fraction": 1.0},
-    # Set Block Decoding, arXiv 2509.04185: no weights at all, block size 2 to 16 drawn for each step
+    # Set Block Decoding, arXiv 2509.04185: no weights at all, block size 2 to 16 drawn per step
     "set_block": {
         "alpha": 1.0,
         "weighting": "none",
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "block_schedule": "random",
         "block_sizes": [2, 16],
     },
-    # Fast-dLLM v2, arXiv 2509.26328: each place is hidden in one of two views, hence the 2 in alpha
+    # Fast-dLLM v2, arXiv 2509.26328: each position is masked in one of two views, hence the 2 in alpha
     "fast_dllm_v2": {
         "alpha": 2.0,
         "weighting": "none",
@@ -57,14 +57,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> ObjectiveConfig:
-    """The objective of a published method.
+    """Return the objective of a published method.
 
     Args:
         name: One of :data:`PRESETS`.
         changes: Fields that differ.
 
     Raises:
-        UserError: No such preset.
+        UserError: There is no such preset.
     """
     if name not in PRESETS:
         raise UserError(f"no objective '{name}'; known: {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
