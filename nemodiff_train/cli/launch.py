@@ -15,7 +15,7 @@ from nemodiff_train.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the verb's arguments."""
     parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--slurm", action="store_true", required=True, help="the scheduler")

@@ -15,8 +15,8 @@ from nemodiff_train.console import console
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
-from nemodiff_train.evaluation.run import Plan, evaluate
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.loading import LoadedModel, stop_tokens
 from nemodiff_train.model.parameters import gathered_parameters
@@ -44,9 +44,9 @@ class LoopEvaluation(Callback):
             return
         modes = ("ar",) if config.objective.stage == "ar" else tuple(evaluation.modes)
         self.task = load_task(evaluation.task, scorer=evaluation.scorer, count=evaluation.count)
-        self.plan = Plan(modes=modes, batch_size=evaluation.count, chat=evaluation.chat)
+        self.settings = EvaluationSettings(modes=modes, batch_size=evaluation.count, chat=evaluation.chat)
         self.tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-        self.settings = DecodingSettings(
+        self.decoding = DecodingSettings(
             max_new_tokens=evaluation.max_new_tokens,
             block_size=config.objective.block_size,
             threshold=evaluation.threshold,
@@ -61,9 +61,9 @@ class LoopEvaluation(Callback):
         started = time.perf_counter()
         with _ready_for_decoding(context.model):
             evaluation = evaluate(
-                LoadedModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.settings),
+                LoadedModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding),
                 self.task,
-                self.plan,
+                self.settings,
                 f"step {step}",
                 shown=False,
             )
