@@ -1,4 +1,4 @@
-"""The drafter: its loss, its training under every layout, its place in decoding, its directory."""
+"""The drafter: its loss, its training under every layout, its use in decoding, its directory."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
         return [power / torch.stack(powers).sum() for power in powers]
 
     p, q = probabilities(verifier, config.temperature), probabilities(draft, config.temperature)
-    choice = max(range(len(tokens)), key=lambda place: float(verifier[tokens[place]]))
+    choice = max(range(len(tokens)), key=lambda index: float(verifier[tokens[index]]))
     of_choice = -probabilities(draft, 1.0)[choice].log()
     if config.loss == "cross_entropy":
         return of_choice

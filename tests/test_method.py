@@ -14,14 +14,14 @@ from tests import small
 
 CPU = torch.device("cpu")
 
-# (length, block): one block, blocks of one place, groups that end inside and at the end of the sequence.
+# (length, block): one block, blocks of one position, groups that end inside and at the end of the sequence.
 SHAPES = [(16, 16), (8, 1), (96, 32), (256, 32), (320, 64), (256, 256)]
 
 
 def brute_force(
     length: int, block: list[int], document: list[int], views: int = 1, block_causal: bool = False
 ) -> torch.Tensor:
-    """The rule in plain words, place by place."""
+    """The rule in plain words, position by position."""
     table = torch.zeros((views + 1) * length, (views + 1) * length, dtype=torch.bool)
     clean = views * length
     for q in range(length):
@@ -37,7 +37,7 @@ def brute_force(
 
 
 def grid(length: int, block: int, views: int = 1, block_causal: bool = False) -> torch.Tensor:
-    return brute_force(length, [place // block for place in range(length)], [0] * length, views, block_causal)
+    return brute_force(length, [position // block for position in range(length)], [0] * length, views, block_causal)
 
 
 @pytest.mark.parametrize("block_causal", [False, True])
@@ -55,8 +55,8 @@ def test_the_rule_is_the_reference_s() -> None:
     from megatron.bridge.diffusion.common.dllm import compute_block_mask
 
     theirs = compute_block_mask(16, 128).mask_mod
-    place = torch.arange(256)
-    table = theirs(torch.zeros(()), torch.zeros(()), place[:, None], place[None, :])
+    position = torch.arange(256)
+    table = theirs(torch.zeros(()), torch.zeros(()), position[:, None], position[None, :])
     assert torch.equal(dense_mask(128, 16), table)
 
 
@@ -93,16 +93,16 @@ def test_the_kernel_with_views_and_a_block_causal_clean_half(views: int, block_c
 
 
 def documents(length: int, block: int, ends: list[int]) -> tuple[list[int], list[int]]:
-    """Block and document of each place, by counting."""
+    """Block and document of each position, by counting."""
     blocks, numbers = [], []
     block_number, document, inside = -1, 0, 0
-    for place in range(length):
+    for position in range(length):
         if inside % block == 0:
             block_number += 1
         blocks.append(block_number)
         numbers.append(document)
         inside += 1
-        if place in ends:
+        if position in ends:
             document, inside = document + 1, 0
     return blocks, numbers
 
@@ -162,7 +162,7 @@ def test_a_context_parallel_rank_computes_its_part(
         out = kernels.attend_sdpa(q[:, :, mine], keys, values, plan)
         torch.testing.assert_close(out, expected[:, :, mine], rtol=1e-9, atol=1e-9)
         if not irregular and length // (2 * size) % block == 0:
-            assert len(plan.sent) == length // size  # nothing but clean places
+            assert len(plan.sent) == length // size  # nothing but clean positions
 
 
 def sample(length: int = 64, ends: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
@@ -203,17 +203,17 @@ def test_the_sample_with_views_of_complementary_noise() -> None:
 
 
 def test_the_sample_with_documents() -> None:
-    """Blocks and positions restart; the last token of a document has no AR target but is a place like any other."""
+    """Blocks and positions restart; the last token of a document has no AR target, but noise like any other."""
     ends = (9, 40, 63)
     made = make(ObjectiveConfig(block_size=16), ends=ends, document_end=2, restart_positions=True)
     blocks, numbers = documents(64, 16, list(ends))
-    positions = [place - max([end + 1 for end in ends if end < place], default=0) for place in range(64)]
+    positions = [position - max([end + 1 for end in ends if end < position], default=0) for position in range(64)]
     assert made["segment_ids"].tolist() == [numbers, blocks, positions]
     assert made["position_ids"].tolist() == positions * 2
     expected = sample()["loss_mask"].clone()
     expected[list(ends)] = 0
     assert torch.equal(made["loss_mask"][64:], expected)
-    assert made["maskable"].tolist() == [place != 3 for place in range(64)]
+    assert made["maskable"].tolist() == [position != 3 for position in range(64)]
     seen = torch.stack(
         [make(ObjectiveConfig(), i, ends, document_end=2)["tokens"][list(ends)] == 5 for i in range(40)]
     )
@@ -228,13 +228,13 @@ def test_the_shifted_sample() -> None:
     shifted, usual = make(ObjectiveConfig(block_size=16, shift=True)), make(ObjectiveConfig(block_size=16))
     assert torch.equal(shifted["tokens"], usual["tokens"])
     assert torch.equal(shifted["labels"], plain["labels"].repeat(2))
-    for place in range(64):
-        inside = place % 16 != 15
-        expected = usual["loss_mask"][place + 1] if inside else torch.tensor(0.0)
-        assert shifted["loss_mask"][place] == expected
+    for position in range(64):
+        inside = position % 16 != 15
+        expected = usual["loss_mask"][position + 1] if inside else torch.tensor(0.0)
+        assert shifted["loss_mask"][position] == expected
         if inside:
-            assert shifted["noise_level"][place] == usual["noise_level"][place + 1]
-            assert shifted["index_in_block"][place] == usual["index_in_block"][place + 1]
+            assert shifted["noise_level"][position] == usual["noise_level"][position + 1]
+            assert shifted["index_in_block"][position] == usual["index_in_block"][position + 1]
     assert torch.equal(shifted["loss_mask"][64:], usual["loss_mask"][64:])
 
 
