@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -27,6 +28,7 @@ POSITIONS = (1, 2, 4, 8, 16)
 
 def draft_tokens(batch: Sample, model: TriModeModelProvider) -> Tensor:
     """Return [batch, 2L] ids: in the noisy half all but the first token of each block masked; then the clean half."""
+    assert model.mask_token_id is not None  # a drafter is refused for a model that has none
     clean = batch["tokens"][:, batch["maskable"].shape[1] :]
     first_in_block = torch.arange(clean.shape[1], device=clean.device) % model.block_size == 0
     return torch.cat([clean.where(first_in_block, model.mask_token_id), clean], dim=1)
@@ -48,7 +50,12 @@ class DraftLoss:
     """[sum, count] per figure; the count of ``draft_loss`` is the denominator."""
 
     def from_hidden_states(
-        self, *, hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **context: object
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: ColumnParallelLinear,
+        output_weight: Tensor | None,
+        **context: object,
     ) -> Tensor:
         """Return the sum of the slots' losses, a scalar, and fill in the report.
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nemodiff_train.objective.config import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
 
 Report = dict[str, Tensor]
 """[sum, count] per reported figure, fp32.  Bridge adds them over micro-batches and data-parallel ranks before it
@@ -18,13 +21,18 @@ class MicroBatchLoss(Protocol):
     """What the forward step trains a micro-batch on: the tri-mode losses, or the drafter's."""
 
     def from_hidden_states(
-        self, *, hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **context: object
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: "ColumnParallelLinear",
+        output_weight: Tensor | None,
+        **context: object,
     ) -> Tensor:
         """Return the losses in nats; Megatron calls this on the last stage instead of its output layer and loss.
 
         Args:
             hidden_states: [positions, batch, hidden] of the last layer; under sequence parallel this rank's part.
-            output_layer: The model's ``ColumnParallelLinear``.
+            output_layer: The model's, of which this tensor-parallel rank has some rows.
             output_weight: [vocabulary / tensor-parallel size, hidden], where the weight is not the layer's own.
             context: What else Megatron passes to an ``output_processor``.
         """

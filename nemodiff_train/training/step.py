@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -93,7 +94,12 @@ class TriModeLoss:
     """Adds up the diffusion loss by noise level and position; None in validation."""
 
     def from_hidden_states(
-        self, *, hidden_states: Tensor, output_layer: torch.nn.Module, output_weight: Tensor | None, **context: object
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: ColumnParallelLinear,
+        output_weight: Tensor | None,
+        **context: object,
     ) -> Tensor:
         """Return the cross-entropy [batch, (V + 1) L] in nats, 0 where ``loss_mask`` is 0."""
         batch, vocabulary = self.batch, self.config.model.vocab_size
