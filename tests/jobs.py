@@ -174,8 +174,8 @@ def exchange(size: int) -> dict[str, Any]:
 
     from megatron.core import parallel_state
 
+    from nemodiff_train.attention.context_parallel import ContextParallelShard
     from nemodiff_train.attention.modules import TriModeAttention
-    from nemodiff_train.attention.plan import shard_of
     from nemodiff_train.attention.state import AttentionState
 
     length, heads, kv_heads, width = 4096, 2, 1, 8
@@ -191,9 +191,9 @@ def exchange(size: int) -> dict[str, Any]:
     query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))
     attention.state = AttentionState()
     expected = attention(query, key, value)
-    shard = shard_of(group)
+    shard = ContextParallelShard.of_group(group)
     attention.state = AttentionState(shard=shard, context_group=group)
-    mine = torch.cat([segment * length + shard.places(length) for segment in (0, 1)])
+    mine = torch.cat([segment * length + shard.positions(length) for segment in (0, 1)])
     sent: list[int] = []
     plain: Any = dist.all_gather_into_tensor
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.plan import ContextParallelShard, segmented_plan
+from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.plan import segmented_plan
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums, loss_weights, report
@@ -28,7 +29,7 @@ def fake() -> FakeTensorMode:
 def batch() -> dict[str, Tensor]:
     """The shapes of a micro-batch of one noisy view."""
     halves = {"loss_mask": 2 * LENGTH, "maskable": LENGTH, "noise_level": LENGTH, "index_in_block": LENGTH}
-    return {name: torch.zeros(ROWS, places) for name, places in halves.items()}
+    return {name: torch.zeros(ROWS, positions) for name, positions in halves.items()}
 
 
 def test_asking_is_noticed(fake: FakeTensorMode) -> None:
@@ -64,7 +65,7 @@ def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
 def test_attention_over_a_plan(fake: FakeTensorMode) -> None:
     segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
     plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard())
-    assert plan.groups
+    assert plan.query_tiles
     with fake:
         states = [torch.zeros(ROWS, heads, 2 * LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
         kernels.attend(*states, plan).sum().backward()

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import NEVER, Slots, judge, slot_losses
-from nemodiff_train.model.head import LOGIT_CHUNK, whole
+from nemodiff_train.model.head import LOGIT_CHUNK, gather_hidden_states
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.loss import Report
 from nemodiff_train.objective.sample import Sample
@@ -63,7 +63,7 @@ class DraftLoss:
         """
         weight = output_layer.weight if output_weight is None else output_weight
         head = _Head(weight, self.model, output_layer.tp_group)
-        drafts, verifiers = self._slots(whole(hidden_states, output_layer))  # [D, B - 1, hidden] each
+        drafts, verifiers = self._slots(gather_hidden_states(hidden_states, output_layer))  # [D, B - 1, hidden] each
         targets = self.batch["loss_mask"][:, self.batch["maskable"].shape[1] :] > 0
         usable = targets.unflatten(1, (-1, self.model.block_size))[:, :, :-1].flatten(0, 1)  # [D, B - 1]
         uniform = self._uniform().to(drafts.device, non_blocking=True)  # [D, B - 1, 2]

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
-from nemodiff_train.attention.plan import ContextParallelShard
+from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective.sample import Sample

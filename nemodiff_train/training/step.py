@@ -68,10 +68,10 @@ class ForwardStep:
         # 3. The model; on the last stage the loss takes the place of Megatron's output layer and loss.
         segment_ids = batch["segment_ids"] if batch is not None and config.dataset.needs_segment_ids else None
         chunk.attention_state.rotary_segment_ids = segment_ids
-        embeds = batch is not None and chunk.pre_process
+        embedded = batch if chunk.pre_process else None
         output = model(
-            input_ids=batch["tokens"] if embeds else None,
-            position_ids=batch["position_ids"] if embeds else None,
+            input_ids=embedded["tokens"] if embedded else None,
+            position_ids=embedded["position_ids"] if embedded else None,
             attention_mask=segment_ids,
             output_processor=loss.from_hidden_states if loss else None,
         )

@@ -7,7 +7,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemodiff_train.attention.plan import ContextParallelShard
+from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
@@ -84,7 +84,7 @@ class MaskEmbedding(Callback):
         noise = torch.stack([_gaussian(config.objective, int(index), length, output) for index in indices])
         # This rank's positions of every view, where they are masked; then zeros for the clean half.
         views = range(config.objective.noisy_views)
-        held = torch.cat([view * length + shard.places(length) for view in views])
+        held = torch.cat([view * length + shard.positions(length) for view in views])
         noise = noise[:, held.to(noise.device)] * (tokens[:, : len(held)] == config.model.mask_token_id)[..., None]
         noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(held)))
         if embedding.reduce_scatter_embeddings:  # sequence parallel: [positions / tensor ranks, batch, hidden]
