@@ -125,10 +125,11 @@ def _difference(
 def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
     """Tokens of every mode for three prompts."""
     from nemodiff_train.decoding.decode import MODES, decode
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
 
     settings: dict[str, Any] = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.05}
-    opened = load_model(checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
+    opened = load_model(Checkpoint.open(checkpoint), tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
     return {
         mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]

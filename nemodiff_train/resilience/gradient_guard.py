@@ -21,7 +21,7 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, is_main_process
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.model.checkpoint import iterations
+from nemodiff_train.model.checksums import iterations
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 
