@@ -13,10 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.plan import segmented_plan
-from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums, loss_weights, report
-from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
 
 LENGTH, ROWS = 96, 2
 
@@ -52,6 +50,12 @@ def test_plans_of_samples_that_differ(fake: FakeTensorMode, shard: ContextParall
 
 
 def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
+    from nemodiff_train.runtime import init_runtime
+
+    init_runtime()
+    from nemodiff_train.config.context import StepContext
+    from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
+
     with fake:
         samples, losses = batch(), torch.zeros(ROWS, 2 * LENGTH)
         objective = ObjectiveConfig()
