@@ -258,9 +258,9 @@ def _overrides(world: World) -> st.SearchStrategy[list[str]]:
 
 
 def _read_overrides(world: World, words: list[str]) -> None:
-    from nemodiff_train.config.recipes import override
+    from nemodiff_train.config.overrides import override
     from nemodiff_train.credentials import check_no_secrets
-    from nemodiff_train.validation.checks import check
+    from nemodiff_train.validation.check import check
 
     pairs = dict(word.split("=", 1) for word in words)
     check_no_secrets(pairs)

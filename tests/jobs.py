@@ -15,7 +15,7 @@ from tests import small
 
 def train(output: str, settings: list[str], recipe: str = "recipe", **arguments: Any) -> dict[str, Any]:
     """Train a small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
-    from nemodiff_train.config.recipes import override
+    from nemodiff_train.config.overrides import override
     from nemodiff_train.training.run import train as run
 
     config = getattr(small, recipe)(output=output, **arguments)

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from nemodiff_train.cli import main
+from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import iterations, newest_iteration
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
 from nemodiff_train.resilience.checkpoints import latest_complete
+from nemodiff_train.validation.settings import resilience_problems
 from tests import faults, matrix, small
 from tests.zygote import Gang, Zygote
 
@@ -272,7 +274,7 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout
 
 
 def test_a_skipped_update_changes_nothing(bench: Bench, reference: list[dict[str, Any]]) -> None:
-    policy = ("resilience.on_non_finite=skip", "resilience.drift_interval=1")
+    policy = ("resilience.on_non_finite=skip", "resilience.replica_check_interval=1")
     codes, said = bench.train("nan skip", *policy, fault="nan", rank=1, step=3)
     assert codes == [0, 0], said
     assert bench.train("skipped", "train.iterations_to_skip=[3]")[0] == [0, 0]
@@ -309,9 +311,9 @@ def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
 
 def test_patience_ends(bench: Bench) -> None:
     codes, said = bench.train(
-        "patience", "resilience.on_non_finite=skip", "resilience.patience=0", fault="nan", step=3
+        "patience", "resilience.on_non_finite=skip", "resilience.max_consecutive_skips=0", fault="nan", step=3
     )
-    assert stopped(codes) and "resilience.patience" in said
+    assert stopped(codes) and "resilience.max_consecutive_skips" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -369,7 +371,7 @@ def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
 def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
     more = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     name = f"drift {layout}"
-    codes, said = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
+    codes, said = bench.train(name, *more, "resilience.replica_check_interval=1", fault="flip", rank=1, step=3)
     assert stopped(codes), said
     assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in said
 
@@ -377,7 +379,7 @@ def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"])
 def test_no_drift_where_nothing_drifts(bench: Bench, layout: str) -> None:
     name = f"steady {layout.partition('_')[0]}"
-    assert bench.train(name, layout, "resilience.drift_interval=1")[0] == [0, 0]
+    assert bench.train(name, layout, "resilience.replica_check_interval=1")[0] == [0, 0]
 
 
 SHARDED = (*matrix.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
@@ -473,9 +475,7 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
-    from nemodiff_train.config.config import ResilienceConfig
-
-    (line,) = ResilienceConfig(**changes).problems()
+    (line,) = resilience_problems(ResilienceConfig(**changes))
     assert said in line
 
 

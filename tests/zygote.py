@@ -219,10 +219,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for module in ("checks", "command", "recipes", "drift", "guard", "loop_evaluation", "mask_embedding", "pace"):
-        importlib.import_module(f"nemodiff_train.training.{module}")
-    for module in ("nemodiff_train.resilience.restarts", "nemodiff_train.drafter.step", "tests.faults"):
-        importlib.import_module(module)
+    for module in ("training.run", "validation.dry_run", "config.recipes", "drafter.step"):
+        importlib.import_module(f"nemodiff_train.{module}")
+    importlib.import_module("tests.faults")
     importlib.import_module("megatron.bridge.training.pretrain")
     for module in ("transformers", "hydra", "megatron.bridge.training.utils.omegaconf_utils", "tensorboard"):
         importlib.import_module(module)

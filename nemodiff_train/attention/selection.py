@@ -1,16 +1,12 @@
 """Which kernel computes attention in training, with which options: one rule, and the settings that overrule it."""
 
-import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from nemodiff_train.errors import nearest
-
 KERNELS = ("auto", "flash")
-_FLASH, _INSTEAD = "model.attention_kernel=flash", "set model.attention_kernel=auto"
 
 
 @dataclass(frozen=True)
@@ -53,36 +49,3 @@ def select_kernel(
     else:
         sides, backend = (128, 128), {}
     return Kernel("flex", (tile, tile) if tile else sides, {**backend, **(options or {})})
-
-
-def kernel_problems(model: Any, positions: int, cuda: bool) -> Iterator[str]:
-    """What keeps the settings of a model from being used here, a line each.
-
-    Args:
-        model: The ``TriModeModelProvider``.
-        positions: Of a training sample.
-        cuda: Whether there is a GPU.
-    """
-    kernel, tile = model.attention_kernel, model.attention_tile
-    if kernel not in KERNELS:
-        yield f"model.attention_kernel is '{kernel}'; use '{"' or '".join(KERNELS)}'.{nearest(str(kernel), KERNELS)}"
-    if tile < 0 or tile % 16:
-        yield f"model.attention_tile is {tile}; use a multiple of 16, or 0 for the kernel's own"
-    if kernel != "flash":
-        return
-    if not cuda or torch.cuda.get_device_capability()[0] not in (9, 10):
-        # On older GPUs its kernels have been reported to compute all pairs, mask or no mask.
-        yield f"{_FLASH} needs a GPU of the Hopper or data-center Blackwell kind; {_INSTEAD}"
-    if not _has_flash():
-        yield f"{_FLASH} needs the package flash-attn-4; install it, or {_INSTEAD}"
-    side = tile or 256
-    if model.context_parallel_size > 1 or positions % side:
-        # Nothing says what its kernels do with captured tensors behind the last whole tile.
-        yield f"{_FLASH} takes samples of whole tiles of {side} positions, on one context-parallel rank; {_INSTEAD}"
-
-
-def _has_flash() -> bool:
-    try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
-        return False

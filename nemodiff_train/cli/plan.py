@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.planning.hardware import GPUS, USABLE
+from nemodiff_train.planning.hardware import GPUS, USABLE_MEMORY
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
@@ -74,15 +74,19 @@ def plan(config: "TriModeConfig", gpus: int, kind: str) -> list[Candidate]:
     from nemodiff_train.planning.memory import memory_of
     from nemodiff_train.planning.time import time_of
     from nemodiff_train.planning.workload import workload_of
+    from nemodiff_train.validation import layout as rules
+    from nemodiff_train.validation.settings import check_sizes
+
+    check_sizes(config)
 
     work, gpu = workload_of(config), GPUS[kind]
-    possible = [(layout, memory_of(work, layout)) for layout in layouts(config, gpus)]
+    possible = [(layout, memory_of(work, layout)) for layout in layouts(config, gpus, rules.problems)]
     if not possible:
         raise UserError(
             f"no layout on {gpus} GPUs divides the model's {work.layers} layers and "
             f"train.global_batch_size={work.global_batch}; use another number of GPUs or another batch"
         )
-    room = USABLE * gpu.memory
+    room = USABLE_MEMORY * gpu.memory
     found = []
     for layout, memory in possible:
         if memory.total <= room:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nemodiff_train.errors import unknown_choices
-
 
 @dataclass(kw_only=True)
 class DrafterConfig:
@@ -33,16 +31,3 @@ class DrafterConfig:
 
     position_decay: float = 0.0
     """Slot k weighs exp(-(k - 1) / this) (DFlash, which takes 7, 5 and 4 for blocks of 16, 10 and 8); 0 for 1."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with these values, one line each."""
-        found = unknown_choices("drafter", self)
-        if self.temperature <= 0:
-            found.append(f"drafter.temperature={self.temperature} is not positive")
-        if self.support < 1:
-            found.append(f"drafter.support={self.support} is not at least 1")
-        if not 0 <= self.sampled_share <= 1:
-            found.append(f"drafter.sampled_share={self.sampled_share} is not a share between 0 and 1")
-        if self.position_decay < 0:
-            found.append(f"drafter.position_decay={self.position_decay} is negative")
-        return found

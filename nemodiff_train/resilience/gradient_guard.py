@@ -15,7 +15,7 @@ from megatron.bridge.training.checkpointing import CheckpointLoadContext, Defaul
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from torch import Tensor
 
-from nemodiff_train.config.config import ResilienceConfig
+from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, is_main_process
 from nemodiff_train.errors import RunStopped
@@ -106,8 +106,9 @@ class GradientGuard(Callback):
         self.in_a_row += 1
         if reaction == "stop":
             raise RunStopped(f"{line}; the weights are as before the step (resilience.on_{_field(fault)})")
-        if self.in_a_row > self.settings.patience:
-            raise RunStopped(f"{line}; the {self.in_a_row}th step in a row without an update (resilience.patience)")
+        if self.in_a_row > self.settings.max_consecutive_skips:
+            limit = "resilience.max_consecutive_skips"
+            raise RunStopped(f"{line}; {self.in_a_row} consecutive steps without an update ({limit})")
         self.rolls_back = reaction == "rollback"
         self.log.note({f"skipped: {fault}": norm if math.isfinite(norm) else 1.0})
         if is_main_process():

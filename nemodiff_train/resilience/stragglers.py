@@ -14,7 +14,7 @@ from nemodiff_train.training.batch import Recorder
 
 
 class StragglerMonitor(Callback):
-    """Every ``resilience.pace_interval`` steps, compares the ranks' times and tells the watch.
+    """Every ``resilience.straggler_interval`` steps, compares the ranks' times and tells the watch.
 
     A rank's own time runs from the start of the step until its gradient is ready to be shared; what follows is as
     slow as the slowest.
@@ -32,7 +32,7 @@ class StragglerMonitor(Callback):
 
     def on_train_start(self, context: CallbackContext) -> None:
         config: Any = context.state.cfg
-        self.interval = config.resilience.pace_interval
+        self.interval = config.resilience.straggler_interval
         if self.interval:
             before_gradients_are_shared(context.model, self._ready)
 

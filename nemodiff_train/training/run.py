@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_recipe(arguments.recipe, arguments.settings)
     if arguments.dry_run:
-        from nemodiff_train.validation.preflight import preflight
+        from nemodiff_train.validation.dry_run import dry_run
 
         _fit_to_host(config)
-        return preflight(config, arguments.gpus, arguments.gpu_memory)
+        return dry_run(config, arguments.gpus, arguments.gpu_memory)
     train(config)
     return 0
 
@@ -61,7 +61,7 @@ def train(config: "TriModeConfig") -> None:
         RunStopped: The run cannot go on.
         SystemExit: With 0, after a signal: the step is saved.
     """
-    from nemodiff_train.validation.checks import check
+    from nemodiff_train.validation.check import check
 
     _fit_to_host(config)
     _protect(config)
