@@ -4,6 +4,7 @@ Light to import: torch is looked up only where it has been loaded, so a process 
 """
 
 import os
+import socket
 import sys
 from typing import Any
 
@@ -49,3 +50,10 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

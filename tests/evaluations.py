@@ -2,6 +2,7 @@
 
 import random
 
+from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.evaluation.categories import by_category
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
@@ -74,18 +75,18 @@ def _diffusion(draw: random.Random, index: int, settings: Settings) -> DecodeRec
 
 
 def _cycles(draw: random.Random, index: int, settings: Settings) -> DecodeRecord:
-    """Draft and verify as decoding records it; what is proposed where the verifier agrees is what is committed."""
-    tokens, places = _tokens(draw), int(str(settings["block_size"])) - 1
-    accepted: list[int] = []
-    drafted, proposed = [], []
-    while (start := 1 + sum(accepted)) < len(tokens):
-        agreed = [draw.random() < 0.7 for _ in range(places)]
-        right = [*agreed, False].index(False)
-        drafted.append(agreed)
-        proposed.append([*tokens[start : start + right], *(draw.randrange(10, 80) for _ in range(places))][:places])
-        accepted.append(min(right + 1, len(tokens) - start))
-    steps = [1, *(3 + 2 * cycle for cycle, count in enumerate(accepted) for _ in range(count))]
-    forwards = {"prefill": 1, "draft": len(accepted), "verify": len(accepted)}
-    return DecodeRecord(
-        index, tokens, forwards, accepted, drafted, proposed=proposed, seconds=draw.random(), steps=steps
-    )
+    """Draft and verify as decoding records it: the draft tokens that are accepted are those that are committed."""
+    tokens, drafted = _tokens(draw), int(str(settings["block_size"])) - 1
+    cycles: list[Cycle] = []
+    start = 1
+    while start < len(tokens):
+        mask = [draw.random() < 0.7 for _ in range(drafted)]
+        passed = [*mask, False].index(False)
+        draft = [*tokens[start : start + passed], *(draw.randrange(10, 80) for _ in range(drafted))][:drafted]
+        accepted = min(passed, len(tokens) - start)
+        extra, whole = start + accepted < len(tokens), all(mask)
+        cycles.append(Cycle(accepted, extra and not whole, extra and whole, draft, mask))
+        start += cycles[-1].committed
+    steps = [1, *(3 + 2 * number for number, cycle in enumerate(cycles) for _ in range(cycle.committed))]
+    forwards = {"prefill": 1, "draft": len(cycles), "verify": len(cycles)}
+    return DecodeRecord(index, tokens, forwards, cycles, seconds=draw.random(), steps=steps)

@@ -228,7 +228,8 @@ def _weights(world: World) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
 
 
 def _read_weights(world: World, content: tuple[bytes, bytes | None]) -> None:
-    from nemodiff_train.conversion.weights import INDEX, check_contents, check_weights
+    from nemodiff_train.conversion.headers import INDEX
+    from nemodiff_train.conversion.weights import check_contents, check_weights
 
     folder = world.folder / "damaged"
     world.write("damaged/model.safetensors", content[0])

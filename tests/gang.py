@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemodiff_train.training.run import free_port
+from nemodiff_train.distributed import free_port
 
 SIZE = 4
 

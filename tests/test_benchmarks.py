@@ -1,5 +1,6 @@
 """Published benchmark formats, programs that are run, and lm-evaluation-harness."""
 
+import argparse
 import json
 import sys
 import time
@@ -202,8 +203,9 @@ def test_the_harness_scores_and_generates(checkpoint: Path, tmp_path: Path) -> N
 def test_the_verb_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from nemodiff_train.cli import main
 
-    seen: list[str] = []
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.extend(sys.argv))
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, parsed: seen.append(parsed))
     monkeypatch.setattr(sys, "argv", ["nemodiff"])
     assert main(["lm-eval", "--tasks", "gsm8k", "--model_args", "checkpoint=x"]) == 0
-    assert seen == ["lm_eval", "--tasks", "gsm8k", "--model_args", "checkpoint=x", "--model", "nemodiff"]
+    (parsed,) = seen
+    assert (parsed.model, parsed.tasks, parsed.model_args) == ("nemodiff", ["gsm8k"], {"checkpoint": "x"})

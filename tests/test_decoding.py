@@ -137,8 +137,8 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     assert session.calls(0) == len(seen)
     assert set(session.forwards[0]) == {"prefill", *KINDS[mode]}
     if mode in ("linear", "quadratic"):
-        assert sum(generations[0].accepted) + 1 == len(generations[0].tokens)
-        assert len(generations[0].accepted) == session.forwards[0]["draft" if mode == "linear" else "fused"]
+        assert sum(cycle.committed for cycle in generations[0].cycles) + 1 == len(generations[0].tokens)
+        assert len(generations[0].cycles) == session.forwards[0]["draft" if mode == "linear" else "fused"]
 
 
 def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -170,7 +170,7 @@ def test_the_oracle_takes_no_more_forwards_than_drafts_do(model: Any, count: int
     paths = [generation.path for generation in generations]
     assert all(path <= min(costs) for path, *costs in zip(paths, fused, linear, strict=True))
     assert sum(paths) < 29 * 16 or block_size == 2  # some drafts are right
-    assert all(sum(generation.accepted) == 29 for generation in generations)
+    assert all(sum(cycle.committed for cycle in generation.cycles) == 29 for generation in generations)
     assert all(counted["search"] <= 150 for counted in session.forwards) and alone.path == paths[0]
 
 

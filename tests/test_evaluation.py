@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
-from nemodiff_train.evaluation.metrics import agreement_by_place, summarise, wilson
+from nemodiff_train.evaluation.metrics import agreement_by_position, summarise, wilson
 from nemodiff_train.evaluation.records import DecodeRecord, read_records
 from nemodiff_train.evaluation.scorers import make_scorer
 from nemodiff_train.evaluation.tasks import Prompt, Task
@@ -33,11 +34,15 @@ LINEAR = [
         0,
         [5, 6, 7, 2],
         {"prefill": 1, "draft": 2, "verify": 2},
-        accepted=[1, 2],
-        drafted=[[False, True, True], [True, False, True]],
+        cycles=[
+            Cycle(0, recovered=True, accept_mask=[False, True, True]),
+            Cycle(1, recovered=True, accept_mask=[True, False, True]),
+        ],
         seconds=0.2,
     ),
-    DecodeRecord(1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True, False]], seconds=0.1),
+    DecodeRecord(
+        1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(1, accept_mask=[True, True, False])], seconds=0.1
+    ),
 ]
 DIFFUSION = [
     DecodeRecord(0, [5, 6, 9, 2], {"prefill": 1, "denoise": 2, "commit": 1}, seconds=0.25, steps=[0, 2, 1, 2]),
@@ -80,7 +85,7 @@ def test_linear_figures_by_hand() -> None:
 
 
 def test_agreement_with_places_never_reached_and_short_drafts() -> None:
-    places = agreement_by_place([[False, True], [False]])
+    places = agreement_by_position([[False, True], [False]])
     assert [a.drafted for a in places] == [2, 1]
     assert places[1].conditional is None and places[1].unconditional == 1.0
 
@@ -102,8 +107,7 @@ def test_wilson_interval() -> None:
         ({"forwards": {"prefil": 1}}, "unknown kinds"),
         ({"forwards": {}}, "at least one forward"),
         ({"tokens": []}, "at least one token"),
-        ({"accepted": [3]}, "committed 3 tokens"),
-        ({"accepted": [1], "drafted": [[True], [True]]}, "2 drafts in 1 cycles"),
+        ({"cycles": [Cycle(2, bonus=True)]}, "committed 3 tokens"),
         ({"steps": [1]}, "1 steps for 2 tokens"),
     ],
 )
@@ -215,7 +219,9 @@ def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_page_of_one_mode_with_one_place(tmp_path: Path) -> None:
-    record = DecodeRecord(0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[False]])
+    record = DecodeRecord(
+        0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(0, recovered=True, accept_mask=[False])]
+    )
     task = Task("one", [Prompt(prompt="7", answer="7")], make_scorer("exact"))
     single = assemble("m", task, [Run("linear", {}, [record])], decode, settings={}, samples=0)
     page = read_page(write_report(tmp_path, single))

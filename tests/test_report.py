@@ -14,16 +14,16 @@ from PIL import Image, ImageChops
 from rich.console import Console
 
 from nemodiff_train.cli import main
-from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.generation import Cycle, DecodingSettings
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.evaluate import EvaluationSettings, settings_of
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
+from nemodiff_train.evaluation.pareto import Point, areas, aup, front
 from nemodiff_train.evaluation.records import DecodeRecord
-from nemodiff_train.evaluation.run import Plan, settings_of
 from nemodiff_train.report import charts, display
 from nemodiff_train.report.compare import compare, mcnemar, write_comparison
 from nemodiff_train.report.page import inline_json
-from nemodiff_train.report.pareto import Point, areas, aup, front
 from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_comparison
 from nemodiff_train.report.trace import trace
@@ -61,7 +61,7 @@ def figures(rows: list[dict[str, Any]], ar: list[dict[str, Any]]) -> dict[str, A
     """The scalar figures of one run."""
     decoded = [row["decoded"] for row in rows]
     tokens = sum(len(one["tokens"]) for one in decoded)
-    cycles = [count for one in decoded for count in one["accepted"]]
+    cycles = [one["accepted"] + one["recovered"] + one["bonus"] for row in decoded for one in row["cycles"]]
     seconds = sum(one["seconds"] for one in decoded)
     n, p, z = len(rows), share(rows), 1.959964
     centre, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
@@ -85,7 +85,7 @@ def figures(rows: list[dict[str, Any]], ar: list[dict[str, Any]]) -> dict[str, A
 
 
 def agreement(rows: list[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
-    cycles = [cycle for row in rows for cycle in row["decoded"]["drafted"]]
+    cycles = [cycle["accept_mask"] for row in rows for cycle in row["decoded"]["cycles"]]
     width = max(map(len, cycles), default=0)
     return [
         (
@@ -204,7 +204,7 @@ def test_areas_drop_what_is_too_far_below_and_move_with_the_best() -> None:
 
 def test_grid_of_settings() -> None:
     settings = DecodingSettings(block_size=16, threshold=0.9)
-    plan = Plan(thresholds=(0.5,), block_sizes=(8, 16))
+    plan = EvaluationSettings(thresholds=(0.5,), block_sizes=(8, 16))
     grid = settings_of("diffusion", settings, plan)
     assert [(each.block_size, each.threshold) for each in grid] == [(8, 0.5), (8, 0.9), (16, 0.5), (16, 0.9)]
     assert [each.block_size for each in settings_of("linear", settings, plan)] == [8, 16]
@@ -226,16 +226,17 @@ def test_trace_of_drafts() -> None:
         0,
         [5, 6, 7, 8, 9],
         {"prefill": 1, "draft": 2, "verify": 2},
-        accepted=[1, 3],
-        drafted=[[False, True], [True, True]],
-        proposed=[[1, 7], [7, 8]],
+        [
+            Cycle(0, recovered=True, draft_tokens=[1, 7], accept_mask=[False, True]),
+            Cycle(2, bonus=True, draft_tokens=[7, 8], accept_mask=[True, True]),
+        ],
         steps=[1, 3, 5, 5, 5],
     )
     found = trace(record, evaluations.text)
-    assert [(piece.text, piece.place, piece.step) for piece in found.pieces] == [
+    assert [(piece.text, piece.position, piece.step) for piece in found.pieces] == [
         (" w5", 0, 0), (" w6", 1, 1), (" w7", 2, 2), (" w8", 3, 2), (" w9", 4, 2)
     ]  # fmt: skip
-    assert [(draft.start, draft.texts, draft.kept) for draft in found.drafts] == [
+    assert [(draft.start, draft.texts, draft.accepted) for draft in found.drafts] == [
         (1, [" w1", " w7"], 0),
         (2, [" w7", " w8"], 2),
     ]
@@ -246,7 +247,7 @@ def test_trace_of_drafts() -> None:
         (1, 1, False),
         (2, 1, True),
     ]
-    assert found.frames[0].words.startswith("Forward 1 of 5") and "keeps 2 of 2" in found.frames[-1].words
+    assert found.frames[0].words.startswith("Forward 1 of 5") and "accepts 2 of 2" in found.frames[-1].words
 
 
 def test_trace_without_drafts_or_steps() -> None:
@@ -256,8 +257,9 @@ def test_trace_without_drafts_or_steps() -> None:
         "Step 1 \N{MIDDLE DOT} 1 of 2 tokens",
         "Step 2 \N{MIDDLE DOT} 2 of 2 tokens",
     ]
-    cut = DecodeRecord(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [1], [[True, True]], 0.0, [1, 3], [[6, 7]])
-    assert trace(cut, evaluations.text).drafts[0].kept == 1
+    cut = Cycle(1, draft_tokens=[6, 7], accept_mask=[True, True])
+    record = DecodeRecord(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [cut], steps=[1, 3])
+    assert trace(record, evaluations.text).drafts[0].accepted == 1
 
 
 def test_inlined_json_cannot_leave_its_element() -> None:
@@ -409,11 +411,10 @@ def test_slider_replays_the_decoding(pages: Path) -> None:
     })()"""
     seen = json.loads(browser.evaluate(pages / "report.html", script))
     expected, committed = [[1, 0, 0]], 1
-    for count, agreed in zip(record.accepted, record.drafted, strict=True):
-        expected.append([committed, len(agreed), 0])
-        committed += count
-        kept = min([*agreed, False].index(False), count)
-        expected.append([committed, 0, len(agreed) - kept])
+    for cycle in record.cycles:
+        expected.append([committed, len(cycle.draft_tokens), 0])
+        committed += cycle.committed
+        expected.append([committed, 0, len(cycle.draft_tokens) - cycle.accepted])
     assert seen == expected and committed == len(record.tokens)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from nemodiff_train.training.run import free_port
+from nemodiff_train.distributed import free_port
 
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL for the ranks that are left
 

@@ -16,7 +16,7 @@ from nemodiff_train.errors import RunStopped, UserError, nearest
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
 # 20 seconds, so a module imports it inside `run`.
 VERBS = {
-    "train": ("nemodiff_train.training.run", "train a recipe: AR only, or AR + diffusion jointly"),
+    "train": ("nemodiff_train.cli.train", "train a recipe: AR only, or AR + diffusion jointly"),
     "plan": ("nemodiff_train.cli.plan", "memory and step time of every layout, estimated"),
     "launch": ("nemodiff_train.cli.launch", "submit a recipe to SLURM, or print the job"),
     "convert": ("nemodiff_train.cli.convert", "move checkpoints between Hugging Face and Megatron"),
@@ -25,7 +25,7 @@ VERBS = {
     "likelihood": ("nemodiff_train.cli.likelihood", "AR perplexity and diffusion bound of a text"),
     "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
     "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),
-    "demo": ("nemodiff_train.demo.run", "the whole job on a small model, offline"),
+    "demo": ("nemodiff_train.cli.demo", "the whole job on a small model, offline"),
 }
 
 

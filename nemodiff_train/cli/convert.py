@@ -1,11 +1,13 @@
 """``nemodiff convert import|export|verify|inspect``."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import is_drafter
+from nemodiff_train.runtime import init_runtime
 
 FORMATS = ("ar", "nemotron", "tri-mode")
 
@@ -75,8 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_world(arguments: argparse.Namespace) -> None:
-    import os
-
     world, ranks = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor_parallel * arguments.pipeline_parallel
     if world != ranks:
         raise UserError(
@@ -86,8 +86,6 @@ def _check_world(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from nemodiff_train.runtime import init_runtime
-
     _check_world(arguments)
     init_runtime()
     from nemodiff_train.conversion.importing import import_checkpoint
@@ -104,8 +102,6 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from nemodiff_train.runtime import init_runtime
-
     _check_world(arguments)
     init_runtime()
     from nemodiff_train.conversion.drafters import export_drafter
@@ -131,8 +127,6 @@ def _export(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance is {arguments.tolerance}; use 0 or more")
-    from nemodiff_train.runtime import init_runtime
-
     init_runtime()
     from nemodiff_train.conversion.verify import verify
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
+from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import usable_directory
+from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the verb's arguments."""
     parser.add_argument("checkpoint", nargs="?", help="Megatron checkpoint of this project")
     parser.add_argument(
         "--compare", nargs=2, metavar="DIR", help="compare two finished evaluations instead of decoding"
@@ -57,10 +60,7 @@ def _compare(first: Path, second: Path, output: Path) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate, print the table, write the report."""
-    from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.evaluation.tasks import load_task
-    from nemodiff_train.files import usable_directory
-    from nemodiff_train.runtime import init_runtime
 
     task = load_task(
         arguments.task,
@@ -81,7 +81,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
     init_runtime()
-    from nemodiff_train.evaluation.run import Plan, evaluate
+    from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
     from nemodiff_train.model.loading import load_model, open_checkpoint
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
@@ -89,7 +89,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
     usable_directory(Path(arguments.output))
     opened = load_model(arguments.checkpoint, modes=modes, **decoding_options(arguments))
-    plan = Plan(
+    plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
         block_sizes=block_sizes,

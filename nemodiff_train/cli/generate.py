@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.runtime import init_runtime
 
 if TYPE_CHECKING:
     from nemodiff_train.decoding.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the verb's arguments."""
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--mode", default="linear", help="ar, diffusion, linear or quadratic (%(default)s)")
@@ -28,8 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation, and what it cost."""
-    from nemodiff_train.runtime import init_runtime
-
     check_options(arguments)
     init_runtime()
     from nemodiff_train.decoding.decode import decode, fill

@@ -7,10 +7,12 @@ from pathlib import Path
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import write_atomic
+from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the verb's arguments."""
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     parser.add_argument(
         "input", nargs="+", metavar="TEXT", help="text, JSONL or Parquet files, or directories of them"
@@ -28,14 +30,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the figures, and write them where asked."""
     from nemodiff_train.data.columns import TextColumn
     from nemodiff_train.data.sources import documents, resolve
-    from nemodiff_train.runtime import init_runtime
 
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
     init_runtime()
     from nemodiff_train.evaluation.likelihood import likelihood
-    from nemodiff_train.files import write_atomic
     from nemodiff_train.model.loading import load_model
 
     opened = load_model(arguments.checkpoint, tensor_parallel=arguments.tensor_parallel)

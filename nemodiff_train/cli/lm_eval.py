@@ -6,31 +6,34 @@ import sys
 from pathlib import Path
 
 from nemodiff_train.errors import UserError, line_in
+from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Add the verb's arguments; the harness parses them."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of lm_eval")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Make the model known to the harness, and hand it the arguments."""
+    """Let the harness parse its arguments, make the model known to it, and start it."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed; install the extra: nemodiff-train[lm-eval]")
-    from nemodiff_train.runtime import init_runtime
+    import lm_eval  # an optional package, light without its evaluator
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
 
+    setup_logging()
+    words = [word for word in arguments.arguments if word != "--"]
+    names_no_model = "--model" not in words and any(word.startswith("-") for word in words)
+    sys.argv = ["lm_eval", *words, *(["--model", "nemodiff"] if names_no_model else [])]
+    harness = HarnessCLI()
+    parsed = harness.parse_args()
     init_runtime()
-    import lm_eval
-    from lm_eval.__main__ import cli_evaluate
-
     import nemodiff_train.evaluation.lm_eval  # noqa: F401  (registers the model)
 
-    words = [word for word in arguments.arguments if word != "--"]
-    chosen = [] if "--model" in words or not any(word.startswith("-") for word in words) else ["--model", "nemodiff"]
-    sys.argv = ["lm_eval", *words, *chosen]
     try:
-        cli_evaluate()
+        harness.execute(parsed)
     except ValueError as error:
         if line_in(error, Path(lm_eval.__file__).parent) is None:
             raise
-        raise UserError(f"lm-eval: {error}") from None  # what the harness says of its own arguments
+        raise UserError(f"lm-eval: {error}") from None  # the harness refuses its own arguments this way

@@ -13,8 +13,9 @@ from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, S
 from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, console, quiet
+from nemodiff_train.conversion.headers import Stored
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
-from nemodiff_train.conversion.weights import DTYPES, Stored, check_contents, check_weights
+from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights
 from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free

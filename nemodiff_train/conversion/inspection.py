@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import (
     is_drafter,
@@ -39,8 +40,6 @@ def inspect(path: str) -> None:
 
 
 def _hugging_face(folder: Path) -> dict[str, str]:
-    from nemodiff_train.conversion.weights import read_headers
-
     settings = read_json(folder / "config.json")
     stored = read_headers(folder)
     files = {tensor.file for tensor in stored.values()}

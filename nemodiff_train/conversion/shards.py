@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, INDEX, checksum, raw
+from nemodiff_train.conversion.headers import INDEX
+from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, checksum, raw
 from nemodiff_train.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

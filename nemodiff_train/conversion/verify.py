@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from nemodiff_train.console import console, quiet
 from nemodiff_train.conversion.exporting import tensors
+from nemodiff_train.conversion.headers import opened
 from nemodiff_train.conversion.importing import build, load_weights, take_dtype
-from nemodiff_train.conversion.weights import check_weights, opened
+from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError

@@ -9,10 +9,10 @@ from nemodiff_train.decoding.generation import DecodingSettings, Generation
 from nemodiff_train.decoding.infill import Filled, infill, revise
 from nemodiff_train.decoding.linear import decode_linear
 from nemodiff_train.decoding.oracle import decode_oracle
+from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.quadratic import decode_quadratic
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
-from nemodiff_train.decoding.stages import PipelineRunner
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.runtime import init_runtime
 

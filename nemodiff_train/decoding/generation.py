@@ -88,20 +88,37 @@ class DecodingSettings:
         return text[: min(found)] if found else text
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """One draft + verify cycle of self-speculation, in the words of vLLM's rejection sampler."""
+
+    accepted: int
+    """Draft tokens that were committed."""
+    recovered: bool = False
+    """Whether the verifier's own token at the first rejected position was committed after them."""
+    bonus: bool = False
+    """Whether the verifier's token after a wholly accepted draft was committed."""
+    draft_tokens: list[int] = field(default_factory=list)
+    """Token ids of the draft, rejected ones included."""
+    accept_mask: list[bool] = field(default_factory=list)
+    """For each draft token, whether it passed the test; positions after the first rejection are tested too."""
+    accept_probs: list[float] = field(default_factory=list)
+    """For each draft token, min(1, p/q) at temperature 1, with p of the verifier and q of the drafter."""
+
+    @property
+    def committed(self) -> int:
+        """Return the number of tokens that the cycle added to the output."""
+        return self.accepted + self.recovered + self.bonus
+
+
 @dataclass
 class Generation:
     """The new tokens of one row and how they came about."""
 
     settings: DecodingSettings
     tokens: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    """Tokens that each draft + verify cycle committed, its bonus token included."""
-    agreed: list[list[bool]] = field(default_factory=list)
-    """For each cycle and each drafted place, whether the verifier kept the token."""
-    drafts: list[list[int]] = field(default_factory=list)
-    """For each cycle, the tokens that were drafted, rejected ones included."""
-    acceptance: list[list[float]] = field(default_factory=list)
-    """For each cycle and each drafted place, min(1, p/q) at temperature 1."""
+    cycles: list[Cycle] = field(default_factory=list)
+    """Draft + verify cycles; the first token, which the prefill yields, belongs to none."""
     steps: list[int] = field(default_factory=list)
     """For each token, which of the row's forwards (counted from 1) settled it."""
     path: int | None = None
@@ -127,14 +144,36 @@ class Generation:
                 return taken
         return len(tokens)
 
-    def cycle(
-        self, tokens: list[int], call: int, kept: list[bool], draft: list[int], acceptance: list[float]
+    def extend_by_cycle(
+        self,
+        tokens: Sequence[int],
+        step: int,
+        draft_tokens: list[int],
+        accept_mask: list[bool],
+        accept_probs: list[float],
     ) -> None:
-        """Append what one draft + verify cycle committed."""
-        self.accepted.append(self.extend(tokens, [call] * len(tokens)))
-        self.agreed.append(kept)
-        self.drafts.append(draft)
-        self.acceptance.append(acceptance)
+        """Append the tokens of one draft + verify cycle, and note the cycle.
+
+        Args:
+            tokens: The accepted draft tokens, then the recovered or the bonus token.
+            step: The forward that verified them.
+            draft_tokens: See :class:`Cycle`.
+            accept_mask: See :class:`Cycle`.
+            accept_probs: See :class:`Cycle`.
+        """
+        committed = self.extend(tokens, [step] * len(tokens))
+        accepted = min(committed, len(tokens) - 1)  # a stop or the limit may cut the accepted tokens
+        verifier_token, whole = committed > accepted, all(accept_mask)
+        self.cycles.append(
+            Cycle(
+                accepted=accepted,
+                recovered=verifier_token and not whole,
+                bonus=verifier_token and whole,
+                draft_tokens=draft_tokens,
+                accept_mask=accept_mask,
+                accept_probs=accept_probs,
+            )
+        )
 
     def _holds_stop_string(self) -> bool:
         stops = self.settings.stop_strings

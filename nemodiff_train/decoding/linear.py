@@ -54,8 +54,8 @@ def commit_accepted(
     session.commit(active, counts)
     for place, row in enumerate(active.tolist()):
         tokens = emitted[place, : counts[place]].tolist()
-        cycle = (kept[place].tolist(), draft[place].tolist(), acceptance[place].tolist())
-        rows[row].cycle(tokens, session.calls(row), *cycle)
+        cycle = (draft[place].tolist(), kept[place].tolist(), acceptance[place].tolist())
+        rows[row].extend_by_cycle(tokens, session.calls(row), *cycle)
     return emitted.gather(1, counts[:, None] - 1), counts
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.decoding.ar import decode_ar
-from nemodiff_train.decoding.generation import Generation
+from nemodiff_train.decoding.generation import Cycle, Generation
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
@@ -51,7 +51,8 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
         for forwards, gained in cycles:
             call += forwards
             done = len(generation.tokens)
-            generation.accepted.append(generation.extend(target[done : done + gained], [call] * gained))
+            generation.extend(target[done : done + gained], [call] * gained)
+            generation.cycles.append(Cycle(accepted=gained - 1, recovered=True))
         rows.append(generation)
     return rows
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.attention.state import DecodeBatch, KeyValueCache
-from nemodiff_train.decoding.stages import PipelineRunner
+from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 
 Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify", "fused", "search"]

@@ -1,6 +1,5 @@
-"""``nemodiff demo``: an AR checkpoint in, a tri-mode checkpoint out, scored in three modes; offline."""
+"""The demo: an AR checkpoint in, a tri-mode checkpoint out, scored in three modes; offline."""
 
-import argparse
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from nemodiff_train.console import console
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import check_can_be_made
 
 if TYPE_CHECKING:
     from nemodiff_train.evaluation.evaluation import Evaluation
@@ -28,32 +26,13 @@ THRESHOLD = 0.98  # a wrong digit is a wrong answer
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)  # further points of the accuracy against TPF curve
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("--output", required=True, help="folder for everything the demo makes; new or empty")
-    parser.add_argument("--start-from", metavar="DIR", help="your own Hugging Face AR model instead of a new one")
-    parser.add_argument("--mask-token", default="<|mask|>", help="a token of its that never occurs in text")
-    parser.add_argument("--count", type=int, default=200, help="held-out problems to score (%(default)s)")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Run the whole job, one announced step after another."""
-    output = Path(arguments.output)
-    check_can_be_made(output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"'{output}' is not empty; name a new folder, or remove it")
-    if arguments.start_from and not Path(arguments.start_from).is_dir():
-        raise UserError(f"'{arguments.start_from}' is not a directory; give a Hugging Face model directory")
-    if arguments.count < 1:
-        raise UserError(f"--count is {arguments.count}; it must be at least 1")
-    from nemodiff_train.runtime import init_runtime
-
+def run_demo(output: Path, start_from: str | None, mask_token: str, count: int) -> None:
+    """Run the whole job, one announced step after another; arguments as of :class:`Demo`."""
     started = time.monotonic()
-    init_runtime()
-    if arguments.start_from:
-        _check_mask_token(arguments.start_from, arguments.mask_token)
+    if start_from:
+        _check_mask_token(start_from, mask_token)
     output.mkdir(parents=True, exist_ok=True)
-    Demo(output, arguments.start_from, arguments.mask_token, arguments.count).run()
+    Demo(output, start_from, mask_token, count).run()
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 
@@ -205,13 +184,13 @@ class Demo:
         console.print(f"report: [bold]{report}[/bold]")
 
     def _evaluate(self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]) -> "Evaluation":
-        from nemodiff_train.evaluation.run import Plan, evaluate
+        from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
         from nemodiff_train.evaluation.tasks import load_task
         from nemodiff_train.model.loading import load_model
 
         task = load_task("arithmetic", count=self.count)
         opened = load_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
-        plan = Plan(modes=modes, thresholds=thresholds, batch_size=1)  # as one user sees the speed
+        plan = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # as one user sees the speed
         return evaluate(opened, task, plan, str(checkpoint))
 
 

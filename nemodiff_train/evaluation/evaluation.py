@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from nemodiff_train import __version__
 from nemodiff_train.evaluation.categories import CategoryMetrics, by_category
 from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
+from nemodiff_train.evaluation.pareto import Areas, Point, areas
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
 from nemodiff_train.evaluation.tasks import Task
-from nemodiff_train.report.pareto import Areas, Point, areas
 from nemodiff_train.report.trace import Decode, Trace, trace
 
 

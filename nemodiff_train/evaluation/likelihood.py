@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemodiff_train.console import progress_bar
-from nemodiff_train.decoding.stages import PipelineRunner
+from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import sums

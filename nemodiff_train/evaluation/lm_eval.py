@@ -16,8 +16,8 @@ from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.oracle import path_forwards
+from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
-from nemodiff_train.decoding.stages import PipelineRunner
 from nemodiff_train.model.loading import load_model
 
 

@@ -15,20 +15,20 @@ from nemodiff_train.evaluation.records import DecodeRecord, Settings
 Z_95 = 1.959964
 
 
-class PlaceAgreement(BaseModel):
-    """How often the verifier agreed with the draft at one place of the block."""
+class PositionAgreement(BaseModel):
+    """How often the verifier agreed with the draft at one position of the block."""
 
     model_config = ConfigDict(frozen=True)
 
-    place: int = Field(description="Drafted place, from 1; the block's first token is known and not drafted.")
-    drafted: int = Field(description="Cycles that drafted this place.")
+    position: int = Field(description="Drafted position, from 1; the block's first token is known, not drafted.")
+    drafted: int = Field(description="Cycles that drafted this position.")
     agreed: int = Field(description="Of those, cycles in which the verifier agreed here.")
-    reached: int = Field(description="Cycles in which the verifier agreed at every earlier place.")
-    accepted: int = Field(description="Of the cycles that reached this place, those that agreed here.")
+    reached: int = Field(description="Cycles in which the verifier agreed at every earlier position.")
+    accepted: int = Field(description="Of the cycles that reached this position, those that agreed here.")
     unconditional: float = Field(
         description="agreed / drafted. After a rejection the verifier still reads the rejected draft."
     )
-    conditional: float | None = Field(description="accepted / reached; none if no cycle reached the place.")
+    conditional: float | None = Field(description="accepted / reached; none if no cycle reached the position.")
 
 
 class ModeMetrics(BaseModel):
@@ -63,7 +63,7 @@ class ModeMetrics(BaseModel):
         description="Mean tokens committed per draft + verify cycle, bonus token included (NLD section 4.2). "
         "A cycle is at least two forwards: half of this is NLD's real TPF. None in modes without cycles."
     )
-    agreement: list[PlaceAgreement] = Field(description="Agreement of verifier and draft by place.")
+    agreement: list[PositionAgreement] = Field(description="Agreement of verifier and draft by position.")
     seconds: float = Field(description="Wall-clock seconds spent decoding.")
     tokens_per_second: float | None = Field(description="tokens / seconds, at the batch size of the run.")
     forwards_per_second: float | None = Field(description="Forwards of all kinds / seconds.")
@@ -103,10 +103,10 @@ def summarise(
     forwards: Counter[str] = Counter()
     for record in records:
         forwards.update(record.forwards)
-    cycles = [count for record in records for count in record.accepted]
+    cycles = [cycle for record in records for cycle in record.cycles]
     seconds = math.fsum(record.seconds for record in records)
     counted = forwards.total() - forwards["search"]
-    acceptance = [value for record in records for cycle in record.acceptance for value in cycle]
+    accept_probs = [probability for cycle in cycles for probability in cycle.accept_probs]
     by_kind: Counter[str] = Counter()
     for record in records:
         by_kind.update(record.seconds_by_kind)
@@ -122,21 +122,24 @@ def summarise(
         forwards=dict(forwards),
         tpf_all=tokens / counted,
         tpf_no_prefill=_ratio(tokens, counted - forwards["prefill"]),
-        acceptance_length=_ratio(sum(cycles), len(cycles)),
-        agreement=agreement_by_place([cycle for record in records for cycle in record.drafted]),
+        acceptance_length=_ratio(sum(cycle.committed for cycle in cycles), len(cycles)),
+        agreement=agreement_by_position([cycle.accept_mask for cycle in cycles]),
         seconds=seconds,
         tokens_per_second=_ratio(tokens, seconds),
         forwards_per_second=_ratio(forwards.total(), seconds),
-        introspective_acceptance=_ratio(math.fsum(acceptance), len(acceptance)),
+        introspective_acceptance=_ratio(math.fsum(accept_probs), len(accept_probs)),
         seconds_by_kind=dict(by_kind),
         identical_to_ar=None if ar is None else _identical(records, ar),
     )
 
 
-def agreement_by_place(cycles: Sequence[Sequence[bool]]) -> list[PlaceAgreement]:
-    """Count agreement at each drafted place; cycles may have drafted different numbers of places."""
-    width = max((len(cycle) for cycle in cycles), default=0)
-    return [_place(place, [cycle for cycle in cycles if len(cycle) >= place]) for place in range(1, width + 1)]
+def agreement_by_position(accept_masks: Sequence[Sequence[bool]]) -> list[PositionAgreement]:
+    """Count agreement at each drafted position; drafts may differ in length."""
+    longest = max(map(len, accept_masks), default=0)
+    return [
+        _agreement_at(position, [mask for mask in accept_masks if len(mask) >= position])
+        for position in range(1, longest + 1)
+    ]
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -147,17 +150,17 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _place(place: int, cycles: list[Sequence[bool]]) -> PlaceAgreement:
-    agreed = sum(cycle[place - 1] for cycle in cycles)
-    reached = sum(all(cycle[: place - 1]) for cycle in cycles)
-    accepted = sum(all(cycle[:place]) for cycle in cycles)
-    return PlaceAgreement(
-        place=place,
-        drafted=len(cycles),
+def _agreement_at(position: int, accept_masks: list[Sequence[bool]]) -> PositionAgreement:
+    agreed = sum(mask[position - 1] for mask in accept_masks)
+    reached = sum(all(mask[: position - 1]) for mask in accept_masks)
+    accepted = sum(all(mask[:position]) for mask in accept_masks)
+    return PositionAgreement(
+        position=position,
+        drafted=len(accept_masks),
         agreed=agreed,
         reached=reached,
         accepted=accepted,
-        unconditional=agreed / len(cycles),
+        unconditional=agreed / len(accept_masks),
         conditional=_ratio(accepted, reached),
     )
 

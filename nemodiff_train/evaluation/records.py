@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
 
@@ -26,29 +27,21 @@ class DecodeRecord:
         tokens: The new tokens, the stop token included if it was produced.
         forwards: Calls of the model by kind (``KINDS``). In a batch, a call counts once for each row
             that was still decoding, so the sum does not depend on the batch size.
-        accepted: Tokens committed by each draft + verify cycle, its bonus token included; empty in the
-            modes that have no such cycle. The token that the prefill yields belongs to no cycle.
-        drafted: For each cycle, whether the verifier agreed at each drafted place, first place first,
-            places after the first disagreement included.
-        proposed: For each cycle, the drafted tokens, rejected ones included; may be left empty.
-        acceptance: For each cycle and drafted place, min(1, p/q) of the drafted token, verifier over drafter,
-            at temperature 1; may be left empty.
-        seconds_by_kind: Of ``seconds``, those spent in the model, by kind of forward.
+        cycles: Draft + verify cycles; empty in the modes that have none. The token that the prefill yields
+            belongs to no cycle. An oracle's have no drafts.
+        seconds_by_kind: Seconds of ``seconds`` that were spent in the model, by kind of forward.
         seconds: Wall-clock seconds. In a batch, the batch's seconds divided by its rows, so that the
             sum over prompts is the time that passed.
         steps: For each token, the number of the cycle or forward that committed it (any numbers that
-            grow with time). May be left empty where ``accepted`` or plain AR decoding implies it.
+            grow with time). May be left empty where ``cycles`` or plain AR decoding implies it.
     """
 
     prompt_index: int
     tokens: list[int]
     forwards: dict[str, int]
-    accepted: list[int] = field(default_factory=list)
-    drafted: list[list[bool]] = field(default_factory=list)
+    cycles: list[Cycle] = field(default_factory=list)
     seconds: float = 0.0
     steps: list[int] = field(default_factory=list)
-    proposed: list[list[int]] = field(default_factory=list)
-    acceptance: list[list[float]] = field(default_factory=list)
     seconds_by_kind: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,10 +50,9 @@ class DecodeRecord:
             raise ValueError(f"unknown kinds of forward {sorted(unknown)}; known: {', '.join(KINDS)}")
         if not self.tokens or sum(self.forwards.values()) < 1:
             raise ValueError("a decoded prompt has at least one token and took at least one forward")
-        if sum(self.accepted) > len(self.tokens):
-            raise ValueError(f"cycles committed {sum(self.accepted)} tokens, but there are {len(self.tokens)}")
-        if self.drafted and len(self.drafted) != len(self.accepted):
-            raise ValueError(f"{len(self.drafted)} drafts in {len(self.accepted)} cycles")
+        committed = sum(cycle.committed for cycle in self.cycles)
+        if committed > len(self.tokens):
+            raise ValueError(f"cycles committed {committed} tokens, but there are {len(self.tokens)}")
         if self.steps and len(self.steps) != len(self.tokens):
             raise ValueError(f"{len(self.steps)} steps for {len(self.tokens)} tokens")
 
@@ -68,9 +60,9 @@ class DecodeRecord:
         """For each token, the cycle or forward that committed it; empty if the record does not tell."""
         if self.steps:
             return self.steps
-        if self.accepted:
-            before = len(self.tokens) - sum(self.accepted)
-            counts = [before, *self.accepted]
+        if self.cycles:
+            committed = [cycle.committed for cycle in self.cycles]
+            counts = [len(self.tokens) - sum(committed), *committed]
             return [cycle for cycle, count in enumerate(counts) for _ in range(count)]
         if set(self.forwards) <= {"prefill", "decode"}:
             return list(range(len(self.tokens)))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from nemodiff_train.evaluation.categories import CategoryMetrics
-from nemodiff_train.evaluation.metrics import ModeMetrics, PlaceAgreement
+from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
+from nemodiff_train.evaluation.pareto import FRONT, Point, curves, front, varied_settings
 from nemodiff_train.report.display import decimal, mode_class, percent, setting, title
-from nemodiff_train.report.pareto import FRONT, Point, curves, front, varied_settings
 from nemodiff_train.report.svg import (
     Labels,
     Scale,
@@ -203,15 +203,15 @@ def _accuracy_scale(shown: Sequence[ModeMetrics]) -> Scale:
     return Scale(max(low - room, -0.02), min(high + room, 1.02), BOTTOM, TOP)
 
 
-def agreement_curve(mode: str, agreement: Sequence[PlaceAgreement]) -> Markup:
-    """Share of cycles in which verifier and draft agree, by place in the block."""
-    places = max(len(agreement), 2)
-    x, y = Scale(0.5, places + 0.5, LEFT, RIGHT - 84), Scale(0, 1, BOTTOM, TOP)
-    reached = [(x(a.place), y(a.reached / a.drafted)) for a in agreement]
+def agreement_curve(mode: str, agreement: Sequence[PositionAgreement]) -> Markup:
+    """Draw the share of cycles in which verifier and draft agree, by position in the block."""
+    positions = max(len(agreement), 2)
+    x, y = Scale(0.5, positions + 0.5, LEFT, RIGHT - 84), Scale(0, 1, BOTTOM, TOP)
+    reached = [(x(a.position), y(a.reached / a.drafted)) for a in agreement]
     area = path([(reached[0][0], BOTTOM), *reached, (reached[-1][0], BOTTOM)], "area")
     series = [
-        [(a.place, a.conditional, a.reached) for a in agreement if a.conditional is not None],
-        [(a.place, a.unconditional, a.drafted) for a in agreement],
+        [(a.position, a.conditional, a.reached) for a in agreement if a.conditional is not None],
+        [(a.position, a.unconditional, a.drafted) for a in agreement],
     ]
     curves = [_agreement_line(points, index, x, y) for index, points in enumerate(series)]
     ends = spread([*(y(points[-1][1]) for points in series), reached[-1][1]], 17, TOP, BOTTOM - 4)
@@ -219,24 +219,24 @@ def agreement_curve(mode: str, agreement: Sequence[PlaceAgreement]) -> Markup:
         text(reached[-1][0] + 10, end + 4, name, f"label series-{index}")
         for index, (name, end) in enumerate(zip(("if reached", "every cycle", "reached"), ends, strict=True))
     ]
-    whole = [tick for tick in ticks(1, places, 8) if tick == int(tick)]
-    axes = _axes(x, y, "place in the drafted block", "agreement", whole)
+    whole = [tick for tick in ticks(1, positions, 8) if tick == int(tick)]
+    axes = _axes(x, y, "position in the drafted block", "agreement", whole)
     drawn = element("g", area, *curves, *names, class_=mode_class(mode))
-    return drawing(WIDTH, HEIGHT, f"Agreement by place, {title(mode)}", axes, drawn)
+    return drawing(WIDTH, HEIGHT, f"Agreement by position, {title(mode)}", axes, drawn)
 
 
 def _agreement_line(points: Sequence[tuple[int, float, int]], index: int, x: Scale, y: Scale) -> Markup:
     dots = [
         dot(
-            x(place),
+            x(position),
             y(share),
             3,
-            f"Place {place}: agreed in {percent(share)} of {cycles:,} cycles",
+            f"Position {position}: agreed in {percent(share)} of {cycles:,} cycles",
             "dot" if cycles >= FEW else "dot few",
         )
-        for place, share, cycles in points
+        for position, share, cycles in points
     ]
-    curve = path([(x(place), y(share)) for place, share, _ in points], "curve")
+    curve = path([(x(position), y(share)) for position, share, _ in points], "curve")
     return element("g", curve, *dots, class_=f"series-{index}")
 
 

@@ -17,7 +17,7 @@
   const output = () => article().querySelectorAll(".output")[mode()];
   const trace = () => traces[Number(sample.value)][mode()];
 
-  // A drafted token in its place: tentative, or struck through once the verifier has refused it.
+  // A draft token: tentative, or struck through once the verifier has rejected it.
   function chip(text, name, title) {
     const made = document.createElement(name === "del" ? "del" : "span");
     made.className = `drafted ${name}`;
@@ -27,16 +27,16 @@
   }
 
   function chips(draft, verified) {
-    const from = verified ? draft.kept : 0;
+    const from = verified ? draft.accepted : 0;
     return draft.texts.slice(from).map((text, index) => {
-      if (!verified) return chip(text, "tentative", `drafted, place ${index + 1}`);
-      const agreed = draft.agreed[from + index];
-      return chip(text, "del", agreed ? "dropped: behind a disagreement or the end" : "rejected");
+      if (!verified) return chip(text, "tentative", `drafted, position ${index + 1}`);
+      const passed = draft.accept_mask[from + index];
+      return chip(text, "del", passed ? "dropped: after a rejection or the end" : "rejected");
     }).filter((made) => made.textContent);
   }
 
   function show() {
-    const { steps, places, drafts, frames } = trace();
+    const { steps, positions, drafts, frames } = trace();
     const frame = frames[Number(slider.value)];
     const text = output().querySelector(".text");
     text.querySelectorAll(".drafted").forEach((old) => old.remove());
@@ -48,7 +48,7 @@
       const committed = steps[index] <= frame.step;
       if (!committed && next === null) next = piece;
       piece.classList.toggle("masked", !committed);
-      piece.classList.toggle("covered", !committed && places[index] < covered);
+      piece.classList.toggle("covered", !committed && positions[index] < covered);
       piece.classList.toggle("fresh", steps[index] === frame.step && (!draft || frame.verified));
     });
     if (draft) chips(draft, frame.verified).forEach((made) => text.insertBefore(made, next));

@@ -11,12 +11,12 @@ from markupsafe import Markup
 from pydantic import JsonValue
 
 from nemodiff_train.evaluation.evaluation import Evaluation
-from nemodiff_train.evaluation.metrics import ModeMetrics, PlaceAgreement
+from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
+from nemodiff_train.evaluation.pareto import Area, varied_settings
 from nemodiff_train.evaluation.records import KINDS, write_records
 from nemodiff_train.files import usable_directory, write_atomic
 from nemodiff_train.report import charts, display
 from nemodiff_train.report.page import inline_json, render_page
-from nemodiff_train.report.pareto import Area, varied_settings
 from nemodiff_train.report.trace import Trace
 
 _SWEPT = ("block_size", "threshold")
@@ -44,7 +44,7 @@ def write_report(directory: Path, evaluation: Evaluation) -> Path:
 
 def rules() -> dict[str, str]:
     """Every figure's counting rule in words, by field name."""
-    fields = {**ModeMetrics.model_fields, **PlaceAgreement.model_fields, "aup": Area.model_fields["aup"]}
+    fields = {**ModeMetrics.model_fields, **PositionAgreement.model_fields, "aup": Area.model_fields["aup"]}
     return {name: field.description or "" for name, field in fields.items()}
 
 
@@ -92,7 +92,7 @@ def _replay(trace: Trace) -> JsonValue:
     """What the script needs of a trace: the text itself it finds on the page."""
     return {
         "steps": [piece.step for piece in trace.pieces],
-        "loss_indices": [piece.place for piece in trace.pieces],
+        "positions": [piece.position for piece in trace.pieces],
         "drafts": [draft.model_dump() for draft in trace.drafts],
         "frames": [frame.model_dump() for frame in trace.frames],
     }
@@ -168,7 +168,7 @@ def _category_picture(evaluation: Evaluation) -> list[Picture]:
 def _agreement_picture(mode: str, metrics: ModeMetrics) -> Picture:
     caption = (
         f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles that reach "
-        "the place and in every cycle. Shaded: share of cycles that reach it. Hollow: fewer than "
+        "the position and in every cycle. Shaded: share of cycles that reach it. Hollow: fewer than "
         f"{charts.FEW} cycles. A cycle commits {display.decimal(metrics.acceptance_length)} tokens on average."
     )
-    return Picture("Agreement by place in the block", caption, charts.agreement_curve(mode, metrics.agreement))
+    return Picture("Agreement by position in the block", caption, charts.agreement_curve(mode, metrics.agreement))

@@ -5,6 +5,7 @@ from itertools import accumulate
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.evaluation.records import DecodeRecord
 
 Decode = Callable[[list[int]], str]
@@ -20,20 +21,19 @@ class Piece(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     text: str
-    place: int = Field(description="Index of its first token.")
+    position: int = Field(description="Index of its first token in the output.")
     step: int | None = Field(description="The cycle or forward that committed it, from 0; none if not known.")
 
 
 class Draft(BaseModel):
-    """What one cycle proposed."""
+    """The draft of one cycle."""
 
     model_config = ConfigDict(frozen=True)
 
     start: int = Field(description="Index of the first token it may commit.")
-    texts: list[str] = Field(description="The drafted tokens.")
-    agreed: list[bool] = Field(description="Whether the verifier would have chosen the same token, by place.")
-    kept: int = Field(description="Drafted tokens that were committed.")
-    committed: int = Field(description="Tokens that the cycle committed, its bonus token included.")
+    texts: list[str] = Field(description="The draft tokens.")
+    accept_mask: list[bool] = Field(description="Whether each draft token passed the verifier's test.")
+    accepted: int = Field(description="Draft tokens that were committed.")
 
 
 class Frame(BaseModel):
@@ -72,8 +72,8 @@ def pieces(record: DecodeRecord, decode: Decode) -> list[Piece]:
     """Cut a record's text at token borders; a character made of several tokens stays whole."""
     steps = _ranks(record)
     if not steps:
-        return [Piece(text=decode(record.tokens), place=0, step=None)]
-    return [Piece(text=text, place=place, step=steps[end]) for text, place, end in _cut(record.tokens, decode)]
+        return [Piece(text=decode(record.tokens), position=0, step=None)]
+    return [Piece(text=text, position=first, step=steps[last]) for text, first, last in _cut(record.tokens, decode)]
 
 
 def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
@@ -91,30 +91,32 @@ def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
 
 
 def _ranks(record: DecodeRecord) -> list[int]:
-    """For each token, the place of its step among all steps that committed something."""
+    """Return for each token the rank of its step among all steps that committed something."""
     steps = record.commit_steps()
     order = {step: rank for rank, step in enumerate(sorted(set(steps)))}
     return [order[step] for step in steps]
 
 
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
-    if not len(record.proposed) == len(record.drafted) == len(record.accepted):
+    if not all(cycle.draft_tokens for cycle in record.cycles):
         return []
-    ends = list(accumulate(record.accepted, initial=len(record.tokens) - sum(record.accepted)))
-    rows = zip(ends, record.proposed, record.drafted, record.accepted, strict=False)
-    return [_draft(record, decode, *row) for row in rows]
+    committed = [cycle.committed for cycle in record.cycles]
+    starts = accumulate(committed, initial=len(record.tokens) - sum(committed))
+    return [_draft(record, decode, start, cycle) for start, cycle in zip(starts, record.cycles, strict=False)]
 
 
-def _draft(
-    record: DecodeRecord, decode: Decode, start: int, proposed: list[int], agreed: list[bool], committed: int
-) -> Draft:
+def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Draft:
     before = record.tokens[max(start - CONTEXT, 0) : start]
-    texts = [""] * len(proposed)  # stays empty at special tokens and inside a character of several tokens
-    for text, first, _ in _cut([*before, *proposed], decode):
+    texts = [""] * len(cycle.draft_tokens)  # stays empty at special tokens and inside a character of several tokens
+    for text, first, _ in _cut([*before, *cycle.draft_tokens], decode):
         if first >= len(before):
             texts[first - len(before)] = text
-    right = agreed.index(False) if False in agreed else len(agreed)
-    return Draft(start=start, texts=texts, agreed=agreed, kept=min(right, committed), committed=committed)
+    return Draft(
+        start=start,
+        texts=texts,
+        accept_mask=cycle.accept_mask,
+        accepted=cycle.accepted,
+    )
 
 
 def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
@@ -129,8 +131,8 @@ def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
             frames.append(Frame(words=f"{name} \N{MIDDLE DOT} {done}", step=rank))
             continue
         draft, cycle = drafts[index], f"Cycle {index + 1} of {len(drafts)}"
-        drafted = f"{cycle} drafts {len(draft.agreed)}"
-        verified = f"{cycle} keeps {draft.kept} of {len(draft.agreed)} \N{MIDDLE DOT} {done}"
+        drafted = f"{cycle} drafts {len(draft.texts)}"
+        verified = f"{cycle} accepts {draft.accepted} of {len(draft.texts)} \N{MIDDLE DOT} {done}"
         frames += [
             Frame(words=drafted, step=rank - 1, draft=index),
             Frame(words=verified, step=rank, draft=index, verified=True),

@@ -1,14 +1,29 @@
-"""Running Megatron where some of what it expects is missing.
+"""Run Megatron where some of what it expects is missing, and without what it imports but this project never calls.
 
-Two separate jobs:
+* :mod:`~nemodiff_train.runtime.start` finds out what this machine has, and prepares the process for it;
+* :mod:`~nemodiff_train.runtime.packages` stands in for packages that Megatron imports without a guard;
+* :mod:`~nemodiff_train.runtime.cpu` is the CPU backend: the CPU in the place of CUDA, where no GPU works.
 
-* :mod:`nemodiff_train.runtime.packages`: stand-ins for packages that Megatron Bridge imports without a
-  guard and this project never calls.  Also needed on a GPU machine without Transformer Engine.
-* :mod:`nemodiff_train.runtime.cpu`: the CPU standing in for CUDA, where no GPU works.
-
-:func:`init_runtime` does both, once, and must run before anything imports ``megatron``.
+:func:`init_runtime` does all of it, once, and must run before anything imports ``megatron``.  Importing this package
+imports none of them, so that the command line can refuse arguments without loading torch.
 """
 
-from nemodiff_train.runtime.start import Host, init_runtime
+import functools
+from typing import TYPE_CHECKING
 
-__all__ = ["Host", "init_runtime"]
+if TYPE_CHECKING:
+    from nemodiff_train.runtime.start import Host
+
+
+@functools.cache
+def init_runtime() -> "Host":
+    """Make ``megatron`` importable and runnable on this machine, and print one line that says what was done.
+
+    Returns:
+        What the machine has; the same object at every call.
+    """
+    from nemodiff_train.runtime.start import announce, init_quietly
+
+    host = init_quietly()
+    announce(host)
+    return host

@@ -48,21 +48,15 @@ def _quiet_third_parties() -> None:
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
-@functools.cache
-def init_runtime() -> Host:
-    """Make ``megatron`` importable and runnable on this machine; say in one line what was done.
-
-    Call before importing ``megatron``.  Inert where CUDA works and every package is installed.
-    """
-    host = init_quietly()
+def announce(host: Host) -> None:
+    """Print one line that says what this machine has, from rank 0."""
     if is_main_process():
         console.print(f"[dim]{host}[/dim]")
-    return host
 
 
 @functools.cache
 def init_quietly() -> Host:
-    """:func:`init_runtime` for a process that a prepared one has started, without the line."""
+    """Prepare this process without a word; for one that a prepared process has started, else use ``init_runtime``."""
     _quiet_third_parties()
     cuda = torch.cuda.is_available()
     if not cuda:

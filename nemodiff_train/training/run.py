@@ -1,53 +1,38 @@
-"""``nemodiff train RECIPE [key=value ...]``, alone or under torchrun."""
+"""Train a configuration, alone or under torchrun; a run continues where its output folder has a checkpoint."""
 
-import argparse
 import contextlib
 import logging
 import netrc
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from nemodiff_train.console import console
-from nemodiff_train.distributed import is_main_process
+from nemodiff_train.distributed import free_port, is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
-    parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="with --dry-run: GB of one GPU (default 80)")
+def check_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int:
+    """Check a run on any machine without starting it, and print one page.
 
+    Args:
+        config: The run.
+        gpus: GPUs of the run; None for the fewest that its layout takes.
+        gpu_memory: GB (1e9 bytes) of one GPU.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train; resumes by itself when the output folder has a checkpoint."""
-    if not arguments.dry_run and arguments.gpus is not None:
-        raise UserError("--gpus goes with --dry-run; a run has the processes that torchrun starts")
-    if (arguments.gpus is not None and arguments.gpus < 1) or not arguments.gpu_memory > 0:
-        raise UserError("--gpus and --gpu-memory take a number above 0")
-    from nemodiff_train.runtime import init_runtime
+    Returns:
+        0, or 2 if problems were found.
+    """
+    from nemodiff_train.validation.dry_run import dry_run
 
-    init_runtime()
-    from nemodiff_train.config.recipes import load_recipe
-
-    config = load_recipe(arguments.recipe, arguments.settings)
-    if arguments.dry_run:
-        from nemodiff_train.validation.dry_run import dry_run
-
-        _fit_to_host(config)
-        return dry_run(config, arguments.gpus, arguments.gpu_memory)
-    train(config)
-    return 0
+    _fit_to_host(config)
+    return dry_run(config, gpus, gpu_memory)
 
 
 def train(config: "TriModeConfig") -> None:
@@ -157,13 +142,6 @@ def _fit_to_host(config: "TriModeConfig") -> None:
         config.model.use_cpu_initialization = True
         config.dataset.num_workers = 0
         config.dataset.pin_memory = False
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:

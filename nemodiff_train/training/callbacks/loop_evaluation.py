@@ -14,8 +14,8 @@ from nemodiff_train.console import console
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
-from nemodiff_train.evaluation.run import Plan, evaluate
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.loading import LoadedModel, stop_tokens
 from nemodiff_train.report.display import percent
@@ -44,7 +44,7 @@ class LoopEvaluation(Callback):
             return
         modes = ("ar",) if config.objective.stage == "ar" else tuple(chosen.modes)
         self.task = load_task(chosen.task, scorer=chosen.scorer, count=chosen.count)
-        self.plan = Plan(modes=modes, batch_size=chosen.count, chat=chosen.chat)
+        self.plan = EvaluationSettings(modes=modes, batch_size=chosen.count, chat=chosen.chat)
         self.tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
         self.settings = DecodingSettings(
             max_new_tokens=chosen.max_new_tokens,

@@ -24,7 +24,7 @@ OF_POLICY = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EvaluationSettings:
     """What to evaluate."""
 
     modes: tuple[str, ...] = ("ar", "diffusion", "linear")
@@ -38,7 +38,9 @@ class Plan:
     """Prompts are put into the tokenizer's chat template, as what a user says."""
 
 
-def evaluate(opened: LoadedModel, task: Task, plan: Plan, checkpoint: str, shown: bool | None = None) -> Evaluation:
+def evaluate(
+    opened: LoadedModel, task: Task, plan: EvaluationSettings, checkpoint: str, shown: bool | None = None
+) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 
     Args:
@@ -64,7 +66,7 @@ def evaluate(opened: LoadedModel, task: Task, plan: Plan, checkpoint: str, shown
     )
 
 
-def settings_of(mode: str, settings: DecodingSettings, plan: Plan) -> list[DecodingSettings]:
+def settings_of(mode: str, settings: DecodingSettings, plan: EvaluationSettings) -> list[DecodingSettings]:
     """All settings that a mode is decoded with: the grid of the plan, as far as the mode depends on it."""
     used = _used(mode, settings)
     sizes = {settings.block_size, *(plan.block_sizes if "block_size" in used else ())}
@@ -126,10 +128,7 @@ def _decode_batch(
             prompt_index=index,
             tokens=generation.tokens,
             forwards=path_forwards(generation, session.forwards[row]),
-            accepted=generation.accepted,
-            drafted=generation.agreed,
-            proposed=generation.drafts,
-            acceptance=generation.acceptance,
+            cycles=generation.cycles,
             seconds=seconds,
             seconds_by_kind={kind: spent / rows for kind, spent in session.seconds.items()},
             steps=generation.steps,

@@ -1,0 +1,118 @@
+"""The headers of the weights in a Hugging Face directory; read without torch."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from nemodiff_train.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+_ITEM_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Bytes per element of the dtypes that hold plain weights."""
+
+_LONGEST = 255  # bytes of a file's name
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it, such as ``BF16``."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the data."""
+        return _ITEM_SIZES.get(self.dtype, 1) * math.prod(self.shape)
+
+
+def read_headers(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a directory, from the headers of its files.
+
+    Raises:
+        UserError: No safetensors, a file that is missing or cut off, or an index that does not fit the files.
+    """
+    weight_map = _index(directory)
+    files = sorted({directory / name for name in weight_map.values()})
+    # Some publishers put the weights beside them a second time, under names of their own.
+    files = files or sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
+    for file in files:
+        _check_siblings(file)
+    found: dict[str, Stored] = {}
+    for file in files:
+        with opened(file, framework="np") as content:
+            for name in content.keys():  # noqa: SIM118  (no mapping)
+                if name in found:
+                    raise UserError(f"'{name}' is both in '{found[name].file}' and in '{file}'; fetch both again")
+                part = content.get_slice(name)
+                found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+    for name, file_name in weight_map.items():
+        if name not in found or found[name].file.name != file_name:
+            raise UserError(
+                f"'{directory / INDEX}' says that '{name}' is in {file_name}, but it is not; fetch it again"
+            )
+    if extra := sorted(set(found) - set(weight_map)) if weight_map else []:
+        raise UserError(f"'{found[extra[0]].file}' holds '{extra[0]}', which '{INDEX}' does not name; fetch it again")
+    return found
+
+
+@contextmanager
+def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
+    """Open a safetensors file for reading.
+
+    Args:
+        file: The file.
+        framework: Kind of the tensors that it gives: ``pt``, or ``np``, which does not import torch.
+
+    Raises:
+        UserError: It is missing, cut off or no such file.
+    """
+    if not file.is_file():
+        raise UserError(f"'{file}' is missing; fetch it again")
+    try:
+        with safe_open(file, framework=framework) as content:
+            yield content
+    except SafetensorError as error:
+        raise UserError(f"'{file}' is damaged or incomplete ({error}); fetch it again") from None
+
+
+def _index(directory: Path) -> dict[str, str]:
+    file = directory / INDEX
+    if not file.is_file():
+        return {}
+    try:
+        weight_map = json.loads(file.read_text())["weight_map"]
+        names = {str(name): shard for name, shard in weight_map.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"'{file}' is no index of safetensors; fetch it again") from None
+    if outside := [shard for shard in names.values() if not _is_file_name(shard)]:
+        raise UserError(f"'{file}' names '{outside[0]!s:.200}', which is not a file beside it; fetch it again")
+    return names
+
+
+def _is_file_name(shard: Any) -> bool:
+    """Whether an index names what a file can be called, and no path."""
+    return isinstance(shard, str) and Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST
+
+
+def _check_siblings(file: Path) -> None:
+    """Of numbered files all must be there; without an index a missing one would go unnoticed."""
+    if numbered := _NUMBERED.fullmatch(file.name):
+        stem, _, count = numbered.groups()
+        for number in range(1, int(count) + 1):
+            sibling = file.with_name(f"{stem}-{number:05d}-of-{count}.safetensors")
+            if not sibling.is_file():
+                raise UserError(f"'{sibling}' is missing, but there are others of {int(count)}; fetch it again")

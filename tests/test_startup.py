@@ -1,0 +1,83 @@
+"""What a command imports: arguments are refused, and folders looked at, without torch's distributed stack."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemodiff_train.cli import VERBS
+from tests.prepared import write_jsonl
+
+WATCHED = """
+import sys
+from nemodiff_train.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as leaving:
+    code = leaving.code
+heavy = [name for name in ("torch", "megatron", "transformers") if name in sys.modules]
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+def start(*words: str | Path) -> tuple[int, str]:
+    """Exit code of a command (1 if it imported something heavy), and what it said of errors."""
+    done = subprocess.run([sys.executable, "-c", WATCHED, *map(str, words)], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_light(verb: str) -> None:
+    code, errors = start(verb, "--help")
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize("action", ["import", "export", "verify", "inspect"])
+def test_help_of_a_conversion_is_light(action: str) -> None:
+    code, errors = start("convert", action, "--help")
+    assert code == 0, errors
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "demo_ar", "--gpus", "8"],
+        ["plan", "demo_ar", "--gpus", "0"],
+        ["launch", "demo_ar"],
+        ["convert", "verify", "a", "b", "--tolerance", "-1"],
+        ["convert", "import", "a", "b", "--tensor-parallel", "2"],
+        ["convert", "export", "a", "b", "--pipeline-parallel", "3"],
+        ["eval", "x", "--output", "y", "--task", "arithmetics"],
+        ["eval", "x", "--output", "y", "--thresholds", "2"],
+        ["lm-eval", "--no-such-option"],
+        ["likelihood", "x", "no-such-file.txt"],
+        ["generate", "x", "prompt", "--temperature", "-1"],
+        ["data", "merge", "a"],
+        ["demo", "--output", "/proc/nowhere"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_refusals_are_light(words: list[str]) -> None:
+    code, errors = start(*words)
+    assert code == 2, errors
+
+
+def test_inspecting_a_model_is_light(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}')
+    code, errors = start("convert", "inspect", tmp_path)
+    assert code in (0, 2) and "imported" not in errors
+
+
+def test_inspecting_a_checkpoint_is_light(tmp_path: Path) -> None:
+    iteration = tmp_path / "iter_0000001"
+    iteration.mkdir()
+    (iteration / "run_config.yaml").write_text("model: {_target_: x.y}\n")
+    code, errors = start("convert", "inspect", tmp_path)
+    assert code in (0, 2) and "imported" not in errors
+
+
+def test_missing_folder_of_data_is_refused_lightly(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    code, errors = start("data", "inspect", rows)
+    assert code == 2, errors
