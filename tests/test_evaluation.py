@@ -1,6 +1,5 @@
 """Records, metrics and the report: figures recomputed by hand, refusals, a sound page."""
 
-import csv
 import io
 import json
 import re
@@ -141,7 +140,7 @@ def test_pieces_keep_characters_whole() -> None:
 
 
 def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
-    write_report(tmp_path / "new" / "report", evaluation())
+    write_report(tmp_path / "new" / "report", evaluation(), decode)
     directory = tmp_path / "new" / "report"
     runs = defaultdict(list)
     for row in read_records(directory / "records.jsonl"):
@@ -157,24 +156,10 @@ def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
     assert [point["metrics"]["settings"] for point in figures["sweep"]] == [{"threshold": 0.5}, {"threshold": 0.9}]
     assert "prefill" in figures["rules"]["tpf_all"] and figures["versions"]["torch"]
     assert sorted(path.name for path in directory.iterdir()) == [
-        "metrics.csv",
         "metrics.json",
         "records.jsonl",
         "report.html",
     ]
-
-
-def test_csv_has_a_row_for_each_run(tmp_path: Path) -> None:
-    write_report(tmp_path, evaluation())
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    assert [(row["run"], row["mode"], row["threshold"]) for row in rows] == [
-        ("mode", "ar", ""),
-        ("mode", "diffusion", "0.9"),
-        ("mode", "linear", ""),
-        ("sweep", "diffusion", "0.5"),
-        ("sweep", "diffusion", "0.9"),
-    ]
-    assert rows[2]["tpf_all"] == "0.75" and rows[2]["forwards_draft"] == "3" and rows[0]["forwards_draft"] == "0"
 
 
 class _Page(HTMLParser):
@@ -211,7 +196,7 @@ def read_page(path: Path) -> _Page:
 
 
 def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
-    page = read_page(write_report(tmp_path, evaluation()))
+    page = read_page(write_report(tmp_path, evaluation(), decode))
     assert not page.loads and not {"link", "img", "iframe"} & set(page.seen) and page.seen.count("script") == 2
     assert "run/<script>alert(1)</script>[red]" in page.words and " <b>" in page.words
     html = (tmp_path / "report.html").read_text()
@@ -223,9 +208,9 @@ def test_page_of_one_mode_with_one_place(tmp_path: Path) -> None:
         0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(0, recovered=True, accept_mask=[False])]
     )
     task = Task("one", [Prompt(prompt="7", answer="7")], make_scorer("exact"))
-    single = assemble("m", task, [Run("linear", {}, [record])], decode, settings={}, samples=0)
-    page = read_page(write_report(tmp_path, single))
-    assert page.seen.count("svg") == 3 and "Sample outputs" not in page.words
+    single = assemble("m", task, [Run("linear", {}, [record])], decode, settings={})
+    page = read_page(write_report(tmp_path, single, decode))
+    assert page.seen.count("svg") == 3
 
 
 def test_table_names_modes_and_rule() -> None:

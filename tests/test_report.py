@@ -1,6 +1,5 @@
-"""The pages: every figure from the records alone, the replay, the comparison, and what a browser makes of them."""
+"""The report: every figure from the records alone, the replay, and what a browser makes of the page."""
 
-import io
 import json
 import math
 import re
@@ -11,21 +10,16 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
-from rich.console import Console
 
 from nemodiff_train.cli import main
 from nemodiff_train.decoding.generation import Cycle, DecodingSettings
-from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluate import EvaluationSettings, settings_of
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
 from nemodiff_train.evaluation.pareto import Point, areas, aup, front
 from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.report import charts, display
-from nemodiff_train.report.compare import compare, mcnemar, write_comparison
-from nemodiff_train.report.page import inline_json
-from nemodiff_train.report.report import write_report
-from nemodiff_train.report.table import print_comparison
+from nemodiff_train.report.report import inline_json, write_report
 from nemodiff_train.report.trace import trace
 from tests import browser, evaluations
 
@@ -34,7 +28,7 @@ from tests import browser, evaluations
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished report."""
     directory = tmp_path_factory.mktemp("report")
-    write_report(directory, evaluations.evaluation())
+    write_report(directory, evaluations.evaluation(), evaluations.text)
     return directory
 
 
@@ -273,102 +267,31 @@ def test_unknown_modes_have_a_colour() -> None:
     assert display.title("unheard") == "unheard"
 
 
-# The comparison.
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, report: Path) -> tuple[Path, Path]:
-    """Two reports, the second over fewer prompts."""
-    other = tmp_path_factory.mktemp("other")
-    write_report(other, evaluations.evaluation(seed=1, prompts=9))
-    return report, other
-
-
-def test_comparison_by_hand(two: tuple[Path, Path]) -> None:
-    comparison = compare(*two)
-    assert comparison.prompts == 9 and comparison.a.prompts_only_here == 3 and comparison.b.prompts_only_here == 0
-    rights = []
-    for directory in two:
-        rows = runs_of(directory)["linear", '{"block_size": 8}'][:9]
-        rights.append([row["correct"] for row in rows])
-    linear = comparison.modes["linear"]
-    pairs = list(zip(*rights, strict=True))
-    assert [each.prompt_index for each in linear.lost] == [i for i, pair in enumerate(pairs) if pair == (True, False)]
-    assert [each.prompt_index for each in linear.gained] == [
-        i for i, pair in enumerate(pairs) if pair == (False, True)
-    ]
-    assert linear.lost or linear.gained
-    assert (linear.a.accuracy, linear.b.accuracy) == tuple(sum(right) / 9 for right in rights)
-
-
-def test_mcnemar() -> None:
-    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
-    assert mcnemar(0, 5) == pytest.approx(2 / 32) and mcnemar(1, 5) == pytest.approx(2 * 7 / 64)
-
-
-def test_comparison_command(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--compare", str(two[0]), str(two[1]), "--output", str(tmp_path)]) == 0
-    assert "wrong in A, right in B" in capsys.readouterr().out
-    page = (tmp_path / "comparison.html").read_text()
-    assert "Changed answers" in page and not re.search(r"(?:src|href)=|url\(|@import", page)
-    assert json.loads((tmp_path / "comparison.json").read_text())["prompts"] == 9
-
-
-def test_comparison_table(two: tuple[Path, Path]) -> None:
-    console = Console(width=80, record=True, file=io.StringIO())
-    comparison = compare(*two)
-    print_comparison(comparison, console)
-    shown = console.export_text()
-    change = comparison.modes["linear"].b.tpf_all - comparison.modes["linear"].a.tpf_all
-    assert f"{change:+.2f}".replace("-", "\N{MINUS SIGN}") in shown and "…" not in shown
+# The command.
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "either a checkpoint"),
-        (["checkpoint", "--compare", "{a}", "{b}"], "either a checkpoint"),
-        (["--compare", "{a}", "{a}/nowhere"], "no finished evaluation"),
-        (["--compare", "{a}", "{old}"], "no evaluation of this version"),
-        (["checkpoint", "--block-sizes", "8,x"], "--block-sizes '8,x'"),
-        (["checkpoint", "--block-sizes", "1"], "it must be at least 2"),
+        (["--block-sizes", "8,x"], "--block-sizes '8,x'"),
+        (["--block-sizes", "1"], "it must be at least 2"),
     ],
 )
 def test_bad_words_are_refused(
-    words: list[str], named: str, two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "metrics.json").write_text('{"sweep": [[0.5, {}]]}')
-    filled = [word.format(a=two[0], b=two[1], old=tmp_path) for word in words]
-    assert main(["eval", *filled, "--output", str(tmp_path / "out")]) == 2
+    assert main(["eval", "checkpoint", *words, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_evaluations_without_a_common_prompt_are_refused(report: Path, tmp_path: Path) -> None:
-    made = evaluations.evaluation()
-    other = [row.model_copy(update={"prompt": "another"}) for row in made.records]
-    write_report(tmp_path, made.model_copy(update={"records": other}))
-    with pytest.raises(UserError, match="no prompt in common"):
-        compare(report, tmp_path)
-
-
-# What a browser makes of the pages.
-
-PAGES = ("report.html", "comparison.html")
-
-
-@pytest.fixture(scope="module")
-def pages(two: tuple[Path, Path]) -> Path:
-    """A folder with both pages."""
-    write_comparison(two[0], compare(*two))
-    return two[0]
+# What a browser makes of the page.
 
 
 @browser.needs_browser
-@pytest.mark.parametrize("name", PAGES)
-def test_pages_are_drawn_in_light_and_dark(pages: Path, name: str, tmp_path: Path) -> None:
+def test_page_is_drawn_in_light_and_dark(report: Path, tmp_path: Path) -> None:
     light, dark = (
-        Image.open(browser.screenshot(pages / name, tmp_path / f"{dark}.png", dark=dark)).convert("L")
+        Image.open(browser.screenshot(report / "report.html", tmp_path / f"{dark}.png", dark=dark)).convert("L")
         for dark in (False, True)
     )
     for picture in (light, dark):
@@ -383,16 +306,15 @@ def mean(picture: Image.Image) -> float:
 
 
 @browser.needs_browser
-@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [390, 1000])
-def test_nothing_is_wider_than_the_window(pages: Path, name: str, width: int) -> None:
+def test_nothing_is_wider_than_the_window(report: Path, width: int) -> None:
     clipped = "[...document.querySelectorAll('.stack')].filter(box => box.scrollWidth > box.clientWidth).length"
     script = f"[document.documentElement.scrollWidth, {clipped}].join()"
-    assert browser.evaluate(pages / name, script, width=width) == f"{width},0"
+    assert browser.evaluate(report / "report.html", script, width=width) == f"{width},0"
 
 
 @browser.needs_browser
-def test_slider_replays_the_decoding(pages: Path) -> None:
+def test_slider_replays_the_decoding(report: Path) -> None:
     record = next(
         row.decoded
         for row in evaluations.evaluation().records
@@ -409,7 +331,7 @@ def test_slider_replays_the_decoding(pages: Path) -> None:
       }
       return JSON.stringify(seen);
     })()"""
-    seen = json.loads(browser.evaluate(pages / "report.html", script))
+    seen = json.loads(browser.evaluate(report / "report.html", script))
     expected, committed = [[1, 0, 0]], 1
     for cycle in record.cycles:
         expected.append([committed, len(cycle.draft_tokens), 0])
@@ -419,7 +341,7 @@ def test_slider_replays_the_decoding(pages: Path) -> None:
 
 
 @browser.needs_browser
-def test_arrow_keys_modes_and_samples(pages: Path) -> None:
+def test_arrow_keys_modes_and_samples(report: Path) -> None:
     script = """(() => {
       const viewer = document.getElementById('viewer'), slider = document.getElementById('frame');
       const press = (key) => viewer.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
@@ -433,15 +355,15 @@ def test_arrow_keys_modes_and_samples(pages: Path) -> None:
       sample.dispatchEvent(new Event('change'));
       return [stepped, shown().length, shown()[0].dataset.mode, shown()[0].closest('article').dataset.sample].join();
     })()"""
-    assert browser.evaluate(pages / "report.html", script) == "1,1,ar,3"
+    assert browser.evaluate(report / "report.html", script) == "1,1,ar,3"
 
 
 @browser.needs_browser
-def test_page_runs_its_script_under_its_own_policy(pages: Path, tmp_path: Path) -> None:
+def test_page_runs_its_script_under_its_own_policy(report: Path, tmp_path: Path) -> None:
     """Without the script the controls are hidden and all outputs are there; the page as written shows them."""
-    dumped = browser.dump(pages / "report.html")
+    dumped = browser.dump(report / "report.html")
     assert re.search(r'id="viewer" class="live"', dumped)
-    still = (pages / "report.html").read_text()
+    still = (report / "report.html").read_text()
     (tmp_path / "still.html").write_text(re.sub(r"<script>.*?</script>", "", still, flags=re.DOTALL))
     visible = "[...document.querySelectorAll('.output')].filter((each) => each.checkVisibility()).length"
     assert browser.evaluate(tmp_path / "still.html", visible) == str(6 * 4)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -15,8 +15,8 @@ class Kernel:
 
     name: Literal["sdpa", "flex"]
     tile: tuple[int, int] = (128, 128)
-    """Queries and keys of a tile of FlexAttention's block mask."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    """Number of queries and of keys per tile of FlexAttention's block mask."""
+    options: Mapping[str, object] = field(default_factory=dict)
     """FlexAttention's ``kernel_options``."""
 
 
@@ -25,14 +25,14 @@ def select_kernel(
     causal: bool,
     kernel: str = "auto",
     tile: int = 0,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Kernel:
-    """The kernel for a plan.
+    """Select the kernel of a plan.
 
-    The smaller a tile, the fewer pairs it holds that the rule forbids.  But FlexAttention refuses one that the steps
-    of its kernels do not divide, which are up to 128 long on Hopper and Blackwell; and even that computes only a few
-    percent more than the rule allows, whatever the diffusion block (tools/bench/attention).  On Blackwell the flash
-    kernels take 256 queries.
+    The smaller a tile, the fewer pairs it holds that the rule forbids. But FlexAttention refuses tiles that the steps
+    of its kernels do not divide, which are up to 128 long on Hopper and Blackwell; and even tiles of 128 compute only
+    a few percent more than the rule allows, whatever the diffusion block (tools/bench/attention). On Blackwell the
+    flash kernels take 256 queries.
 
     Args:
         device: Where it runs.

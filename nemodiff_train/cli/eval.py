@@ -1,4 +1,4 @@
-"""``nemodiff eval CHECKPOINT --task TASK --output DIRECTORY``, and ``nemodiff eval --compare DIR DIR``."""
+"""``nemodiff eval CHECKPOINT --task TASK --output DIRECTORY``."""
 
 import argparse
 from collections.abc import Callable
@@ -10,15 +10,13 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import usable_directory
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("checkpoint", nargs="?", help="Megatron checkpoint of this project")
-    parser.add_argument(
-        "--compare", nargs=2, metavar="DIR", help="compare two finished evaluations instead of decoding"
-    )
+    parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     parser.add_argument("--task", default="arithmetic", help="a built-in task, or a JSONL file of prompt and answer")
     parser.add_argument("--scorer", default="numeric", help="for a file: numeric, exact or regex")
     parser.add_argument("--pattern", help="the regular expression of --scorer regex")
@@ -30,36 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thresholds", default="", help="further diffusion thresholds, comma-separated")
     parser.add_argument("--block-sizes", default="", help="further block sizes, each at each threshold")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together (%(default)s)")
-    parser.add_argument("--output", required=True, help="folder for the report, or for the comparison")
+    parser.add_argument("--output", required=True, help="folder for the report")
     add_decoding_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate a checkpoint, or compare two evaluations."""
-    if (arguments.checkpoint is None) == (arguments.compare is None):
-        raise UserError("name either a checkpoint to evaluate, or two evaluations with --compare")
-    if arguments.compare is None:
-        _evaluate(arguments)
-    else:
-        first, second = arguments.compare
-        _compare(Path(first), Path(second), Path(arguments.output))
-
-
-def _compare(first: Path, second: Path, output: Path) -> None:
-    """Print the differences and write the comparison's page."""
-    from nemodiff_train.report.compare import compare, write_comparison
-    from nemodiff_train.report.table import print_comparison
-
-    comparison = compare(first, second)
-    if not is_main_process():
-        return
-    page = write_comparison(output, comparison)
-    print_comparison(comparison)
-    console.print(f"comparison: [bold]{page}[/bold]")
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluate, print the table, write the report."""
+    """Evaluate a checkpoint, print the table and write the report."""
     from nemodiff_train.evaluation.tasks import load_task
 
     task = load_task(
@@ -80,15 +54,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         DecodingSettings(threshold=threshold)  # refuses what is no probability
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
+    checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
-    from nemodiff_train.model.loading import load_model, open_checkpoint
+    from nemodiff_train.model.loading import load_model
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
 
-    open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
     usable_directory(Path(arguments.output))
-    opened = load_model(arguments.checkpoint, modes=modes, **decoding_options(arguments))
+    opened = load_model(checkpoint, modes=modes, **decoding_options(arguments))
     plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
@@ -98,7 +72,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     evaluation = evaluate(opened, task, plan, arguments.checkpoint)
     if is_main_process():
-        report = write_report(Path(arguments.output), evaluation)
+        report = write_report(Path(arguments.output), evaluation, opened.settings.text)
         print_table(evaluation)
         console.print(f"report: [bold]{report}[/bold]")
 

@@ -1,7 +1,5 @@
 """The configuration that recipes start from, and its parts, with the paper's values as defaults."""
 
-from pathlib import Path
-
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import (
     CheckpointConfig,
@@ -17,7 +15,7 @@ from megatron.bridge.training.config import (
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import IndexedDatasetConfig
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import local_copy
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
@@ -167,9 +165,8 @@ def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
 
 def tokenizer_of(model: str) -> TokenizerConfig:
     """Return the tokenizer of a Hugging Face directory or name, or the one saved with a Megatron checkpoint."""
-    path = Path(model)
-    if is_megatron_checkpoint(path):
-        model = str(newest_iteration(path) / "tokenizer")
+    if checkpoint := Checkpoint.find(model):
+        model = str(checkpoint.tokenizer_directory)
     return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
 
 

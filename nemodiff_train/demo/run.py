@@ -16,6 +16,7 @@ from nemodiff_train.errors import UserError
 
 if TYPE_CHECKING:
     from nemodiff_train.evaluation.evaluation import Evaluation
+    from nemodiff_train.report.trace import Decode
 
 STEPS = 6
 CODE_BYTES = 1_000_000
@@ -155,8 +156,9 @@ class Demo:
 
     def _export(self, run: str, directory: Path) -> None:
         from nemodiff_train.conversion.exporting import export_checkpoint
+        from nemodiff_train.model.checkpoint import Checkpoint
 
-        export_checkpoint(str(self.output / run / "checkpoints"), str(directory))
+        export_checkpoint(Checkpoint.open(self.output / run / "checkpoints"), str(directory))
 
     def _evaluate_ar(self) -> float:
         """Accuracy of the AR model before the joint stage, from the exported directory."""
@@ -164,7 +166,8 @@ class Demo:
 
         checkpoint = self.output / "ar-imported"
         import_checkpoint(str(self.ar_model), str(checkpoint))
-        accuracy = self._evaluate(checkpoint, ("ar",), ()).modes["ar"].accuracy
+        evaluation, _ = self._evaluate(checkpoint, ("ar",), ())
+        accuracy = evaluation.modes["ar"].accuracy
         assert accuracy is not None  # the task has answers
         shutil.rmtree(checkpoint)
         console.print(f"    accuracy {accuracy:.1%}")
@@ -175,23 +178,27 @@ class Demo:
         from nemodiff_train.report.report import write_report
         from nemodiff_train.report.table import print_table
 
-        evaluation = self._evaluate(self.output / "joint" / "checkpoints", ("ar", "diffusion", "linear"), THRESHOLDS)
+        checkpoint = self.output / "joint" / "checkpoints"
+        evaluation, decode = self._evaluate(checkpoint, ("ar", "diffusion", "linear"), THRESHOLDS)
         evaluation.settings["AR accuracy before the joint stage"] = ar_before
-        report = write_report(self.output / "report", evaluation)
+        report = write_report(self.output / "report", evaluation, decode)
         print_table(evaluation)
         console.print(f"AR accuracy before the joint stage: {ar_before:.1%}")
         console.print(f"tri-mode model: [bold]{self.output / 'tri-mode-model'}[/bold]")
         console.print(f"report: [bold]{report}[/bold]")
 
-    def _evaluate(self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]) -> "Evaluation":
+    def _evaluate(
+        self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]
+    ) -> "tuple[Evaluation, Decode]":
         from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
         from nemodiff_train.evaluation.tasks import load_task
+        from nemodiff_train.model.checkpoint import Checkpoint
         from nemodiff_train.model.loading import load_model
 
         task = load_task("arithmetic", count=self.count)
-        opened = load_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
-        plan = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # as one user sees the speed
-        return evaluate(opened, task, plan, str(checkpoint))
+        opened = load_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
+        settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # the speed one user sees
+        return evaluate(opened, task, settings, str(checkpoint)), opened.settings.text
 
 
 def _processes() -> int:

@@ -1,12 +1,12 @@
-"""From runs to one `Evaluation`: every figure, the raw records and a few outputs to read."""
+"""Reduce runs to one `Evaluation`: every figure and the records."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from nemodiff_train import __version__
 from nemodiff_train.evaluation.categories import CategoryMetrics, by_category
@@ -14,7 +14,6 @@ from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
 from nemodiff_train.evaluation.pareto import Areas, Point, areas
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
 from nemodiff_train.evaluation.tasks import Task
-from nemodiff_train.report.trace import Decode, Trace, trace
 
 
 @dataclass(frozen=True)
@@ -24,28 +23,6 @@ class Run:
     mode: str
     settings: Settings
     decoded: list[DecodeRecord]
-
-
-class Output(BaseModel):
-    """What one mode made of a sample prompt."""
-
-    model_config = ConfigDict(frozen=True)
-
-    mode: str
-    trace: Trace
-    correct: bool | None
-    tokens: int
-    forwards: int
-
-
-class Sample(BaseModel):
-    """One prompt with every mode's output."""
-
-    model_config = ConfigDict(frozen=True)
-
-    prompt: str
-    answer: str | None
-    outputs: list[Output]
 
 
 def _versions() -> dict[str, str]:
@@ -70,7 +47,6 @@ class Evaluation(BaseModel):
     )
     areas: Areas = Field(description="Accuracy under parallelism of each mode's curves.")
     categories: list[CategoryMetrics] = Field(default=[], description="Figures by category of the prompts.")
-    samples: list[Sample] = Field(default=[], exclude=True, description="A few prompts with their outputs.")
     records: list[LoggedRecord] = Field(default=[], exclude=True, description="Goes to records.jsonl.")
     versions: dict[str, str] = Field(default_factory=_versions)
     created: str = Field(
@@ -93,11 +69,10 @@ def assemble(
     checkpoint: str,
     task: Task,
     runs: Sequence[Run],
-    decode: Decode,
+    decode: Callable[[list[int]], str],
     *,
     settings: Settings,
     sweep: Sequence[Run] = (),
-    samples: int = 6,
 ) -> Evaluation:
     """Score and reduce all runs.
 
@@ -108,7 +83,6 @@ def assemble(
         decode: Tokens to text.
         settings: What all runs share.
         sweep: All runs of the modes with several settings; holds the same objects as ``runs``, logged once.
-        samples: Prompts whose outputs the report shows, from the first.
     """
     logs: dict[int, list[LoggedRecord]] = {}
     for run in (*runs, *sweep):
@@ -128,12 +102,11 @@ def assemble(
         sweep=points,
         areas=areas(all_points(modes, points)),
         categories=by_category([row for run in runs for row in logs[id(run)]]),
-        samples=[_sample(index, task, runs, logs, decode) for index in range(min(samples, len(task.prompts)))],
         records=[row for rows in logs.values() for row in rows],
     )
 
 
-def _log(run: Run, task: Task, decode: Decode) -> list[LoggedRecord]:
+def _log(run: Run, task: Task, decode: Callable[[list[int]], str]) -> list[LoggedRecord]:
     rows = []
     for record in run.decoded:
         text, prompt = decode(record.tokens), task.prompts[record.prompt_index]
@@ -150,21 +123,3 @@ def _log(run: Run, task: Task, decode: Decode) -> list[LoggedRecord]:
             )
         )
     return rows
-
-
-def _sample(
-    index: int, task: Task, runs: Sequence[Run], logs: Mapping[int, list[LoggedRecord]], decode: Decode
-) -> Sample:
-    outputs = [
-        Output(
-            mode=run.mode,
-            trace=trace(row.decoded, decode),
-            correct=row.correct,
-            tokens=len(row.decoded.tokens),
-            forwards=sum(row.decoded.forwards.values()),
-        )
-        for run in runs
-        for row in logs[id(run)]
-        if row.decoded.prompt_index == index
-    ]
-    return Sample(prompt=task.prompts[index].prompt, answer=task.prompts[index].answer, outputs=outputs)

@@ -1,4 +1,4 @@
-"""Accuracy against parallelism: the settings that no other beats, and the area under the curve of each method."""
+"""Accuracy against parallelism: the Pareto front of the settings, and the area under the curve of each mode."""
 
 import math
 from collections import defaultdict
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nemodiff_train.evaluation.metrics import ModeMetrics
 
 DROP = 5.0
-"""Accuracy points below a curve's first point from which a point no longer counts."""
+"""Maximum number of accuracy points below a curve's first point at which a point still counts."""
 
 FRONT = "front of all settings"
 
@@ -24,22 +24,24 @@ class Point(BaseModel):
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward, all forwards."""
+        """Tokens per forward, counting all forwards."""
         return self.metrics.tpf_all
 
     @property
     def accuracy(self) -> float:
-        """In percent."""
+        """Accuracy in percent."""
         return 100 * (self.metrics.accuracy or 0.0)
 
 
 class Area(BaseModel):
-    """Accuracy under parallelism of one curve."""
+    """Accuracy under parallelism (AUP) of one curve."""
 
     model_config = ConfigDict(frozen=True)
 
     mode: str
-    curve: str = Field(description="Which of the mode's settings: one setting, those of a block size, or a front.")
+    curve: str = Field(
+        description="The settings on the curve: one, those of a block size, or a front."
+    )
     points: list[tuple[float, float]] = Field(description="TPF (all) and accuracy in percent, by rising TPF.")
     dropped: int = Field(description="Points left out, more than 5 accuracy points below the first.")
     aup: float = Field(
@@ -49,7 +51,7 @@ class Area(BaseModel):
 
 
 class Areas(BaseModel):
-    """The areas of all curves, and what they are relative to."""
+    """The areas of all curves, and the accuracy that they are relative to."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,7 +61,7 @@ class Areas(BaseModel):
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in TPF without losing accuracy, or the reverse; by rising TPF."""
+    """Return the points that no other beats in TPF without losing accuracy, or the reverse, by rising TPF."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: (-point.tpf, -point.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
@@ -68,7 +70,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def areas(points: Sequence[Point]) -> Areas:
-    """The area of every curve that the points make up."""
+    """Return the area under every curve that the points make up."""
     best = max(points, key=lambda point: point.accuracy)
     modes = dict.fromkeys(point.mode for point in points)
     rows = [
@@ -82,7 +84,7 @@ def areas(points: Sequence[Point]) -> Areas:
 def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     """Cut the points of one mode into curves along which one setting varies, and name them.
 
-    A grid has one curve a block size, and its front beside them.
+    A grid has one curve per block size, and its front beside them.
     """
     varied = varied_settings(points)
     if len(varied) < 2:
@@ -94,13 +96,13 @@ def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
 
 
 def varied_settings(points: Sequence[Point]) -> list[str]:
-    """Names of the settings in which the points differ."""
+    """Return the names of the settings in which the points differ."""
     names = dict.fromkeys(name for point in points for name in point.metrics.settings)
     return [name for name in names if len({str(point.metrics.settings.get(name)) for point in points}) > 1]
 
 
 def aup(points: Sequence[tuple[float, float]], best: float) -> float:
-    """Accuracy under parallelism.
+    """Return the accuracy under parallelism, as the field ``Area.aup`` defines it.
 
     Args:
         points: TPF and accuracy in percent, by rising TPF.

@@ -1,1 +1,1 @@
-"""Pages that show an evaluation."""
+"""The report of an evaluation: a table on the terminal, and an HTML page with charts and a replay."""

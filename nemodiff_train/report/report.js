@@ -17,22 +17,22 @@
   const output = () => article().querySelectorAll(".output")[mode()];
   const trace = () => traces[Number(sample.value)][mode()];
 
-  // A draft token: tentative, or struck through once the verifier has rejected it.
+  // A drafted token at its position: tentative, or struck through once the verifier has refused it.
   function chip(text, name, title) {
-    const made = document.createElement(name === "del" ? "del" : "span");
-    made.className = `drafted ${name}`;
-    made.textContent = text;
-    made.title = title;
-    return made;
+    const element = document.createElement(name === "del" ? "del" : "span");
+    element.className = `drafted ${name}`;
+    element.textContent = text;
+    element.title = title;
+    return element;
   }
 
   function chips(draft, verified) {
-    const from = verified ? draft.accepted : 0;
-    return draft.texts.slice(from).map((text, index) => {
+    const first = verified ? draft.accepted : 0;
+    return draft.texts.slice(first).map((text, index) => {
       if (!verified) return chip(text, "tentative", `drafted, position ${index + 1}`);
-      const passed = draft.accept_mask[from + index];
-      return chip(text, "del", passed ? "dropped: after a rejection or the end" : "rejected");
-    }).filter((made) => made.textContent);
+      const agreed = draft.accept_mask[first + index];
+      return chip(text, "del", agreed ? "dropped: after a rejection or the end" : "rejected");
+    }).filter((element) => element.textContent);
   }
 
   function show() {
@@ -51,7 +51,7 @@
       piece.classList.toggle("covered", !committed && positions[index] < covered);
       piece.classList.toggle("fresh", steps[index] === frame.step && (!draft || frame.verified));
     });
-    if (draft) chips(draft, frame.verified).forEach((made) => text.insertBefore(made, next));
+    if (draft) chips(draft, frame.verified).forEach((element) => text.insertBefore(element, next));
     words.textContent = frame.words;
     slider.setAttribute("aria-valuetext", frame.words);
     // Follow the decoding inside the text's own box; the page itself stays where it is.
@@ -73,8 +73,8 @@
     show();
   }
 
-  function step(by) {
-    slider.value = Number(slider.value) + by;
+  function step(frames) {
+    slider.value = Number(slider.value) + frames;
     if (Number(slider.value) >= Number(slider.max)) stop();
     show();
   }
@@ -82,13 +82,13 @@
   // A newly chosen output is shown whole; the slider then goes back in time.
   function choose() {
     stop();
-    articles.forEach((each) => { each.hidden = each !== article(); });
-    article().querySelectorAll(".output").forEach((each) => { each.hidden = each !== output(); });
+    articles.forEach((candidate) => { candidate.hidden = candidate !== article(); });
+    article().querySelectorAll(".output").forEach((candidate) => { candidate.hidden = candidate !== output(); });
     const { frames } = trace();
     slider.max = Math.max(frames.length - 1, 0);
     slider.value = slider.max;
     slider.disabled = play.disabled = frames.length < 2;
-    words.textContent = frames.length ? "" : "The record does not tell when its tokens were committed.";
+    words.textContent = frames.length ? "" : "The record does not say when its tokens were committed.";
     article().querySelector(".outputs").before(controls);
     show();
   }
@@ -101,10 +101,10 @@
   slider.addEventListener("input", () => { stop(); show(); });
   play.addEventListener("click", () => (timer === null ? start() : stop()));
   viewer.addEventListener("keydown", (event) => {
-    const own = event.target.matches("input, select, button");
-    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (own || event.altKey || event.ctrlKey || event.metaKey || slider.disabled) return;
-    if (by) { stop(); step(by); }
+    const handlesKeys = event.target.matches("input, select, button");
+    const frames = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (handlesKeys || event.altKey || event.ctrlKey || event.metaKey || slider.disabled) return;
+    if (frames) { stop(); step(frames); }
     else if (event.key === " ") play.click();
     else return;
     event.preventDefault();

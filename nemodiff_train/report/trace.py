@@ -1,4 +1,4 @@
-"""How one output came about, forward by forward, as the report replays it."""
+"""Replay of one output: which forward committed which token, and what each cycle drafted."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -9,7 +9,7 @@ from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.evaluation.records import DecodeRecord
 
 Decode = Callable[[list[int]], str]
-"""Tokens to text, special tokens left out."""
+"""Turns tokens into text, special tokens left out."""
 
 CONTEXT = 8
 """Tokens before a draft that are decoded with it, so that its first character and its spaces come out right."""
@@ -22,7 +22,7 @@ class Piece(BaseModel):
 
     text: str
     position: int = Field(description="Index of its first token in the output.")
-    step: int | None = Field(description="The cycle or forward that committed it, from 0; none if not known.")
+    step: int | None = Field(description="The cycle or forward that committed it, from 0; None if unknown.")
 
 
 class Draft(BaseModel):
@@ -30,14 +30,14 @@ class Draft(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    start: int = Field(description="Index of the first token it may commit.")
-    texts: list[str] = Field(description="The draft tokens.")
+    start: int = Field(description="Index in the output of the first token that the cycle may commit.")
+    texts: list[str] = Field(description="Draft tokens as text.")
     accept_mask: list[bool] = Field(description="Whether each draft token passed the verifier's test.")
-    accepted: int = Field(description="Draft tokens that were committed.")
+    accepted: int = Field(description="Number of draft tokens that were committed.")
 
 
 class Frame(BaseModel):
-    """One position of the slider."""
+    """One stop of the replay's slider."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,7 +48,7 @@ class Frame(BaseModel):
 
 
 class Trace(BaseModel):
-    """The text of an output cut into pieces, and the frames of its replay (none if the record does not tell)."""
+    """The text of an output cut into pieces, and the frames of its replay (none if the record has no steps)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,43 +58,43 @@ class Trace(BaseModel):
 
     @property
     def last(self) -> int:
-        """The last step, at least 1: what the colours are spread over."""
+        """The last step, at least 1; colours are spread over 0..last."""
         return max((frame.step for frame in self.frames), default=0) or 1
 
 
 def trace(record: DecodeRecord, decode: Decode) -> Trace:
-    """Everything the viewer needs of a record."""
+    """Return all that the replay needs of a record."""
     drafts = _drafts(record, decode)
     return Trace(pieces=pieces(record, decode), drafts=drafts, frames=_frames(record, drafts))
 
 
 def pieces(record: DecodeRecord, decode: Decode) -> list[Piece]:
     """Cut a record's text at token borders; a character made of several tokens stays whole."""
-    steps = _ranks(record)
+    steps = _step_ranks(record)
     if not steps:
         return [Piece(text=decode(record.tokens), position=0, step=None)]
     return [Piece(text=text, position=first, step=steps[last]) for text, first, last in _cut(record.tokens, decode)]
 
 
 def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
-    """The text between whole characters, with the first and the last token it was made of."""
-    found: list[tuple[str, int, int]] = []
-    shown, first = "", 0
+    """Return the text between whole characters, with the indices of its first and last token."""
+    stretches: list[tuple[str, int, int]] = []
+    before, first = "", 0
     for last in range(len(tokens)):
         text = decode(list(tokens[: last + 1]))
         if text.endswith("\N{REPLACEMENT CHARACTER}") and last + 1 < len(tokens):
-            continue
-        if len(text) > len(shown):
-            found.append((text[len(shown) :], first, last))
-        shown, first = text, last + 1
-    return found
+            continue  # in the middle of a character
+        if len(text) > len(before):
+            stretches.append((text[len(before) :], first, last))
+        before, first = text, last + 1
+    return stretches
 
 
-def _ranks(record: DecodeRecord) -> list[int]:
-    """Return for each token the rank of its step among all steps that committed something."""
+def _step_ranks(record: DecodeRecord) -> list[int]:
+    """Return for each token the rank of its step among all steps that committed a token."""
     steps = record.commit_steps()
-    order = {step: rank for rank, step in enumerate(sorted(set(steps)))}
-    return [order[step] for step in steps]
+    ranks = {step: rank for rank, step in enumerate(sorted(set(steps)))}
+    return [ranks[step] for step in steps]
 
 
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
@@ -111,16 +111,11 @@ def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Dr
     for text, first, _ in _cut([*before, *cycle.draft_tokens], decode):
         if first >= len(before):
             texts[first - len(before)] = text
-    return Draft(
-        start=start,
-        texts=texts,
-        accept_mask=cycle.accept_mask,
-        accepted=cycle.accepted,
-    )
+    return Draft(start=start, texts=texts, accept_mask=cycle.accept_mask, accepted=cycle.accepted)
 
 
 def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
-    steps, ranks = record.commit_steps(), _ranks(record)
+    steps, ranks = record.commit_steps(), _step_ranks(record)
     cycles = {ranks[draft.start]: index for index, draft in enumerate(drafts) if draft.start < len(ranks)}
     frames = []
     for rank, step in enumerate(sorted(set(steps))):

@@ -1,10 +1,9 @@
 """The training of a drafter: its start, its adapters, and switches that belong to other runs."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.draft_adapter import DraftLoRA
 
 
@@ -23,7 +22,7 @@ def _model_problems(config: TriModeConfig) -> Iterator[str]:
         yield "a drafter needs peft=DraftLoRA(...) in its recipe"
     elif min(adapters.dim, adapters.alpha) < 1:
         yield f"the adapters have rank {adapters.dim} and alpha {adapters.alpha}; both take at least 1"
-    if not start or not is_megatron_checkpoint(Path(start)):
+    if not start or not Checkpoint.find(start):
         yield f"a drafter starts from a Megatron checkpoint, which '{start}' is not; use 'nemodiff convert import'"
     if config.model.mask_token_id is None:
         yield f"'{start}' has no mask token; a drafter is trained for a model after its joint stage"

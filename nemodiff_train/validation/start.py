@@ -6,16 +6,10 @@ from pathlib import Path
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import (
-    is_drafter,
-    is_lora,
-    is_megatron_checkpoint,
-    newest_iteration,
-    read_json,
-    run_config,
-)
+from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.validation.refusal import refusal
 
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -24,27 +18,24 @@ _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "contex
 
 def problems(config: TriModeConfig) -> list[str]:
     """Return what keeps a run from starting where it should, one line each."""
-    return [*_resume_problems(config), *_adapter_problems(config), *refusal(lambda: _check_pretrained(config))]
-
-
-def _adapter_problems(config: TriModeConfig) -> Iterator[str]:
-    start = Path(config.checkpoint.pretrained_checkpoint or "")
-    if config.peft is not None and config.drafter is None and not is_megatron_checkpoint(start):
-        yield "adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'"
+    return [*_resume_problems(config), *refusal(lambda: _check_pretrained(config))]
 
 
 def _check_pretrained(config: TriModeConfig) -> None:
+    start = Path(config.checkpoint.pretrained_checkpoint or "")
+    checkpoint = Checkpoint.find(start) if config.checkpoint.pretrained_checkpoint else None
+    if checkpoint is None and config.peft is not None and config.drafter is None:
+        raise UserError("adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'")
     if not config.checkpoint.pretrained_checkpoint:
         return
-    start = Path(config.checkpoint.pretrained_checkpoint)
-    if is_drafter(start):
+    if checkpoint and checkpoint.kind is Kind.DRAFTER:
         raise UserError(f"'{start}' is a drafter; start from the model that it was trained for")
-    if is_lora(start):
+    if checkpoint and checkpoint.kind is Kind.LORA:
         raise UserError(
             f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
         )
     check_weights(start)
-    _check_shape(config, start)
+    _check_shape(config, model_from(checkpoint or str(start)), start)
     if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
         raise UserError(
             f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
@@ -52,9 +43,8 @@ def _check_pretrained(config: TriModeConfig) -> None:
         )
 
 
-def _check_shape(config: TriModeConfig, start: Path) -> None:
+def _check_shape(config: TriModeConfig, stored: TriModeModelProvider, start: Path) -> None:
     """Refuse another shape than the checkpoint's; Bridge would keep random weights where it has none."""
-    stored = model_from(str(start))
     for name in _SHAPE:
         expected, actual = getattr(stored, name), getattr(config.model, name)
         if expected != actual:
@@ -63,32 +53,32 @@ def _check_shape(config: TriModeConfig, start: Path) -> None:
 
 def _resume_problems(config: TriModeConfig) -> Iterator[str]:
     load, step = config.checkpoint.load, config.checkpoint.ckpt_step
-    resumes = bool(load) and is_megatron_checkpoint(Path(load))
-    if load and load != config.checkpoint.save and not resumes:
+    try:
+        saved = Checkpoint.find(load) if load else None
+    except UserError:
+        return  # none is complete: WholeCheckpoints tells the damaged from the unfinished
+    if load and load != config.checkpoint.save and saved is None:
         yield f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"
     elif step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
         yield f"checkpoint.ckpt_step={step}: there is no such checkpoint in '{load}'"
-    elif resumes:
-        yield from _changed_since_saved(config, Path(load))
+    elif saved is not None:
+        yield from _changes_since(saved, config)
 
 
-def _changed_since_saved(config: TriModeConfig, folder: Path) -> Iterator[str]:
+def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     """Yield the changes that the saved optimizer state cannot follow."""
-    try:
-        iteration = newest_iteration(folder)
-    except UserError:
-        return  # none is whole: WholeCheckpoints tells the damaged from the unfinished
-    saved = run_config(iteration)
-    was_sharded = bool(saved["optimizer"]["use_distributed_optimizer"])
+    before = saved.run_config
+    was_sharded = bool(before["optimizer"]["use_distributed_optimizer"])
     if was_sharded != bool(config.optimizer.use_distributed_optimizer):
         yield (
-            f"'{iteration}' was saved with optimizer.use_distributed_optimizer={str(was_sharded).lower()}, "
-            "whose state the other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or name another output"
+            f"'{saved.iteration}' was saved with optimizer.use_distributed_optimizer={str(was_sharded).lower()}, whose "
+            "state the other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or name another "
+            "output"
         )
         return
-    moved = [name for name in _LAYOUT if saved["model"][name] != getattr(config.model, name)]
-    if was_sharded and moved and not saved["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
+    moved = [name for name in _LAYOUT if before["model"][name] != getattr(config.model, name)]
+    if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (
-            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or save "
-            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
+            f"'{saved.iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or "
+            "save with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
         )
