@@ -67,11 +67,11 @@ def _resume_problems(config: TriModeConfig) -> Iterator[str]:
 
 def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     """Yield the changes that the saved optimizer state cannot follow."""
-    before = saved.run_config
+    before, iteration = saved.run_config, saved.iteration
     was_sharded = bool(before["optimizer"]["use_distributed_optimizer"])
     if was_sharded != bool(config.optimizer.use_distributed_optimizer):
         yield (
-            f"'{saved.iteration}' was saved with optimizer.use_distributed_optimizer={str(was_sharded).lower()}, whose "
+            f"'{iteration}' was saved with optimizer.use_distributed_optimizer={str(was_sharded).lower()}, whose "
             "state the other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or name another "
             "output"
         )
@@ -79,6 +79,6 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     moved = [name for name in _LAYOUT if before["model"][name] != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (
-            f"'{saved.iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or "
-            "save with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
+            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or save "
+            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
         )
