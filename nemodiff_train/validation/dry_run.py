@@ -52,7 +52,7 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
     if not layout.problems(config, world_size):
-        stages = _build_stages(config, world_size)
+        stages = build_stages(config, world_size)
         lines += _memory_problems(config, world_size, stages, gpu_memory, page)
         lines += _disk_problems(config, stages, page)
     for number, line in enumerate(lines, start=1):
@@ -112,7 +112,7 @@ def _checkpoints_at_once(config: TriModeConfig) -> int:
     return int(total if kept < 1 else min(total, kept + 1))
 
 
-def _build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
+def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
     """Build the first tensor-parallel rank of every pipeline stage on the meta device, and count its parameters."""
     try:
         config.propagate()
