@@ -104,9 +104,9 @@ class Demo:
     def _prepare_data(self) -> str:
         """Write the text, train a tokenizer where the model brings none, and make .bin/.idx."""
         from nemodiff_train.data.prepare import Options, prepare
-        from nemodiff_train.demo.arithmetic import problems, write_conversations
         from nemodiff_train.demo.corpus import write_stdlib_text
         from nemodiff_train.demo.tokenizer import train_tokenizer
+        from nemodiff_train.evaluation.arithmetic import problems, write_conversations
 
         folder = self.output / "data"
         folder.mkdir()
@@ -190,7 +190,8 @@ class Demo:
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]
     ) -> "tuple[Evaluation, Decode]":
-        from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
+        from nemodiff_train.evaluation.evaluate import evaluate
+        from nemodiff_train.evaluation.settings import EvaluationSettings
         from nemodiff_train.evaluation.tasks import load_task
         from nemodiff_train.model.checkpoint import Checkpoint
         from nemodiff_train.model.loading import load_model
