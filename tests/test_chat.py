@@ -19,6 +19,7 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import Sample
+from nemodiff_train.validation.objective import objective_problems
 from tests import jobs, small
 from tests.prepared import one_line, write_jsonl
 from tools.support import layouts
@@ -29,7 +30,7 @@ BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
 
 def maker(**switches: Any) -> ConversationMaker:
     objective = ObjectiveConfig(**{"block_size": BLOCK, **switches})
-    assert not objective.problems(LENGTH)
+    assert not objective_problems(objective, LENGTH)
     return ConversationMaker(objective=objective, mask_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
 
 
@@ -446,11 +447,11 @@ def test_text_and_conversations_are_told_apart(
     capsys.readouterr()
     output = f"output={tmp_path / 'output'}"
     for words, said in (
-        (["sft_demo", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
+        (["demo_sft", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
         (["demo_joint", f"start_from={one}", f"problems={chat}", f"code={chat}", output], "use sft"),
-        (["sft_demo", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
+        (["demo_sft", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
         (
-            ["sft_demo", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
+            ["demo_sft", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
             "clean_attention",
         ),
         (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemodiff_train.cli import main
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import judge, slot_losses
+from nemodiff_train.validation.settings import section_problems
 from tests import jobs, small
 from tools.support import layouts
 from tools.support.ranks import Jobs, RankPool
@@ -86,7 +87,7 @@ def test_as_many_slots_are_accepted_as_q_gives_the_choice() -> None:
     [({"loss": "kl"}, "lk_hybrid"), ({"temperature": 0}, "temperature"), ({"sampled_share": 2}, "sampled_share")],
 )
 def test_switches_are_checked(changes: dict[str, Any], said: str) -> None:
-    (line,) = DrafterConfig(**changes).problems()
+    (line,) = section_problems("drafter", DrafterConfig(**changes))
     assert said in line
 
 

@@ -83,7 +83,7 @@ class Demo:
                 "joint",
                 start_from=str(self.ar_model),
                 mask_token=self.mask_token,
-                ranks=str(self.processes),
+                tensor_parallel=str(self.processes),
             )
         with self._announced("export to Hugging Face"):
             self._export("joint", self.output / "tri-mode-model")

@@ -14,7 +14,7 @@ from nemodiff_train.resilience.watchdog import Watchdog
 
 
 class StragglerMonitor(Callback):
-    """Every ``resilience.pace_interval`` steps, compares the ranks' times and tells the watch.
+    """Every ``resilience.straggler_interval`` steps, compares the ranks' times and tells the watch.
 
     A rank's own time runs from the start of the step until its gradient is ready to be shared; what follows is as
     slow as the slowest.
@@ -31,7 +31,7 @@ class StragglerMonitor(Callback):
         self.started = 0.0
 
     def on_train_start(self, context: CallbackContext) -> None:
-        self.interval = config_of(context.state).resilience.pace_interval
+        self.interval = config_of(context.state).resilience.straggler_interval
         if self.interval:
             before_gradients_are_shared(context.model, self._ready)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
-from nemodiff_train.config.config import ResilienceConfig
+from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.distributed import global_rank
 from nemodiff_train.files import write_atomic
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
 
 
-def dry_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int:
+def check_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int:
     """Check a run on any machine without starting it, and print one page.
 
     Args:
@@ -29,10 +29,10 @@ def dry_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int
     Returns:
         0, or 2 if problems were found.
     """
-    from nemodiff_train.validation.preflight import preflight
+    from nemodiff_train.validation.dry_run import dry_run
 
     _fit_to_host(config)
-    return preflight(config, gpus, gpu_memory)
+    return dry_run(config, gpus, gpu_memory)
 
 
 def train(config: "TriModeConfig") -> None:
@@ -46,7 +46,7 @@ def train(config: "TriModeConfig") -> None:
         RunStopped: The run cannot go on.
         SystemExit: With 0, after a signal: the step is saved.
     """
-    from nemodiff_train.validation.checks import check
+    from nemodiff_train.validation.check import check
 
     _fit_to_host(config)
     _protect(config)
