@@ -187,8 +187,8 @@ _COUNTS = st.sampled_from([0, 1, 2, 5, 6, 2**31, 2**60, 2**64 - 1])
 
 
 def _read_index(world: World, content: bytes) -> None:
+    from nemodiff_train.data.blend import check_blend
     from nemodiff_train.data.indexed import IndexedDataset
-    from nemodiff_train.data.manifest import check_blend
 
     world.write("damaged.bin", (world.folder / "data.bin").read_bytes())
     world.write("damaged.idx", content)

@@ -9,7 +9,7 @@ import torch
 from nemodiff_train.attention.selection import kernel_problems
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.conversion.weights import check_weights
-from nemodiff_train.data.manifest import check_blend
+from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import MODES
 from nemodiff_train.errors import UserError, nearest
