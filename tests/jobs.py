@@ -125,10 +125,11 @@ def _difference(
 def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
     """Tokens of every mode for three prompts."""
     from nemodiff_train.decoding.decode import MODES, decode
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
 
     settings: dict[str, Any] = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.05}
-    opened = load_model(checkpoint, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
+    opened = load_model(Checkpoint.open(checkpoint), tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
     return {
         mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]
@@ -174,8 +175,8 @@ def exchange(size: int) -> dict[str, Any]:
 
     from megatron.core import parallel_state
 
+    from nemodiff_train.attention.context_parallel import ContextParallelShard
     from nemodiff_train.attention.modules import TriModeAttention
-    from nemodiff_train.attention.plan import shard_of
     from nemodiff_train.attention.state import AttentionState
 
     length, heads, kv_heads, width = 4096, 2, 1, 8
@@ -191,9 +192,9 @@ def exchange(size: int) -> dict[str, Any]:
     query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))
     attention.state = AttentionState()
     expected = attention(query, key, value)
-    shard = shard_of(group)
+    shard = ContextParallelShard.of_group(group)
     attention.state = AttentionState(shard=shard, context_group=group)
-    mine = torch.cat([segment * length + shard.places(length) for segment in (0, 1)])
+    mine = torch.cat([segment * length + shard.positions(length) for segment in (0, 1)])
     sent: list[int] = []
     plain: Any = dist.all_gather_into_tensor
 

@@ -79,9 +79,10 @@ def megatron(exported: Exported) -> list[tuple[str, list[int], dict[str, Any], l
     """What the Megatron side decodes: method, prompt, arguments, new tokens, forwards."""
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_for_decoding
 
-    model = load_for_decoding(str(exported.folder / "checkpoint"))
+    model = load_for_decoding(Checkpoint.open(exported.folder / "checkpoint"))
     found = []
 
     def take(mode: str, prompts: list[list[int]], stops: frozenset[int]) -> list[Any]:

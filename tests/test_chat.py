@@ -336,6 +336,7 @@ def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
 
     host()
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_for_decoding
 
     folder, found = ran
@@ -345,7 +346,7 @@ def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5 if mine["step"] == 1 else 0.05)
 
     def logits(checkpoint: Path) -> Tensor:
-        models = load_for_decoding(str(checkpoint))
+        models = load_for_decoding(Checkpoint.open(checkpoint))
         return Session(models, 1, 64, MASK).prefill([list(range(20, 40))]).masked_fill(torch.arange(320) == MASK, 0)
 
     base, tuned = logits(folder / "one process" / "checkpoints"), logits(folder / "LoRA" / "checkpoints")
@@ -366,9 +367,10 @@ def test_nothing_leaks_between_conversations(ran: Any) -> None:
     from nemodiff_train.runtime import init_runtime as host
 
     host()
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_for_decoding
 
-    (model,) = load_for_decoding(str(ran[0] / "one process" / "checkpoints"))
+    (model,) = load_for_decoding(Checkpoint.open(ran[0] / "one process" / "checkpoints"))
     make = ConversationMaker(
         objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
     )
@@ -397,10 +399,11 @@ def test_decoding_crosses_the_boundary_at_every_offset(ran: Any) -> None:
 
     host()
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_for_decoding
 
     size, length = 16, 64
-    models = load_for_decoding(str(ran[0] / "one process" / "checkpoints"))
+    models = load_for_decoding(Checkpoint.open(ran[0] / "one process" / "checkpoints"))
     objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
     make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):

@@ -6,14 +6,17 @@ Several ranks convert in tests/test_layouts.py, where the processes for it are.
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from nemodiff_train.cli import main
+from nemodiff_train.model import checkpoint
 from tests import small
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -168,6 +171,27 @@ def test_verify_finds_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["convert", "verify", "one", "rotated"]) == 1
     table = capsys.readouterr().out.splitlines()
     assert {line.split("│")[1].strip() for line in table if "│ no" in line} == {"AR logits", "block-diffusion logits"}
+
+
+def test_generate_opens_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.nemotron(tmp_path / "source")
+    assert main(["convert", "import", "source", "imported"]) == 0
+    calls: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        plain = getattr(module, name)
+
+        def counted(*arguments: Any, **words: Any) -> Any:
+            calls[name] += 1
+            return plain(*arguments, **words)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(yaml, "safe_load")
+    count(checkpoint, "structure_damage")  # which iteration is the newest, by names and sizes
+    count(checkpoint, "damage")  # and again by all bytes, before they are loaded
+    assert main(["generate", "imported", "a b c", "--max-new-tokens", "4"]) == 0
+    assert calls == {"safe_load": 1, "structure_damage": 1, "damage": 1}
 
 
 def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,7 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
     init_runtime()
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.session import Session
+    from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
 
     folder, _ = ran
@@ -162,8 +163,9 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    plain = load_model(checkpoint, max_new_tokens=24)
-    with_drafter = load_model(checkpoint, max_new_tokens=24, drafter=str(folder / "one process" / "checkpoints"))
+    model, drafter = Checkpoint.open(checkpoint), Checkpoint.open(folder / "one process" / "checkpoints")
+    plain = load_model(model, max_new_tokens=24)
+    with_drafter = load_model(model, max_new_tokens=24, drafter=drafter)
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])
@@ -212,7 +214,7 @@ def test_refused_in_one_line(ran: Any, tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     for words, said in (
         (["generate", drafter, "a"], "is a drafter"),
-        (["generate", base, "a", "--drafter", base], "is no drafter"),
+        (["generate", base, "a", "--drafter", base], "is not a drafter"),
         (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "mode linear alone"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
@@ -228,4 +230,4 @@ def test_refused_in_one_line(ran: Any, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_inspected_as_what_it_is(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "inspect", str(ran[0] / "one process" / "checkpoints")]) == 0
-    assert "of a drafter" in capsys.readouterr().out
+    assert "Megatron checkpoint: drafter" in capsys.readouterr().out

@@ -41,7 +41,8 @@ def segment_ids(rows: int, length: int) -> Tensor:
 
 
 def plan_of(kind: str, rows: int, length: int) -> Any:
-    from nemodiff_train.attention.plan import ContextParallelShard, segmented_plan, uniform_plan
+    from nemodiff_train.attention.context_parallel import ContextParallelShard
+    from nemodiff_train.attention.plan import segmented_plan, uniform_plan
 
     match kind:
         case "causal":

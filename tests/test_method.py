@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.plan import AttentionPlan, ContextParallelShard, segmented_plan, uniform_plan
+from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
 from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import reduce, report, sums
@@ -150,19 +151,22 @@ def test_a_context_parallel_rank_computes_its_part(
         else uniform_plan(views, length, block, block_causal, shard, CPU)
         for shard in shares
     ]
-    own = [torch.cat([s * length + shard.places(length) for s in range(views + 1)]) for shard in shares]
+    own = [torch.cat([s * length + shard.positions(length) for s in range(views + 1)]) for shard in shares]
     assert sorted(torch.cat(own).tolist()) == list(range((views + 1) * length))
     for shard, plan, mine in zip(shares, plans, own, strict=True):
-        sent = [torch.cat([x[:, :, o][:, :, p.sent] for o, p in zip(own, plans, strict=True)], dim=2) for x in (k, v)]
-        noisy = views * len(shard.places(length))
+        layouts = [each.layout for each in plans]
+        sent = [
+            torch.cat([x[:, :, o][:, :, at.sent] for o, at in zip(own, layouts, strict=True)], dim=2) for x in (k, v)
+        ]
+        noisy = views * len(shard.positions(length))
         keys, values = (
-            torch.cat([x[:, :, mine[:noisy]], everyone[:, :, plan.received]], dim=2)
+            torch.cat([x[:, :, mine[:noisy]], everyone[:, :, plan.layout.received]], dim=2)
             for x, everyone in zip((k, v), sent, strict=True)
         )
         out = kernels.attend_sdpa(q[:, :, mine], keys, values, plan)
         torch.testing.assert_close(out, expected[:, :, mine], rtol=1e-9, atol=1e-9)
         if not irregular and length // (2 * size) % block == 0:
-            assert len(plan.sent) == length // size  # nothing but clean places
+            assert len(plan.layout.sent) == length // size  # nothing but clean places
 
 
 def sample(length: int = 64, ends: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:

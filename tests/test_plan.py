@@ -65,7 +65,8 @@ def workload(**changes: Any) -> Any:
 
 @pytest.mark.parametrize(("views", "length", "block"), [(0, 48, 16), (1, 48, 16), (2, 64, 8)])
 def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> None:
-    from nemodiff_train.attention.plan import ContextParallelShard, uniform_plan
+    from nemodiff_train.attention.context_parallel import ContextParallelShard
+    from nemodiff_train.attention.plan import uniform_plan
     from nemodiff_train.objective.rule import can_attend
 
     places = uniform_plan(views, length, block, False, ContextParallelShard(), torch.device("cpu"))

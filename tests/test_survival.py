@@ -15,8 +15,8 @@ import pytest
 
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import iterations, newest_iteration
-from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, mark_of
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, iterations, mark_of
 from nemodiff_train.resilience.checkpoints import latest_complete
 from tests import faults, matrix, small
 from tests.zygote import Gang, Zygote
@@ -96,13 +96,13 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
     assert codes[rank] == -signal.SIGKILL
     folder = bench.checkpoints(name)
     newest = {"before cleanup": 6, "mid-cleanup": 6, "before tracker": 4}.get(fault, 2)
-    assert newest_iteration(folder, read=True).name == f"iter_{newest:07d}"
+    assert Checkpoint.open(folder).verify_contents().iteration.name == f"iter_{newest:07d}"
     codes, said = bench.train(name, saving)
     assert codes == [0, 0], said
     assert ("damaged-iter_" in said) == (newest == 2)
     assert (folder / "iter_0000002").exists() == (fault == "before cleanup")  # nothing is saved any more
     assert bench.steps(name) == reference
-    assert damage(newest_iteration(folder)) is None
+    assert damage(Checkpoint.open(folder).iteration) is None
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
     iteration = copied / "iter_0000006"
     file = iteration / (files_of(iteration)[0] if which == "shard" else which)
     words = harm(file)
-    assert newest_iteration(copied, read=True).name == "iter_0000004"
+    assert Checkpoint.open(copied).verify_contents().iteration.name == "iter_0000004"
     chosen = latest_complete(copied)
     assert chosen is not None and chosen.name == "iter_0000004"
     said = capfd.readouterr().err
@@ -321,7 +321,7 @@ def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -
     gang = bench.zygote.start(name, 2, "faults:train", words=bench.words(name, *long))
     assert bench.zygote.wait(gang, during=once_trained(bench.folder / name, 3, rank=1, number=number)) == [0, 0]
     last = bench.steps(name)[-1]["step"]
-    assert newest_iteration(bench.checkpoints(name), read=True).name == f"iter_{last:07d}"
+    assert Checkpoint.open(bench.checkpoints(name)).verify_contents().iteration.name == f"iter_{last:07d}"
     assert f"stopped after step {last}" in gang.said() and "Traceback" not in gang.said()
     (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
     assert start["ended"] == "told to end"
@@ -480,7 +480,7 @@ def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
 
 
 def test_every_published_file_has_a_checksum(bench: Bench, reference: Any) -> None:
-    iteration = newest_iteration(bench.checkpoints("reference"))
+    iteration = Checkpoint.open(bench.checkpoints("reference")).iteration
     entries = json.loads((iteration / CHECKSUMS).read_text())
     assert sorted(entries) == sorted(files_of(iteration))
     assert any(name.endswith(".distcp") for name in entries)

@@ -1,4 +1,4 @@
-"""FlexAttention's block mask, made from the segment_ids of a plan, against the one that PyTorch makes pair by pair."""
+"""FlexAttention's block mask, made from segments of positions, against the one that PyTorch makes pair by pair."""
 
 import multiprocessing
 import os
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.plan import AttentionPlan, ContextParallelShard, segmented_plan, uniform_plan
+from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
 from nemodiff_train.attention.selection import Kernel, select_kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker

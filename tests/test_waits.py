@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.plan import ContextParallelShard, segmented_plan
+from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.plan import segmented_plan
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import gradient_of, reduce, report, sums
 from nemodiff_train.training.callbacks.loss_breakdown import LossTally
@@ -62,7 +63,7 @@ def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
 def test_attention_over_a_plan(fake: FakeTensorMode) -> None:
     segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
     plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard())
-    assert plan.groups
+    assert plan.query_tiles
     with fake:
         states = [torch.zeros(ROWS, heads, 2 * LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
         kernels.attend(*states, plan).sum().backward()

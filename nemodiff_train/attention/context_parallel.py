@@ -1,30 +1,136 @@
-"""Context parallelism: what ranks that share a sequence tell each other in a layer."""
+"""Context parallelism: which positions a rank holds, in which order its keys are, and what ranks exchange.
 
-from typing import Any
+The exchange itself, one collective per layer, is :func:`nemodiff_train.attention.modules.exchange_keys`.
+"""
+
+import functools
+from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from nemodiff_train.attention.plan import AttentionPlan
+from nemodiff_train.objective.rule import CLEAN
+
+DUPLICATE = -2
+"""The ``view`` of received keys that a rank already holds; the rule lets no query attend to it."""
 
 
-def gather_keys(key: Tensor, value: Tensor, plan: AttentionPlan, group: Any) -> tuple[Tensor, Tensor]:
-    """Exchange clean keys and values in one collective; noisy ones stay where they are.
+@dataclass(frozen=True)
+class ContextParallelShard:
+    """One rank's part of a sample: the same positions of every noisy view and of the clean half.
 
-    Each rank sends the keys and values of its clean places once, and where blocks reach across chunks
-    the few noisy places near the ends of its chunks.  The backward is one reduce-scatter.
+    The L positions are cut into 2 * size chunks. Rank r holds chunks r and 2 * size - 1 - r, so that all ranks
+    have equally many earlier keys to attend to.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_group(cls, group: ProcessGroup) -> "ContextParallelShard":
+        """Return the shard of this process in a context-parallel group."""
+        return cls(group.rank(), group.size())
+
+    def chunks(self, length: int) -> list[tuple[int, int]]:
+        """Return the (first, end) positions of this rank's chunks of a sample of ``length`` tokens."""
+        if self.size == 1:
+            return [(0, length)]
+        chunk = length // (2 * self.size)
+        return [(number * chunk, (number + 1) * chunk) for number in (self.rank, 2 * self.size - 1 - self.rank)]
+
+    def positions(self, length: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return this rank's positions, ascending: [length / size] int64."""
+        return torch.cat([torch.arange(first, end, device=device) for first, end in self.chunks(length)])
+
+    def take(self, values: Tensor, length: int) -> Tensor:
+        """Take this rank's part of whole samples.
+
+        Args:
+            values: [batch, copies * length], for any number of copies (noisy views and the clean half).
+            length: Clean tokens of a sample, L.
+
+        Returns:
+            [batch, copies * length / size].
+        """
+        if self.size == 1:
+            return values
+        copies = values.view(len(values), -1, length)
+        return copies[:, :, self.positions(length, values.device)].flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyQueryLayout:
+    """Order of one rank's queries and keys, and what it exchanges; the same whatever a sample's blocks are.
+
+    Queries are the rank's part of ``[noisy views | clean]``. Keys are ``[own noisy | halo | clean]``: the rank's own
+    noisy positions, the noisy positions of all ranks near the ends of their chunks, and all L clean positions.
+    """
+
+    query_view: Tensor
+    """[queries] noisy view of each query, or ``CLEAN``."""
+    query_position: Tensor
+    """[queries] int64."""
+    key_view: Tensor
+    """[keys] noisy view of each key, ``CLEAN`` or :data:`DUPLICATE`."""
+    key_position: Tensor
+    """[keys] int64."""
+    sent: Tensor
+    """[clean and halo positions of this rank] indices into its own positions: what it sends."""
+    received: Tensor
+    """[halo + L] indices into what all ranks sent, in the order of the keys."""
+
+
+# Cached: constructing the indices makes the host wait for the device.
+@functools.lru_cache(maxsize=16)
+def key_query_layout(
+    views: int, length: int, shard: ContextParallelShard, halo: int, device: torch.device
+) -> KeyQueryLayout:
+    """Lay out the queries and keys of a rank.
 
     Args:
-        key: [positions, batch, kv_heads, head_dim], this rank's; ``value`` likewise.
-        plan: The pass's plan.
-        group: The context-parallel process group.
-
-    Returns:
-        Keys and values in the order of ``plan.keys``.
+        views: Noisy views, V.
+        length: Clean tokens of a sample, L.
+        shard: The rank.
+        halo: Number of positions by which a block may extend beyond a chunk.
+        device: Where the indices are needed.
     """
-    sent = torch.stack([key[plan.sent], value[plan.sent]], dim=1)
-    everyone = gather_from_sequence_parallel_region(sent, tensor_parallel_output_grad=True, group=group)
-    received = everyone[plan.received]
-    noisy = slice(0, plan.views * plan.own_places)
-    return torch.cat([key[noisy], received[:, 0]]), torch.cat([value[noisy], received[:, 1]])
+    own = shard.positions(length, device)  # [L / size]
+    query_view = torch.tensor([*range(views), CLEAN], device=device).repeat_interleave(len(own))
+    query_position = own.repeat(views + 1)
+    noisy = slice(0, views * len(own))
+    clean = torch.arange(length, device=device)
+    sent, received, halo_view, halo_position = _halo_exchange(views, length, shard, halo, device)
+    # A rank receives its own halo back as well: these keys must not count twice.
+    halo_view = halo_view.where(~torch.isin(halo_position, own), DUPLICATE)
+    key_view = torch.cat([query_view[noisy], halo_view, torch.full_like(clean, CLEAN)])
+    key_position = torch.cat([query_position[noisy], halo_position, clean])
+    return KeyQueryLayout(query_view, query_position, key_view, key_position, sent, received)
+
+
+def _halo_exchange(
+    views: int, length: int, shard: ContextParallelShard, halo: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``sent`` and ``received`` of a layout, and the view and the position of each halo key."""
+    if shard.size == 1:
+        empty = torch.empty(0, dtype=torch.long, device=device)
+        return empty, empty, empty, empty
+    # [ranks, n] positions of every rank, and [h] indices of those within ``halo`` of an end of a chunk: on all
+    # ranks the same, since their chunks are equally long.
+    ranks = [ContextParallelShard(rank, shard.size) for rank in range(shard.size)]
+    positions = torch.stack([rank.positions(length, device) for rank in ranks])
+    n, chunk = positions.shape[1], length // (2 * shard.size)
+    in_chunk = torch.arange(n, device=device) % chunk
+    near_end = ((in_chunk < halo) | (in_chunk >= chunk - halo)).nonzero()[:, 0]
+    # [n + V h] a rank sends its clean half, which lies after its V noisy views of n, then the halo of each view.
+    view = torch.arange(views, device=device)
+    clean = torch.arange(views * n, (views + 1) * n, device=device)
+    sent = torch.cat([clean, (view[:, None] * n + near_end).flatten()])
+    # [ranks, n] and [ranks, V h] rows of both in the concatenation of what all ranks sent.
+    row = torch.arange(shard.size * len(sent), device=device).view(shard.size, -1)
+    clean_row = torch.empty(length, dtype=torch.long, device=device)
+    clean_row[positions] = row[:, :n]
+    received = torch.cat([row[:, n:].flatten(), clean_row])
+    halo_view = view.repeat_interleave(len(near_end)).repeat(shard.size)
+    halo_position = positions[:, near_end].repeat(1, views).flatten()
+    return sent, received, halo_view, halo_position

@@ -1,15 +1,17 @@
-"""Kernels for the attention rule.  All take and return [batch, heads, positions, head_dim].
+"""Kernels for the attention rule. All take and return [batch, heads, positions, head_dim].
 
-Keys and values keep their own, smaller number of heads (grouped-query attention); no kernel expands
-them.
+Keys and values keep their own, smaller number of heads (grouped-query attention); no kernel expands them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.attention.flex_attention import flex_attention
 
 from nemodiff_train.attention.plan import AttentionPlan
 from nemodiff_train.attention.selection import Kernel, select_kernel
@@ -23,14 +25,19 @@ def attend(
     scale: float | None = None,
     kernel: Kernel | None = None,
 ) -> Tensor:
-    """Attention of a training pass.
+    """Compute the attention of a training pass.
 
     Args:
         query: [batch, heads, queries of the plan, head_dim].
-        key: [batch, kv_heads, keys of the plan, head_dim]; ``value`` likewise.
+        key: [batch, kv_heads, keys of the plan, head_dim].
+        value: Likewise.
         plan: Who attends to whom.
         scale: Softmax scale; None for 1/sqrt(head_dim).
-        kernel: What :func:`~nemodiff_train.attention.selection.select_kernel` returned; None for its choice without settings.
+        kernel: What :func:`~nemodiff_train.attention.selection.select_kernel` returned; None for what it selects
+            without settings.
+
+    Returns:
+        [batch, heads, queries, head_dim].
     """
     kernel = kernel or select_kernel(query.device, plan.causal)
     if kernel.name == "sdpa":
@@ -39,57 +46,68 @@ def attend(
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None) -> Tensor:
-    """The rule with SDPA calls that together visit little more than the allowed pairs.
+    """Follow the rule with SDPA calls that together visit little more than the allowed pairs.
 
-    The clean half of a single document is causal attention.  Everything else is taken a few blocks at a
-    time, each group against the clean places before its end and its own noisy blocks.  (On a CPU,
-    FlexAttention has no backward, and a dense mask would cost three times the work.)
+    The clean half of a single document is causal attention. Everything else is computed one query tile at a time,
+    against the tile's own noisy blocks and the clean positions before its end. (On a CPU, FlexAttention has no
+    backward pass, and a dense mask would cost three times the work.)
     """
-    if query.is_cuda or len(plan.groups) == 1:
-        (group,) = plan.groups
+    if query.is_cuda or len(plan.query_tiles) == 1:
+        (tile,) = plan.query_tiles
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=True
+            query, key, value, attn_mask=tile.mask, is_causal=tile.mask is None, scale=scale, enable_gqa=True
         )
-    return _Grouped.apply(query, key, value, plan, scale)
+    return _TiledAttention.apply(query, key, value, plan, scale)
 
 
-class _Grouped(torch.autograd.Function):
-    """One flash kernel call for each group of queries.
+class _TiledContext(FunctionCtx):
+    """What :class:`_TiledAttention` keeps for its backward pass."""
 
-    Left to autograd, every group would keep a copy of its keys for the backward pass, and turn their gradient into
-    one of all keys before adding it up.
+    plan: AttentionPlan
+    scale: float | None
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _TiledAttention(torch.autograd.Function):
+    """One call of the CPU's flash kernel per query tile.
+
+    Under autograd alone every tile would keep a copy of its keys for the backward pass, and would expand their
+    gradient to all keys before adding it up.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None
+        ctx: _TiledContext, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None
     ) -> Tensor:
         ctx.plan, ctx.scale = plan, scale
-        output, logsums = torch.empty_like(query), []
-        for group in plan.groups:
-            own, keys, values = query[:, :, group.queries], group.keys(key), group.keys(value)
-            part, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                own, keys, values, 0.0, group.mask is None, attn_mask=_as(group.mask, query), scale=scale
-            )
-            output[:, :, group.queries] = part
-            logsums.append(logsum)
-        ctx.save_for_backward(query, key, value, output, *logsums)
+        output, logsumexps = torch.empty_like(query), []
+        for tile in plan.query_tiles:
+            # [batch, heads, queries of the tile, head_dim] output, and [batch, heads, queries] log-sum-exp of scores.
+            tile_output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, tile.queries], tile.take_keys(key), tile.take_keys(value),
+                0.0, tile.mask is None, attn_mask=_as(tile.mask, query), scale=scale,
+            )  # fmt: skip
+            output[:, :, tile.queries] = tile_output
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(query, key, value, output, *logsumexps)
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, output, *logsums = ctx.saved_tensors
-        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for group, logsum in zip(ctx.plan.groups, logsums, strict=True):
-            own = group.queries
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                gradient[:, :, own], query[:, :, own], group.keys(key), group.keys(value), output[:, :, own], logsum,
-                0.0, group.mask is None, attn_mask=_as(group.mask, query), scale=ctx.scale,
+    def backward(ctx: _TiledContext, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, output, *logsumexps = ctx.saved_tensors
+        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for tile, logsumexp in zip(ctx.plan.query_tiles, logsumexps, strict=True):
+            # Gradients of the tile's queries, and of its keys and values, which other tiles share.
+            index = tile.queries
+            of_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient[:, :, index], query[:, :, index], tile.take_keys(key), tile.take_keys(value),
+                output[:, :, index], logsumexp, 0.0, tile.mask is None,
+                attn_mask=_as(tile.mask, query), scale=ctx.scale,
             )  # fmt: skip
-            of_query[:, :, own] = parts[0]
-            group.add_to_keys(of_key, parts[1])
-            group.add_to_keys(of_value, parts[2])
-        return of_query, of_key, of_value, None, None
+            d_query[:, :, index] = of_tile[0]
+            tile.add_to_keys(d_key, of_tile[1])
+            tile.add_to_keys(d_value, of_tile[2])
+        return d_query, d_key, d_value, None, None
 
 
 def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -99,33 +117,34 @@ def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
 def attend_flex(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None, kernel: Kernel
 ) -> Tensor:
-    """The rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
-    attend = _compiled_flex() if query.is_cuda else _flex()
+    """Follow the rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
     options = dict(kernel.options) or None
     mask = plan.block_mask(kernel.tile)
-    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
-
-
-def _flex():  # type: ignore[no-untyped-def]
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
+    flex = _flex(query.is_cuda)
+    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 @functools.cache
-def _compiled_flex():  # type: ignore[no-untyped-def]
-    # As one graph: else, after a few recompilations, PyTorch would go on without a sparse kernel and not say so.
-    return torch.compile(_flex(), dynamic=False, fullgraph=True)
+def _flex(compiled: bool) -> Callable[..., Any]:
+    if not compiled:
+        return flex_attention
+    # fullgraph: without it PyTorch would, after a few recompilations, silently go on without a sparse kernel.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def attend_cached(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    """Attention of new tokens to a cache and themselves.
+    """Compute the attention of new tokens to a cache and to themselves.
 
     Args:
         query: [batch, heads, new, head_dim].
-        key: [batch, kv_heads, visible, head_dim]; ``value`` likewise.
+        key: [batch, kv_heads, visible, head_dim].
+        value: Likewise.
         mask: [batch, 1, new, visible], True where allowed; None allows all.
+        scale: Softmax scale; None for 1/sqrt(head_dim).
+
+    Returns:
+        [batch, heads, new, head_dim].
     """
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)

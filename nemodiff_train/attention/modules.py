@@ -1,15 +1,21 @@
 """The two modules that a Megatron GPT model is given to become tri-mode."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from nemodiff_train.attention import kernels
-from nemodiff_train.attention.context_parallel import gather_keys
-from nemodiff_train.attention.selection import Kernel, select_kernel
+from nemodiff_train.attention.context_parallel import KeyQueryLayout
+from nemodiff_train.attention.selection import select_kernel
 from nemodiff_train.attention.state import AttentionState
+
+if TYPE_CHECKING:
+    from nemodiff_train.model.provider import TriModeModelProvider
 
 
 class TriModeAttention(MegatronModule):
@@ -21,11 +27,11 @@ class TriModeAttention(MegatronModule):
 
     def __init__(
         self,
-        config: Any,
+        config: "TriModeModelProvider",
         layer_number: int,
-        *unused: Any,
+        *unused: object,
         softmax_scale: float | None = None,
-        **also_unused: Any,
+        **also_unused: object,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -38,93 +44,128 @@ class TriModeAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        *unused: Any,
-        **also_unused: Any,
+        *unused: object,
+        **also_unused: object,
     ) -> Tensor:
         """Attend.
 
         Args:
             query: [positions, batch, heads, head_dim].
-            key: [positions, batch, kv_heads, head_dim]; ``value`` likewise.
-            attention_mask: The ``segment_ids`` [batch, 3, L] of training samples with documents or changing
-                blocks; Megatron carries its attention mask through pipelining and recomputation.
+            key: [positions, batch, kv_heads, head_dim].
+            value: Likewise.
+            attention_mask: The segment ids [batch, 3, L] of training samples with documents or changing blocks;
+                Megatron carries its attention mask through pipelining and recomputation.
+            unused: Megatron's further arguments, as ``also_unused``.
 
         Returns:
             [positions, batch, heads * head_dim].
         """
-        cached = self.state.decode_batch
-        query = self._scaled_by_position(query, attention_mask)
-        if cached is not None:
-            q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-            k, v = cached.extend(self.layer_number, k, v)
-            out = kernels.attend_cached(q, k, v, cached.mask, self.softmax_scale)
-        else:
-            plan = self.state.plan(self.config, len(query), attention_mask, query.device)
-            if self.state.shard.size > 1:
-                key, value = gather_keys(key, value, plan, self.state.context_group)
-            q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-            kernel = self._kernel(query.device, plan.causal)
-            out = kernels.attend(q, k, v, plan, self.softmax_scale, kernel)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        query = self._scale_by_position(query, attention_mask)
+        attend = self._attend_training if self.state.decode_batch is None else self._attend_cached
+        return attend(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2)
 
-    def _kernel(self, device: torch.device, causal: bool) -> Kernel:
-        config = self.config
-        return select_kernel(device, causal, config.attention_kernel, config.attention_tile, config.attention_options)
+    def _attend_training(self, query: Tensor, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Attend over a micro-batch: [batch, heads, positions, head_dim]."""
+        config, state = self.config, self.state
+        plan = state.plan(config, len(query), segment_ids, query.device)
+        if state.context_group is not None and state.shard.size > 1:
+            key, value = exchange_keys(key, value, plan.layout, state.context_group)
+        q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+        kernel = select_kernel(
+            query.device, plan.causal, config.attention_kernel, config.attention_tile, config.attention_options
+        )
+        return kernels.attend(q, k, v, plan, self.softmax_scale, kernel)
 
-    def _scaled_by_position(self, query: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).
+    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Attend to a cache: [batch, heads, new, head_dim]."""
+        batch = self.state.decode_batch
+        assert batch is not None
+        q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+        k, v = batch.extend(self.layer_number, k, v)
+        return kernels.attend_cached(q, k, v, batch.mask, self.softmax_scale)
 
-        Positions are places in the text, so all views of a training sample scale alike; it is
-        exactly 1 below the original length (Llama 4's temperature tuning).
+    def _scale_by_position(self, query: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Apply Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).
+
+        All views of a training sample scale alike. The factor is exactly 1 below the original length. (Llama 4's
+        temperature tuning.)
         """
         beta = self.config.query_scale_beta
         if not beta:
             return query
-        cached = self.state.decode_batch
-        if cached is None:
-            place = self.state.positions(self.config, len(query), segment_ids, query.device).T
+        batch = self.state.decode_batch
+        if batch is None:
+            positions = self.state.positions(self.config, len(query), segment_ids, query.device)
         else:
-            place = cached.positions.T
-        scale = 1 + beta * torch.log1p(torch.floor(place / self.config.query_scale_original_length))
+            positions = batch.positions
+        # [positions, batch or 1], then broadcast over heads and head_dim.
+        scale = 1 + beta * torch.log1p(torch.floor(positions.T / self.config.query_scale_original_length))
         return query * scale[:, :, None, None].to(query.dtype)
 
 
-class PositionLookupRotary(nn.Module):
-    """Rotary angles by place in the text instead of by position in the tensor.
+def exchange_keys(key: Tensor, value: Tensor, layout: KeyQueryLayout, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Exchange the clean and the halo keys and values of context-parallel ranks in one collective.
 
-    Wraps the model's own rotary embedding (RoPE, YaRN, ...): its table is computed once and looked up
-    with 0 .. L-1 for each view of a training sample, or with each row's own positions in decoding.
+    Noisy positions other than the halo stay where they are. The backward pass is one reduce-scatter.
+
+    Args:
+        key: [positions, batch, kv_heads, head_dim], this rank's.
+        value: Likewise.
+        layout: Which of them to send, and the order of what is received.
+        group: The context-parallel process group.
+
+    Returns:
+        Keys and values in the order of the layout's keys: [keys, batch, kv_heads, head_dim] each.
+    """
+    sent = torch.stack([key[layout.sent], value[layout.sent]], dim=1)  # [sent, 2, batch, kv_heads, head_dim]
+    gathered = gather_from_sequence_parallel_region(sent, tensor_parallel_output_grad=True, group=group)
+    received = gathered[layout.received]  # [halo + L, 2, batch, kv_heads, head_dim]
+    noisy = slice(0, len(layout.key_view) - len(layout.received))  # the rank's own
+    return torch.cat([key[noisy], received[:, 0]]), torch.cat([value[noisy], received[:, 1]])
+
+
+class PositionLookupRotary(nn.Module):
+    """Rotary angles by position in the sample instead of by index in the tensor.
+
+    Wraps the model's own rotary embedding (RoPE, YaRN, ...): its table is computed once and looked up with
+    0 .. L-1 for each view of a training sample, or with each row's own positions in decoding.
     """
 
-    def __init__(self, rotary: Any, config: Any, state: AttentionState) -> None:
+    def __init__(self, rotary: RotaryEmbedding, config: "TriModeModelProvider", state: AttentionState) -> None:
         super().__init__()
         self.rotary = rotary
         self.config = config
         self.state = state
 
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+    def get_rotary_seq_len(self, *args: object, **kwargs: object) -> int:
+        """Return the number of positions of a forward, as the wrapped embedding does."""
         return int(self.rotary.get_rotary_seq_len(*args, **kwargs))
 
-    def forward(self, positions: int, **unused: Any) -> Any:
-        """Angles for this forward: [positions, batch or 1, 1, head_dim], fp32.
+    def forward(self, positions: int, **unused: object) -> Tensor | tuple[Tensor, float]:
+        """Look up the angles of a forward.
+
+        Args:
+            positions: Number of positions, over all context-parallel ranks.
+            unused: Megatron's further arguments.
 
         Returns:
-            The angles, with YaRN's magnitude factor where the wrapped embedding returns one.
+            [positions of this rank, batch or 1, 1, head_dim] fp32, with YaRN's magnitude factor where the wrapped
+            embedding returns one.
         """
-        cached = self.state.decode_batch
-        table, factor = self._table(positions if cached is None else cached.visible)
-        if cached is None:
-            own = positions // self.state.shard.size
-            place = self.state.positions(self.config, own, self.state.rotary_segment_ids, table.device)
+        batch = self.state.decode_batch
+        table, factor = self._table(positions if batch is None else batch.visible)
+        if batch is None:
+            queries = positions // self.state.shard.size
+            index = self.state.positions(self.config, queries, self.state.rotary_segment_ids, table.device)
         else:
-            place = cached.positions
-        angles = table[:, 0, 0][place.T][:, :, None]
+            index = batch.positions
+        angles = table[:, 0, 0][index.T][:, :, None]
         return angles if factor is None else (angles, factor)
 
     def _table(self, at_least: int) -> tuple[Tensor, float | None]:
-        """Angles of places 0 .. n-1 with n >= ``at_least``: [n, 1, 1, head_dim]."""
+        """Return the angles of positions 0 .. n-1 for a power of two n >= ``at_least``: [n, 1, 1, head_dim]."""
         size = 1 << max(at_least - 1, 255).bit_length()
-        if size not in self.state.tables:
-            self.state.tables[size] = self.rotary.get_emb(size)
-        table = self.state.tables[size]
+        if size not in self.state.rotary_tables:
+            self.state.rotary_tables[size] = self.rotary.get_emb(size)
+        table = self.state.rotary_tables[size]
         return table if isinstance(table, tuple) else (table, None)

@@ -3,14 +3,17 @@
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from nemodiff_train.errors import nearest
 
+if TYPE_CHECKING:
+    from nemodiff_train.model.provider import TriModeModelProvider
+
 KERNELS = ("auto", "flash")
-_FLASH, _INSTEAD = "model.attention_kernel=flash", "set model.attention_kernel=auto"
+_FLASH, _REMEDY = "model.attention_kernel=flash", "set model.attention_kernel=auto"
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Kernel:
 
     name: Literal["sdpa", "flex"]
     tile: tuple[int, int] = (128, 128)
-    """Queries and keys of a tile of FlexAttention's block mask."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    """Number of queries and of keys per tile of FlexAttention's block mask."""
+    options: Mapping[str, object] = field(default_factory=dict)
     """FlexAttention's ``kernel_options``."""
 
 
@@ -29,14 +32,14 @@ def select_kernel(
     causal: bool,
     kernel: str = "auto",
     tile: int = 0,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Kernel:
-    """The kernel for a plan.
+    """Select the kernel of a plan.
 
-    The smaller a tile, the fewer pairs it holds that the rule forbids.  But FlexAttention refuses one that the steps
-    of its kernels do not divide, which are up to 128 long on Hopper and Blackwell; and even that computes only a few
-    percent more than the rule allows, whatever the diffusion block (tools/bench/attention).  On Blackwell the flash
-    kernels take 256 queries.
+    The smaller a tile, the fewer pairs it holds that the rule forbids. But FlexAttention refuses tiles that the steps
+    of its kernels do not divide, which are up to 128 long on Hopper and Blackwell; and even tiles of 128 compute only
+    a few percent more than the rule allows, whatever the diffusion block (tools/bench/attention). On Blackwell the
+    flash kernels take 256 queries.
 
     Args:
         device: Where it runs.
@@ -55,12 +58,12 @@ def select_kernel(
     return Kernel("flex", (tile, tile) if tile else sides, {**backend, **(options or {})})
 
 
-def kernel_problems(model: Any, positions: int, cuda: bool) -> Iterator[str]:
-    """What keeps the settings of a model from being used here, a line each.
+def kernel_problems(model: "TriModeModelProvider", positions: int, cuda: bool) -> Iterator[str]:
+    """Yield one line per reason why a model's settings of attention cannot be used here.
 
     Args:
-        model: The ``TriModeModelProvider``.
-        positions: Of a training sample.
+        model: The model's configuration.
+        positions: Number of positions of a training sample, all views included.
         cuda: Whether there is a GPU.
     """
     kernel, tile = model.attention_kernel, model.attention_tile
@@ -71,14 +74,14 @@ def kernel_problems(model: Any, positions: int, cuda: bool) -> Iterator[str]:
     if kernel != "flash":
         return
     if not cuda or torch.cuda.get_device_capability()[0] not in (9, 10):
-        # On older GPUs its kernels have been reported to compute all pairs, mask or no mask.
-        yield f"{_FLASH} needs a GPU of the Hopper or data-center Blackwell kind; {_INSTEAD}"
+        # On older GPUs its kernels have been reported to compute all pairs, with a mask or without.
+        yield f"{_FLASH} needs a Hopper or data-center Blackwell GPU; {_REMEDY}"
     if not _has_flash():
-        yield f"{_FLASH} needs the package flash-attn-4; install it, or {_INSTEAD}"
+        yield f"{_FLASH} needs the package flash-attn-4; install it, or {_REMEDY}"
     side = tile or 256
     if model.context_parallel_size > 1 or positions % side:
-        # Nothing says what its kernels do with captured tensors behind the last whole tile.
-        yield f"{_FLASH} takes samples of whole tiles of {side} positions, on one context-parallel rank; {_INSTEAD}"
+        # It is not documented what its kernels do with captured tensors after the last whole tile.
+        yield f"{_FLASH} needs samples of whole tiles of {side} positions on one context-parallel rank; {_REMEDY}"
 
 
 def _has_flash() -> bool:

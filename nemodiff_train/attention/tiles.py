@@ -1,10 +1,10 @@
-"""FlexAttention's block mask, made from the segment_ids of a plan and not by looking at its pairs.
+"""FlexAttention's block mask, made from segments of positions instead of from all pairs of positions.
 
-FlexAttention computes attention a tile of queries x keys at a time, and wants to know which tiles hold an allowed
-pair and which hold nothing else.  Positions are cut into runs: consecutive places of one view, within one tile.
-Along a run blocks, documents and places never fall, so their smallest and largest values say what some or all of a
-run's queries may see of a run of keys.  That takes work and memory for every pair of runs, of which there are
-thousands of times fewer than pairs of positions.
+FlexAttention computes attention one tile of queries x keys at a time, and has to be told which tiles hold an allowed
+pair and which hold nothing else. A segment is a run of consecutive positions of one view within one tile. Along a
+segment blocks, documents and positions never decrease, so their minimum and maximum tell whether some or all of its
+queries may see a segment of keys. That takes time and memory per pair of segments, of which there are thousands of
+times fewer than pairs of positions.
 """
 
 from collections.abc import Callable
@@ -17,165 +17,179 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from nemodiff_train.objective.rule import CLEAN, Positions, can_attend
 
-_ENDS = ("amin", "amax")
 
+class Interval(NamedTuple):
+    """The minimum and the maximum of each segment's values, [rows, segments] each.
 
-@dataclass(frozen=True)
-class Runs:
-    """Positions cut where the view changes, where places leave a gap, and where a tile ends."""
-
-    run: Tensor
-    """[positions] number of each position's run."""
-    view: Tensor
-    """[runs]"""
-    tile: Tensor
-    """[runs] number of each run's tile."""
-    of_tile: Tensor
-    """[tiles] how many runs a tile has."""
-    filled: Tensor
-    """[tiles] whether a tile has all its positions; the last one may not."""
-
-    @classmethod
-    def of(cls, view: Tensor, place: Tensor, tile: int) -> "Runs":
-        """Cut positions.
-
-        Args:
-            view: [positions]; ``place`` likewise.
-            tile: Positions of a tile.
-        """
-        index = torch.arange(len(view), device=view.device)
-        opens = index % tile == 0
-        opens[1:] |= (view.diff() != 0) | (place.diff() != 1)
-        first = opens.nonzero()[:, 0]
-        tiles = first // tile
-        of_tile = torch.bincount(tiles)
-        filled = (torch.arange(len(of_tile), device=view.device) + 1) * tile <= len(view)
-        return cls(opens.cumsum(0) - 1, view[first], tiles, of_tile, filled)
-
-    def ends(self, values: Tensor) -> "Ends":
-        """The smallest and largest value of each run.
-
-        Args:
-            values: [positions] or [rows, positions].
-        """
-        values = values.view(-1, len(self.run))
-        run, shape = self.run.expand_as(values), (len(values), len(self.view))
-        low, high = (
-            values.new_zeros(shape).scatter_reduce_(1, run, values, how, include_self=False) for how in _ENDS
-        )
-        return Ends(low, high)
-
-
-class Ends(NamedTuple):
-    """Two values of each run, [rows, runs]: the smallest and the largest, or the other way round."""
+    Comparing the highest query with the lowest key tells whether any pair fulfils a condition. With both intervals
+    swapped the lowest query is compared with the highest key, which tells whether all pairs do.
+    """
 
     low: Tensor
     high: Tensor
 
-    def turned(self) -> "Ends":
-        """As :class:`_Summary` takes them where a statement has to hold of all pairs."""
-        return Ends(self.high, self.low)
+    def swapped(self) -> "Interval":
+        """Exchange minimum and maximum, to turn ``any`` into ``all`` below."""
+        return Interval(self.high, self.low)
 
-    def reaches(self, other: "Ends") -> Tensor:
-        """Whether a value is at or above one of ``other``: [rows, runs, other's runs]."""
+    def any_ge(self, other: "Interval") -> Tensor:
+        """Return whether any value is at or above any of ``other``: [rows, segments, segments of other]."""
         return self.high[:, :, None] >= other.low[:, None, :]
 
-    def passes(self, other: "Ends") -> Tensor:
-        """Whether a value is above one of ``other``."""
+    def any_gt(self, other: "Interval") -> Tensor:
+        """Return whether any value is above any of ``other``: [rows, segments, segments of other]."""
         return self.high[:, :, None] > other.low[:, None, :]
 
-    def meets(self, other: "Ends") -> Tensor:
-        """Whether a value may be one of ``other``'s, and is where neither leaves a value out."""
-        return self.reaches(other) & (other.reaches(self)).mT
+    def overlaps(self, other: "Interval") -> Tensor:
+        """Return whether the intervals overlap, as they must if any values are equal: same shape.
+
+        Swapped, whether all values are equal.
+        """
+        return self.any_ge(other) & other.any_ge(self).mT
 
 
-class _Summary(NamedTuple):
-    """What the rule needs to know of runs."""
+@dataclass(frozen=True)
+class Segments:
+    """Positions cut where the view changes, where consecutive positions do not follow each other, and at tiles."""
+
+    segment: Tensor
+    """[positions] segment of each position."""
+    view: Tensor
+    """[segments] view of each segment."""
+    tile: Tensor
+    """[segments] tile of each segment."""
+    per_tile: Tensor
+    """[tiles] number of segments in each tile."""
+    full_tile: Tensor
+    """[tiles] whether a tile has all its positions; the last one may not."""
+
+    @classmethod
+    def cut(cls, view: Tensor, position: Tensor, tile_size: int) -> "Segments":
+        """Cut a sequence of queries or keys.
+
+        Args:
+            view: [positions] view of each.
+            position: [positions] position of each in its view.
+            tile_size: Positions per tile.
+        """
+        index = torch.arange(len(view), device=view.device)
+        starts = index % tile_size == 0
+        starts[1:] |= (view.diff() != 0) | (position.diff() != 1)
+        first = starts.nonzero()[:, 0]  # [segments] index of each segment's first position
+        tile = first // tile_size
+        per_tile = torch.bincount(tile)
+        full_tile = (torch.arange(len(per_tile), device=view.device) + 1) * tile_size <= len(view)
+        return cls(starts.cumsum(0) - 1, view[first], tile, per_tile, full_tile)
+
+    def interval(self, values: Tensor) -> Interval:
+        """Reduce [positions] or [rows, positions] to the interval of each segment."""
+        values = values.view(-1, len(self.segment))
+        segment, empty = self.segment.expand_as(values), values.new_zeros(len(values), len(self.view))
+        return Interval(
+            empty.scatter_reduce(1, segment, values, "amin", include_self=False),
+            empty.scatter_reduce(1, segment, values, "amax", include_self=False),
+        )
+
+
+class _Bounds(NamedTuple):
+    """What the rule needs to know of segments: the view, and intervals of the rest of ``Positions``."""
 
     view: Tensor
-    place: Ends
-    block: Ends
-    document: Ends
+    position: Interval
+    block: Interval
+    document: Interval
 
-    def turned(self) -> "_Summary":
-        """Smallest and largest exchanged.
-
-        A comparison of the largest query with the smallest key says that some pair fulfils it; of the smallest query
-        with the largest key, that all do.
-        """
-        return _Summary(self.view, self.place.turned(), self.block.turned(), self.document.turned())
+    def swapped(self) -> "_Bounds":
+        return _Bounds(self.view, self.position.swapped(), self.block.swapped(), self.document.swapped())
 
 
 def block_mask(
-    queries: Positions, keys: Positions, block_causal: bool, query_runs: Runs, key_runs: Runs, tile: tuple[int, int]
+    queries: Positions,
+    keys: Positions,
+    block_causal: bool,
+    query_segments: Segments,
+    key_segments: Segments,
+    tile: tuple[int, int],
 ) -> BlockMask:
-    """What :func:`torch.nn.attention.flex_attention.create_block_mask` makes of the rule.
+    """Make what :func:`torch.nn.attention.flex_attention.create_block_mask` makes of the rule.
 
-    Tiles that it leaves out hold no allowed pair, and those it calls full no other.  Where documents meet it may keep
-    a tile that holds none.
+    Tiles that it leaves out hold no allowed pair, and tiles that it calls full no other. Where documents meet, it may
+    keep a tile that holds none.
 
     Args:
         queries: Positions whose ``block`` and ``document`` are [positions] or [rows, positions].
         keys: Likewise.
-        block_causal: What a clean place sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
-        query_runs: The queries, cut by ``tile[0]``.
-        key_runs: The keys, cut by ``tile[1]``.
-        tile: Queries and keys of a tile.
+        block_causal: What a clean position sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
+        query_segments: The queries, cut by ``tile[0]``.
+        key_segments: The keys, cut by ``tile[1]``.
+        tile: Number of queries and of keys per tile.
     """
-    some, every = _tiles(queries, keys, block_causal, query_runs, key_runs)
-    lengths = len(query_runs.run), len(key_runs.run)
-    return BlockMask.from_kv_blocks(
-        *_numbers(some & ~every), *_numbers(every), tile, _rule(queries, keys, block_causal), lengths
-    )
+    any_allowed, all_allowed = _tiles(queries, keys, block_causal, query_segments, key_segments)
+    partial, full = _kv_blocks(any_allowed & ~all_allowed), _kv_blocks(all_allowed)
+    lengths = len(query_segments.segment), len(key_segments.segment)
+    return BlockMask.from_kv_blocks(*partial, *full, tile, _mask_mod(queries, keys, block_causal), lengths)
 
 
 def _tiles(
-    queries: Positions, keys: Positions, block_causal: bool, query_runs: Runs, key_runs: Runs
+    queries: Positions, keys: Positions, block_causal: bool, query_segments: Segments, key_segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """Whether some pair of a tile is allowed, and whether every pair is: [rows, query tiles, key tiles] each."""
-    own = _Summary(query_runs.view, *map(query_runs.ends, (queries.place, queries.block, queries.seen_document())))
-    # Documents of padding keys are no query's: with them a run is never all allowed, and of them alone never at all.
-    seen = _Summary(key_runs.view, *map(key_runs.ends, (keys.place, keys.block, keys.document)))
-    some = _by_tile(_allowed(own, seen, block_causal), query_runs, key_runs)
-    every = _by_tile(_allowed(own.turned(), seen.turned(), block_causal), query_runs, key_runs)
-    filled = query_runs.filled[:, None] & key_runs.filled
-    return some > 0, filled & (every == query_runs.of_tile[:, None] * key_runs.of_tile)
+    """Return whether any pair of a tile is allowed, and whether all are: [rows, query tiles, key tiles] each."""
+    query = _Bounds(
+        query_segments.view, *map(query_segments.interval, (queries.place, queries.block, queries.seen_document()))
+    )
+    # The document of a padding key is no query's: a segment with such keys is never allowed in full, and one of
+    # nothing else never at all.
+    key = _Bounds(key_segments.view, *map(key_segments.interval, (keys.place, keys.block, keys.document)))
+    # [rows, query tiles, key tiles] number of pairs of segments with any allowed pair, and with no other.
+    some = _count_by_tile(_allowed(query, key, block_causal), query_segments, key_segments)
+    full = _count_by_tile(_allowed(query.swapped(), key.swapped(), block_causal), query_segments, key_segments)
+    complete = query_segments.full_tile[:, None] & key_segments.full_tile
+    return some > 0, complete & (full == query_segments.per_tile[:, None] * key_segments.per_tile)
 
 
-def _allowed(query: _Summary, key: _Summary, block_causal: bool) -> Tensor:
-    """The rule of :func:`~nemodiff_train.objective.rule.can_attend` for runs: [rows, query runs, key runs]."""
-    before = query.block.reaches(key.block) if block_causal else query.place.reaches(key.place)
-    visible = torch.where((query.view == CLEAN)[:, None], before, query.block.passes(key.block))
-    same_block = (query.view[:, None] == key.view) & query.block.meets(key.block)
-    return torch.where(key.view == CLEAN, visible & query.document.meets(key.document), same_block)
+def _allowed(query: _Bounds, key: _Bounds, block_causal: bool) -> Tensor:
+    """State :func:`~nemodiff_train.objective.rule.can_attend` for segments: [rows, query segments, key segments]."""
+    before = query.block.any_ge(key.block) if block_causal else query.position.any_ge(key.position)
+    visible_text = torch.where((query.view == CLEAN)[:, None], before, query.block.any_gt(key.block))
+    same_block = (query.view[:, None] == key.view) & query.block.overlaps(key.block)
+    return torch.where(key.view == CLEAN, visible_text & query.document.overlaps(key.document), same_block)
 
 
-def _by_tile(found: Tensor, query_runs: Runs, key_runs: Runs) -> Tensor:
-    """How many pairs of runs in each tile: [rows, query tiles, key tiles] int32."""
-    rows, tiles = len(found), (len(query_runs.of_tile), len(key_runs.of_tile))
-    like = torch.empty(0, dtype=torch.int32, device=found.device)
-    part = like.new_zeros(rows, tiles[0], found.shape[2]).index_add_(1, query_runs.tile, found.int())
-    return like.new_zeros(rows, *tiles).index_add_(2, key_runs.tile, part)
+def _count_by_tile(pairs: Tensor, query_segments: Segments, key_segments: Segments) -> Tensor:
+    """Count the true pairs of segments in each tile: [rows, query tiles, key tiles] int32."""
+    rows, _, keys = pairs.shape
+    tiles = len(query_segments.per_tile), len(key_segments.per_tile)
+    counts = torch.zeros(rows, tiles[0], keys, dtype=torch.int32, device=pairs.device)
+    counts.index_add_(1, query_segments.tile, pairs.int())
+    return counts.new_zeros(rows, *tiles).index_add_(2, key_segments.tile, counts)
 
 
-def _numbers(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key tiles each query tile takes, [rows, 1, tiles], and all of them, those first, on one axis more."""
-    chosen = tiles[:, None].int()
-    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
+def _kv_blocks(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a table of tiles into FlexAttention's lists.
+
+    Args:
+        tiles: [rows, query tiles, key tiles] boolean.
+
+    Returns:
+        [rows, 1, query tiles] int32 number of true key tiles, and [rows, 1, query tiles, key tiles] int32 indices of
+        all key tiles, the true ones first.
+    """
+    selected = tiles[:, None].int()
+    return selected.sum(-1, dtype=torch.int32), selected.argsort(dim=-1, descending=True, stable=True).int()
 
 
-def _rule(
+def _mask_mod(
     queries: Positions, keys: Positions, block_causal: bool
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The rule for single pairs, which FlexAttention asks in tiles that are not full."""
+    """Return the rule for single pairs, which FlexAttention evaluates in tiles that are not full."""
     # 32 bits: the kernel reads these for every pair of such a tile.
-    queries, keys = (Positions(*(each.int() for each in positions)) for positions in (queries, keys))
+    queries, keys = (Positions(*(values.int() for values in positions)) for positions in (queries, keys))
 
-    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return can_attend(_pick(queries, batch, query), _pick(keys, batch, key), block_causal)
 
-    return rule
+    return mask_mod
 
 
 def _pick(positions: Positions, batch: Tensor, index: Tensor) -> Positions:
-    return Positions(*(each[index] if each.dim() == 1 else each[batch, index] for each in positions))
+    return Positions(*(values[index] if values.dim() == 1 else values[batch, index] for values in positions))

@@ -3,10 +3,9 @@
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import is_drafter
+from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
 
 FORMATS = ("ar", "nemotron", "tri-mode")
@@ -103,17 +102,18 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     _check_world(arguments)
+    source = Checkpoint.open(arguments.source)
     init_runtime()
     from nemodiff_train.conversion.drafters import export_drafter
     from nemodiff_train.conversion.exporting import export_checkpoint
 
-    if is_drafter(Path(arguments.source)):
+    if source.kind is Kind.DRAFTER:
         if arguments.remote_code:
             raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
-        export_drafter(arguments.source, arguments.output, arguments.format)
+        export_drafter(source, arguments.output, arguments.format)
         return 0
     export_checkpoint(
-        arguments.source,
+        source,
         arguments.output,
         format=arguments.format,
         remote_code=arguments.remote_code,

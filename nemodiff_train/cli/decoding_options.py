@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.model.checkpoint import Checkpoint
 
 _HELP: dict[str, str] = {
     "max_new_tokens": "exact limit on new tokens",
@@ -39,8 +40,13 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the options say, as arguments of :func:`~nemodiff_train.model.loading.load_model`."""
-    names = [*_HELP, "block_size", "drafter", "tensor_parallel", "pipeline_parallel"]
-    return {**{name: getattr(arguments, name) for name in names}, "stop_strings": tuple(arguments.stop)}
+    names = [*_HELP, "block_size", "tensor_parallel", "pipeline_parallel"]
+    drafter = Checkpoint.open(arguments.drafter).require_drafter() if arguments.drafter else None
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "stop_strings": tuple(arguments.stop),
+        "drafter": drafter,
+    }
 
 
 def check_options(arguments: argparse.Namespace) -> None:

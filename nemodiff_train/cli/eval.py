@@ -10,6 +10,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import usable_directory
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
 
@@ -53,15 +54,15 @@ def run(arguments: argparse.Namespace) -> None:
         DecodingSettings(threshold=threshold)  # refuses what is no probability
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
+    checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
-    from nemodiff_train.model.loading import load_model, open_checkpoint
+    from nemodiff_train.model.loading import load_model
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
 
-    open_checkpoint(arguments.checkpoint)  # refused before the output folder is made
     usable_directory(Path(arguments.output))
-    opened = load_model(arguments.checkpoint, modes=modes, **decoding_options(arguments))
+    opened = load_model(checkpoint, modes=modes, **decoding_options(arguments))
     plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation, and what it cost."""
     check_options(arguments)
+    checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.decoding.decode import decode, fill
     from nemodiff_train.decoding.prompts import prompt_tokens
     from nemodiff_train.model.loading import load_model
 
     mode = "diffusion" if arguments.infill else arguments.mode
-    opened = load_model(arguments.checkpoint, modes=(mode,), **decoding_options(arguments))
+    opened = load_model(checkpoint, modes=(mode,), **decoding_options(arguments))
     (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
     if arguments.infill:
         filled, session = fill(opened.model, prompt, opened.settings)

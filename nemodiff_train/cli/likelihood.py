@@ -8,6 +8,7 @@ from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
 
@@ -34,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
+    checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.evaluation.likelihood import likelihood
     from nemodiff_train.model.loading import load_model
 
-    opened = load_model(arguments.checkpoint, tensor_parallel=arguments.tensor_parallel)
+    opened = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel)
     found = likelihood(
         opened.model,
         (opened.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),

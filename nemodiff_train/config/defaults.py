@@ -1,7 +1,5 @@
 """The parts of a configuration that most recipes share, with the paper's values as defaults."""
 
-from pathlib import Path
-
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import (
     CheckpointConfig,
@@ -13,7 +11,7 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import local_copy
 
 
@@ -108,9 +106,8 @@ def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
 
 def tokenizer_of(model: str) -> TokenizerConfig:
     """The Hugging Face tokenizer in a directory, of a name, or saved with a Megatron checkpoint."""
-    path = Path(model)
-    if is_megatron_checkpoint(path):
-        model = str(newest_iteration(path) / "tokenizer")
+    if checkpoint := Checkpoint.find(model):
+        model = str(checkpoint.tokenizer_directory)
     return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
 
 

@@ -17,13 +17,14 @@ from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_for_decoding, open_checkpoint, tokenizer_directory
+from nemodiff_train.model.loading import load_for_decoding, model_of
 from nemodiff_train.model.pretrained import auto_bridge, config_from
 
 
 def export_checkpoint(
-    source: str,
+    source: Checkpoint,
     output: str,
     *,
     format: str | None = None,
@@ -35,7 +36,7 @@ def export_checkpoint(
     """Make a Hugging Face directory of a Megatron checkpoint.
 
     Args:
-        source: A Megatron checkpoint of this project (the newest iteration is taken).
+        source: A model's.
         output: Directory to create.
         format: A key of ``FORMATS``; None for the format that the model came in.
         remote_code: Directory with the Python files that the format is loaded by.
@@ -47,27 +48,27 @@ def export_checkpoint(
         UserError: No checkpoint, existing output, or a format that cannot hold the model.
     """
     check_free(Path(output))
-    provider = open_checkpoint(source)
+    provider = model_of(source)
     check_stages(provider, pipeline_parallel)
     name = format or own_format(provider)
     settings = FORMATS[name].settings(provider)
     if remote_code and not FORMATS[name].needs_code:
         raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
     code = code_files(settings, remote_code) if remote_code else []
-    tokenizer = tokenizer_directory(source)
+    tokenizer = source.tokenizer_directory
     writer = _writer(settings, provider, Path(output), max_shard_size)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
-        with console.status(f"loading {source}"):
+        with console.status(f"loading {source.path}"):
             models = load_for_decoding(source, tensor_parallel, pipeline_parallel)
         writer.directory = partial
-        _write_weights(models, settings, writer, f"exporting {source}")
+        _write_weights(models, settings, writer, f"exporting {source.path}")
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             copy_code(code, partial)
             if finish := FORMATS[name].finish:
                 finish(partial, settings)
     if is_main_process():
-        console.print(f"exported [bold]{source}[/bold] to [bold]{output}[/bold]")
+        console.print(f"exported [bold]{source.path}[/bold] to [bold]{output}[/bold]")
         if FORMATS[name].needs_code and not code:
             console.print(
                 "[yellow]the directory is loaded by Python files of its publisher, which are not part of it; "

@@ -19,7 +19,7 @@ from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weig
 from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
 from nemodiff_train.model.loading import set_parallelism, start_model_parallel
 from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, stored_settings
@@ -48,7 +48,7 @@ def import_checkpoint(
     Raises:
         UserError: No such model, an unsupported architecture, damaged weights, or existing output.
     """
-    if is_megatron_checkpoint(Path(source)):
+    if Checkpoint.find(source):
         raise UserError(f"'{source}' is a Megatron checkpoint already; import takes a Hugging Face model")
     check_free(Path(output))
     source = local_copy(source)

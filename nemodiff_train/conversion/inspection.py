@@ -9,14 +9,7 @@ from rich.table import Table
 
 from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import (
-    is_drafter,
-    is_lora,
-    is_megatron_checkpoint,
-    newest_iteration,
-    read_json,
-    run_config,
-)
+from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
 
 
@@ -27,8 +20,8 @@ def inspect(path: str) -> None:
         UserError: It is neither a Hugging Face directory nor a Megatron checkpoint, or its headers are damaged.
     """
     folder = Path(path)
-    if is_megatron_checkpoint(folder):
-        facts = _megatron(folder)
+    if checkpoint := Checkpoint.find(folder):
+        facts = _megatron(checkpoint)
     elif (folder / "config.json").is_file():
         facts = _hugging_face(folder)
     else:
@@ -55,11 +48,10 @@ def _hugging_face(folder: Path) -> dict[str, str]:
     }
 
 
-def _megatron(folder: Path) -> dict[str, str]:
-    iteration = newest_iteration(folder)
-    model, drafter = run_config(iteration)["model"], is_drafter(iteration)
-    generate = f"MODEL PROMPT --drafter {folder}" if drafter else f"{folder} PROMPT"
-    files = list(iteration.rglob("*.distcp"))
+def _megatron(checkpoint: Checkpoint) -> dict[str, str]:
+    model, folder = checkpoint.run_config["model"], checkpoint.path
+    generate = f"MODEL PROMPT --drafter {folder}" if checkpoint.kind is Kind.DRAFTER else f"{folder} PROMPT"
+    files = list(checkpoint.iteration.rglob("*.distcp"))
     layout = " x ".join(
         f"{name} {model[f'{name}_model_parallel_size']}"
         for name in ("tensor", "pipeline")
@@ -67,14 +59,14 @@ def _megatron(folder: Path) -> dict[str, str]:
     )
     settings = model.get("hf_config") or {}
     return {
-        "kind": f"Megatron checkpoint{' of a drafter' if drafter else ' of adapters' if is_lora(iteration) else ''}",
+        "kind": f"Megatron checkpoint: {checkpoint.kind}",
         "architecture": architecture(settings),
         **_sizes(ar_settings(settings)),
         "weights": f"{decimal(sum(file.stat().st_size for file in files))}, files: {len(files)}",
         "saved by": f"{layout} (loads in any layout)",
         "dtype": "bf16" if model.get("bf16") else "fp16" if model.get("fp16") else "fp32",
         "mask token": _mask_token(model),
-        "training step": str(int(iteration.name.removeprefix("iter_"))),
+        "training step": str(checkpoint.step),
         "next": f"nemodiff generate {generate}\nnemodiff convert export {folder} OUTPUT",
     }
 

@@ -20,9 +20,9 @@ from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_for_decoding, start_model_parallel, tokenizer_directory
+from nemodiff_train.model.loading import load_for_decoding, start_model_parallel
 from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -123,9 +123,11 @@ class _Side:
 
 @dataclass
 class _Megatron(_Side):
+    checkpoint: Checkpoint
+
     @cached_property
     def megatron(self) -> list[Any]:
-        return load_for_decoding(self.path)
+        return load_for_decoding(self.checkpoint)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -173,8 +175,8 @@ class _HuggingFace(_Side):
 
 
 def _side(path: str) -> _Side:
-    if is_megatron_checkpoint(Path(path)):
-        return _Megatron(path, model_from(path), tokenizer_directory(path))
+    if checkpoint := Checkpoint.find(path):
+        return _Megatron(path, model_from(checkpoint), checkpoint.tokenizer_directory, checkpoint)
     path = local_copy(path)
     provider = model_from(path)
     stored = check_weights(Path(path))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemodiff_train.attention.state import DecodeBatch
+from nemodiff_train.attention.cache import DecodeBatch
 from nemodiff_train.decoding.forward import can_fast_forward, fast_forward, logits_at
 
 

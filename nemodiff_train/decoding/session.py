@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nemodiff_train.attention.state import DecodeBatch, KeyValueCache
+from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 
@@ -89,13 +89,13 @@ class Session:
         self._check_room(rows, tokens.shape[1])
         started = time.perf_counter()
         if layout is None:
-            cached = DecodeBatch.make(
+            cached = DecodeBatch.consecutive(
                 self.cache, rows, tokens.shape[1], 1 if causal else block_size or tokens.shape[1]
             )
         else:
-            cached = DecodeBatch.laid_out(self.cache, rows, *layout)
+            cached = DecodeBatch.from_layout(self.cache, rows, *layout)
         if kind == "draft":
-            cached = replace(cached, drafts=True)
+            cached = replace(cached, is_draft=True)
         logits = self.model(tokens, cached, places)[..., : self.vocab_size].float()
         if kind in FILLS and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed

@@ -156,8 +156,9 @@ class Demo:
 
     def _export(self, run: str, directory: Path) -> None:
         from nemodiff_train.conversion.exporting import export_checkpoint
+        from nemodiff_train.model.checkpoint import Checkpoint
 
-        export_checkpoint(str(self.output / run / "checkpoints"), str(directory))
+        export_checkpoint(Checkpoint.open(self.output / run / "checkpoints"), str(directory))
 
     def _evaluate_ar(self) -> float:
         """Accuracy of the AR model before the joint stage, from the exported directory."""
@@ -191,10 +192,11 @@ class Demo:
     ) -> "tuple[Evaluation, Decode]":
         from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
         from nemodiff_train.evaluation.tasks import load_task
+        from nemodiff_train.model.checkpoint import Checkpoint
         from nemodiff_train.model.loading import load_model
 
         task = load_task("arithmetic", count=self.count)
-        opened = load_model(str(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
+        opened = load_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # the speed one user sees
         return evaluate(opened, task, settings, str(checkpoint)), opened.settings.text
 

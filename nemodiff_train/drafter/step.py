@@ -10,7 +10,7 @@ from megatron.bridge.training.state import GlobalState
 from torch import Tensor
 
 from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
-from nemodiff_train.model.head import LOGIT_CHUNK, whole
+from nemodiff_train.model.head import LOGIT_CHUNK, gather_hidden_states
 from nemodiff_train.objective.loss import Report
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.training.step import ForwardStep, LossFunction
@@ -66,7 +66,7 @@ def draft_loss(batch: Sample, recipe: Any, figures: Report, **stage: Any) -> Ten
         Their sum, a scalar.
     """
     layer, states = stage["output_layer"], stage["hidden_states"]
-    states = whole(states, layer)
+    states = gather_hidden_states(states, layer)
     size, length = recipe.model.block_size, batch["maskable"].shape[1]
     blocks = states.transpose(0, 1).unflatten(1, (2, length // size, size))  # [batch, half, blocks, size, hidden]
     # Clean place i says token i + 1; so does a noisy one under the shift, else it says token i.

@@ -18,6 +18,7 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import load_model
 
 
@@ -40,7 +41,9 @@ class NemodiffLM(TemplateLM):
     ) -> None:
         super().__init__()
         settings.pop("max_batch_size", None)  # the harness passes its own
-        self.opened = load_model(checkpoint, modes=(mode,), **settings)
+        if drafter := settings.pop("drafter", None):
+            settings["drafter"] = Checkpoint.open(drafter)
+        self.opened = load_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
         self.tokenizer = self.opened.tokenizer
         self._chat: ChatTemplate | None = None
         self.mode = mode

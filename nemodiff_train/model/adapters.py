@@ -1,6 +1,5 @@
 """LoRA on all linear layers, by Bridge: trained apart, merged into the model's weights wherever it is loaded."""
 
-from pathlib import Path
 from typing import Any
 
 from megatron.bridge.peft.lora import LoRA
@@ -8,8 +7,7 @@ from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 from megatron.core import dist_checkpointing
 
-from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration, run_config
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime.packages import patch_peft_te_flag
 
 patch_peft_te_flag()
@@ -20,29 +18,14 @@ def lora(rank: int) -> LoRA | None:
     return LoRA(dim=rank, alpha=2 * rank) if rank else None
 
 
-def base_of(checkpoint: Path) -> Path:
-    """The checkpoint that adapters were trained on.
-
-    Raises:
-        UserError: It is no longer there.
-    """
-    base = Path(str(run_config(checkpoint)["checkpoint"]["pretrained_checkpoint"]))
-    if not is_megatron_checkpoint(base):
-        raise UserError(
-            f"'{checkpoint}' holds adapters of '{base}', which is not there; run from the folder that the "
-            "training ran in, or put the checkpoint back"
-        )
-    return newest_iteration(base, read=True)
-
-
-def merge_adapters(models: list[Any], checkpoint: Path) -> None:
+def merge_adapters(models: list[Any], checkpoint: Checkpoint) -> None:
     """Add trained adapters to the weights of the model that they were trained on.
 
     Args:
         models: This rank's chunks.
-        checkpoint: That of the adapters.
+        checkpoint: Theirs.
     """
-    described = run_config(checkpoint)["peft"]
+    described = checkpoint.run_config["peft"]
     adapters = LoRA(**{name: described[name] for name in ("target_modules", "dim", "alpha")})
     adapters(models, training=False)
     load_adapters(models, checkpoint, adapters)
@@ -54,14 +37,14 @@ def merge_adapters(models: list[Any], checkpoint: Path) -> None:
                     setattr(parent, name, child.to_wrap)
 
 
-def load_adapters(models: list[Any], checkpoint: Path, adapters: LoRA) -> None:
+def load_adapters(models: list[Any], checkpoint: Checkpoint, adapters: LoRA) -> None:
     """Read the weights of adapters that a model has been given.
 
     Args:
         models: This rank's chunks.
-        checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
+        checkpoint: Theirs; its bytes have been verified.
         adapters: What was given to them.
     """
-    folder = str(newest_iteration(checkpoint, read=True).absolute())
+    folder = str(checkpoint.iteration.absolute())
     metadata = dist_checkpointing.load_content_metadata(folder)
     load_peft_adapter_checkpoint(models, folder, adapters, model_sd_kwargs={"metadata": metadata})

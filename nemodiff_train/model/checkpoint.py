@@ -1,92 +1,189 @@
-"""What a folder on disk is, told without importing anything large."""
+"""A Megatron checkpoint on disk, opened once per command; nothing large is imported to look at one."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
+from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checksums import damage, structure_damage
+from nemodiff_train.model.checksums import damage, iterations, structure_damage
 
 
-def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a Megatron checkpoint or a folder of them."""
-    return (path / "run_config.yaml").is_file() or any(path.glob("iter_*/run_config.yaml"))
+class Kind(StrEnum):
+    """What the weights of a checkpoint are."""
+
+    AR = "AR model"
+    """All weights of a model without a mask token."""
+    TRI_MODE = "tri-mode model"
+    """All weights of a model that has a mask token."""
+    DRAFTER = "drafter"
+    """Adapters that act on drafts alone, beside the model that they were trained for."""
+    LORA = "LoRA"
+    """Adapters to be merged into the weights of the model that they were trained on."""
 
 
-def iterations(path: Path) -> list[Path]:
-    """The ``iter_*`` folders of a Megatron checkpoint folder, the newest first, whole or not."""
-    return sorted(
-        (found for found in path.glob("iter_*") if found.name[5:].isdigit() and found.is_dir()), reverse=True
-    )
+@dataclass(frozen=True)
+class Checkpoint:
+    """The newest complete iteration of a Megatron checkpoint; its run configuration is parsed at most once."""
+
+    path: Path
+    """The folder as it was named: one ``iter_*``, or a folder of them."""
+    iteration: Path
+    """The ``iter_*`` folder itself."""
+
+    @classmethod
+    def find(cls, path: str | Path) -> Self | None:
+        """Open the checkpoint at ``path``, or return None where there is none, as in a Hugging Face directory.
+
+        Raises:
+            UserError: No iteration is complete, by names and sizes of its files; the damaged file is named.
+        """
+        path = Path(path)
+        if not (path / "run_config.yaml").is_file() and not any(path.glob("iter_*/run_config.yaml")):
+            return None
+        return cls(path, _newest_complete(path, structure_damage))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open the checkpoint at ``path``.
+
+        Raises:
+            UserError: There is no Megatron checkpoint, or no iteration is complete.
+        """
+        if (checkpoint := cls.find(path)) is None:
+            raise UserError(f"'{path}' is not a Megatron checkpoint; make one with 'nemodiff convert import'")
+        return checkpoint
+
+    @property
+    def step(self) -> int:
+        """Return the number of training steps before it was saved."""
+        return int(self.iteration.name.removeprefix("iter_"))
+
+    @cached_property
+    def run_config(self) -> dict[str, Any]:
+        """Return the configuration of the run that saved it, as plain values by section.
+
+        Raises:
+            UserError: The file is damaged, or has no section ``model``.
+        """
+        file = self.iteration / "run_config.yaml"
+        try:
+            sections = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"'{file}' is damaged ({reason}); take another iteration") from None
+        if not isinstance(sections, dict) or not isinstance(sections.get("model"), dict):
+            raise UserError(f"'{file}' describes no model; take another iteration")
+        return sections
+
+    @property
+    def kind(self) -> Kind:
+        """Return what its weights are."""
+        if self.run_config.get("drafter") is not None:
+            return Kind.DRAFTER
+        if self.run_config.get("peft") is not None:
+            return Kind.LORA
+        return Kind.AR if self.run_config["model"].get("mask_token_id") is None else Kind.TRI_MODE
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Return the folder of the Hugging Face tokenizer that was saved with it.
+
+        Raises:
+            UserError: It was saved without one.
+        """
+        directory = self.iteration / "tokenizer"
+        if not directory.is_dir():
+            raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
+        return directory
+
+    @property
+    def base(self) -> "Checkpoint":
+        """Return the checkpoint that its adapters were trained on.
+
+        Raises:
+            UserError: That one is no longer there, or no longer complete.
+        """
+        path = Path(str(self.run_config["checkpoint"]["pretrained_checkpoint"]))
+        if (base := Checkpoint.find(path)) is None:
+            raise UserError(
+                f"'{self.iteration}' holds adapters of '{path}', which is not there; run from the folder that the "
+                "training ran in, or put the checkpoint back"
+            )
+        return base
+
+    def require_model(self) -> Self:
+        """Return the checkpoint itself, which has to be one of a model.
+
+        Raises:
+            UserError: It holds a drafter.
+        """
+        if self.kind is Kind.DRAFTER:
+            raise UserError(
+                f"'{self.path}' is a drafter; name the model that it was trained for, and it with --drafter"
+            )
+        return self
+
+    def require_drafter(self) -> Self:
+        """Return the checkpoint itself, which has to be a drafter's.
+
+        Raises:
+            UserError: It is not.
+        """
+        if self.kind is not Kind.DRAFTER:
+            raise UserError(f"'{self.path}' is not a drafter; train one with 'nemodiff train drafter'")
+        return self
+
+    def verify_contents(self) -> Self:
+        """Compare every byte with the recorded checksums.
+
+        Returns:
+            The checkpoint itself, or where it is damaged the newest older iteration that is not; one line says so.
+
+        Raises:
+            UserError: No iteration in the folder is complete; the damaged file is named.
+        """
+        verified = _newest_complete(self.path, damage)
+        if verified == self.iteration:
+            return self
+        if is_main_process():
+            console.print(f"[yellow]'{self.iteration}' is damaged; taking '{verified}'[/yellow]", soft_wrap=True)
+        return type(self)(self.path, verified)
 
 
-def newest_iteration(path: Path, *, read: bool = False) -> Path:
-    """The newest whole ``iter_*`` folder of a Megatron checkpoint folder (or ``path``, if it is one itself).
-
-    Args:
-        path: The folder.
-        read: Compare every byte with the recorded checksums; otherwise the names and sizes of the files.
-
-    Raises:
-        UserError: It is no Megatron checkpoint, or none in it is whole; the damaged file is named.
-    """
-    look = damage if read else structure_damage
+def _newest_complete(path: Path, find_damage: Callable[[Path], str | None]) -> Path:
+    """Return the newest ``iter_*`` folder in which ``find_damage`` finds none; ``path``, if it is one itself."""
     if (path / "run_config.yaml").is_file():
-        if read and (wrong := look(path)):
-            raise UserError(f"the checkpoint '{path}' is damaged: {wrong}; take another one")
+        if reason := find_damage(path):
+            raise UserError(f"the checkpoint '{path}' is damaged: {reason}; take another one")
         return path
-    wrong = ""
+    first = ""
     for iteration in iterations(path):
-        if not (found := look(iteration)):
+        if not (reason := find_damage(iteration)):
             return iteration
-        wrong = wrong or f"'{iteration.name}': {found}"
-    if not wrong:
-        raise UserError(f"'{path}' is no Megatron checkpoint: it has no iter_*/run_config.yaml")
+        first = first or f"'{iteration.name}': {reason}"
     raise UserError(
-        f"no checkpoint in '{path}' is whole ({wrong}); resume the run that makes it, or take another one"
+        f"no checkpoint in '{path}' is complete ({first}); resume the run that makes it, or take another one"
     )
-
-
-def run_config(path: Path) -> dict[str, Any]:
-    """The recipe that a Megatron checkpoint was saved with, as plain values.
-
-    Raises:
-        UserError: As :func:`newest_iteration`, or the file is damaged.
-    """
-    file = newest_iteration(path) / "run_config.yaml"
-    try:
-        found = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"'{file}' is damaged ({reason}); take another iteration") from None
-    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
-        raise UserError(f"'{file}' describes no model; take another iteration")
-    return found
-
-
-def is_drafter(path: Path) -> bool:
-    """Whether a Megatron checkpoint holds a drafter's adapters instead of a model."""
-    return is_megatron_checkpoint(path) and run_config(path).get("drafter") is not None
-
-
-def is_lora(path: Path) -> bool:
-    """Whether a Megatron checkpoint holds adapters that belong into a model's weights."""
-    described = run_config(path) if is_megatron_checkpoint(path) else {}
-    return described.get("peft") is not None and described.get("drafter") is None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
         UserError: The file holds something else.
     """
     try:
-        found = json.loads(file.read_text())
+        settings = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{file}' is no JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
+        raise UserError(f"'{file}' is not JSON ({error}); fetch it again") from None
+    if not isinstance(settings, dict):
         raise UserError(f"'{file}' holds no settings; fetch it again")
-    return found
+    return settings

@@ -17,6 +17,12 @@ def mark_of(iteration: Path) -> Path:
     return iteration.with_name(f".{iteration.name}.unfinished")
 
 
+def iterations(folder: Path) -> list[Path]:
+    """Return the ``iter_*`` folders of a folder of checkpoints, the newest first, complete or not."""
+    numbered = (path for path in folder.glob("iter_*") if path.name[5:].isdigit() and path.is_dir())
+    return sorted(numbered, reverse=True)
+
+
 def files_of(iteration: Path) -> list[str]:
     """Names of a checkpoint's files relative to its folder, the largest first, without the checksums."""
     files = [file for file in iteration.rglob("*") if file.is_file() and file.name != CHECKSUMS]

@@ -1,7 +1,6 @@
 """Low-rank adapters on the attention outputs that act on drafts alone."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron.bridge.peft.lora import LoRA
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import load_adapters
-from nemodiff_train.model.checkpoint import is_drafter, run_config
+from nemodiff_train.model.checkpoint import Checkpoint
 
 
 class DraftProjection(LoRALinear):
@@ -64,27 +63,27 @@ class DraftLoRA(LoRA):
         return DraftProjection(made.to_wrap, made.adapter) if type(made) is LoRALinear else made
 
 
-def open_drafter(checkpoint: str, model: Any) -> DraftLoRA:
+def open_drafter(checkpoint: Checkpoint, model: Any) -> DraftLoRA:
     """The adapters that a drafter's checkpoint describes, without their weights.
 
     Args:
-        checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
+        checkpoint: The drafter's.
         model: The ``TriModeModelProvider`` of the model that it is for.
 
     Raises:
         UserError: It is no drafter, or one of a model of another shape.
     """
-    if not is_drafter(Path(checkpoint)):
-        raise UserError(f"'{checkpoint}' is no drafter; train one with 'nemodiff train drafter'")
-    run = run_config(Path(checkpoint))
+    run = checkpoint.require_drafter().run_config
     for name in ("num_layers", "hidden_size", "num_attention_heads", "shift"):
         theirs, ours = run["model"][name], getattr(model, name)
         if theirs != ours:
-            raise UserError(f"the drafter '{checkpoint}' is of a model with {name}={theirs}; this one has {ours}")
+            raise UserError(
+                f"the drafter '{checkpoint.path}' is of a model with {name}={theirs}; this one has {ours}"
+            )
     return DraftLoRA(dim=run["peft"]["dim"], alpha=run["peft"]["alpha"])
 
 
-def load_drafter(models: list[Any], checkpoint: str, lora: DraftLoRA) -> None:
+def load_drafter(models: list[Any], checkpoint: Checkpoint, lora: DraftLoRA) -> None:
     """Put a drafter's adapters into a model that is ready to decode.
 
     Args:
@@ -93,4 +92,4 @@ def load_drafter(models: list[Any], checkpoint: str, lora: DraftLoRA) -> None:
         lora: What :func:`open_drafter` returned for it.
     """
     lora(models, training=False)
-    load_adapters(models, Path(checkpoint), lora)
+    load_adapters(models, checkpoint.verify_contents(), lora)

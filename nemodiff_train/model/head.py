@@ -43,7 +43,7 @@ def token_losses(
         [batch, positions] in nats, fp32; 0 where no loss is carried.
     """
     wait_for_weight(layer)
-    states = whole(states, layer)
+    states = gather_hidden_states(states, layer)
     chosen = states[places % len(states), places // len(states)]
     table = layer.weight if table is None else table
     first = layer.tp_group.rank() * len(table)
@@ -64,7 +64,7 @@ def wait_for_weight(layer: Any) -> None:
         hook(layer, ())
 
 
-def whole(states: Tensor, layer: Any) -> Tensor:
+def gather_hidden_states(states: Tensor, layer: Any) -> Tensor:
     """States of all positions, whose gradients the ranks that share the output layer add up.
 
     Args:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,9 +15,8 @@ from nemodiff_train.console import console, quiet
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import is_drafter, is_lora, is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.checkpoint import Checkpoint, Kind
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,19 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: str,
+    checkpoint: Checkpoint,
     *,
     modes: tuple[str, ...] = (),
     block_size: int | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
-    drafter: str | None = None,
+    drafter: Checkpoint | None = None,
     **settings: Any,
 ) -> LoadedModel:
     """Open a Megatron checkpoint of this project for decoding.
 
     Args:
-        checkpoint: A folder of ``iter_*`` (the newest is taken) or one of them.
+        checkpoint: A model's; where its bytes are damaged, the newest older one that is intact is taken.
         modes: Modes that are going to be used; refused here if the model cannot decode in them.
         block_size: Positions of a block; None for what it was trained with.
         tensor_parallel: Ranks that share each layer.
@@ -56,7 +54,7 @@ def load_model(
     Raises:
         UserError: No checkpoint, a mode it cannot decode in, settings that cannot be, or another model's drafter.
     """
-    provider = open_checkpoint(checkpoint)
+    provider = model_of(checkpoint)
     for mode in modes:
         check_mode(provider, mode)
     if drafter is not None:
@@ -65,14 +63,14 @@ def load_model(
         if modes and "linear" not in modes:
             raise UserError(f"--drafter acts in mode linear alone, not in {', '.join(modes)}; leave it out")
         lora = open_drafter(drafter, provider)
-    tokenizer = load_tokenizer(str(tokenizer_directory(checkpoint)))
+    tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     chosen = DecodingSettings(
         block_size=provider.block_size if block_size is None else block_size,
         stop_token_ids=stop_tokens(provider, tokenizer),
         detokenize=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
         **settings,
     )
-    with quiet(), console.status(f"loading {checkpoint}"):
+    with quiet(), console.status(f"loading {checkpoint.path}"):
         models = load_for_decoding(checkpoint, tensor_parallel, pipeline_parallel)
         if drafter is not None:
             load_drafter(models, drafter, lora)
@@ -90,23 +88,11 @@ def stop_tokens(provider: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in found if token is not None)
 
 
-def tokenizer_directory(checkpoint: str) -> Path:
-    """The tokenizer that was saved with a Megatron checkpoint.
-
-    Raises:
-        UserError: There is none.
-    """
-    directory = newest_iteration(Path(checkpoint)) / "tokenizer"
-    if not directory.is_dir():
-        raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
-    return directory
-
-
-def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[Any]:
+def load_for_decoding(checkpoint: Checkpoint, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[Any]:
     """Load a Megatron checkpoint of this project for decoding, resharded as asked.
 
     Args:
-        checkpoint: A folder of ``iter_*`` (the newest whole one is taken, every byte checked) or one of them.
+        checkpoint: A model's; every byte of it is verified.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out.
 
@@ -118,20 +104,18 @@ def load_for_decoding(checkpoint: str, tensor_parallel: int = 1, pipeline_parall
     """
     from megatron.bridge.training.model_load_save import build_and_load_model
 
-    from nemodiff_train.model.adapters import base_of, merge_adapters
+    from nemodiff_train.model.adapters import merge_adapters
 
-    provider = open_checkpoint(checkpoint)
-    iteration = newest_iteration(Path(checkpoint), read=True)
-    if iteration != (newest := newest_iteration(Path(checkpoint))) and is_main_process():
-        console.print(f"[yellow]'{newest}' is damaged; taking '{iteration}'[/yellow]", soft_wrap=True)
-    weights = base_of(iteration) if is_lora(iteration) else iteration
+    provider = model_of(checkpoint)
+    checkpoint = checkpoint.verify_contents()
+    weights = checkpoint.base.verify_contents() if checkpoint.kind is Kind.LORA else checkpoint
     start_model_parallel(tensor_parallel, pipeline_parallel)
     set_parallelism(provider, tensor_parallel, pipeline_parallel)
     with _halves_joined_in_place():
-        built = build_and_load_model(str(weights.absolute()), provider)
+        built = build_and_load_model(str(weights.iteration.absolute()), provider)
     models = built if isinstance(built, list) else [built]
-    if weights != iteration:
-        merge_adapters(models, iteration)
+    if weights is not checkpoint:
+        merge_adapters(models, checkpoint)
     return [model.eval() for model in models]
 
 
@@ -174,19 +158,15 @@ def _joined(plain: Callable[[Any], Any], parts: Any) -> Any:
     return plain(parts)
 
 
-def open_checkpoint(checkpoint: str) -> Any:
-    """The configuration of a Megatron checkpoint of this project, without its weights.
+def model_of(checkpoint: Checkpoint) -> Any:
+    """Return the configuration of a checkpoint's model, without its weights.
 
     Raises:
-        UserError: It is no such checkpoint.
+        UserError: It is a drafter, or no model of this project.
     """
     from nemodiff_train.model.pretrained import model_from
 
-    if not is_megatron_checkpoint(Path(checkpoint)):
-        raise UserError(f"'{checkpoint}' is no Megatron checkpoint; make one with 'nemodiff convert import'")
-    if is_drafter(Path(checkpoint)):
-        raise UserError(f"'{checkpoint}' is a drafter; name the model that it was trained for, and it with --drafter")
-    return model_from(checkpoint)
+    return model_from(checkpoint.require_model())
 
 
 def set_parallelism(provider: Any, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:

@@ -7,17 +7,19 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from megatron.bridge import AutoBridge
+from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
+from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration, read_json, run_config
+from nemodiff_train.model.checkpoint import Checkpoint, read_json
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 
 
-def model_from(source: str) -> TriModeModelProvider:
+def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     """The model of a checkpoint, without its weights; a run loads them when it builds the model.
 
     Args:
@@ -26,8 +28,9 @@ def model_from(source: str) -> TriModeModelProvider:
     Raises:
         UserError: There is no checkpoint, or its architecture is not supported.
     """
-    if is_megatron_checkpoint(Path(source)):
-        return _megatron_model(Path(source))
+    if checkpoint := source if isinstance(source, Checkpoint) else Checkpoint.find(source):
+        return _megatron_model(checkpoint)
+    source = str(source)
     settings = stored_settings(source)
     provider = _provider(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
@@ -156,18 +159,19 @@ def _generation_config(source: str) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}  # many models have none
 
 
-def _megatron_model(path: Path) -> TriModeModelProvider:
-    from megatron.bridge.training.model_load_save import load_model_config
-    from megatron.bridge.utils.instantiate_utils import InstantiationException
-
-    iteration = newest_iteration(path)
-    run_config(iteration)  # refuses a damaged one
+def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
+    """Return the model that a run configuration describes; Bridge checks every class that is named there."""
+    unused = {"timers": None, "pipeline_model_parallel_layout": None}  # objects of the run that saved it
+    model = apply_run_config_backward_compat({**checkpoint.run_config["model"], **unused})
     try:
         with quiet():
-            provider, _ = load_model_config(str(iteration.absolute()))  # Bridge keeps what it has read by path
+            provider = instantiate(model)
     except InstantiationException as error:
-        raise UserError(f"'{iteration}/run_config.yaml' cannot be used: {str(error).splitlines()[0]}") from None
+        file = checkpoint.iteration / "run_config.yaml"
+        raise UserError(f"'{file}' cannot be used: {str(error).splitlines()[0]}") from None
     if not isinstance(provider, TriModeModelProvider):
-        raise UserError(f"'{iteration}' was not made by this project; import the Hugging Face model instead")
+        raise UserError(
+            f"'{checkpoint.iteration}' was not made by this project; import the Hugging Face model instead"
+        )
     reset_parallelism(provider)
     return provider

@@ -17,8 +17,8 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
 
+from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.modules import PositionLookupRotary, TriModeAttention
-from nemodiff_train.attention.plan import shard_of
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.norm import head_norm, replicated_norm
@@ -126,7 +126,7 @@ class TriModeModelProvider(GPTModelProvider):
         self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
-        state = AttentionState(shard=shard_of(context_group), context_group=context_group)
+        state = AttentionState(shard=ContextParallelShard.of_group(context_group), context_group=context_group)
         for module in model.modules():
             if isinstance(module, TriModeAttention):
                 module.state = state

@@ -21,12 +21,12 @@ from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, barrier, global_rank
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import write_atomic
-from nemodiff_train.model.checkpoint import iterations
 from nemodiff_train.model.checksums import (
     CHECKSUMS,
     content_damage,
     digests,
     files_of,
+    iterations,
     mark_of,
     recorded,
     structure_damage,

@@ -19,7 +19,7 @@ from nemodiff_train.config.config import ResilienceConfig
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, is_main_process
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.model.checkpoint import iterations
+from nemodiff_train.model.checksums import iterations
 from nemodiff_train.training.callbacks.run_log import RunLog, recorded_norms
 
 NON_FINITE, SPIKE = "non-finite", "spike"

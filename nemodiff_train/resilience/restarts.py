@@ -12,7 +12,7 @@ from typing import Any
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError
 from nemodiff_train.files import write_atomic
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint, newest_iteration
+from nemodiff_train.model.checkpoint import Checkpoint
 
 COMPLETED, TOLD_TO_END, KILLED = "completed", "told to end", "killed"
 _KEPT = 50
@@ -67,12 +67,11 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 def _saved_step(folder: Path) -> int:
     """The step that the run would go on from."""
-    if not is_megatron_checkpoint(folder):
-        return 0
     try:
-        return int(newest_iteration(folder).name.removeprefix("iter_"))
+        checkpoint = Checkpoint.find(folder)
     except UserError:
         return 0
+    return checkpoint.step if checkpoint else 0
 
 
 def _refuse_without_progress(file: Path, starts: list[dict[str, Any]], step: int, limit: int) -> None:

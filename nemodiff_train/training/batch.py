@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemodiff_train.attention.plan import ContextParallelShard
+from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.objective.sample import Sample
 
 _WHOLE = ("segment_ids",)  # every context-parallel rank needs all of it

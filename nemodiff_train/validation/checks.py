@@ -15,16 +15,10 @@ from nemodiff_train.decoding.decode import MODES
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.files import check_can_be_made
-from nemodiff_train.model.checkpoint import (
-    is_drafter,
-    is_lora,
-    is_megatron_checkpoint,
-    newest_iteration,
-    read_json,
-    run_config,
-)
+from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
 from nemodiff_train.model.families import TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.validation.drafter import drafter_problems
 from nemodiff_train.validation.layout import layout_problems
@@ -58,7 +52,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     yield from _resume_problems(config)
     if config.drafter:
         yield from drafter_problems(config)
-    elif config.peft is not None and not is_megatron_checkpoint(Path(config.checkpoint.pretrained_checkpoint or "")):
+    elif config.peft is not None and not Checkpoint.find(config.checkpoint.pretrained_checkpoint or ""):
         yield "adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'"
     yield from config.dataset.problems(config.objective)
     for look in (_check_output, _check_start, _check_data, _check_evaluation):
@@ -136,14 +130,15 @@ def _check_start(config: TriModeConfig) -> None:
     if not config.checkpoint.pretrained_checkpoint:
         return
     start = Path(config.checkpoint.pretrained_checkpoint)
-    if is_drafter(start):
+    checkpoint = Checkpoint.find(start)
+    if checkpoint and checkpoint.kind is Kind.DRAFTER:
         raise UserError(f"'{start}' is a drafter; start from the model that it was trained for")
-    if is_lora(start):
+    if checkpoint and checkpoint.kind is Kind.LORA:
         raise UserError(
             f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
         )
     check_weights(start)
-    _check_shape(config, start)
+    _check_shape(config, model_from(checkpoint or str(start)), start)
     if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
         raise UserError(
             f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
@@ -154,9 +149,8 @@ def _check_start(config: TriModeConfig) -> None:
 _SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 
 
-def _check_shape(config: TriModeConfig, start: Path) -> None:
-    """Bridge would leave layers that the checkpoint lacks as they were drawn."""
-    stored = model_from(str(start))
+def _check_shape(config: TriModeConfig, stored: TriModeModelProvider, start: Path) -> None:
+    """Refuse a model of another shape; Bridge would leave layers that the checkpoint lacks as they were drawn."""
     for name in _SHAPE:
         was, now = getattr(stored, name), getattr(config.model, name)
         if was != now:
@@ -166,17 +160,17 @@ def _check_shape(config: TriModeConfig, start: Path) -> None:
 def _resume_problems(config: TriModeConfig) -> list[str]:
     """What keeps a run from going on where it should: its checkpoints are missing, or do not fit."""
     load, step = config.checkpoint.load, config.checkpoint.ckpt_step
-    if load and load != config.checkpoint.save and not is_megatron_checkpoint(Path(load)):
+    try:
+        saved = Checkpoint.find(load) if load else None
+    except UserError:
+        return []  # none is complete: WholeCheckpoints tells the damaged from the unfinished
+    if load and load != config.checkpoint.save and not saved:
         return [f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"]
     if step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
         return [f"checkpoint.ckpt_step={step}: there is no such checkpoint in '{load}'"]
-    if not config.checkpoint.load or not is_megatron_checkpoint(Path(config.checkpoint.load)):
+    if not saved:
         return []
-    try:
-        iteration = newest_iteration(Path(config.checkpoint.load))
-    except UserError:
-        return []  # none is whole: WholeCheckpoints tells the damaged from the unfinished
-    began = run_config(iteration)
+    iteration, began = saved.iteration, saved.run_config
     was, now = (bool(c["use_distributed_optimizer"]) for c in (began["optimizer"], vars(config.optimizer)))
     if was != now:
         return [

@@ -1,10 +1,9 @@
 """What keeps a drafter from being trained."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from nemodiff_train.model.checkpoint import is_megatron_checkpoint
+from nemodiff_train.model.checkpoint import Checkpoint
 
 
 def drafter_problems(config: Any) -> Iterator[str]:
@@ -19,7 +18,7 @@ def drafter_problems(config: Any) -> Iterator[str]:
         yield "a drafter needs peft=DraftLoRA(...) in its recipe"
     elif min(config.peft.dim, config.peft.alpha) < 1:
         yield f"the adapters' rank is {config.peft.dim} and alpha {config.peft.alpha}; both take at least 1"
-    if not start or not is_megatron_checkpoint(Path(start)):
+    if not start or not Checkpoint.find(start):
         yield f"a drafter starts from a Megatron checkpoint, which '{start}' is not; use 'nemodiff convert import'"
     if model.mask_token_id is None:
         yield f"'{start}' has no mask token; a drafter is trained for a model after its joint stage"

@@ -9,7 +9,7 @@ import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.core.utils import unwrap_model
 
-from nemodiff_train.attention.plan import ContextParallelShard
+from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.console import console
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings

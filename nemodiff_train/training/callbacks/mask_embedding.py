@@ -8,7 +8,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemodiff_train.attention.plan import ContextParallelShard
+from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.console import console
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.noise import EMBEDDINGS
@@ -65,7 +65,7 @@ class MaskEmbedding(Callback):
         assert self.step.batch is not None  # a stage that embeds tokens has them
         length = config.dataset.seq_length
         noise = torch.stack([_gaussian(config.objective, int(i), length, output) for i in self.step.batch["index"]])
-        own = torch.cat([segment * length + shard.places(length) for segment in range(config.objective.noisy_views)])
+        own = torch.cat([view * length + shard.positions(length) for view in range(config.objective.noisy_views)])
         noise = noise[:, own.to(noise.device)] * (tokens[:, : len(own)] == config.model.mask_token_id)[..., None]
         noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(own)))
         if table.reduce_scatter_embeddings:  # sequence parallel: [positions / tensor ranks, batch, hidden]

@@ -1,0 +1,122 @@
+"""Attention state of decoding: the cache of committed tokens, and one forward of new tokens after it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of the committed tokens, allocated once and cropped by moving a length.
+
+    A forward writes its keys and values after the committed ones. Whether they stay is decided afterwards, by
+    advancing ``lengths`` or not: a draft leaves no trace, and a verified prefix is kept by advancing over it.
+
+    Args:
+        layers: Number of layers on this process.
+        rows: Number of sequences decoded together.
+        capacity: Maximum number of positions per row, the draft included.
+        device: Where ``lengths`` is kept.
+    """
+
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device | str) -> None:
+        self.layers = layers
+        self.rows = rows
+        self.capacity = capacity
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        """[rows] number of committed tokens."""
+        self._states: Tensor | None = None  # one allocation, so that no gaps are left between its parts
+        self._layer_index: dict[int, int] = {}
+
+    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of one layer, each [rows, kv_heads, capacity, head_dim].
+
+        Args:
+            number: Megatron's layer number.
+            like: [batch, kv_heads, positions, head_dim]; gives the shape, dtype and device.
+        """
+        if self._states is None:
+            self._states = like.new_zeros(self.layers, 2, self.rows, like.shape[1], self.capacity, like.shape[3])
+        keys, values = self._states[self._layer_index.setdefault(number, len(self._layer_index))]
+        return keys, values
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One forward of new tokens after a cache; the same for every layer, so made once."""
+
+    cache: KeyValueCache
+    rows: Tensor
+    """[batch] row of the cache that each sequence of this forward belongs to."""
+    positions: Tensor
+    """[batch, new] position of each new token."""
+    visible: int
+    """Number of positions of the cache that any query of this forward may see."""
+    mask: Tensor | None
+    """[batch, 1, new, visible] True where attention is allowed; None where it is everywhere."""
+    slots: Tensor
+    """[batch, new] index in the cache of each new token; its position, unless several share one."""
+    is_draft: bool = False
+    """Whether the new tokens are a draft, for which a drafter's adapters act."""
+
+    @classmethod
+    def consecutive(cls, cache: KeyValueCache, rows: Tensor, new: int, block_size: int) -> "DecodeBatch":
+        """Lay out new tokens one after another, with block-causal attention among them.
+
+        Args:
+            cache: The committed tokens, all of which are visible.
+            rows: [batch] row of each sequence.
+            new: Number of new tokens per sequence.
+            block_size: New tokens per block, counted from the first one: 1 for causal attention, ``new`` for one
+                bidirectional block.
+        """
+        starts = cache.lengths[rows]
+        step = torch.arange(new, device=starts.device)
+        positions = starts[:, None] + step
+        visible = int(starts.max()) + new
+        # [batch, new] position of the last token that each new one sees.
+        last_seen = positions if block_size == 1 else starts[:, None] + (step // block_size + 1) * block_size - 1
+        if bool((last_seen >= visible - 1).all()):
+            return cls(cache, rows, positions, visible, None, positions)
+        mask = torch.arange(visible, device=starts.device) <= last_seen[:, None, :, None]
+        return cls(cache, rows, positions, visible, mask, positions)
+
+    @classmethod
+    def from_layout(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "DecodeBatch":
+        """Lay out new tokens with positions and attention of their own.
+
+        Args:
+            cache: The committed tokens, all of which are visible.
+            rows: [batch] row of each sequence.
+            offsets: [batch or 1, new] position of each new token, counted from the first one after the committed.
+            sees: [batch or 1, new, new] boolean: whether each new token sees each other.
+        """
+        starts = cache.lengths[rows]
+        new = sees.shape[-1]
+        visible = int(starts.max()) + new
+        # [batch, visible] which new token each cache index holds: below 0 a committed one, from ``new`` on none.
+        key = torch.arange(visible, device=starts.device) - starts[:, None]
+        # [batch, new, visible] ``sees`` of these, and every committed token.
+        column = key.clamp(0, new - 1)[:, None, :].expand(-1, new, -1)
+        mask = (key < 0)[:, None, :] | (sees.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :])
+        slots = starts[:, None] + torch.arange(new, device=starts.device)
+        return cls(cache, rows, starts[:, None] + offsets, visible, mask[:, None], slots)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values after the cached ones and return all that is visible.
+
+        Args:
+            layer: Megatron's layer number.
+            key: [batch, kv_heads, new, head_dim].
+            value: Likewise.
+
+        Returns:
+            Keys and values, each [batch, kv_heads, visible, head_dim].
+        """
+        keys, values = self.cache.layer(layer, key)
+        rows = self.rows[:, None]
+        keys[rows, :, self.slots] = key.transpose(1, 2)
+        values[rows, :, self.slots] = value.transpose(1, 2)
+        if len(self.rows) == self.cache.rows:
+            return keys[:, :, : self.visible], values[:, :, : self.visible]
+        return keys[self.rows, :, : self.visible], values[self.rows, :, : self.visible]
