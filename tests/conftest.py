@@ -1,6 +1,5 @@
 """Fixtures used by more than one module."""
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemodiff_train.runtime import init_runtime
 from tests.prepared import TEXTS, run, save_tokenizer, write_jsonl
+from tools.support.ranks import RankPool
 
 GPU = torch.cuda.is_available()
-"""Asked before the host is prepared, which answers yes for a CPU as well."""
+"""Asked before the runtime starts, which answers yes for a CPU as well."""
 
-if not GPU:
-    # Some tests import parts of Megatron before the host is prepared, which would set this in time.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+init_runtime()  # test modules import what needs it
 
 
 LONG = ("test_slurm.py", "test_layouts.py", "test_chat.py", "test_drafter.py", "test_survival.py")
@@ -37,6 +36,13 @@ def no_groups_left() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """A process that has imported Bridge and forks the ranks of every job."""
+    with RankPool(tmp_path_factory.mktemp("ranks")) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

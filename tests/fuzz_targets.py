@@ -1,7 +1,7 @@
-"""What tools/fuzz throws at the readers of untrusted input, and what they may answer: a result or a UserError.
+"""Damaged input for the readers of untrusted files and words, which may read it or raise a UserError.
 
-Each target draws an input and hands it to our own code as a user's file or word would reach it.  Anything but a
-:class:`~nemodiff_train.errors.UserError` is a finding, and so is an input that takes long or much memory.
+A target draws an input and hands it to a reader as a user's file or word would reach it. Any other exception is a
+finding, and so is an input that takes more than 30 seconds or 2 GiB.
 """
 
 import copy
@@ -23,20 +23,20 @@ from nemodiff_train.errors import UserError
 from tests import small
 
 SECONDS = 30
-"""An input that takes longer hangs; the slowest that does not takes about one."""
+"""Limit of one input; the slowest takes about one second."""
 MEMORY = 2 << 30
-"""Bytes an input may take beyond what the process has."""
+"""Bytes that one input may take beyond what the process has."""
 
 Files = st.SearchStrategy[bytes]
 
 
 @dataclass
-class World:
+class Inputs:
     """A folder with good inputs, which the targets damage."""
 
     folder: Path
     renderer: Any = None
-    """A chat template whose process, which takes seconds to start, renders all of them."""
+    """A chat template whose process, which takes seconds to start, renders every one."""
 
     def __post_init__(self) -> None:
         from nemodiff_train.runtime import init_runtime
@@ -49,18 +49,17 @@ class World:
     @cached_property
     def recipe(self) -> Any:
         """The configuration that overrides are applied to."""
-        here = {name: str(self.folder / name) for name in ("model", "data", "out")}
-        return small.recipe(here["model"], here["data"], here["out"])
+        return small.recipe(*(str(self.folder / name) for name in ("model", "data", "out")))
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's."""
+        """The tokenizer of the model."""
         from nemodiff_train.data.tokenizer import load_tokenizer
 
         return load_tokenizer(str(self.folder / "model"))
 
     def write(self, name: str, content: bytes) -> Path:
-        """A file of the folder with this content."""
+        """Write a file of the folder."""
         path = self.folder / name
         path.write_bytes(content)
         return path
@@ -70,25 +69,18 @@ class World:
 class Target:
     """A kind of input."""
 
-    inputs: Callable[[World], st.SearchStrategy[Any]]
-    read: Callable[[World, Any], None]
-    ready: Callable[[World], None] = lambda world: None
-    """What comes before an input and does not count."""
+    strategy: Callable[[Inputs], st.SearchStrategy[Any]]
+    read: Callable[[Inputs, Any], None]
+    ready: Callable[[Inputs], None] = lambda inputs: None
+    """Called before an input, without its limits."""
 
 
-def attempt(target: Target, world: World, drawn: Any) -> bool:
-    """Read one input within the limits.
-
-    Returns:
-        Whether it was accepted.
-
-    Raises:
-        Exception: A finding.
-    """
-    target.ready(world)
+def attempt(target: Target, inputs: Inputs, drawn: Any) -> bool:
+    """Read one input within the limits; return whether it was accepted, and raise what is a finding."""
+    target.ready(inputs)
     with _limits():
         try:
-            target.read(world, drawn)
+            target.read(inputs, drawn)
         except UserError as error:
             lines = str(error).splitlines()
             assert len(lines) == 1, f"a refusal of {len(lines)} lines: {error}"
@@ -117,7 +109,7 @@ def _too_long(signum: int, frame: Any) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, good: bytes) -> bytes:
-    """Good bytes with some replaced, cut out or put in."""
+    """Draw good bytes with some replaced, removed or inserted."""
     content = bytearray(good)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
@@ -136,7 +128,7 @@ _JSON: st.SearchStrategy[Any] = st.recursive(
 _DEPTHS = st.integers(1, 200_000).flatmap(lambda n: st.sampled_from(["[" * n, '{"a":' * n, "[" * n + "]" * n]))
 
 
-def _lines(world: World) -> Files:
+def _lines(inputs: Inputs) -> Files:
     fields = st.sampled_from(["text", "prompt", "answer", "messages", "x"])
     message = st.dictionaries(st.sampled_from(["role", "content", "x"]), _JSON | st.just("assistant"), max_size=3)
     record = st.dictionaries(fields, _JSON | st.lists(message, max_size=3), max_size=4)
@@ -146,13 +138,13 @@ def _lines(world: World) -> Files:
     return text | st.binary(max_size=64) | text.filter(len).flatmap(damaged)
 
 
-def _read_lines(world: World, content: bytes) -> None:
+def _read_lines(inputs: Inputs, content: bytes) -> None:
     from nemodiff_train.data.columns import AnswerColumns, MessagesColumn, TextColumn
     from nemodiff_train.data.sources import documents, resolve
     from nemodiff_train.evaluation.records import read_records
     from nemodiff_train.evaluation.tasks import task_from_file
 
-    path = world.write("lines.jsonl", content)
+    path = inputs.write("lines.jsonl", content)
     readers: list[Callable[[], Any]] = [
         lambda: list(documents(resolve([str(path)], TextColumn("text"), "train", "*"))),
         lambda: list(documents(resolve([str(path)], MessagesColumn("messages"), "train", "*"))),
@@ -165,7 +157,7 @@ def _read_lines(world: World, content: bytes) -> None:
 
 
 def _all(readers: list[Callable[[], Any]]) -> None:
-    """Every reader has its turn; refused is what all of them refuse."""
+    """Call every reader; raise a refusal if all of them refuse."""
     refusals = []
     for read in readers:
         try:
@@ -176,8 +168,8 @@ def _all(readers: list[Callable[[], Any]]) -> None:
         raise refusals[0]
 
 
-def _indexes(world: World) -> Files:
-    good = (world.folder / "data.idx").read_bytes()
+def _indexes(inputs: Inputs) -> Files:
+    good = (inputs.folder / "data.idx").read_bytes()
     header = st.tuples(st.sampled_from([0, 1, 2**40]), st.integers(0, 255), _COUNTS, _COUNTS)
     made = header.map(lambda h: struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", *h))
     return damaged(good) | st.builds(bytes.__add__, made, st.binary(max_size=200)) | st.binary(max_size=64)
@@ -186,21 +178,21 @@ def _indexes(world: World) -> Files:
 _COUNTS = st.sampled_from([0, 1, 2, 5, 6, 2**31, 2**60, 2**64 - 1])
 
 
-def _read_index(world: World, content: bytes) -> None:
+def _read_index(inputs: Inputs, content: bytes) -> None:
     from nemodiff_train.data.blend import check_blend
     from nemodiff_train.data.indexed import IndexedDataset
 
-    world.write("damaged.bin", (world.folder / "data.bin").read_bytes())
-    world.write("damaged.idx", content)
-    prefix = str(world.folder / "damaged")
-    check_blend([prefix], world.tokenizer, world.tokenizer.mask_token_id)
+    inputs.write("damaged.bin", (inputs.folder / "data.bin").read_bytes())
+    inputs.write("damaged.idx", content)
+    prefix = str(inputs.folder / "damaged")
+    check_blend([prefix], inputs.tokenizer, inputs.tokenizer.mask_token_id)
     dataset = IndexedDataset(prefix)  # what is not refused, Megatron must be able to read
     assert sum(len(dataset[number]) for number in range(len(dataset))) > 0
 
 
 @st.composite
 def _tensor_files(draw: st.DrawFn, good: bytes) -> bytes:
-    """A safetensors file: a good one damaged, or a header of its own with some data."""
+    """Draw a safetensors file: a good one damaged, or a random header with some data."""
     if draw(st.booleans()):
         return draw(damaged(good))
     size = st.sampled_from([-1, 0, 1, 64, 320, 2**31, 2**62, 2**63, 10**30]) | st.integers(0, 100)
@@ -218,8 +210,8 @@ def _tensor_files(draw: st.DrawFn, good: bytes) -> bytes:
     return struct.pack("<Q", length) + header + draw(st.binary(max_size=64))
 
 
-def _weights(world: World) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
-    file = world.folder / "model" / "model.safetensors"
+def _weights(inputs: Inputs) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
+    file = inputs.folder / "model" / "model.safetensors"
     names = st.sampled_from(["lm_head.weight", "a"])
     table = st.dictionaries(names, _JSON | st.just("model.safetensors"), max_size=2)
     listed = table.map(lambda names: json.dumps({"weight_map": names}).encode())
@@ -227,15 +219,15 @@ def _weights(world: World) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
     return st.tuples(_tensor_files(file.read_bytes()[:20_000]) | _tensor_files(file.read_bytes()), index)
 
 
-def _read_weights(world: World, content: tuple[bytes, bytes | None]) -> None:
+def _read_weights(inputs: Inputs, content: tuple[bytes, bytes | None]) -> None:
     from nemodiff_train.conversion.headers import INDEX
     from nemodiff_train.conversion.weights import check_contents, check_weights
 
-    folder = world.folder / "damaged"
-    world.write("damaged/model.safetensors", content[0])
+    folder = inputs.folder / "damaged"
+    inputs.write("damaged/model.safetensors", content[0])
     (folder / INDEX).unlink(missing_ok=True)
     if content[1] is not None:
-        world.write(f"damaged/{INDEX}", content[1])
+        inputs.write(f"damaged/{INDEX}", content[1])
     check_contents(folder, check_weights(folder), lambda nbytes: None)
 
 
@@ -246,9 +238,9 @@ _WORDS = [
 ]  # fmt: skip
 
 
-def _overrides(world: World) -> st.SearchStrategy[list[str]]:
+def _overrides(inputs: Inputs) -> st.SearchStrategy[list[str]]:
     sections = ("objective", "dataset", "evaluation", "diagnostics", "train")
-    keys = [f"{section}.{key}" for section in sections for key in vars(getattr(world.recipe, section))]
+    keys = [f"{section}.{key}" for section in sections for key in vars(getattr(inputs.recipe, section))]
     keys += [f"model.{name}" for name in ("num_layers", "block_size", "tensor_model_parallel_size", "mask_token_id")]
     keys += ["optimizer.lr", "checkpoint.save", "checkpoint.load", "tokenizer.tokenizer_model", "model.hf_config"]
     key = st.sampled_from(keys) | st.text(max_size=12).map(lambda text: f"model.{text}")
@@ -258,14 +250,14 @@ def _overrides(world: World) -> st.SearchStrategy[list[str]]:
     return st.lists(word, min_size=1, max_size=3)
 
 
-def _read_overrides(world: World, words: list[str]) -> None:
+def _read_overrides(inputs: Inputs, words: list[str]) -> None:
     from nemodiff_train.config.recipes import override
     from nemodiff_train.credentials import check_no_secrets
     from nemodiff_train.validation.checks import check
 
     pairs = dict(word.split("=", 1) for word in words)
     check_no_secrets(pairs)
-    check(override(copy.deepcopy(world.recipe), pairs), world_size=1)
+    check(override(copy.deepcopy(inputs.recipe), pairs), world_size=1)
 
 
 _TEMPLATE = [
@@ -278,31 +270,31 @@ _TEMPLATE = [
 ]  # fmt: skip
 
 
-def _templates(world: World) -> st.SearchStrategy[str]:
+def _templates(inputs: Inputs) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(_TEMPLATE) | st.text(max_size=10), max_size=5).map("".join)
 
 
 RENDERING = 2.0
-"""Seconds for a template, in place of ten: one in four takes all it is given."""
+"""Seconds for a template in place of ten, since every fourth takes all of them."""
 
 
-def _start_renderer(world: World) -> None:
+def _start_renderer(inputs: Inputs) -> None:
     from nemodiff_train.data.template import ChatTemplate
 
-    if world.renderer is None:
-        world.tokenizer.chat_template = "{{ messages }}"
-        world.renderer = ChatTemplate(world.tokenizer)
-    if world.renderer._process is None:
-        world.renderer._start()
+    if inputs.renderer is None:
+        inputs.tokenizer.chat_template = "{{ messages }}"
+        inputs.renderer = ChatTemplate(inputs.tokenizer)
+    if inputs.renderer._process is None:
+        inputs.renderer._start()
 
 
-def _read_template(world: World, template: str) -> None:
+def _read_template(inputs: Inputs, template: str) -> None:
     from nemodiff_train.data import template as templates
 
-    world.tokenizer.chat_template = template
-    world.renderer._given = templates.ChatTemplate(world.tokenizer)._given
+    inputs.tokenizer.chat_template = template
+    inputs.renderer._given = templates.ChatTemplate(inputs.tokenizer)._given
     with patch.object(templates, "SECONDS", RENDERING):
-        assert isinstance(world.renderer([{"role": "user", "content": "hello"}]), str)
+        assert isinstance(inputs.renderer([{"role": "user", "content": "hello"}]), str)
 
 
 TARGETS = {

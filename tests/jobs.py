@@ -1,66 +1,18 @@
-"""What the gang runs; see tests/gang.py and tests/test_layouts.py."""
+"""Functions that tests run on several ranks."""
 
-import json
-import os
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests import small
+from tools.support.layouts import resume, train, train_plainly
 
-
-def train(output: str, settings: list[str], recipe: str = "recipe", **arguments: Any) -> dict[str, Any]:
-    """Train a small recipe with overrides; returns the steps that ``metrics.jsonl`` holds."""
-    from nemodiff_train.config.recipes import override
-    from nemodiff_train.training.run import train as run
-
-    config = getattr(small, recipe)(output=output, **arguments)
-    run(override(config, dict(word.split("=", 1) for word in settings)))
-    return {"steps": [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]}
-
-
-def train_plainly(**arguments: Any) -> dict[str, Any]:
-    """As :func:`train`, with attention as one product over all pairs under a dense mask, and all logits at once."""
-    from nemodiff_train.attention import kernels
-    from nemodiff_train.model import head
-    from nemodiff_train.objective.rule import can_attend
-
-    def planned(
-        query: Any, key: Any, value: Any, plan: Any, scale: float | None = None, kernel: Any = None
-    ) -> torch.Tensor:
-        seen.append(len(query))
-        mask = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
-        return small.dense(query, key, value, mask, scale)
-
-    seen: list[int] = []
-    plain, rows = kernels.attend, head.LOGIT_CHUNK
-    kernels.attend, head.LOGIT_CHUNK = planned, {"cpu": 10**9, "cuda": 10**9}
-    try:
-        found = train(**arguments)
-    finally:
-        kernels.attend, head.LOGIT_CHUNK = plain, rows
-    return {**found, "attended": len(seen)}
-
-
-def resume(output: str, stopped: str, at: int, **arguments: Any) -> dict[str, Any]:
-    """The run in ``stopped`` as it was when step ``at`` had been saved, continued, on any layout."""
-    source, target = Path(stopped, "checkpoints"), Path(output, "checkpoints")
-    iteration, ready = f"iter_{at:07d}", target / "latest_checkpointed_iteration.txt"
-    if os.environ["RANK"] == "0":
-        shutil.copytree(source / iteration, target / iteration)
-        shutil.copy(source / iteration / "train_state.pt", target / "latest_train_state.pt")
-        ready.write_text(str(at))
-    while not ready.exists():
-        time.sleep(0.1)
-    return train(output, **arguments)
+__all__ = ["ar_logits", "convert", "decode", "exchange", "loggers", "resume", "train", "train_plainly", "warnings"]
 
 
 def ar_logits(source: str, tensor: int, pipeline: int) -> dict[str, float]:
-    """Largest difference of AR logits to Transformers' over 200 positions, on a model split over ranks.
+    """Return the largest difference of AR logits to Transformers' over 200 positions, on a model split over ranks.
 
     ``without_scale`` is the same with Ministral's query scale turned off: it must matter.
     """
@@ -70,9 +22,9 @@ def ar_logits(source: str, tensor: int, pipeline: int) -> dict[str, float]:
     ids = torch.randint(20, 220, (2, 200))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
-    found = {"difference": _difference(source, tensor, pipeline, ids, expected, keep_scale=True)}
-    found["without_scale"] = _difference(source, tensor, pipeline, ids, expected, keep_scale=False)
-    return found
+    result = {"difference": _difference(source, tensor, pipeline, ids, expected, keep_scale=True)}
+    result["without_scale"] = _difference(source, tensor, pipeline, ids, expected, keep_scale=False)
+    return result
 
 
 def _difference(
@@ -123,7 +75,7 @@ def _difference(
 
 
 def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
-    """Tokens of every mode for three prompts."""
+    """Return the tokens of every mode for three prompts."""
     from nemodiff_train.decoding.decode import MODES, decode
     from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
@@ -138,7 +90,7 @@ def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any
 
 
 def warnings(**arguments: Any) -> dict[str, Any]:
-    """Train, and return what the console was told."""
+    """Train; return what the console printed."""
     from nemodiff_train.console import console
 
     with console.capture() as captured:
@@ -147,29 +99,30 @@ def warnings(**arguments: Any) -> dict[str, Any]:
 
 
 def loggers(output: str, settings: list[str], **arguments: Any) -> dict[str, Any]:
-    """Train with TensorBoard and W&B; returns TensorBoard's tags and whether W&B wrote an offline run."""
+    """Train with TensorBoard and W&B; return TensorBoard's tags and the number of W&B's offline runs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names = {"wandb_project": "test", "wandb_exp_name": "run", "wandb_save_dir": f"{output}/wandb"}
     logged = [f"logger.{key}={value}" for key, value in names.items()]
-    told = warnings(
+    printed = warnings(
         output=output,
         settings=[*settings, *logged, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"],
         **arguments,
     )
     events = EventAccumulator(f"{output}/tensorboard").Reload()
     return {
-        **told,
+        **printed,
         "tags": events.Tags()["scalars"],
         "wandb": len(list(Path(output, "wandb").rglob("offline-run-*"))),
     }
 
 
 def exchange(size: int) -> dict[str, Any]:
-    """One attention layer at L = 4096 over ``size`` context-parallel ranks, counting what it exchanges.
+    """Count what one attention layer exchanges at L = 4096 over ``size`` context-parallel ranks.
 
-    ``received`` are the bytes that a rank receives from the others in a forward; ``clean`` those of the
-    keys and values of all clean places.
+    Returns:
+        ``received``, the bytes that a rank receives from the others in a forward; ``clean``, the bytes of the keys
+        and values of all clean positions; ``collectives``; and ``difference`` from one rank.
     """
     from types import SimpleNamespace
 
@@ -218,7 +171,7 @@ def exchange(size: int) -> dict[str, Any]:
 
 
 def convert(commands: list[list[str]]) -> dict[str, Any]:
-    """Run ``nemodiff convert`` commands one after another on the whole gang; returns their exit codes."""
+    """Run ``nemodiff convert`` commands one after another on all ranks; return their exit codes."""
     from nemodiff_train.cli import main
 
     return {"codes": [main(["convert", *words]) for words in commands]}

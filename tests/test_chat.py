@@ -19,9 +19,10 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend, places
 from nemodiff_train.objective.sample import Sample
-from tests import gang, matrix, small
-from tests.gang import Job
+from tests import jobs, small
 from tests.prepared import one_line, write_jsonl
+from tools.support import layouts
+from tools.support.ranks import Jobs, RankPool
 
 BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
 
@@ -283,54 +284,62 @@ def test_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
 
 
-LAYOUTS = {
-    "micro-batch 1": (1, ["train.micro_batch_size=1"]),
-    "tensor 2 + sequence": (2, matrix.SP2),
-    "pipeline 2": (2, matrix.PP2),
-    "context 2": (2, matrix.CP2),
-    "data 2": (2, []),
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "micro1": (1, ["train.micro_batch_size=1"]),
+    "sp2": (2, layouts.SP2),
+    "pp2": (2, layouts.PP2),
+    "cp2": (2, layouts.CP2),
+    "dp2": (2, []),
 }
+SAVED = "checkpoint.save_interval=10"
 
 
 @pytest.fixture(scope="module")
-def ran(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Joint fine-tuning on one process and under other layouts, and LoRA on what it gave."""
+def runs(model: Path, tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
+    """Joint fine-tuning on one rank and under other layouts, and LoRA on its result."""
     folder = tmp_path_factory.mktemp("chat")
     assert prepare(folder, talks(200), model) == 0
-    shared = {"start_from": str(model), "data": str(folder / "chat"), "recipe": "chat"}
-    one = {**shared, "output": str(folder / "one process"), "settings": ["checkpoint.save_interval=10"]}
-    jobs = [Job("one process", 1, "jobs:train", one)]
-    for name, (world, layout) in LAYOUTS.items():
-        jobs.append(Job(name, world, "jobs:train", {**shared, "output": str(folder / name), "settings": layout}))
-    for name, world, layout in (("LoRA", 1, []), ("LoRA, tensor 2", 2, matrix.SP2)):
-        start = folder / f"base of {name}"
-        start.symlink_to(folder / "one process")
-        arguments = {**shared, "start_from": str(start / "checkpoints"), "output": str(folder / name), "rank": 4}
-        jobs.append(
-            Job(name, world, "jobs:train", {**arguments, "settings": ["checkpoint.save_interval=10", *layout]})
-        )
-    found = gang.run(jobs, folder)
-    errors = [result["error"] for result in found.values() if "error" in result]
-    assert not errors, errors[0]
-    return folder, found
+    runs = Jobs(ranks, folder)
+    shared = {"data": str(folder / "chat"), "recipe": "chat"}
+    for name, (world_size, settings) in {"one": (1, [SAVED]), **LAYOUTS}.items():
+        arguments = {**shared, "start_from": str(model), "output": str(folder / name), "settings": settings}
+        runs.add(name, world_size, jobs.train, **arguments)
+    for name, world_size, settings in (("lora", 1, [SAVED]), ("lora_sp2", 2, [SAVED, *layouts.SP2])):
+        arguments = {**shared, "start_from": str(folder / "one" / "checkpoints"), "output": str(folder / name)}
+        runs.add(name, world_size, jobs.train, after="one", **arguments, rank=4, settings=settings)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def one(runs: Jobs) -> str:
+    """The checkpoint of joint fine-tuning on one rank."""
+    assert runs["one"]
+    return str(runs.folder / "one" / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def lora(runs: Jobs) -> str:
+    """The checkpoint of LoRA on one rank."""
+    assert runs["lora"]
+    return str(runs.folder / "lora" / "checkpoints")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_the_same(ran: Any, layout: str) -> None:
-    expected, found = ran[1]["one process"]["steps"], ran[1][layout]["steps"]
-    assert [step["step"] for step in found] == [step["step"] for step in expected] != []
-    for name in ("loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm"):
-        for mine, other in zip(found, expected, strict=True):
-            assert mine[name] == pytest.approx(other[name], rel=1e-5), name
+def test_every_layout_trains_the_same(runs: Jobs, layout: str) -> None:
+    expected, steps = runs["one"]["steps"], runs[layout]["steps"]
+    assert [step["step"] for step in steps] == [step["step"] for step in expected] != []
+    for name in layouts.FIGURES:
+        for mine, other in zip(steps, expected, strict=True):
+            assert mine[name] == pytest.approx(other[name], rel=layouts.TOLERANCE), name
 
 
-def test_it_learns(ran: Any) -> None:
-    for name in ("one process", "LoRA"):
-        steps = ran[1][name]["steps"]
-        assert steps[-1]["loss"] < steps[0]["loss"], name
+@pytest.mark.parametrize("name", ["one", "lora"])
+def test_it_learns(runs: Jobs, name: str) -> None:
+    steps = runs[name]["steps"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
+def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, tmp_path: Path) -> None:
     """What was trained is what decodes and what is exported, under any layout of either."""
     from nemodiff_train.runtime import init_runtime as host
 
@@ -339,19 +348,18 @@ def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
     from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_for_decoding
 
-    folder, found = ran
-    first, second = (found[name]["steps"] for name in ("LoRA", "LoRA, tensor 2"))
+    first, second = (runs[name]["steps"] for name in ("lora", "lora_sp2"))
     for mine, other in zip(first, second, strict=True):
         # Bridge draws the adapters of each tensor-parallel rank apart; B is zero, so that the first loss is the same.
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5 if mine["step"] == 1 else 0.05)
 
-    def logits(checkpoint: Path) -> Tensor:
+    def logits(checkpoint: str) -> Tensor:
         models = load_for_decoding(Checkpoint.open(checkpoint))
         return Session(models, 1, 64, MASK).prefill([list(range(20, 40))]).masked_fill(torch.arange(320) == MASK, 0)
 
-    base, tuned = logits(folder / "one process" / "checkpoints"), logits(folder / "LoRA" / "checkpoints")
+    base, tuned = logits(one), logits(lora)
     assert (base - tuned).abs().max() > 1e-3
-    assert main(["convert", "export", str(folder / "LoRA" / "checkpoints"), str(tmp_path / "model")]) == 0
+    assert main(["convert", "export", lora, str(tmp_path / "model")]) == 0
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -362,7 +370,7 @@ def test_lora_is_merged_wherever_it_is_loaded(ran: Any, tmp_path: Path) -> None:
     assert 0 in np.atleast_1d(settings["eos_token_id"])
 
 
-def test_nothing_leaks_between_conversations(ran: Any) -> None:
+def test_nothing_leaks_between_conversations(one: str) -> None:
     """Other words in one conversation of a pack leave the logits of the others as they were, bit for bit."""
     from nemodiff_train.runtime import init_runtime as host
 
@@ -370,7 +378,7 @@ def test_nothing_leaks_between_conversations(ran: Any) -> None:
     from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_for_decoding
 
-    (model,) = load_for_decoding(Checkpoint.open(ran[0] / "one process" / "checkpoints"))
+    (model,) = load_for_decoding(Checkpoint.open(one))
     make = ConversationMaker(
         objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
     )
@@ -393,7 +401,7 @@ def _logits(model: Any, sample: Sample) -> Tensor:
     return found[0]
 
 
-def test_decoding_crosses_the_boundary_at_every_offset(ran: Any) -> None:
+def test_decoding_crosses_the_boundary_at_every_offset(one: str) -> None:
     """A block behind a prompt sees in decoding what it saw in training, wherever the prompt ends."""
     from nemodiff_train.runtime import init_runtime as host
 
@@ -403,7 +411,7 @@ def test_decoding_crosses_the_boundary_at_every_offset(ran: Any) -> None:
     from nemodiff_train.model.loading import load_for_decoding
 
     size, length = 16, 64
-    models = load_for_decoding(Checkpoint.open(ran[0] / "one process" / "checkpoints"))
+    models = load_for_decoding(Checkpoint.open(one))
     objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
     make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):
@@ -424,29 +432,25 @@ def test_decoding_crosses_the_boundary_at_every_offset(ran: Any) -> None:
                 session.commit(torch.arange(1), size)
 
 
-def test_decodes_a_conversation(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = str(ran[0] / "one process" / "checkpoints")
-    assert main(["generate", checkpoint, "from 3 on?", "--chat", "--max-new-tokens", "12"]) == 0
+def test_decodes_a_conversation(one: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", one, "from 3 on?", "--chat", "--max-new-tokens", "12"]) == 0
     assert capsys.readouterr().out
-    assert main(["generate", checkpoint, "from 3 on?", "--max-new-tokens", "4"]) == 0
+    assert main(["generate", one, "from 3 on?", "--max-new-tokens", "4"]) == 0
 
 
-def test_text_and_conversations_are_told_apart(ran: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _ = ran
-    base, chat, lora = (
-        str(folder / "one process" / "checkpoints"),
-        str(folder / "chat"),
-        str(folder / "LoRA" / "checkpoints"),
-    )
+def test_text_and_conversations_are_told_apart(
+    runs: Jobs, one: str, lora: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = str(runs.folder / "chat")
     small.data(tmp_path / "text")
     capsys.readouterr()
     output = f"output={tmp_path / 'output'}"
     for words, said in (
-        (["sft_demo", f"start_from={base}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
-        (["demo_joint", f"start_from={base}", f"problems={chat}", f"code={chat}", output], "use sft"),
+        (["sft_demo", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
+        (["demo_joint", f"start_from={one}", f"problems={chat}", f"code={chat}", output], "use sft"),
         (["sft_demo", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
         (
-            ["sft_demo", f"start_from={base}", f"data={chat}", output, "objective.clean_attention=block_causal"],
+            ["sft_demo", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
             "clean_attention",
         ),
         (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),

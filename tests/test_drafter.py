@@ -12,8 +12,9 @@ from torch import Tensor
 from nemodiff_train.cli import main
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import judge, slot_losses
-from tests import gang, matrix, small
-from tests.gang import Job
+from tests import jobs, small
+from tools.support import layouts
+from tools.support.ranks import Jobs, RankPool
 
 
 def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
@@ -89,59 +90,67 @@ def test_switches_are_checked(changes: dict[str, Any], said: str) -> None:
     assert said in line
 
 
-LAYOUTS = {
-    "micro-batch 1": (1, ["train.micro_batch_size=1"]),
-    "tensor 2 + sequence": (2, matrix.SP2),
-    "pipeline 2": (2, matrix.PP2),
-    "data 2": (2, []),
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "micro1": (1, ["train.micro_batch_size=1"]),
+    "sp2": (2, layouts.SP2),
+    "pp2": (2, layouts.PP2),
+    "dp2": (2, []),
 }
 HALF_WAY = 2
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A tri-mode model, its drafter on one process, and that continued under other layouts."""
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
+    """A tri-mode model, its drafter on one rank, and that drafter continued under other layouts."""
     folder = tmp_path_factory.mktemp("drafter")
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
-    base = {"start_from": str(folder / "qwen3"), "data": str(folder / "data"), "output": str(folder / "base")}
-    jobs = [Job("base", 1, "jobs:train", {**base, "settings": ["train.train_iters=5", "checkpoint.save_interval=5"]})]
-    shared = {"data": base["data"], "recipe": "drafter"}
-    settings = [f"train.train_iters={2 * HALF_WAY}", "train.micro_batch_size=4"]
+    runs = Jobs(ranks, folder)
+    data = str(folder / "data")
+    base = {"start_from": str(folder / "qwen3"), "data": data, "output": str(folder / "base")}
+    runs.add("base", 1, jobs.train, **base, settings=["train.train_iters=5", "checkpoint.save_interval=5"])
 
-    def arguments(name: str, *more: str) -> dict[str, Any]:
-        # Bridge reads a run's configuration once for each path, on the first rank, which then tells the others.  In a
-        # gang whose ranks did not all take part in earlier jobs, every job needs a path of its own.
-        start = folder / f"base of {name}"
-        start.symlink_to(folder / "base")
-        settings_of = {"output": str(folder / name), "settings": [*settings, *more]}
-        return {**shared, **settings_of, "start_from": str(start / "checkpoints")}
+    def arguments(name: str, *settings: str) -> dict[str, Any]:
+        shared = [f"train.train_iters={2 * HALF_WAY}", "train.micro_batch_size=4", *settings]
+        start_from = str(folder / "base" / "checkpoints")
+        output = str(folder / name)
+        return {"recipe": "drafter", "start_from": start_from, "data": data, "output": output, "settings": shared}
 
-    jobs.append(Job("one process", 1, "jobs:train", arguments("one process", f"checkpoint.save_interval={HALF_WAY}")))
-    stopped = {"stopped": str(folder / "one process"), "at": HALF_WAY}
-    for name, (world, layout) in LAYOUTS.items():
-        jobs.append(Job(name, world, "jobs:resume", {**arguments(name, *layout), **stopped}))
-    written = "one process", "tensor 2 + sequence"
-    exported = [["export", str(folder / name / "checkpoints"), str(folder / f"{name} peft")] for name in written]
-    jobs.append(Job("export", 1, "jobs:convert", {"commands": exported[:1]}))
-    exported[1] += ["--tensor-parallel", "2"]
-    jobs.append(Job("export on two ranks", 2, "jobs:convert", {"commands": exported[1:]}))
-    found = gang.run(jobs, folder)
-    errors = [result["error"] for result in found.values() if "error" in result]
-    assert not errors, errors[0]
-    return folder, found
+    saved = f"checkpoint.save_interval={HALF_WAY}"
+    runs.add("one", 1, jobs.train, after="base", **arguments("one", saved))
+    stopped = {"stopped": str(folder / "one"), "step": HALF_WAY}
+    for name, (world_size, settings) in LAYOUTS.items():
+        runs.add(name, world_size, jobs.resume, after="one", **stopped, **arguments(name, *settings))
+    for name, world_size, options in (("one", 1, []), ("sp2", 2, ["--tensor-parallel", "2"])):
+        export = ["export", str(folder / name / "checkpoints"), str(folder / f"{name}-peft"), *options]
+        runs.add(f"export_{name}", world_size, jobs.convert, after=name, commands=[export])
+    return runs
+
+
+@pytest.fixture(scope="module")
+def base(runs: Jobs) -> str:
+    """The checkpoint of the tri-mode model."""
+    assert runs["base"]
+    return str(runs.folder / "base" / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def drafter(runs: Jobs) -> str:
+    """The checkpoint of the drafter on one rank."""
+    assert runs["one"]
+    return str(runs.folder / "one" / "checkpoints")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_the_same_drafter(ran: Any, layout: str) -> None:
-    expected, found = ran[1]["one process"]["steps"][HALF_WAY:], ran[1][layout]["steps"]
-    assert [step["step"] for step in found] == [step["step"] for step in expected] != []
+def test_every_layout_trains_the_same_drafter(runs: Jobs, layout: str) -> None:
+    expected, steps = runs["one"]["steps"][HALF_WAY:], runs[layout]["steps"]
+    assert [step["step"] for step in steps] == [step["step"] for step in expected] != []
     for name in ("draft_loss", "grad_norm", "counted_slots", "acceptance_length/7", "expected_tpf"):
-        for mine, other in zip(found, expected, strict=True):
-            assert mine[name] == pytest.approx(other[name], rel=1e-5), name
+        for mine, other in zip(steps, expected, strict=True):
+            assert mine[name] == pytest.approx(other[name], rel=layouts.TOLERANCE), name
 
 
-def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the adapters in place, what is prefilled, verified and denoised stays bit for bit as it was."""
     from nemodiff_train.runtime import init_runtime
 
@@ -151,8 +160,6 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
     from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
 
-    folder, _ = ran
-    checkpoint = str(folder / "base" / "checkpoints")
     prompts = [list(range(20, 33)), list(range(50, 55))]
     tokens, rows = torch.tensor([[40, 41, 42, 1], [60, 61, 1, 1]]), torch.arange(2)
 
@@ -163,9 +170,8 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    model, drafter = Checkpoint.open(checkpoint), Checkpoint.open(folder / "one process" / "checkpoints")
-    plain = load_model(model, max_new_tokens=24)
-    with_drafter = load_model(model, max_new_tokens=24, drafter=drafter)
+    plain = load_model(Checkpoint.open(base), max_new_tokens=24)
+    with_drafter = load_model(Checkpoint.open(base), max_new_tokens=24, drafter=Checkpoint.open(drafter))
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])
@@ -173,42 +179,42 @@ def test_it_acts_on_drafts_alone(ran: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert [one.tokens for one in outputs[0]] == [one.tokens for one in outputs[1]]
 
     # Megatron's own forward, which Transformer Engine's layers take, gives the same.
-    from nemodiff_train.decoding import stages
+    from nemodiff_train.decoding import pipeline
 
-    monkeypatch.setattr(stages, "can_fast_forward", lambda chunk: False)
+    monkeypatch.setattr(pipeline, "can_fast_forward", lambda chunk: False)
     for kind, values in logits(with_drafter).items():
         torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
 
 
-def test_exported_as_peft_writes_it(ran: Any, tmp_path: Path) -> None:
+def test_exported_as_peft_writes_it(runs: Jobs, base: str, tmp_path: Path) -> None:
     """The adapters that PEFT reads do to the exported model what ours do to the checkpoint."""
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    folder, found = ran
-    assert found["export"]["codes"] == found["export on two ranks"]["codes"] == [0]
-    names = ("one process", "tensor 2 + sequence")
-    one, split = (load_file(folder / f"{name} peft" / "adapter_model.safetensors") for name in names)
+    assert runs["export_one"]["codes"] == runs["export_sp2"]["codes"] == [0]
+    exported = runs.folder / "one-peft"
+    one, split = (load_file(runs.folder / f"{name}-peft" / "adapter_model.safetensors") for name in ("one", "sp2"))
     assert list(one) == list(split) and len(one) == 2 * 4
     for key, values in one.items():
         assert values.dtype == torch.float32
         torch.testing.assert_close(values, split[key], rtol=1e-4, atol=1e-6)
-    settings = json.loads((folder / "one process peft" / "adapter_config.json").read_text())
+    settings = json.loads((exported / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (16, 64, ["o_proj"])
 
-    assert main(["convert", "export", str(folder / "base" / "checkpoints"), str(tmp_path / "model")]) == 0
+    assert main(["convert", "export", base, str(tmp_path / "model")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    adapted = PeftModel.from_pretrained(model, str(folder / "one process peft"), torch_device="cpu")
+    adapted = PeftModel.from_pretrained(model, str(exported), torch_device="cpu")
     loaded = {name: values for name, values in adapted.state_dict().items() if "lora_" in name}
     assert {name.replace(".default", ""): None for name in loaded}.keys() == one.keys()
     for name, values in loaded.items():
         assert torch.equal(values, one[name.replace(".default", "")])
 
 
-def test_refused_in_one_line(ran: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _ = ran
-    base, drafter = str(folder / "base" / "checkpoints"), str(folder / "one process" / "checkpoints")
+def test_refused_in_one_line(
+    runs: Jobs, base: str, drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runs.folder
     output = tmp_path / "output"
     train = ["train", "drafter", f"start_from={base}", f"data={folder / 'data'}", f"output={output}"]
     capsys.readouterr()
@@ -228,6 +234,6 @@ def test_refused_in_one_line(ran: Any, tmp_path: Path, capsys: pytest.CaptureFix
         assert not output.exists()
 
 
-def test_inspected_as_what_it_is(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "inspect", str(ran[0] / "one process" / "checkpoints")]) == 0
+def test_inspected_as_what_it_is(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "inspect", drafter]) == 0
     assert "Megatron checkpoint: drafter" in capsys.readouterr().out

@@ -27,15 +27,8 @@ ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prepared() -> None:
-    from nemodiff_train.runtime import init_runtime
-
-    init_runtime()
-
-
 def segment_ids(rows: int, length: int) -> Tensor:
-    """[rows, 3, length] of samples whose documents end anywhere."""
+    """Return [rows, 3, length] segment ids of samples whose documents end anywhere."""
     draw = torch.Generator().manual_seed(0)
     return torch.stack([small.documents(draw, length, 32) for _ in range(rows)]).to(DEVICE)
 
@@ -90,7 +83,7 @@ def test_flash_attention_follows_the_rule(kind: str) -> None:
 
 
 def check_attention(kind: str, dtype: torch.dtype, kernel: Any = None) -> None:
-    """Of two samples of 256 tokens."""
+    """Compare attention of two samples of 256 tokens with the rule."""
     from nemodiff_train.attention import kernels
     from nemodiff_train.objective.rule import can_attend
 
@@ -124,7 +117,7 @@ def test_attention_to_a_cache(masked: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_head_in_chunks(dtype: torch.dtype) -> None:
-    """Losses and gradients at the places that carry loss, over more than one chunk of places."""
+    """Losses and gradients at the positions that carry loss, over more than one chunk of them."""
     from megatron.core import parallel_state
 
     from nemodiff_train.model.head import token_losses
@@ -200,8 +193,8 @@ def test_training_is_the_cpus(trained: Path, name: str, tolerance: float) -> Non
     )
     assert len(found) == len(expected) == 10
     for mine, other in zip(found, expected, strict=True):
-        assert mine["masked share"] == pytest.approx(other["masked share"], abs=1e-6)
-        for figure in ("loss", "ar loss", "diffusion loss", "gradient norm"):
+        assert mine["masked_fraction"] == pytest.approx(other["masked_fraction"], abs=1e-6)
+        for figure in ("loss", "ar_loss", "diffusion_loss", "grad_norm"):
             assert mine[figure] == pytest.approx(other[figure], rel=tolerance), figure
 
 

@@ -1,4 +1,8 @@
-"""Every layout trains the same model; a stopped run continues exactly.  One gang runs it all."""
+"""Every layout of ranks trains the same model as one rank, decodes the same tokens and converts the same weights.
+
+Runs are made when a test asks for them: ``pytest tests/test_layouts.py -k "[tp2]"`` trains on one rank and under one
+layout.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,249 +10,245 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from tests import gang, matrix, small
-from tests.gang import Job
-from tests.matrix import Layout
-
-SETTINGS = ("checkpoint.save_interval=0", "train.micro_batch_size=4")  # as in the matrix
-
-
-def _plan(folder: Path) -> list[Job]:
-    shared = {"start_from": str(folder / "qwen3"), "data": str(folder / "data")}
-    one = str(folder / "one process")
-
-    def run(name: str, function: str, settings: tuple[str, ...] = (), **more: Any) -> Job:
-        arguments = {**shared, "output": str(folder / name), "settings": [*SETTINGS, *settings], **more}
-        return Job(name, 1, f"jobs:{function}", arguments)
-
-    jobs = [
-        *(matrix.job(layout, folder) for layout in (*matrix.REFERENCES, *matrix.LAYOUTS)),
-        run("resumed", "resume", stopped=one, at=matrix.HALF_WAY),
-        run("bf16", "train", ("mixed_precision=bf16_mixed",)),
-        run("mask row", "warnings", ("train.train_iters=1",), start_from=str(folder / "decayed")),
-        run("ar stage", "train", ("train.train_iters=2",), stage="ar"),
-        run("ar stage, documents", "train", ("train.train_iters=2", *matrix.DOCUMENTS), stage="ar"),
-        run("told", "train", ("diagnostics.loss_interval=5", "diagnostics.gradient_interval=5")),
-        run("evaluated", "train", matrix.evaluated(folder)),
-        run("loggers", "loggers", ("diagnostics.loss_interval=1",)),
-    ]
-    ar_split = {**shared, "output": str(folder / "ar split"), "stage": "ar"}
-    ar_split["settings"] = [*SETTINGS, *matrix.CP2, *matrix.PP2, "train.train_iters=2"]
-    jobs.append(Job("ar stage, context 2 x pipeline 2", 4, "jobs:train", ar_split))
-    for name, world, layout in EVALUATED:
-        split = {**shared, "output": str(folder / f"evaluated {name}")}
-        split["settings"] = [*SETTINGS, *layout, *matrix.evaluated(folder)]
-        jobs.append(Job(f"evaluated {name}", world, "jobs:train", split))
-    for family in ("qwen3", "ministral3"):
-        for tensor, pipeline in ((1, 1), (2, 1), (1, 2)):
-            arguments = {"source": str(folder / family), "tensor": tensor, "pipeline": pipeline}
-            jobs.append(Job(f"logits {family} {tensor} {pipeline}", tensor * pipeline, "jobs:ar_logits", arguments))
-    for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
-        arguments = {"checkpoint": f"{one}/checkpoints", "tensor": tensor, "pipeline": pipeline}
-        jobs.append(Job(f"decode {tensor} {pipeline}", tensor * pipeline, "jobs:decode", arguments))
-    jobs += _conversions(folder)
-    for size in (2, 4):
-        jobs.append(Job(f"exchange {size}", size, "jobs:exchange", {"size": size}))
-    return jobs
+from tests import jobs, small
+from tools.support import layouts
+from tools.support.layouts import FIGURES, LAYOUTS, REFERENCES, SETTINGS, TOLERANCE, Steps
+from tools.support.ranks import Jobs, RankPool
 
 
-def _conversions(folder: Path) -> list[Job]:
-    """Checkpoints that four ranks write and read, with a vocabulary that two cannot share evenly."""
-    layout = ["--tensor-parallel", "2", "--pipeline-parallel", "2"]
-    jobs = []
-    for name in ("untied", "tied"):
-        source, split, one = (str(folder / f"uneven-{name}{part}") for part in ("", "-split", "-one"))
-        shards = ["--max-shard-size", "200KB"]
-        commands = [
-            ["import", source, split, *layout],
-            ["export", split, f"{split}-out", *shards, *layout],
-            ["export", one, f"{one}-out", *layout],
-        ]
-        jobs.append(Job(f"convert {name}", 1, "jobs:convert", {"commands": [["import", source, one]]}))
-        jobs.append(Job(f"convert {name}, four ranks", 4, "jobs:convert", {"commands": commands}))
-        alone = [["export", split, f"{split}-alone"]]
-        jobs.append(Job(f"convert {name} back", 1, "jobs:convert", {"commands": alone}))
-    refused = [["import", str(folder / "uneven-damaged"), str(folder / "refused"), *layout]]
-    return [*jobs, Job("convert damaged", 4, "jobs:convert", {"commands": refused})]
+class Runs(Jobs):
+    """The jobs of this module."""
 
+    def steps(self, name: str) -> Steps:
+        """Return the steps of a training run."""
+        steps: Steps = self[name]["steps"]
+        return steps
 
-def _prepare_conversions(folder: Path) -> None:
-    for name in ("untied", "tied", "damaged"):
-        small.qwen3(folder / f"uneven-{name}", vocab_size=321, tie_word_embeddings=name == "tied")
-    damaged = small.weights(folder / "uneven-damaged")
-    damaged["model.norm.weight"][0] = float("nan")
-    save_file(damaged, folder / "uneven-damaged" / "model.safetensors")
+    def train(self, name: str, *settings: str, world_size: int = 1, **arguments: str) -> None:
+        """Add a training run of the Qwen 3."""
+        self.add(name, world_size, jobs.train, **self.arguments(name, *settings, **arguments))
 
-
-EVALUATED = [
-    ("tensor 2 + sequence x pipeline 2 x virtual 2", 4, [*matrix.SP2, *matrix.VPP2]),
-    ("context 2 x data 2, sharded optimizer", 4, [*matrix.CP2, *matrix.SHARDED]),
-]
+    def arguments(self, name: str, *settings: str, **arguments: str) -> dict[str, Any]:
+        """Return the arguments of a training run of the Qwen 3."""
+        inputs = {"start_from": str(self.folder / "qwen3"), "data": str(self.folder / "data")}
+        return {**inputs, "output": str(self.folder / name), "settings": [*SETTINGS, *settings], **arguments}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("gang")
-    matrix.prepare(folder)
-    small.qwen3(folder / "decayed", mask_row=0.01)
-    small.ministral3(folder / "ministral3")
-    _prepare_conversions(folder)
-    # What reads the results finds the folder with them.
-    return {"folder": folder} | gang.run(_plan(folder), folder)
+def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Runs:
+    folder = tmp_path_factory.mktemp("layouts")
+    layouts.prepare(folder)
+    runs = Runs(ranks, folder)
+    for name, layout in {**REFERENCES, **LAYOUTS}.items():
+        layouts.add(runs, name, layout)
+    return runs
 
 
-def steps(results: dict[str, Any], name: str) -> list[dict[str, float]]:
-    assert "error" not in results[name], results[name]["error"]
-    found: list[dict[str, float]] = results[name]["steps"]
-    return found
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ten_steps_are_the_same_training(runs: Runs, name: str) -> None:
+    layout = LAYOUTS[name]
+    differences = layouts.difference(layout, runs.steps(name), runs.steps(layout.like))
+    assert max(differences.values()) <= TOLERANCE, differences
 
 
-@pytest.mark.parametrize("layout", matrix.LAYOUTS, ids=lambda layout: layout.name)
-def test_ten_steps_are_the_same_training(results: dict[str, Any], layout: Layout) -> None:
-    found = matrix.difference(layout, steps(results, layout.name), steps(results, layout.like))
-    assert max(found.values()) <= matrix.TOLERANCE, found
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name != "one"])
+def test_the_references_are_different_trainings(runs: Runs, name: str) -> None:
+    assert runs.steps(name)[-1]["loss"] != pytest.approx(runs.steps("one")[-1]["loss"], rel=1e-3)
 
 
-def test_the_references_are_different_trainings(results: dict[str, Any]) -> None:
-    """The noise moves from step to step, and each switch of the matrix does something."""
-    one = steps(results, "one process")
-    assert one[0]["diffusion_loss"] != one[1]["diffusion_loss"]
-    for reference in matrix.REFERENCES[1:]:
-        assert steps(results, reference.name)[-1]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-3)
+def test_noise_moves_from_step_to_step(runs: Runs) -> None:
+    first, second, *_ = runs.steps("one")
+    assert first["diffusion_loss"] != second["diffusion_loss"]
 
 
-def test_bf16_with_fp32_master_weights(results: dict[str, Any]) -> None:
-    """Near the fp32 curve: bf16 has 8 bits, so 2e-2 relative."""
-    for mine, reference in zip(steps(results, "bf16"), steps(results, "one process"), strict=True):
-        assert mine["masked_fraction"] == reference["masked_fraction"]
-        assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-2) and mine["loss"] != reference["loss"]
+def test_bf16_with_fp32_master_weights(runs: Runs) -> None:
+    """Losses are near those of fp32: bf16 has 8 bits, so 2e-2 relative."""
+    runs.train("bf16", "mixed_precision=bf16_mixed")
+    for step, expected in zip(runs.steps("bf16"), runs.steps("one"), strict=True):
+        assert step["masked_fraction"] == expected["masked_fraction"]
+        assert step["loss"] == pytest.approx(expected["loss"], rel=2e-2) and step["loss"] != expected["loss"]
 
 
-def test_a_resumed_run_continues_bit_for_bit(results: dict[str, Any]) -> None:
-    expected, found = steps(results, "one process")[5:], steps(results, "resumed")
-    assert [step["step"] for step in found] == [6, 7, 8, 9, 10]
-    for mine, reference in zip(found, expected, strict=True):
-        for name in ("loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm"):
-            assert mine[name] == reference[name]
+def test_a_resumed_run_continues_bit_for_bit(runs: Runs) -> None:
+    stopped: dict[str, Any] = {"stopped": str(runs.folder / "one"), "step": layouts.HALF_WAY}
+    runs.add("resumed", 1, jobs.resume, after="one", **stopped, **runs.arguments("resumed"))
+    steps, expected = runs.steps("resumed"), runs.steps("one")[layouts.HALF_WAY :]
+    assert [step["step"] for step in steps] == [6, 7, 8, 9, 10]
+    assert all(_same(*pair) for pair in zip(steps, expected, strict=True))
 
 
-def test_the_ar_stage_has_no_diffusion(results: dict[str, Any]) -> None:
-    first = steps(results, "ar stage")[0]
+def _same(step: dict[str, float], other: dict[str, float]) -> bool:
+    """Return whether all figures are the same to the bit."""
+    return all(step[figure] == other[figure] for figure in FIGURES)
+
+
+def test_the_ar_stage_has_no_diffusion(runs: Runs) -> None:
+    runs.train("ar", "train.train_iters=2", stage="ar")
+    first = runs.steps("ar")[0]
     assert "diffusion_loss" not in first and "masked_fraction" not in first
     # The clean half of the joint stage is the AR model's view of the same samples.
-    assert first["ar_loss"] == pytest.approx(steps(results, "one process")[0]["ar_loss"], rel=1e-5)
+    assert first["ar_loss"] == pytest.approx(runs.steps("one")[0]["ar_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["1 1", "2 1", "1 2"])
-@pytest.mark.parametrize("family", ["qwen3", "ministral3"])
-def test_imported_logits_are_transformers(results: dict[str, Any], family: str, layout: str) -> None:
-    found = results[f"logits {family} {layout}"]
-    assert "error" not in found, found["error"]
-    assert found["difference"] < 1e-4
-    if family == "ministral3":
-        assert found["without_scale"] > 1e-3
-
-
-@pytest.mark.parametrize("layout", ["2 1", "1 2", "2 2"])
-def test_decoding_does_not_depend_on_the_layout(results: dict[str, Any], layout: str) -> None:
-    alone, split = results["decode 1 1"], results[f"decode {layout}"]
-    assert "error" not in alone and alone == split
-    assert alone["linear"] == alone["quadratic"] == alone["oracle"] == alone["ar"]
-
-
-def test_what_a_run_logs(results: dict[str, Any]) -> None:
-    found = results["loggers"]
-    assert "error" not in found, found["error"]
-    wanted = {
-        "loss",
-        "ar_loss",
-        "diffusion_loss",
-        "masked_fraction",
-        "grad-norm",
-        "learning-rate",
-        "tokens_per_second",
-    }
-    wanted |= {"diffusion_loss_by_position/1", "diffusion_loss_by_position/9-16"}
-    assert wanted <= set(found["tags"])
-    assert found["wandb"] == 1
-
-
-def test_the_ar_stage_with_documents_and_split(results: dict[str, Any]) -> None:
-    documents, joint = steps(results, "ar stage, documents")[0], steps(results, "documents, one process")[0]
+def test_the_ar_stage_separates_documents(runs: Runs) -> None:
+    runs.train("ar_documents", "train.train_iters=2", *layouts.DOCUMENTS, stage="ar")
+    documents, joint = runs.steps("ar_documents")[0], runs.steps("documents_one")[0]
     assert documents["ar_loss"] == pytest.approx(joint["ar_loss"], rel=1e-5)
-    assert documents["ar_loss"] != pytest.approx(steps(results, "ar stage")[0]["ar_loss"], rel=1e-3)
-    for whole, split in zip(
-        steps(results, "ar stage"), steps(results, "ar stage, context 2 x pipeline 2"), strict=True
-    ):
-        for name in ("ar_loss", "grad_norm"):
-            assert split[name] == pytest.approx(whole[name], rel=1e-5)
+    assert documents["ar_loss"] != pytest.approx(runs.steps("one")[0]["ar_loss"], rel=1e-3)
 
 
-def test_a_decayed_mask_row_is_reported(results: dict[str, Any]) -> None:
-    assert "error" not in results["mask row"], results["mask row"]
-    told = " ".join(results["mask row"]["console"].split())
-    assert "mask token 1 is 1." in told and "objective.mask_embedding_noise=1" in told
-    assert "mask_embedding_noise" not in results["loggers"]["console"]
+def test_the_ar_stage_does_not_depend_on_the_layout(runs: Runs) -> None:
+    runs.train("ar_pair", "train.train_iters=2", stage="ar")
+    settings = (*layouts.CP2, *layouts.PP2, "train.train_iters=2")
+    runs.train("ar_cp2_pp2", *settings, world_size=4, stage="ar")
+    for step, expected in zip(runs.steps("ar_cp2_pp2"), runs.steps("ar_pair"), strict=True):
+        for figure in ("ar_loss", "grad_norm"):
+            assert step[figure] == pytest.approx(expected[figure], rel=1e-5)
 
 
-def test_a_run_tells_its_loss_by_noise_level_and_place(results: dict[str, Any]) -> None:
-    fifth, last = (steps(results, "told")[step] for step in (4, 9))
-    by_level = [value for name, value in last.items() if name.startswith("diffusion_loss_by_noise_level/")]
-    by_place = [value for name, value in last.items() if name.startswith("diffusion_loss_by_position/")]
-    assert len(by_level) >= 8 and len(by_place) == 5  # blocks of 16: 1, 2, 3-4, 5-8, 9-16
-    assert all(2 < value < 12 for value in by_level + by_place)
-    assert "diffusion_loss_by_position/1" in fifth and "diffusion_loss_by_position/1" not in steps(results, "told")[3]
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)], ids=["one", "tp2", "pp2"])
+@pytest.mark.parametrize("family", ["qwen3", "ministral3"])
+def test_imported_logits_are_transformers(runs: Runs, family: str, tensor: int, pipeline: int) -> None:
+    name = f"logits_{family}_tp{tensor}_pp{pipeline}"
+    source = runs.folder / family
+    if not source.exists():
+        small.ministral3(source)
+    runs.add(name, tensor * pipeline, jobs.ar_logits, source=str(source), tensor=tensor, pipeline=pipeline)
+    assert runs[name]["difference"] < 1e-4
+    if family == "ministral3":
+        assert runs[name]["without_scale"] > 1e-3
 
 
-@pytest.mark.parametrize("layout", [name for name, *_ in EVALUATED])
-def test_evaluation_in_the_loop_changes_nothing(results: dict[str, Any], layout: str) -> None:
-    """Bit-identical losses, and the same figures under every layout, twice in ten steps."""
-    alone, split = steps(results, "evaluated"), steps(results, f"evaluated {layout}")
-    for found, without in ((alone, "one process"), (split, layout)):
-        for mine, reference in zip(found, steps(results, without), strict=True):
-            assert all(mine[name] == reference[name] for name in matrix.FIGURES)
-    for step in (4, 9):
-        figures = {name for name in alone[step] if name.startswith("evaluation ")}
-        assert {"eval/tpf/linear", "eval/accuracy/diffusion", "eval/seconds"} <= figures
-        assert figures == {name for name in split[step] if name.startswith("evaluation ")}
-        for name in figures - {"eval/seconds"}:
-            assert split[step][name] == pytest.approx(alone[step][name], rel=1e-6)
-        assert alone[step]["eval/tpf/ar"] == 1
-    assert "eval/seconds" not in alone[3]
+@pytest.fixture(scope="module")
+def decoded(runs: Runs) -> Runs:
+    """Add decoding of the run on one rank under every layout."""
+    for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        arguments = {"checkpoint": str(runs.folder / "one" / "checkpoints"), "tensor": tensor, "pipeline": pipeline}
+        runs.add(f"decode_tp{tensor}_pp{pipeline}", tensor * pipeline, jobs.decode, after="one", **arguments)
+    return runs
 
 
-def test_measuring_gradients_changes_nothing(results: dict[str, Any]) -> None:
-    told, one = steps(results, "told"), steps(results, "one process")
-    for mine, reference in zip(told, one, strict=True):
-        assert all(mine[name] == reference[name] for name in matrix.FIGURES)
-    for step in (told[4], told[9]):
+@pytest.mark.parametrize("name", ["tp2_pp1", "tp1_pp2", "tp2_pp2"])
+def test_decoding_does_not_depend_on_the_layout(decoded: Runs, name: str) -> None:
+    assert decoded[f"decode_{name}"] == decoded["decode_tp1_pp1"]
+
+
+def test_lossless_modes_decode_as_ar(decoded: Runs) -> None:
+    modes = decoded["decode_tp1_pp1"]
+    assert modes["linear"] == modes["quadratic"] == modes["oracle"] == modes["ar"]
+
+
+@pytest.fixture(scope="module")
+def logged(runs: Runs) -> Runs:
+    """Add a run of two steps with all loggers."""
+    runs.add("loggers", 1, jobs.loggers, **runs.arguments("loggers", "diagnostics.loss_interval=1"))
+    return runs
+
+
+def test_what_a_run_logs(logged: Runs) -> None:
+    wanted = {"loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad-norm", "learning-rate"}
+    wanted |= {"tokens_per_second", "diffusion_loss_by_position/1", "diffusion_loss_by_position/9-16"}
+    assert wanted <= set(logged["loggers"]["tags"])
+    assert logged["loggers"]["wandb"] == 1
+
+
+def test_a_decayed_mask_row_is_reported(logged: Runs) -> None:
+    small.qwen3(logged.folder / "decayed", mask_row=0.01)
+    decayed = logged.arguments("decayed_run", "train.train_iters=1", start_from=str(logged.folder / "decayed"))
+    logged.add("decayed", 1, jobs.warnings, **decayed)
+    printed = " ".join(logged["decayed"]["console"].split())
+    assert "mask token 1 is 1." in printed and "objective.mask_embedding_noise=1" in printed
+    assert "mask_embedding_noise" not in logged["loggers"]["console"]
+
+
+@pytest.fixture(scope="module")
+def diagnosed(runs: Runs) -> Runs:
+    """Add a run with every diagnostic."""
+    runs.train("diagnosed", "diagnostics.loss_interval=5", "diagnostics.gradient_interval=5")
+    return runs
+
+
+def test_loss_by_noise_level_and_position(diagnosed: Runs) -> None:
+    _, _, _, fourth, fifth, *_, last = diagnosed.steps("diagnosed")
+    by_level = [value for key, value in last.items() if key.startswith("diffusion_loss_by_noise_level/")]
+    by_position = [value for key, value in last.items() if key.startswith("diffusion_loss_by_position/")]
+    assert len(by_level) >= 8 and len(by_position) == 5  # blocks of 16: 1, 2, 3-4, 5-8, 9-16
+    assert all(2 < value < 12 for value in by_level + by_position)
+    assert "diffusion_loss_by_position/1" in fifth and "diffusion_loss_by_position/1" not in fourth
+
+
+def test_measuring_gradients_changes_nothing(diagnosed: Runs) -> None:
+    steps = diagnosed.steps("diagnosed")
+    assert all(_same(*pair) for pair in zip(steps, diagnosed.steps("one"), strict=True))
+    for step in (steps[4], steps[9]):
         assert -1 <= step["gradient cosine"] <= 1 and step["gradient cosine"] != 0
         for part in ("ar", "diffusion"):
             assert step[f"grad_norm/{part}"] > 0 and step[f"gradient variance/{part}"] > 0
 
 
+@pytest.mark.parametrize("name", ["one", "sp2_pp2_vpp2", "cp2_dp2_sharded"])
+def test_evaluation_in_the_loop_changes_nothing(runs: Runs, name: str) -> None:
+    """Losses are the same to the bit with decoding every five steps, and its figures under every layout."""
+    steps, alone = (_evaluated(runs, layout) for layout in (name, "one"))
+    assert all(_same(*pair) for pair in zip(steps, runs.steps(name), strict=True))
+    for step, expected in ((steps[4], alone[4]), (steps[9], alone[9])):
+        figures = {key for key in step if key.startswith("eval/")}
+        assert {"eval/tpf/linear", "eval/accuracy/diffusion", "eval/seconds"} <= figures
+        assert figures == {key for key in expected if key.startswith("eval/")}
+        for key in figures - {"eval/seconds"}:
+            assert step[key] == pytest.approx(expected[key], rel=1e-6)
+        assert step["eval/tpf/ar"] == 1
+    assert "eval/seconds" not in steps[3]
+
+
+def _evaluated(runs: Runs, name: str) -> Steps:
+    """Return the steps of a layout with decoding every five of them."""
+    if (evaluated := f"evaluated_{name}") not in set(runs):
+        layout = {**REFERENCES, **LAYOUTS}[name]
+        settings = (*layout.settings, *layouts.evaluated(runs.folder))
+        runs.train(evaluated, *settings, world_size=layout.world_size)
+    return runs.steps(evaluated)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_context_parallel_ranks_exchange_clean_keys_and_values_once(results: dict[str, Any], size: int) -> None:
+def test_context_parallel_ranks_exchange_clean_keys_and_values_once(ranks: RankPool, size: int) -> None:
     """L = 4096, one layer: a rank receives at most the clean keys and values, in one collective."""
-    found = results[f"exchange {size}"]
-    assert "error" not in found, found["error"]
-    assert found["collectives"] == 1
-    assert found["received"] <= found["clean"] * (size - 1) // size
-    assert found["difference"] < 1e-5
+    exchange = ranks.call(f"exchange_cp{size}", size, jobs.exchange, size=size)
+    assert exchange["collectives"] == 1
+    assert exchange["received"] <= exchange["clean"] * (size - 1) // size
+    assert exchange["difference"] < 1e-5
+
+
+TP2_PP2 = ["--tensor-parallel", "2", "--pipeline-parallel", "2"]
 
 
 @pytest.mark.parametrize("name", ["untied", "tied"])
-def test_four_ranks_convert_as_one_does(results: dict[str, Any], name: str) -> None:
-    for job, commands in ((f"convert {name}", 1), (f"convert {name}, four ranks", 3), (f"convert {name} back", 1)):
-        assert "error" not in results[job], results[job]["error"]
-        assert results[job]["codes"] == [0] * commands
-    folder: Path = results["folder"]
-    before = small.weights(folder / f"uneven-{name}")
-    for output in ("split-out", "one-out", "split-alone"):
-        assert small.same(before, small.weights(folder / f"uneven-{name}-{output}")), output
-    assert len(list((folder / f"uneven-{name}-split-out").glob("*.safetensors"))) > 2
+def test_four_ranks_convert_as_one_does(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """A vocabulary that two ranks cannot share evenly comes back as it was, from either kind of checkpoint."""
+    source = tmp_path / "source"
+    small.qwen3(source, vocab_size=321, tie_word_embeddings=name == "tied")
+    split, one = str(tmp_path / "split"), str(tmp_path / "one")
+    on_one = [["import", str(source), one]]
+    on_four = [
+        ["import", str(source), split, *TP2_PP2],
+        ["export", split, f"{split}-out", "--max-shard-size", "200KB", *TP2_PP2],
+        ["export", one, f"{one}-out", *TP2_PP2],
+    ]
+    back = [["export", split, f"{split}-alone"]]
+    for world_size, commands in ((1, on_one), (4, on_four), (1, back)):
+        codes = ranks.call(f"convert_{name}", world_size, jobs.convert, logs=tmp_path, commands=commands)["codes"]
+        assert codes == [0] * len(commands)
+    before = small.weights(source)
+    for output in (f"{split}-out", f"{one}-out", f"{split}-alone"):
+        assert small.same(before, small.weights(Path(output))), output
+    assert len(list(Path(f"{split}-out").glob("*.safetensors"))) > 2
 
 
-def test_ranks_refuse_together(results: dict[str, Any]) -> None:
-    assert results["convert damaged"] == {"codes": [2]}
-    assert not list(results["folder"].glob("*refused*"))
+def test_all_ranks_refuse_damaged_weights(ranks: RankPool, tmp_path: Path) -> None:
+    small.qwen3(tmp_path / "damaged")
+    weights = small.weights(tmp_path / "damaged")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "damaged" / "model.safetensors")
+    command = ["import", str(tmp_path / "damaged"), str(tmp_path / "refused"), *TP2_PP2]
+    assert ranks.call("convert_damaged", 4, jobs.convert, commands=[command]) == {"codes": [2]}
+    assert not list(tmp_path.glob("*refused*"))

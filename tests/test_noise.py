@@ -11,6 +11,8 @@ from nemodiff_train.objective.noise import Key, Noise, draw_noise
 from nemodiff_train.objective.schedule import alpha_at, block_size_at
 
 DRAWS = 100_000
+SEQUENCES = 1000
+"""Drawn at once: sequences of one sample have noise of their own."""
 LENGTH, BLOCK = 16, 8
 ELIGIBLE = np.array([place != 5 for place in range(LENGTH)])
 BLOCKS = np.arange(LENGTH) // BLOCK
@@ -39,6 +41,20 @@ def draw(index: int, objective: ObjectiveConfig, split: int = 0) -> Noise:
     return draw_noise(Key(objective.seed, split, index), ELIGIBLE, BLOCKS, objective, BLOCK, BATCH)
 
 
+def draw_many(objective: ObjectiveConfig) -> Noise:
+    """Draw noise for DRAWS rows of LENGTH positions, as views of packed sequences."""
+    size = SEQUENCES * LENGTH
+    eligible, position = np.tile(ELIGIBLE, SEQUENCES), np.arange(size)
+    blocks, sequences = position // BLOCK, position // LENGTH
+    samples = [
+        draw_noise(Key(objective.seed, 0, index), eligible, blocks, objective, BLOCK, BATCH, sequences)
+        for index in range(DRAWS // SEQUENCES // objective.views)
+    ]
+    return Noise(
+        *(np.concatenate([part.reshape(-1, LENGTH) for part in parts]) for parts in zip(*samples, strict=True))
+    )
+
+
 def within(found: np.ndarray, expected: float) -> bool:
     """Whether the mean over draws (axis 0) is the expected one, to five standard errors."""
     error = found.std(0) / math.sqrt(len(found))
@@ -54,9 +70,8 @@ def test_every_schedule_over_many_draws(name: str) -> None:
     """
     objective = ObjectiveConfig(**{"block_size": BLOCK, **SCHEDULES[name]})  # type: ignore[arg-type]
     assert not objective.problems(LENGTH)
-    draws = [draw(index, objective) for index in range(DRAWS // objective.views)]
-    masked = np.concatenate([each.masked for each in draws])
-    weight, level = (np.concatenate([getattr(each, part) for each in draws]) for part in ("weight", "level"))
+    masked, weight, level = draw_many(objective)
+    assert masked.shape == (DRAWS, LENGTH)
     assert not masked[:, ~ELIGIBLE].any() and not weight[:, ~ELIGIBLE].any()
     low, high = objective.min_noise_level, objective.max_noise_level
     full = objective.fully_masked_fraction
@@ -110,17 +125,24 @@ def test_half_life_draws_without_replacement(level: float) -> None:
         for place in order:
             probability, left = probability * preference[place] / left, left - preference[place]
         expected[list(order)] += probability
-    everywhere, blocks = np.ones(8, dtype=bool), np.arange(8) // size
+    everywhere, blocks = np.ones(size * SEQUENCES, dtype=bool), np.arange(size * SEQUENCES) // size
     drawn = np.concatenate(
         [
-            draw_noise(Key(1, 0, index), everywhere, blocks, objective, size, 1).masked.reshape(2, size)
-            for index in range(DRAWS // 2)
+            draw_noise(Key(1, 0, index), everywhere, blocks, objective, size, 1).masked.reshape(-1, size)
+            for index in range(DRAWS // SEQUENCES)
         ]
     )
     assert (drawn.sum(1) == count).all()
     error = np.sqrt(expected * (1 - expected) / len(drawn))
     assert (np.abs(drawn.mean(0) - expected) < 5 * error + 1e-9).all()
     assert expected[-1] > 1.3 * expected[0]
+
+
+def test_a_sample_of_one_sequence_is_drawn_as_packed_ones_are() -> None:
+    for settings in SCHEDULES.values():
+        objective = ObjectiveConfig(**settings)  # type: ignore[arg-type]
+        one = draw_noise(Key(objective.seed, 0, 7), ELIGIBLE, BLOCKS, objective, BLOCK, BATCH, np.zeros_like(BLOCKS))
+        assert all(np.array_equal(*parts) for parts in zip(one, draw(7, objective), strict=True))
 
 
 def test_noise_is_a_function_of_its_key() -> None:

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: nothing from other hands is run, and keys stay out of what is written."""
+"""The promises of SECURITY.md: foreign code is not run, and keys stay out of files."""
 
 import ast
 import json
@@ -70,9 +70,6 @@ def test_a_run_writes_no_keys(model: Path) -> None:
 def test_keys_are_no_settings(
     word: str, verb: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nemodiff_train.runtime import init_runtime
-
-    init_runtime()
     monkeypatch.chdir(model)
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
@@ -80,14 +77,14 @@ def test_keys_are_no_settings(
     options = {"train": [], "launch": ["--slurm", "--dry-run"], "plan": ["--gpus", "8"]}
     words = ["start_from=model", "data=data", *([] if word.startswith("output") else ["output=kept"])]
     assert main([verb, "recipe.py", *words, word, *options[verb]]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and len(told.err.splitlines()) == 1
-    assert not any(secret in told.err for secret in [*SECRETS.values(), "a-key-that-is-in-no-variable"])
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert not any(secret in printed.err for secret in [*SECRETS.values(), "a-key-that-is-in-no-variable"])
     assert not (model / "kept").exists()
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Leaves a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -126,7 +123,7 @@ def test_code_beside_weights_is_not_run(model: Path, tmp_path: Path) -> None:
 
 
 def test_sources_have_no_way_to_run_data() -> None:
-    """No shell, no pickle, no unsafe YAML, no leave for foreign code, anywhere in the package."""
+    """No shell, no pickle, no unsafe YAML, no trust in remote code, anywhere in the package."""
     found = []
     for file in sorted((ROOT / "nemodiff_train").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -160,12 +157,12 @@ def test_chat_template_as_transformers_writes_it(model: Path) -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    said = [{"role": "user", "content": " h\u00e9llo\u2028 "}, {"role": "assistant", "content": "hi"}]
-    written = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": " h\u00e9llo\u2028 "}, {"role": "assistant", "content": "hi"}]
+    rendered = ChatTemplate(tokenizer)
     for prompt in (True, False):
-        expected = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
-        assert written(said, prompt) == expected
-    written.close()
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert rendered(messages, prompt) == expected
+    rendered.close()
 
 
 @pytest.mark.parametrize(

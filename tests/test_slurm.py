@@ -35,7 +35,7 @@ class Site:
             del self._environment[name]
 
     def __call__(self, *words: object) -> str:
-        """Run a command in the folder; returns its output."""
+        """Run a command in the folder; return its output."""
         done = subprocess.run(
             list(map(str, words)), cwd=self.folder, env=self._environment, capture_output=True, text=True
         )
@@ -43,32 +43,32 @@ class Site:
         return done.stdout.strip()
 
     def launch(self, output: str, *settings: str) -> int:
-        """Submit the recipe as ``nemodiff launch`` does; returns the job."""
+        """Submit the recipe with ``nemodiff launch``; return the job."""
         words = [f"output={output}", f"train.train_iters={STEPS}", *settings]
         program = (sys.executable, "-m", "nemodiff_train")
-        told = self(*program, "launch", "recipe.py", *words, "--slurm", "--time", "1:00:00", "--name", output)
-        return int(told.rpartition(" ")[2])
+        printed = self(*program, "launch", "recipe.py", *words, "--slurm", "--time", "1:00:00", "--name", output)
+        return int(printed.rpartition(" ")[2])
 
     def state(self, job: int | str) -> str:
-        """Such as RUNNING, PENDING or COMPLETED."""
+        """Return the state of a job, such as RUNNING, PENDING or COMPLETED."""
         found = re.search(r"JobState=(\w+)", self("scontrol", "show", "job", job))
         assert found is not None
         return found[1]
 
     def restarts(self, job: int) -> int:
-        """How often a job was put back into the queue."""
+        """Return how often a job was put back into the queue."""
         found = re.search(r"Restarts=(\d+)", self("scontrol", "show", "job", job))
         assert found is not None
         return int(found[1])
 
     def wait(self, happened: Callable[[], bool], *names: str, job: int | str = "", seconds: int = 900) -> None:
-        """Until something is so; fails with the logs.
+        """Wait until something has happened; fail with the logs.
 
         Args:
-            happened: What is waited for.
-            names: Of the jobs whose logs are shown.
-            job: Fail as soon as this one has ended and it still is not so.
-            seconds: Fail after so many.
+            happened: Returns whether it has.
+            names: Names of the jobs whose logs are shown.
+            job: Fail as soon as this job has ended and nothing has happened.
+            seconds: Fail after this time.
         """
         deadline = time.monotonic() + seconds
         while not happened():
@@ -77,17 +77,17 @@ class Site:
             time.sleep(0.2)
 
     def finish(self, job: int | str, name: str, state: str = "COMPLETED") -> None:
-        """Wait for the end of a job, which must be this one."""
+        """Wait for the end of a job, in a state."""
         self.wait(lambda: self.state(job) in ENDED, name)
         assert self.state(job) == state, self.logs(name)
 
     def logs(self, *names: str) -> str:
-        """The ends of the jobs' logs."""
+        """Return the ends of the jobs' logs."""
         found = [path for name in names for path in sorted(self.folder.glob(f"{name}*.log"))]
         return "\n".join(f"{path.name}:\n{path.read_text()[-4000:]}" for path in found)
 
     def lines(self, output: str) -> list[dict[str, float]]:
-        """What a run has told so far, repeated steps included."""
+        """Return the figures that a run has recorded so far, repeated steps included."""
         folder = self.folder / output
         return small.figures(folder) if (folder / "metrics.jsonl").exists() else []
 
@@ -111,7 +111,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def figures(lines: list[dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Of every step, as the last start told them."""
+    """Return the figures of every step, as the last start recorded them."""
     return {int(line["step"]): line for line in lines}
 
 
@@ -138,7 +138,7 @@ def test_preempted_training_ends_as_if_it_had_not_been(site: Site) -> None:
     assert site.restarts(whole) == 0
     found, expected = (figures(site.lines(name)) for name in ("preempted", "whole"))
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
-    assert {"loss", "ar loss", "diffusion loss", "masked share", "gradient norm"} <= set(expected[STEPS])
+    assert {"loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad_norm"} <= set(expected[STEPS])
     assert found == expected
 
 
@@ -176,7 +176,7 @@ SMALLER = {
     "train.sbatch drafter": "train.sbatch drafter.py",
     "--task gsm8k": "--task task.jsonl --max-new-tokens 8",
 }
-"""What the documentation's chain has, and what a small machine is given in its place."""
+"""Parts of the documented chain, and what replaces them on a small machine."""
 PAGES = {
     "joint": "config = small.recipe(start_from, data, output)",
     "drafter": "config = small.drafter(start_from, data, output)",
@@ -184,7 +184,7 @@ PAGES = {
 
 
 def test_chain_of_the_documentation(site: Site) -> None:
-    """Conversion, training, evaluation, drafter and export, as docs/cluster.md puts them one behind the other."""
+    """Conversion, training, evaluation, drafter and export, in the order of docs/cluster.md."""
     text = (ROOT / "docs" / "cluster.md").read_text()
     chain = text[text.index("# from a published model") :].partition("```")[0]
     for large, little in SMALLER.items():

@@ -1,13 +1,12 @@
-"""A training survives: kills at any place of a save, damaged files, bad gradients, signals, hangs, endless restarts.
+"""A training survives kills at any moment of a save, damaged files, bad gradients, signals, hangs, endless restarts.
 
-Every gang is forked from one process that has imported Bridge, and runs what the command line runs.
+Runs are those of the command line, most of them on two ranks.
 """
 
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +17,45 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, iterations, mark_of
 from nemodiff_train.resilience.checkpoints import latest_complete
-from tests import faults, matrix, small
-from tests.zygote import Gang, Zygote
+from tools.support import faults, layouts, small
+from tools.support.ranks import RankPool, World
 
 STEPS = 6
 
 
 class Bench:
-    """A model, data, and the words that train one with the other."""
+    """A model and data in a folder, and runs that train one on the other."""
 
-    def __init__(self, folder: Path, zygote: Zygote) -> None:
+    def __init__(self, folder: Path, ranks: RankPool) -> None:
         self.folder = folder
-        self.zygote = zygote
+        self.ranks = ranks
         faults.furnish(folder)
 
     def words(self, name: str, *more: str) -> list[str]:
+        """Return the arguments of a run."""
         return [*faults.words(self.folder, self.folder / name, steps=STEPS, interval=2, kept=2), *more]
 
     def train(self, name: str, *more: str, world: int = 2, **fault: Any) -> tuple[list[int], str]:
-        """Exit codes by rank, and what was said."""
-        return self.zygote.run(name.replace("/", "-"), world, "faults:train", words=self.words(name, *more), **fault)
+        """Train; return exit codes by rank and what the ranks printed."""
+        running = self.start(name, *more, world=world, **fault)
+        return self.ranks.wait(running), running.output()
+
+    def start(self, name: str, *more: str, world: int = 2, **fault: Any) -> World:
+        """Start the ranks of a training."""
+        logs = self.folder / "logs"
+        return self.ranks.start(name, world, faults.train, logs=logs, words=self.words(name, *more), **fault)
 
     def steps(self, name: str) -> list[dict[str, Any]]:
-        """``metrics.jsonl`` without what depends on the clock."""
+        """Return the figures of every step, without those that depend on the clock."""
         return small.figures(self.folder / name)
 
     def checkpoints(self, name: str) -> Path:
         return self.folder / name / "checkpoints"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def host() -> None:
-    """Bridge can be imported."""
-    from nemodiff_train.runtime import init_runtime
-
-    init_runtime()
-
-
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("survival")
-    with Zygote(folder / "logs") as zygote:
-        yield Bench(folder, zygote)
+def bench(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Bench:
+    return Bench(tmp_path_factory.mktemp("survival"), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +64,7 @@ def reference(bench: Bench) -> list[dict[str, Any]]:
     assert bench.train("reference")[0] == [0, 0]
     steps = bench.steps("reference")
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    assert [one.name for one in iterations(bench.checkpoints("reference"))] == ["iter_0000006", "iter_0000004"]
+    assert [folder.name for folder in iterations(bench.checkpoints("reference"))] == ["iter_0000006", "iter_0000004"]
     return steps
 
 
@@ -97,9 +93,9 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
     folder = bench.checkpoints(name)
     newest = {"before cleanup": 6, "mid-cleanup": 6, "before tracker": 4}.get(fault, 2)
     assert Checkpoint.open(folder).verify_contents().iteration.name == f"iter_{newest:07d}"
-    codes, said = bench.train(name, saving)
-    assert codes == [0, 0], said
-    assert ("damaged-iter_" in said) == (newest == 2)
+    codes, output = bench.train(name, saving)
+    assert codes == [0, 0], output
+    assert ("damaged-iter_" in output) == (newest == 2)
     assert (folder / "iter_0000002").exists() == (fault == "before cleanup")  # nothing is saved any more
     assert bench.steps(name) == reference
     assert damage(Checkpoint.open(folder).iteration) is None
@@ -108,8 +104,8 @@ def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
 
 def test_saved_in_the_background_is_what_the_step_had(bench: Bench, reference: list[dict[str, Any]]) -> None:
     """Training goes on while the file is written, and changes nothing in it."""
-    codes, said = bench.train("background", BACKGROUND)
-    assert codes == [0, 0], said
+    codes, output = bench.train("background", BACKGROUND)
+    assert codes == [0, 0], output
     assert bench.steps("background") == reference
     for step in (4, 6):
         kept, written = (
@@ -121,16 +117,16 @@ def test_saved_in_the_background_is_what_the_step_had(bench: Bench, reference: l
 
 
 def test_a_writer_that_is_killed_stops_the_run(bench: Bench, reference: list[dict[str, Any]]) -> None:
-    codes, said = bench.train("no writer", BACKGROUND, fault="no writer", rank=1, step=4)
+    codes, output = bench.train("no writer", BACKGROUND, fault="no writer", rank=1, step=4)
     assert codes[1] == 1
-    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: ")]
     assert "iter_0000004' on rank 1 is gone (exit code -9)" in line
     assert bench.train("no writer", BACKGROUND)[0] == [0, 0]
     assert bench.steps("no writer") == reference
 
 
 def stopped(codes: list[int]) -> bool:
-    """The first rank speaks, and the launcher ends the other, if it has not ended by itself."""
+    """Return whether the first rank failed, and the other with it or by the launcher."""
     return codes[0] == 1 and codes[1] in (1, -signal.SIGTERM, -signal.SIGKILL)
 
 
@@ -168,13 +164,13 @@ def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
     file = iteration / (files_of(iteration)[0] if which == "shard" else which)
     words = harm(file)
     assert Checkpoint.open(copied).verify_contents().iteration.name == "iter_0000004"
-    chosen = latest_complete(copied)
-    assert chosen is not None and chosen.name == "iter_0000004"
-    said = capfd.readouterr().err
-    assert "iter_0000006" in said and f"'{file.name}'" in said and words in said
+    newest = latest_complete(copied)
+    assert newest is not None and newest.name == "iter_0000004"
+    output = capfd.readouterr().err
+    assert "iter_0000006" in output and f"'{file.name}'" in output and words in output
     assert (copied / "damaged-iter_0000006").is_dir() and not iteration.exists()
     assert (copied / "latest_checkpointed_iteration.txt").read_text() == "4"
-    assert (copied / "latest_train_state.pt").read_bytes() == (chosen / "train_state.pt").read_bytes()
+    assert (copied / "latest_train_state.pt").read_bytes() == (newest / "train_state.pt").read_bytes()
 
 
 def test_no_silent_start_from_the_beginning(copied: Path) -> None:
@@ -210,7 +206,7 @@ def test_what_is_pruned_and_kept(tmp_path: Path) -> None:
     prune(tmp_path, 0, 0)
     assert len(iterations(tmp_path)) == 7
     prune(tmp_path, 2, 30)
-    assert [int(one.name[5:]) for one in iterations(tmp_path)] == [70, 60, 50, 30]
+    assert [int(folder.name[5:]) for folder in iterations(tmp_path)] == [70, 60, 50, 30]
 
 
 @pytest.mark.parametrize("which", ["shard", "run_config.yaml"])
@@ -221,8 +217,8 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(
     shutil.copytree(bench.folder / "reference", bench.folder / name)
     iteration = bench.checkpoints(name) / "iter_0000006"
     flip(iteration / (files_of(iteration)[0] if which == "shard" else which))
-    codes, said = bench.train(name)
-    assert codes == [0, 0] and "has changed since it was saved" in said
+    codes, output = bench.train(name)
+    assert codes == [0, 0] and "has changed since it was saved" in output
     assert bench.steps(name) == reference
 
 
@@ -231,8 +227,8 @@ def test_generate_takes_the_newest_whole_checkpoint(
 ) -> None:
     flip(copied / "iter_0000006" / files_of(copied / "iter_0000006")[0])
     assert main(["generate", str(copied), "the", "--max-new-tokens", "4"]) == 0
-    said = " ".join(capfd.readouterr().err.split())
-    assert "iter_0000006' is damaged" in said and "iter_0000004" in said
+    output = " ".join(capfd.readouterr().err.split())
+    assert "iter_0000006' is damaged" in output and "iter_0000004" in output
 
 
 @pytest.mark.parametrize("saving", ["checkpoint.async_save=false", BACKGROUND])
@@ -240,9 +236,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
     bench: Bench, reference: list[dict[str, Any]], saving: str
 ) -> None:
     name = f"full {saving}"
-    codes, said = bench.train(name, saving, fault="full disk", rank=1, step=4)
+    codes, output = bench.train(name, saving, fault="full disk", rank=1, step=4)
     assert stopped(codes)
-    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: ")]
     assert "iter_0000004" in line and "could not be saved" in line and "'iter_0000002' is intact" in line
     assert not (bench.checkpoints(name) / "iter_0000004").exists()
     assert bench.train(name, saving)[0] == [0, 0]
@@ -252,9 +248,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
 def test_a_disk_too_full_for_a_log_is_one_line(bench: Bench) -> None:
     (bench.folder / "no log").mkdir()
     (bench.folder / "no log" / "train.log").symlink_to("/dev/full")
-    codes, said = bench.train("no log", world=1)
-    assert codes == [1] and "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    codes, output = bench.train("no log", world=1)
+    assert codes == [1] and "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: ")]
     assert f"the disk of '{bench.folder / 'no log'}' is full" in line
 
 
@@ -262,19 +258,19 @@ def test_a_disk_too_full_for_a_log_is_one_line(bench: Bench) -> None:
 def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout: str) -> None:
     name = f"nan stop {layout}"
     sizes = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
-    codes, said = bench.train(name, *sizes, fault="nan", rank=1, step=3)
+    codes, output = bench.train(name, *sizes, fault="nan", rank=1, step=3)
     assert stopped(codes)
     place = "stage 0, replica 1, tensor rank 0" if layout == "data" else "stage 0, replica 0, tensor rank 1"
-    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: ")]
     assert f"step 3: gradient not finite on rank 1 ({place})" in line
     assert [step["step"] for step in bench.steps(name)] == [1, 2]
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 def test_a_skipped_update_changes_nothing(bench: Bench, reference: list[dict[str, Any]]) -> None:
     policy = ("resilience.on_non_finite=skip", "resilience.drift_interval=1")
-    codes, said = bench.train("nan skip", *policy, fault="nan", rank=1, step=3)
-    assert codes == [0, 0], said
+    codes, output = bench.train("nan skip", *policy, fault="nan", rank=1, step=3)
+    assert codes == [0, 0], output
     assert bench.train("skipped", "train.iterations_to_skip=[3]")[0] == [0, 0]
     found = bench.steps("nan skip")
     assert found[2]["grad_norm"] is None and found[2]["skipped: non-finite"] == 1
@@ -285,17 +281,17 @@ SPIKES = ("resilience.spike_factor=10", "resilience.spike_window=2", "checkpoint
 
 
 def test_a_spike_is_skipped(bench: Bench) -> None:
-    codes, said = bench.train("spike skip", *SPIKES, fault="spike", rank=0, step=5)
-    assert codes == [0, 0] and "step 5: gradient norm" in said
+    codes, output = bench.train("spike skip", *SPIKES, fault="spike", rank=0, step=5)
+    assert codes == [0, 0] and "step 5: gradient norm" in output
     assert bench.train("spike skipped", *SPIKES, "train.iterations_to_skip=[5]")[0] == [0, 0]
     assert bench.steps("spike skip")[5] == bench.steps("spike skipped")[4]
 
 
 def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: Bench) -> None:
-    codes, said = bench.train(
+    codes, output = bench.train(
         "spike rollback", *SPIKES, "resilience.on_spike=rollback", fault="spike", rank=1, step=5
     )
-    assert codes == [0, 0] and "went back to step 3" in said
+    assert codes == [0, 0] and "went back to step 3" in output
     assert bench.train("never trained", *SPIKES, "train.iterations_to_skip=[4,5]")[0] == [0, 0]
     found = bench.steps("spike rollback")
     assert [step["step"] for step in found] == list(range(1, STEPS + 1))
@@ -303,26 +299,26 @@ def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: 
 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
-    codes, said = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
-    assert stopped(codes) and "no checkpoint to go back to" in said
+    codes, output = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
+    assert stopped(codes) and "no checkpoint to go back to" in output
 
 
 def test_patience_ends(bench: Bench) -> None:
-    codes, said = bench.train(
+    codes, output = bench.train(
         "patience", "resilience.on_non_finite=skip", "resilience.patience=0", fault="nan", step=3
     )
-    assert stopped(codes) and "resilience.patience" in said
+    assert stopped(codes) and "resilience.patience" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -> None:
     name = f"signal {number}"
     long = ("train.train_iters=100000", "checkpoint.save_interval=100000")
-    gang = bench.zygote.start(name, 2, "faults:train", words=bench.words(name, *long))
-    assert bench.zygote.wait(gang, during=once_trained(bench.folder / name, 3, rank=1, number=number)) == [0, 0]
+    world = bench.start(name, *long)
+    assert bench.ranks.wait(world, during=once_trained(bench.folder / name, 3, rank=1, number=number)) == [0, 0]
     last = bench.steps(name)[-1]["step"]
     assert Checkpoint.open(bench.checkpoints(name)).verify_contents().iteration.name == f"iter_{last:07d}"
-    assert f"stopped after step {last}" in gang.said() and "Traceback" not in gang.said()
+    assert f"stopped after step {last}" in world.output() and "Traceback" not in world.output()
     (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
     assert start["ended"] == "told to end"
     status = json.loads((bench.folder / name / "status.json").read_text())
@@ -330,38 +326,38 @@ def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -
 
 
 def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
-    """Sends a signal to a rank as soon as so many steps are recorded."""
+    """Return a function that signals a rank as soon as a number of steps is recorded."""
     sent = []
 
-    def look(gang: Gang) -> None:
+    def watch(world: World) -> None:
         metrics = output / "metrics.jsonl"
         if not sent and metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
             sent.append(number)
-            gang.send(rank, number)
+            world.send(rank, number)
 
-    return look
+    return watch
 
 
 def test_a_hanging_rank_leaves_every_ranks_stacks(bench: Bench) -> None:
-    codes, said = bench.train("hang", "resilience.hang_timeout=8", fault="hang", rank=1, step=3)
+    codes, output = bench.train("hang", "resilience.hang_timeout=8", fault="hang", rank=1, step=3)
     assert codes == [1, 1]
     stacks = [(bench.folder / "hang" / "stacks" / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
     assert all("no progress for 8 s, in step 3 (step)" in stack for stack in stacks)
     assert "faults.py" in stacks[1] and "finish_grad_sync" in stacks[0]
     (start,) = json.loads((bench.folder / "hang" / "restarts.json").read_text())
-    assert "no progress" in start["ended"] and "rank_1.txt" in said
+    assert "no progress" in start["ended"] and "rank_1.txt" in output
 
 
 def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
     name = "hang and signal"
-    words = bench.words(name, "resilience.hang_timeout=0", "resilience.exit_grace=1")
-    gang = bench.zygote.start(name, 2, "faults:train", words=words, fault="hang", rank=1, step=3)
+    settings = ("resilience.hang_timeout=0", "resilience.exit_grace=1")
+    world = bench.start(name, *settings, fault="hang", rank=1, step=3)
 
-    def when_it_hangs(gang: Gang) -> None:
-        if faults.HANGS in gang.said():
-            gang.send(0, signal.SIGTERM)
+    def when_it_hangs(world: World) -> None:
+        if faults.HANGS in world.output():
+            world.send(0, signal.SIGTERM)
 
-    assert bench.zygote.wait(gang, during=when_it_hangs)[0] == 1
+    assert bench.ranks.wait(world, during=when_it_hangs)[0] == 1
     assert "not ended 1 s after the signal" in (bench.folder / name / "stacks" / "rank_0.txt").read_text()
 
 
@@ -369,9 +365,9 @@ def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
 def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
     more = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     name = f"drift {layout}"
-    codes, said = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
-    assert stopped(codes), said
-    assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in said
+    codes, output = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
+    assert stopped(codes), output
+    assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in output
 
 
 @pytest.mark.parametrize("layout", ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"])
@@ -380,58 +376,61 @@ def test_no_drift_where_nothing_drifts(bench: Bench, layout: str) -> None:
     assert bench.train(name, layout, "resilience.drift_interval=1")[0] == [0, 0]
 
 
-SHARDED = (*matrix.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
+SHARDED = (*layouts.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
 JOURNEYS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
-    "tensor, pipeline, alone": [(2, (*matrix.TP2,)), (2, (*matrix.PP2,)), (1, ())],
-    "alone, context, data": [(1, ()), (2, (*matrix.CP2,)), (2, ())],
-    "sharded: tensor, data, pipeline": [(2, (*matrix.TP2, *SHARDED)), (2, SHARDED), (2, (*matrix.PP2, *SHARDED))],
-    "sharded: data, tensor + sequence x pipeline, alone": [
+    "tp2_pp2_one": [(2, (*layouts.TP2,)), (2, (*layouts.PP2,)), (1, ())],
+    "one_cp2_dp2": [(1, ()), (2, (*layouts.CP2,)), (2, ())],
+    "sharded_tp2_dp2_pp2": [(2, (*layouts.TP2, *SHARDED)), (2, SHARDED), (2, (*layouts.PP2, *SHARDED))],
+    "sharded_dp2_sp2pp2_one": [
         (2, SHARDED),
-        (4, (*matrix.SP2, *matrix.PP2, *SHARDED)),
+        (4, (*layouts.SP2, *layouts.PP2, *SHARDED)),
         (1, SHARDED),
     ],
 }
-"""Processes and settings of the three starts of a run, two steps each."""
+"""Ranks and settings of the three starts of a run, two steps each."""
 
 
 @pytest.fixture(scope="module")
 def alone(bench: Bench) -> list[dict[str, Any]]:
-    """The steps of an uninterrupted run of one process."""
+    """The steps of an uninterrupted run on one rank."""
     assert bench.train("alone", world=1)[0] == [0]
     return bench.steps("alone")
 
 
 @pytest.mark.parametrize("journey", JOURNEYS)
 def test_a_run_goes_on_under_other_layouts(bench: Bench, alone: list[dict[str, Any]], journey: str) -> None:
-    name = journey.replace(":", "")
     for world, settings in JOURNEYS[journey]:
-        codes, said = bench.train(name, "train.exit_interval=2", *settings, world=world)
-        assert codes == [0] * world, said
-    found = bench.steps(name)
+        codes, output = bench.train(journey, "train.exit_interval=2", *settings, world=world)
+        assert codes == [0] * world, output
+    found = bench.steps(journey)
     assert len(found) == len(alone) == STEPS
     for mine, expected in zip(found, alone, strict=True):
-        assert mine == pytest.approx(expected, rel=matrix.TOLERANCE)
+        assert mine == pytest.approx(expected, rel=layouts.TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "needles"),
     [
-        ((*matrix.TP2, *matrix.SHARDED), (*matrix.PP2, *matrix.SHARDED), ["tensor_model", "fully_reshardable=true"]),
+        (
+            (*layouts.TP2, *layouts.SHARDED),
+            (*layouts.PP2, *layouts.SHARDED),
+            ["tensor_model", "fully_reshardable=true"],
+        ),
         (SHARDED, (), ["optimizer.use_distributed_optimizer=true"]),
         ((), SHARDED, ["optimizer.use_distributed_optimizer=false"]),
     ],
-    ids=["saved for its own layout", "sharded, then plain", "plain, then sharded"],
+    ids=["not_reshardable", "sharded_then_plain", "plain_then_sharded"],
 )
 def test_what_cannot_go_on_is_refused(
     bench: Bench, before: tuple[str, ...], after: tuple[str, ...], needles: list[str]
 ) -> None:
     name = f"refused {needles[0]}"
     assert bench.train(name, "train.exit_interval=2", *before)[0] == [0, 0]
-    codes, said = bench.train(name, *after)
-    assert codes == [2, -signal.SIGTERM], said
-    (line,) = [line for line in said.splitlines() if line.startswith("nemodiff: error: ")]
+    codes, output = bench.train(name, *after)
+    assert codes == [2, -signal.SIGTERM], output
+    (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: error: ")]
     assert "iter_0000002" in line and all(needle in line for needle in needles)
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert len(bench.steps(name)) == 2  # nothing is written, and the first way still goes on
     assert bench.train(name, *before)[0] == [0, 0]
 
@@ -439,12 +438,12 @@ def test_what_cannot_go_on_is_refused(
 def test_starts_without_progress_end(bench: Bench) -> None:
     limit = "resilience.restarts=2"
     for start in range(2):
-        codes, said = bench.train("loop", limit, world=1, fault="crash", step=3)
-        assert codes == [1], (start, said)
+        codes, output = bench.train("loop", limit, world=1, fault="crash", step=3)
+        assert codes == [1], (start, output)
     # Both ended after the checkpoint of step 2: the first made progress, so one more may fail.
     assert bench.train("loop", limit, world=1, fault="crash", step=3)[0] == [1]
-    codes, said = bench.train("loop", limit, world=1)
-    assert codes == [1] and "the last 2 starts went on from step 2" in said and "out of luck" in said
+    codes, output = bench.train("loop", limit, world=1)
+    assert codes == [1] and "the last 2 starts went on from step 2" in output and "out of luck" in output
     (bench.folder / "loop" / "restarts.json").unlink()
     assert bench.train("loop", limit, world=1)[0] == [0]
 
@@ -463,7 +462,7 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "output"),
     [
         ({"on_spike": "ignore"}, "on_spike"),
         ({"spike_factor": 0.5}, "spike_factor"),
@@ -472,11 +471,11 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
         ({"hang_timeout": -1}, "hang_timeout"),
     ],
 )
-def test_settings_are_checked(changes: dict[str, Any], said: str) -> None:
+def test_settings_are_checked(changes: dict[str, Any], output: str) -> None:
     from nemodiff_train.config.config import ResilienceConfig
 
     (line,) = ResilienceConfig(**changes).problems()
-    assert said in line
+    assert output in line
 
 
 def test_every_published_file_has_a_checksum(bench: Bench, reference: Any) -> None:

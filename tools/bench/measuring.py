@@ -1,6 +1,6 @@
-"""What the benches share: clocks, peaks of memory, a model with its samples and steps, and JSON.
+"""What the benches share: clocks, peaks of memory, configurations of models, and JSON.
 
-Imported before anything of Megatron, since it prepares the host.
+Import it before anything of Megatron: it starts the runtime.
 """
 
 import argparse
@@ -33,43 +33,45 @@ Ways = Mapping[str, Callable[[], Any]]
 
 
 def parser(page: str | None, runs: int) -> argparse.ArgumentParser:
-    """A parser with ``--runs`` and ``--json``, described by the first line of a script's documentation."""
-    made = argparse.ArgumentParser(description=(page or "").splitlines()[0])
-    made.add_argument("--runs", type=int, default=runs, help=f"figures are medians over so many (default {runs})")
-    made.add_argument("--json", metavar="FILE", help="write the figures here too")
-    return made
+    """Return a parser with ``--runs`` and ``--json``; ``page`` is the script's documentation."""
+    options = argparse.ArgumentParser(description=(page or "").splitlines()[0])
+    options.add_argument("--runs", type=int, default=runs, help=f"runs of which figures are medians (default {runs})")
+    options.add_argument("--json", metavar="FILE", help="write the figures here too")
+    return options
 
 
 def numbers(text: str) -> list[int]:
-    """``1024,4096`` as an option's value."""
+    """Parse ``1024,4096`` as the value of an option."""
     return [int(word) for word in text.split(",")]
 
 
-def write(found: Any, file: str | None) -> None:
-    """The figures as JSON, if a file was named."""
+def write(figures: Any, file: str | None) -> None:
+    """Write the figures as JSON, if a file is named."""
     if file:
-        Path(file).write_text(json.dumps(found, indent=2) + "\n")
+        Path(file).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def now() -> float:
-    """Seconds, with all that a GPU was told to do done."""
+    """Return the clock in seconds, after the GPU has finished its work."""
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long something takes."""
+    """Return the seconds that a call takes."""
     started = now()
     work()
     return now() - started
 
 
 def medians(ways: Ways, runs: int, before: Callable[[], Any] | None = None) -> dict[str, float]:
-    """Seconds of each way; in each of the runs every way has its turn.
+    """Return the median seconds of each way; every run calls all of them in turn.
 
     Args:
-        before: Called before each, not counted.
+        ways: Calls by name.
+        runs: Number of runs.
+        before: Called before each call, not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
@@ -77,21 +79,25 @@ def medians(ways: Ways, runs: int, before: Callable[[], Any] | None = None) -> d
             if before is not None:
                 before()
             times[name].append(seconds(way))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def give_memory_back(above: int = 2**20) -> None:
-    """Let the C library give freed blocks of this size and more back at once, so that a peak is what was in use."""
+    """Have the C library return freed blocks above a size at once, so that a peak is the memory in use.
+
+    Args:
+        above: Size in bytes.
+    """
     ctypes.CDLL(None).mallopt(-3, above)  # M_MMAP_THRESHOLD
 
 
 def held() -> int:
-    """Bytes that the process holds; on a GPU, those of tensors."""
+    """Return the bytes that the process holds; on a GPU, those of tensors."""
     return torch.cuda.memory_allocated() if GPU else _status("VmRSS")
 
 
 def highest(work: Callable[[], Any]) -> int:
-    """The most bytes that the process held during something; on a GPU, those of tensors."""
+    """Return the most bytes that the process holds during a call; on a GPU, those of tensors."""
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -106,7 +112,7 @@ def _status(key: str) -> int:
 
 
 def qwen3(layers: int, hidden: int, vocabulary: int, dtype: torch.dtype = DTYPE) -> Any:
-    """A Qwen 3 with heads of 64, half as many for keys, and a feed-forward three times as wide as its states."""
+    """Return a Qwen 3 with heads of 64, half as many for keys, and a feed-forward three times the hidden size."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -119,7 +125,7 @@ def qwen3(layers: int, hidden: int, vocabulary: int, dtype: torch.dtype = DTYPE)
 def ministral3(
     layers: int = 26, hidden: int = 3072, heads: int = 32, vocabulary: int = 131072, dtype: torch.dtype = DTYPE
 ) -> Any:
-    """Ministral 3, by default in the shape of the 3B."""
+    """Return a Ministral 3, by default in the shape of the 3B."""
     from transformers import Ministral3Config
 
     rope = {
@@ -136,7 +142,7 @@ def ministral3(
 
 
 def workload(model: Any, length: int) -> Workload:
-    """What a joint step on one sample of ``length`` clean tokens takes, with a model of :func:`tests.small.build`."""
+    """Return the work of a joint step on one sample of ``length`` clean tokens, with a model of ``small.build``."""
     config = model.config
     return Workload(
         layers=config.num_layers, hidden=config.hidden_size, queries=config.kv_channels * config.num_attention_heads,

@@ -1,7 +1,8 @@
-"""Faults at chosen places of a training that runs otherwise as the command line runs it."""
+"""Faults at chosen moments of a training that otherwise runs as on the command line."""
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,28 +12,30 @@ from typing import Any
 
 import torch
 
-from tests import small
+from tools.support import small
 
 HANGS = "a rank hangs from here on"
-RECIPE = "from tests.small import recipe\n"
+"""Printed by the rank that hangs."""
+RECIPE = "from tools.support.small import recipe\n"
 
 
-def furnish(folder: Path) -> None:
-    """Put a model, data and a recipe into a folder."""
+def furnish(folder: str | Path) -> None:
+    """Write a model, data and a recipe into a folder."""
+    folder = Path(folder)
     small.qwen3(folder / "qwen3", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
     small.data(folder / "data")
     (folder / "small_recipe.py").write_text(RECIPE)
 
 
 def words(folder: Path, output: Path, steps: int, interval: int, kept: int) -> list[str]:
-    """What comes behind ``nemodiff train`` for a run of so many steps, with a checkpoint every ``interval``.
+    """Return the arguments of ``nemodiff train`` for a run.
 
     Args:
-        folder: Of :func:`furnish`.
-        output: The run's folder.
-        steps: Of the run.
+        folder: Folder that :func:`furnish` has filled.
+        output: Folder of the run.
+        steps: Number of steps.
         interval: Steps between checkpoints.
-        kept: Checkpoints that stay.
+        kept: Number of newest checkpoints that are kept.
     """
     return [
         str(folder / "small_recipe.py"),
@@ -46,32 +49,29 @@ def words(folder: Path, output: Path, steps: int, interval: int, kept: int) -> l
     ]
 
 
-def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> int:
-    """``nemodiff train`` with a fault.
+def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> None:
+    """Run ``nemodiff train`` with a fault, and exit with its code.
 
     Args:
-        words: Behind ``nemodiff train``.
-        fault: A key of ``FAULTS``, or nothing.
-        rank: Where it happens.
-        step: When: in this step, or in the save after it.
-
-    Returns:
-        The exit code.
+        words: Arguments of ``nemodiff train``.
+        fault: Key of ``FAULTS``, or empty.
+        rank: Rank on which it happens.
+        step: Step in which, or in the save after which, it happens.
     """
     from nemodiff_train.cli import main
 
     if fault and int(os.environ["RANK"]) == rank:
         FAULTS[fault](step)
-    return main(["train", *words])
+    sys.exit(main(["train", *words]))
 
 
 def _die(*arguments: Any, **named: Any) -> None:
-    """This rank, and the process that writes for it."""
+    """Kill this rank and the process that writes for it."""
     os.killpg(0, signal.SIGKILL)
 
 
-def _instead(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
-    """Replace a function for the checkpoint of one step, which its first argument says."""
+def _replace(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
+    """Replace a function for the checkpoint of one step, which an argument names."""
     plain = getattr(owner, name)
 
     def replaced(*arguments: Any, **named: Any) -> Any:
@@ -84,30 +84,30 @@ def _instead(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None
 def _before_shard(step: int) -> None:
     from megatron.bridge.training import checkpointing
 
-    _instead(checkpointing.dist_checkpointing, "save", step, _die)
+    _replace(checkpointing.dist_checkpointing, "save", step, _die)
 
 
 def _mid_shard(step: int) -> None:
-    """Half of a shard is written, and on the disk."""
+    """Die when half of a shard is on the disk."""
 
-    def half(name: str) -> None:
+    def truncate(name: str) -> None:
         os.truncate(name, os.stat(name).st_size // 2)
         _die()
 
-    _when_a_shard_is_written(step, half)
+    _when_a_shard_is_written(step, truncate)
 
 
 def _full_disk(step: int) -> None:
-    """The disk takes no more of a shard, as a full one says it."""
+    """Fail to write a shard with the error of a full disk."""
 
-    def full(name: str) -> None:
+    def fail(name: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
-    _when_a_shard_is_written(step, full)
+    _when_a_shard_is_written(step, fail)
 
 
 def _no_writer(step: int) -> None:
-    """The process that writes is killed, as one that takes too much memory is."""
+    """Kill the process that writes, as one that takes too much memory is killed."""
     _when_a_shard_is_written(step, lambda name: os.kill(os.getpid(), signal.SIGKILL))
 
 
@@ -128,19 +128,19 @@ def _when_a_shard_is_written(step: int, call: Callable[[str], None]) -> None:
 def _before_manifest(step: int) -> None:
     from nemodiff_train.resilience import checkpoints
 
-    _instead(checkpoints, "write_checksums", step, _die)
+    _replace(checkpoints, "write_checksums", step, _die)
 
 
 def _before_publication(step: int) -> None:
     from nemodiff_train.resilience import checkpoints
 
-    _instead(checkpoints, "remove_mark", step, _die)
+    _replace(checkpoints, "remove_mark", step, _die)
 
 
 def _before_tracker(step: int) -> None:
     from nemodiff_train.resilience import checkpoints
 
-    _instead(checkpoints, "write_trackers", step, _die)
+    _replace(checkpoints, "write_trackers", step, _die)
 
 
 def _before_cleanup(step: int) -> None:
@@ -148,19 +148,17 @@ def _before_cleanup(step: int) -> None:
 
     plain = checkpoints.prune
 
-    def prune(folder: Path, *keep: int) -> None:
+    def prune(folder: Path, keep_last: int, keep_every: int) -> None:
         if (folder / f"iter_{step:07d}").exists():
             _die()
-        plain(folder, *keep)
+        plain(folder, keep_last, keep_every)
 
     checkpoints.prune = prune
 
 
 def _mid_cleanup(step: int) -> None:
-    """An older checkpoint is half removed."""
-    from nemodiff_train.resilience import checkpoints
-
-    plain = checkpoints.shutil.rmtree
+    """Die when an older checkpoint is half removed."""
+    plain: Any = shutil.rmtree
 
     def rmtree(path: Path, *arguments: Any, **named: Any) -> None:
         if Path(path).name == f"iter_{step:07d}" and Path(path).exists():
@@ -168,11 +166,11 @@ def _mid_cleanup(step: int) -> None:
             _die()
         plain(path, *arguments, **named)
 
-    checkpoints.shutil.rmtree = rmtree
+    setattr(shutil, "rmtree", rmtree)  # noqa: B010
 
 
 def _in_step(step: int, call: Callable[[Any], None]) -> None:
-    """Call a function with the model when the last backward pass of a step is done."""
+    """Call a function with the model after the last backward pass of a step."""
     from nemodiff_train.resilience import gradient_guard as guard
     from nemodiff_train.resilience.gradient_guard import GradientGuard
 
@@ -187,7 +185,7 @@ def _in_step(step: int, call: Callable[[Any], None]) -> None:
 
         guard.before_gradients_are_shared(context.model, look)
 
-    GradientGuard.on_train_start = on_train_start
+    setattr(GradientGuard, "on_train_start", on_train_start)  # noqa: B010
 
 
 def _nan(step: int) -> None:

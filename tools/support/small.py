@@ -1,0 +1,252 @@
+"""Models, tokenizers, data and recipes that train in a second."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCABULARY = 320
+EOD, MASK = "<|endoftext|>", "<|mask|>"
+
+
+def tokenizer(directory: Path) -> None:
+    """Save a byte-level tokenizer of 320 tokens in the format of Transformers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOD, MASK], initial_alphabet=alphabet)
+    inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, 0123456789 times"] * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, mask_token=MASK).save_pretrained(directory)
+
+
+def qwen3(directory: Path, mask_row: float = 1.0, **changes: Any) -> None:
+    """Save a random Qwen 3 with its tokenizer; ``mask_row`` scales the mask token's embedding."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    save(Qwen3ForCausalLM, Qwen3Config(**{**sizes(64), **changes}), directory, mask_row)
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def sizes(hidden: int) -> dict[str, Any]:
+    """Return the settings that every small model shares, for a hidden size."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "eos_token_id": 0,
+    }
+
+
+def save(model_class: Any, config: Any, directory: Path, mask_row: float = 1.0) -> None:
+    """Save a random model with its tokenizer; ``mask_row`` scales the embedding of token 1, the mask token."""
+    torch.manual_seed(1)
+    model = model_class(config).to(config.dtype)
+    for parameter in model.parameters():  # norms of ones and weights of 0.02 would hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.get_input_embeddings().weight.data[1] *= mask_row
+    model.save_pretrained(directory)
+    tokenizer(directory)
+
+
+QWEN3: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+"""Settings of a model that :func:`built` makes."""
+
+
+def built(settings: dict[str, Any]) -> Any:
+    """Build a random Megatron model of a small Qwen 3 on one process, with mask token 1."""
+    from transformers import Qwen3Config
+
+    return build(Qwen3Config(**{**sizes(64), "architectures": ["Qwen3ForCausalLM"], **settings}))
+
+
+def build(config: Any) -> Any:
+    """Build a random Megatron model of a Hugging Face configuration on one process, with mask token 1."""
+    from nemodiff_train.runtime import init_runtime
+
+    init_runtime()
+    from megatron.core.utils import unwrap_model
+
+    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
+    from nemodiff_train.model.pretrained import model_like
+
+    start_model_parallel(1)
+    provider = model_like(config)
+    set_parallelism(provider)
+    provider.perform_initialization, provider.noisy_views, provider.mask_token_id = True, 1, 1
+    provider.finalize()
+    return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
+
+
+def batch(model: Any, length: int, stage: Any = "joint", index: int = 0, block: int = 32) -> dict[str, torch.Tensor]:
+    """Return a random training sample of ``length`` clean tokens as a micro-batch on the device."""
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+    from nemodiff_train.training.batch import to_device
+
+    ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(index))
+    plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
+    maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
+    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
+    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.shard)
+
+
+def documents(draw: torch.Generator, length: int, block: int, average: int = 40) -> torch.Tensor:
+    """Return [3, length] segment ids of a sample whose documents have ``average`` tokens on average."""
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.objective.sample import SampleMaker
+
+    maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, document_end=0)
+    tokens = torch.randint(0, average, (length + 1,), generator=draw)
+    plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
+    return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["segment_ids"]
+
+
+def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the weighted sum of a micro-batch's losses, from the forward pass of training."""
+    from functools import partial
+
+    from nemodiff_train.training.step import _losses
+
+    def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
+        return (losses * batch["loss_mask"]).sum()
+
+    model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
+    process = partial(_losses, batch, total)
+    return total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
+
+
+def step(model: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Run forward and backward; return the loss."""
+    found = loss(model, batch)
+    found.backward()
+    return found.item()
+
+
+def dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Return softmax attention over all pairs under a mask, as formula.
+
+    Shapes are [batch, heads, positions, head_dim]; keys and values may have fewer heads than queries.
+    """
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+
+def figures(output: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a run's ``metrics.jsonl``, without what depends on the clock."""
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    told = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "seconds")} for line in told
+    ]
+
+
+def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
+    """Write documents of a learnable sequence of ids 20 to 219 as .bin/.idx."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    draw = np.random.default_rng(0)
+    for _ in range(documents):
+        size = int(draw.integers(length // 20, length))  # documents end inside samples, at any place
+        ids = np.append(np.cumsum(draw.integers(0, 3, size - 1)) % 200 + 20, 0)
+        builder.add_document(torch.from_numpy(ids), [size])
+    builder.finalize(f"{prefix}.idx")
+
+
+def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_length: int = 64) -> Any:
+    """Return the configuration of ten steps in fp32."""
+    from megatron.bridge.training import config as bridge
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+    from nemodiff_train.config.defaults import tokenizer_of
+    from nemodiff_train.model.pretrained import model_from
+    from nemodiff_train.objective import ObjectiveConfig
+
+    checkpoints = f"{output}/checkpoints"
+    return TriModeConfig(
+        model=model_from(start_from),
+        objective=ObjectiveConfig(stage=stage, block_size=16),
+        dataset=TextDatasetConfig(seq_length=seq_length, data=[data], split="100,0,0"),
+        train=bridge.TrainingConfig(train_iters=10, global_batch_size=8, micro_batch_size=2),
+        validation=bridge.ValidationConfig(eval_interval=1000, eval_iters=0),
+        optimizer=bridge.OptimizerConfig(
+            optimizer="adam", lr=1e-3, min_lr=1e-4, bf16=False, use_distributed_optimizer=False
+        ),
+        scheduler=bridge.SchedulerConfig(
+            lr_decay_style="cosine",
+            lr_warmup_iters=1,
+            start_weight_decay=0.1,
+            end_weight_decay=0.1,
+            weight_decay_incr_style="constant",
+        ),
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
+        tokenizer=tokenizer_of(start_from),
+        checkpoint=bridge.CheckpointConfig(
+            save=checkpoints,
+            load=checkpoints,
+            pretrained_checkpoint=start_from,
+            save_interval=1000,
+            ckpt_format="torch_dist",
+        ),
+        logger=bridge.LoggerConfig(log_interval=1),
+        rng=bridge.RNGConfig(seed=1),
+    )
+
+
+def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
+    """Return :func:`recipe` with a published objective."""
+    from nemodiff_train.objective.presets import preset as objective
+
+    config = recipe(start_from, data, output)
+    config.objective = objective(preset)
+    return config
+
+
+def drafter(start_from: str, data: str, output: str) -> Any:
+    """Return the configuration of a drafter for a checkpoint that :func:`recipe` has trained."""
+    from nemodiff_train.drafter.config import DrafterConfig
+    from nemodiff_train.model.draft_adapter import DraftLoRA
+
+    config = recipe(start_from, data, output)
+    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=16, alpha=64)
+    return config
+
+
+def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
+    """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
+    from nemodiff_train.config.config import ChatDatasetConfig
+    from nemodiff_train.model.adapters import lora
+
+    config = recipe(start_from, data, output)
+    config.dataset = ChatDatasetConfig(seq_length=64, data=[data], split="100,0,0")
+    config.peft = lora(rank)
+    return config
