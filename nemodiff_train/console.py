@@ -1,4 +1,4 @@
-"""What the user sees: one console, one style of progress bar."""
+"""The console, and one style of progress bar."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ console = Console(stderr=True, highlight=False)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what third parties print; ``NEMODIFF_LOG=1`` shows it."""
+    """Drop the output of third parties; ``NEMODIFF_LOG=1`` shows it."""
     if os.environ.get("NEMODIFF_LOG"):
         yield
         return
@@ -32,10 +32,10 @@ def quiet() -> Iterator[None]:
 
 
 def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
-    """A progress bar in the project's style, for use as a context manager.
+    """Return a progress bar, for use as a context manager.
 
     Args:
-        extra_columns: rich markup shown after the bar, for example ``"{task.fields[rate]}"``.
+        *extra_columns: Rich markup shown after the bar, for example ``"{task.fields[rate]}"``.
         shown: Whether this process shows it; by default only rank 0 does.
     """
     return Progress(
@@ -51,9 +51,9 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
 
 
 def bytes_bar() -> Progress:
-    """A progress bar in the project's style that counts bytes, and says how many a second; gone when done.
+    """Return a progress bar that counts bytes and shows bytes per second; it disappears when done.
 
-    Only for a terminal: into a file it would write one line a bar, which says nothing there.
+    It is shown on a terminal only: in a file it would leave one line per bar.
     """
     return Progress(
         TextColumn("{task.description}"),

@@ -21,18 +21,18 @@ class UserError(Exception):
 
 
 def _shown(character: str) -> str:
-    """Names come from outside: a line break in one, or a terminal's control code, is shown and does not act."""
+    """Escape a line break or a control code of the terminal, which a name from outside may hold."""
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 class RunStopped(Exception):
-    """A run that cannot go on: one line that says why, and what to do.
+    """A run that cannot continue: one line that says why, and what to do.
 
     The command line prints it without a traceback and exits with code 1.
 
     Args:
-        line: What to print.
-        alone: Whether only this rank knows, so that it has to speak for itself.
+        line: Message to print.
+        alone: Whether only this rank raises it, so that it prints the message whatever its number.
     """
 
     def __init__(self, line: str, *, alone: bool = False) -> None:
@@ -41,15 +41,15 @@ class RunStopped(Exception):
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether nothing more can be written: the disk is full, or the user's share of it."""
+    """Return whether an error says that the disk, or the user's quota, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def line_in(error: BaseException, place: Path) -> int | None:
-    """The line of a file, or of a file of a folder, that an error was raised in; None if it came from elsewhere."""
+def line_in(error: BaseException, path: Path) -> int | None:
+    """Return the line of a file, or of a file of a folder, that raised an error; None if another file did."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = frames and Path(frames[-1].filename).absolute().is_relative_to(place.absolute())
-    return frames[-1].lineno if own else None
+    inside = frames and Path(frames[-1].filename).absolute().is_relative_to(path.absolute())
+    return frames[-1].lineno if inside else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

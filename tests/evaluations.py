@@ -5,9 +5,9 @@ import random
 from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.evaluation.categories import by_category
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
+from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
 from nemodiff_train.evaluation.scorers import Scorer, make_scorer
-from nemodiff_train.evaluation.tasks import Prompt, Task
 
 PROMPTS = 12
 CATEGORIES = ("coding", "math", "</script><b>writing")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from nemodiff_train.demo.arithmetic import Problem, problems
+from nemodiff_train.evaluation.arithmetic import Problem, problems
 
 # What a problem's question asks for, as signs between its numbers in order; found by its wording alone.
 WORDING = {

@@ -87,15 +87,15 @@ def test_the_plain_forward_is_megatrons(tmp_path: Path, family: Callable[[Path],
     prompts = [torch.randint(20, 220, (length,)).tolist() for length in (3, 90, 17, 120, 1)]
     rows, block = torch.tensor([3, 0, 4]), torch.randint(20, 220, (3, 8))
     found = []
-    for plain in (True, False):
+    for fast in (True, False):
         session = sessions.Session(built, len(prompts), 140, MASK)
-        assert session.model._plain
-        session.model._plain = plain
+        assert session.model._fast
+        session.model._fast = fast
         last = session.prefill(prompts)
         whole = session.forward(block, rows, "draft")
         session.forward(block, rows, "commit", causal=True)
         session.commit(rows, torch.tensor([8, 3, 5]))
-        some = session.forward(block, rows, "verify", causal=True, places=torch.tensor([[1], [7], [0]]))
+        some = session.forward(block, rows, "verify", causal=True, indices=torch.tensor([[1], [7], [0]]))
         found.append((last, whole, some))
     for ours, megatrons in zip(*found, strict=True):
         torch.testing.assert_close(ours, megatrons, rtol=0, atol=2e-5)
@@ -182,22 +182,23 @@ def test_a_fused_forward_drafts_as_a_forward_over_masks_would(
     from nemodiff_train.decoding import quadratic
     from nemodiff_train.decoding.session import Session
 
-    verify, text, compared = quadratic.verify, list(PROMPTS[0]), []
+    rejection_sample, text, compared = quadratic.rejection_sample, list(PROMPTS[0]), []
 
-    def compare(sampler: Any, draft: torch.Tensor, guess: torch.Tensor, *rest: Any) -> Any:
+    def compare(sampler: Any, draft_tokens: torch.Tensor, draft_logits: torch.Tensor, *rest: Any) -> Any:
         fresh = Session(model, 1, 64, MASK)
         fresh.prefill([text])
-        masks = torch.full((1, guess.shape[1] + 1), MASK)
+        masks = torch.full((1, draft_logits.shape[1] + 1), MASK)
         expected = fresh.forward(masks, torch.arange(1), "draft")[0, 1:]
-        torch.testing.assert_close(guess[0], expected, rtol=1e-4, atol=1e-4)
-        kept, emitted, acceptance = verify(sampler, draft, guess, *rest)
-        count = int(kept[0].long().cumprod(0).sum()) + 1
-        text.extend([known[-1], *draft[0, : count - 1].tolist()])
-        known.append(int(emitted[0, count - 1]))
-        compared.append(count)
-        return kept, emitted, acceptance
+        torch.testing.assert_close(draft_logits[0], expected, rtol=1e-4, atol=1e-4)
+        verification = rejection_sample(sampler, draft_tokens, draft_logits, *rest)
+        accepted = int(verification.accept_mask[0].long().cumprod(0).sum())
+        assert accepted == verification.accepted
+        text.extend([known[-1], *draft_tokens[0, :accepted].tolist()])
+        known.append(int(verification.tokens[0, accepted]))
+        compared.append(accepted + 1)
+        return verification
 
-    monkeypatch.setattr(quadratic, "verify", compare)
+    monkeypatch.setattr(quadratic, "rejection_sample", compare)
     monkeypatch.setattr(model.config, "shift", shift)
     hook = few_tokens(model, 3)
     known = tokens(model, PROMPTS[:1], "ar", max_new_tokens=1)[0]
@@ -356,7 +357,7 @@ def test_masks_are_filled_in_the_middle(model: Any) -> None:
         expected[start : start + 8] = block
     settings = DecodingSettings(block_size=8, threshold=0.02)
     filled, session = fill(model, text, settings)
-    assert filled.tokens == expected and filled.places == [5, 6, 9, 11, 13, 38]
+    assert filled.tokens == expected and filled.positions == [5, 6, 9, 11, 13, 38]
     assert session.forwards[0]["denoise"] == max(filled.steps) - session.forwards[0]["prefill"]
     for bad, words in ((text[5:], "begins with"), ([20, 21], "nothing to fill")):
         with pytest.raises(UserError, match=words):
@@ -376,7 +377,7 @@ def test_revision_masks_what_the_ar_half_doubts(model: Any) -> None:
     least = sorted(found)[2]
     revised, _ = fill(model, prompt + draft, settings, len(prompt), least)
     doubted = [len(prompt) + place for place, probability in enumerate(found) if probability < least]
-    assert revised.places == doubted and len(prompt) + 4 in doubted
+    assert revised.positions == doubted and len(prompt) + 4 in doubted
     kept = [place for place in range(len(prompt) + 12) if place not in doubted]
     assert all(revised.tokens[place] == (prompt + draft)[place] for place in kept)
     assert MASK not in revised.tokens

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nemodiff_train.demo.arithmetic import problems
 from nemodiff_train.demo.tokenizer import train_tokenizer
+from nemodiff_train.evaluation.arithmetic import problems
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.metrics import agreement_by_position, summarise, wilson
+from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import DecodeRecord, read_records
 from nemodiff_train.evaluation.scorers import make_scorer
-from nemodiff_train.evaluation.tasks import Prompt, Task
 from nemodiff_train.files import usable_directory, write_atomic
 from nemodiff_train.report import svg
 from nemodiff_train.report.report import write_report

@@ -13,11 +13,11 @@ from PIL import Image, ImageChops
 
 from nemodiff_train.cli import main
 from nemodiff_train.decoding.generation import Cycle, DecodingSettings
-from nemodiff_train.evaluation.evaluate import EvaluationSettings, settings_of
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
 from nemodiff_train.evaluation.pareto import Point, areas, aup, front
 from nemodiff_train.evaluation.records import DecodeRecord
+from nemodiff_train.evaluation.settings import EvaluationSettings, settings_of
 from nemodiff_train.report import charts, display
 from nemodiff_train.report.report import inline_json, write_report
 from nemodiff_train.report.trace import trace

@@ -327,7 +327,7 @@ def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -
 
 def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
     """Return a function that signals a rank as soon as a number of steps is recorded."""
-    sent = []
+    sent: list[int] = []
 
     def watch(world: World) -> None:
         metrics = output / "metrics.jsonl"

@@ -1,12 +1,11 @@
 """Tasks and scorers: what counts as right, and what is refused."""
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.arithmetic import problems
 from nemodiff_train.evaluation.scorers import last_number, make_scorer
 from nemodiff_train.evaluation.tasks import load_task
 
@@ -95,11 +94,10 @@ def test_bad_task_names(tmp_path: Path) -> None:
         load_task("arithmetic", count=0)
 
 
-def test_arithmetic_takes_test_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    def problems(split: str, count: int, seed: int) -> list[SimpleNamespace]:
-        return [SimpleNamespace(prompt=f"{split} {seed} {i}", solution="", answer=str(i)) for i in range(count)]
-
-    monkeypatch.setitem(sys.modules, "nemodiff_train.demo.arithmetic", SimpleNamespace(problems=problems))
+def test_arithmetic_takes_test_problems() -> None:
+    expected = problems("test", 2, 9)
     task = load_task("arithmetic", count=2, seed=9)
-    assert [prompt.prompt for prompt in task.prompts] == ["test 9 0", "test 9 1"]
-    assert task.score(1, "that makes 1.")
+    assert [prompt.prompt for prompt in task.prompts] == [problem.prompt for problem in expected]
+    assert task.score(1, f"that makes {expected[1].answer}.") and not task.score(1, "that makes 1000.")
+    asked = load_task("questions", count=2, seed=9)
+    assert [prompt.prompt for prompt in asked.prompts] == [problem.messages()[0]["content"] for problem in expected]

@@ -9,6 +9,7 @@ from nemodiff_train.console import console
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.files import usable_directory
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         DecodingSettings(block_size=block_size)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
-    from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
+    from nemodiff_train.evaluation.evaluate import evaluate
     from nemodiff_train.model.loading import load_model
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table

@@ -42,14 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
     (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
     if arguments.infill:
         filled, session = fill(opened.model, prompt, opened.settings)
-        _print(opened.tokenizer.decode(filled.tokens), len(filled.places), session)
+        _print(opened.tokenizer.decode(filled.tokens), len(filled.positions), session)
         return
     (generation,), session = decode(opened.model, [prompt], mode, opened.settings)
     _print(opened.settings.text(generation.tokens), len(generation.tokens), session)
     if arguments.revise is not None:
         text = [*prompt, *generation.tokens]
         revised, session = fill(opened.model, text, opened.settings, len(prompt), arguments.revise)
-        _print(opened.settings.text(revised.tokens[len(prompt) :]), len(revised.places), session)
+        _print(opened.settings.text(revised.tokens[len(prompt) :]), len(revised.positions), session)
 
 
 def _print(text: str, tokens: int, session: "Session") -> None:

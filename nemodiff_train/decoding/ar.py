@@ -1,4 +1,4 @@
-"""Autoregressive decoding: one token a forward."""
+"""Autoregressive decoding: one token per forward."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,28 @@ from nemodiff_train.decoding.session import Session
 
 
 def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
-    """Prefill, then one causal forward a token, for every row that has not ended.
+    """Prefill, then run one causal forward per token for every row that has not ended.
 
     The prefill predicts the first token, so n tokens cost n forwards with it and n - 1 without.
+
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Chooses tokens.
+
+    Returns:
+        One generation per prompt.
     """
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows), device=session.device)
-    chosen = sampler.sample_tokens(session.prefill(prompts)[:, None], active)
+    tokens = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     while True:
-        for row, token in zip(active.tolist(), chosen[:, 0].tolist(), strict=True):
+        for row, token in zip(active.tolist(), tokens[:, 0].tolist(), strict=True):
             rows[row].extend([token], [session.calls(row)])
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
-        active, chosen = active[running], chosen[running]
+        active, tokens = active[running], tokens[running]
         if not len(active):
             return rows
-        logits = session.forward(chosen, active, "decode", causal=True)
+        logits = session.forward(tokens, active, "decode", causal=True)  # [batch, 1, vocab]
         session.commit(active, 1)
-        chosen = sampler.sample_tokens(logits[:, -1:], active)
+        tokens = sampler.sample_tokens(logits, active)

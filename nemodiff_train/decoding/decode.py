@@ -1,7 +1,8 @@
 """Decode a batch of prompts in one of the modes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from megatron.core.models.gpt import GPTModel
 
 from nemodiff_train.decoding.ar import decode_ar
 from nemodiff_train.decoding.diffusion import decode_diffusion
@@ -14,6 +15,7 @@ from nemodiff_train.decoding.quadratic import decode_quadratic
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.runtime import init_runtime
 
 Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
@@ -27,11 +29,12 @@ MODES: dict[str, Decoder] = {
 }
 
 
-def check_mode(config: Any, mode: str) -> None:
-    """Refuse a mode that does not exist, or that a model cannot decode in.
+def check_mode(config: TriModeModelProvider, mode: str) -> None:
+    """Refuse a mode that does not exist, or in which a model cannot decode.
 
     Args:
-        config: The model's ``TriModeModelProvider``.
+        config: The model's configuration.
+        mode: Name of the mode.
 
     Raises:
         UserError: Names the mode and what to do.
@@ -48,7 +51,7 @@ def check_mode(config: Any, mode: str) -> None:
 
 
 def decode(
-    model: Any,
+    model: GPTModel | list[GPTModel],
     prompts: Sequence[Sequence[int]],
     mode: str,
     settings: DecodingSettings,
@@ -57,14 +60,15 @@ def decode(
     """Continue every prompt.
 
     Args:
-        model: A Megatron GPT model made by ``TriModeModelProvider``, in evaluation mode, or this pipeline
-            rank's model chunks in order. Every rank of a gang that shares a model makes the same calls.
+        model: A Megatron GPT model made by ``TriModeModelProvider``, in evaluation mode, or this pipeline rank's
+            model chunks in order. All ranks that share a model make the same calls.
         prompts: Token ids; rows may differ in length.
         mode: One of :data:`MODES`.
+        settings: How to decode.
         numbers: Number of each row in its task, which its draws depend on; 0, 1, ... by default.
 
     Returns:
-        One generation a prompt, and the session, which has counted the forwards.
+        One generation per prompt, and the session, which has counted the forwards.
 
     Raises:
         UserError: Unknown mode, no prompts, or a model that cannot decode in this mode.
@@ -82,7 +86,11 @@ def decode(
 
 
 def fill(
-    model: Any, text: Sequence[int], settings: DecodingSettings, start: int | None = None, least: float = 0.0
+    model: GPTModel | list[GPTModel],
+    text: Sequence[int],
+    settings: DecodingSettings,
+    start: int | None = None,
+    min_probability: float = 0.0,
 ) -> tuple[Filled, Session]:
     """Fill the masks of one text, or decode its improbable tokens again.
 
@@ -90,8 +98,9 @@ def fill(
         model: As for :func:`decode`.
         text: Token ids; with ``start`` None, masks among them.
         settings: Block size and policy.
-        start: Where a draft begins that is to be revised; see :func:`~nemodiff_train.decoding.infill.revise`.
-        least: Probability below which a token of the draft is decoded again.
+        start: Position where a draft begins that is to be revised; see
+            :func:`~nemodiff_train.decoding.infill.revise`.
+        min_probability: Probability below which a token of the draft is decoded again.
 
     Returns:
         The filled text, and the session, which has counted the forwards.
@@ -108,10 +117,10 @@ def fill(
     with init_runtime().without_device_rewriting():
         if start is None:
             return infill(session, text, sampler), session
-        return revise(session, text, start, least, sampler), session
+        return revise(session, text, start, min_probability, sampler), session
 
 
-def _check_positions(config: Any, longest: int) -> None:
+def _check_positions(config: TriModeModelProvider, longest: int) -> None:
     limit = config.hf_config.get("max_position_embeddings")
     if limit and longest > limit:
         raise UserError(

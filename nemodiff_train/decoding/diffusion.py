@@ -1,4 +1,4 @@
-"""Block diffusion: a block at a time, several tokens a forward."""
+"""Block diffusion: one block at a time, several tokens per forward."""
 
 from collections.abc import Sequence
 
@@ -11,74 +11,78 @@ from nemodiff_train.decoding.session import Session
 
 
 def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
-    """Denoise block by block (the released models' ``generate``).
+    """Denoise block by block (``generate`` of the released Nemotron-Labs-Diffusion models).
 
-    Each denoising forward sees the committed text and, bidirectionally, the block, and fixes the places
-    that are sure enough.  A full block is committed by one more forward.  Rows progress on their own: a row
-    takes part in a forward only while it has something to gain from it, and none is run after its last block.
+    Each denoising forward sees the committed text and, bidirectionally, the block, and unmasks the positions
+    that the policy selects.  One more forward commits a finished block.  Rows progress on their own: a row takes
+    part in a forward only while it can gain from it, none is run after its last block, and the last block is
+    denoised no further than the length limit.
 
-    The last block is denoised no further than the length limit.
+    Blocks start where the prompt ends, and their first token, the seed, is the AR prediction left by the last
+    causal forward.  A model with block-causal clean attention has its blocks counted from the start of the text,
+    so that the prompt's end may be the beginning of the first one; it has seeds only if it was trained with the
+    shift.
 
-    Blocks start where the prompt ends, and their first token, the seed, is the AR prediction left by the
-    last causal forward.  A model with a block-causal clean half has its blocks counted from the start of
-    the text, so that the prompt's end may be the beginning of the first one; it has seeds only if it was
-    trained with the shift.
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Chooses tokens; its settings give the block size and the policy.
+
+    Returns:
+        One generation per prompt.
     """
     settings = sampler.settings
     rows = [Generation(settings) for _ in prompts]
-    whole_blocks = session.model.config.clean_attention == "block_causal"
-    blocks, known = (_open_whole_blocks if whole_blocks else _open_behind)(session, prompts, sampler)
+    on_grid = session.model.config.clean_attention == "block_causal"
+    # blocks [batch, block]; of each row's first block, the leading ``known`` tokens belong to the prompt.
+    blocks, known = (_blocks_on_grid if on_grid else _blocks_after_prompts)(session, prompts, sampler)
     active = torch.arange(len(rows), device=session.device)
     while True:
-        ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()], device=session.device)
         starts = torch.tensor([known[row] for row in active.tolist()], device=session.device)
+        ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()], device=session.device)
         steps = denoise(session, active, blocks, sampler, starts, ends)
-        for place, row in enumerate(active.tolist()):
-            new = slice(known[row], int(ends[place]))
-            rows[row].extend(blocks[place, new].tolist(), steps[place, new].tolist())
+        for index, row in enumerate(active.tolist()):
+            new = slice(known[row], int(ends[index]))
+            rows[row].extend(blocks[index, new].tolist(), steps[index, new].tolist())
         known = [0] * len(rows)
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
         active, blocks = active[running], blocks[running]
         if not len(active):
             return rows
-        logits = session.forward(blocks, active, "commit", causal=not whole_blocks)
+        # Write the finished blocks to the cache; the logits after their last token give the next seeds.
+        logits = session.forward(blocks, active, "commit", causal=not on_grid)
         session.commit(active, blocks.shape[1])
-        blocks = _masks(session, len(active), settings.block_size)
+        blocks = session.masks(len(active), settings.block_size)
         if _has_seeds(session):
             blocks[:, :1] = sampler.sample_tokens(logits[:, -1:], active)
 
 
 def _has_seeds(session: Session) -> bool:
-    """Whether the last place of the committed text predicts the next token."""
+    """Return whether the last position of the committed text predicts the next token."""
     config = session.model.config
     return bool(config.clean_attention == "causal" or config.shift)
 
 
-def _masks(session: Session, rows: int, block_size: int) -> Tensor:
-    assert session.mask_token_id is not None  # decode() refuses models without one
-    return torch.full((rows, block_size), session.mask_token_id, device=session.device)
-
-
-def _open_behind(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[Tensor, list[int]]:
-    """First blocks behind the prompts, and how many of their tokens belong to the prompt: none."""
-    blocks = _masks(session, len(prompts), sampler.settings.block_size)
+def _blocks_after_prompts(
+    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler
+) -> tuple[Tensor, list[int]]:
+    """Return first blocks that start after the prompts, and how many of their tokens are the prompt's: none."""
+    blocks = session.masks(len(prompts), sampler.settings.block_size)
     rows = torch.arange(len(prompts), device=blocks.device)
     blocks[:, :1] = sampler.sample_tokens(session.prefill(prompts)[:, None], rows)
     return blocks, [0] * len(prompts)
 
 
-def _open_whole_blocks(
-    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler
-) -> tuple[Tensor, list[int]]:
-    """First blocks that begin with what the prompts have behind their last whole block."""
+def _blocks_on_grid(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[Tensor, list[int]]:
+    """Return first blocks that begin with the prompt's tokens after its last whole block, and how many these are."""
     block_size = sampler.settings.block_size
-    blocks = _masks(session, len(prompts), block_size)
+    blocks = session.masks(len(prompts), block_size)
     ends = [len(prompt) // block_size * block_size for prompt in prompts]
     if any(ends):
-        seeds = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
+        logits = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
         if _has_seeds(session):
-            committed = torch.tensor(ends, device=blocks.device).nonzero()[:, 0]  # only they draw
-            blocks[committed, :1] = sampler.sample_tokens(seeds[committed, None], committed)
+            committed = torch.tensor(ends, device=blocks.device).nonzero()[:, 0]  # only these rows have a seed
+            blocks[committed, :1] = sampler.sample_tokens(logits[committed, None], committed)
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
         blocks[row, : len(prompt) - end] = torch.tensor(prompt[end:], device=blocks.device)
     return blocks, [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
@@ -93,83 +97,100 @@ def denoise(
     ends: Tensor,
     stops: bool = True,
 ) -> Tensor:
-    """Fill one block a row in place; a row leaves the batch when its block is settled.
+    """Unmask one block per row, in place; a row leaves the batch when its block is finished.
 
     Args:
+        session: The rows' cache.
         rows: [batch] rows of the session.
-        blocks: [batch, block] tokens, masks where they are still to be found.
-        sampler: Chooses tokens; its settings name the policy.
-        starts: [batch] place of each block from which it is new; before, a stop token ends nothing.
-        ends: [batch] place of each block from which nothing is asked for.
-        stops: Whether a row is settled once there is no mask before its first stop token.
+        blocks: [batch, block] tokens, masks where they are to be found.
+        sampler: Chooses tokens; its settings give the policy.
+        starts: [batch] index in the block from which tokens are new; a stop token before it ends nothing.
+        ends: [batch] index in the block from which nothing is asked for.
+        stops: Whether a row is finished once no mask precedes its first stop token.
 
     Returns:
-        The forward that settled each place, [batch, block].
+        [batch, block] which of the row's forwards, counted from 1, unmasked each position.
     """
-    mask = session.mask_token_id
-    assert mask is not None  # decode() refuses models without one
+    mask_token_id = session.mask_token_id
+    assert mask_token_id is not None  # decode() refuses models without one
     calls = torch.tensor([session.calls(row) for row in rows.tolist()], device=blocks.device)
     steps = calls[:, None].repeat(1, blocks.shape[1])
-    places = torch.arange(blocks.shape[1], device=blocks.device)
-    wanted = (places >= starts[:, None]) & (places < ends[:, None])
-    ends_row = sampler.settings.stop_token_ids if stops else frozenset()
+    index = torch.arange(blocks.shape[1], device=blocks.device)
+    wanted = (index >= starts[:, None]) & (index < ends[:, None])  # [batch, block]
+    stop_token_ids = sampler.settings.stop_token_ids if stops else frozenset()
     step = 0
     while True:
-        open_rows = rows_with_masks(blocks, wanted, mask, ends_row).nonzero()[:, 0]
-        if not len(open_rows):
+        # Rows [open] that still have something to unmask, and their blocks [open, block].
+        unfinished = rows_with_masks(blocks, wanted, mask_token_id, stop_token_ids).nonzero()[:, 0]
+        if not len(unfinished):
             return steps
-        before = blocks[open_rows]
-        logits = session.forward(before, rows[open_rows], "denoise", causal=False)
-        chosen = sampler.sample_tokens(logits, rows[open_rows])
-        fixed = select_positions_to_unmask(
-            logits, chosen, (before == mask) & wanted[open_rows], sampler.settings, step
-        )
-        blocks[open_rows] = torch.where(fixed, chosen, before)
-        calls[open_rows] += 1
+        before = blocks[unfinished]
+        masked = before == mask_token_id
+        # A token for every position, [open, block], of which the policy takes some of the masked ones.
+        logits = session.forward(before, rows[unfinished], "denoise", causal=False)
+        tokens = sampler.sample_tokens(logits, rows[unfinished])
+        unmask = select_positions_to_unmask(logits, tokens, masked & wanted[unfinished], sampler.settings, step)
+        blocks[unfinished] = torch.where(unmask, tokens, before)
+        # A position's step is that of the last forward that began with it masked.
+        calls[unfinished] += 1
         step += 1
-        steps[open_rows] = torch.where(before == mask, calls[open_rows, None], steps[open_rows])
+        steps[unfinished] = torch.where(masked, calls[unfinished, None], steps[unfinished])
 
 
-def rows_with_masks(blocks: Tensor, wanted: Tensor, mask: int, stops: frozenset[int]) -> Tensor:
-    """[batch] rows with a wanted mask before their first stop token (or any, without a stop token)."""
-    masked = (blocks == mask) & wanted
-    stopped = torch.isin(blocks, torch.tensor(sorted(stops), dtype=blocks.dtype, device=blocks.device)) & wanted
-    before_stop = stopped.cumsum(1) == 0
+def rows_with_masks(blocks: Tensor, wanted: Tensor, mask_token_id: int, stop_token_ids: frozenset[int]) -> Tensor:
+    """Return the rows with a wanted mask before their first stop token, or any wanted mask without a stop token.
+
+    Args:
+        blocks: [batch, block] tokens.
+        wanted: [batch, block] boolean: positions that count.
+        mask_token_id: The mask token.
+        stop_token_ids: Tokens that end a row.
+
+    Returns:
+        [batch] boolean.
+    """
+    masked = (blocks == mask_token_id) & wanted
+    stop = torch.tensor(sorted(stop_token_ids), dtype=blocks.dtype, device=blocks.device)
+    before_stop = (torch.isin(blocks, stop) & wanted).cumsum(1) == 0
     return (masked & before_stop).any(1)
 
 
 def select_positions_to_unmask(
-    logits: Tensor, chosen: Tensor, masked: Tensor, settings: DecodingSettings, step: int
+    logits: Tensor, tokens: Tensor, masked: Tensor, settings: DecodingSettings, step: int
 ) -> Tensor:
-    """The masked places that a denoising forward fixes, under the settings' policy; at least one a row.
+    """Select the masked positions that a denoising forward unmasks under the settings' policy; at least one per row.
 
     Args:
         logits: [batch, block, vocab] of a bidirectional forward.
-        chosen: [batch, block] tokens; the confidence of a place is its token's probability at temperature 1.
-        masked: [batch, block] places that may be fixed; every row has one.
+        tokens: [batch, block]; the confidence of a position is its token's probability at temperature 1.
+        masked: [batch, block] boolean: positions that may be unmasked; every row has one.
         settings: Policy and its parameter.
-        step: Forwards that the block has had before.
+        step: Number of forwards that the block has had before.
 
     Returns:
         [batch, block] boolean.
     """
-    log_p = logits.log_softmax(-1)
-    confidence = log_p.gather(-1, chosen[..., None])[..., 0].exp()
-    if settings.policy == "entropy":
-        confidence = (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)  # minus the entropy; 0 x -inf is 0 here
+    log_probs = logits.log_softmax(-1)
+    if settings.policy == "entropy":  # confidence is minus the entropy; 0 x -inf is 0 here
+        confidence = (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
+    else:
+        confidence = log_probs.gather(-1, tokens[..., None])[..., 0].exp()
+    # order [batch, block]: indices by falling confidence, masked positions first; rank: its inverse.
     order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(1)
     if settings.policy == "threshold":
         return masked & ((confidence >= settings.threshold) | (rank == 0))
     if settings.policy == "fixed":
-        left = masked.sum(1, keepdim=True)
-        share = (left + max(settings.steps - step, 1) - 1) // max(settings.steps - step, 1)
+        # An even share of the masks that are left, over the forwards that are left, rounded up.
+        forwards_left = max(settings.steps - step, 1)
+        share = (masked.sum(1, keepdim=True) + forwards_left - 1) // forwards_left
         return masked & (rank < share)
     if settings.policy == "entropy":
-        # Sorted by entropy, the largest is the last: what must stay below the bound is the sum before it.
+        # EB-Sampler (arXiv 2505.24857): by rising entropy, take positions while the sum of the entropies except
+        # the largest, which is the last one's, stays within the bound.
         entropy = (-confidence * masked).gather(1, order)
-        before = entropy.cumsum(1) - entropy
-        return masked & (before <= settings.entropy_bound).gather(1, rank)
-    from_left = masked.cumsum(1)
+        sum_before = entropy.cumsum(1) - entropy
+        return masked & (sum_before <= settings.entropy_bound).gather(1, rank)
+    # leftmost: the run of confident or known positions from the left, and always the first masked one.
     run = (~masked | (confidence >= settings.threshold)).long().cumprod(1).bool()
-    return masked & (run | (from_left == 1))
+    return masked & (run | (masked.cumsum(1) == 1))

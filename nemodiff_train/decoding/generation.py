@@ -1,4 +1,4 @@
-"""What decoding is asked for and what it returns."""
+"""The request and the result of decoding: settings, and the generation of one row."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,20 +7,41 @@ from typing import Literal, get_args
 
 from nemodiff_train.errors import UserError, nearest
 
+ForwardKind = Literal["prefill", "decode", "draft", "verify", "denoise", "commit", "fused", "search"]
+"""Purpose of a call of the model. ``prefill``: the prompt, once. ``decode``: one autoregressive step. ``draft`` and
+``verify``: linear self-speculation. ``denoise``: one forward over a masked block. ``commit``: the forward that writes
+a finished block to the cache. ``fused``: verification and the next drafts in one. ``search``: spent by an oracle to
+find its path, never part of TPF."""
+
 Policy = Literal["threshold", "entropy", "fixed", "leftmost"]
 
-LEAST_TEMPERATURE = 1e-4
-"""Below it logits / temperature leaves the range of fp32."""
+MIN_TEMPERATURE = 1e-4
+"""Lowest temperature above 0; below it logits / temperature leaves the range of fp32."""
+
+_MINIMUM = {
+    "max_new_tokens": 1,
+    "block_size": 2,
+    "steps": 1,
+    "search_budget": 1,
+    "top_k": 0,
+    "temperature": 0,
+    "entropy_bound": 0,
+    "seed": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings:
-    """How to decode."""
+    """Settings of decoding.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
 
     max_new_tokens: int = 512
     """Exact limit on the new tokens of a row, the stop token included."""
     block_size: int = 32
-    """Positions of a diffusion block, and of a draft (its known first place included)."""
+    """Positions of a diffusion block, and of a draft with the known token before it."""
     temperature: float = 0.0
     """0 for greedy decoding; otherwise tokens are drawn from softmax(logits / temperature)."""
     top_k: int = 0
@@ -28,26 +49,26 @@ class DecodingSettings:
     top_p: float = 1.0
     """Draw from the most probable tokens that together reach this probability."""
     seed: int = 0
-    """Of the draws; each row of a task has its own stream."""
+    """Seed of the draws; each row of a task has its own stream."""
     policy: Policy = "threshold"
-    """Which places of a block a denoising forward fixes; at least one. ``threshold``: those whose token reaches
-    ``threshold``. ``leftmost``: the run of such places from the left. ``entropy``: the surest ones, as long as
-    their entropies, but for the largest, sum to at most ``entropy_bound`` (EB-Sampler, arXiv 2505.24857).
-    ``fixed``: an even share, so that a block takes ``steps`` forwards."""
+    """Positions of a block that a denoising forward unmasks, at least one. ``threshold``: those whose token reaches
+    ``threshold``. ``leftmost``: the run of such positions from the left. ``entropy``: by rising entropy, as long as
+    the entropies except the largest sum to at most ``entropy_bound`` (EB-Sampler, arXiv 2505.24857). ``fixed``: an
+    even share, so that a block takes ``steps`` forwards."""
     threshold: float = 0.9
-    """Probability from which a place is fixed."""
+    """Probability from which a position is unmasked."""
     entropy_bound: float = 0.1
     """Nats, for ``policy=entropy``."""
     steps: int = 8
-    """Denoising forwards of a block, for ``policy=fixed``."""
+    """Denoising forwards per block, for ``policy=fixed``."""
     search_budget: int = 5000
-    """Forwards that ``oracle`` may spend on a row; at least three a new token."""
+    """Maximum number of forwards that ``oracle`` may spend per row; at least three per new token."""
     stop_token_ids: frozenset[int] = frozenset()
     """A row ends with the first of these; it is part of the output."""
     stop_strings: tuple[str, ...] = ()
     """A row ends when its text holds one of these; the text is cut before it."""
     detokenize: Callable[[list[int]], str] | None = None
-    """Token ids to text, for ``stop_strings``."""
+    """Turns token ids into text, for ``stop_strings``."""
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -55,37 +76,27 @@ class DecodingSettings:
             raise UserError(
                 f"unknown policy '{self.policy}'; known: {known}.{nearest(self.policy, get_args(Policy))}"
             )
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("block_size", 2),
-            ("steps", 1),
-            ("search_budget", 1),
-            ("top_k", 0),
-        ):
-            if getattr(self, name) < least:
-                words = name.replace("_", " ")
-                raise UserError(f"{words} is {getattr(self, name)}; it must be at least {least}")
+        for name, minimum in _MINIMUM.items():
+            value = getattr(self, name)
+            if not minimum <= value < math.inf:
+                finite = " and finite" if isinstance(value, float) else ""
+                raise UserError(f"{name.replace('_', ' ')} is {value}; it must be at least {minimum}{finite}")
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; it is a probability between 0 and 1")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top p is {self.top_p}; it is a probability above 0, at most 1")
-        for name in ("temperature", "entropy_bound", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                words = name.replace("_", " ")
-                raise UserError(f"{words} is {getattr(self, name)}; it must be a number that is not negative")
-        if 0 < self.temperature < LEAST_TEMPERATURE:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 or at least {LEAST_TEMPERATURE}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 or at least {MIN_TEMPERATURE}")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; it must be below 2^64")
         if "" in self.stop_strings:
             raise UserError("a stop string is empty; every text holds it")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of some new tokens, cut before the first stop string."""
+        """Return the text of new tokens, cut before the first stop string."""
         assert self.detokenize is not None
         text = self.detokenize(list(tokens))
-        found = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
-        return text[: min(found)] if found else text
+        return text[: min((at for stop in self.stop_strings if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 @dataclass(frozen=True)
@@ -120,28 +131,33 @@ class Generation:
     cycles: list[Cycle] = field(default_factory=list)
     """Draft + verify cycles; the first token, which the prefill yields, belongs to none."""
     steps: list[int] = field(default_factory=list)
-    """For each token, which of the row's forwards (counted from 1) settled it."""
+    """For each token, which of the row's forwards, counted from 1, determined it."""
     path: int | None = None
     """Denoising forwards of the shortest path that an oracle found; its search is counted apart."""
     finished: bool = False
+    """Whether a stop or the limit was reached."""
 
     @property
     def room(self) -> int:
-        """Tokens that may still come."""
+        """Return the number of tokens that may still follow."""
         return self.settings.max_new_tokens - len(self.tokens)
 
     def extend(self, tokens: Sequence[int], steps: Sequence[int]) -> int:
-        """Append tokens, and the forwards that settled them, until a stop or the limit.
+        """Append tokens until a stop or the limit.
+
+        Args:
+            tokens: Token ids.
+            steps: For each, the forward that determined it.
 
         Returns:
-            How many were taken; ``finished`` tells whether more may follow.
+            Number of tokens that were appended; ``finished`` tells whether more may follow.
         """
-        for taken, (token, step) in enumerate(zip(tokens, steps, strict=True), start=1):
+        for count, (token, step) in enumerate(zip(tokens, steps, strict=True), start=1):
             self.tokens.append(token)
             self.steps.append(step)
             self.finished = token in self.settings.stop_token_ids or self.room <= 0 or self._holds_stop_string()
             if self.finished:
-                return taken
+                return count
         return len(tokens)
 
     def extend_by_cycle(
@@ -152,7 +168,7 @@ class Generation:
         accept_mask: list[bool],
         accept_probs: list[float],
     ) -> None:
-        """Append the tokens of one draft + verify cycle, and note the cycle.
+        """Append the tokens of one draft + verify cycle, and the cycle itself.
 
         Args:
             tokens: The accepted draft tokens, then the recovered or the bonus token.
@@ -176,11 +192,12 @@ class Generation:
         )
 
     def _holds_stop_string(self) -> bool:
+        """Return whether the last token completed a stop string."""
         stops = self.settings.stop_strings
         if not stops:
             return False
         assert self.settings.detokenize is not None
-        # A token has at least one byte, and a character at most four: more tokens than this hold no new stop.
+        # A token has at least one byte and a character at most four, so this many tokens hold any new stop string.
         tail = self.tokens[-4 * max(map(len, stops)) :]
         text = self.settings.detokenize(tail)
         return any(stop in text for stop in stops)

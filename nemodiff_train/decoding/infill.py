@@ -13,78 +13,81 @@ from nemodiff_train.errors import UserError
 
 @dataclass(frozen=True)
 class Filled:
-    """A text whose masked places have been filled."""
+    """A text whose masked positions have been filled."""
 
     tokens: list[int]
-    """The whole text."""
-    places: list[int]
+    """Token ids of the whole text."""
+    positions: list[int]
     """Positions that were filled."""
     steps: list[int]
-    """For each of them, which forward (counted from 1) settled it."""
+    """For each of them, the forward, counted from 1, that unmasked it."""
 
 
 def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
     """Fill the mask tokens of a text, block by block from the left.
 
-    A block begins at the place before its first mask and sees the text before it through the cache and
-    itself bidirectionally: of what follows a mask, the rest of its block counts, and nothing behind it.  A
-    finished block is committed by a causal forward.
+    A block begins one position before its first mask and sees the text before it through the cache, and itself
+    bidirectionally: of what follows a mask, the rest of its block counts, and nothing after that.  A causal forward
+    commits a finished block.
 
     Args:
-        session: One row, nothing committed, room for the text and a block more.
+        session: One row, nothing committed, room for the text and one more block.
         text: Token ids, masks included.
         sampler: Chooses tokens; its settings give block size and policy.
 
     Raises:
         UserError: The text begins with a mask, or has none.
     """
-    mask, size = session.mask_token_id, sampler.settings.block_size
-    places = [place for place, token in enumerate(text) if token == mask]
-    if not places:
+    mask_token_id, size = session.mask_token_id, sampler.settings.block_size
+    masked = [position for position, token in enumerate(text) if token == mask_token_id]
+    if not masked:
         raise UserError("there is nothing to fill: the text has no mask token")
-    if places[0] == 0:
+    if masked[0] == 0:
         raise UserError("the text begins with a mask token; give at least one token before it")
-    filled, steps, done = list(text), dict.fromkeys(places, 0), 0
+    tokens, steps, committed = list(text), dict.fromkeys(masked, 0), 0
     row = torch.arange(1, device=session.device)
-    for place in places:
-        if filled[place] != mask:
-            continue
-        start = place - 1
-        if start > done:
-            session.forward(torch.tensor([filled[done:start]], device=session.device), row, "prefill", causal=True)
-            session.commit(row, start - done)
-        block = torch.tensor([filled[start : start + size]], device=session.device)
+    for position in masked:
+        if tokens[position] != mask_token_id:
+            continue  # an earlier block has filled it
+        # Commit the text before the block, which starts at the token before the mask.
+        start = position - 1
+        if start > committed:
+            before = torch.tensor([tokens[committed:start]], device=session.device)
+            session.forward(before, row, "prefill", causal=True)
+            session.commit(row, start - committed)
+            committed = start
+        block = torch.tensor([tokens[start : start + size]], device=session.device)
         bounds = torch.tensor([[0], [size]], device=session.device)
-        settled = denoise(session, row, block, sampler, bounds[0], bounds[1], stops=False)
-        for offset, (token, step) in enumerate(zip(block[0].tolist(), settled[0].tolist(), strict=True)):
-            if filled[start + offset] == mask:
-                filled[start + offset], steps[start + offset] = token, step
-        done = start
-    return Filled(filled, places, [steps[place] for place in places])
+        block_steps = denoise(session, row, block, sampler, bounds[0], bounds[1], stops=False)
+        for offset, (token, step) in enumerate(zip(block[0].tolist(), block_steps[0].tolist(), strict=True)):
+            if tokens[start + offset] == mask_token_id:
+                tokens[start + offset], steps[start + offset] = token, step
+    return Filled(tokens, masked, [steps[position] for position in masked])
 
 
-def revise(session: Session, text: Sequence[int], start: int, least: float, sampler: Sampler) -> Filled:
+def revise(session: Session, text: Sequence[int], start: int, min_probability: float, sampler: Sampler) -> Filled:
     """Mask the tokens that the AR half finds improbable, and fill them again with both sides in view.
 
     Args:
         session: As for :func:`infill`.
         text: Prompt and draft.
-        start: Place of the draft's first token; nothing before it changes.
-        least: Probability below which a token is decoded again.
+        start: Position of the draft's first token; nothing before it changes.
+        min_probability: Probability below which a token is decoded again.
         sampler: As for :func:`infill`.
 
     Raises:
-        UserError: ``least`` is no probability.
+        UserError: ``min_probability`` is not a probability above 0.
     """
-    if not 0 < least <= 1:
-        raise UserError(f"the least probability is {least}; use one above 0, at most 1")
+    if not 0 < min_probability <= 1:
+        raise UserError(f"the minimum probability is {min_probability}; it must be above 0 and at most 1")
     row = torch.arange(1, device=session.device)
     tokens = torch.tensor([list(text)], device=session.device)
+    # [1, draft, vocab] logits that predict the draft, and [draft] the probability of its tokens.
     logits = session.forward(tokens, row, "verify", causal=True)[:, start - 1 : -1]
     probability = logits.softmax(-1).gather(-1, tokens[:, start:, None])[0, :, 0]
-    doubtful = [start + place for place in (probability < least).nonzero()[:, 0].tolist()]
-    if not doubtful:
+    improbable = {start + index for index in (probability < min_probability).nonzero()[:, 0].tolist()}
+    if not improbable:
         return Filled(list(text), [], [])
-    assert session.mask_token_id is not None  # the caller refuses models without one
-    masked = [session.mask_token_id if place in set(doubtful) else token for place, token in enumerate(text)]
+    assert session.mask_token_id is not None  # fill() refuses models without one
+    masked = [session.mask_token_id if position in improbable else token for position, token in enumerate(text)]
     return infill(session, masked, sampler)

@@ -6,21 +6,29 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.decoding.generation import Generation
-from nemodiff_train.decoding.sampling import Sampler, verify
+from nemodiff_train.decoding.sampling import Sampler, Verification, rejection_sample
 from nemodiff_train.decoding.session import Session
 
 
 def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
-    """Draft and verify until every row has ended (the released models' ``linear_spec_generate``).
+    """Draft and verify until every row has ended (``linear_spec_generate`` of the released models).
 
-    What is emitted is the causal model's own choice: at temperature 0 the output equals
-    :func:`~nemodiff_train.decoding.ar.decode_ar`'s, above it is distributed as that.  Each cycle commits
-    the part of the draft that the verifier keeps, and one token more: the verifier's at the first
-    place it does not keep, or the one behind a draft that was kept throughout.
+    What is emitted is the causal model's own choice: at temperature 0 the output equals that of
+    :func:`~nemodiff_train.decoding.ar.decode_ar`, above it is distributed as that.  Each cycle commits the
+    accepted draft tokens and one token of the verifier: the recovered token at the first rejected position, or the
+    bonus token after a wholly accepted draft.
+
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Chooses tokens; its settings give the block size, a draft's length plus one.
+
+    Returns:
+        One generation per prompt.
     """
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows), device=session.device)
-    last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)
+    last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     for row, token in enumerate(last[:, 0].tolist()):
         rows[row].extend([token], [session.calls(row)])
     while True:
@@ -28,37 +36,39 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
         active, last = active[running], last[running]
         if not len(active):
             return rows
-        masks = _masks(session, len(active), sampler.settings.block_size - 1)
-        guess = session.forward(torch.cat([last, masks], dim=1), active, "draft", causal=False)[:, 1:]
-        draft = sampler.sample_tokens(guess, active)
-        logits = session.forward(torch.cat([last, draft], dim=1), active, "verify", causal=True)
-        last = commit_accepted(session, rows, active, verify(sampler, draft, guess, logits, active), draft)[0]
+        # Draft: the last committed token and k = block - 1 masks, all of which see each other.
+        masks = session.masks(len(active), sampler.settings.block_size - 1)
+        draft_logits = session.forward(torch.cat([last, masks], dim=1), active, "draft", causal=False)[:, 1:]
+        draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, k]
+        # Verify: the same k + 1 positions, causally; logits of index i predict the token at i + 1.
+        target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
+        verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
+        last = commit_accepted(session, rows, active, draft_tokens, verification)
 
 
 def commit_accepted(
-    session: Session, rows: list[Generation], active: Tensor, verified: tuple[Tensor, Tensor, Tensor], draft: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Commit what a verification kept, and note the cycle.
+    session: Session, rows: list[Generation], active: Tensor, draft_tokens: Tensor, verification: Verification
+) -> Tensor:
+    """Commit the token before each draft and the accepted draft tokens, and append the cycle to the generations.
 
     Args:
+        session: Its last forward verified the drafts.
         rows: All generations of the batch.
         active: [batch] rows of this cycle.
-        verified: What :func:`~nemodiff_train.decoding.sampling.verify` returned.
-        draft: [batch, k] drafted tokens.
+        draft_tokens: [batch, k].
+        verification: Result of the verification.
 
     Returns:
-        The last token committed, which is not in the cache yet, [batch, 1]; and how many were, [batch].
+        [batch, 1] the recovered or bonus token of each row, which is emitted and not in the cache yet.
     """
-    kept, emitted, acceptance = verified
-    counts = kept.long().cumprod(1).sum(1) + 1
-    session.commit(active, counts)
-    for place, row in enumerate(active.tolist()):
-        tokens = emitted[place, : counts[place]].tolist()
-        cycle = (draft[place].tolist(), kept[place].tolist(), acceptance[place].tolist())
-        rows[row].extend_by_cycle(tokens, session.calls(row), *cycle)
-    return emitted.gather(1, counts[:, None] - 1), counts
-
-
-def _masks(session: Session, rows: int, places: int) -> Tensor:
-    assert session.mask_token_id is not None  # decode() refuses models without one
-    return torch.full((rows, places), session.mask_token_id, device=session.device)
+    emitted = verification.accepted + 1  # [batch]
+    session.commit(active, emitted)
+    for index, row in enumerate(active.tolist()):
+        rows[row].extend_by_cycle(
+            verification.tokens[index, : emitted[index]].tolist(),
+            session.calls(row),
+            draft_tokens[index].tolist(),
+            verification.accept_mask[index].tolist(),
+            verification.accept_probs[index].tolist(),
+        )
+    return verification.tokens.gather(1, verification.accepted[:, None])

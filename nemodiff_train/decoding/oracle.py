@@ -14,20 +14,32 @@ from nemodiff_train.errors import UserError
 
 
 def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
-    """Find the fewest denoising forwards that could have produced the AR output (Nemotron-Labs-Diffusion, section 4).
+    """Find the fewest denoising forwards that could have produced the AR output.
 
-    The AR output is decoded first.  A cycle starts behind any of its tokens with a block of masks.  Each
-    forward reveals every place it has right.  The cycle may stop after any forward: it has then gained the
-    revealed tokens up to the first gap, and one more, which verification gives for nothing when it shares
-    the forward with the next draft, as in ``quadratic``.  A cycle may also be one of ``quadratic``, which
-    drafts before its first token is known.  The shortest path over all cycles is the result: what knowing
-    the output would give, not a way to decode.  It takes no more forwards than ``linear`` or
-    ``quadratic``; that revealing fewer places could never help is not proven.
+    This is the analysis of Nemotron-Labs-Diffusion (arXiv 2607.05722, section 4).  The AR output is decoded first.
+    A cycle starts after any of its tokens with a block of masks, and each forward reveals every position that it has
+    right.  The cycle may stop after any forward: it has then gained the revealed tokens up to the first gap, and one
+    more, which verification gives for free when it shares the forward with the next draft, as in ``quadratic``.  A
+    cycle may also be one of ``quadratic``, which drafts before its first token is known.  The shortest path over all
+    cycles is the result: what knowing the output would give, not a way to decode.  It takes no more forwards than
+    ``linear`` or ``quadratic``; that revealing fewer positions could never help is not proven.
 
-    A record's forwards are the path's.  What the search took is counted as ``search``.
+    A record's forwards are the path's; those of the search are counted as ``search``.
+
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Its settings give block size and search budget.
+
+    Returns:
+        One generation per prompt, its tokens those of AR decoding.
+
+    Raises:
+        UserError: The temperature is not 0, or the search budget is too small.
     """
     if not sampler.greedy:
         raise UserError("mode 'oracle' looks for the way to the greedy output; set the temperature to 0")
+    # Per new token: one forward of AR, one of a quadratic cycle, and this many over one block.
     depth = sampler.settings.search_budget // sampler.settings.max_new_tokens - 2
     if depth < 1:
         raise UserError(
@@ -37,28 +49,30 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     ar = Session(session.model.chunks, len(prompts), session.cache.capacity, session.mask_token_id)
     targets = [generation.tokens for generation in decode_ar(ar, prompts, sampler)]
     session.prefill(prompts)
-    starts = session.cache.lengths.clone()
+    prompt_lengths = session.cache.lengths.clone()
     for row, calls in enumerate(ar.forwards):
         session.forwards[row]["search"] += calls.total()
-    _fill_cache(session, targets)
-    gains = _gains(session, targets, starts, sampler.settings.block_size, depth)
-    rows = []
-    for target, gain in zip(targets, gains, strict=True):
-        cycles = _shortest_path(gain, len(target))
-        generation = Generation(sampler.settings, path=sum(forwards for forwards, _ in cycles))
-        generation.extend(target[:1], [1])
-        call = 1
-        for forwards, gained in cycles:
-            call += forwards
-            done = len(generation.tokens)
-            generation.extend(target[done : done + gained], [call] * gained)
-            generation.cycles.append(Cycle(accepted=gained - 1, recovered=True))
-        rows.append(generation)
-    return rows
+    _cache_targets(session, targets)
+    gains = _gains(session, targets, prompt_lengths, sampler.settings.block_size, depth)
+    return [_along_path(sampler, target, gain) for target, gain in zip(targets, gains, strict=True)]
 
 
-def _fill_cache(session: Session, targets: list[list[int]]) -> None:
-    """Write the AR output behind the prompts, so that a block can be put behind any of its tokens."""
+def _along_path(sampler: Sampler, target: list[int], gains: list[list[int]]) -> Generation:
+    """Return the generation of one row: its AR output, in the cycles of the shortest path."""
+    path = _shortest_path(gains, len(target))
+    generation = Generation(sampler.settings, path=sum(forwards for forwards, _ in path))
+    generation.extend(target[:1], [1])
+    call = 1
+    for forwards, gained in path:
+        call += forwards
+        done = len(generation.tokens)
+        generation.extend(target[done : done + gained], [call] * gained)
+        generation.cycles.append(Cycle(accepted=gained - 1, recovered=True))
+    return generation
+
+
+def _cache_targets(session: Session, targets: list[list[int]]) -> None:
+    """Write the AR output to the cache after the prompts, so that a block can follow any of its tokens."""
     rows = torch.arange(len(targets), device=session.device)
     padded = torch.zeros(len(targets), max(map(len, targets)), dtype=torch.long, device=session.device)
     for row, target in enumerate(targets):
@@ -67,96 +81,116 @@ def _fill_cache(session: Session, targets: list[list[int]]) -> None:
 
 
 def _gains(
-    session: Session, targets: list[list[int]], starts: Tensor, block_size: int, depth: int
+    session: Session, targets: list[list[int]], prompt_lengths: Tensor, block_size: int, depth: int
 ) -> list[list[list[int]]]:
-    """For each row and each token of its output, what a cycle behind it gains after 1, 2, ... forwards.
+    """Return for each row and each token of its output what a cycle after it gains after 1, 2, ... forwards.
 
     Args:
+        session: Holds prompts and outputs in its cache.
         targets: The AR output of each row.
-        starts: [rows] length of each prompt.
-        depth: Most forwards over one block.
+        prompt_lengths: [rows].
+        block_size: Positions of a block, its known first token included.
+        depth: Maximum number of forwards over one block.
     """
     gains: list[list[list[int]]] = [[[] for _ in target] for target in targets]
     longest = max(map(len, targets))
-    for anchor in range(longest - 2, -1, -1):  # from the end: a block overwrites the cache behind its anchor
+    for anchor in range(longest - 2, -1, -1):  # from the end: a block overwrites the cache after its anchor
         rows = [row for row, target in enumerate(targets) if anchor < len(target) - 1]
         index = torch.tensor(rows, device=session.device)
-        session.cache.lengths[index] = starts[index] + anchor
+        session.cache.lengths[index] = prompt_lengths[index] + anchor
+        # [batch, block] the tokens to reveal, from the anchor on; -1 after the end of an output.
         block = torch.full((len(rows), block_size), -1, device=session.device)
-        for place, row in enumerate(rows):
-            known = targets[row][anchor : anchor + block_size]
-            block[place, : len(known)] = torch.tensor(known)
-        unseen = _draft_unseen(session, index, block)
-        for row, found, drafted in zip(rows, _reveal(session, index, block, depth), unseen, strict=True):
-            found[0] = max(found[0], drafted)
-            gains[row][anchor] = [min(gain, len(targets[row]) - 1 - anchor) for gain in found]
+        for at, row in enumerate(rows):
+            tokens = targets[row][anchor : anchor + block_size]
+            block[at, : len(tokens)] = torch.tensor(tokens)
+        fused = _gained_by_fused_cycle(session, index, block)
+        revealed = _reveal(session, index, block, depth)
+        for row, by_forwards, by_fused in zip(rows, revealed, fused, strict=True):
+            by_forwards[0] = max(by_forwards[0], by_fused)
+            gains[row][anchor] = [min(gain, len(targets[row]) - 1 - anchor) for gain in by_forwards]
     return gains
 
 
-def _draft_unseen(session: Session, rows: Tensor, target: Tensor) -> list[int]:
-    """What a cycle of ``quadratic`` gains for each row: its draft is made before the block's first token is known.
+def _gained_by_fused_cycle(session: Session, rows: Tensor, target: Tensor) -> list[int]:
+    """Return per row what a cycle of ``quadratic`` gains: its draft is made before the block's first token is known.
 
     Args:
+        session: Its cache ends before the block.
+        rows: [batch] rows of the session.
         target: [batch, block] as for :func:`_reveal`.
     """
-    assert session.mask_token_id is not None  # decode() refuses models without one
-    masks = torch.full_like(target[:, 1:], session.mask_token_id)
-    choice = session.forward(masks, rows, "search", causal=False).argmax(-1)
+    masks = session.masks(len(rows), target.shape[1] - 1)
+    choice = session.forward(masks, rows, "search", causal=False).argmax(-1)  # [batch, block - 1]
     right = choice[:, 1:] == target[:, 1:-1]
     gained: list[int] = (1 + right.long().cumprod(1).sum(1)).tolist()
     return gained
 
 
 def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[list[int]]:
-    """Denoise a block, keeping every right place, until nothing changes or ``depth`` forwards are spent.
+    """Denoise a block, keeping every right position, until nothing changes or ``depth`` forwards are spent.
 
     Args:
-        target: [batch, block] the right tokens, the known first one included; -1 behind the end.
+        session: Its cache ends before the block.
+        rows: [batch] rows of the session.
+        target: [batch, block] the right tokens, the known first one included; -1 after the end of the output.
+        depth: Maximum number of forwards.
 
     Returns:
         For each row, tokens gained after each forward: those up to the first gap, and one more.
     """
     assert session.mask_token_id is not None  # decode() refuses models without one
-    known = torch.zeros_like(target, dtype=torch.bool)
+    known = torch.zeros_like(target, dtype=torch.bool)  # [batch, block]
     known[:, 0] = True
-    found: list[list[int]] = [[] for _ in rows]
-    open_rows = torch.arange(len(rows), device=rows.device)
+    gains: list[list[int]] = [[] for _ in rows]
+    unfinished = torch.arange(len(rows), device=rows.device)
     for _ in range(depth):
-        block = torch.where(known, target, session.mask_token_id)[open_rows]
-        choice = session.forward(block, rows[open_rows], "search", causal=False).argmax(-1)
-        before = known[open_rows]
-        known[open_rows] = before | (choice == target[open_rows])
-        gained = known[open_rows].long().cumprod(1).sum(1)
-        for place, gain in zip(open_rows.tolist(), gained.tolist(), strict=True):
-            found[place].append(gain)
-        open_rows = open_rows[(known[open_rows] != before).any(1) & ~known[open_rows].all(1)]
-        if not len(open_rows):
+        # One forward over the known tokens and masks; every right choice [open, block] becomes known.
+        block = torch.where(known, target, session.mask_token_id)[unfinished]
+        choice = session.forward(block, rows[unfinished], "search", causal=False).argmax(-1)
+        before = known[unfinished]
+        known[unfinished] = before | (choice == target[unfinished])
+        # The known first token is not a gain, but the token that verification gives is: the counts are equal.
+        gained = known[unfinished].long().cumprod(1).sum(1)
+        for row, gain in zip(unfinished.tolist(), gained.tolist(), strict=True):
+            gains[row].append(gain)
+        unfinished = unfinished[(known[unfinished] != before).any(1) & ~known[unfinished].all(1)]
+        if not len(unfinished):
             break
-    return found
+    return gains
 
 
 def _shortest_path(gains: list[list[int]], length: int) -> list[tuple[int, int]]:
-    """Cycles (forwards, tokens gained) from the first token to the last with the fewest forwards.
+    """Return the cycles with the fewest forwards from the first token to the last, as (forwards, tokens gained).
 
     A cycle may keep less than it gained, where the next one does better from an earlier token.
+
+    Args:
+        gains: For each token, what a cycle after it gains after 1, 2, ... forwards.
+        length: Number of tokens.
     """
-    cost, step = [0] * length, [(0, 0)] * length
+    # Dynamic programming from the end: cost[i] is the fewest forwards from token i to the last.
+    cost, best = [0] * length, [(0, 0)] * length
     for anchor in range(length - 2, -1, -1):
-        cost[anchor], forwards, less = min(
+        cost[anchor], forwards, minus_kept = min(  # among equal costs, few forwards, then many tokens
             (forwards + cost[anchor + kept], forwards, -kept)
             for forwards, gain in enumerate(gains[anchor], 1)
             for kept in range(1, gain + 1)
         )
-        step[anchor] = (forwards, -less)
+        best[anchor] = (forwards, -minus_kept)
     cycles, anchor = [], 0
     while anchor < length - 1:
-        cycles.append(step[anchor])
-        anchor += step[anchor][1]
+        cycles.append(best[anchor])
+        anchor += best[anchor][1]
     return cycles
 
 
 def path_forwards(generation: Generation, counted: Counter[str]) -> dict[str, int]:
-    """What a record shows: the forwards that were made, or those of an oracle's path beside its search."""
+    """Return the forwards of a record: those that were made, or those of an oracle's path beside its search.
+
+    Args:
+        generation: One row's.
+        counted: Forwards that the session counted for the row.
+    """
     if generation.path is None:
         return dict(counted)
     return {"prefill": counted["prefill"], "denoise": generation.path, "search": counted["search"]}

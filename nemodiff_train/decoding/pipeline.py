@@ -1,14 +1,14 @@
 """A model on one process or over a pipeline, as one function from tokens to logits."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemodiff_train.attention.cache import DecodeBatch
 from nemodiff_train.decoding.forward import can_fast_forward, fast_forward, logits_at
+from nemodiff_train.model.provider import TriModeModelProvider
 
 
 class PipelineRunner:
@@ -17,77 +17,81 @@ class PipelineRunner:
     Every rank of a pipeline calls it with the same tokens and gets the same logits.
 
     Args:
-        model: A Megatron GPT model made by ``TriModeModelProvider``, or this rank's model chunks in order.
+        model: This pipeline rank's chunks of a Megatron GPT model made by ``TriModeModelProvider``, or the model.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.chunks = [unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])]
-        self.config = self.chunks[0].config
-        self.device = next(self.chunks[0].parameters()).device
+    def __init__(self, model: GPTModel | list[GPTModel]) -> None:
+        self.chunks: list[GPTModel] = [
+            unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])
+        ]
+        self.config: TriModeModelProvider = self.chunks[0].config
+        self.device: torch.device = next(self.chunks[0].parameters()).device
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
-        self._plain = all(can_fast_forward(chunk) for chunk in self.chunks)
-        self._group = self.chunks[0].pg_collection.pp
+        self._fast = all(can_fast_forward(chunk) for chunk in self.chunks)
+        self._group: dist.ProcessGroup = self.chunks[0].pg_collection.pp
         self._rank, self._size = self._group.rank(), self._group.size()
 
-    def __call__(self, tokens: Tensor, cached: DecodeBatch, places: Tensor | None = None) -> Tensor:
-        """Run new tokens behind a cache.
+    def __call__(self, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None = None) -> Tensor:
+        """Run new tokens after the cached ones.
 
         Args:
-            tokens: [batch, new].
-            cached: Where they lie and what they see.
-            places: [batch, k] of the new tokens whose logits are wanted; None for all.
+            tokens: [batch, new] token ids.
+            batch: Their positions and attention.
+            indices: [batch, k] indices of the new tokens whose logits are wanted; None for all.
 
         Returns:
             [batch, k or new, padded vocab] logits.
         """
-        passed: Tensor | None = None
+        output: Tensor | None = None  # the last stage's [new, batch, hidden] states, then the logits
         stages = len(self.chunks) * self._size
-        for stage in range(stages):
-            chunk, owner = divmod(stage, self._size)
+        for stage in range(stages):  # stage s is chunk s // size of rank s % size
+            chunk_index, owner = divmod(stage, self._size)
             if owner != self._rank:
                 continue
+            chunk = self.chunks[chunk_index]
             if stage:
-                passed = self._receive(tokens, stage) if self._size > 1 else passed
-                self.chunks[chunk].set_input_tensor(passed)
-            passed = self._run(self.chunks[chunk], tokens, cached, places)
+                output = self._receive(tokens, stage) if self._size > 1 else output
+                chunk.set_input_tensor(output)
+            output = self._run(chunk, tokens, batch, indices)
             if self._size > 1 and stage + 1 < stages:
-                dist.send(passed.contiguous(), self._global(stage + 1), self._group)
-        return self._share(tokens if places is None else places, passed)
+                dist.send(output.contiguous(), self._owner(stage + 1), self._group)
+        return self._broadcast_logits(tokens if indices is None else indices, output)
 
-    def _run(self, chunk: Any, tokens: Tensor, cached: DecodeBatch, places: Tensor | None) -> Tensor:
-        chunk.attention_state.decode_batch = cached
+    def _run(self, chunk: GPTModel, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None) -> Tensor:
+        """Return the chunk's logits [batch, k or new, padded vocab], or its states [new, batch, hidden]."""
+        chunk.attention_state.decode_batch = batch
         try:
-            if self._plain:
-                return fast_forward(chunk, tokens, places)
+            if self._fast:
+                return fast_forward(chunk, tokens, indices)
             output: Tensor = chunk(
                 input_ids=tokens,
-                position_ids=cached.positions,
+                position_ids=batch.positions,
                 attention_mask=None,
-                output_processor=lambda **stage: logits_at(stage["hidden_states"], places, chunk),
+                output_processor=lambda **stage: logits_at(stage["hidden_states"], indices, chunk),
             )
             return output
         finally:
             chunk.attention_state.decode_batch = None
 
     def _receive(self, tokens: Tensor, stage: int) -> Tensor:
+        """Receive the [new, batch, hidden] states of the stage before."""
         shape = (tokens.shape[1], tokens.shape[0], self.config.hidden_size)
         states = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
-        dist.recv(states, self._global(stage - 1), self._group)
+        dist.recv(states, self._owner(stage - 1), self._group)
         return states
 
-    def _global(self, stage: int) -> int:
-        """Global rank of the process that has a stage."""
+    def _owner(self, stage: int) -> int:
+        """Return the global rank of the process that runs a stage."""
         return dist.get_global_rank(self._group, stage % self._size)
 
-    def _share(self, places: Tensor, logits: Tensor | None) -> Tensor:
-        """The last stage's logits, one for each of ``places``, on every rank."""
+    def _broadcast_logits(self, indices: Tensor, logits: Tensor | None) -> Tensor:
+        """Return the last stage's logits, one vector per element of ``indices``, on every rank."""
         if self._size > 1:
-            last = self._rank == self._size - 1
-            if not last:
-                width = self.chunks[0].vocab_size
-                logits = torch.empty(*places.shape, width, dtype=self.config.pipeline_dtype, device=self.device)
-            assert logits is not None
+            if self._rank != self._size - 1:
+                shape = (*indices.shape, self.chunks[0].vocab_size)
+                logits = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
+            assert logits is not None  # the last rank has run the last stage
             logits = logits.contiguous()
-            dist.broadcast(logits, self._global(self._size - 1), self._group)
+            dist.broadcast(logits, self._owner(self._size - 1), self._group)
         assert logits is not None
         return logits

@@ -1,18 +1,22 @@
 """Prompts as token ids."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.data.template import ChatTemplate
 
 
-def prompt_tokens(tokenizer: Any, texts: Sequence[str], chat: bool) -> list[list[int]]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool) -> list[list[int]]:
     """Encode prompts.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: The prompts.
-        chat: Put each into the tokenizer's chat template, as what a user says.
+        chat: Put each into the tokenizer's chat template, as a user's message.
+
+    Returns:
+        Token ids of each prompt, without special tokens of the tokenizer's own.
 
     Raises:
         UserError: The tokenizer has no chat template, or one that cannot be used.

@@ -1,4 +1,4 @@
-"""Quadratic self-speculation: one forward verifies a draft and drafts behind each of its tokens."""
+"""Quadratic self-speculation: one forward verifies a draft and drafts after each of its tokens."""
 
 from collections.abc import Sequence
 
@@ -7,83 +7,107 @@ from torch import Tensor
 
 from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.linear import commit_accepted
-from nemodiff_train.decoding.sampling import Sampler, verify
+from nemodiff_train.decoding.sampling import Sampler, rejection_sample
 from nemodiff_train.decoding.session import Layout, Session
 
 
 def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
-    """Verify and draft in the same forward until every row has ended (TiDAR; Nemotron-Labs-Diffusion, section 3).
+    """Verify and draft in the same forward until every row has ended.
 
-    The input is a chain, the last certain token and what was drafted behind it, and behind each token of the
-    chain a group of masks.  The chain is causal, which verifies it; a group sees the chain up to its
-    token and itself.  Whichever part of the chain is kept, the group behind its last token holds the next
-    draft.  So a cycle is one forward, over about block x block tokens.
+    The input is a tree, as in TiDAR (arXiv 2511.08923) and Nemotron-Labs-Diffusion (arXiv 2607.05722, section 3).
+    Its trunk is the chain of the last certain token and the draft after it; on each token of the chain hangs a
+    group of masks.  The chain is causal, which verifies it; a group sees the chain up to its token, and itself.
+    Wherever the accepted part of the chain ends, the group on its last token holds the next draft.  So a cycle is
+    one forward, over (block - 1) * block tokens.
+
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Chooses tokens; its settings give the block size.
+
+    Returns:
+        One generation per prompt, equal to AR decoding's at temperature 0 and distributed as that above it.
     """
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows), device=session.device)
-    masks = sampler.settings.block_size - 1
-    logits, guess = _prefill(session, prompts, masks)
-    last = sampler.sample_tokens(logits[:, None], active)
+    masks = sampler.settings.block_size - 1  # length of the chain and of each group; drafts have one token less
+    logits, draft_logits = _prefill(session, prompts, masks)
+    last = sampler.sample_tokens(logits[:, None], active)  # [batch, 1]
     for row, token in enumerate(last[:, 0].tolist()):
         rows[row].extend([token], [session.calls(row)])
     layout = _chain_and_groups(masks, session.device)
     while True:
         running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
-        active, last, guess = active[running], last[running], guess[running]
+        active, last, draft_logits = active[running], last[running], draft_logits[running]
         if not len(active):
             return rows
-        draft = sampler.sample_tokens(guess, active)
-        tokens = last.new_full((len(active), masks * (masks + 1)), session.mask_token_id or 0)
-        tokens[:, :masks] = torch.cat([last, draft], dim=1)
+        draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, masks - 1]
+        chain = torch.cat([last, draft_tokens], dim=1)
+        tokens = torch.cat([chain, session.masks(len(active), masks * masks)], dim=1)
         logits = session.forward(tokens, active, "fused", layout=layout)
-        verified = verify(sampler, draft, guess, logits[:, :masks], active)
-        last, counts = commit_accepted(session, rows, active, verified, draft)
+        # The chain's logits verify the draft.
+        verification = rejection_sample(sampler, draft_tokens, draft_logits, logits[:, :masks], active)
+        last = commit_accepted(session, rows, active, draft_tokens, verification)
+        # Of the groups' logits [batch, group, mask, vocab], those on the last accepted token hold the next draft.
         groups = logits[:, masks:].unflatten(1, (masks, masks))
-        guess = _drafting(session, groups[torch.arange(len(active)), counts - 1])
+        draft_logits = _drafting(session, groups[torch.arange(len(active)), verification.accepted])
 
 
 def _drafting(session: Session, group: Tensor) -> Tensor:
-    """Of a group's logits, those that draft: the first masked place is the certain token that verification gave.
+    """Return the logits of a group that draft: its first mask is the certain token that verification gave.
 
     Args:
+        session: Tells whether the model was trained with the shift.
         group: [batch, masks, vocab].
 
     Returns:
-        [batch, masks - 1, vocab] for the places behind that token.
+        [batch, masks - 1, vocab] for the positions after that token.
     """
     return group[:, :-1] if session.model.config.shift else group[:, 1:]
 
 
 def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> tuple[Tensor, Tensor]:
-    """Commit the prompts and draft behind them, in one forward.
+    """Commit the prompts and draft after them, in one forward.
 
     Returns:
         Logits after each prompt's last token [rows, vocab], and of the first draft [rows, masks - 1, vocab].
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=session.device)
     width = int(lengths.max())
-    tokens = lengths.new_full((len(prompts), width + masks), session.mask_token_id or 0)
+    # Each row is its prompt, padded to ``width``, then the group of masks.
+    tokens = session.masks(len(prompts), width + masks)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
-    place = torch.arange(width + masks, device=session.device)
-    is_mask = place >= width
-    offsets = torch.where(is_mask, lengths[:, None] + place - width, place)
-    in_prompt = place < lengths[:, None]
-    causal = (place[None, :] <= place[:, None]) & ~is_mask[None, :]
+    index = torch.arange(width + masks, device=session.device)
+    is_mask = index >= width
+    # Positions [rows, width + masks]: the masks follow each prompt's own end.
+    offsets = torch.where(is_mask, lengths[:, None] + index - width, index)
+    # Attention [rows, query, key]: the prompt is causal; a mask sees its whole prompt and every mask.
+    in_prompt = index < lengths[:, None]
+    causal = (index[None, :] <= index[:, None]) & ~is_mask[None, :]
     sees = torch.where(is_mask[:, None], (in_prompt | is_mask)[:, None, :], causal)
     rows = torch.arange(len(prompts), device=session.device)
-    wanted = torch.cat([lengths[:, None] - 1, place[None, width:].expand(len(prompts), -1)], dim=1)
-    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees), places=wanted)
+    indices = torch.cat([lengths[:, None] - 1, index[None, width:].expand(len(prompts), -1)], dim=1)
+    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees), indices=indices)
     session.commit(rows, lengths)
     return logits[:, 0], _drafting(session, logits[:, 1:])
 
 
 def _chain_and_groups(masks: int, device: torch.device) -> Layout:
-    """A chain of as many tokens as a group has masks, then a group behind each."""
+    """Return the layout of a chain of ``masks`` tokens, then one group of ``masks`` masks on each of them.
+
+    With masks = 2, a chain c, group a on c0 and group b on c1::
+
+        token     c0 c1 a0 a1 b0 b1
+        position   0  1  1  2  2  3
+
+    a sees c0 and a; b sees c0, c1 and b.
+    """
     chain = torch.arange(masks, device=device)
-    token = torch.cat([chain, chain.repeat_interleave(masks)])  # the chain's token that each place belongs to
-    inside = torch.cat([torch.zeros_like(chain), 1 + chain.repeat(masks)])  # how far behind it
-    in_chain = inside == 0
-    same_group = (token[:, None] == token[None, :]) & ~in_chain[:, None] & ~in_chain[None, :]
-    sees = (in_chain[None, :] & (token[None, :] <= token[:, None])) | same_group
-    return Layout((token + inside)[None], sees[None])
+    anchor = torch.cat([chain, chain.repeat_interleave(masks)])  # [new] the chain's token that each belongs to
+    depth = torch.cat([torch.zeros_like(chain), 1 + chain.repeat(masks)])  # [new] distance from it; 0 in the chain
+    in_chain = depth == 0
+    # [query, key]: the chain up to the query's anchor, and within one group everything.
+    same_group = (anchor[:, None] == anchor[None, :]) & ~in_chain[:, None] & ~in_chain[None, :]
+    sees = (in_chain[None, :] & (anchor[None, :] <= anchor[:, None])) | same_group
+    return Layout((anchor + depth)[None], sees[None])

@@ -1,6 +1,7 @@
-"""From logits to tokens: greedy, or sampled with a generator for each row."""
+"""From logits to tokens: greedy, or sampled with one generator per row; and the rejection sampling of drafts."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from nemodiff_train.decoding.generation import DecodingSettings
 class Sampler:
     """Chooses tokens for the rows of one batch.
 
-    A row's draws are a function of the seed and of its number in the task: they do not depend on the
-    batch it happens to be decoded in.
+    A row's draws are a function of the seed and of its number in the task; they do not depend on the batch in
+    which it is decoded.
 
     Args:
         settings: Temperature, top-k, top-p and seed.
@@ -28,85 +29,123 @@ class Sampler:
         self._generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def sample_tokens(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Choose a token at every place.
+        """Choose a token at every position.
 
         Args:
-            logits: [batch, places, vocab] fp32.
+            logits: [batch, positions, vocab] fp32.
             rows: [batch] rows of the batch that they belong to.
 
         Returns:
-            [batch, places] token ids.
+            [batch, positions] token ids.
         """
         return logits.argmax(-1) if self.greedy else self.draw(self.distribution(logits), rows)
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities after temperature, top-k and top-p: [batch, places, vocab], one-hot when greedy."""
+        """Return probabilities after temperature, top-k and top-p, one-hot when greedy.
+
+        Args:
+            logits: [batch, positions, vocab] fp32.
+
+        Returns:
+            [batch, positions, vocab] in the dtype of the logits.
+        """
         if self.greedy:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = logits / self.settings.temperature
         if self.settings.top_k:
-            least = logits.topk(min(self.settings.top_k, logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        probabilities = logits.softmax(-1)
+            smallest = logits.topk(min(self.settings.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        probs = logits.softmax(-1)
         if self.settings.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            dropped = ordered.cumsum(-1) - ordered >= self.settings.top_p  # the one that crosses the bound stays
+            # Drop a token where those before it already reach top_p; the one that crosses the bound stays.
+            descending, order = probs.sort(-1, descending=True)
+            dropped = descending.cumsum(-1) - descending >= self.settings.top_p
             dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
-            probabilities = probabilities.masked_fill(dropped, 0.0)
-        return probabilities / probabilities.sum(-1, keepdim=True)
+            probs = probs.masked_fill(dropped, 0.0)
+        return probs / probs.sum(-1, keepdim=True)
 
     def draw(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """Draw a token at every place with probability proportional to its weight.
+        """Draw a token at every position with probability proportional to its weight.
 
         Args:
-            weights: [batch, places, vocab], not negative, none all zero.
-            rows: [batch].
+            weights: [batch, positions, vocab], not negative, none all zero.
+            rows: [batch] rows of the batch that they belong to.
+
+        Returns:
+            [batch, positions] token ids.
         """
-        total = weights.double().cumsum(-1)
-        target = self.uniform(rows, weights.shape[1])[..., None] * total[..., -1:]
-        return torch.searchsorted(total, target, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+        # Invert the cumulative distribution in fp64: the first token whose cumulative weight exceeds u * total.
+        cumulative = weights.double().cumsum(-1)
+        threshold = self.uniform(rows, weights.shape[1])[..., None] * cumulative[..., -1:]
+        return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
-    def uniform(self, rows: Tensor, places: int) -> Tensor:
-        """[batch, places] float64 in [0, 1), from each row's own generator."""
-        drawn = [self._generators[row].random(places) for row in rows.tolist()]
-        return torch.from_numpy(np.stack(drawn)).to(rows.device)
+    def uniform(self, rows: Tensor, positions: int) -> Tensor:
+        """Return [batch, positions] fp64 numbers in [0, 1), from each row's own generator."""
+        numbers = [self._generators[row].random(positions) for row in rows.tolist()]
+        return torch.from_numpy(np.stack(numbers)).to(rows.device)
 
 
-def verify(
-    sampler: Sampler, draft: Tensor, draft_logits: Tensor, logits: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Speculative decoding's test of a draft (arXiv 2211.17192, algorithm 1).
+class Verification(NamedTuple):
+    """Result of rejection sampling over one draft per row."""
 
-    A drafted token is kept with probability min(1, p/q); at the first that is not, the token is drawn from
-    max(p - q, 0) instead, and behind a draft that was kept throughout from p.  What is emitted is
-    distributed as if every token had been drawn from p; at temperature 0 it is the greedy choice.
+    accept_mask: Tensor
+    """[batch, k] boolean: whether each draft token passed the test; positions after a rejection are tested too."""
+    accepted: Tensor
+    """[batch] number of draft tokens before the first rejection."""
+    tokens: Tensor
+    """[batch, k + 1] token ids: the ``accepted`` draft tokens, then the recovered or the bonus token. Later ones are
+    not valid."""
+    accept_probs: Tensor
+    """[batch, k] min(1, p/q) of each draft token at temperature 1: introspective acceptance."""
+
+
+def rejection_sample(
+    sampler: Sampler, draft_tokens: Tensor, draft_logits: Tensor, target_logits: Tensor, rows: Tensor
+) -> Verification:
+    """Verify a draft by speculative decoding's rejection sampling (arXiv 2211.17192, algorithm 1).
+
+    With target probabilities p and draft probabilities q, a draft token is accepted with probability min(1, p/q).
+    At the first rejection a recovered token is drawn from max(p - q, 0) instead, and after a wholly accepted draft a
+    bonus token from p.  So what is emitted is distributed as if every token had been drawn from p; at temperature 0
+    it is the target's greedy choice.
 
     Args:
         sampler: Makes p and q of the logits.
-        draft: [batch, k] drafted tokens, drawn from q.
+        draft_tokens: [batch, k] tokens drawn from q.
         draft_logits: [batch, k, vocab] of q.
-        logits: [batch, k + 1, vocab] of p, the verifier's, for each drafted place and the one behind.
-        rows: [batch].
+        target_logits: [batch, k + 1, vocab] of p, at each draft token and after the last.
+        rows: [batch] rows of the batch.
 
     Returns:
-        Whether each drafted token is kept [batch, k]; the tokens to emit [batch, k + 1], valid up to and
-        including the first place that is not kept; and min(1, p/q) [batch, k] at temperature 1, the
-        introspective acceptance.
+        The tokens to emit, and what was accepted.
     """
-    acceptance = _ratio(logits[:, :-1].softmax(-1), draft_logits.softmax(-1), draft)
+    accept_probs = _accept_probs(target_logits[:, :-1].softmax(-1), draft_logits.softmax(-1), draft_tokens)
     if sampler.greedy:
-        choice = logits.argmax(-1)
-        return choice[:, :-1] == draft, choice, acceptance
-    p, q = sampler.distribution(logits), sampler.distribution(draft_logits)
-    kept = sampler.uniform(rows, draft.shape[1]) < _ratio(p[:, :-1], q, draft)
-    rest = (p[:, :-1] - q).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, :-1])  # p = q: nothing is ever refused
-    instead = sampler.draw(torch.cat([rest, p[:, -1:]], dim=1), rows)
-    emitted = torch.cat([torch.where(kept, draft, instead[:, :-1]), instead[:, -1:]], dim=1)
-    return kept, emitted, acceptance
+        tokens = target_logits.argmax(-1)
+        accept_mask = tokens[:, :-1] == draft_tokens
+        return Verification(accept_mask, _leading(accept_mask), tokens, accept_probs)
+    target_probs, draft_probs = sampler.distribution(target_logits), sampler.distribution(draft_logits)
+    bonus_probs, target_probs = target_probs[:, -1:], target_probs[:, :-1]
+    # Accept with probability min(1, p/q): [batch, k].
+    ratio = _accept_probs(target_probs, draft_probs, draft_tokens)
+    accept_mask = sampler.uniform(rows, ratio.shape[1]) < ratio
+    # Residual distribution [batch, k, vocab]; where p = q it is empty, but there every token is accepted.
+    recovered_probs = (target_probs - draft_probs).clamp(min=0)
+    recovered_probs = torch.where(recovered_probs.sum(-1, keepdim=True) > 0, recovered_probs, target_probs)
+    # [batch, k + 1] a recovered token per position and the bonus token; the first rejection ends what is valid.
+    verifier_tokens = sampler.draw(torch.cat([recovered_probs, bonus_probs], dim=1), rows)
+    accepted_or_recovered = torch.where(accept_mask, draft_tokens, verifier_tokens[:, :-1])
+    tokens = torch.cat([accepted_or_recovered, verifier_tokens[:, -1:]], dim=1)
+    return Verification(accept_mask, _leading(accept_mask), tokens, accept_probs)
 
 
-def _ratio(p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
-    """[batch, k] min(1, p/q) at some tokens."""
-    index = tokens[..., None]
-    return (p.gather(-1, index) / q.gather(-1, index).clamp(min=1e-38))[..., 0].clamp(max=1)
+def _accept_probs(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:
+    """Return [batch, k] min(1, p/q) of the draft tokens."""
+    index = draft_tokens[..., None]
+    p, q = target_probs.gather(-1, index), draft_probs.gather(-1, index)
+    return (p / q.clamp(min=1e-38))[..., 0].clamp(max=1)
+
+
+def _leading(accept_mask: Tensor) -> Tensor:
+    """Return [batch] the length of the run of accepted tokens at the start of each draft."""
+    return accept_mask.long().cumprod(1).sum(1)

@@ -4,47 +4,47 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
+from nemodiff_train.decoding.generation import ForwardKind
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 
-Kind = Literal["prefill", "decode", "denoise", "commit", "draft", "verify", "fused", "search"]
-
-# Forwards that fill masks: place i predicts token i, which a model trained with the shift says one place earlier.
-FILLS = ("denoise", "draft", "search")
+# Forwards that fill masks: index i predicts the token at i, which a model trained with the shift says at i - 1.
+MASK_FILLING: tuple[ForwardKind, ...] = ("denoise", "draft", "search")
 
 # A prefill of more tokens is split by rows. At this many, a GPU's matrix units are busy with the largest models.
 PREFILL_TOKENS = 2048
 
 
 class Layout(NamedTuple):
-    """New tokens that are not simply one behind the other."""
+    """Positions and attention of new tokens that do not simply follow one another."""
 
     offsets: Tensor
-    """[batch or 1, new] position of each, from the first one behind the committed tokens."""
+    """[batch or 1, new] position of each, counted from the first one after the committed tokens."""
     sees: Tensor
-    """[batch or 1, new, new] which of them each sees."""
+    """[batch or 1, new, new] boolean: which new tokens (last dimension) each of them attends to."""
 
 
 class Session:
     """Decodes a batch of rows of different lengths with one model.
 
-    A forward takes new tokens for some rows and attends to what those rows have committed, either
-    causally or as one bidirectional block.  Its keys and values stay only where :meth:`commit` says so.
+    A forward takes new tokens for some rows and attends to what those rows have committed, either causally or as
+    one bidirectional block.  Its keys and values stay only where :meth:`commit` says so.
 
     Args:
-        model: A Megatron GPT model made by ``TriModeModelProvider``, or this rank's model chunks in order.
-        rows: Sequences decoded together.
-        capacity: Most positions a row may reach, drafts included.
+        model: This pipeline rank's chunks of a Megatron GPT model made by ``TriModeModelProvider``, or the model.
+        rows: Number of sequences decoded together.
+        capacity: Maximum number of positions per row, drafts included.
         mask_token_id: Never predicted; None when the model has no mask token.
     """
 
-    def __init__(self, model: Any, rows: int, capacity: int, mask_token_id: int | None) -> None:
+    def __init__(self, model: GPTModel | list[GPTModel], rows: int, capacity: int, mask_token_id: int | None) -> None:
         self.model = PipelineRunner(model)
         self.device = self.model.device
         self.cache = KeyValueCache(self.model.layers, rows, capacity, self.device)
@@ -53,35 +53,35 @@ class Session:
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
         """Calls of the model that each row took part in, by kind."""
         self.seconds: dict[str, float] = defaultdict(float)
-        """Time in the model by kind."""
+        """Seconds in the model by kind."""
 
     @torch.inference_mode()
     def forward(
         self,
         tokens: Tensor,
         rows: Tensor,
-        kind: Kind,
+        kind: ForwardKind,
         *,
         causal: bool = False,
         block_size: int | None = None,
         layout: Layout | None = None,
-        places: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens behind what their rows have committed.
+        """Run new tokens after those that their rows have committed.
 
         Args:
             tokens: [batch, new] token ids.
             rows: [batch] rows of the session they belong to, ascending.
-            kind: What the call is counted as.
+            kind: Purpose that the call is counted under.
             causal: Causal attention among the new tokens; otherwise they see their whole block.
-            block_size: Positions of a block; None where all new tokens are one.
+            block_size: Positions of a block; None where all new tokens are one block.
             layout: Positions and attention of the new tokens, instead of the last two.
-            places: [batch, k] of the new tokens whose logits are wanted; None for all.
+            indices: [batch, k] indices of the new tokens whose logits are wanted; None for all.
 
         Returns:
-            Logits [batch, k or new, vocab], fp32; the mask token's are -inf.  Those of place i predict token i + 1
-            in a causal forward, token i in one that fills masks; in a block-causal prefill or commit, what
-            the model was trained for.
+            [batch, k or new, vocab] fp32 logits; the mask token's are -inf.  Index i predicts the token at i + 1 in a
+            causal forward, at i in one that fills masks; in a block-causal prefill or commit, what the model was
+            trained for.
 
         Raises:
             ValueError: A row would outgrow the session's capacity.
@@ -89,16 +89,15 @@ class Session:
         self._check_room(rows, tokens.shape[1])
         started = time.perf_counter()
         if layout is None:
-            cached = DecodeBatch.consecutive(
-                self.cache, rows, tokens.shape[1], 1 if causal else block_size or tokens.shape[1]
-            )
+            block = 1 if causal else block_size or tokens.shape[1]
+            batch = DecodeBatch.consecutive(self.cache, rows, tokens.shape[1], block)
         else:
-            cached = DecodeBatch.from_layout(self.cache, rows, *layout)
+            batch = DecodeBatch.from_layout(self.cache, rows, *layout)
         if kind == "draft":
-            cached = replace(cached, is_draft=True)
-        logits = self.model(tokens, cached, places)[..., : self.vocab_size].float()
-        if kind in FILLS and not causal and self.model.config.shift:
-            logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is its seed
+            batch = replace(batch, is_draft=True)
+        logits = self.model(tokens, batch, indices)[..., : self.vocab_size].float()
+        if kind in MASK_FILLING and not causal and self.model.config.shift:
+            logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
         self.seconds[kind] += time.perf_counter() - started
@@ -107,11 +106,21 @@ class Session:
         return logits
 
     def calls(self, row: int) -> int:
-        """Forwards that a row has taken part in so far."""
+        """Return the number of forwards that a row has taken part in so far."""
         return self.forwards[row].total()
 
+    def masks(self, rows: int, count: int) -> Tensor:
+        """Return [rows, count] mask tokens.
+
+        Raises:
+            ValueError: The model has no mask token; :func:`~nemodiff_train.decoding.decode.decode` refuses it.
+        """
+        if self.mask_token_id is None:
+            raise ValueError("this model has no mask token")
+        return torch.full((rows, count), self.mask_token_id, device=self.device)
+
     def commit(self, rows: Tensor, counts: Tensor | int) -> None:
-        """Keep the first ``counts`` tokens of each row's last forward in the cache.
+        """Keep the first tokens of each row's last forward in the cache.
 
         Args:
             rows: [batch] rows.
@@ -122,32 +131,33 @@ class Session:
     def prefill(self, prompts: Sequence[Sequence[int]], block_size: int | None = None) -> Tensor:
         """Commit every row's prompt, each in one forward.
 
-        Rows of similar length go together, padded on the right, where none of their own places can see; as many
-        as :data:`PREFILL_TOKENS` allows, so that activations stay small beside the cache.
+        Rows of similar length go together, padded on the right, where none of their tokens can see it; as many as
+        :data:`PREFILL_TOKENS` allows, so that activations stay small beside the cache.
 
         Args:
-            block_size: For a block-causal forward, of which every prompt is a multiple; None for a causal one.
+            prompts: Token ids of each row.
+            block_size: Block of a block-causal forward, which divides every prompt; None for a causal one.
 
         Returns:
-            Logits after each prompt's last token: [rows, vocab].
+            [rows, vocab] logits after each prompt's last token.
         """
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        last: dict[int, Tensor] = {}
+        last_logits: dict[int, Tensor] = {}
         waiting = lengths.argsort(descending=True, stable=True)
         while len(waiting):
             longest = int(lengths[waiting[0]])
-            taken = max(1, PREFILL_TOKENS // max(longest, 1))
-            rows, waiting = waiting[:taken].sort().values, waiting[taken:]
+            count = max(1, PREFILL_TOKENS // max(longest, 1))
+            rows, waiting = waiting[:count].sort().values, waiting[count:]
             padded = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-            for place, row in enumerate(rows.tolist()):
-                padded[place, : lengths[row]] = torch.tensor(prompts[row])
-            ends = (lengths[rows] - 1).clamp(min=0)[:, None]
+            for index, row in enumerate(rows.tolist()):
+                padded[index, : lengths[row]] = torch.tensor(prompts[row])
+            last = (lengths[rows] - 1).clamp(min=0)[:, None]
             logits = self.forward(
-                padded, rows, "prefill", causal=block_size is None, block_size=block_size, places=ends
+                padded, rows, "prefill", causal=block_size is None, block_size=block_size, indices=last
             )
             self.commit(rows, lengths[rows])
-            last.update(zip(rows.tolist(), logits[:, 0], strict=True))
-        return torch.stack([last[row] for row in range(len(prompts))])
+            last_logits.update(zip(rows.tolist(), logits[:, 0], strict=True))
+        return torch.stack([last_logits[row] for row in range(len(prompts))])
 
     def _check_room(self, rows: Tensor, new: int) -> None:
         needed = int(self.cache.lengths[rows].max()) + new
@@ -156,7 +166,7 @@ class Session:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse what no mode can decode.
+    """Refuse prompts that no mode can decode.
 
     Raises:
         UserError: There is no prompt, or one is empty.

@@ -17,12 +17,13 @@ from nemodiff_train.conversion.exporting import export_checkpoint
 from nemodiff_train.conversion.importing import import_checkpoint
 from nemodiff_train.data.prepare import PrepareOptions, prepare
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.demo.arithmetic import problems, write_conversations
 from nemodiff_train.demo.corpus import write_stdlib_text
 from nemodiff_train.demo.tokenizer import train_tokenizer
 from nemodiff_train.errors import UserError
-from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
+from nemodiff_train.evaluation.arithmetic import problems, write_conversations
+from nemodiff_train.evaluation.evaluate import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
+from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import load_model

@@ -1,1 +1,1 @@
-"""What comes after decoding: records, scores, metrics, the report."""
+"""How good and how fast a model decodes: tasks, records, metrics, likelihood."""

@@ -1,4 +1,4 @@
-"""Published benchmarks in their own formats: what to ask, and how an answer is judged."""
+"""Published benchmarks in their own formats: prompts, and how an answer is scored."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -6,27 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.sandbox import passes
 from nemodiff_train.evaluation.scorers import Scorer, numeric
-from nemodiff_train.evaluation.tasks import Prompt, Task
 
 Row = Mapping[str, Any]
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How the rows of one benchmark become prompts."""
+    """Source of a benchmark's rows, and how they become prompts."""
 
-    hub: tuple[str, str | None, str]
-    """Name, configuration and split on the Hugging Face hub."""
-    fields: tuple[str, ...]
-    """What a row must have."""
+    hub: tuple[str, str | None]
+    """Name and configuration on the Hugging Face hub; the split is ``test``."""
     prompt: Callable[[Row], Prompt]
+    """Makes a prompt of a row; raises KeyError where the row lacks a field."""
     scorer: Scorer | None = None
     """None where answers are programs, or where there are none."""
     code: bool = False
-    """Answers are programs that have to be run."""
+    """Whether answers are programs that have to be run."""
 
 
 def load_benchmark(name: str, source: str | None, count: int | None, run_code: bool) -> Task:
@@ -35,50 +38,42 @@ def load_benchmark(name: str, source: str | None, count: int | None, run_code: b
     Args:
         name: One of :data:`BENCHMARKS`.
         source: A JSONL or Parquet file, a directory of them, or a hub name; None for the benchmark's own hub name.
-        count: Rows to take, from the first.
+        count: Number of rows to take, from the first; None for all.
         run_code: Whether the user allows that the model's programs are run.
 
     Raises:
-        UserError: Nothing can be read, a field is missing, or programs would have to be run without leave.
+        UserError: Nothing can be read, a field is missing, or programs would have to be run without permission.
     """
     benchmark = BENCHMARKS[name]
     if benchmark.code and not run_code:
         raise UserError(f"task '{name}' runs programs that the model writes; allow it with --run-code")
-    rows = _rows(source, benchmark)
-    prompts = []
-    for number, row in enumerate(rows):
-        if count is not None and number >= count:
+    prompts: list[Prompt] = []
+    for number, row in enumerate(_rows(source, benchmark)):
+        if number == count:
             break
-        missing = [field for field in benchmark.fields if row.get(field) is None]
-        if missing:
-            raise UserError(f"row {number} of {source or benchmark.hub[0]} has no '{missing[0]}', as '{name}' has")
-        prompts.append(benchmark.prompt(row))
+        where = f"row {number} of {source or benchmark.hub[0]}"
+        try:  # a field that only other rows have is None here
+            prompts.append(benchmark.prompt({key: value for key, value in row.items() if value is not None}))
+        except KeyError as error:
+            raise UserError(f"{where} has no {error}, as '{name}' has") from None
+        except (TypeError, AttributeError, IndexError, ValidationError):
+            raise UserError(f"{where} does not have the form of '{name}'") from None
     if not prompts:
         raise UserError(f"{source or benchmark.hub[0]} has no rows")
-    if benchmark.code:
-        return CodeTask(name, prompts)
-    return Task(name, prompts, benchmark.scorer)
+    return CodeTask(name, prompts) if benchmark.code else Task(name, prompts, benchmark.scorer)
 
 
 def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
-    import datasets
+    import datasets  # a second of start-up, for benchmarks alone
 
-    name, configuration, split = benchmark.hub
-    path = Path(source) if source else None
+    name, configuration = benchmark.hub
     try:
-        if path is not None and path.exists():
-            there = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-            kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-            known = [file for file in there if file.suffix in kinds]
-            if not known:
-                raise UserError(f"'{source}' has no .jsonl, .json or .parquet file")
-            kind = kinds[known[0].suffix]
-            return datasets.load_dataset(
-                kind, data_files=[str(f) for f in known if kinds[f.suffix] == kind], split="train"
-            )
-        if path is not None and (path.suffix or path.is_absolute()):
+        if source is not None and Path(source).exists():
+            files = _data_files(Path(source))
+            return datasets.load_dataset(_READERS[files[0].suffix], data_files=[*map(str, files)], split="train")
+        if source is not None and (Path(source).suffix or Path(source).is_absolute()):
             raise UserError(f"there is no file '{source}'")
-        return datasets.load_dataset(source or name, configuration if source is None else None, split=split)
+        return datasets.load_dataset(source or name, None if source else configuration, split="test")
     except UserError:
         raise
     except Exception as error:  # of many kinds: no network, no such name, damaged files
@@ -86,52 +81,58 @@ def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
         raise UserError(f"cannot read '{source or name}': {reason}; --data takes a local file as well") from error
 
 
+def _data_files(path: Path) -> list[Path]:
+    """Return the files of a path that have the format of the first one that can be read."""
+    candidates = sorted(path.rglob("*.*")) if path.is_dir() else [path]
+    files = [file for file in candidates if file.suffix in _READERS]
+    if not files:
+        raise UserError(f"'{path}' has no .jsonl, .json or .parquet file")
+    return [file for file in files if _READERS[file.suffix] == _READERS[files[0].suffix]]
+
+
 class CodeTask(Task):
     """A task whose answers are programs: right if they pass the tests."""
 
     def score(self, prompt_index: int, text: str) -> bool | None:
-        """Run what the model wrote behind the prompt, then the tests."""
+        """Run the program in the model's text, then the tests."""
         prompt = self.prompts[prompt_index]
         assert prompt.answer is not None  # every row of a code benchmark has tests
         return passes(f"{program(prompt.prompt, text)}\n\n{prompt.answer}\n")
 
 
 def program(prompt: str, text: str) -> str:
-    """The program in an answer: the fenced block that the prompt opened or the answer holds, or the prompt's code.
+    """Return the program in an answer: a fenced block that the prompt or the answer opens, or the prompt's code.
 
-    A plain continuation is cut where the function ends: at the first line that starts in the first column
-    with something else than a decorator, a definition it begins with, or a bracket.
+    A plain continuation is cut where the function ends: at the first line that starts in the first column with a
+    statement or comment.
+
+    Args:
+        prompt: The prompt, which may end in code or in an open fence.
+        text: The model's continuation.
     """
     if prompt.rstrip().endswith("```python"):
         return text.partition("```")[0]
     fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
     if fenced:
         return fenced[1]
-    end = re.search(r"\n(?=(?:def|class|if|print|assert|import|from|#|@)\b|[#@])", text)
+    end = re.search(r"\n(?=(?:def|class|if|print|assert|import|from)\b|[#@])", text)
     return prompt + (text[: end.start()] if end else text)
 
 
 def boxed(text: str) -> str | None:
-    r"""What is inside the last ``\boxed{}`` of a text, braces balanced."""
+    r"""Return the content of the last ``\boxed{}`` of a text, braces balanced; None without one."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
     depth, begin = 0, start + len(r"\boxed{")
-    for place in range(begin - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for index in range(begin - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
         if depth == 0:
-            return text[begin:place]
+            return text[begin:index]
     return None
 
 
-def latex(text: str) -> str:
-    """A LaTeX answer without what does not change its meaning: spacing, sizes, units, optional braces."""
-    text = text.strip().strip("$").rstrip(".")
-    for pattern, to in _LATEX:
-        text = re.sub(pattern, to, text)
-    return text
-
-
+# Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, fractions, text, units, separators.
 _LATEX = (
     (r"\\(?:left|right|displaystyle|limits|,|!|;|:|quad|qquad)(?![a-zA-Z])", ""),
     (r"\\[dt]frac", r"\\frac"),
@@ -145,16 +146,21 @@ _LATEX = (
 )
 
 
+def latex(text: str) -> str:
+    """Return a LaTeX answer without what does not change its meaning: spacing, sizes, units, optional braces."""
+    text = text.strip().strip("$").rstrip(".")
+    for pattern, replacement in _LATEX:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
 def math(text: str, answer: str) -> bool:
-    r"""The last ``\boxed{}`` equals the answer, as LaTeX or as numbers."""
-    found = boxed(text)
-    if found is None:
+    r"""Return whether the last ``\boxed{}`` equals the answer, as LaTeX or as numbers."""
+    content = boxed(text)
+    if content is None:
         return False
-    return latex(found) == latex(answer) or (_is_number(answer) and numeric(found, answer))
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9][0-9,]*(\.[0-9]+)?", text.strip()) is not None
+    is_number = re.fullmatch(r"-?[0-9][0-9,]*(\.[0-9]+)?", answer.strip()) is not None
+    return latex(content) == latex(answer) or (is_number and numeric(content, answer))
 
 
 def _gsm8k(row: Row) -> Prompt:
@@ -162,8 +168,8 @@ def _gsm8k(row: Row) -> Prompt:
 
 
 def _math(row: Row) -> Prompt:
-    ask = f"Problem: {row['problem']}\nSolve it and put the final answer into \\boxed{{}}.\nSolution:"
-    return Prompt(prompt=ask, answer=row["answer"], category=row.get("subject"))
+    prompt = f"Problem: {row['problem']}\nSolve it and put the final answer into \\boxed{{}}.\nSolution:"
+    return Prompt(prompt=prompt, answer=row["answer"], category=row.get("subject"))
 
 
 def _humaneval(row: Row) -> Prompt:
@@ -172,26 +178,20 @@ def _humaneval(row: Row) -> Prompt:
 
 def _mbpp(row: Row) -> Prompt:
     tests = "\n".join(row["test_list"])
-    ask = f"Task: {row.get('text') or row['prompt']}\nThe program has to pass:\n{tests}\n\n```python\n"
+    prompt = f"Task: {row.get('text') or row['prompt']}\nThe program has to pass:\n{tests}\n\n```python\n"
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-    return Prompt(prompt=ask, answer=f"{setup}\n{tests}")
+    return Prompt(prompt=prompt, answer=f"{setup}\n{tests}")
 
 
 def _speed(row: Row) -> Prompt:
-    turns = row.get("turns") or row.get("messages")
-    first = turns[0] if turns else None
-    text = first.get("content") if isinstance(first, Mapping) else first
-    if not text:
-        raise UserError("a row has neither 'turns' nor 'messages' with a first turn, as 'speed-bench' has")
-    return Prompt(prompt=text, category=row.get("category"))
+    first = (row.get("turns") or row["messages"])[0]
+    return Prompt(prompt=first["content"] if isinstance(first, Mapping) else first, category=row.get("category"))
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "gsm8k": Benchmark(("openai/gsm8k", "main", "test"), ("question", "answer"), _gsm8k, numeric),
-    "math-500": Benchmark(("HuggingFaceH4/MATH-500", None, "test"), ("problem", "answer"), _math, math),
-    "humaneval": Benchmark(
-        ("openai/openai_humaneval", None, "test"), ("prompt", "test", "entry_point"), _humaneval, code=True
-    ),
-    "mbpp": Benchmark(("google-research-datasets/mbpp", "full", "test"), ("test_list",), _mbpp, code=True),
-    "speed-bench": Benchmark(("nvidia/SPEED-Bench", "qualitative", "test"), (), _speed),
+    "gsm8k": Benchmark(("openai/gsm8k", "main"), _gsm8k, numeric),
+    "math-500": Benchmark(("HuggingFaceH4/MATH-500", None), _math, math),
+    "humaneval": Benchmark(("openai/openai_humaneval", None), _humaneval, code=True),
+    "mbpp": Benchmark(("google-research-datasets/mbpp", "full"), _mbpp, code=True),
+    "speed-bench": Benchmark(("nvidia/SPEED-Bench", "qualitative"), _speed),
 }

@@ -1,4 +1,4 @@
-"""Figures by the category of the prompts, where a task names categories."""
+"""Metrics by the category of the prompts, where a task names categories."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from nemodiff_train.evaluation.records import LoggedRecord
 
 
 class CategoryMetrics(BaseModel):
-    """One mode's figures over the prompts of one category; the rules are those of `ModeMetrics`."""
+    """Metrics of one mode over the prompts of one category; the rules are those of `ModeMetrics`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -23,15 +23,15 @@ class CategoryMetrics(BaseModel):
 
 
 def by_category(records: Sequence[LoggedRecord]) -> list[CategoryMetrics]:
-    """Figures of each mode by category, both as they first occur; prompts without a category are left out."""
+    """Reduce the records of each mode by category, both in order of occurrence; prompts without one are left out."""
     groups: dict[str, dict[str, list[LoggedRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.category is not None:
             groups[record.category][record.mode].append(record)
-    return [_figures(category, mode, rows) for category, modes in groups.items() for mode, rows in modes.items()]
+    return [_reduce(category, mode, rows) for category, modes in groups.items() for mode, rows in modes.items()]
 
 
-def _figures(category: str, mode: str, rows: list[LoggedRecord]) -> CategoryMetrics:
+def _reduce(category: str, mode: str, rows: list[LoggedRecord]) -> CategoryMetrics:
     metrics = summarise([row.decoded for row in rows], [row.correct for row in rows], rows[0].settings)
     return CategoryMetrics(
         category=category,

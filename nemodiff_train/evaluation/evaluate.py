@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import batched
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.decode import decode
@@ -15,117 +14,84 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
+from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord
-from nemodiff_train.evaluation.tasks import Task
+from nemodiff_train.evaluation.settings import EvaluationSettings, relevant_settings, settings_of
 from nemodiff_train.model.loading import LoadedModel
-
-# What decides which places a denoising forward fixes.
-OF_POLICY = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entropy_bound", "fixed": "steps"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What to evaluate."""
-
-    modes: tuple[str, ...] = ("ar", "diffusion", "linear")
-    thresholds: tuple[float, ...] = ()
-    """Thresholds besides the settings' own, for the curve of accuracy against TPF."""
-    block_sizes: tuple[int, ...] = ()
-    """Block sizes besides the settings' own; each is combined with each threshold."""
-    batch_size: int = 32
-    """Prompts decoded together."""
-    chat: bool = False
-    """Prompts are put into the tokenizer's chat template, as what a user says."""
 
 
 def evaluate(
-    opened: LoadedModel, task: Task, plan: EvaluationSettings, checkpoint: str, shown: bool | None = None
+    loaded: LoadedModel, task: Task, covered: EvaluationSettings, checkpoint: str, shown: bool | None = None
 ) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 
     Args:
-        opened: Model, tokenizer and decoding settings.
+        loaded: Model, tokenizer and decoding settings.
+        task: Prompts and scorer.
+        covered: Modes and settings.
         checkpoint: Name for the report.
         shown: Whether this process shows progress; by default rank 0 does.
     """
-    model, tokenizer, settings = opened.model, opened.tokenizer, opened.settings
-    prompts = prompt_tokens(tokenizer, [prompt.prompt for prompt in task.prompts], plan.chat)
-    headline, sweep = [], []
-    for mode in plan.modes:
-        chosen = settings_of(mode, settings, plan)
-        runs = [_run(model, prompts, mode, each, plan.batch_size, shown) for each in chosen]
-        headline.append(runs[chosen.index(settings)])
+    settings = loaded.settings
+    prompts = prompt_tokens(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
+    headline: list[Run] = []
+    sweep: list[Run] = []
+    for mode in covered.modes:
+        grid = settings_of(mode, settings, covered)
+        runs = [_run(loaded.model, prompts, mode, point, covered.batch_size, shown) for point in grid]
+        headline.append(runs[grid.index(settings)])
         sweep += runs if len(runs) > 1 else []
     return assemble(
         checkpoint,
         task,
         headline,
         settings.text,
-        settings={"max_new_tokens": settings.max_new_tokens, "batch_size": plan.batch_size},
+        settings={"max_new_tokens": settings.max_new_tokens, "batch_size": covered.batch_size},
         sweep=sweep,
     )
 
 
-def settings_of(mode: str, settings: DecodingSettings, plan: EvaluationSettings) -> list[DecodingSettings]:
-    """All settings that a mode is decoded with: the grid of the plan, as far as the mode depends on it."""
-    used = _used(mode, settings)
-    sizes = {settings.block_size, *(plan.block_sizes if "block_size" in used else ())}
-    thresholds = {settings.threshold, *(plan.thresholds if "threshold" in used else ())}
-    return [
-        replace(settings, block_size=size, threshold=threshold)
-        for size in sorted(sizes)
-        for threshold in sorted(thresholds)
-    ]
-
-
-def _used(mode: str, settings: DecodingSettings) -> tuple[str, ...]:
-    """The settings that a mode's output or its forwards depend on."""
-    used: tuple[str, ...] = ("max_new_tokens",)
-    if mode != "ar":
-        used += ("block_size",)
-    if mode == "diffusion":
-        used += ("policy", OF_POLICY[settings.policy])
-    if settings.temperature:
-        used += ("temperature", "top_k", "top_p", "seed")
-    return used
-
-
 def _run(
-    model: Any, prompts: Sequence[list[int]], mode: str, settings: DecodingSettings, batch: int, shown: bool | None
+    model: list[GPTModel],
+    prompts: Sequence[list[int]],
+    mode: str,
+    settings: DecodingSettings,
+    batch_size: int,
+    shown: bool | None,
 ) -> Run:
-    named = {name: getattr(settings, name) for name in _used(mode, settings)}
-    swept = [f"{named[name]:g}" for name in ("block_size", "threshold") if name in named]
-    label = f"decoding ({', '.join([mode, *swept])})"
-    decoded: list[DecodeRecord] = []
-    replicas = parallel_state.get_data_parallel_group()
-    own = range(replicas.rank(), len(prompts), replicas.size())
+    """Decode this data-parallel replica's prompts, and gather the records of all."""
+    values = {name: getattr(settings, name) for name in relevant_settings(mode, settings)}
+    swept = [f"{values[name]:g}" for name in ("block_size", "threshold") if name in values]
+    records: list[DecodeRecord] = []
+    replicas: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+    numbers = range(replicas.rank(), len(prompts), replicas.size())
     with progress_bar(shown=shown) as progress:
-        bar = progress.add_task(label, total=len(own))
-        for indices in batched(own, batch):
-            decoded.extend(_decode_batch(model, [prompts[i] for i in indices], indices, mode, settings))
-            progress.update(bar, completed=len(decoded))
-    return Run(mode, named, _from_all(decoded, replicas))
+        bar = progress.add_task(f"decoding ({', '.join([mode, *swept])})", total=len(numbers))
+        for batch in batched(numbers, batch_size):
+            records.extend(_decode_batch(model, [prompts[number] for number in batch], batch, mode, settings))
+            progress.update(bar, completed=len(records))
+    return Run(mode, values, _gather(records, replicas))
 
 
-def _from_all(decoded: list[DecodeRecord], replicas: Any) -> list[DecodeRecord]:
-    """The records of every data-parallel replica, in the order of the prompts."""
+def _gather(records: list[DecodeRecord], replicas: dist.ProcessGroup) -> list[DecodeRecord]:
+    """Return the records of every data-parallel replica, in the order of the prompts."""
     if replicas.size() == 1:
-        return decoded
-    everyone: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
-    dist.all_gather_object(everyone, decoded, group=replicas)
-    return sorted((record for part in everyone for record in part), key=lambda record: record.prompt_index)
+        return records
+    by_replica: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
+    dist.all_gather_object(by_replica, records, group=replicas)
+    return sorted((record for part in by_replica for record in part), key=lambda record: record.prompt_index)
 
 
 def _decode_batch(
-    model: Any, prompts: list[list[int]], indices: Sequence[int], mode: str, settings: DecodingSettings
+    model: list[GPTModel], prompts: list[list[int]], numbers: Sequence[int], mode: str, settings: DecodingSettings
 ) -> list[DecodeRecord]:
     started = time.perf_counter()
-    generations, session = decode(model, prompts, mode, settings, list(indices))
+    generations, session = decode(model, prompts, mode, settings, numbers)
     rows = len(prompts)
     seconds = (time.perf_counter() - started) / rows
     return [
         DecodeRecord(
-            prompt_index=index,
+            prompt_index=number,
             tokens=generation.tokens,
             forwards=path_forwards(generation, session.forwards[row]),
             cycles=generation.cycles,
@@ -133,5 +99,5 @@ def _decode_batch(
             seconds_by_kind={kind: spent / rows for kind, spent in session.seconds.items()},
             steps=generation.steps,
         )
-        for row, (index, generation) in enumerate(zip(indices, generations, strict=True))
+        for row, (number, generation) in enumerate(zip(numbers, generations, strict=True))
     ]

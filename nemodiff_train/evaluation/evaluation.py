@@ -1,4 +1,4 @@
-"""Reduce runs to one `Evaluation`: every figure and the records."""
+"""Reduce runs to one `Evaluation`: every metric and the records."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from nemodiff_train import __version__
 from nemodiff_train.evaluation.categories import CategoryMetrics, by_category
 from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
 from nemodiff_train.evaluation.pareto import Areas, Point, areas
+from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
-from nemodiff_train.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Evaluation(BaseModel):
 
     @property
     def points(self) -> list[Point]:
-        """Every mode at every setting, each once."""
+        """Return every mode at every setting, each once."""
         return all_points(self.modes, self.sweep)
 
 
 def all_points(modes: Mapping[str, ModeMetrics], sweep: Sequence[Point]) -> list[Point]:
-    """The modes that are not in the sweep, then the sweep."""
+    """Return the modes that are not in the sweep, then the sweep."""
     swept = {point.mode for point in sweep}
     return [Point(mode=mode, metrics=metrics) for mode, metrics in modes.items() if mode not in swept] + [*sweep]
 

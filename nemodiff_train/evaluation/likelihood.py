@@ -1,54 +1,55 @@
-"""How probable a model finds a text: AR perplexity, and the bound that block diffusion gives."""
+"""Likelihood of text under a model: AR perplexity, and the bound of block diffusion."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from megatron.core.models.gpt import GPTModel
 
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import sums
 from nemodiff_train.objective.sample import Sample, SampleMaker
 
 NO_TOKEN = -1
-"""Label behind the end of a text."""
+"""Label after the end of a text."""
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Figures of one text; nats a token, natural perplexities."""
+    """Losses of some text in nats per token; perplexities to base e."""
 
     tokens: int
-    """Tokens that were predicted."""
+    """Number of tokens that were predicted."""
     ar_loss: float | None
     """Mean of -log p(next token); None for a model that was trained without AR loss."""
     diffusion_loss: float
-    """Mean over draws of the negative evidence lower bound: the sum of 1/t losses over blocks, t ~ U(0.001, 1) a
-    block (BD3-LM, arXiv 2503.09573, section 3). Never below the true negative log likelihood, in expectation."""
+    """Mean over draws of the negative evidence lower bound: the sum over blocks of 1/t-weighted losses, with
+    t ~ U(0.001, 1) per block (BD3-LM, arXiv 2503.09573, section 3). In expectation never below the true negative log
+    likelihood."""
     diffusion_error: float
     """Standard error of that mean, from the spread of the draws; NaN for one draw."""
     draws: int
-    """Noise draws of each text."""
+    """Noise draws per text."""
 
     @property
     def ar_perplexity(self) -> float | None:
-        """exp(AR loss)."""
+        """Return exp(AR loss)."""
         return None if self.ar_loss is None else math.exp(self.ar_loss)
 
     @property
     def diffusion_perplexity(self) -> float:
-        """exp(diffusion loss), an upper bound."""
+        """Return exp(diffusion loss), an upper bound."""
         return math.exp(self.diffusion_loss)
 
-    def figures(self) -> dict[str, Any]:
-        """Everything as JSON takes it."""
+    def figures(self) -> dict[str, float | None]:
+        """Return every field and both perplexities, for JSON."""
         return {
             **asdict(self),
             "ar_perplexity": self.ar_perplexity,
@@ -57,20 +58,26 @@ class Likelihood:
 
 
 def likelihood(
-    model: list[Any], texts: Iterable[Sequence[int]], *, length: int, draws: int, batch_size: int = 8, seed: int = 0
+    model: list[GPTModel],
+    texts: Iterable[Sequence[int]],
+    *,
+    length: int,
+    draws: int,
+    batch_size: int = 8,
+    seed: int = 0,
 ) -> Likelihood:
     """Score texts as training would, without learning from them.
 
-    Each text is cut into samples of ``length`` tokens; the first token of a sample is read, not predicted, by
-    the AR half.
+    Each text is cut into samples of ``length`` tokens; the AR half reads the first token of a sample and does not
+    predict it.
 
     Args:
-        model: What :func:`~nemodiff_train.model.loading.load_for_decoding` returned, on one pipeline stage.
+        model: Result of :func:`~nemodiff_train.model.loading.load_for_decoding`, on one pipeline stage.
         texts: Token ids of each text.
         length: L, a multiple of the model's block size.
-        draws: Noise draws of each sample.
+        draws: Noise draws per sample.
         batch_size: Samples scored together.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Raises:
         UserError: No text, no draws, a length that does not fit, or a model without a joint stage.
@@ -80,36 +87,40 @@ def likelihood(
     objective = ObjectiveConfig(
         block_size=config.block_size,
         shift=config.shift,
-        clean_attention=config.clean_attention,
+        clean_attention="block_causal" if config.clean_attention == "block_causal" else "causal",
         noise_granularity="block",
         seed=seed,
     )
+    assert config.mask_token_id is not None  # refused above
     maker = SampleMaker(objective=objective, mask_id=config.mask_token_id)
-    samples = [part for text in texts for part in _samples(text, length)]
+    samples = [sample for text in texts for sample in _samples(text, length)]
     if not samples:
         raise UserError("there is no text to score: every document is shorter than 2 tokens")
-    totals = torch.zeros(draws, dtype=torch.float64)
-    ar = torch.zeros(2, dtype=torch.float64)
-    tokens = 0
+    bounds = torch.zeros(draws, dtype=torch.float64)
+    ar_loss, ar_targets, tokens = 0.0, 0, 0
     with progress_bar() as progress:
         bar = progress.add_task("scoring", total=draws * len(samples))
         for draw in range(draws):
             for numbers in batched(range(len(samples)), batch_size):
-                made = [maker.make(samples[number], 1, number * draws + draw) for number in numbers]
-                found = _score(model[0], {name: torch.stack([each[name] for each in made]) for name in made[0]})
-                # With the shift a block's first place is predicted by the clean place before it, not by diffusion.
-                totals[draw] += float(found.diffusion) + (float(found.seeds) if config.shift else 0.0)
+                noised = [maker.make(samples[number], 1, number * draws + draw) for number in numbers]
+                scores = _score(model[0], {name: torch.stack([row[name] for row in noised]) for name in noised[0]})
+                # With the shift, the clean position before a block predicts its first token, and diffusion does not.
+                bounds[draw] += scores.diffusion + (scores.seeds if config.shift else 0.0)
                 if draw == 0:
-                    ar += torch.tensor([float(found.ar), float(found.targets)], dtype=torch.float64)
-                    tokens += int(found.tokens)
+                    ar_loss, ar_targets = ar_loss + scores.ar, ar_targets + scores.ar_targets
+                    tokens += scores.tokens
                 progress.update(bar, advance=len(numbers))
-    means = totals / tokens
-    error = float(means.std() / math.sqrt(draws)) if draws > 1 else math.nan
-    causal = config.clean_attention == "causal"
-    return Likelihood(tokens, float(ar[0] / ar[1]) if causal else None, float(means.mean()), error, draws)
+    means = bounds / tokens  # [draws]
+    return Likelihood(
+        tokens=tokens,
+        ar_loss=ar_loss / ar_targets if config.clean_attention == "causal" else None,
+        diffusion_loss=float(means.mean()),
+        diffusion_error=float(means.std() / math.sqrt(draws)) if draws > 1 else math.nan,
+        draws=draws,
+    )
 
 
-def _check(config: Any, length: int, draws: int) -> None:
+def _check(config: TriModeModelProvider, length: int, draws: int) -> None:
     if config.mask_token_id is None:
         raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
     if draws < 1:
@@ -118,46 +129,52 @@ def _check(config: Any, length: int, draws: int) -> None:
         raise UserError(f"the length {length} is not a multiple of the model's block size {config.block_size}")
 
 
-def _samples(text: Sequence[int], length: int) -> list[Sample]:
-    """A text in parts of ``length`` tokens; the last is padded with places that do not count."""
-    parts = []
+def _samples(text: Sequence[int], length: int) -> Iterator[Sample]:
+    """Yield a text in parts of ``length`` tokens; the last is padded with positions that do not count."""
     for start in range(0, len(text), length):
-        own = torch.tensor(text[start : start + length + 1])
-        if len(own) < 2:
+        tokens = torch.tensor(text[start : start + length + 1])
+        if len(tokens) < 2:
             continue
-        places = min(len(own), length)
-        padded = F.pad(own, (0, length + 1 - len(own)), value=NO_TOKEN)
-        counts = (torch.arange(length) < places).float()
-        parts.append({"tokens": padded[:-1].clamp(min=0), "labels": padded[1:], "loss_mask": counts})
-    return parts
+        count = min(len(tokens), length)
+        padded = F.pad(tokens, (0, length + 1 - len(tokens)), value=NO_TOKEN)  # [length + 1]
+        yield {
+            "tokens": padded[:-1].clamp(min=0),
+            "labels": padded[1:],
+            "loss_mask": (torch.arange(length) < count).float(),
+        }
 
 
 @dataclass(frozen=True)
 class _Scores:
-    ar: Tensor
-    targets: Tensor
-    diffusion: Tensor
-    seeds: Tensor
-    tokens: Tensor
+    """Sums over one batch of samples, in nats, and the tokens that they are over."""
+
+    ar: float
+    ar_targets: int
+    diffusion: float
+    seeds: float
+    """Sum of the AR losses of the first tokens of blocks."""
+    tokens: int
 
 
-def _score(chunk: Any, batch: Sample) -> _Scores:
-    """Sums over one batch of samples."""
+def _score(chunk: GPTModel, batch: Sample) -> _Scores:
+    """Add up the losses of a batch of samples."""
     device = next(chunk.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
-    with torch.inference_mode():
+    with torch.inference_mode():  # [batch, 2L] cross-entropy: the noisy half, then the clean half
         losses = chunk(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]).double()
-    found = sums(losses, batch, 1)
-    length = batch["maskable"].shape[1]
-    clean, counts = losses[:, length:], batch["maskable"]
-    targets = counts & (batch["labels"][:, length:] != NO_TOKEN)
+    diffusion = sums(losses, batch, 1)
+    counts = batch["maskable"]  # [batch, L]
+    length = counts.shape[1]
+    clean = losses[:, length:]
+    ar_targets = counts & (batch["labels"][:, length:] != NO_TOKEN)
+    # [batch, L] clean positions whose next token begins a block.
     block = batch["segment_ids"][:, 1]
-    before_block = torch.zeros_like(targets)
+    before_block = torch.zeros_like(ar_targets)
     before_block[:, :-1] = (block[:, 1:] != block[:, :-1]) & counts[:, 1:]
     return _Scores(
-        ar=(clean * targets).sum(),
-        targets=targets.sum(),
-        diffusion=found.diffusion,
-        seeds=(clean * before_block).sum(),
-        tokens=found.tokens,
+        ar=float((clean * ar_targets).sum()),
+        ar_targets=int(ar_targets.sum()),
+        diffusion=float(diffusion.diffusion),
+        seeds=float((clean * before_block).sum()),
+        tokens=int(diffusion.tokens),
     )

@@ -1,12 +1,13 @@
-"""lm-evaluation-harness's view of a checkpoint: ``--model nemodiff``."""
+"""Checkpoint as a model of lm-evaluation-harness: ``--model nemodiff``."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import batched
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -21,6 +22,9 @@ from nemodiff_train.decoding.session import Session
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import load_model
 
+Options = Mapping[str, Any]
+"""The harness's generation options: ``until``, ``max_gen_toks``, ``do_sample``, ``temperature`` and others."""
+
 
 @register_model("nemodiff")
 class NemodiffLM(TemplateLM):
@@ -30,6 +34,7 @@ class NemodiffLM(TemplateLM):
         checkpoint: Megatron checkpoint of this project.
         mode: Decoding mode of ``generate_until``.
         batch_size: Requests decoded or scored together.
+        device: Taken from the harness and not used; the runtime chooses.
         settings: Fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`, and ``block_size``.
 
     Raises:
@@ -37,14 +42,19 @@ class NemodiffLM(TemplateLM):
     """
 
     def __init__(
-        self, checkpoint: str, mode: str = "linear", batch_size: int | str = 1, device: Any = None, **settings: Any
+        self,
+        checkpoint: str,
+        mode: str = "linear",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         settings.pop("max_batch_size", None)  # the harness passes its own
         if drafter := settings.pop("drafter", None):
             settings["drafter"] = Checkpoint.open(drafter)
-        self.opened = load_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
-        self.tokenizer = self.opened.tokenizer
+        self.loaded = load_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
+        self.tokenizer = self.loaded.tokenizer
         self._chat: ChatTemplate | None = None
         self.mode = mode
         self.batch_size = int(batch_size)
@@ -55,36 +65,35 @@ class NemodiffLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What an empty context is replaced by."""
+        """Return the token that takes the place of an empty context."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of prompts."""
+        """Return a name for the harness's cache of prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; special tokens only where the text spells them."""
+        """Encode a text; special tokens only where the text spells them."""
         ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the model's tokenizer writes it."""
+        """Write a conversation as the model's tokenizer does."""
         self._chat = self._chat or ChatTemplate(self.tokenizer)
         return self._chat(chat_history, add_generation_prompt)
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continue every request until one of its stop strings; prints tokens per forward at the end."""
-        texts: list[str] = []
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue every request until one of its stop strings; print tokens per forward at the end."""
+        texts = [""] * len(requests)
         with progress_bar(shown=False if disable_tqdm else None) as progress:
             bar = progress.add_task(f"decoding ({self.mode})", total=len(requests))
-            for numbers in batched(range(len(requests)), self.batch_size):
-                for options, rows in _by_options([requests[number].args for number in numbers]):
-                    found = self._generate([context for _, context in rows], options, [numbers[i] for i, _ in rows])
-                    texts += [""] * (numbers[-1] + 1 - len(texts))
-                    for (i, _), text in zip(rows, found, strict=True):
-                        texts[numbers[i]] = text
-                progress.update(bar, completed=numbers[-1] + 1)
+            for batch in batched(range(len(requests)), self.batch_size):
+                for options, numbers in _by_options((number, requests[number].args[1]) for number in batch):
+                    contexts = [requests[number].args[0] for number in numbers]
+                    for number, text in zip(numbers, self._generate(contexts, options, numbers), strict=True):
+                        texts[number] = text
+                progress.update(bar, completed=batch[-1] + 1)
         counted = sum(count for kind, count in self.forwards.items() if kind != "search")
         console.print(
             f"{self.mode}: {self.tokens} tokens in {counted} forwards {dict(self.forwards)}: "
@@ -92,24 +101,25 @@ class NemodiffLM(TemplateLM):
         )
         return texts
 
-    def _generate(self, contexts: list[str], options: dict[str, Any], numbers: Sequence[int]) -> list[str]:
+    def _generate(self, contexts: list[str], options: Options, numbers: Sequence[int]) -> list[str]:
+        """Decode requests that share their options in one batch."""
         until = options.get("until") or []
         settings = replace(
-            self.opened.settings,
+            self.loaded.settings,
             stop_strings=tuple([until] if isinstance(until, str) else until),
-            max_new_tokens=int(options.get("max_gen_toks") or self.opened.settings.max_new_tokens),
+            max_new_tokens=int(options.get("max_gen_toks") or self.loaded.settings.max_new_tokens),
             temperature=float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0,
         )
         prompts = [self.tok_encode(context) or [self.eot_token_id] for context in contexts]
-        generations, session = decode(self.opened.model, prompts, self.mode, settings, numbers)
+        generations, session = decode(self.loaded.model, prompts, self.mode, settings, numbers)
         for row, generation in enumerate(generations):
             self.forwards.update(path_forwards(generation, session.forwards[row]))
             self.tokens += len(generation.tokens)
         return [settings.text(generation.tokens) for generation in generations]
 
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts under the AR half, each from an end-of-text token."""
-        limit = int(PipelineRunner(self.opened.model).config.hf_config.get("max_position_embeddings") or 2048) - 1
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return log-probabilities of whole texts under the AR half, each from an end-of-text token."""
+        limit = int(PipelineRunner(self.loaded.model).config.hf_config.get("max_position_embeddings") or 2048) - 1
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, limit, 1)
@@ -117,27 +127,32 @@ class NemodiffLM(TemplateLM):
             totals.append(sum(score for score, _ in self._score(pairs, disable_tqdm)))
         return totals
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         return self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the greedy one: one causal forward a batch."""
-        found: list[tuple[float, bool]] = []
+        """Return the log-probability of each continuation and whether it is the greedy one; one forward per batch."""
+        scores: list[tuple[float, bool]] = []
         with progress_bar(shown=False if disable_tqdm else None) as progress:
             bar = progress.add_task("scoring", total=len(pairs))
             for batch in batched(pairs, self.batch_size):
                 logits = self._logits([context + continuation[:-1] for context, continuation in batch])
                 for row, (context, continuation) in enumerate(batch):
-                    places = slice(len(context) - 1, len(context) - 1 + len(continuation))
-                    log_p, target = logits[row, places].log_softmax(-1), torch.tensor(continuation)
-                    chosen = log_p.gather(-1, target.to(log_p.device)[:, None])
-                    found.append((float(chosen.sum()), log_p.argmax(-1).tolist() == continuation))
-                progress.update(bar, completed=len(found))
-        return found
+                    # [continuation, vocab] the logits that predict it begin at the context's last token.
+                    start = len(context) - 1
+                    log_probs = logits[row, start : start + len(continuation)].log_softmax(-1)
+                    target = torch.tensor(continuation, device=log_probs.device)
+                    score = float(log_probs.gather(-1, target[:, None]).sum())
+                    scores.append((score, log_probs.argmax(-1).tolist() == continuation))
+                progress.update(bar, completed=len(scores))
+        return scores
 
     def _logits(self, texts: list[list[int]]) -> Tensor:
+        """Return causal logits [texts, longest, vocab], padded on the right."""
         longest = max(map(len, texts))
-        session = Session(self.opened.model, len(texts), longest, None)
+        session = Session(self.loaded.model, len(texts), longest, None)
         rows = torch.arange(len(texts), device=session.device)
         padded = torch.zeros(len(texts), longest, dtype=torch.long, device=session.device)
         for row, text in enumerate(texts):
@@ -145,14 +160,14 @@ class NemodiffLM(TemplateLM):
         return session.forward(padded, rows, "prefill", causal=True)
 
 
-def _by_options(
-    arguments: Sequence[tuple[str, dict[str, Any]]],
-) -> list[tuple[dict[str, Any], list[tuple[int, str]]]]:
-    """Requests of a batch that share their options, with their place in it."""
-    groups: list[tuple[dict[str, Any], list[tuple[int, str]]]] = []
-    for place, (context, options) in enumerate(arguments):
-        same = next((rows for known, rows in groups if known == options), None)
-        if same is None:
-            groups.append((options, same := []))
-        same.append((place, context))
+def _by_options(requests: Iterable[tuple[int, Options]]) -> list[tuple[Options, list[int]]]:
+    """Group the numbers of requests by equal options."""
+    groups: list[tuple[Options, list[int]]] = []
+    for number, options in requests:
+        for known, numbers in groups:
+            if known == options:
+                numbers.append(number)
+                break
+        else:
+            groups.append((options, [number]))
     return groups

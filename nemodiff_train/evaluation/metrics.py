@@ -1,4 +1,4 @@
-"""Figures of one decoding mode over one prompt set.
+"""Metrics of one decoding mode over one prompt set.
 
 The rules follow the Nemotron-Labs-Diffusion paper (NLD, arXiv 2607.05722, section 4.2) and the counting
 in its public ``evaluate.py``. The description of each field is the rule itself: the report prints it.
@@ -32,7 +32,7 @@ class PositionAgreement(BaseModel):
 
 
 class ModeMetrics(BaseModel):
-    """All figures of one run. Averages are micro-averages: sums over prompts, divided once."""
+    """All metrics of one run. Averages are micro-averages: sums over prompts, divided once."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,8 +60,8 @@ class ModeMetrics(BaseModel):
         "there was nothing but prefill."
     )
     acceptance_length: float | None = Field(
-        description="Mean tokens committed per draft + verify cycle, bonus token included (NLD section 4.2). "
-        "A cycle is at least two forwards: half of this is NLD's real TPF. None in modes without cycles."
+        description="Mean tokens committed per draft + verify cycle, its recovered or bonus token included (NLD, "
+        "section 4.2). A cycle is at least two forwards: half of this is NLD's real TPF. None in modes without them."
     )
     agreement: list[PositionAgreement] = Field(description="Agreement of verifier and draft by position.")
     seconds: float = Field(description="Wall-clock seconds spent decoding.")
@@ -78,7 +78,7 @@ class ModeMetrics(BaseModel):
 
     @property
     def forwards_all(self) -> int:
-        """Forwards of all kinds but an oracle's search, prefill included."""
+        """Return the forwards of all kinds except an oracle's search, prefill included."""
         return sum(count for kind, count in self.forwards.items() if kind != "search")
 
 
@@ -88,34 +88,36 @@ def summarise(
     settings: Mapping[str, JsonValue],
     ar: Sequence[DecodeRecord] | None = None,
 ) -> ModeMetrics:
-    """Reduce one run to its figures.
+    """Reduce one run to its metrics.
 
     Args:
         records: One per prompt, at least one.
         correct: Whether the scorer accepts each record's text, in the order of ``records``; None where the
             prompt has no answer.
-        settings: The decoding settings, kept for the report.
+        settings: The decoding settings, for the report.
         ar: The records of the ar run over the same prompts (any order), for ``identical_to_ar``.
+
+    Raises:
+        ValueError: No records, a score missing, or a prompt that the ar run lacks.
     """
     if not records or len(records) != len(correct):
         raise ValueError(f"{len(records)} records and {len(correct)} scores: need one score for each, at least one")
     tokens = sum(len(record.tokens) for record in records)
     forwards: Counter[str] = Counter()
+    seconds_by_kind: Counter[str] = Counter()
     for record in records:
         forwards.update(record.forwards)
+        seconds_by_kind.update(record.seconds_by_kind)
+    counted = forwards.total() - forwards["search"]  # an oracle's search is not part of TPF
     cycles = [cycle for record in records for cycle in record.cycles]
     seconds = math.fsum(record.seconds for record in records)
-    counted = forwards.total() - forwards["search"]
     accept_probs = [probability for cycle in cycles for probability in cycle.accept_probs]
-    by_kind: Counter[str] = Counter()
-    for record in records:
-        by_kind.update(record.seconds_by_kind)
-    judged = [one for one in correct if one is not None]
-    low, high = wilson(sum(judged), len(judged)) if judged else (None, None)
+    scores = [score for score in correct if score is not None]
+    low, high = wilson(sum(scores), len(scores)) if scores else (None, None)
     return ModeMetrics(
         settings=dict(settings),
         prompts=len(records),
-        accuracy=_ratio(sum(judged), len(judged)),
+        accuracy=_ratio(sum(scores), len(scores)),
         accuracy_low=low,
         accuracy_high=high,
         tokens=tokens,
@@ -128,7 +130,7 @@ def summarise(
         tokens_per_second=_ratio(tokens, seconds),
         forwards_per_second=_ratio(forwards.total(), seconds),
         introspective_acceptance=_ratio(math.fsum(accept_probs), len(accept_probs)),
-        seconds_by_kind=dict(by_kind),
+        seconds_by_kind=dict(seconds_by_kind),
         identical_to_ar=None if ar is None else _identical(records, ar),
     )
 
@@ -143,7 +145,7 @@ def agreement_by_position(accept_masks: Sequence[Sequence[bool]]) -> list[Positi
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share, within [0, 1]; sound for few trials and near 0 or 1."""
+    """Return the 95% Wilson score interval of a share, within [0, 1]; sound for few trials and near 0 or 1."""
     share, spread = successes / trials, Z_95**2 / trials
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)

@@ -39,9 +39,7 @@ class Area(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     mode: str
-    curve: str = Field(
-        description="The settings on the curve: one, those of a block size, or a front."
-    )
+    curve: str = Field(description="The settings on the curve: one, those of a block size, or a front.")
     points: list[tuple[float, float]] = Field(description="TPF (all) and accuracy in percent, by rising TPF.")
     dropped: int = Field(description="Points left out, more than 5 accuracy points below the first.")
     aup: float = Field(
@@ -108,6 +106,7 @@ def aup(points: Sequence[tuple[float, float]], best: float) -> float:
         points: TPF and accuracy in percent, by rising TPF.
         best: The best accuracy of any method it is to be compared with, in percent.
     """
+    # y W(y) at each point, then trapezoids; left of the first point lies a rectangle of unweighted accuracy.
     weighted = [accuracy * _weight(accuracy, best) for _, accuracy in points]
     total = points[0][0] * points[0][1]
     for index in range(1, len(points)):
@@ -124,6 +123,7 @@ def _area(name: str, curve: Sequence[Point], best: float) -> Area:
 
 
 def _weight(accuracy: float, best: float) -> float:
+    """Return W(y) = min(exp(-3 (1 - y / y_max)), 1)."""
     return min(math.exp(-3 * (1 - accuracy / best)), 1.0) if best else 1.0
 
 

@@ -1,19 +1,15 @@
-"""What decoding one prompt leaves behind, and the raw log of it."""
+"""Records of decoding: one per prompt, and the log of all of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from nemodiff_train.decoding.generation import Cycle
+from nemodiff_train.decoding.generation import Cycle, ForwardKind
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
-
-# prefill: the prompt, once. decode: one autoregressive step. draft, verify: self-speculation.
-# denoise: one pass over a masked block. commit: the causal pass that writes a finished block to the cache.
-# fused: verification and the next draft in one. search: what an oracle spent to find its path; never part of TPF.
-KINDS = ("prefill", "decode", "draft", "verify", "denoise", "commit", "fused", "search")
 
 Settings = dict[str, JsonValue]
 
@@ -22,32 +18,33 @@ Settings = dict[str, JsonValue]
 class DecodeRecord:
     """One prompt's continuation and every forward it took.
 
-    Attributes:
-        prompt_index: Position of the prompt in the task, from 0.
-        tokens: The new tokens, the stop token included if it was produced.
-        forwards: Calls of the model by kind (``KINDS``). In a batch, a call counts once for each row
-            that was still decoding, so the sum does not depend on the batch size.
-        cycles: Draft + verify cycles; empty in the modes that have none. The token that the prefill yields
-            belongs to no cycle. An oracle's have no drafts.
-        seconds_by_kind: Seconds of ``seconds`` that were spent in the model, by kind of forward.
-        seconds: Wall-clock seconds. In a batch, the batch's seconds divided by its rows, so that the
-            sum over prompts is the time that passed.
-        steps: For each token, the number of the cycle or forward that committed it (any numbers that
-            grow with time). May be left empty where ``cycles`` or plain AR decoding implies it.
+    Raises:
+        ValueError: The fields contradict each other.
     """
 
     prompt_index: int
+    """Index of the prompt in the task."""
     tokens: list[int]
+    """The new tokens, the stop token included if it was produced."""
     forwards: dict[str, int]
+    """Calls of the model by :data:`~nemodiff_train.decoding.generation.ForwardKind`. In a batch, a call counts once
+    for each row that was still decoding, so the sum does not depend on the batch size."""
     cycles: list[Cycle] = field(default_factory=list)
+    """Draft + verify cycles; empty in modes that have none. The token that the prefill yields belongs to no cycle.
+    An oracle's cycles have no draft tokens."""
     seconds: float = 0.0
+    """Wall-clock seconds. In a batch, the batch's seconds divided by its rows, so that the sum over prompts is the
+    time that passed."""
     steps: list[int] = field(default_factory=list)
+    """For each token, the number of the cycle or forward that committed it (any numbers that grow with time). May be
+    empty where ``cycles`` or plain AR decoding implies it."""
     seconds_by_kind: dict[str, float] = field(default_factory=dict)
+    """Part of ``seconds`` that was spent in the model, by kind of forward."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.forwards) - set(KINDS)
-        if unknown:
-            raise ValueError(f"unknown kinds of forward {sorted(unknown)}; known: {', '.join(KINDS)}")
+        known = get_args(ForwardKind)
+        if unknown := set(self.forwards) - set(known):
+            raise ValueError(f"unknown kinds of forward {sorted(unknown)}; known: {', '.join(known)}")
         if not self.tokens or sum(self.forwards.values()) < 1:
             raise ValueError("a decoded prompt has at least one token and took at least one forward")
         committed = sum(cycle.committed for cycle in self.cycles)
@@ -57,7 +54,7 @@ class DecodeRecord:
             raise ValueError(f"{len(self.steps)} steps for {len(self.tokens)} tokens")
 
     def commit_steps(self) -> list[int]:
-        """For each token, the cycle or forward that committed it; empty if the record does not tell."""
+        """Return for each token the cycle or forward that committed it; empty if the record does not tell."""
         if self.steps:
             return self.steps
         if self.cycles:
@@ -116,12 +113,12 @@ def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:
     return rows
 
 
-def _row[Row: BaseModel](place: str, line: bytes, model: type[Row]) -> Row:
+def _row[Row: BaseModel](where: str, line: bytes, model: type[Row]) -> Row:
     try:
         return model.model_validate_json(line.decode())
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 at byte {error.start + 1} of the line") from error
+        raise UserError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{place}: {where + ': ' if where else ''}{first['msg']}") from error
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {name + ': ' if name else ''}{first['msg']}") from error

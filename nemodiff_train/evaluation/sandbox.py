@@ -1,9 +1,9 @@
-"""Running a model's code to see whether it passes its tests.
+"""Run a model's code to see whether it passes its tests.
 
 A subprocess with limits on time, memory and output, an empty environment, a folder of its own that is
 removed, and an audit hook that refuses sockets, further processes, and writing elsewhere.  It ends with the
-evaluation, however that ends.  That keeps mistakes in; it is no wall against code that means harm: run such
-evaluations in a container.
+evaluation, however that ends.  That contains mistakes, not code that means harm: run such evaluations in
+a container.
 """
 
 import os
@@ -43,17 +43,17 @@ exec(compile(open("program.py").read(), "program.py", "exec"), {{"__name__": "__
 sys.exit({reached})
 """
 
-# Exit status of a program that ran to its end; one that exits by itself has not passed the tests behind it.
+# Exit status of a program that ran to its end; one that exits earlier has not passed the tests after it.
 REACHED_END = 77
 
 
 def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
-    """Whether a Python program runs to its end without an error.
+    """Return whether a Python program runs to its end without an error.
 
     Args:
         program: Source text.
-        seconds: Limit on its time.
-        memory: Limit on its address space, bytes.
+        seconds: Limit on wall-clock and CPU time.
+        memory: Limit on its address space in bytes.
     """
     folder = Path(tempfile.mkdtemp(prefix="nemodiff-code-"))
     try:
@@ -86,7 +86,7 @@ def _exit_status(folder: Path, seconds: int) -> int | None:
 
 
 def _without_network() -> list[str]:
-    """The prefix that takes the network away from a process, where the system lets an ordinary user do so."""
+    """Return the command that takes the network away from a process, empty where an ordinary user may not."""
     prefix = ["unshare", "--net", "--map-root-user"]
     if shutil.which("unshare") is None:
         return []

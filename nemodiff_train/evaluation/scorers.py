@@ -1,4 +1,4 @@
-"""Does a text hold the right answer? Three scorers, chosen by name."""
+"""Decide whether a text holds the right answer, by one of three scorers."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from decimal import Decimal
 from nemodiff_train.errors import UserError, nearest
 
 Scorer = Callable[[str, str], bool]
-"""``scorer(text, answer)``: whether the decoded text is right."""
+"""``scorer(text, answer)`` returns whether the decoded text is right."""
 
 SCORERS = ("exact", "numeric", "regex")
 
@@ -19,28 +19,27 @@ _NUMBER = re.compile(
 
 
 def exact(text: str, answer: str) -> bool:
-    """Equal once white space at both ends is stripped."""
+    """Return whether text and answer are equal once white space at both ends is stripped."""
     return text.strip() == answer.strip()
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in ``text``: ``"so $1,234."`` is 1234; no exponents, no fractions."""
+    """Return the last number in ``text``: ``"so $1,234."`` is 1234; no exponents, no fractions."""
     matches = list(_NUMBER.finditer(text))
     if not matches:
         return None
-    found = matches[-1]
-    value = Decimal(found["digits"].replace(",", ""))
-    return -value if found["sign"] else value
+    value = Decimal(matches[-1]["digits"].replace(",", ""))
+    return -value if matches[-1]["sign"] else value
 
 
 def numeric(text: str, answer: str) -> bool:
-    """The last number of the text equals the last number of the answer, as exact decimals."""
+    """Return whether the last numbers of text and answer are equal, as exact decimals."""
     number = last_number(text)
     return number is not None and number == last_number(answer)
 
 
 def regex(pattern: str) -> Scorer:
-    """A scorer: the first group of the pattern's first match equals the answer, both stripped.
+    """Make a scorer: the first group of the pattern's first match equals the answer, both stripped.
 
     Raises:
         UserError: The pattern does not compile or has no group.
@@ -60,7 +59,7 @@ def regex(pattern: str) -> Scorer:
 
 
 def make_scorer(name: str, pattern: str | None = None) -> Scorer:
-    """The scorer called ``name``; ``regex`` needs a pattern, the others take none.
+    """Return the scorer called ``name``; ``regex`` needs a pattern, the others take none.
 
     Raises:
         UserError: Unknown name, or a pattern missing or not wanted.

@@ -1,25 +1,18 @@
-"""Prompt sets with answers: a JSONL file of the user's, or a built-in task."""
+"""Tasks by name: a JSONL file of the user's, a benchmark, or the built-in arithmetic problems."""
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.evaluation.arithmetic import problems
+from nemodiff_train.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import read_jsonl
-from nemodiff_train.evaluation.scorers import Scorer, last_number, make_scorer
+from nemodiff_train.evaluation.scorers import last_number, make_scorer, numeric
 
-
-class Prompt(BaseModel):
-    """One prompt as the model reads it, and the answer its continuation is scored against."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    prompt: str = Field(min_length=1)
-    answer: str | None = Field(default=None, min_length=1)
-    category: str | None = None
+BUILT_IN = ("arithmetic", "questions")
+"""Held-out arithmetic problems; ``questions`` are the same without the words around them, for ``--chat``."""
 
 
 class _AnsweredPrompt(Prompt):
@@ -35,21 +28,6 @@ class _NumericPrompt(_AnsweredPrompt):
         return answer
 
 
-@dataclass(frozen=True)
-class Task:
-    """A named prompt set and the rule that scores it."""
-
-    name: str
-    prompts: list[Prompt]
-    scorer: Scorer | None = None
-    """None where prompts have no answers, or where a subclass scores."""
-
-    def score(self, prompt_index: int, text: str) -> bool | None:
-        """Whether ``text`` answers the prompt at ``prompt_index``; None if it has no answer."""
-        answer = self.prompts[prompt_index].answer
-        return None if answer is None or self.scorer is None else self.scorer(text, answer)
-
-
 def load_task(
     name: str,
     *,
@@ -60,14 +38,14 @@ def load_task(
     source: str | None = None,
     run_code: bool = False,
 ) -> Task:
-    """Find a task by the path of a JSONL file, or by the name of a built-in task or benchmark.
+    """Load a task by the path of a JSONL file, or by the name of a built-in task or benchmark.
 
     Args:
-        name: A path that ends in ``.jsonl`` (or is a file), else a name in ``BUILT_IN``.
-        scorer: How a file's prompts are scored; a built-in task brings its own scorer.
+        name: A path that ends in ``.jsonl`` (or is a file), else a name in ``BUILT_IN`` or ``BENCHMARKS``.
+        scorer: How a file's prompts are scored; other tasks bring their own scorer.
         pattern: The regular expression of the scorer ``regex``.
-        count: Prompts to take, from the start of the file (all by default; 200 for a built-in task).
-        seed: Draws the prompts of a built-in task.
+        count: Number of prompts to take, from the first (default: all; 200 of a built-in task).
+        seed: Seed of the problems of a built-in task.
         source: Where a benchmark's rows are; see :func:`~nemodiff_train.evaluation.benchmarks.load_benchmark`.
         run_code: Whether programs that the model writes may be run.
 
@@ -79,42 +57,35 @@ def load_task(
     path = Path(name)
     if path.suffix == ".jsonl" or path.is_file():
         return task_from_file(path, scorer, pattern, count)
-    from nemodiff_train.evaluation.benchmarks import BENCHMARKS, load_benchmark
-
     if name in BENCHMARKS:
         return load_benchmark(name, source, count, run_code)
-    if name not in BUILT_IN:
-        known = ", ".join([*BUILT_IN, *BENCHMARKS])
-        raise UserError(
-            f"unknown task '{name}'; known: {known}, or a .jsonl file.{nearest(name, [*BUILT_IN, *BENCHMARKS])}"
-        )
-    return BUILT_IN[name](count or 200, seed)
+    if name in BUILT_IN:
+        return _arithmetic(name, count or 200, seed)
+    known = [*BUILT_IN, *BENCHMARKS]
+    raise UserError(f"unknown task '{name}'; known: {', '.join(known)}, or a .jsonl file.{nearest(name, known)}")
 
 
 def task_from_file(path: Path, scorer: str, pattern: str | None = None, count: int | None = None) -> Task:
-    """Read a file of ``{"prompt": ..., "answer": ...}`` lines; further fields are ignored.
+    """Read a file of ``{"prompt": ..., "answer": ...}`` lines; other fields are ignored.
+
+    Args:
+        path: The file.
+        scorer: Name of a scorer.
+        pattern: The regular expression of the scorer ``regex``.
+        count: Number of prompts to take; None for all.
 
     Raises:
         UserError: Names ``file:line`` for a malformed line, a missing or empty field, or an answer
             without a number where the scorer is ``numeric``.
     """
     score = make_scorer(scorer, pattern)
-    rows: list[Prompt] = [*read_jsonl(path, _NumericPrompt if scorer == "numeric" else _AnsweredPrompt)]
-    return Task(path.stem, rows[:count], score)
+    prompts: list[Prompt] = [*read_jsonl(path, _NumericPrompt if scorer == "numeric" else _AnsweredPrompt)]
+    return Task(path.stem, prompts[:count], score)
 
 
-def arithmetic(count: int, seed: int) -> Task:
-    """The demo's held-out arithmetic problems, scored by the last number."""
-    problems = importlib.import_module("nemodiff_train.demo.arithmetic").problems("test", count, seed)
-    prompts = [Prompt(prompt=problem.prompt, answer=problem.answer) for problem in problems]
-    return Task("arithmetic", prompts, make_scorer("numeric"))
-
-
-def questions(count: int, seed: int) -> Task:
-    """The same problems without the words around them, for ``--chat``."""
-    problems = importlib.import_module("nemodiff_train.demo.arithmetic").problems("test", count, seed)
-    prompts = [Prompt(prompt=problem.messages()[0]["content"], answer=problem.answer) for problem in problems]
-    return Task("questions", prompts, make_scorer("numeric"))
-
-
-BUILT_IN: dict[str, Callable[[int, int], Task]] = {"arithmetic": arithmetic, "questions": questions}
+def _arithmetic(name: str, count: int, seed: int) -> Task:
+    prompts = [
+        Prompt(prompt=problem.prompt if name == "arithmetic" else problem.question, answer=problem.answer)
+        for problem in problems("test", count, seed)
+    ]
+    return Task(name, prompts, numeric)

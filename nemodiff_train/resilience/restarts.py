@@ -1,4 +1,4 @@
-"""From one start of a run to the next: whether it makes progress, and the name it has at Weights & Biases."""
+"""Follow a run from start to start: its progress, and its name at Weights & Biases."""
 
 import contextlib
 import json
@@ -20,17 +20,17 @@ _KEPT = 50
 
 @contextlib.contextmanager
 def counted_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
-    """Record a start of the run in ``restarts.json``, and how it ends.  Only rank 0 does.
+    """Record a start of the run, and how it ends, in ``restarts.json`` on rank 0.
 
     Args:
-        output: The run's folder.
-        limit: Starts that may end without a new checkpoint, one after another; 0 for any number.
+        output: Folder of the run.
+        limit: Maximum number of consecutive starts that end without a new checkpoint; 0 for any number.
 
     Yields:
-        A function to say how it ends, for what ends the process itself.
+        A function that records how the start ends, for code that ends the process itself.
 
     Raises:
-        RunStopped: The last starts made no progress; nothing is started.
+        RunStopped: The last starts made no progress.
     """
     if not is_main_process():
         yield lambda ending: None
@@ -59,14 +59,14 @@ def counted_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(file.read_text())
+        starts = json.loads(file.read_text())
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    return starts if isinstance(starts, list) else []
 
 
 def _saved_step(folder: Path) -> int:
-    """The step that the run would go on from."""
+    """Return the step from which the run would continue."""
     try:
         checkpoint = Checkpoint.find(folder)
     except UserError:
@@ -89,7 +89,7 @@ def _refuse_without_progress(file: Path, starts: list[dict[str, Any]], step: int
 
 @contextlib.contextmanager
 def same_wandb_run(output: Path) -> Iterator[None]:
-    """Let every start of a run go on with one run at Weights & Biases, unless the environment names another."""
+    """Continue one run at Weights & Biases in every start, unless the environment names another."""
     if os.environ.get("WANDB_RUN_ID"):
         yield
         return
@@ -97,9 +97,9 @@ def same_wandb_run(output: Path) -> Iterator[None]:
     if is_main_process() and not file.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_atomic(file, secrets.token_hex(4))
-    own = {"WANDB_RUN_ID": _wait_for(file), "WANDB_RESUME": os.environ.get("WANDB_RESUME", "allow")}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
+    variables = {"WANDB_RUN_ID": _wait_for(file), "WANDB_RESUME": os.environ.get("WANDB_RESUME", "allow")}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def same_wandb_run(output: Path) -> Iterator[None]:
 
 
 def _wait_for(file: Path, seconds: float = 60.0) -> str:
-    """The text of a file that rank 0 writes."""
+    """Return the text of a file that rank 0 writes."""
     end = time.monotonic() + seconds
     while not file.exists() and time.monotonic() < end:
         time.sleep(0.05)

@@ -40,6 +40,8 @@ PRELOADED = (
     "transformers.models.qwen3.modeling_qwen3",
 )
 """Modules that jobs import late, besides those of the package."""
+NOT_PRELOADED = ("__main__", "lm_eval")
+"""Ends of the names of modules of the package that no job needs."""
 
 
 class RankError(Exception):
@@ -359,7 +361,7 @@ def _preload() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(nemodiff_train.__path__, "nemodiff_train."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(NOT_PRELOADED):
             importlib.import_module(module.name)
     gc.collect()
     gc.freeze()  # what is imported stays as it is in every fork

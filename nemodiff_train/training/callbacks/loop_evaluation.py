@@ -14,8 +14,9 @@ from nemodiff_train.console import console
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.evaluation.evaluate import EvaluationSettings, evaluate
+from nemodiff_train.evaluation.evaluate import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
+from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.loading import LoadedModel, stop_tokens
 from nemodiff_train.report.display import percent

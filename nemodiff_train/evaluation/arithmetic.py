@@ -1,4 +1,4 @@
-"""Arithmetic word problems with worked answers, made on the spot.
+"""Generated arithmetic word problems with worked answers: the demo's training text and a built-in task.
 
 Train and test are disjoint by construction.  Every answer adds or subtracts two two-digit numbers; in each
 story, one such sum in ten belongs to the test split (`split_of`, a fixed hash) and is never asked in training,
@@ -36,10 +36,14 @@ class Problem:
     solution: str
     answer: str
 
+    @property
+    def question(self) -> str:
+        """Return the question without the words around it."""
+        return self.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+
     def messages(self) -> list[dict[str, str]]:
-        """The same as a conversation."""
-        question = self.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": self.solution.strip()}]
+        """Return the problem as a conversation."""
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution.strip()}]
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,18 @@ class Sum:
 
     @property
     def result(self) -> int:
+        """Return the value of the sum."""
         return self.left + self.right if self.sign == "+" else self.left - self.right
 
     def worked(self) -> str:
-        """Digit by digit, then the whole: ``3 + 2 = 5 and 4 + 5 = 9, so 34 + 25 = 59``."""
+        """Write the sum digit by digit, then whole: ``3 + 2 = 5 and 4 + 5 = 9, so 34 + 25 = 59``."""
         pairs = zip(str(self.left), str(self.right), str(self.result), strict=True)
         tens, ones = (f"{left} {self.sign} {right} = {result}" for left, right, result in pairs)
         return f"{tens} and {ones}, so {self.left} {self.sign} {self.right} = {self.result}"
 
 
 def split_of(sum_: Sum, story: str) -> Split:
-    """The split that owns a sum in a story.  `a + b` and `b + a` go together."""
+    """Return the split that owns a sum in a story; `a + b` and `b + a` go together."""
     left, right = sum_.left, sum_.right
     if sum_.sign == "+":
         left, right = min(left, right), max(left, right)
@@ -71,13 +76,14 @@ def split_of(sum_: Sum, story: str) -> Split:
 
 @cache
 def _sums(split: Split, sign: Sign, story: str) -> tuple[Sum, ...]:
-    """Every sum of a split in a story: no zero among the operands' digits, no carry and no borrow."""
+    """Return every sum of a split in a story: no zero among the operands' digits, no carry and no borrow."""
     numbers = [number for number in range(11, 100) if number % 10]
     sums = (Sum(left, sign, right) for left in numbers for right in numbers)
     return tuple(s for s in sums if _is_plain(s) and split_of(s, story) == split)
 
 
 def _is_plain(s: Sum) -> bool:
+    """Return whether a sum has neither carry nor borrow, and a two-digit result."""
     (left_tens, left_ones), (right_tens, right_ones) = divmod(s.left, 10), divmod(s.right, 10)
     if s.sign == "+":
         return left_tens + right_tens <= 9 and left_ones + right_ones <= 9
@@ -152,5 +158,6 @@ def write_conversations(file: Path, count: int) -> None:
     drawn = problems("train", count, seed=1)
     with file.open("w") as lines:
         while drawn:
-            talk = [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]
-            print(json.dumps({"messages": [said for problem in talk for said in problem.messages()]}), file=lines)
+            turns = [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]
+            messages = [message for problem in turns for message in problem.messages()]
+            print(json.dumps({"messages": messages}), file=lines)
