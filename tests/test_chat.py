@@ -257,7 +257,7 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["data", "inspect", str(tmp_path / "chat")]) == 0
     told = capsys.readouterr().out
-    assert "conversation 0, given" in told and "conversation 0, answer" in told and "end of turn" in told
+    assert "conversation 0, prompt" in told and "conversation 0, answer" in told and "end of turn" in told
     pairs = [{"question": "a?", "reply": "b"}, {"question": "c?", "reply": None}]
     (tmp_path / "pairs").mkdir()
     fields = "--prompt-field", "question", "--answer-field", "reply"
@@ -268,9 +268,9 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"messages": "hi"}, (), "no list of messages"),
-        ({"messages": [{"from": "human"}]}, (), "no list of messages"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of the role 'assistant'"),
+        ({"messages": "hi"}, (), "not a list of messages"),
+        ({"messages": [{"from": "human"}]}, (), "not a list of messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of role 'assistant'"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, (), "surrogate"),
         ({"talk": []}, (), "its fields: talk (--messages-field)"),
         ({"p": "a", "a": "b"}, ("--prompt-field", "p"), "go together"),
