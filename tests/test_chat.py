@@ -17,8 +17,9 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
-from nemodiff_train.objective.rule import can_attend, places
+from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import Sample
+from nemodiff_train.validation.objective import objective_problems
 from tests import jobs, small
 from tests.prepared import one_line, write_jsonl
 from tools.support import layouts
@@ -29,7 +30,7 @@ BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
 
 def maker(**switches: Any) -> ConversationMaker:
     objective = ObjectiveConfig(**{"block_size": BLOCK, **switches})
-    assert not objective.problems(LENGTH)
+    assert not objective_problems(objective, LENGTH)
     return ConversationMaker(objective=objective, mask_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
 
 
@@ -46,7 +47,7 @@ def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
 
 def sees(sample: Sample) -> Tensor:
     """[2 L, 2 L] who sees whom."""
-    everything = places(1, sample["segment_ids"][1], sample["segment_ids"][0])
+    everything = sample_positions(1, sample["segment_ids"][1], sample["segment_ids"][0])
     return can_attend(everything.as_queries(), everything.as_keys())
 
 
@@ -97,7 +98,7 @@ def test_noise_is_drawn_for_each_conversation() -> None:
     levels: list[Tensor] = []
     for index in range(300):
         made = maker(fully_masked_fraction=0.3).make(packed([3, 6], [2, 6], [4, 5]), 0, index)
-        level, document = made["level"][:LENGTH], made["segment_ids"][0]
+        level, document = made["noise_level"][:LENGTH], made["segment_ids"][0]
         each = torch.stack([level[(document == number).nonzero()[0, 0]] for number in range(3)])
         for number in range(3):
             assert (level[document == number] == each[number]).all()
@@ -256,7 +257,7 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["data", "inspect", str(tmp_path / "chat")]) == 0
     told = capsys.readouterr().out
-    assert "conversation 0, given" in told and "conversation 0, answer" in told and "end of turn" in told
+    assert "conversation 0, prompt" in told and "conversation 0, answer" in told and "end of turn" in told
     pairs = [{"question": "a?", "reply": "b"}, {"question": "c?", "reply": None}]
     (tmp_path / "pairs").mkdir()
     fields = "--prompt-field", "question", "--answer-field", "reply"
@@ -267,9 +268,9 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"messages": "hi"}, (), "no list of messages"),
-        ({"messages": [{"from": "human"}]}, (), "no list of messages"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of the role 'assistant'"),
+        ({"messages": "hi"}, (), "not a list of messages"),
+        ({"messages": [{"from": "human"}]}, (), "not a list of messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of role 'assistant'"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, (), "surrogate"),
         ({"talk": []}, (), "its fields: talk (--messages-field)"),
         ({"p": "a", "a": "b"}, ("--prompt-field", "p"), "go together"),
@@ -346,7 +347,7 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
     host()
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
     first, second = (runs[name]["steps"] for name in ("lora", "lora_sp2"))
     for mine, other in zip(first, second, strict=True):
@@ -354,7 +355,7 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5 if mine["step"] == 1 else 0.05)
 
     def logits(checkpoint: str) -> Tensor:
-        models = load_for_decoding(Checkpoint.open(checkpoint))
+        models = load_model(Checkpoint.open(checkpoint)).chunks
         return Session(models, 1, 64, MASK).prefill([list(range(20, 40))]).masked_fill(torch.arange(320) == MASK, 0)
 
     base, tuned = logits(one), logits(lora)
@@ -376,9 +377,9 @@ def test_nothing_leaks_between_conversations(one: str) -> None:
 
     host()
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
-    (model,) = load_for_decoding(Checkpoint.open(one))
+    (model,) = load_model(Checkpoint.open(one)).chunks
     make = ConversationMaker(
         objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
     )
@@ -408,10 +409,10 @@ def test_decoding_crosses_the_boundary_at_every_offset(one: str) -> None:
     host()
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
     size, length = 16, 64
-    models = load_for_decoding(Checkpoint.open(one))
+    models = load_model(Checkpoint.open(one)).chunks
     objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
     make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):
@@ -446,11 +447,11 @@ def test_text_and_conversations_are_told_apart(
     capsys.readouterr()
     output = f"output={tmp_path / 'output'}"
     for words, said in (
-        (["sft_demo", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
+        (["demo_sft", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
         (["demo_joint", f"start_from={one}", f"problems={chat}", f"code={chat}", output], "use sft"),
-        (["sft_demo", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
+        (["demo_sft", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
         (
-            ["sft_demo", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
+            ["demo_sft", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
             "clean_attention",
         ),
         (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),

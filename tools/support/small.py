@@ -128,16 +128,17 @@ def documents(draw: torch.Generator, length: int, block: int, average: int = 40)
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the weighted sum of a micro-batch's losses, from the forward pass of training."""
-    from functools import partial
+    from nemodiff_train.model.head import token_losses
 
-    from nemodiff_train.training.step import _losses
+    weights, vocabulary = batch["loss_mask"], model.config.vocab_size
 
-    def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
-        return (losses * batch["loss_mask"]).sum()
+    def process(*, hidden_states: Any, output_layer: Any, output_weight: Any, **context: Any) -> torch.Tensor:
+        labels, indices = batch["labels"], batch["loss_indices"]
+        return token_losses(hidden_states, labels, indices, weights, vocabulary, output_layer, output_weight)
 
     model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
-    process = partial(_losses, batch, total)
-    return total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
+    losses = model(batch["tokens"], batch["position_ids"], None, output_processor=process)
+    return (losses * weights).sum()
 
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> float:
@@ -186,7 +187,8 @@ def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_le
     from megatron.bridge.training import config as bridge
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+    from nemodiff_train.config.config import TriModeConfig
+    from nemodiff_train.config.datasets import TextDatasetConfig
     from nemodiff_train.config.defaults import tokenizer_of
     from nemodiff_train.model.pretrained import model_from
     from nemodiff_train.objective import ObjectiveConfig
@@ -243,7 +245,7 @@ def drafter(start_from: str, data: str, output: str) -> Any:
 
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
-    from nemodiff_train.config.config import ChatDatasetConfig
+    from nemodiff_train.config.datasets import ChatDatasetConfig
     from nemodiff_train.model.adapters import lora
 
     config = recipe(start_from, data, output)
