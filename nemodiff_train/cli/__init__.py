@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only ``verb``'s module is imported, since the others are not needed to parse it."""
+    """Return the parser; of the verbs' modules, only that of ``verb`` is imported."""
     parser = _Parser(prog="nemodiff", description="Turn an autoregressive language model into a tri-mode one.")
     parser.add_argument("--version", action="version", version=f"nemodiff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)

@@ -74,7 +74,7 @@ class GradientGuard(Callback):
         return True
 
     def _agreed(self, norm: Tensor | float) -> tuple[float, str | None]:
-        """This rank's norm as a number, and what any rank has found.
+        """Return this rank's norm as a number, and the problem that any rank has found.
 
         The host waits for the device here, and nowhere else in a step but to log.
         """
@@ -86,7 +86,7 @@ class GradientGuard(Callback):
         return value, NON_FINITE if broken else SPIKE if spiked else None
 
     def _limit(self) -> float:
-        """The norm above which a step counts as a spike."""
+        """Return the norm above which a step counts as a spike."""
         settings, history = self.settings, self._history()
         if not settings.spike_factor or len(history) < settings.spike_window // 2:
             return math.inf

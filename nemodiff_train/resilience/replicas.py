@@ -69,7 +69,7 @@ def _hashes(model: Any) -> Tensor:
 
 
 def _hash(values: Tensor) -> Tensor:
-    """A 64-bit hash on the values' own device; no change of one element leaves it as it was."""
+    """Return a 64-bit hash on the values' device; a change of any one element changes it."""
     bits = values.contiguous().reshape(-1)
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=values.device)
@@ -81,14 +81,14 @@ def _hash(values: Tensor) -> Tensor:
 
 
 def _gathered(own: Tensor, group: Any) -> Tensor:
-    """[ranks, parameters] of a group."""
+    """Return [ranks, parameters] of a group."""
     found = [torch.zeros_like(own) for _ in range(group.size())]
     dist.all_gather(found, own, group=group)
     return torch.stack(found)
 
 
 def _odd_one(model: Any, hashes: Tensor, group: Any) -> str | None:
-    """Which parameter differs on which rank; the fewer are named, or both of two."""
+    """Return which parameter differs on which ranks: the minority, or both of two."""
     for i, (name, _) in enumerate(_parameters(model)):
         column = hashes[:, i].tolist()
         [(usual, often), *others] = Counter(column).most_common()

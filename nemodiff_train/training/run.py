@@ -94,7 +94,7 @@ def _run(config: "TriModeConfig", output: Path) -> None:
 
 
 def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
-    """What stopped the run: on a full disk, closing a log fails as well, after the error that counts."""
+    """Return what stopped the run: on a full disk, closing a log fails too, after the error that counts."""
     from nemodiff_train.resilience.checkpoints import causes_of
 
     known = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
@@ -104,7 +104,7 @@ def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
 
 
 def _protect(config: "TriModeConfig") -> None:
-    """Settings of Bridge's that what watches over a run needs."""
+    """Set what the watchdog and the guards need of Bridge."""
     from nemodiff_train.resilience.checkpoints import MANAGER
 
     config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
@@ -123,7 +123,7 @@ def _is_a_surprise(record: logging.LogRecord) -> bool:
 
 
 def _fit_to_host(config: "TriModeConfig") -> None:
-    """Settings that follow from what this machine lacks; a GPU machine with everything changes nothing."""
+    """Adapt the settings to what this machine lacks; a complete GPU machine changes nothing."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from nemodiff_train.model.provider import disable_fused_kernels
@@ -154,7 +154,7 @@ def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
 
 @contextlib.contextmanager
 def _prints_go_to(path: Path) -> Iterator[None]:
-    """Prints of the first rank, and of the last, which Bridge lets tell the losses, go to a file."""
+    """Send the prints of the first rank and of the last, which reports Bridge's losses, to a file."""
     speaks = global_rank() in (0, world_size() - 1)
     if speaks:
         path.parent.mkdir(parents=True, exist_ok=True)
