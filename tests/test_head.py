@@ -1,4 +1,4 @@
-"""The output layer's loss at chosen places, against PyTorch's own."""
+"""The output layer's loss at selected positions, against PyTorch's own."""
 
 from types import SimpleNamespace
 
@@ -23,28 +23,28 @@ def group() -> torch.distributed.ProcessGroup:
 def test_losses_and_gradients(
     group: torch.distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """Whatever the size of a chunk; places without loss are 0 and send nothing back."""
+    """The size of a chunk does not matter; positions without loss are 0 and have no gradient."""
     from nemodiff_train.model import head
 
     torch.manual_seed(0)
-    positions, batch, hidden, vocabulary = 12, 3, 8, 50
+    positions, batch, hidden, vocab_size = 12, 3, 8, 50
     monkeypatch.setitem(head.LOGIT_CHUNK, "cpu", rows)
     states = torch.randn(positions, batch, hidden, requires_grad=True)
-    table = torch.randn(vocabulary + 3, hidden, requires_grad=True)  # three rows of no token
-    labels = torch.randint(vocabulary, (batch, positions))
-    weights = torch.rand(batch, positions) * (torch.rand(batch, positions) < 0.6)
-    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
-    places = weights.flatten().nonzero()[:, 0]
+    weight = torch.randn(vocab_size + 3, hidden, requires_grad=True)  # three rows of padding
+    labels = torch.randint(vocab_size, (batch, positions))
+    loss_weights = torch.rand(batch, positions) * (torch.rand(batch, positions) < 0.6)
+    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
+    indices = loss_weights.flatten().nonzero()[:, 0]
 
-    found = head.token_losses(states, labels, places, 4 * weights, vocabulary, layer)
-    (found * weights).sum().backward()
-    ours = found.detach(), states.grad, table.grad
-    states.grad = table.grad = None
+    losses = head.token_losses(states, labels, indices, 4 * loss_weights, vocab_size, layer)
+    (losses * loss_weights).sum().backward()
+    ours = losses.detach(), states.grad, weight.grad
+    states.grad = weight.grad = None
 
-    logits = (states.transpose(0, 1) @ table[:vocabulary].T).flatten(0, 1)
+    logits = (states.transpose(0, 1) @ weight[:vocab_size].T).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none").view(batch, positions)
-    (expected * weights).sum().backward()
-    theirs = torch.where(weights > 0, expected.detach(), 0.0), states.grad, table.grad
+    (expected * loss_weights).sum().backward()
+    theirs = torch.where(loss_weights > 0, expected.detach(), 0.0), states.grad, weight.grad
     for one, other in zip(ours, theirs, strict=True):
         assert one is not None and other is not None
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -56,41 +56,41 @@ def test_only_what_carries_loss_has_logits_and_once(
     from nemodiff_train.model import head
 
     monkeypatch.setitem(head.LOGIT_CHUNK, "cpu", 4)
-    seen: list[int] = []
+    chunks: list[int] = []
     plain = head._logits
-    monkeypatch.setattr(head, "_logits", lambda part, table: (seen.append(len(part)), plain(part, table))[1])
-    states, table, weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.ones(3, 12)
-    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
-    losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), weights, 50, layer)
+    monkeypatch.setattr(head, "_logits", lambda part, weight: (chunks.append(len(part)), plain(part, weight))[1])
+    states, weight, loss_weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.ones(3, 12)
+    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
+    losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), loss_weights, 50, layer)
     losses.sum().backward()
-    assert seen == [4, 4, 1]
+    assert chunks == [4, 4, 1]
 
 
 def test_a_frozen_output_layer_gets_no_gradient(group: torch.distributed.ProcessGroup) -> None:
-    """And the states' is the same as beside one that learns."""
+    """The gradient of the states is the same as with one that is trained."""
     from nemodiff_train.model.head import token_losses
 
     torch.manual_seed(0)
-    states, table, weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.rand(3, 12)
-    labels, places, found = torch.randint(50, (3, 12)), torch.arange(36), []
-    for learns in (True, False):
-        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table.clone().requires_grad_(learns))
-        (token_losses(states, labels, places, weights, 50, layer) * weights).sum().backward()
-        assert (layer.weight.grad is not None) == learns
-        found.append(states.grad)
+    states, weight, loss_weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.rand(3, 12)
+    labels, indices, gradients = torch.randint(50, (3, 12)), torch.arange(36), []
+    for trains in (True, False):
+        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight.clone().requires_grad_(trains))
+        (token_losses(states, labels, indices, loss_weights, 50, layer) * loss_weights).sum().backward()
+        assert (layer.weight.grad is not None) == trains
+        gradients.append(states.grad)
         states.grad = None
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def test_the_host_never_waits_for_the_device(group: torch.distributed.ProcessGroup) -> None:
-    """Forward and backward with tensors that have no values, of which none can be asked for."""
+    """Forward and backward run on tensors without values, where reading one is an error."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from nemodiff_train.model.head import token_losses
 
     with FakeTensorMode():
-        table, states = torch.zeros(50, 8, requires_grad=True), torch.zeros(12, 3, 8, requires_grad=True)
-        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
-        labels, places = torch.zeros(3, 12).long(), torch.zeros(20).long()
-        token_losses(states, labels, places, torch.zeros(3, 12), 50, layer).sum().backward()
-        assert states.grad is not None and table.grad is not None
+        weight, states = torch.zeros(50, 8, requires_grad=True), torch.zeros(12, 3, 8, requires_grad=True)
+        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
+        labels, indices = torch.zeros(3, 12).long(), torch.zeros(20).long()
+        token_losses(states, labels, indices, torch.zeros(3, 12), 50, layer).sum().backward()
+        assert states.grad is not None and weight.grad is not None

@@ -63,7 +63,7 @@ TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
 @settings(max_examples=80, deadline=None)
 @given(plans(), st.sampled_from(TILES))
 def test_tiles_are_those_of_the_pairs(plan: AttentionPlan, tile: tuple[int, int]) -> None:
-    """None with an allowed pair is missing, full ones are the same, and without documents so are all."""
+    """No tile with an allowed pair is missing, full tiles are the same, and without documents all tiles are."""
     ours = plan.block_mask(tile)
     allowed = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
     queries, keys = allowed.shape[-2:]
@@ -75,17 +75,17 @@ def test_tiles_are_those_of_the_pairs(plan: AttentionPlan, tile: tuple[int, int]
     assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     for name in ("full_kv_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert torch.equal(chosen(ours.full_kv_num_blocks, ours.full_kv_indices),
-                       chosen(theirs.full_kv_num_blocks, theirs.full_kv_indices))  # fmt: skip
+    assert torch.equal(table(ours.full_kv_num_blocks, ours.full_kv_indices),
+                       table(theirs.full_kv_num_blocks, theirs.full_kv_indices))  # fmt: skip
     computed, needed = ours.to_dense().bool(), theirs.to_dense().bool()
     assert not (needed & ~computed).any()
     assert plan.keys.document.dim() > 1 or not (computed & ~needed).any()
-    backward = chosen(ours.q_num_blocks, ours.q_indices) | chosen(ours.full_q_num_blocks, ours.full_q_indices)
+    backward = table(ours.q_num_blocks, ours.q_indices) | table(ours.full_q_num_blocks, ours.full_q_indices)
     assert torch.equal(backward.mT, computed)
 
 
 @pytest.mark.parametrize("make", [small.documents, conversations])
-def test_hardly_a_tile_is_computed_in_vain(make: Any) -> None:
+def test_few_tiles_are_computed_in_vain(make: Any) -> None:
     """Over forty samples of documents and turns about as long as a tile."""
     computed = needed = 0
     for seed in range(40):
@@ -97,8 +97,8 @@ def test_hardly_a_tile_is_computed_in_vain(make: Any) -> None:
     assert needed <= computed <= 1.02 * needed
 
 
-def chosen(counts: Tensor | None, indices: Tensor | None) -> Tensor:
-    """The table of tiles that a list of them stands for."""
+def table(counts: Tensor | None, indices: Tensor | None) -> Tensor:
+    """The table of tiles that a list of them describes."""
     assert counts is not None and indices is not None
     first = torch.arange(indices.shape[-1]) < counts[..., None]
     return torch.zeros(indices.shape, dtype=torch.bool).scatter_(-1, indices.long(), first)
@@ -113,25 +113,25 @@ def chosen(counts: Tensor | None, indices: Tensor | None) -> Tensor:
     ],
 )
 def test_flex_attention_is_sdpa(kind: str, shard: ContextParallelShard) -> None:
-    """Over two views of samples that differ, which end within a tile."""
+    """Two views of samples that differ, which end within a tile."""
     make = {"text": small.documents, "conversations": conversations}[kind]
     generator = torch.Generator().manual_seed(3)
     segment_ids = torch.stack([make(generator, 200, 16) for _ in range(2)])
     plan = segmented_plan(2, segment_ids, False, 16, shard)
     shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
     states = [torch.randn(shape, generator=generator) for shape in shapes]
-    found = kernels.attend_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
-    torch.testing.assert_close(found, kernels.attend_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
+    output = kernels.attend_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
+    torch.testing.assert_close(output, kernels.attend_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
 
 
 def test_one_compilation_serves_all_samples() -> None:
-    """In a process of its own, where no CPU stands in for CUDA, which compilation takes ill."""
+    """In a process of its own, where no CPU stands in for CUDA, since compilation does not work with that."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         assert process.submit(graphs_of_samples).result() == 1
 
 
 def graphs_of_samples() -> int:
-    """Of one shape, whose structures differ; the graph alone is compiled here, without a kernel."""
+    """Count the graphs compiled for samples of one shape with different segment ids; no kernel is compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     os.environ.pop("TORCHDYNAMO_DISABLE", None)  # conftest.py sets it where there is no GPU
@@ -142,13 +142,13 @@ def graphs_of_samples() -> int:
         plan = segmented_plan(1, make(generator, 128, 16)[None], False, 16, ContextParallelShard())
         states = [torch.randn(1, heads, 256, 8, generator=generator) for heads in (4, 2, 2)]
         torch._dynamo.config.error_on_recompile = number > 0
-        found = attend(*states, block_mask=plan.block_mask((64, 64)), enable_gqa=True)
-        torch.testing.assert_close(found, kernels.attend_sdpa(*states, plan), rtol=1e-4, atol=1e-5)
+        output = attend(*states, block_mask=plan.block_mask((64, 64)), enable_gqa=True)
+        torch.testing.assert_close(output, kernels.attend_sdpa(*states, plan), rtol=1e-4, atol=1e-5)
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings overrule the rule, but for what has kernels of its own."""
+    """Settings overrule the rule, except where it has kernels of its own."""
     gpu, capability = torch.device("cuda"), {"of": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["of"])
     assert select_kernel(CPU, False, "flash", 64).name == select_kernel(gpu, True, "flash", 64).name == "sdpa"

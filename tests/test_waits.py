@@ -1,6 +1,6 @@
-"""Between the loader and the gradient the host never waits for the device: it asks no tensor there for a value.
+"""Between the loader and the gradient the host never waits for the device: it reads no value of a tensor there.
 
-Shown with tensors that have none.  The output layer's is in tests/test_head.py.
+Shown with tensors that have no values. The test of the output layer is in tests/test_head.py.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def batch() -> dict[str, Tensor]:
     return {name: torch.zeros(ROWS, places) for name, places in halves.items()}
 
 
-def test_asking_is_noticed(fake: FakeTensorMode) -> None:
+def test_reading_a_value_is_noticed(fake: FakeTensorMode) -> None:
     with fake:
         values = torch.zeros(4)
         with pytest.raises(DataDependentOutputException):
@@ -40,12 +40,12 @@ def test_asking_is_noticed(fake: FakeTensorMode) -> None:
 
 @pytest.mark.parametrize("shard", [ContextParallelShard(), ContextParallelShard(0, 2)])
 def test_plans_of_samples_that_differ(fake: FakeTensorMode, shard: ContextParallelShard) -> None:
-    """With their block mask, after the first of a shape."""
+    """Plans with their block mask, after the first one of a shape."""
     segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
     segmented_plan(1, segment_ids, False, 16, shard).block_mask((32, 32))
     with fake:
-        found = segmented_plan(1, torch.empty_like(segment_ids), False, 16, shard).block_mask((32, 32))
-        assert found.kv_indices.shape[0] == ROWS and found.q_indices is not None
+        mask = segmented_plan(1, torch.empty_like(segment_ids), False, 16, shard).block_mask((32, 32))
+        assert mask.kv_indices.shape[0] == ROWS and mask.q_indices is not None
 
 
 def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:

@@ -99,14 +99,14 @@ class _TiledAttention(torch.autograd.Function):
         for tile, logsumexp in zip(ctx.plan.query_tiles, logsumexps, strict=True):
             # Gradients of the tile's queries, and of its keys and values, which other tiles share.
             index = tile.queries
-            of_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 gradient[:, :, index], query[:, :, index], tile.take_keys(key), tile.take_keys(value),
                 output[:, :, index], logsumexp, 0.0, tile.mask is None,
                 attn_mask=_as(tile.mask, query), scale=ctx.scale,
             )  # fmt: skip
-            d_query[:, :, index] = of_tile[0]
-            tile.add_to_keys(d_key, of_tile[1])
-            tile.add_to_keys(d_value, of_tile[2])
+            d_query[:, :, index] = gradients[0]
+            tile.add_to_keys(d_key, gradients[1])
+            tile.add_to_keys(d_value, gradients[2])
         return d_query, d_key, d_value, None, None
 
 

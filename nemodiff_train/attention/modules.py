@@ -55,7 +55,8 @@ class TriModeAttention(MegatronModule):
             value: Likewise.
             attention_mask: The segment ids [batch, 3, L] of training samples with documents or changing blocks;
                 Megatron carries its attention mask through pipelining and recomputation.
-            unused: Megatron's further arguments, as ``also_unused``.
+            unused: Megatron's further positional arguments.
+            also_unused: Megatron's further keyword arguments.
 
         Returns:
             [positions, batch, heads * head_dim].

@@ -14,7 +14,7 @@ from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform
 if TYPE_CHECKING:
     from nemodiff_train.model.provider import TriModeModelProvider
 
-# More than a pipeline rank has micro-batches in flight in most layouts; a plan that is missing is made again.
+# More than a pipeline rank has micro-batches in flight in most layouts; a plan that is missing is constructed again.
 PLANS_KEPT = 16
 
 
@@ -87,6 +87,6 @@ class AttentionState:
             device: Where the positions are needed.
         """
         copies = config.noisy_views + 1
-        own = self.shard.positions(queries * self.shard.size // copies, device)
-        positions = own[None] if segment_ids is None else segment_ids[:, 2, own].long()
+        index = self.shard.positions(queries * self.shard.size // copies, device)  # [L / size]
+        positions = index[None] if segment_ids is None else segment_ids[:, 2, index].long()
         return positions.repeat(1, copies)

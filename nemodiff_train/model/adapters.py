@@ -1,11 +1,10 @@
-"""LoRA on all linear layers, by Bridge: trained apart, merged into the model's weights wherever it is loaded."""
-
-from typing import Any
+"""LoRA on all linear layers, by Bridge: trained separately, merged into the model's weights wherever it is loaded."""
 
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 from megatron.core import dist_checkpointing
+from megatron.core.transformer.module import MegatronModule
 
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime.packages import patch_peft_te_flag
@@ -14,19 +13,19 @@ patch_peft_te_flag()
 
 
 def lora(rank: int) -> LoRA | None:
-    """Adapters of all linear layers, what they add scaled by 2; None, to train all weights, with rank 0."""
+    """Return adapters of all linear layers, their output scaled by 2; None, to train all weights, for rank 0."""
     return LoRA(dim=rank, alpha=2 * rank) if rank else None
 
 
-def merge_adapters(models: list[Any], checkpoint: Checkpoint) -> None:
+def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None:
     """Add trained adapters to the weights of the model that they were trained on.
 
     Args:
         models: This rank's chunks.
-        checkpoint: Theirs.
+        checkpoint: The adapters' checkpoint.
     """
-    described = checkpoint.run_config["peft"]
-    adapters = LoRA(**{name: described[name] for name in ("target_modules", "dim", "alpha")})
+    settings = checkpoint.run_config["peft"]
+    adapters = LoRA(**{name: settings[name] for name in ("target_modules", "dim", "alpha")})
     adapters(models, training=False)
     load_adapters(models, checkpoint, adapters)
     for chunk in models:
@@ -37,13 +36,13 @@ def merge_adapters(models: list[Any], checkpoint: Checkpoint) -> None:
                     setattr(parent, name, child.to_wrap)
 
 
-def load_adapters(models: list[Any], checkpoint: Checkpoint, adapters: LoRA) -> None:
-    """Read the weights of adapters that a model has been given.
+def load_adapters(models: list[MegatronModule], checkpoint: Checkpoint, adapters: LoRA) -> None:
+    """Load the weights of adapters that a model already has.
 
     Args:
         models: This rank's chunks.
-        checkpoint: Theirs; its bytes have been verified.
-        adapters: What was given to them.
+        checkpoint: The adapters' checkpoint, whose contents have been verified.
+        adapters: The settings that the adapters were made with.
     """
     folder = str(checkpoint.iteration.absolute())
     metadata = dist_checkpointing.load_content_metadata(folder)

@@ -1,26 +1,29 @@
 """What a ``config.json`` describes: which AR family, under which names, with which diffusion settings.
 
-Plain dictionaries and strings only, so that a directory can be looked at without importing anything large.
+Only dictionaries and strings, so that a directory can be inspected without importing anything large.
 """
 
 from typing import Any
 
+HFConfig = dict[str, Any]
+"""The contents of a Hugging Face ``config.json`` or ``generation_config.json``."""
+
 NEMOTRON = "NemotronLabsDiffusionModel"
 VISION_LANGUAGE = "Mistral3ForConditionalGeneration"
 TRI_MODE = "TriModeModel"
-"""Ours: an AR family's weights under their own names, with code that decodes in every mode."""
+"""What this package exports: an AR family's weights under their own names, with code that decodes in every mode."""
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-"""Tensors of an AR model with a row for each token."""
+"""Tensors of an AR model with one row per token."""
 
-# How the tensors of ``Ministral3ForCausalLM`` are called in directories of other architectures.
+# Prefixes of the tensors of ``Ministral3ForCausalLM``, and what they are in directories of other architectures.
 _PREFIXES = {
     NEMOTRON: {"model.": "encoder.", "lm_head.": "diffusion_head."},
     VISION_LANGUAGE: {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
 }
 
-# What such a directory holds besides the language model.
-_LEFT_OUT = {VISION_LANGUAGE: ("vision_tower.", "multi_modal_projector.")}
+# Prefixes of what such a directory holds besides the language model.
+_IGNORED = {VISION_LANGUAGE: ("vision_tower.", "multi_modal_projector.")}
 
 # Settings of a NemotronLabsDiffusion model that an AR model does not have.
 _DIFFUSION_KEYS = {
@@ -36,16 +39,16 @@ _DIFFUSION_KEYS = {
 }
 
 
-def architecture(settings: dict[str, Any]) -> str:
-    """The architecture that a ``config.json`` names first, or ``"no architecture"``."""
+def architecture(settings: HFConfig) -> str:
+    """Return the architecture that a ``config.json`` names first, or ``"no architecture"``."""
     return str((settings.get("architectures") or ["no architecture"])[0])
 
 
-def ar_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of the AR model alone.
+def ar_settings(settings: HFConfig) -> HFConfig:
+    """Return the ``config.json`` of the AR model alone.
 
-    That is the text model of a vision-language one, the family of a tri-mode one, and the Ministral 3 that a
-    NemotronLabsDiffusion model is when it is decoded autoregressively.  Any other configuration is returned as it is.
+    That is the text model of a vision-language model, the AR family of a tri-mode model, and the Ministral 3 that a
+    NemotronLabsDiffusion model is when it is decoded autoregressively. Any other configuration is returned unchanged.
     """
     kind = architecture(settings)
     if kind == VISION_LANGUAGE:
@@ -61,16 +64,16 @@ def ar_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored_name(kind: str, name: str) -> str:
-    """How a tensor of the AR model is called in a directory of architecture ``kind``."""
-    for ours, theirs in _PREFIXES.get(kind, {}).items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    """Return the name of an AR model's tensor in a directory of architecture ``kind``."""
+    for ar_prefix, prefix in _PREFIXES.get(kind, {}).items():
+        if name.startswith(ar_prefix):
+            return prefix + name.removeprefix(ar_prefix)
     return name
 
 
 def is_left_out(kind: str, name: str) -> bool:
-    """Whether a stored tensor is knowingly not part of the language model.
+    """Return whether a stored tensor is known not to be part of the language model.
 
-    Besides vision towers these are the rotary frequencies that old Llama checkpoints carry.
+    Besides vision towers, these are the rotary frequencies in old Llama checkpoints.
     """
-    return name.startswith(_LEFT_OUT.get(kind, ())) or name.endswith("rotary_emb.inv_freq")
+    return name.startswith(_IGNORED.get(kind, ())) or name.endswith("rotary_emb.inv_freq")

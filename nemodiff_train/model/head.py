@@ -1,152 +1,173 @@
-"""The output layer and its cross-entropy, at the places that carry loss, a chunk of them at a time."""
-
-from typing import Any
+"""The output layer and its cross-entropy, at the positions that carry loss, one chunk of them at a time."""
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-# Positions whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache.
 LOGIT_CHUNK = {"cuda": 512, "cpu": 128}
+"""Positions whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache."""
 
 
 def token_losses(
-    states: Tensor,
+    hidden_states: Tensor,
     labels: Tensor,
-    places: Tensor,
-    weights: Tensor,
-    vocabulary: int,
-    layer: Any,
-    table: Tensor | None = None,
+    loss_indices: Tensor,
+    loss_weights: Tensor,
+    vocab_size: int,
+    layer: ColumnParallelLinear,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the output layer's logits.
+    """Compute the cross-entropy of the output layer's logits.
 
-    In the noisy half only masked places carry loss, about every second one: to leave out the others is half of
-    its logits.  And of a large vocabulary the logits of all places at once would be the largest thing in memory:
-    they are made a chunk of places at a time, and each chunk's gradient while they are there, since the weight of
-    each loss is known beforehand.  So no logits are kept, and none are made twice.
+    In the noisy half only masked positions carry loss, about every second one: leaving out the others saves half of
+    its logits. With a large vocabulary the logits of all positions at once would be the largest tensor in memory, so
+    they are computed in chunks; and because the weight of each loss in the total is known beforehand, each chunk's
+    gradient is computed right away. No logits are kept, and none are computed twice.
 
     Args:
-        states: [positions, batch, hidden] final hidden states; under sequence parallel this rank's positions.
+        hidden_states: [positions, batch, hidden] final states; under sequence parallelism this rank's positions.
         labels: [batch, positions] token ids.
-        places: [n] indices into the flattened ``labels`` of the places that carry loss.
-        weights: [batch, positions] what the gradient of each loss will be, up to one factor for all of them.
-        vocabulary: Tokens; rows of the weight beyond them, which make equal shares, take no part.
-        layer: The model's ``ColumnParallelLinear``.
-        table: [vocab / tensor-parallel size, hidden] weight, where it is not the layer's own.
+        loss_indices: [n] indices, into the flattened ``labels``, of what carries loss.
+        loss_weights: [batch, positions] gradient that each loss will receive, up to one common factor.
+        vocab_size: Number of tokens; rows of the weight from there on are padding and take no part.
+        layer: The model's output layer.
+        weight: [vocabulary / tensor-parallel size, hidden] where it is not the layer's own.
 
     Returns:
-        [batch, positions] in nats, fp32; 0 where no loss is carried.
+        [batch, positions] fp32, in nats; 0 where no loss is carried.
     """
-    wait_for_weight(layer)
-    states = gather_hidden_states(states, layer)
-    chosen = states[places % len(states), places // len(states)]
-    table = layer.weight if table is None else table
-    first = layer.tp_group.rank() * len(table)
-    targets = labels.flatten()[places] - first
-    learns = torch.is_grad_enabled()
-    of_places = weights.flatten()[places] if learns else None
-    found: Tensor = _CrossEntropy.apply(chosen, table[: vocabulary - first], targets, of_places, layer.tp_group)
-    losses = torch.zeros(labels.numel(), device=labels.device)
-    return losses.index_put((places,), found).view(labels.shape)
+    _run_pre_forward_hooks(layer)
+    hidden_states = gather_hidden_states(hidden_states, layer)
+    # [n, hidden] states at the indices into [batch, positions].
+    states = hidden_states[loss_indices % len(hidden_states), loss_indices // len(hidden_states)]
+    weight = layer.weight if weight is None else weight
+    first_token = layer.tp_group.rank() * len(weight)  # of this rank's rows
+    targets = labels.flatten()[loss_indices] - first_token
+    scales = loss_weights.flatten()[loss_indices] if torch.is_grad_enabled() else None
+    losses: Tensor = _CrossEntropy.apply(states, weight[: vocab_size - first_token], targets, scales, layer.tp_group)
+    return torch.zeros(labels.numel(), device=labels.device).index_put((loss_indices,), losses).view(labels.shape)
 
 
-def wait_for_weight(layer: Any) -> None:
-    """Run what waits for a layer's weight: with ``ddp.overlap_param_gather``, hooks before its forward.
-
-    The head reads the output layer's weight without calling the layer.
-    """
+def _run_pre_forward_hooks(layer: ColumnParallelLinear) -> None:
+    """Run what otherwise runs when the layer is called: with ``ddp.overlap_param_gather``, waiting for its weight."""
     for hook in list(getattr(layer, "_forward_pre_hooks", {}).values()):
         hook(layer, ())
 
 
-def gather_hidden_states(states: Tensor, layer: Any) -> Tensor:
-    """States of all positions, whose gradients the ranks that share the output layer add up.
+def gather_hidden_states(states: Tensor, layer: ColumnParallelLinear) -> Tensor:
+    """Return the states of all positions; backward sums their gradients over the ranks that share the output layer.
 
     Args:
-        states: [positions, batch, hidden]; under sequence parallel this rank's positions.
-        layer: The model's ``ColumnParallelLinear``.
+        states: [positions, batch, hidden]; under sequence parallelism this rank's positions.
+        layer: The model's output layer.
     """
     if layer.sequence_parallel:
         return gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=True, group=layer.tp_group)
     return copy_to_tensor_model_parallel_region(states, group=layer.tp_group)
 
 
+class _CrossEntropyContext(FunctionCtx):
+    """What :class:`_CrossEntropy` keeps for its backward pass: gradients of states and weight, and loss weights."""
+
+    dtype: torch.dtype
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor]
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy over a vocabulary that tensor-parallel ranks hold in parts."""
+    """Cross-entropy over a vocabulary whose rows are divided among tensor-parallel ranks."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, table: Tensor, targets: Tensor, weights: Tensor | None, group: dist.ProcessGroup
+        ctx: _CrossEntropyContext,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor | None,
+        group: dist.ProcessGroup,
     ) -> Tensor:
-        """Losses, and the gradients that ``weights`` give.
+        """Compute the losses, and the gradients of their sum weighted by ``loss_weights``.
 
         Args:
+            ctx: Autograd's.
             states: [n, hidden].
-            table: [rows, hidden] weight.
-            targets: [n] rows of the table, or of another rank's.
-            weights: [n] what the losses' gradient is proportional to; None where none will be asked for.
+            weight: [v, hidden] this rank's rows of the output layer.
+            targets: [n] row of each target, counted from this rank's first.
+            loss_weights: [n] proportional to the gradient that the losses will receive; None without gradients.
             group: The tensor-parallel ranks.
 
         Returns:
-            [n] nats.
+            [n] fp32, in nats.
         """
-        rows = LOGIT_CHUNK[states.device.type]
+        chunk = LOGIT_CHUNK[states.device.type]
         losses = torch.empty(len(states), device=states.device)
-        of_states = torch.empty_like(states)
-        learns = weights is not None and ctx.needs_input_grad[1]  # not where adapters alone are trained
-        of_table = torch.zeros_like(table, dtype=torch.float32) if learns else None
-        scales = losses if weights is None else weights
-        parts = (each.split(rows) for each in (states, targets, losses, scales, of_states))
-        for part, target, loss, scale, of_part in zip(*parts, strict=True):
-            logits = _logits(part, table)
-            largest = _over_ranks(logits.amax(-1), dist.ReduceOp.MAX, group)
-            own, held = _held(target, table)
-            of_target = logits.gather(-1, own[:, None])[:, 0].sub_(largest).mul_(held)
-            exponentials = logits.sub_(largest[:, None]).exp_()
-            of_target, total = _over_ranks(torch.stack([of_target, exponentials.sum(-1)]), dist.ReduceOp.SUM, group)
-            loss.copy_(total.log() - of_target)
-            if weights is not None:  # of the logits: softmax - one-hot
-                gradient = exponentials.mul_((scale / total)[:, None])
-                gradient.scatter_add_(-1, own[:, None], -(scale * held)[:, None])
-                gradient = gradient.to(table.dtype)
-                torch.mm(gradient, table, out=of_part)
-                if of_table is None:
-                    continue
-                if table.dtype == torch.float32:
-                    of_table.addmm_(gradient.T, part)
-                else:
-                    of_table += gradient.T @ part
-        if weights is not None:
-            ctx.save_for_backward(of_states, of_table, weights)
-        ctx.dtype = table.dtype
+        d_states = torch.empty_like(states)
+        trains_weight = loss_weights is not None and ctx.needs_input_grad[1]  # not where only adapters are trained
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if trains_weight else None
+        scales = losses if loss_weights is None else loss_weights
+        # c = chunk positions at a time: state [c, hidden], target, loss and scale [c], d_state [c, hidden].
+        chunks = (values.split(chunk) for values in (states, targets, losses, scales, d_states))
+        for state, target, loss, scale, d_state in zip(*chunks, strict=True):
+            # [c, v] logits, less each position's maximum over the whole vocabulary, so that exp cannot overflow.
+            logits = _logits(state, weight)
+            maximum = _all_reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
+            row, is_local = _local_targets(target, len(weight))
+            target_logit = logits.gather(-1, row[:, None])[:, 0].sub_(maximum).mul_(is_local)
+            exponentials = logits.sub_(maximum[:, None]).exp_()
+            # [c] target logit and sum of exponentials over all ranks: loss = log(sum) - target logit.
+            both = torch.stack([target_logit, exponentials.sum(-1)])
+            target_logit, total = _all_reduce(both, dist.ReduceOp.SUM, group)
+            loss.copy_(total.log() - target_logit)
+            if loss_weights is None:
+                continue
+            # [c, v] gradient of the logits, scale * (softmax - one-hot), in place of the exponentials.
+            d_logits = exponentials.mul_((scale / total)[:, None])
+            d_logits.scatter_add_(-1, row[:, None], -(scale * is_local)[:, None])
+            d_logits = d_logits.to(weight.dtype)
+            # [c, hidden] gradient of the states; [v, hidden] of the weight, added up over chunks in fp32.
+            torch.mm(d_logits, weight, out=d_state)
+            if d_weight is None:
+                continue
+            if weight.dtype == torch.float32:
+                d_weight.addmm_(d_logits.T, state)
+            else:
+                d_weight += d_logits.T @ state
+        if loss_weights is not None:
+            ctx.save_for_backward(d_states, d_weight, loss_weights)  # type: ignore[arg-type]  # None is allowed
+        ctx.dtype = weight.dtype
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """What was found forward, times what the gradient is of the weights."""
-        of_states, of_table, weights = ctx.saved_tensors
-        factor = (gradient @ weights) / (weights @ weights).clamp(min=torch.finfo(weights.dtype).tiny)
-        # In place: of a large vocabulary these are large.  A second backward pass would be refused.
-        scaled = None if of_table is None else of_table.mul_(factor).to(ctx.dtype)
-        return of_states.mul_(factor.to(of_states.dtype)), scaled, None, None, None
+    def backward(ctx: _CrossEntropyContext, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        """Scale the gradients computed forward by the ratio of the losses' gradient to their weights."""
+        d_states, d_weight, loss_weights = ctx.saved_tensors
+        # gradient = factor * loss_weights, so the factor is their projection, <gradient, w> / <w, w>: a scalar.
+        norm = (loss_weights @ loss_weights).clamp(min=torch.finfo(loss_weights.dtype).tiny)
+        factor = (gradient @ loss_weights) / norm
+        # In place, since these are large for a large vocabulary; autograd refuses a second backward pass.
+        scaled = None if d_weight is None else d_weight.mul_(factor).to(ctx.dtype)
+        return d_states.mul_(factor.to(d_states.dtype)), scaled, None, None, None
 
 
-def _logits(states: Tensor, table: Tensor) -> Tensor:
-    return (states @ table.T).float()
+def _logits(states: Tensor, weight: Tensor) -> Tensor:
+    """Return [n, v] fp32."""
+    return (states @ weight.T).float()
 
 
-def _held(targets: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of each target, and 1 where this rank has it (else row 0, and 0)."""
-    held = (targets >= 0) & (targets < len(table))
-    return targets * held, held.float()
+def _local_targets(targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the row of each target, and 1.0 where this rank holds it; where it does not, row 0 and 0.0."""
+    is_local = (targets >= 0) & (targets < rows)
+    return targets * is_local, is_local.float()
 
 
-def _over_ranks(values: Tensor, how: Any, group: dist.ProcessGroup) -> Tensor:
+def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
+    """Reduce over tensor-parallel ranks, in place."""
     if group.size() > 1:
-        dist.all_reduce(values, how, group=group)
+        dist.all_reduce(values, op, group=group)
     return values

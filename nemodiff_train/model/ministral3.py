@@ -1,10 +1,8 @@
 """Ministral 3 as a text model, and the two other kinds of directory that hold one.
 
-Bridge knows it inside its vision-language model, and in a diffusion model whose sizes it does not read
-from the file.  All three are one Megatron model; they differ in where its settings and tensors are.
+Bridge supports it inside its vision-language model, and in a diffusion model whose sizes it does not read from the
+file. All three are one Megatron model; they differ in where its settings and tensors are.
 """
-
-from typing import Any
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
@@ -19,17 +17,17 @@ from nemodiff_train.model.families import NEMOTRON, VISION_LANGUAGE, stored_name
 
 @MegatronModelBridge.register_bridge(source=Ministral3ForCausalLM, target=GPTModel, model_type="ministral3")
 class Ministral3TextBridge(MistralBridge):
-    """``Ministral3ForCausalLM``: Mistral's weights, YaRN positions, and a query scale by position.
+    """``Ministral3ForCausalLM``: Mistral's weights, YaRN, and a query scale that depends on the position.
 
-    The query scale is not a matter of weights; :func:`nemodiff_train.model.provider.tri_mode` reads it.
+    The query scale has no weights; :func:`nemodiff_train.model.provider.tri_mode` reads it from the file.
     """
 
     architecture = "Ministral3ForCausalLM"
 
     def provider_bridge(self, hf_pretrained: PreTrainedCausalLM) -> GPTModelProvider:
-        """Megatron's configuration for the model.
+        """Return Megatron's configuration of the model.
 
-        Mistral's own version knows one fixed rope scaling; the general one reads YaRN from the file.
+        Mistral's own version assumes one rope scaling; the general one reads YaRN from the file.
         """
         provider = MegatronModelBridge.provider_bridge(self, hf_pretrained)
         provider.normalization = "RMSNorm"
@@ -38,20 +36,20 @@ class Ministral3TextBridge(MistralBridge):
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """Mistral's mappings, with the tensors' names in a directory of this architecture."""
-        mappings: list[Any] = list(super().mapping_registry())
+        """Return Mistral's mappings, with the names that tensors have in a directory of this architecture."""
+        mappings = list(super().mapping_registry())
         for mapping in mappings:
-            named = mapping.hf_param
+            names = mapping.hf_param
             mapping.hf_param = (
-                stored_name(self.architecture, named)
-                if isinstance(named, str)
-                else {part: stored_name(self.architecture, name) for part, name in named.items()}
+                stored_name(self.architecture, names)
+                if isinstance(names, str)
+                else {part: stored_name(self.architecture, name) for part, name in names.items()}
             )
         return MegatronMappingRegistry(*mappings)
 
 
 class NemotronLabsDiffusionConfig(Ministral3Config):
-    """Configuration of a NemotronLabsDiffusion model; the defaults hold where a file leaves a key out."""
+    """Configuration of a NemotronLabsDiffusion model; the defaults apply where a file leaves a key out."""
 
     model_type = "nemotron_labs_diffusion"
 
@@ -65,13 +63,13 @@ AutoConfig.register("nemotron_labs_diffusion", NemotronLabsDiffusionConfig)
 
 @MegatronModelBridge.register_bridge(source=NEMOTRON, target=GPTModel, model_type="nemotron_labs_diffusion")
 class NemotronLabsDiffusionBridge(Ministral3TextBridge):
-    """A NemotronLabsDiffusion model; takes the place of Bridge's own, which assumes one rope scaling."""
+    """A NemotronLabsDiffusion model; replaces Bridge's own bridge, which assumes one rope scaling."""
 
     architecture = NEMOTRON
 
 
 @MegatronModelBridge.register_bridge(source=Mistral3ForConditionalGeneration, target=GPTModel, model_type="mistral3")
 class Ministral3TowerBridge(Ministral3TextBridge):
-    """The language model of a vision-language Ministral 3; takes the place of Bridge's own, which has all of it."""
+    """The language model of a vision-language Ministral 3; replaces Bridge's own bridge, which has all of it."""
 
     architecture = VISION_LANGUAGE

@@ -1,4 +1,4 @@
-"""The model: whatever GPT that Bridge builds for a family, with its core attention replaced."""
+"""The model: any GPT that Bridge builds for a family, with its core attention replaced."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -21,6 +21,7 @@ from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.modules import PositionLookupRotary, TriModeAttention
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import HFConfig
 from nemodiff_train.model.norm import head_norm, replicated_norm
 from nemodiff_train.model.recompute import recompute_activations
 
@@ -30,19 +31,20 @@ register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved conf
 def tri_mode_layer_spec(
     config: "TriModeModelProvider", vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The family's transformer layer with :class:`TriModeAttention` as its core attention.
+    """Return the family's transformer layer with :class:`TriModeAttention` as its core attention.
 
-    Transformer Engine's layers where it is installed, else Megatron-Core's own with norms of ours.
+    The layers are Transformer Engine's where it is installed, else Megatron-Core's own with this package's norms.
 
     Args:
-        vp_stage: Number of the model chunk on this rank, under virtual pipeline stages.
+        config: The model's configuration.
+        vp_stage: Index of the model chunk on this rank, with virtual pipeline stages.
     """
     if HAVE_TE:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = TriModeAttention
         return spec
     layer = _local_layer_spec(config)
-    # Given a single layer, Core would choose the norm behind the last one by itself.
+    # Given a single layer, Core would select the final norm by itself.
     stage = get_pg_rank(config._pg_collection.pp) if config._pg_collection else None
     layers = get_num_layers_to_build(config, vp_stage, stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=replicated_norm)
@@ -62,29 +64,30 @@ def _local_layer_spec(config: "TriModeModelProvider") -> ModuleSpec:
 class TriModeModelProvider(GPTModelProvider):
     """A GPT model that attends causally, over doubled sequences, or against a cache.
 
-    Make one from a pretrained family with :func:`tri_mode`; the extra fields are saved in every
-    checkpoint, so that it can be decoded and exported without the recipe that trained it.
+    Make one from a pretrained family with :func:`tri_mode`. The fields below are saved in every checkpoint, so that
+    it can be decoded and exported without the recipe that trained it.
     """
 
     transformer_layer_spec: Any = tri_mode_layer_spec
 
     noisy_views: int = 0
-    """Noisy halves of a training sample; 0 for plain AR training. Set from the objective, as the next four are."""
+    """Number of noisy views of a training sample; 0 for plain AR training. Set from the objective, like the next four
+    fields."""
     block_size: int = 32
     """Positions per diffusion block."""
     largest_block: int = 32
-    """Most places of a block in training, where the size changes from step to step."""
+    """Maximum number of positions per block in training, where the block size changes from step to step."""
     clean_attention: str = "causal"
-    """What a clean place sees: ``causal`` or ``block_causal``."""
+    """What a clean position sees: ``causal`` or ``block_causal``."""
     shift: bool = False
-    """Place i of a block predicts token i + 1."""
+    """Position i of a block predicts token i + 1."""
     recompute_elementwise: bool = True
-    """Make the outputs of norms and of the gated activation again in the backward pass instead of keeping them."""
+    """Recompute the outputs of norms and of the gated activation in the backward pass instead of keeping them."""
     attention_kernel: str = "auto"
     """``auto``, or ``flash`` for FlexAttention's FlashAttention 4 backend; see
-    :func:`~nemodiff_train.attention.selection.select_kernel`. Of a run, as the next two are."""
+    :func:`~nemodiff_train.attention.selection.select_kernel`. Belongs to a run, like the next two fields."""
     attention_tile: int = 0
-    """Queries, and keys, of a tile of FlexAttention's block mask; 0 for the kernel's own."""
+    """Number of queries, and of keys, per tile of FlexAttention's block mask; 0 for the kernel's default."""
     attention_options: dict[str, Any] = field(default_factory=dict)
     """More ``kernel_options`` for FlexAttention, such as ``{"fwd_BLOCK_N": 64}``."""
     mask_token_id: int | None = None
@@ -92,28 +95,27 @@ class TriModeModelProvider(GPTModelProvider):
     query_scale_beta: float = 0.0
     """Ministral 3's position-dependent query scale (``llama_4_scaling_beta``); 0 for none."""
     query_scale_original_length: int = 16384
-    """Positions from which the query scale leaves 1."""
-    hf_config: dict[str, Any] = field(default_factory=dict)
-    """The ``config.json`` the weights came from, as it was written; an export writes it back."""
-    hf_generation_config: dict[str, Any] = field(default_factory=dict)
-    """The ``generation_config.json`` that came with it."""
+    """Position from which on the query scale differs from 1."""
+    hf_config: HFConfig = field(default_factory=dict)
+    """The ``config.json`` that the weights came with, unchanged; an export writes it back."""
+    hf_generation_config: HFConfig = field(default_factory=dict)
+    """The ``generation_config.json`` that the weights came with."""
 
     def add_stop_token(self, token: int | None) -> None:
-        """Have decoding, here and where the model is exported to, end at one more token."""
-        named = self.hf_generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
-        ends = named if isinstance(named, list) else [] if named is None else [named]
-        if token is not None and token not in ends:
-            self.hf_generation_config = {**self.hf_generation_config, "eos_token_id": [*ends, token]}
+        """Let decoding end at one more token, here and where the model is exported to."""
+        configured = self.hf_generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
+        stop_tokens = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        if token is not None and token not in stop_tokens:
+            self.hf_generation_config = {**self.hf_generation_config, "eos_token_id": [*stop_tokens, token]}
 
     def finalize(self) -> None:
         """Complete the settings that follow from others."""
-        super().finalize()  # finds the number of virtual stages if only a layout names it
-        # Core's default, one batch of exchanges between neighbouring stages, pairs sends and receives
-        # of the same two ranks by their order.  With two ranks and virtual stages, the next and the
-        # previous stage are on the same rank: activations sent forward and gradients sent backward in one
-        # batch arrive swapped, silently, and the model trains on nonsense.  Exchanges issued one by one are
-        # paired by direction.  Megatron-LM's arguments do the same; Bridge leaves it to the user.
-        # Without virtual stages Core takes batches only.
+        super().finalize()  # derives the number of virtual stages if only a pipeline layout gives it
+        # Core's default, one batch of exchanges between neighbouring stages, pairs sends and receives of the same
+        # two ranks by their order. With two ranks and virtual stages the next and the previous stage are on the same
+        # rank: activations sent forward and gradients sent backward in one batch arrive swapped, silently, and the
+        # model trains on nonsense. Exchanges issued one by one are paired by direction. Megatron-LM's arguments do
+        # the same; Bridge leaves it to the user. Without virtual stages Core supports batches only.
         self.overlap_p2p_comm = bool(self.virtual_pipeline_model_parallel_size)
         self.batch_p2p_comm = not self.overlap_p2p_comm
 
@@ -121,8 +123,8 @@ class TriModeModelProvider(GPTModelProvider):
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> GPTModel:
         """Build this rank's part of the model."""
-        # Equal shares of the vocabulary: rows of no token where it does not divide, and none in one process.
-        # Bridge turns this off where the model's own vocabulary is larger than the tokenizer's.
+        # Pad the vocabulary to equal parts per tensor-parallel rank, and not at all in one process. Bridge turns this
+        # off where the model's own vocabulary is larger than the tokenizer's.
         self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
@@ -136,34 +138,33 @@ class TriModeModelProvider(GPTModelProvider):
         return model
 
 
-def tri_mode(source: GPTModelProvider, hf_config: dict[str, Any]) -> TriModeModelProvider:
-    """Make the provider that Bridge returns for a family tri-mode; nothing else about it changes.
+def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvider:
+    """Turn the provider that Bridge returns for a family into a tri-mode one; nothing else about it changes.
 
     Args:
         source: What ``AutoBridge.to_megatron_provider(load_weights=False)`` returned.
         hf_config: The model's Hugging Face configuration as a dictionary, complete with defaults.
 
     Raises:
-        UserError: The family needs attention or layers that the method has not been given.
+        UserError: The family has attention or layers that are not supported.
     """
     _refuse_unsupported(source, hf_config)
-    known = {f.name for f in fields(TriModeModelProvider) if f.init} - {"transformer_layer_spec", "hf_config"}
-    values = {f.name: getattr(source, f.name) for f in fields(source) if f.name in known}
+    copied = {f.name for f in fields(TriModeModelProvider) if f.init} - {"transformer_layer_spec", "hf_config"}
+    values = {f.name: getattr(source, f.name) for f in fields(source) if f.name in copied}
     provider = TriModeModelProvider(**values)
     rope = hf_config.get("rope_parameters") or {}
     provider.query_scale_beta = rope.get("llama_4_scaling_beta") or 0.0
     if provider.query_scale_beta:
         provider.query_scale_original_length = rope["original_max_position_embeddings"]
     if provider.position_embedding_type == "yarn":
-        # Transformers rounds YaRN's correction range unless the file says otherwise; Bridge's default
-        # of None would not.
+        # Transformers rounds YaRN's correction range unless the file says otherwise; Bridge does not by default.
         provider.yarn_correction_range_round_to_int = rope.get("truncate", True)
     provider.attention_dropout = provider.hidden_dropout = 0.0
-    provider.apply_rope_fusion = False  # the fused kernel takes one angle a position; rows may differ here
+    provider.apply_rope_fusion = False  # the fused kernel takes one angle per position; here rows may differ
     return provider
 
 
-LAYOUT = (
+PARALLELISM = (
     "tensor_model_parallel_size",
     "expert_tensor_parallel_size",
     "sequence_parallel",
@@ -177,25 +178,24 @@ LAYOUT = (
     "account_for_loss_in_pipeline_split",
     "pipeline_model_parallel_layout",
 )
-
-
 KERNEL = ("attention_kernel", "attention_tile", "attention_options")
 
 
 def reset_parallelism(provider: TriModeModelProvider) -> None:
-    """Return to one process: a checkpoint holds the layout that trained it, and every run has its own.
+    """Reset the settings of parallelism and kernels to their defaults.
 
-    So it is with kernels, which belong to a machine.
+    A checkpoint holds those that trained it, and every run has its own.
     """
     for setting in fields(provider):
-        if setting.name in (*LAYOUT, *KERNEL):
-            plain = setting.default if setting.default_factory is MISSING else setting.default_factory()
-            setattr(provider, setting.name, plain)
+        if setting.name in (*PARALLELISM, *KERNEL):
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            setattr(provider, setting.name, default)
 
 
-def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> None:
+def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
     name = (hf_config.get("architectures") or [type(source).__name__])[0]
-    reasons = {
+    rope = hf_config.get("rope_parameters") or {}
+    features = {
         "its own model class": type(source).provide is not GPTModelProvider.provide,
         "mixture of experts": source.num_moe_experts is not None,
         "latent attention": source.multi_latent_attention,
@@ -203,19 +203,15 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: dict[str, Any]) -> 
         or "sliding_attention" in (hf_config.get("layer_types") or []),
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
-        _rope_in_words(hf_config): not _rope_is_known(source, hf_config.get("rope_parameters") or {}),
+        f"rope scaling '{rope.get('rope_type')}' in a form that Megatron lacks": not _supports_rope(source, rope),
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise UserError(f"{name} is not supported: it has {', '.join(found)}; use a dense GPT-like decoder.")
+    unsupported = [feature for feature, present in features.items() if present]
+    if unsupported:
+        raise UserError(f"{name} is not supported: it has {', '.join(unsupported)}; use a dense GPT-like decoder.")
 
 
-def _rope_in_words(hf_config: dict[str, Any]) -> str:
-    return f"rope scaling '{(hf_config.get('rope_parameters') or {}).get('rope_type')}' in a form that Megatron lacks"
-
-
-def _rope_is_known(source: GPTModelProvider, rope: dict[str, Any]) -> bool:
-    """Whether Megatron turns positions into angles as Transformers does; Bridge leaves out what it does not know."""
+def _supports_rope(source: GPTModelProvider, rope: HFConfig) -> bool:
+    """Return whether Megatron turns positions into angles as Transformers does; Bridge ignores unknown scalings."""
     match rope.get("rope_type", "default"):
         case "default":
             return True
@@ -231,7 +227,7 @@ def _rope_is_known(source: GPTModelProvider, rope: dict[str, Any]) -> bool:
 
 def disable_fused_kernels(provider: TriModeModelProvider) -> None:
     """Turn off the kernels that need CUDA extensions, for a machine that lacks them."""
-    # Megatron's SwiGLU is one function in plain torch, which keeps its input alone for the backward pass.
+    # Megatron's SwiGLU is one function in plain torch, which keeps only its input for the backward pass.
     provider.bias_activation_fusion = provider.gated_linear_unit and provider.activation_func is F.silu
     for name in (
         "apply_rope_fusion",
