@@ -17,7 +17,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
-from nemodiff_train.objective.rule import can_attend, places
+from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import Sample
 from tests import jobs, small
 from tests.prepared import one_line, write_jsonl
@@ -46,7 +46,7 @@ def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
 
 def sees(sample: Sample) -> Tensor:
     """[2 L, 2 L] who sees whom."""
-    everything = places(1, sample["segment_ids"][1], sample["segment_ids"][0])
+    everything = sample_positions(1, sample["segment_ids"][1], sample["segment_ids"][0])
     return can_attend(everything.as_queries(), everything.as_keys())
 
 
@@ -97,7 +97,7 @@ def test_noise_is_drawn_for_each_conversation() -> None:
     levels: list[Tensor] = []
     for index in range(300):
         made = maker(fully_masked_fraction=0.3).make(packed([3, 6], [2, 6], [4, 5]), 0, index)
-        level, document = made["level"][:LENGTH], made["segment_ids"][0]
+        level, document = made["noise_level"][:LENGTH], made["segment_ids"][0]
         each = torch.stack([level[(document == number).nonzero()[0, 0]] for number in range(3)])
         for number in range(3):
             assert (level[document == number] == each[number]).all()

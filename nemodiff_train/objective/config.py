@@ -12,12 +12,12 @@ class ObjectiveConfig:
 
     The loss of a global batch is::
 
-        (ar_weight * sum of AR token losses + alpha * sum of w * masked-token losses / views) / counted tokens
+        (ar_weight * sum of AR token losses + alpha * sum of w * masked-token losses / views) / maskable tokens
 
-    Both sums run over the whole global batch and both are divided by the same number: the tokens that
-    count (the ``loss_mask`` of the data), each of which has one AR target and could have been masked.
-    This is the paper's global averaging (section 2.1), in which 1/t makes the second sum an estimate
-    of a sum over all counted tokens, so that ``alpha`` is the ratio of two per-token means.
+    Both sums run over the whole global batch and both are divided by the same number: the maskable tokens
+    (the ``loss_mask`` of the data), each of which has one AR target and could have been masked.
+    This is the paper's global averaging (arXiv 2607.05722, section 2.1), in which 1/t makes the second sum an
+    estimate of a sum over all maskable tokens, so that ``alpha`` is the ratio of two per-token means.
 
     :data:`nemodiff_train.objective.presets.PRESETS` sets the switches together as published methods do.
     """
@@ -26,8 +26,8 @@ class ObjectiveConfig:
     """``ar``: plain next-token training at L positions. ``joint``: [noisy views | clean]."""
 
     mask_token: str | None = None
-    """The tokenizer's token that stands for a hidden place. It must never occur in the text. None for the one that
-    the checkpoint has, and the tokenizer's own mask token where the checkpoint has none."""
+    """The tokenizer's token that stands for a masked position. It must never occur in the text. None for the
+    checkpoint's mask token, and the tokenizer's own where the checkpoint has none."""
 
     seed: int = 1234
     """Noise is a pure function of this seed, the split, and the index of the sample."""
@@ -44,13 +44,14 @@ class ObjectiveConfig:
     """Weight of the AR loss. BD3-LM and Efficient-DLM train on the diffusion loss alone: 0."""
 
     weighting: Literal["inverse", "effective", "none"] = "inverse"
-    """Weight w of a masked place. ``inverse``: 1/t. ``effective``: the inverse of the share that was in fact
+    """Weight w of a masked position. ``inverse``: 1/t. ``effective``: the inverse of the fraction that was in fact
     masked, in the sample or block that t belongs to (SDAR-VL). ``none``: 1 (Set Block Decoding, TiDAR)."""
 
     reduction: Literal["global", "automodel", "bridge"] = "global"
-    """What the sums are divided by. ``automodel``: the AR sum by its tokens and the diffusion sum by the masked
-    ones, both over the global batch. ``bridge``: each micro-batch by its masked + counted tokens, then the mean
-    over micro-batches. The last two reproduce runs of NeMo AutoModel and of Megatron Bridge's example."""
+    """What the sums are divided by. ``global``: the maskable tokens. ``automodel``: the AR sum by its tokens and
+    the diffusion sum by the masked ones, both over the global batch. ``bridge``: each micro-batch by its masked +
+    maskable tokens, then the mean over micro-batches. The last two reproduce runs of NeMo AutoModel and of
+    Megatron Bridge's example."""
 
     # Blocks
 
@@ -58,34 +59,34 @@ class ObjectiveConfig:
     """Positions per diffusion block; also what decoding starts from. The released models use 32."""
 
     block_schedule: Literal["fixed", "random", "curriculum"] = "fixed"
-    """``fixed``: ``block_size``. ``random``: drawn for each step between the first and the last of
-    ``block_sizes`` (Set Block Decoding, 2509.04185). ``curriculum``: ``block_sizes`` one after another
-    (LLaDA2.0, 2512.15745), each for ``block_steps`` steps, the last to the end."""
+    """``fixed``: ``block_size``. ``random``: drawn per step between the first and the last of
+    ``block_sizes`` (Set Block Decoding, arXiv 2509.04185). ``curriculum``: ``block_sizes`` one after another
+    (LLaDA2.0, arXiv 2512.15745), each for ``block_steps`` steps, the last to the end."""
 
     block_sizes: list[int] = field(default_factory=list)
     """For ``random``: lowest and highest size. For ``curriculum``: the sizes in order."""
 
     block_steps: int = 0
-    """Steps that a size of the curriculum lasts."""
+    """Steps per size of the curriculum."""
 
     clean_attention: Literal["causal", "block_causal"] = "causal"
-    """What a clean place sees: itself and the places before it, or its whole block too (BD3-LM). Where it sees
-    the block, only a block's last place can carry an AR loss, and only ``shift`` has a use for it."""
+    """What a clean position sees: itself and the positions before it, or its whole block too (BD3-LM). Where it
+    sees the block, only a block's last position can carry an AR loss, and only ``shift`` has a use for it."""
 
     shift: bool = False
-    """Whether place i of the noisy half predicts token i + 1 (Dream; Fast-dLLM v2, 2509.26328) instead of
+    """Whether position i of a noisy view predicts token i + 1 (Dream; Fast-dLLM v2, arXiv 2509.26328) instead of
     token i. A short training then reuses what the AR model has learned; the paper does not shift."""
 
     # Noise
 
     views: int = 1
-    """Noisy copies of each sample, drawn apart, that share one clean half."""
+    """Noisy copies of each sample, drawn independently, that share one clean half."""
 
     complementary: bool = False
-    """The second of each two views hides exactly what the first shows (Fast-dLLM v2)."""
+    """The second view of each pair masks exactly what the first shows (Fast-dLLM v2)."""
 
     noise_granularity: Literal["sequence", "block"] = "sequence"
-    """What has a noise level t of its own. ``block``: BD3-LM (2503.09573), Efficient-DLM (2512.14067)."""
+    """What a noise level t is drawn for. ``block``: BD3-LM (arXiv 2503.09573), Efficient-DLM (arXiv 2512.14067)."""
 
     min_noise_level: float = 1e-3
     """Lower end of the noise level t ~ U(min, max); bounds the weight 1/t."""
@@ -98,21 +99,21 @@ class ObjectiveConfig:
     ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic)."""
 
     mask_sampling: Literal["bernoulli", "exact"] = "bernoulli"
-    """``bernoulli``: each place on its own with probability t. ``exact``: t times the places that can be masked,
+    """``bernoulli``: each position independently with probability t. ``exact``: t times the maskable positions,
     rounded up or down at random so that the mean is exact."""
 
     position_bias_half_life: float | None = None
-    """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later places of a block are
-    masked more often. The share of a block over which the preference halves at t = 0."""
+    """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later positions of a block are
+    masked more often. The fraction of a block over which the preference halves at t = 0."""
 
     fully_masked_fraction: float = 0.0
-    """Share of samples at noise level 1, every place hidden. TiDAR (2511.08923, section 3) trains on nothing
-    else: it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
+    """Fraction of samples at noise level 1, every position masked. TiDAR (arXiv 2511.08923, section 3) trains on
+    nothing else: it is the state a one-shot draft of self-speculation starts from. Nemotron-Labs-Diffusion: 0."""
 
     # The mask token's embedding
 
     mask_embedding_noise: float = 0.0
-    """Standard deviation of Gaussian noise on the embedding's output at masked places, for a mask token whose
+    """Standard deviation of Gaussian noise on the embedding's output at masked positions, for a mask token whose
     row AR pretraining let decay (LLaDA2.0), as a multiple of the other rows' root mean square. 0 for none."""
 
     mask_embedding_noise_steps: int = 1000
@@ -120,16 +121,16 @@ class ObjectiveConfig:
 
     @property
     def noisy_views(self) -> int:
-        """Noisy halves in a training sample: 0 in the AR stage."""
+        """Number of noisy views in a training sample: 0 in the AR stage."""
         return self.views if self.stage == "joint" else 0
 
     @property
     def largest_block(self) -> int:
-        """The largest block size that any step may have."""
+        """Largest block size that any step may have."""
         return self.block_size if self.block_schedule == "fixed" else max([self.block_size, *self.block_sizes])
 
     def problems(self, sequence_length: int) -> list[str]:
-        """What is wrong with these values, one line each.
+        """Return what is wrong with these values, one line per problem.
 
         Args:
             sequence_length: L, the clean tokens in a sample.
@@ -142,28 +143,20 @@ class ObjectiveConfig:
         ]
 
     def _bad_numbers(self) -> list[str]:
-        found = []
-        if not 0 < self.min_noise_level <= self.max_noise_level <= 1:
-            found.append(
-                f"objective.min_noise_level={self.min_noise_level} and max_noise_level={self.max_noise_level}: "
-                "use 0 < min <= max <= 1"
-            )
-        if not 0 <= self.fully_masked_fraction <= 1:
-            found.append(
-                f"objective.fully_masked_fraction={self.fully_masked_fraction} is not a share between 0 and 1"
-            )
-        if not 0 <= self.seed < 2**32:
-            found.append(f"objective.seed={self.seed} is not between 0 and 2**32 - 1")
+        checks = {
+            f"objective.min_noise_level={self.min_noise_level} and max_noise_level={self.max_noise_level}: "
+            "use 0 < min <= max <= 1": 0 < self.min_noise_level <= self.max_noise_level <= 1,
+            f"objective.fully_masked_fraction={self.fully_masked_fraction} is not a fraction between 0 and 1": (
+                0 <= self.fully_masked_fraction <= 1
+            ),
+            f"objective.seed={self.seed} is not between 0 and 2**32 - 1": 0 <= self.seed < 2**32,
+            f"objective.position_bias_half_life={self.position_bias_half_life} is not positive; "
+            "Efficient-DLM uses 0.1": self.position_bias_half_life is None or self.position_bias_half_life > 0,
+            f"objective.views={self.views}; a joint sample has at least 1 noisy view": self.views >= 1,
+        }
         for name in ("alpha", "ar_weight", "alpha_ramp_steps", "mask_embedding_noise", "mask_embedding_noise_steps"):
-            if getattr(self, name) < 0:
-                found.append(f"objective.{name}={getattr(self, name)} is negative")
-        if self.position_bias_half_life is not None and self.position_bias_half_life <= 0:
-            found.append(
-                f"objective.position_bias_half_life={self.position_bias_half_life} is not positive; Efficient-DLM uses 0.1"
-            )
-        if self.views < 1:
-            found.append(f"objective.views={self.views}; a joint sample has at least 1 noisy view")
-        return found
+            checks[f"objective.{name}={getattr(self, name)} is negative"] = getattr(self, name) >= 0
+        return [problem for problem, passed in checks.items() if not passed]
 
     def _bad_blocks(self, length: int) -> list[str]:
         if self.block_schedule == "fixed":
@@ -182,32 +175,34 @@ class ObjectiveConfig:
         if self.block_schedule == "random" and (len(sizes) != 2 or sizes[0] > sizes[1]):
             return [f"objective.block_sizes={sizes}: block_schedule=random takes the lowest and the highest size"]
         if self.block_schedule == "curriculum" and self.block_steps < 1:
-            return ["objective.block_steps is not set; block_schedule=curriculum needs the steps a size lasts"]
+            return ["objective.block_steps is not set; block_schedule=curriculum needs the steps per size"]
         return []
 
     def _conflicts(self) -> list[str]:
-        """Switches that contradict each other, and which of them to change."""
+        """Return the switches that contradict each other, and which of them to change."""
         full = self.fully_masked_fraction
-        rules = {
-            "objective.complementary needs views in pairs; set objective.views=2": self.complementary
-            and self.views % 2 == 1,
-            "objective.complementary with fully_masked_fraction would leave empty views; set fully_masked_fraction=0": (
+        conflicts = {
+            "objective.complementary needs views in pairs; set objective.views=2": (
+                self.complementary and self.views % 2 == 1
+            ),
+            "objective.complementary with fully_masked_fraction leaves empty views; set fully_masked_fraction=0": (
                 self.complementary and full > 0
             ),
             "objective.complementary with weighting=inverse weighs by 1/(1 - t); set max_noise_level to at most "
-            f"1 - min_noise_level ({1 - self.min_noise_level:g}), or another weighting": self.complementary
-            and self.weighting == "inverse"
-            and self.max_noise_level > 1 - self.min_noise_level,
-            "objective.position_bias_half_life draws a number of places in each block; set mask_sampling=exact and "
-            "noise_granularity=block": self.position_bias_half_life is not None
-            and (self.mask_sampling != "exact" or self.noise_granularity != "block"),
-            "objective.clean_attention=block_causal lets clean places see what an AR loss would ask of them; set "
-            "ar_weight=0, or shift=true to keep it at the last place of each block": self.clean_attention
-            == "block_causal"
-            and self.ar_weight > 0
-            and not self.shift,
-            "objective.alpha and ar_weight are both 0; nothing would be trained": self.stage == "joint"
-            and self.alpha == 0
-            and self.ar_weight == 0,
+            f"1 - min_noise_level ({1 - self.min_noise_level:g}), or another weighting": (
+                self.complementary and self.weighting == "inverse" and self.max_noise_level > 1 - self.min_noise_level
+            ),
+            "objective.position_bias_half_life draws a number of positions per block; set mask_sampling=exact and "
+            "noise_granularity=block": (
+                self.position_bias_half_life is not None
+                and (self.mask_sampling != "exact" or self.noise_granularity != "block")
+            ),
+            "objective.clean_attention=block_causal lets clean positions see what an AR loss would ask of them; set "
+            "ar_weight=0, or shift=true to keep it at the last position of each block": (
+                self.clean_attention == "block_causal" and self.ar_weight > 0 and not self.shift
+            ),
+            "objective.alpha and ar_weight are both 0; nothing would be trained": (
+                self.stage == "joint" and self.alpha == 0 and self.ar_weight == 0
+            ),
         }
-        return [text for text, broken in rules.items() if broken]
+        return [problem for problem, present in conflicts.items() if present]

@@ -1,6 +1,7 @@
 """No gradient that is not finite, or far too large, reaches the weights."""
 
 import dataclasses
+import json
 import math
 import statistics
 from collections import deque
@@ -16,13 +17,13 @@ from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from torch import Tensor
 
 from nemodiff_train.config.config import ResilienceConfig
+from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, is_main_process
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.model.checksums import iterations
-from nemodiff_train.training.callbacks.run_log import RunLog, recorded_norms
 
-NON_FINITE, SPIKE = "non-finite", "spike"
+NON_FINITE, SPIKE = "non_finite", "spike"
 
 
 class GradientGuard(Callback):
@@ -32,19 +33,18 @@ class GradientGuard(Callback):
     Whose gradient was at fault is looked up before replicas add theirs together, since afterwards all have it.
 
     Args:
-        log: Where the figures go, and where the norms of earlier steps are.
+        shared: Where the figures go, and where the norms of earlier steps are recorded.
     """
 
-    def __init__(self, log: RunLog) -> None:
-        self.log = log
+    def __init__(self, shared: StepContext) -> None:
+        self.shared = shared
         self.in_a_row = 0
         self.rolls_back = False
         self.norms: deque[float] | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
         self.context = context
-        config: Any = context.state.cfg
-        self.settings: ResilienceConfig = config.resilience
+        self.settings: ResilienceConfig = config_of(context.state).resilience
         self.mine = torch.zeros(1, dtype=torch.int32, device=torch.cuda.current_device())
         optimizer: Any = context.optimizer
         self.plain_prepare: Callable[[], bool] = optimizer.prepare_grads
@@ -96,8 +96,9 @@ class GradientGuard(Callback):
         """Norms of the last updates, of those before a resume too: the decision must not depend on it."""
         if self.norms is None:
             window = self.settings.spike_window
-            own = recorded_norms(self.log.path, window) if self.log.file is not None else None
-            self.norms = deque(all_gather_object(own)[-1], maxlen=window)  # the last rank has the file
+            is_last_rank = dist.get_rank() == dist.get_world_size() - 1  # the one that writes the file
+            norms = recorded_norms(self.shared.metrics_file, window) if is_last_rank else None
+            self.norms = deque(all_gather_object(norms)[-1], maxlen=window)
         return self.norms
 
     def apply_policy(self, fault: str, norm: float) -> None:
@@ -105,11 +106,11 @@ class GradientGuard(Callback):
         reaction = self.settings.on_non_finite if fault == NON_FINITE else self.settings.on_spike
         self.in_a_row += 1
         if reaction == "stop":
-            raise RunStopped(f"{line}; the weights are as before the step (resilience.on_{_field(fault)})")
+            raise RunStopped(f"{line}; the weights are as before the step (resilience.on_{fault})")
         if self.in_a_row > self.settings.patience:
             raise RunStopped(f"{line}; the {self.in_a_row}th step in a row without an update (resilience.patience)")
         self.rolls_back = reaction == "rollback"
-        self.log.note({f"skipped: {fault}": norm if math.isfinite(norm) else 1.0})
+        self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
         if is_main_process():
             done = "back to the last checkpoint's weights" if self.rolls_back else "no update"
             console.print(f"[yellow]{line}: {done}[/yellow]", soft_wrap=True)
@@ -134,6 +135,13 @@ class GradientGuard(Callback):
             _roll_back(context)
 
 
+def recorded_norms(path: Path, count: int) -> list[float]:
+    """Return the gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
+    with path.open("rb") as file:
+        norms = (json.loads(line).get("grad_norm") for line in file)
+        return list(deque((norm for norm in norms if norm is not None), maxlen=count))
+
+
 def before_gradients_are_shared(model: Any, call: Callable[[], None]) -> None:
     """Call a function in each step between the last backward pass and the sum over replicas.
 
@@ -151,15 +159,10 @@ def before_gradients_are_shared(model: Any, call: Callable[[], None]) -> None:
     model[0].finish_grad_sync = finish
 
 
-def _field(fault: str) -> str:
-    return "non_finite" if fault == NON_FINITE else "spike"
-
-
 def _roll_back(context: CallbackContext) -> None:
     """Weights, optimizer and schedule of the last checkpoint; steps and data go on from here."""
     state = context.state
-    config: Any = state.cfg
-    saved = config.checkpoint
+    saved = config_of(state).checkpoint
     if not saved.load or not iterations(Path(saved.load)):
         raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
     now = {f.name: getattr(state.train_state, f.name) for f in dataclasses.fields(state.train_state)}

@@ -10,9 +10,10 @@ from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from torch import Tensor
 from torch import distributed as dist
 
+from nemodiff_train.config.context import config_of
 from nemodiff_train.distributed import all_gather_object
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.training.callbacks.gradient_probe import gathered_parameters
+from nemodiff_train.model.parameters import gathered_parameters
 
 _PIECE = 1 << 22  # elements hashed at once: their factors take 8 bytes each
 
@@ -28,8 +29,7 @@ class ReplicaConsistencyCheck(Callback):
     """
 
     def on_train_start(self, context: CallbackContext) -> None:
-        config: Any = context.state.cfg
-        self.interval = config.resilience.drift_interval
+        self.interval = config_of(context.state).resilience.drift_interval
         if not self.interval:
             return
         # Not every layer says that it is split; what starts out different is.

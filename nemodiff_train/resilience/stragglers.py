@@ -2,15 +2,14 @@
 
 import statistics
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
+from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.resilience.gradient_guard import before_gradients_are_shared
 from nemodiff_train.resilience.watchdog import Watchdog
-from nemodiff_train.training.batch import Recorder
 
 
 class StragglerMonitor(Callback):
@@ -20,19 +19,18 @@ class StragglerMonitor(Callback):
     slow as the slowest.
 
     Args:
-        recorder: Reads the data.
+        shared: Knows how long the forward step has waited for data.
         watch: Shows the figures in ``status.json``.
     """
 
-    def __init__(self, recorder: Recorder, watch: Watchdog) -> None:
-        self.recorder = recorder
+    def __init__(self, shared: StepContext, watch: Watchdog) -> None:
+        self.shared = shared
         self.watch = watch
         self.own = 0.0
         self.started = 0.0
 
     def on_train_start(self, context: CallbackContext) -> None:
-        config: Any = context.state.cfg
-        self.interval = config.resilience.pace_interval
+        self.interval = config_of(context.state).resilience.pace_interval
         if self.interval:
             before_gradients_are_shared(context.model, self._ready)
 
@@ -49,8 +47,8 @@ class StragglerMonitor(Callback):
         step = context.state.train_state.step + 1
         if not self.interval or step % self.interval:
             return
-        own = torch.tensor([self.own, self.recorder.waited], device=torch.cuda.current_device()) / self.interval
-        self.own = self.recorder.waited = 0.0
+        own = torch.tensor([self.own, self.shared.data_wait], device=torch.cuda.current_device()) / self.interval
+        self.own = self.shared.data_wait = 0.0
         found = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(found, own)
         self.watch.figures = _figures([each.tolist() for each in found])

@@ -67,20 +67,16 @@ def train(config: "TriModeConfig") -> None:
 def _run(config: "TriModeConfig", output: Path) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
-    from nemodiff_train.drafter.step import DraftStep
-    from nemodiff_train.resilience.gradient_guard import GradientGuard
-    from nemodiff_train.resilience.replicas import ReplicaConsistencyCheck
+    from nemodiff_train.config.context import StepContext
     from nemodiff_train.resilience.restarts import counted_start, same_wandb_run
-    from nemodiff_train.resilience.stragglers import StragglerMonitor
     from nemodiff_train.resilience.watchdog import Watchdog
-    from nemodiff_train.training.callbacks.gradient_probe import GradientProbe
-    from nemodiff_train.training.callbacks.loop_evaluation import LoopEvaluation
-    from nemodiff_train.training.callbacks.mask_embedding import MaskEmbedding
+    from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
+    from nemodiff_train.training.callbacks.order import callbacks_in_order
     from nemodiff_train.training.callbacks.run_log import RunLog
     from nemodiff_train.training.step import ForwardStep
 
-    step = DraftStep() if config.drafter else ForwardStep()
-    log = RunLog(output, step.tally)
+    shared = StepContext(output)
+    breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
         ending = stack.enter_context(counted_start(output, config.resilience.restarts))
         if config.logger.wandb_project:
@@ -88,10 +84,9 @@ def _run(config: "TriModeConfig", output: Path) -> None:
         stack.enter_context(_prints_go_to(output / "train.log"))
         watch = stack.enter_context(Watchdog(output, config.resilience, ending))
         stack.callback(log.close)
-        probes = [GradientProbe(step, log), MaskEmbedding(step), LoopEvaluation(log), ReplicaConsistencyCheck()]
-        guards = [StragglerMonitor(step.recorder, watch), GradientGuard(log), watch]
+        callbacks = callbacks_in_order(shared, breakdown, watch, log)
         try:
-            pretrain(config, step, callbacks=[*probes, *guards, log])
+            pretrain(config, ForwardStep(shared, breakdown), callbacks=callbacks)
         except SystemExit as leaving:
             if not leaving.code and is_main_process():
                 console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")

@@ -34,5 +34,3 @@ def drafter_problems(config: Any) -> Iterator[str]:
         yield f"dataset.seq_length={config.dataset.seq_length} is no multiple of {objective.block_size}, the block"
     if model.context_parallel_size > 1:
         yield "a drafter is not trained under context parallelism; set model.context_parallel_size=1"
-    if config.diagnostics.gradient_interval:
-        yield "diagnostics.gradient_interval compares the losses of the joint stage; set it to 0 for a drafter"
