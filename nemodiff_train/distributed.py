@@ -6,6 +6,7 @@ Light to import: torch is looked up only where it has been loaded, so a process 
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,9 +23,9 @@ def global_rank() -> int:
 
 
 def world_size() -> int:
-    """Return the number of ranks of the process group, or 1 where there is none yet."""
+    """Return the number of ranks: the process group's, else the launcher's ``WORLD_SIZE``, else 1."""
     dist = _initialized()
-    return int(dist.get_world_size()) if dist else 1
+    return int(dist.get_world_size()) if dist else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
@@ -33,13 +34,13 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all ranks, if there are several."""
-    if world_size() > 1:
-        _initialized().barrier()
+    """Wait for all ranks of the process group, if there is one."""
+    if dist := _initialized():
+        dist.barrier()
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Return the values of all ranks, by rank, on every rank.
+def all_gather_object[Value](value: Value) -> list[Value]:
+    """Return the values of all ranks of the process group, by rank, on every rank; the value alone without a group.
 
     Args:
         value: Any object that can be pickled.
@@ -47,9 +48,19 @@ def all_gather_object(value: Any) -> list[Any]:
     dist = _initialized()
     if not dist:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_main_process[Value](compute: Callable[[], Value]) -> Value:
+    """Compute a value on rank 0 alone, and return it on every rank.
+
+    Args:
+        compute: Returns an object that can be pickled.
+    """
+    value: Any = compute() if is_main_process() else None
+    return all_gather_object(value)[0]
 
 
 def free_port() -> int:

@@ -4,9 +4,7 @@ import difflib
 import errno
 import traceback
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(Exception):
@@ -56,19 +54,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
-
-
-def unknown_choices(section: str, settings: Any) -> list[str]:
-    """What is wrong with the ``Literal`` fields of a dataclass, one line each.
-
-    Args:
-        section: What the configuration calls the dataclass.
-        settings: The dataclass.
-    """
-    found = []
-    for f in fields(settings):
-        value, choices = getattr(settings, f.name), get_args(f.type)
-        if get_origin(f.type) is Literal and value not in choices:
-            known = "', '".join(choices)
-            found.append(f"{section}.{f.name} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
-    return found

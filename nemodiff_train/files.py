@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half a file."""
+"""Write files and folders so that a reader never sees half of one, nor a crash leaves it."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from nemodiff_train.errors import UserError
 
 
 def usable_directory(directory: Path) -> Path:
-    """Make ``directory`` if needed and return it; call it before a long run, not after.
+    """Make a folder where needed and return it; call this before a long run, not after.
 
     Raises:
         UserError: It cannot be made or written to.
@@ -26,41 +26,24 @@ def usable_directory(directory: Path) -> Path:
 
 
 def check_can_be_made(directory: Path) -> None:
-    """Refuse a folder that exists as something else, or below which nothing can be written; makes nothing.
+    """Refuse a folder that exists as something else, or below which nothing can be written; make nothing.
 
     Raises:
-        UserError: Names it.
+        UserError: Names the path.
     """
-    there = directory
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"cannot make the folder '{directory}': '{there}' is a file")
+    nearest = directory
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"cannot make the folder '{directory}': '{nearest}' is a file")
     # What the kernel shows as files lets root write anywhere, and makes nothing.
-    if not os.access(there, os.W_OK | os.X_OK) or there.is_relative_to("/proc") or there.is_relative_to("/sys"):
-        raise UserError(f"cannot make the folder '{directory}': '{there}' cannot be written to")
-
-
-def write_atomic(path: Path, text: str) -> Path:
-    """Write ``text`` as UTF-8 to ``path`` by way of a temporary file in the same directory.
-
-    The file is complete and on disk before it takes its name; on any failure an older file stays.
-    """
-    # Not tempfile: its files are private (0600), and rename would keep that.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    virtual = nearest.is_relative_to("/proc") or nearest.is_relative_to("/sys")
+    if virtual or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot make the folder '{directory}': '{nearest}' cannot be written to")
 
 
 def check_free(output: Path) -> None:
-    """Refuse an output that exists, or that no folder can be made for; makes nothing.
+    """Refuse an output that exists, or that no folder can be made for; make nothing.
 
     Raises:
         UserError: Names the output.
@@ -70,15 +53,54 @@ def check_free(output: Path) -> None:
     check_can_be_made(output.parent)
 
 
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_atomic(draft: Path, path: Path) -> None:
+    """Give a finished file its name, in the same file system, after its content has reached the disk."""
+    sync(draft)
+    draft.replace(path)
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write ``text`` as UTF-8; on any failure an older file stays."""
+    with _draft_of(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def copy_atomic(source: Path, path: Path) -> None:
+    """Copy the content of a file; on any failure an older copy stays."""
+    with _draft_of(path) as draft:
+        shutil.copyfile(source, draft)
+
+
+@contextmanager
+def _draft_of(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` for a file that takes its place when it is complete and on the disk."""
+    # Not tempfile: its files are private (0600), and a rename would keep that.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        replace_atomic(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_directory(output: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``output`` on success and vanishes on failure.
+    """Yield a folder to write into that becomes ``output`` on success and vanishes on failure.
 
-    Every process of a gang enters and leaves it; one that fails takes the folder with it, so that the
-    others cannot finish.
+    All ranks enter and leave it; one that fails takes the folder with it, so that the others cannot finish.
 
     Raises:
-        UserError: The disk is full, or cannot be written to.
+        UserError: The output exists, the disk is full, or cannot be written to.
     """
     check_free(output)
     partial = output.with_name(f".{output.name}.partial")
@@ -91,7 +113,10 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         yield partial
         barrier()
         if is_main_process():
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
             partial.rename(output)
+            sync(output.parent)
         barrier()
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""One readable page a recipe; each defines ``recipe(...)`` and returns the complete configuration."""
+"""Recipes: every public function returns the complete configuration of a run, and is started by its name."""

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Jobs one after another, each when the one before has ended well: slurm/chain.sh FILE
-# A line of FILE is what sbatch takes, words without quotes, such as: --nodes=4 slurm/train.sbatch joint data=data/corpus
-# Empty lines and lines that begin with # are passed over. Prints the number of each job.
+# Submit jobs that run one after another, each when the one before has succeeded: slurm/chain.sh FILE
+# A line of FILE holds the words for sbatch, without quotes, such as: --nodes=4 slurm/train.sbatch joint data=data/corpus
+# Empty lines and lines that begin with # are skipped. Prints the number of each job.
 set -euo pipefail
 
 if (($# != 1)); then

@@ -1,6 +1,6 @@
 #!/bin/bash
-# A folder of files to one data set: slurm/data.sh FOLDER TOKENIZER PREFIX [option of sbatch ...]
-# An array prepares one file a task, as PREFIX-0, PREFIX-1, ...; a job that waits for it merges them to PREFIX.
+# Turn a folder of files into one data set: slurm/data.sh FOLDER TOKENIZER PREFIX [option of sbatch ...]
+# An array prepares one file per task, as PREFIX-0, PREFIX-1, ...; a job that waits for it merges them into PREFIX.
 # Prints the number of the merging job, for --dependency and 'nemodiff launch --after'.
 set -euo pipefail
 

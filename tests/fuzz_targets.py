@@ -251,9 +251,9 @@ def _overrides(inputs: Inputs) -> st.SearchStrategy[list[str]]:
 
 
 def _read_overrides(inputs: Inputs, words: list[str]) -> None:
-    from nemodiff_train.config.recipes import override
+    from nemodiff_train.config.overrides import override
     from nemodiff_train.credentials import check_no_secrets
-    from nemodiff_train.validation.checks import check
+    from nemodiff_train.validation.check import check
 
     pairs = dict(word.split("=", 1) for word in words)
     check_no_secrets(pairs)

@@ -34,8 +34,9 @@ def _difference(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from nemodiff_train.model.bridges import auto_bridge
     from nemodiff_train.model.loading import set_parallelism
-    from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
+    from nemodiff_train.model.pretrained import hf_config, model_from
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -77,11 +78,12 @@ def _difference(
 def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
     """Return the tokens of every mode for three prompts."""
     from nemodiff_train.decoding.decode import MODES, decode
+    from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_model
 
     settings: dict[str, Any] = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.05}
-    opened = load_model(Checkpoint.open(checkpoint), tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
+    model = Checkpoint.open(checkpoint)
+    opened = load_decoding_model(model, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
     return {
         mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]

@@ -80,9 +80,9 @@ def megatron(exported: Exported) -> list[tuple[str, list[int], dict[str, Any], l
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
-    model = load_for_decoding(Checkpoint.open(exported.folder / "checkpoint"))
+    model = load_model(Checkpoint.open(exported.folder / "checkpoint")).chunks
     found = []
 
     def take(mode: str, prompts: list[list[int]], stops: frozenset[int]) -> list[Any]:
@@ -197,7 +197,7 @@ def test_a_model_without_a_mask_token_is_refused(
 
 def test_training_does_not_start_from_it(exported: dict[str, Exported], tmp_path: Path) -> None:
     from nemodiff_train.errors import UserError
-    from nemodiff_train.validation.checks import check
+    from nemodiff_train.validation.check import check
 
     small.data(tmp_path / "data", documents=10)
     config = small.recipe(str(exported["qwen3"].folder / "out"), str(tmp_path / "data"), str(tmp_path / "run"))

@@ -19,6 +19,7 @@ from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import Sample
+from nemodiff_train.validation.objective import objective_problems
 from tests import jobs, small
 from tests.prepared import one_line, write_jsonl
 from tools.support import layouts
@@ -29,7 +30,7 @@ BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
 
 def maker(**switches: Any) -> ConversationMaker:
     objective = ObjectiveConfig(**{"block_size": BLOCK, **switches})
-    assert not objective.problems(LENGTH)
+    assert not objective_problems(objective, LENGTH)
     return ConversationMaker(objective=objective, mask_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
 
 
@@ -346,7 +347,7 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
     host()
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
     first, second = (runs[name]["steps"] for name in ("lora", "lora_sp2"))
     for mine, other in zip(first, second, strict=True):
@@ -354,7 +355,7 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5 if mine["step"] == 1 else 0.05)
 
     def logits(checkpoint: str) -> Tensor:
-        models = load_for_decoding(Checkpoint.open(checkpoint))
+        models = load_model(Checkpoint.open(checkpoint)).chunks
         return Session(models, 1, 64, MASK).prefill([list(range(20, 40))]).masked_fill(torch.arange(320) == MASK, 0)
 
     base, tuned = logits(one), logits(lora)
@@ -376,9 +377,9 @@ def test_nothing_leaks_between_conversations(one: str) -> None:
 
     host()
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
-    (model,) = load_for_decoding(Checkpoint.open(one))
+    (model,) = load_model(Checkpoint.open(one)).chunks
     make = ConversationMaker(
         objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
     )
@@ -408,10 +409,10 @@ def test_decoding_crosses_the_boundary_at_every_offset(one: str) -> None:
     host()
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_for_decoding
+    from nemodiff_train.model.loading import load_model
 
     size, length = 16, 64
-    models = load_for_decoding(Checkpoint.open(one))
+    models = load_model(Checkpoint.open(one)).chunks
     objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
     make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):
@@ -446,11 +447,11 @@ def test_text_and_conversations_are_told_apart(
     capsys.readouterr()
     output = f"output={tmp_path / 'output'}"
     for words, said in (
-        (["sft_demo", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
+        (["demo_sft", f"start_from={one}", f"data={tmp_path / 'text'}", output], "holds no conversations"),
         (["demo_joint", f"start_from={one}", f"problems={chat}", f"code={chat}", output], "use sft"),
-        (["sft_demo", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
+        (["demo_sft", f"start_from={lora}", f"data={chat}", output], "holds adapters alone"),
         (
-            ["sft_demo", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
+            ["demo_sft", f"start_from={one}", f"data={chat}", output, "objective.clean_attention=block_causal"],
             "clean_attention",
         ),
         (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),

@@ -107,21 +107,6 @@ def test_named_files_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
-def test_module_map_is_complete() -> None:
-    """Every module of a package that the map opens is in it."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    listing = text[text.index("```\nnemodiff_train/") :].split("```")[1]
-    folder, named = "", set()
-    for line in listing.splitlines():
-        if opened := re.fullmatch(r"  (\w+)/", line):
-            folder = opened[1]
-        named |= {f"{folder}/{name}" for name in re.findall(r"\b\w+\.py\b", line) if line.startswith("    ")}
-    folders = {name.partition("/")[0] for name in named}
-    package = ROOT / "nemodiff_train"
-    there = {f"{name}/{file.name}" for name in folders for file in (package / name).glob("*.py")}
-    assert named == {name for name in there if not name.endswith("__init__.py")}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_import_what_exists(page: Path) -> None:
     for body in blocks(page, "python"):

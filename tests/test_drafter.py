@@ -12,6 +12,7 @@ from torch import Tensor
 from nemodiff_train.cli import main
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import judge, slot_losses
+from nemodiff_train.validation.settings import section_problems
 from tests import jobs, small
 from tools.support import layouts
 from tools.support.ranks import Jobs, RankPool
@@ -86,7 +87,7 @@ def test_as_many_slots_are_accepted_as_q_gives_the_choice() -> None:
     [({"loss": "kl"}, "lk_hybrid"), ({"temperature": 0}, "temperature"), ({"sampled_share": 2}, "sampled_share")],
 )
 def test_switches_are_checked(changes: dict[str, Any], said: str) -> None:
-    (line,) = DrafterConfig(**changes).problems()
+    (line,) = section_problems("drafter", DrafterConfig(**changes))
     assert said in line
 
 
@@ -156,9 +157,9 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
 
     init_runtime()
     from nemodiff_train.decoding.decode import decode
+    from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
-    from nemodiff_train.model.loading import load_model
 
     prompts = [list(range(20, 33)), list(range(50, 55))]
     tokens, rows = torch.tensor([[40, 41, 42, 1], [60, 61, 1, 1]]), torch.arange(2)
@@ -170,8 +171,8 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
             found[kind] = session.forward(tokens, rows, kind, causal=causal)  # type: ignore[arg-type]
         return found
 
-    plain = load_model(Checkpoint.open(base), max_new_tokens=24)
-    with_drafter = load_model(Checkpoint.open(base), max_new_tokens=24, drafter=Checkpoint.open(drafter))
+    plain = load_decoding_model(Checkpoint.open(base), max_new_tokens=24)
+    with_drafter = load_decoding_model(Checkpoint.open(base), max_new_tokens=24, drafter=Checkpoint.open(drafter))
     before, after = logits(plain), logits(with_drafter)
     assert all(torch.equal(before[kind], after[kind]) for kind in ("prefill", "verify", "denoise"))
     assert not torch.equal(before["draft"], after["draft"])

@@ -14,7 +14,7 @@ from nemodiff_train.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
-WORDS = ["launch", "--slurm", "ministral3", "--nodes", "4", "--dry-run"]
+WORDS = ["launch", "--slurm", "ministral3_8b_joint", "--nodes", "4", "--dry-run"]
 
 
 def shellcheck(*files: Path) -> None:
@@ -27,7 +27,7 @@ def test_scripts_are_sound() -> None:
 
 
 def test_printed_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([*WORDS, "--after", "17", "--time", "1-12", "size=8b", "data=a b;rm c"]) == 0
+    assert main([*WORDS, "--after", "17", "--time", "1-12", "data=a b;rm c"]) == 0
     text = capsys.readouterr().out
     for line in ("--nodes=4", "--time=1-12", "--dependency=afterok:17", "--signal=B:USR1@300", "--requeue"):
         assert f"\n#SBATCH {line}\n" in text
@@ -36,7 +36,7 @@ def test_printed_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     shellcheck(script)
     words = text[: text.index("SCRIPTS=")] + "printf '%s\\n' \"$@\""
     told = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True).stdout
-    assert told.splitlines() == ["ministral3", "size=8b", "data=a b;rm c"]
+    assert told.splitlines() == ["ministral3_8b_joint", "data=a b;rm c"]
 
 
 HARD = ["data=it's here", 'name="a b"', "path=$HOME/`id`", "two=a\nb", "caf\u00e9=\\"]
@@ -82,9 +82,9 @@ def test_submitting_from_a_read_only_folder(read_only: Path, capsys: pytest.Capt
         ([*WORDS, "--name", "a\nb"], "--name"),
         ([*WORDS, "hello"], "key=value"),
         ([*WORDS, "--nods", "2"], "--nods"),
-        (["launch", "ministral3"], "--slurm"),
-        (["train", "ministral3", "--gpus", "8"], "--dry-run"),
-        (["train", "ministral3", "--dry-run", "--gpus", "0"], "above 0"),
+        (["launch", "ministral3_8b_joint"], "--slurm"),
+        (["train", "ministral3_8b_joint", "--gpus", "8"], "--dry-run"),
+        (["train", "ministral3_8b_joint", "--dry-run", "--gpus", "0"], "above 0"),
     ],
 )
 def test_refusals(words: list[str], needle: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.noise import Key, Noise, draw_noise
 from nemodiff_train.objective.schedule import alpha_at, block_size_at
+from nemodiff_train.validation.objective import objective_problems
 
 DRAWS = 100_000
 SEQUENCES = 1000
@@ -69,7 +70,7 @@ def test_every_schedule_over_many_draws(name: str) -> None:
     there it holds for the mean over each block, and the preference is tested below.
     """
     objective = ObjectiveConfig(**{"block_size": BLOCK, **SCHEDULES[name]})  # type: ignore[arg-type]
-    assert not objective.problems(LENGTH)
+    assert not objective_problems(objective, LENGTH)
     masked, weight, level = draw_many(objective)
     assert masked.shape == (DRAWS, LENGTH)
     assert not masked[:, ~MASKABLE].any() and not weight[:, ~MASKABLE].any()

@@ -12,7 +12,11 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.runtime import init_runtime
 from tests import small
 
-FAMILIES = {"ministral3": Ministral3Config, "qwen3": Qwen3Config}
+FAMILIES = {
+    "ministral3": {"3b": (26, 3072), "8b": (34, 4096), "14b": (40, 5120)},
+    "qwen3": {"4b": (36, 2560), "8b": (36, 4096), "14b": (40, 5120)},
+}
+"""Layers and hidden size of each published size."""
 
 
 WITH_PRECISION = """
@@ -52,19 +56,35 @@ def test_ready(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("--gpu-memory", "0.0001", "objective.block_size=24", "objective.mask_token=nope") == 2
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for needle in ("objective.block_size=24", "objective.mask_token 'nope'", "0.0001 GB; raise", "3 problems"):
+    for needle in ("objective.block_size=24", "objective.mask_token 'nope'", "of 0.0001 GB; raise", "3 problems"):
         assert needle in page
 
 
-def test_of_a_drafter_only_adapters_count(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As many as a training has, and their gradients and optimizer state alone."""
+def test_only_adapters_of_a_drafter_are_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "recipe.py").write_text("from tests.small import drafter as recipe\n")
-    assert dry_run("--gpu-memory", "0.001") == 2  # the model has had no joint stage
+    assert dry_run() == 2  # the model has had no joint stage
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
     model = sum(tensor.numel() for tensor in small.weights(folder / "model").values())
     adapters = 4 * 16 * (64 + 64)  # layers, rank, and the width of both sides
     assert f"{model + adapters:,} on the largest" in page and f"{adapters:,} in adapters" in page
-    assert "a GPU, which has" not in page  # 4 bytes a frozen weight; 16 would not fit
+
+
+@pytest.mark.parametrize("recipe", ["recipe", "drafter"])
+def test_planned_stages_are_those_that_are_built(folder: Path, recipe: str) -> None:
+    """The dry run counts parameters, 'nemodiff plan' estimates them; the rest of the memory is one formula."""
+    init_runtime()
+    from nemodiff_train.planning.layouts import layout_of
+    from nemodiff_train.planning.memory import estimated_stage
+    from nemodiff_train.planning.workload import workload_of
+    from nemodiff_train.validation.dry_run import build_stages
+
+    config = getattr(small, recipe)("model", "data", "out")
+    config.model.pipeline_model_parallel_size = config.model.tensor_model_parallel_size = 2
+    for built in build_stages(config, 4):
+        planned = estimated_stage(workload_of(config), layout_of(config, 4), built.index)
+        assert built.layers == planned.layers == 2
+        assert built.parameters == pytest.approx(planned.parameters, rel=0.01)  # norms of heads are left out
+        assert built.trained == pytest.approx(planned.trained, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -115,35 +135,60 @@ def test_kernels_and_formats_that_this_machine_lacks(
 def test_published_sizes(family: str, tmp_path: Path) -> None:
     """Every size and stage can be laid out on 8 to 256 GPUs, and refuses another size's checkpoint."""
     init_runtime()
-    from nemodiff_train.validation.layout import layout_problems
+    from nemodiff_train.validation import layout
 
-    page = importlib.import_module(f"recipes.{family}")
-    for size, shape in page.SIZES.items():
-        rope = {"rope_parameters": small.YARN} if family == "ministral3" else {}
-        config = FAMILIES[family](
-            architectures=[f"{family.capitalize()}ForCausalLM"],
-            num_hidden_layers=shape.layers,
-            hidden_size=shape.hidden,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            **rope,
-        )
-        config.save_pretrained(tmp_path / size)
+    recipes = importlib.import_module(f"recipes.{family}")
+    for size, (layers, hidden) in FAMILIES[family].items():
+        save_config(family, tmp_path / size, layers, hidden)
         for stage, tokens in (("ar", 10**12), ("joint", 3 * 10**11)):
-            run = page.recipe(size, stage, f"{tmp_path}/{size}", "tokenizer", "data", "out")
+            run = getattr(recipes, f"{family}_{size}_{stage}")(f"{tmp_path}/{size}", "data", "out")
             for gpus in (8, 16, 32, 64, 128, 256):
-                assert layout_problems(run, gpus) == []
+                assert layout.problems(run, gpus) == []
             run.comm_overlap.data_parallel_size = 8
             run.comm_overlap.finalize()
             run.comm_overlap.setup(run.model, run.optimizer, run.ddp)
             assert run.ddp.overlap_grad_reduce and run.ddp.overlap_param_gather
             step = run.train.global_batch_size * run.dataset.seq_length
             assert tokens <= run.train.train_iters * step < tokens + step
+    joint = getattr(recipes, f"{family}_8b_joint")
     small_floats = "bf16_with_fp8_current_scaling_mixed"
-    run = page.recipe("8b", "joint", f"{tmp_path}/8b", "tokenizer", "data", "out", precision=small_floats)
-    assert run.mixed_precision == small_floats
-    with pytest.raises(UserError, match="size=14b"):
-        page.recipe("14b", "ar", f"{tmp_path}/8b", "tokenizer", "data", "out")
-    with pytest.raises(UserError, match=r"unknown stage.*'joint'"):
-        page.recipe("8b", "jiont", f"{tmp_path}/8b", "tokenizer", "data", "out")
+    assert joint(f"{tmp_path}/8b", "data", "out", precision=small_floats).mixed_precision == small_floats
+    with pytest.raises(UserError, match="this recipe is for 40 layers"):
+        getattr(recipes, f"{family}_14b_ar")(f"{tmp_path}/8b", "data", "out")
+
+
+def save_config(family: str, folder: Path, layers: int, hidden: int) -> None:
+    kind, rope = (Ministral3Config, {"rope_parameters": small.YARN}) if family == "ministral3" else (Qwen3Config, {})
+    kind(
+        architectures=[f"{family.capitalize()}ForCausalLM"],
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        **rope,
+    ).save_pretrained(folder)
+
+
+def test_names_of_recipes() -> None:
+    """A name of ``recipes/`` or FILE.py[:function]; anything else is refused with the nearest one."""
+    from nemodiff_train.config.registry import check_recipe, recipe_modules, split_file
+
+    names = set(recipe_modules())
+    models = [f"{family}_{size}" for family in FAMILIES for size in FAMILIES[family]]
+    sizes = {f"{model}_{stage}" for model in models for stage in ("ar", "joint")}
+    demo = {f"demo_{stage}" for stage in ("ar", "joint", "sft", "drafter")}
+    assert names == sizes | demo | {"joint", "sft", "drafter"}
+    assert split_file("a b.py") == (Path("a b.py"), "recipe") and split_file("x/y.py:run") == (Path("x/y.py"), "run")
+    assert split_file("joint") is None
+    with pytest.raises(UserError, match="Did you mean 'ministral3_8b_joint'"):
+        check_recipe("ministral3_8b_jiont")
+
+
+def test_a_function_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine.py").write_text("from tests.small import chat, recipe as first\n")
+    words = ["--dry-run", "start_from=model", "data=data", "output=out"]
+    assert main(["train", "mine.py:first", *words]) == 0
+    capsys.readouterr()
+    assert main(["train", "mine.py", *words]) == 2
+    assert "'mine.py' has no function 'recipe'" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from nemodiff_train.objective.presets import PRESETS, preset
 from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import SampleMaker
 from nemodiff_train.objective.schedule import block_size_at
+from nemodiff_train.validation.objective import objective_problems
 
 LENGTH, VOCABULARY, WIDTH, MASK = 128, 12, 8, 11
 
@@ -170,7 +171,7 @@ FORMULAS = [nemotron, efficient_dlm, tidar, set_block, fast_dllm_v2, bd3]
 def test_a_preset_is_its_paper_s_formula(formula: Callable[..., Tensor]) -> None:
     """Loss and every parameter's gradient; weights are stored in float32, hence 1e-6."""
     objective = preset(formula.__name__)
-    assert not objective.problems(LENGTH)
+    assert not objective_problems(objective, LENGTH)
     draw = torch.Generator().manual_seed(3)
     maker = SampleMaker(objective=objective, mask_id=MASK, batch_size=2)
     batch = []

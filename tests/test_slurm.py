@@ -172,7 +172,7 @@ SMALLER = {
     "data/corpus": "data",
     "--nodes=4 --time=1-00": "--nodes=1 --time=10",
     "--gpus=1 ": "",
-    "ministral3 size=8b stage=joint": "joint.py",
+    "ministral3_8b_joint": "joint.py",
     "train.sbatch drafter": "train.sbatch drafter.py",
     "--task gsm8k": "--task task.jsonl --max-new-tokens 8",
 }
@@ -195,7 +195,7 @@ def test_chain_of_the_documentation(site: Site) -> None:
     for name, line in PAGES.items():
         (site.folder / f"{name}.py").write_text(
             "from tests import small\n\n\n"
-            "def recipe(start_from, data, output, tokenizer=''):\n"
+            "def recipe(start_from, data, output):\n"
             f"    {line}\n"
             "    config.train.train_iters = 2\n"
             "    return config\n"

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from nemodiff_train.cli import main
+from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, iterations, mark_of
 from nemodiff_train.resilience.checkpoints import latest_complete
+from nemodiff_train.validation.settings import resilience_problems
 from tools.support import faults, layouts, small
 from tools.support.ranks import RankPool, World
 
@@ -268,7 +270,7 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout
 
 
 def test_a_skipped_update_changes_nothing(bench: Bench, reference: list[dict[str, Any]]) -> None:
-    policy = ("resilience.on_non_finite=skip", "resilience.drift_interval=1")
+    policy = ("resilience.on_non_finite=skip", "resilience.replica_check_interval=1")
     codes, output = bench.train("nan skip", *policy, fault="nan", rank=1, step=3)
     assert codes == [0, 0], output
     assert bench.train("skipped", "train.iterations_to_skip=[3]")[0] == [0, 0]
@@ -303,11 +305,11 @@ def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
     assert stopped(codes) and "no checkpoint to go back to" in output
 
 
-def test_patience_ends(bench: Bench) -> None:
+def test_too_many_consecutive_skips_stop_the_run(bench: Bench) -> None:
     codes, output = bench.train(
-        "patience", "resilience.on_non_finite=skip", "resilience.patience=0", fault="nan", step=3
+        "skips", "resilience.on_non_finite=skip", "resilience.max_consecutive_skips=0", fault="nan", step=3
     )
-    assert stopped(codes) and "resilience.patience" in output
+    assert stopped(codes) and "resilience.max_consecutive_skips" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -365,7 +367,7 @@ def test_a_signal_ends_a_rank_that_hangs(bench: Bench) -> None:
 def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
     more = ["model.tensor_model_parallel_size=2"] if layout == "tensor" else []
     name = f"drift {layout}"
-    codes, output = bench.train(name, *more, "resilience.drift_interval=1", fault="flip", rank=1, step=3)
+    codes, output = bench.train(name, *more, "resilience.replica_check_interval=1", fault="flip", rank=1, step=3)
     assert stopped(codes), output
     assert "step 3: replicas of 'decoder.final_layernorm.weight' differ: rank 0 and rank 1" in output
 
@@ -373,7 +375,7 @@ def test_a_flipped_bit_of_a_replica_is_found(bench: Bench, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"])
 def test_no_drift_where_nothing_drifts(bench: Bench, layout: str) -> None:
     name = f"steady {layout.partition('_')[0]}"
-    assert bench.train(name, layout, "resilience.drift_interval=1")[0] == [0, 0]
+    assert bench.train(name, layout, "resilience.replica_check_interval=1")[0] == [0, 0]
 
 
 SHARDED = (*layouts.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true")
@@ -473,9 +475,7 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], output: str) -> None:
-    from nemodiff_train.config.config import ResilienceConfig
-
-    (line,) = ResilienceConfig(**changes).problems()
+    (line,) = resilience_problems(ResilienceConfig(**changes))
     assert output in line
 
 

@@ -1,9 +1,9 @@
 """``nemodiff convert import|export|verify|inspect``."""
 
 import argparse
-import os
 from collections.abc import Callable
 
+from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_world(arguments: argparse.Namespace) -> None:
-    world, ranks = int(os.environ.get("WORLD_SIZE", "1")), arguments.tensor_parallel * arguments.pipeline_parallel
+    world, ranks = world_size(), arguments.tensor_parallel * arguments.pipeline_parallel
     if world != ranks:
         raise UserError(
             f"{world} processes were started, but --tensor-parallel {arguments.tensor_parallel} x "
@@ -104,14 +104,15 @@ def _export(arguments: argparse.Namespace) -> int:
     _check_world(arguments)
     source = Checkpoint.open(arguments.source)
     init_runtime()
-    from nemodiff_train.conversion.drafters import export_drafter
-    from nemodiff_train.conversion.exporting import export_checkpoint
-
     if source.kind is Kind.DRAFTER:
+        from nemodiff_train.conversion.drafters import export_drafter
+
         if arguments.remote_code:
             raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
         export_drafter(source, arguments.output, arguments.format)
         return 0
+    from nemodiff_train.conversion.exporting import export_checkpoint
+
     export_checkpoint(
         source,
         arguments.output,

@@ -39,7 +39,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the options say, as arguments of :func:`~nemodiff_train.model.loading.load_model`."""
+    """What the options say, as arguments of :func:`~nemodiff_train.decoding.loading.load_decoding_model`."""
     names = [*_HELP, "block_size", "tensor_parallel", "pipeline_parallel"]
     drafter = Checkpoint.open(arguments.drafter).require_drafter() if arguments.drafter else None
     return {

@@ -57,13 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
         DecodingSettings(block_size=block_size)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
+    from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.evaluation.evaluate import evaluate
-    from nemodiff_train.model.loading import load_model
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
 
     usable_directory(Path(arguments.output))
-    opened = load_model(checkpoint, modes=modes, **decoding_options(arguments))
+    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
     plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,

@@ -34,15 +34,15 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.decoding.decode import decode, fill
+    from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.decoding.prompts import prompt_tokens
-    from nemodiff_train.model.loading import load_model
 
     mode = "diffusion" if arguments.infill else arguments.mode
-    opened = load_model(checkpoint, modes=(mode,), **decoding_options(arguments))
+    opened = load_decoding_model(checkpoint, modes=(mode,), **decoding_options(arguments))
     (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
     if arguments.infill:
         filled, session = fill(opened.model, prompt, opened.settings)
-        _print(opened.tokenizer.decode(filled.tokens), len(filled.positions), session)
+        _print(str(opened.tokenizer.decode(filled.tokens)), len(filled.positions), session)
         return
     (generation,), session = decode(opened.model, [prompt], mode, opened.settings)
     _print(opened.settings.text(generation.tokens), len(generation.tokens), session)

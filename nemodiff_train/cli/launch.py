@@ -16,7 +16,7 @@ from nemodiff_train.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
+    parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--slurm", action="store_true", required=True, help="the scheduler")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")

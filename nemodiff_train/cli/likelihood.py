@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.evaluation.likelihood import likelihood
     from nemodiff_train.model.loading import load_model
 
-    opened = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel)
+    loaded = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel)
     found = likelihood(
-        opened.model,
-        (opened.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),
+        loaded.chunks,
+        (loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),
         length=arguments.length,
         draws=arguments.draws,
         batch_size=arguments.batch_size,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
+    parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
     parser.add_argument("--gpu", choices=[*GPUS], default="h100", help="their kind (default h100)")
@@ -34,8 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     init_runtime()
     from nemodiff_train.config.recipes import load_recipe
     from nemodiff_train.planning.candidates import plan
+    from nemodiff_train.validation import layout
+    from nemodiff_train.validation.settings import check_sizes
 
-    found = plan(load_recipe(arguments.recipe, arguments.settings), arguments.gpus, arguments.gpu)
+    config = load_recipe(arguments.recipe, arguments.settings)
+    check_sizes(config)
+    found = plan(config, arguments.gpus, arguments.gpu, layout.problems)
     if arguments.json:
         rows = [asdict(each) for each in found]
         try:

@@ -8,7 +8,7 @@ from nemodiff_train.runtime import init_runtime
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("recipe", help="a page of recipes/ without .py, or the path of a Python file")
+    parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
     parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
@@ -27,10 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--gpus and --gpu-memory take a number above 0")
     init_runtime()
     from nemodiff_train.config.recipes import load_recipe
-    from nemodiff_train.training.run import dry_run, train
+    from nemodiff_train.training.run import check_run, train
 
     config = load_recipe(arguments.recipe, arguments.settings)
     if arguments.dry_run:
-        return dry_run(config, arguments.gpus, arguments.gpu_memory)
+        return check_run(config, arguments.gpus, arguments.gpu_memory)
     train(config)
     return 0

@@ -1,4 +1,4 @@
-"""The parts of a configuration that most recipes share, with the paper's values as defaults."""
+"""The configuration that recipes start from, and its parts, with the paper's values as defaults."""
 
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import (
@@ -6,22 +6,82 @@ from megatron.bridge.training.config import (
     DistributedDataParallelConfig,
     LoggerConfig,
     OptimizerConfig,
+    RNGConfig,
     SchedulerConfig,
     TokenizerConfig,
+    TrainingConfig,
     ValidationConfig,
 )
 
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.datasets import IndexedDatasetConfig
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import local_copy
+from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.objective import ObjectiveConfig
+
+
+def base_config(
+    model: TriModeModelProvider,
+    objective: ObjectiveConfig,
+    dataset: IndexedDatasetConfig,
+    *,
+    start_from: str | None,
+    output: str,
+    steps: int,
+    batch_size: int,
+    micro_batch_size: int = 1,
+    optimizer: OptimizerConfig,
+    scheduler: SchedulerConfig,
+    save_interval: int = 500,
+    precision: str | None = "bf16_mixed",
+) -> TriModeConfig:
+    """Return the complete configuration of a run, for a recipe to change.
+
+    Args:
+        model: The architecture and its layout.
+        objective: The training objective.
+        dataset: The data.
+        start_from: Hugging Face directory or name, or Megatron checkpoint, with its tokenizer; None for random
+            weights, which takes a ``config.tokenizer``.
+        output: Folder of the run.
+        steps: Number of training steps.
+        batch_size: Samples per step.
+        micro_batch_size: Samples per forward pass of a replica.
+        optimizer: See :func:`adamw`.
+        scheduler: See :func:`schedule`.
+        save_interval: Steps between checkpoints.
+        precision: Name of one of Megatron Bridge's mixed precisions; None for fp32.
+    """
+    return TriModeConfig(
+        model=model,
+        objective=objective,
+        dataset=dataset,
+        train=TrainingConfig(train_iters=steps, global_batch_size=batch_size, micro_batch_size=micro_batch_size),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        checkpoint=checkpoints(output, start_from, every=save_interval),
+        logger=loggers(output),
+        tokenizer=tokenizer_of(start_from) if start_from else TokenizerConfig(),
+        validation=no_validation(),
+        rng=RNGConfig(seed=1),
+        mixed_precision=precision,
+    )
+
+
+def set_tensor_parallel(model: TriModeModelProvider, size: int) -> TriModeModelProvider:
+    """Set the tensor-parallel size of a model, with sequence parallelism, and return the model."""
+    model.tensor_model_parallel_size, model.sequence_parallel = size, size > 1
+    return model
 
 
 def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> OptimizerConfig:
-    """AdamW with weight decay 0.1 and gradient clipping at 1.
+    """Return AdamW with weight decay 0.1 and gradient clipping at 1.
 
     Args:
         peak: Highest learning rate.
         floor: Learning rate at the end of the schedule.
-        sharded: Shard its state over the data-parallel ranks.
+        sharded: Whether its state is sharded over the data-parallel ranks.
     """
     return OptimizerConfig(
         optimizer="adam",
@@ -36,28 +96,27 @@ def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> 
     )
 
 
-def sharded() -> DistributedDataParallelConfig:
-    """Gradients as a sharded optimizer takes them; Bridge sees to it itself, but too late for :func:`overlap`."""
-    return DistributedDataParallelConfig(use_distributed_optimizer=True)
+def overlap_communication(config: TriModeConfig) -> None:
+    """Hide the communication of data-parallel ranks behind computation; takes ``adamw(..., sharded=True)``.
 
+    Gradients are reduced while the backward pass runs, and weights are gathered while the forward pass does.  It does
+    nothing on one replica.
 
-def overlap() -> CommOverlapConfig:
-    """Hide the traffic of data-parallel ranks behind computation: gradients go while the backward pass runs, weights
-    come while the forward pass does.  It takes :func:`sharded` as well, and does nothing on one replica.
-
-    Traffic of tensor-parallel ranks is not hidden: Transformer Engine's buffers for it have the shape of a training
-    sample, and decoding in the loop has others.  ``comm_overlap.tp_comm_overlap=true`` does it where nothing decodes.
+    Communication of tensor-parallel ranks is not hidden: Transformer Engine's buffers for it have the shape of a
+    training sample, and decoding in the loop has others.  ``comm_overlap.tp_comm_overlap=true`` hides it in runs
+    without such decoding.
     """
-    return CommOverlapConfig(tp_comm_overlap=False)
+    config.ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)
 
 
 def schedule(warmup: int, *, style: str = "WSD", decay: int | None = None) -> SchedulerConfig:
-    """Learning rate by step: linear warm-up, then ``style``.
+    """Return a learning-rate schedule: linear warm-up, then ``style``.
 
     Args:
-        warmup: Steps of warm-up.
+        warmup: Number of warm-up steps.
         style: ``WSD`` (warm-up, stable, decay; the paper's) or ``cosine``.
-        decay: Steps of the final decay of ``WSD``.
+        decay: Number of steps of the final decay of ``WSD``.
     """
     return SchedulerConfig(
         lr_decay_style=style,
@@ -71,10 +130,10 @@ def schedule(warmup: int, *, style: str = "WSD", decay: int | None = None) -> Sc
 
 
 def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointConfig:
-    """Save under ``output``, resume from there by itself, and start from a pretrained model otherwise.
+    """Save under ``output``, resume from its newest checkpoint, and start from a pretrained model if there is none.
 
     Args:
-        output: The run's folder.
+        output: Folder of the run.
         start_from: Hugging Face directory or name, or Megatron checkpoint; None for random weights.
         every: Steps between checkpoints.
     """
@@ -89,12 +148,12 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
 
 
 def enable_async_save(saving: CheckpointConfig) -> None:
-    """Let training go on while a process of each rank writes the checkpoint, from a copy in the host's memory."""
+    """Continue training while a process of each rank writes the checkpoint from a copy in the host's memory."""
     saving.async_save, saving.async_strategy = True, "mcore"
 
 
 def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
-    """TensorBoard under ``output``; Weights & Biases too when a project is named (offline unless logged in)."""
+    """Log to TensorBoard under ``output``, and to W&B if a project is named (offline unless logged in)."""
     return LoggerConfig(
         log_interval=1,
         tensorboard_dir=f"{output}/tensorboard",
@@ -105,7 +164,7 @@ def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
 
 
 def tokenizer_of(model: str) -> TokenizerConfig:
-    """The Hugging Face tokenizer in a directory, of a name, or saved with a Megatron checkpoint."""
+    """Return the tokenizer of a Hugging Face directory or name, or the one saved with a Megatron checkpoint."""
     if checkpoint := Checkpoint.find(model):
         model = str(checkpoint.tokenizer_directory)
     return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)

@@ -1,4 +1,4 @@
-"""``nemodiff convert export``: a Megatron checkpoint becomes a Hugging Face directory."""
+"""``nemodiff convert export``: make a Hugging Face directory of a Megatron checkpoint."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, console, quiet
@@ -14,13 +15,14 @@ from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, ow
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
-from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process
+from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
+from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_for_decoding, model_of
-from nemodiff_train.model.pretrained import auto_bridge, config_from
+from nemodiff_train.model.loading import load_model
+from nemodiff_train.model.pretrained import config_from, model_from
 
 
 def export_checkpoint(
@@ -36,19 +38,19 @@ def export_checkpoint(
     """Make a Hugging Face directory of a Megatron checkpoint.
 
     Args:
-        source: A model's.
+        source: A model's, or one of LoRA, which is merged.
         output: Directory to create.
-        format: A key of ``FORMATS``; None for the format that the model came in.
-        remote_code: Directory with the Python files that the format is loaded by.
+        format: Name in ``FORMATS``; None for the format that the model came in.
+        remote_code: Directory with the Python files that load the format.
         max_shard_size: Largest weight file.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out.
 
     Raises:
-        UserError: No checkpoint, existing output, or a format that cannot hold the model.
+        UserError: The checkpoint is a drafter's, the output exists, or the format cannot hold the model.
     """
     check_free(Path(output))
-    provider = model_of(source)
+    provider = model_from(source.require_model())
     check_stages(provider, pipeline_parallel)
     name = format or own_format(provider)
     settings = FORMATS[name].settings(provider)
@@ -56,12 +58,11 @@ def export_checkpoint(
         raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
     code = code_files(settings, remote_code) if remote_code else []
     tokenizer = source.tokenizer_directory
-    writer = _writer(settings, provider, Path(output), max_shard_size)
+    writer = ShardWriter(Path(output), expected_shapes(settings), provider.params_dtype, max_shard_size)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
-        with console.status(f"loading {source.path}"):
-            models = load_for_decoding(source, tensor_parallel, pipeline_parallel)
+        loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
         writer.directory = partial
-        _write_weights(models, settings, writer, f"exporting {source.path}")
+        _write_weights(loaded.chunks, settings, writer, f"exporting {source.path}")
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             copy_code(code, partial)
@@ -72,45 +73,40 @@ def export_checkpoint(
         if FORMATS[name].needs_code and not code:
             console.print(
                 "[yellow]the directory is loaded by Python files of its publisher, which are not part of it; "
-                "copy them beside the weights, or export with --remote-code[/yellow]"
+                "copy them to it, or export with --remote-code[/yellow]"
             )
 
 
-def _writer(settings: dict[str, Any], provider: Any, directory: Path, max_shard_size: str) -> ShardWriter:
-    return ShardWriter(directory, expected_shapes(settings), provider.params_dtype, max_shard_size)
-
-
-def tensors(models: list[Any], settings: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """All weights by their names in a directory with this ``config.json``, each whole, on every rank.
+def full_tensors(models: list[GPTModel], settings: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield all weights with their names in a directory with this ``config.json``, gathered on every rank.
 
     Args:
-        models: This rank's chunks of a Megatron model.
+        models: This rank's chunks.
         settings: The ``config.json``.
 
     Yields:
         Names and tensors on the CPU; also a tied output layer.
     """
     rows = ar_settings(settings)["vocab_size"]
-    with_rows = {stored_name(architecture(settings), name) for name in VOCABULARY_TENSORS}
+    vocabulary_tensors = {stored_name(architecture(settings), name) for name in VOCABULARY_TENSORS}
     for name, values in auto_bridge(config_from(settings)).export_hf_weights(models, cpu=True, show_progress=False):
-        # Tensor-parallel ranks have equal shares of the vocabulary, so that there may be rows of no token.
-        yield name, values[:rows] if name in with_rows else values
+        # The vocabulary is padded to a multiple of the tensor-parallel size; the padding is cut off.
+        yield name, values[:rows] if name in vocabulary_tensors else values
 
 
-def _write_weights(models: list[Any], settings: dict[str, Any], writer: ShardWriter, description: str) -> None:
+def _write_weights(models: list[GPTModel], settings: dict[str, Any], writer: ShardWriter, description: str) -> None:
     if is_main_process():
-        writer.set_parallelism()
+        writer.create_files()
     barrier()
-    ranks = len(all_gather_object(None))
     with bytes_bar() as bar:
         task = bar.add_task(description, total=writer.total)
-        for name, values in tensors(models, settings):
+        for name, values in full_tensors(models, settings):
             if name not in writer.shapes:  # a tied output layer
                 continue
-            if writer.owner(name, ranks) == global_rank():
+            if writer.owner(name, world_size()) == global_rank():
                 writer.write(name, values)
             bar.advance(task, values.nbytes)
-    checksums = {name: value for own in all_gather_object(writer.checksums) for name, value in own.items()}
+    checksums = {name: value for part in all_gather_object(writer.checksums) for name, value in part.items()}
     if is_main_process():
         writer.close(checksums)
 

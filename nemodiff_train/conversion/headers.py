@@ -1,4 +1,4 @@
-"""The headers of the weights in a Hugging Face directory; read without torch."""
+"""Read the headers of the weights in a Hugging Face directory, without torch."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """Header of one tensor in a file."""
 
     file: Path
     dtype: str
@@ -38,7 +38,7 @@ class Stored:
 
 
 def read_headers(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a directory, from the headers of its files.
+    """Return every tensor of a directory by name, from the headers of its files.
 
     Raises:
         UserError: No safetensors, a file that is missing or cut off, or an index that does not fit the files.
@@ -51,22 +51,29 @@ def read_headers(directory: Path) -> dict[str, Stored]:
         raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
     for file in files:
         _check_siblings(file)
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         with opened(file, framework="np") as content:
-            for name in content.keys():  # noqa: SIM118  (no mapping)
-                if name in found:
-                    raise UserError(f"'{name}' is both in '{found[name].file}' and in '{file}'; fetch both again")
-                part = content.get_slice(name)
-                found[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
+            for name in content.keys():  # noqa: SIM118  (not a mapping)
+                if name in tensors:
+                    raise UserError(f"'{name}' is both in '{tensors[name].file}' and in '{file}'; fetch both again")
+                header = content.get_slice(name)
+                tensors[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+    _check_index(directory, weight_map, tensors)
+    return tensors
+
+
+def _check_index(directory: Path, weight_map: dict[str, str], tensors: dict[str, Stored]) -> None:
+    """Refuse an index that names other tensors than the files hold; a directory without one has an empty map."""
     for name, file_name in weight_map.items():
-        if name not in found or found[name].file.name != file_name:
+        if name not in tensors or tensors[name].file.name != file_name:
             raise UserError(
                 f"'{directory / INDEX}' says that '{name}' is in {file_name}, but it is not; fetch it again"
             )
-    if extra := sorted(set(found) - set(weight_map)) if weight_map else []:
-        raise UserError(f"'{found[extra[0]].file}' holds '{extra[0]}', which '{INDEX}' does not name; fetch it again")
-    return found
+    if extra := sorted(set(tensors) - set(weight_map)) if weight_map else []:
+        raise UserError(
+            f"'{tensors[extra[0]].file}' holds '{extra[0]}', which '{INDEX}' does not name; fetch it again"
+        )
 
 
 @contextmanager
@@ -78,7 +85,7 @@ def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
         framework: Kind of the tensors that it gives: ``pt``, or ``np``, which does not import torch.
 
     Raises:
-        UserError: It is missing, cut off or no such file.
+        UserError: It is missing, cut off or not a safetensors file.
     """
     if not file.is_file():
         raise UserError(f"'{file}' is missing; fetch it again")
@@ -90,6 +97,7 @@ def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
 
 
 def _index(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor by name; nothing where there is no index."""
     file = directory / INDEX
     if not file.is_file():
         return {}
@@ -97,19 +105,19 @@ def _index(directory: Path) -> dict[str, str]:
         weight_map = json.loads(file.read_text())["weight_map"]
         names = {str(name): shard for name, shard in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"'{file}' is no index of safetensors; fetch it again") from None
+        raise UserError(f"'{file}' is not an index of safetensors; fetch it again") from None
     if outside := [shard for shard in names.values() if not _is_file_name(shard)]:
         raise UserError(f"'{file}' names '{outside[0]!s:.200}', which is not a file beside it; fetch it again")
     return names
 
 
-def _is_file_name(shard: Any) -> bool:
-    """Whether an index names what a file can be called, and no path."""
+def _is_file_name(shard: object) -> bool:
+    """Return whether an index names what a file can be called, and not a path."""
     return isinstance(shard, str) and Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST
 
 
 def _check_siblings(file: Path) -> None:
-    """Of numbered files all must be there; without an index a missing one would go unnoticed."""
+    """Refuse a numbered file without all of its siblings; without an index a missing one would go unnoticed."""
     if numbered := _NUMBERED.fullmatch(file.name):
         stem, _, count = numbered.groups()
         for number in range(1, int(count) + 1):

@@ -1,22 +1,22 @@
-"""``nemodiff convert import``: a Hugging Face model becomes a Megatron checkpoint."""
+"""``nemodiff convert import``: make a Megatron checkpoint of a Hugging Face model."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
+from megatron.bridge.training.model_load_save import save_megatron_model
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, console, quiet
 from nemodiff_train.conversion.headers import Stored
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
 from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights
-from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process
+from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -35,18 +35,19 @@ def import_checkpoint(
     mask_token: str | None = None,
     add_mask_token: str | None = None,
 ) -> None:
-    """Make a Megatron checkpoint, complete with tokenizer and configuration, of a Hugging Face model.
+    """Make a Megatron checkpoint, with tokenizer and configuration, of a Hugging Face model.
 
     Args:
         source: Hugging Face directory or name.
         output: Folder to create; it gets one ``iter_0000000``.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out.
-        mask_token: Token, or id, that is to be the mask token.
-        add_mask_token: Token to add to the vocabulary as the mask token.
+        mask_token: Token of the vocabulary, or its id, that becomes the mask token.
+        add_mask_token: Token that is added to the vocabulary as the mask token.
 
     Raises:
-        UserError: No such model, an unsupported architecture, damaged weights, or existing output.
+        UserError: There is no such model, its architecture is not supported, its weights are damaged, or the output
+            exists.
     """
     if Checkpoint.find(source):
         raise UserError(f"'{source}' is a Megatron checkpoint already; import takes a Hugging Face model")
@@ -58,9 +59,9 @@ def import_checkpoint(
     token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
-    take_dtype(provider, next(iter(stored.values())).dtype)
+    set_dtype(provider, next(iter(stored.values())).dtype)
     if token:
-        token.tell(provider)
+        token.configure(provider)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
@@ -70,19 +71,19 @@ def import_checkpoint(
         console.print(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
 
 
-def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[Any]:
-    """This rank's part of a model, without weights, for conversion."""
+def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[GPTModel]:
+    """Return this rank's chunks of a model, without weights, for conversion."""
     set_parallelism(provider, tensor_parallel, pipeline_parallel)
     provider.finalize()
-    models: list[Any] = provider.provide_distributed_model(wrap_with_ddp=False)
+    models: list[GPTModel] = provider.provide_distributed_model(wrap_with_ddp=False)
     return [model.eval() for model in models]
 
 
 def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None:
-    """Refuse stages of unequal size, which conversion has no use for.
+    """Refuse pipeline stages of unequal size, which conversion has no use for.
 
     Raises:
-        UserError: The layers cannot be shared out evenly.
+        UserError: The number of stages does not divide the number of layers.
     """
     if provider.num_layers % pipeline_parallel:
         raise UserError(
@@ -90,30 +91,30 @@ def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None
         )
 
 
-def load_weights(models: list[Any], source: str, description: str, token: MaskToken | None = None) -> None:
+def load_weights(models: list[GPTModel], source: str, description: str, token: MaskToken | None = None) -> None:
     """Fill a model from the weights in a Hugging Face directory, with a progress bar.
 
     Args:
-        models: This rank's chunks of a Megatron model.
+        models: This rank's chunks.
         source: The directory; its weights have been checked.
-        description: What the bar says.
-        token: The chosen mask token, whose row is made where it is new.
+        description: Text of the bar.
+        token: The mask token, which gets a row where it is new.
     """
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
     pretrained.config = hf_config(source)  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
         task = bar.add_task(description, total=sum(p.nbytes for model in models for p in model.parameters()))
-        tables = {stored_name(architecture(stored_settings(source)), name) for name in VOCABULARY_TENSORS}
-        grow: dict[str, Callable[[Tensor], Tensor]] = (
-            dict.fromkeys(tables, token.with_row) if token and token.added else {}
-        )
-        counted = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), grow)
-        pretrained._state_dict_accessor = StateDict(counted)
+        kind = architecture(stored_settings(source))
+        changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        if token and token.added:
+            changes = {stored_name(kind, name): token.add_row for name in VOCABULARY_TENSORS}
+        reader = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), changes)
+        pretrained._state_dict_accessor = StateDict(reader)
         AutoBridge(pretrained).load_hf_weights(models)
 
 
 class _Reader(SafeTensorsStateSource):
-    """Bridge's reader, which says how much it has read, and changes some tensors on the way."""
+    """Bridge's reader, which also reports the bytes it has read, and changes some tensors on the way."""
 
     def __init__(
         self, path: str, advance: Callable[[int], None], changes: dict[str, Callable[[Tensor], Tensor]]
@@ -122,39 +123,36 @@ class _Reader(SafeTensorsStateSource):
         self._advance, self._changes = advance, changes
 
     def load_tensors(self, keys_to_load: list[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = super().load_tensors(keys_to_load)
-        self._advance(sum(tensor.nbytes for tensor in found.values()))
-        return {
-            name: self._changes[name](tensor) if name in self._changes else tensor for name, tensor in found.items()
-        }
+        tensors: dict[str, Tensor] = super().load_tensors(keys_to_load)
+        self._advance(sum(tensor.nbytes for tensor in tensors.values()))
+        for name in tensors.keys() & self._changes.keys():
+            tensors[name] = self._changes[name](tensors[name])
+        return tensors
 
 
 def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
-    """Read everything once, the ranks sharing the work, before anything is built."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    share = slice(global_rank(), None, world)
+    """Read all weights once before anything is built; each rank reads a part of them."""
+    shard = slice(global_rank(), None, world_size())
     with bytes_bar() as bar:
-        task = bar.add_task(f"checking {directory}", total=sum(t.nbytes for t in list(stored.values())[share]))
-        own = check_contents(directory, stored, lambda count: bar.advance(task, count), share)
-    if wrong := [line for lines in all_gather_object(own) for line in lines]:
-        more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
-        raise UserError(f"{wrong[0]}{more}")
+        task = bar.add_task(f"checking {directory}", total=sum(t.nbytes for t in list(stored.values())[shard]))
+        local_problems = check_contents(directory, stored, lambda count: bar.advance(task, count), shard)
+    if problems := [line for lines in all_gather_object(local_problems) for line in lines]:
+        more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}")
 
 
-def take_dtype(provider: TriModeModelProvider, name: str) -> None:
-    """Keep the dtype of the weights, whatever ``config.json`` says."""
+def set_dtype(provider: TriModeModelProvider, name: str) -> None:
+    """Give a model the dtype of its weights, by its name in safetensors, whatever ``config.json`` says."""
     dtype = DTYPES[name]
     provider.params_dtype = provider.pipeline_dtype = dtype
     provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
 
-def _save(models: list[Any], partial: Path, source: str, token: MaskToken | None) -> None:
-    from megatron.bridge.training.model_load_save import save_megatron_model
-
-    # The model is given up layer by layer; otherwise Megatron would hold the larger part of it twice.
-    own_code = {"trust_remote_code": False}  # without this, Transformers would ask whether to run it
+def _save(models: list[GPTModel], partial: Path, source: str, token: MaskToken | None) -> None:
+    # The model is freed layer by layer; otherwise Megatron would hold the larger part of it twice.
+    no_code = {"trust_remote_code": False}  # without this, Transformers would ask whether to run it
     save_megatron_model(
-        models, str(partial), hf_tokenizer_path=source, hf_tokenizer_kwargs=own_code, low_memory_save=True
+        models, str(partial), hf_tokenizer_path=source, hf_tokenizer_kwargs=no_code, low_memory_save=True
     )
     if is_main_process():
         (iteration,) = partial.glob("iter_*")

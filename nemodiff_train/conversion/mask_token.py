@@ -1,4 +1,4 @@
-"""The mask token that an import chooses: a token the vocabulary has, or a new one with a row of its own."""
+"""Select the mask token of an imported model: a token of its vocabulary, or a new one with a row of its own."""
 
 import shutil
 from dataclasses import dataclass
@@ -26,26 +26,29 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class MaskToken:
-    """A chosen mask token."""
+    """The mask token of an imported model."""
 
     id: int
     token: str
     added: bool
-    """Whether the tokenizer has to be given it."""
+    """Whether it is new to the tokenizer."""
 
-    def tell(self, provider: TriModeModelProvider) -> None:
-        """Make it the model's, and the vocabulary one row larger where it has no row yet."""
+    def configure(self, provider: TriModeModelProvider) -> None:
+        """Set the model's mask token, and let the vocabulary grow by one row where it has none to spare."""
         provider.mask_token_id = self.id
         if self.id >= provider.vocab_size:
             provider.vocab_size = provider.hf_config["vocab_size"] = self.id + 1
 
-    def with_row(self, weight: Tensor) -> Tensor:
-        """An embedding or output layer with the token's row, which is the mean of the other rows.
+    def add_row(self, weight: Tensor) -> Tensor:
+        """Return an embedding or output layer in which the token's row is the mean of the other rows.
 
         Args:
             weight: [vocabulary, hidden], before the token was added.
+
+        Returns:
+            [max(vocabulary, id + 1), hidden].
         """
-        others = torch.arange(len(weight)) != self.id
+        others = torch.arange(len(weight)) != self.id  # [vocabulary]: the token may have an unused row already
         mean = weight[others].mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
         longer = torch.cat([weight, mean.expand(max(self.id + 1 - len(weight), 0), -1)])
         longer[self.id] = mean
@@ -55,10 +58,16 @@ class MaskToken:
 def select_mask_token(
     source: str, provider: TriModeModelProvider, mask_token: str | None, add_mask_token: str | None
 ) -> MaskToken | None:
-    """The mask token that the options ask for; None where they leave the model's own.
+    """Return the mask token that the options name, or None where both are None.
+
+    Args:
+        source: Hugging Face directory of the model.
+        provider: Its configuration.
+        mask_token: Token of the vocabulary, or its id.
+        add_mask_token: Token to add to the vocabulary.
 
     Raises:
-        UserError: No such token, one that exists already, or a model that has another mask token.
+        UserError: There is no such token, the one to add exists, or the model has a mask token already.
     """
     if mask_token is None and add_mask_token is None:
         return None
@@ -78,13 +87,13 @@ def select_mask_token(
             )
         return MaskToken(vocabulary_size(tokenizer), add_mask_token, added=True)
     assert mask_token is not None
-    found = vocabulary.get(mask_token, int(mask_token) if mask_token.isdecimal() else -1)
-    if not 0 <= found < provider.vocab_size:
+    token_id = vocabulary.get(mask_token, int(mask_token) if mask_token.isdecimal() else -1)
+    if not 0 <= token_id < provider.vocab_size:
         raise UserError(
             f"--mask-token '{mask_token}' is neither a token of '{source}' nor an id below {provider.vocab_size}; "
             "name a reserved token, or use --add-mask-token"
         )
-    return MaskToken(found, str(tokenizer.convert_ids_to_tokens(found)), added=False)
+    return MaskToken(token_id, str(tokenizer.convert_ids_to_tokens(token_id)), added=False)
 
 
 def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = None) -> None:
@@ -92,8 +101,8 @@ def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = Non
 
     Args:
         source: Hugging Face directory.
-        directory: Where to write; created.
-        token: The chosen mask token.
+        directory: Folder to create.
+        token: The mask token; None for the model's own.
     """
     directory.mkdir(parents=True)
     for file in sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}):

@@ -1,6 +1,6 @@
-"""Weights written as sharded safetensors, one tensor at a time.
+"""Write weights as sharded safetensors, one tensor at a time.
 
-A safetensors file begins with a table of names, shapes and places, followed by plain bytes.  As shapes are
+A safetensors file begins with a table of names, shapes and offsets, followed by plain bytes.  As shapes are
 known before the first tensor is at hand, the files are laid out first and filled in any order: no shard is
 ever held in memory, and several ranks can write at once.
 """
@@ -24,13 +24,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass
 class ShardWriter:
-    """A directory's weight files, laid out at once and filled tensor by tensor.
+    """The weight files of a directory, laid out at once and filled tensor by tensor.
 
     Args:
-        directory: Where the files go; it exists.
-        shapes: Names and shapes of all tensors.
-        dtype: Of all of them.
+        directory: Existing folder for the files.
+        shapes: Shapes of all tensors by name.
+        dtype: Dtype of all tensors.
         max_shard_size: Largest file, such as ``"5GB"``; a larger tensor has a file of its own.
+
+    Raises:
+        UserError: ``max_shard_size`` is not a size.
     """
 
     directory: Path
@@ -38,7 +41,7 @@ class ShardWriter:
     dtype: torch.dtype
     max_shard_size: str | int = "5GB"
     checksums: dict[str, str] = field(default_factory=dict)
-    """Of what this process has written."""
+    """CRC-32 of each tensor that this process has written, by name."""
 
     def __post_init__(self) -> None:
         try:
@@ -57,20 +60,20 @@ class ShardWriter:
         self._offsets = dict(self._find_offsets())
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape."""
+        """Return the bytes of a tensor of this shape."""
         return self.dtype.itemsize * int(torch.Size(shape).numel())
 
     @property
     def total(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(map(self.nbytes, self.shapes.values()))
 
     def owner(self, name: str, ranks: int) -> int:
-        """Which of several ranks is to write a tensor: files are dealt out in turn."""
+        """Return the rank that writes a tensor: files are dealt out in turn."""
         return list(self._files).index(self._file_of[name]) % ranks
 
-    def set_parallelism(self) -> None:
-        """Make the files, complete but for the data, and the index; for one process."""
+    def create_files(self) -> None:
+        """Create the files, complete but for the data, and the index; called on one rank."""
         for name, tensors in self._files.items():
             header = self._headers[name]
             with (self.directory / name).open("wb") as file:
@@ -81,27 +84,27 @@ class ShardWriter:
             (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, values: Tensor) -> None:
-        """Write one tensor at its place.
+        """Write one tensor at its offset.
 
         Raises:
-            ValueError: It has another shape or dtype than was planned.
+            ValueError: Its shape or dtype is not the planned one.
         """
         if tuple(values.shape) != self.shapes[name] or values.dtype != self.dtype:
-            found, planned = (values.dtype, list(values.shape)), (self.dtype, list(self.shapes[name]))
-            raise ValueError(f"{name} is {found}, but {planned} was planned")
+            actual, planned = (values.dtype, list(values.shape)), (self.dtype, list(self.shapes[name]))
+            raise ValueError(f"{name} is {actual}, but {planned} was planned")
         values = values.detach().cpu()
         self.checksums[name] = checksum(values)
-        left, offset = raw(values), self._offsets[name]
+        rest, offset = raw(values), self._offsets[name]
         descriptor = os.open(self.directory / self._file_of[name], os.O_WRONLY)
         try:
-            while left:  # the kernel takes at most 2 GB a call
-                written = os.pwrite(descriptor, left, offset)
-                left, offset = left[written:], offset + written
+            while rest:  # the kernel takes at most 2 GB per call
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
         finally:
             os.close(descriptor)
 
     def close(self, checksums: dict[str, str]) -> None:
-        """Record the checksums of all tensors; for one process, after all have written.
+        """Record the checksums of all tensors; called on one rank, after all have written.
 
         Raises:
             ValueError: A tensor was never written.
@@ -111,6 +114,7 @@ class ShardWriter:
         (self.directory / CHECKSUMS).write_text(json.dumps(dict(sorted(checksums.items())), indent=2) + "\n")
 
     def _header(self, tensors: Iterable[str]) -> bytes:
+        """Return the table of one file; offsets in it count from the end of the table."""
         table: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in tensors:
@@ -124,6 +128,7 @@ class ShardWriter:
         return text + b" " * (-len(text) % 8)  # data begin at a multiple of 8
 
     def _find_offsets(self) -> Iterable[tuple[str, int]]:
+        """Yield each tensor's name and the offset of its data from the start of its file."""
         for file, tensors in self._files.items():
             offset = 8 + len(self._headers[file])
             for name in tensors:

@@ -1,20 +1,25 @@
-"""The weights in a Hugging Face directory: what is there, and whether it is what the model needs."""
+"""Check that the weights in a Hugging Face directory are those that its model needs."""
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from nemodiff_train.conversion.headers import Stored, opened, read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import read_json
 from nemodiff_train.model.families import ar_settings, architecture, is_left_out, stored_name
+from nemodiff_train.model.pretrained import config_from
 
-CHECKSUMS = "checksums.json"
+CHECKSUMS = "tensor_checksums.json"
+"""Name of the file, in a directory that this project has exported, with the CRC-32 of each tensor."""
+
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Names of dtypes in safetensors; what else there is holds no plain weights."""
+"""Dtypes of plain weights by their names in safetensors."""
 
 
 def check_weights(directory: Path) -> dict[str, Stored]:
@@ -23,7 +28,7 @@ def check_weights(directory: Path) -> dict[str, Stored]:
     A hub name is left to Transformers, which verifies what it downloads, and a Megatron checkpoint to Megatron.
 
     Returns:
-        The model's tensors by their names in the files; empty for what is no Hugging Face directory.
+        Headers of the model's tensors by their names in the files; none for what is not a Hugging Face directory.
 
     Raises:
         UserError: Names the file and the tensor.
@@ -44,14 +49,10 @@ def check_weights(directory: Path) -> dict[str, Stored]:
 
 
 def expected_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names in the files, and shapes, of the weights that a ``config.json`` asks for.
+    """Return the shapes of the weights that a ``config.json`` asks for, by their names in the files.
 
     A tied output layer is not among them.
     """
-    from transformers import AutoModelForCausalLM
-
-    from nemodiff_train.model.pretrained import config_from
-
     config = config_from(ar_settings(settings))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -62,9 +63,10 @@ def expected_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_against_model(directory: Path, settings: dict[str, Any], stored: dict[str, Stored]) -> None:
+    """Refuse tensors that are missing, of another shape, or not the model's; a tied output layer may be written."""
     expected = expected_shapes(settings)
     tied = stored_name(architecture(settings), "lm_head.weight")
-    table = stored_name(architecture(settings), "model.embed_tokens.weight")
+    embedding = stored_name(architecture(settings), "model.embed_tokens.weight")
     for name, shape in expected.items():
         if name not in stored:
             raise UserError(f"'{directory}' lacks the tensor '{name}' of {architecture(settings)}; fetch it again")
@@ -74,20 +76,21 @@ def _check_against_model(directory: Path, settings: dict[str, Any], stored: dict
                 f"it {list(shape)}; take weights and config.json from the same model"
             )
     for name in sorted(set(stored) - set(expected)):
-        if name != tied or not _equal(stored[name], name, stored[table], table):
+        if name != tied or not _equal(stored[name], name, stored[embedding], embedding):
             raise UserError(
-                f"'{name}' in '{stored[name].file}' is no tensor of {architecture(settings)} as config.json "
+                f"'{name}' in '{stored[name].file}' is not a tensor of {architecture(settings)} as config.json "
                 "describes it; take weights and config.json from the same model"
             )
 
 
 def _equal(one: Stored, name: str, other: Stored, other_name: str) -> bool:
-    """Whether two stored tensors are the same: an output layer that is tied may be written out all the same."""
+    """Return whether two stored tensors are the same; reads both."""
     with opened(one.file) as first, opened(other.file) as second:
         return one.shape == other.shape and torch.equal(first.get_tensor(name), second.get_tensor(other_name))
 
 
 def _check_dtypes(stored: dict[str, Stored]) -> None:
+    """Refuse quantized tensors, and dtypes that differ."""
     first, usual = next(iter(stored.items()))
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
@@ -99,39 +102,42 @@ def _check_dtypes(stored: dict[str, Stored]) -> None:
             )
 
 
-def check_contents(directory: Path, stored: dict[str, Stored], advance: Any, share: slice = slice(None)) -> list[str]:
-    """Read the weights once: checksums where the directory has them, and numbers that are numbers.
+def check_contents(
+    directory: Path, stored: dict[str, Stored], advance: Callable[[int], None], shard: slice = slice(None)
+) -> list[str]:
+    """Read the weights once: compare them with the checksums, where there are any, and find NaN and infinity.
 
     Args:
-        stored: What :func:`check_weights` returned.
+        directory: Where they are.
+        stored: Headers, from :func:`check_weights`.
         advance: Called with the bytes of each tensor.
-        share: Which of the tensors, where several ranks share the work.
+        shard: Which of the tensors this rank reads.
 
     Returns:
-        What is wrong, a line each.
+        One line per damaged tensor.
     """
     file = directory / CHECKSUMS
     checksums = read_json(file) if file.is_file() else {}
-    wrong = []
-    for name, tensor in list(stored.items())[share]:
+    problems = []
+    for name, tensor in list(stored.items())[shard]:
         with opened(tensor.file) as content:
             values = content.get_tensor(name)
         if name in checksums and checksum(values) != checksums[name]:
-            wrong.append(
-                f"'{name}' in '{tensor.file}' is not what was written there; make the directory again, or remove "
+            problems.append(
+                f"'{name}' in '{tensor.file}' has changed since it was exported; make the directory again, or remove "
                 f"{CHECKSUMS} if it was changed on purpose"
             )
         elif not all(torch.isfinite(bound) for bound in values.aminmax()):
-            wrong.append(f"'{name}' in '{tensor.file}' holds values that are no numbers; fetch it again")
+            problems.append(f"'{name}' in '{tensor.file}' holds NaN or infinity; fetch it again")
         advance(tensor.nbytes)
-    return wrong
+    return problems
 
 
 def checksum(values: Tensor) -> str:
-    """CRC-32 of a tensor's bytes, in hexadecimal."""
+    """Return the CRC-32 of a tensor's bytes, in hexadecimal."""
     return f"{zlib.crc32(raw(values)):08x}"
 
 
 def raw(values: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy where it is contiguous."""
+    """Return the bytes of a tensor on the CPU, without a copy where it is contiguous."""
     return memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy())

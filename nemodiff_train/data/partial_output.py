@@ -6,7 +6,6 @@ data sets are merged, they are the chunks, and they stay where they are.
 """
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from nemodiff_train.data.encode import EncodedBatch
 from nemodiff_train.data.manifest import Manifest, Provenance, count_tokens, sha256_of
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import replace_atomic, sync, write_atomic
 
 if TYPE_CHECKING:
     from nemodiff_train.data.indexed import IndexedDatasetBuilder
@@ -163,7 +163,7 @@ class PartialOutput:
         manifest = self._describe(joined)
         Path(f"{self._prefix}.json").unlink(missing_ok=True)  # it describes the files about to be replaced
         for suffix in SUFFIXES:
-            _sync(Path(joined + suffix)).replace(self._prefix + suffix)
+            replace_atomic(Path(joined + suffix), Path(self._prefix + suffix))
         self.discard()
         return manifest
 
@@ -194,21 +194,12 @@ class PartialOutput:
     def _finalize(self, builder: "IndexedDatasetBuilder", stem: str) -> None:
         builder.finalize(f"{self._folder / stem}.idx")
         for suffix in (".bin", ".idx"):
-            _sync(self._folder / f"{stem}{suffix}")
+            sync(self._folder / f"{stem}{suffix}")
 
     def _save_state(self) -> None:
-        draft = self._folder / "state.json.new"
-        draft.write_text(self._state.model_dump_json(), encoding="utf-8")
-        _sync(draft).replace(self._folder / "state.json")
+        write_atomic(self._folder / "state.json", self._state.model_dump_json())
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     """Return the smallest type that Megatron stores ids of this vocabulary in."""
     return np.uint16 if vocab_size < 65_500 else np.int32
-
-
-def _sync(path: Path) -> Path:
-    """Flush a file to the disk, before anything says that it is complete."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path

@@ -17,6 +17,7 @@ from nemodiff_train.conversion.exporting import export_checkpoint
 from nemodiff_train.conversion.importing import import_checkpoint
 from nemodiff_train.data.prepare import PrepareOptions, prepare
 from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.demo.corpus import write_stdlib_text
 from nemodiff_train.demo.tokenizer import train_tokenizer
 from nemodiff_train.errors import UserError
@@ -26,7 +27,6 @@ from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.loading import load_model
 from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
 from nemodiff_train.report.trace import Decode
@@ -96,7 +96,7 @@ class Demo:
                 "joint",
                 start_from=str(self.ar_model),
                 mask_token=self.mask_token,
-                ranks=str(self.processes),
+                tensor_parallel=str(self.processes),
             )
         with self._announce("export to Hugging Face"):
             self._export("joint", self.output / "tri-mode-model")
@@ -187,7 +187,7 @@ class Demo:
     ) -> tuple[Evaluation, Decode]:
         """Return the figures, and the function that turns tokens into text."""
         task = load_task("arithmetic", count=self.count)
-        loaded = load_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
+        loaded = load_decoding_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # the speed one user sees
         return evaluate(loaded, task, settings, str(checkpoint)), loaded.settings.text
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nemodiff_train.errors import unknown_choices
-
 
 @dataclass(kw_only=True)
 class DrafterConfig:
@@ -32,18 +30,4 @@ class DrafterConfig:
     """Fraction of slots whose draft is drawn at temperature 1 to find the accepted prefix; the others are greedy."""
 
     position_decay: float = 0.0
-    """Decay length of the weight exp(-(k - 1) / length) of slot k (DFlash takes 7, 5 and 4 for blocks of 16, 10 and
-    8); 0 for equal weights."""
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with these values, one line per problem."""
-        problems = unknown_choices("drafter", self)
-        if self.temperature <= 0:
-            problems.append(f"drafter.temperature={self.temperature} is not positive")
-        if self.support < 1:
-            problems.append(f"drafter.support={self.support} is not at least 1")
-        if not 0 <= self.sampled_share <= 1:
-            problems.append(f"drafter.sampled_share={self.sampled_share} is not a fraction between 0 and 1")
-        if self.position_decay < 0:
-            problems.append(f"drafter.position_decay={self.position_decay} is negative")
-        return problems
+    """Slot k weighs exp(-(k - 1) / this) (DFlash, which takes 7, 5 and 4 for blocks of 16, 10 and 8); 0 for 1."""

@@ -11,17 +11,17 @@ from megatron.core.models.gpt import GPTModel
 from nemodiff_train.console import progress_bar
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.prompts import prompt_tokens
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.evaluation.settings import EvaluationSettings, relevant_settings, settings_of
-from nemodiff_train.model.loading import LoadedModel
 
 
 def evaluate(
-    loaded: LoadedModel, task: Task, covered: EvaluationSettings, checkpoint: str, shown: bool | None = None
+    loaded: DecodingModel, task: Task, covered: EvaluationSettings, checkpoint: str, shown: bool | None = None
 ) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 

@@ -72,7 +72,7 @@ def likelihood(
     predict it.
 
     Args:
-        model: Result of :func:`~nemodiff_train.model.loading.load_for_decoding`, on one pipeline stage.
+        model: Chunks of a :class:`~nemodiff_train.model.loading.LoadedModel`, on one pipeline stage.
         texts: Token ids of each text.
         length: L, a multiple of the model's block size.
         draws: Noise draws per sample.

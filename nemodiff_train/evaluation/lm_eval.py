@@ -16,11 +16,11 @@ from torch import Tensor
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
+from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.loading import load_model
 
 Options = Mapping[str, Any]
 """The harness's generation options: ``until``, ``max_gen_toks``, ``do_sample``, ``temperature`` and others."""
@@ -53,7 +53,7 @@ class NemodiffLM(TemplateLM):
         settings.pop("max_batch_size", None)  # the harness passes its own
         if drafter := settings.pop("drafter", None):
             settings["drafter"] = Checkpoint.open(drafter)
-        self.loaded = load_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
+        self.loaded = load_decoding_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
         self.tokenizer = self.loaded.tokenizer
         self._chat: ChatTemplate | None = None
         self.mode = mode

@@ -1,20 +1,26 @@
-"""Whether a checkpoint is whole: the mark of an unfinished one, and the checksums of a finished one."""
+"""Completeness of a checkpoint: the mark beside an unfinished one, and the checksums in a finished one."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+from nemodiff_train.files import sync
 
 CHECKSUMS = "checksums.json"
+"""Name of the file, in an ``iter_*`` folder, with the digest of every other file there."""
+
 _READERS = 4  # hashing lets go of the interpreter, so threads share the work
 
 
-def mark_of(iteration: Path) -> Path:
-    """The file beside an ``iter_*`` folder that says: not complete yet."""
-    return iteration.with_name(f".{iteration.name}.unfinished")
+class Digest(TypedDict):
+    """What a file has to hold."""
+
+    bytes: int
+    sha256: str
+    """In hexadecimal."""
 
 
 def iterations(folder: Path) -> list[Path]:
@@ -23,34 +29,39 @@ def iterations(folder: Path) -> list[Path]:
     return sorted(numbered, reverse=True)
 
 
+def mark_of(iteration: Path) -> Path:
+    """Return the path, beside an ``iter_*`` folder, of the file that marks it as unfinished."""
+    return iteration.with_name(f".{iteration.name}.unfinished")
+
+
 def files_of(iteration: Path) -> list[str]:
-    """Names of a checkpoint's files relative to its folder, the largest first, without the checksums."""
+    """Return the names of a checkpoint's files relative to its folder, the largest first, without the checksums."""
     files = [file for file in iteration.rglob("*") if file.is_file() and file.name != CHECKSUMS]
     return [str(file.relative_to(iteration)) for file in sorted(files, key=lambda file: (-file.stat().st_size, file))]
 
 
-def digests(iteration: Path, names: Iterable[str], durable: bool = False) -> dict[str, dict[str, Any]]:
-    """``{"bytes": size, "sha256": hex}`` of some of a checkpoint's files.
+def digests(iteration: Path, names: Iterable[str], durable: bool = False) -> dict[str, Digest]:
+    """Return the digests of some of a checkpoint's files by name.
 
     Args:
         iteration: The checkpoint.
-        names: As :func:`files_of` gives them.
+        names: As :func:`files_of` returns them.
         durable: Wait until each file is on the disk.
     """
 
-    def digest(name: str) -> tuple[str, dict[str, Any]]:
+    def digest(name: str) -> tuple[str, Digest]:
+        if durable:
+            sync(iteration / name)
         with (iteration / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if durable:
-                os.fsync(file.fileno())
-            return name, {"bytes": file.tell(), "sha256": found}
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return name, {"bytes": file.tell(), "sha256": sha256}
 
     with ThreadPoolExecutor(_READERS) as readers:
         return dict(readers.map(digest, names))
 
 
-def recorded(iteration: Path) -> dict[str, dict[str, Any]]:
-    """The digests that a checkpoint was published with; empty if it was made elsewhere.
+def recorded(iteration: Path) -> dict[str, Digest]:
+    """Return the digests that a checkpoint was published with; none if it was made elsewhere.
 
     Raises:
         ValueError: They cannot be read.
@@ -58,14 +69,14 @@ def recorded(iteration: Path) -> dict[str, dict[str, Any]]:
     file = iteration / CHECKSUMS
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text())
-    if not isinstance(found, dict):
+    entries = json.loads(file.read_text())
+    if not isinstance(entries, dict):
         raise ValueError
-    return found
+    return entries
 
 
 def structure_damage(iteration: Path) -> str | None:
-    """What can be seen to be wrong with a checkpoint without reading its weights, or None; the file is named."""
+    """Return what is wrong with the names and sizes of a checkpoint's files, naming the file, or None."""
     if mark_of(iteration).exists():
         return "it is unfinished: its saving was interrupted"
     if not (iteration / "run_config.yaml").is_file():
@@ -84,7 +95,7 @@ def structure_damage(iteration: Path) -> str | None:
 
 
 def content_damage(iteration: Path, names: Iterable[str]) -> str | None:
-    """Which of some recorded files is not what was saved, or None."""
+    """Return which of some recorded files is not what was saved, or None."""
     expected = recorded(iteration)
     for name, entry in digests(iteration, names).items():
         if entry != expected[name]:
@@ -93,5 +104,5 @@ def content_damage(iteration: Path, names: Iterable[str]) -> str | None:
 
 
 def damage(iteration: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte of it read, or None; the file is named."""
+    """Read every byte of a checkpoint and return what is wrong with it, naming the file, or None."""
     return structure_damage(iteration) or content_damage(iteration, recorded(iteration))

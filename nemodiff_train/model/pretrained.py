@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face directory or name, a Megatron checkpoint, or nothing yet."""
+"""Configure the model of a Hugging Face directory or name, or of a Megatron checkpoint."""
 
 import json
 from pathlib import Path
@@ -6,21 +6,32 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from megatron.bridge import AutoBridge
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, Ministral3Config, PretrainedConfig
 
-import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, read_json
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 
 
+class NemotronLabsDiffusionConfig(Ministral3Config):
+    """Configuration of a NemotronLabsDiffusion model; the defaults hold where a file leaves a key out."""
+
+    model_type = "nemotron_labs_diffusion"
+
+    mask_token_id: int = -1
+    block_size: int = 32
+    dlm_paradigm: str = "bidirectional"
+
+
+AutoConfig.register(NemotronLabsDiffusionConfig.model_type, NemotronLabsDiffusionConfig)
+
+
 def model_from(source: str | Checkpoint) -> TriModeModelProvider:
-    """The model of a checkpoint, without its weights; a run loads them when it builds the model.
+    """Return the configuration of a checkpoint's model; the weights are loaded when it is built.
 
     Args:
         source: A Hugging Face directory or name, or a Megatron checkpoint of this project.
@@ -28,17 +39,18 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     Raises:
         UserError: There is no checkpoint, or its architecture is not supported.
     """
-    if checkpoint := source if isinstance(source, Checkpoint) else Checkpoint.find(source):
+    if isinstance(source, Checkpoint):
+        return _megatron_model(source)
+    if checkpoint := Checkpoint.find(source):
         return _megatron_model(checkpoint)
-    source = str(source)
     settings = stored_settings(source)
     provider = _provider(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
     provider.hf_generation_config = _generation_config(source)
     if architecture(settings) == NEMOTRON:
-        diffusion: Any = config_from(settings)
-        provider.block_size = provider.largest_block = diffusion.block_size
-        provider.mask_token_id = diffusion.mask_token_id if diffusion.mask_token_id >= 0 else None
+        diffusion = config_from(settings).to_dict()  # with the defaults of keys that are left out
+        provider.block_size = provider.largest_block = diffusion["block_size"]
+        provider.mask_token_id = diffusion["mask_token_id"] if diffusion["mask_token_id"] >= 0 else None
     if architecture(settings) == TRI_MODE:
         provider.mask_token_id, provider.shift = settings["mask_token_id"], settings["shift"]
         provider.block_size = provider.largest_block = settings["block_size"]
@@ -47,7 +59,7 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
 
 
 def model_like(config: PretrainedConfig) -> TriModeModelProvider:
-    """The model that a Hugging Face configuration describes.
+    """Return the configuration of a new model of the shape that a Hugging Face configuration describes.
 
     Raises:
         UserError: The architecture is not supported.
@@ -58,73 +70,43 @@ def model_like(config: PretrainedConfig) -> TriModeModelProvider:
 
 
 def _provider(config: PretrainedConfig) -> TriModeModelProvider:
+    from nemodiff_train.model.bridges import auto_bridge  # seconds, which a Megatron checkpoint does not need
+
     bridge = auto_bridge(config)
     try:
         provider = bridge.to_megatron_provider(load_weights=False)
-    except ValueError as error:  # such as an activation that Megatron lacks
+    except ValueError as error:  # for example an activation that Megatron lacks
         raise UserError(f"config.json of {architecture(config.to_dict())}: {' '.join(str(error).split())}") from None
     return tri_mode(provider, config.to_dict())
 
 
-def auto_bridge(config: PretrainedConfig) -> Any:
-    """Bridge's converter for a Hugging Face configuration.
-
-    Raises:
-        UserError: Bridge does not know the architecture; names it and those that are known to work.
-    """
-    name = (config.architectures or ["no architecture"])[0]
-    if not AutoBridge.supports(config):
-        raise _unsupported(name)
-    try:
-        return AutoBridge.from_hf_config(config)
-    except (ValueError, NotImplementedError):
-        raise _unsupported(name) from None
-
-
-def _unsupported(name: str) -> UserError:
-    return UserError(f"{name} is not supported; supported: {', '.join(supported_architectures())}")
-
-
-def supported_architectures() -> tuple[str, ...]:
-    """Architectures whose conversion and training are tested here."""
-    return (
-        "Qwen3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Ministral3ForCausalLM",
-        VISION_LANGUAGE,
-        NEMOTRON,
-        TRI_MODE,
-    )
-
-
 def stored_settings(source: str) -> dict[str, Any]:
-    """The ``config.json`` in a directory or of a name, as it is written there.
+    """Return the ``config.json`` of a Hugging Face directory or name, as it is written there.
 
     Raises:
         UserError: There is none, or it cannot be read.
     """
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"'{source}' is no checkpoint: it has neither config.json nor iter_* folders")
-    file = path if path.exists() else Path(local_copy(source))
-    return read_json(file / "config.json")
+        raise UserError(f"'{source}' is not a checkpoint: it has neither config.json nor iter_* folders")
+    return read_json(Path(local_copy(source)) / "config.json")
 
 
 def config_from(settings: dict[str, Any]) -> PretrainedConfig:
-    """A ``config.json`` as Transformers understands it, with the defaults of what it leaves out.
+    """Return a ``config.json`` as Transformers understands it, with the defaults of keys that are left out.
 
-    Of a tri-mode model that is its AR family's.
+    For a tri-mode model, return the configuration of its AR family.
 
     Raises:
-        UserError: Transformers does not know the model without code that comes with it, which never runs here;
-            or a setting has the wrong type.
+        UserError: A setting has the wrong type, or Transformers does not know the model without code that comes with
+            it, which never runs here.
     """
     settings = ar_settings(settings) if architecture(settings) == TRI_MODE else settings
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise _unsupported(architecture(settings))
+        from nemodiff_train.model.bridges import unsupported
+
+        raise unsupported(architecture(settings))
     try:
         return CONFIG_MAPPING[kind].from_dict(settings)
     except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:  # a dtype is looked up in torch
@@ -132,7 +114,7 @@ def config_from(settings: dict[str, Any]) -> PretrainedConfig:
 
 
 def hf_config(source: str) -> PretrainedConfig:
-    """The Hugging Face configuration in a directory or of a name.
+    """Return the configuration of a Hugging Face directory or name.
 
     Raises:
         UserError: There is none, or Transformers does not know the model.
@@ -141,10 +123,10 @@ def hf_config(source: str) -> PretrainedConfig:
 
 
 def local_copy(source: str) -> str:
-    """The directory of a checkpoint: itself, or what the hub holds under that name.
+    """Return the directory of a checkpoint: the source itself, or a copy of what the hub holds under that name.
 
     Raises:
-        UserError: It is no directory, and nothing of that name can be fetched.
+        UserError: It is not a directory, and nothing of that name can be fetched.
     """
     if Path(source).is_dir():
         return source

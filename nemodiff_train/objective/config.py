@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nemodiff_train.errors import unknown_choices
-
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
@@ -128,81 +126,3 @@ class ObjectiveConfig:
     def largest_block(self) -> int:
         """Largest block size that any step may have."""
         return self.block_size if self.block_schedule == "fixed" else max([self.block_size, *self.block_sizes])
-
-    def problems(self, sequence_length: int) -> list[str]:
-        """Return what is wrong with these values, one line per problem.
-
-        Args:
-            sequence_length: L, the clean tokens in a sample.
-        """
-        return [
-            *unknown_choices("objective", self),
-            *self._bad_numbers(),
-            *self._bad_blocks(sequence_length),
-            *self._conflicts(),
-        ]
-
-    def _bad_numbers(self) -> list[str]:
-        checks = {
-            f"objective.min_noise_level={self.min_noise_level} and max_noise_level={self.max_noise_level}: "
-            "use 0 < min <= max <= 1": 0 < self.min_noise_level <= self.max_noise_level <= 1,
-            f"objective.fully_masked_fraction={self.fully_masked_fraction} is not a fraction between 0 and 1": (
-                0 <= self.fully_masked_fraction <= 1
-            ),
-            f"objective.seed={self.seed} is not between 0 and 2**32 - 1": 0 <= self.seed < 2**32,
-            f"objective.position_bias_half_life={self.position_bias_half_life} is not positive; "
-            "Efficient-DLM uses 0.1": self.position_bias_half_life is None or self.position_bias_half_life > 0,
-            f"objective.views={self.views}; a joint sample has at least 1 noisy view": self.views >= 1,
-        }
-        for name in ("alpha", "ar_weight", "alpha_ramp_steps", "mask_embedding_noise", "mask_embedding_noise_steps"):
-            checks[f"objective.{name}={getattr(self, name)} is negative"] = getattr(self, name) >= 0
-        return [problem for problem, passed in checks.items() if not passed]
-
-    def _bad_blocks(self, length: int) -> list[str]:
-        if self.block_schedule == "fixed":
-            if self.block_size < 1 or length % self.block_size:
-                return [
-                    f"dataset.seq_length={length} is not a multiple of objective.block_size={self.block_size}; "
-                    "change one of them"
-                ]
-            return []
-        sizes = self.block_sizes
-        if not sizes or min(sizes) < 1 or max(sizes) > length:
-            return [
-                f"objective.block_sizes={sizes} with block_schedule={self.block_schedule}: give sizes between 1 and "
-                f"dataset.seq_length={length}"
-            ]
-        if self.block_schedule == "random" and (len(sizes) != 2 or sizes[0] > sizes[1]):
-            return [f"objective.block_sizes={sizes}: block_schedule=random takes the lowest and the highest size"]
-        if self.block_schedule == "curriculum" and self.block_steps < 1:
-            return ["objective.block_steps is not set; block_schedule=curriculum needs the steps per size"]
-        return []
-
-    def _conflicts(self) -> list[str]:
-        """Return the switches that contradict each other, and which of them to change."""
-        full = self.fully_masked_fraction
-        conflicts = {
-            "objective.complementary needs views in pairs; set objective.views=2": (
-                self.complementary and self.views % 2 == 1
-            ),
-            "objective.complementary with fully_masked_fraction leaves empty views; set fully_masked_fraction=0": (
-                self.complementary and full > 0
-            ),
-            "objective.complementary with weighting=inverse weighs by 1/(1 - t); set max_noise_level to at most "
-            f"1 - min_noise_level ({1 - self.min_noise_level:g}), or another weighting": (
-                self.complementary and self.weighting == "inverse" and self.max_noise_level > 1 - self.min_noise_level
-            ),
-            "objective.position_bias_half_life draws a number of positions per block; set mask_sampling=exact and "
-            "noise_granularity=block": (
-                self.position_bias_half_life is not None
-                and (self.mask_sampling != "exact" or self.noise_granularity != "block")
-            ),
-            "objective.clean_attention=block_causal lets clean positions see what an AR loss would ask of them; set "
-            "ar_weight=0, or shift=true to keep it at the last position of each block": (
-                self.clean_attention == "block_causal" and self.ar_weight > 0 and not self.shift
-            ),
-            "objective.alpha and ar_weight are both 0; nothing would be trained": (
-                self.stage == "joint" and self.alpha == 0 and self.ar_weight == 0
-            ),
-        }
-        return [problem for problem, present in conflicts.items() if present]

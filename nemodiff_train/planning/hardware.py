@@ -1,4 +1,4 @@
-"""What one GPU can do, from the maker's data sheets, and how much of it training is assumed to reach."""
+"""Peak figures of GPUs from their data sheets, and the fraction of them that training is assumed to reach."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ class Gpu:
     """One GPU of a node of eight."""
 
     flops: float
-    """Dense bf16 operations a second."""
+    """Dense bf16 operations per second."""
     memory: float
     """Bytes."""
     bandwidth: float
-    """Bytes a second between the GPU and its memory."""
+    """Bytes per second between the GPU and its memory."""
     link: float
-    """Bytes a second that it can send to the other GPUs of its node."""
+    """Bytes per second that it sends to the other GPUs of its node."""
     network: float = 50e9
-    """Bytes a second that it can send to another node: one adapter of 400 Gbit/s a GPU."""
+    """Bytes per second that it sends to another node: one adapter of 400 Gbit/s per GPU."""
 
 
 GPUS = {
@@ -26,8 +26,8 @@ GPUS = {
 }
 
 NODE = 8
-"""GPUs that NVLink connects."""
+"""Number of GPUs that NVLink connects."""
 
 # Assumptions, not measurements: large matrix products and sparse attention rarely come closer to the peak, ring
 # collectives to the link, and CUDA, NCCL and fragmentation take the rest of the memory.
-MATRIX, ATTENTION, COLLECTIVE, USABLE = 0.6, 0.4, 0.7, 0.9
+MATRIX_EFFICIENCY, ATTENTION_EFFICIENCY, COLLECTIVE_EFFICIENCY, USABLE_MEMORY = 0.6, 0.4, 0.7, 0.9

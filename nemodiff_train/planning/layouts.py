@@ -1,16 +1,14 @@
-"""Every layout that a run could have on a number of GPUs."""
+"""The layouts that a run can have on a number of GPUs."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.planning.hardware import NODE
-from nemodiff_train.validation.layout import layout_problems
 
-CONTEXTS = (1, 2, 4, 8)
-TENSORS = (1, 2, 4, 8)
+_SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -22,48 +20,65 @@ class Layout:
     context: int
     data: int
     micro_batches: int
-    """Of a step, on each replica."""
+    """Micro-batches per step on each replica."""
     recompute: bool
-    """Keep only each layer's input, and run it forward again in the backward pass."""
+    """Whether only each layer's input is kept, and the layer run forward again in the backward pass."""
 
     @property
     def sequence(self) -> bool:
-        """Sequence parallelism always comes with tensor parallelism."""
+        """Return whether sequence parallelism is on: always with tensor parallelism."""
         return self.tensor > 1
 
     @property
     def settings(self) -> str:
-        """The overrides that give a recipe this layout."""
-        words = {
+        """Return the overrides that give a recipe this layout."""
+        fields = {
             "tensor_model_parallel_size": str(self.tensor),
             "sequence_parallel": str(self.sequence).lower(),
             "pipeline_model_parallel_size": str(self.pipeline),
             "context_parallel_size": str(self.context),
         }
         if self.recompute:
-            words |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": "1"}
-        return " ".join(f"model.{name}={value}" for name, value in words.items())
+            fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": "1"}
+        return " ".join(f"model.{name}={value}" for name, value in fields.items())
 
 
-def layouts(config: TriModeConfig, gpus: int) -> Iterator[Layout]:
-    """Layouts that training would not refuse: tensor groups within a node, equal stages, no virtual ones."""
-    pipelines = [size for size in range(1, config.model.num_layers + 1) if config.model.num_layers % size == 0]
-    contexts = (1,) if config.drafter else CONTEXTS
-    for tensor, pipeline, context in product(TENSORS, pipelines, contexts):
-        one = tensor * pipeline * context
-        if tensor > NODE or gpus % one or layout_problems(_laid_out(config, tensor, pipeline, context), gpus):
+def layout_of(config: TriModeConfig, gpus: int) -> Layout:
+    """Return the layout that a configuration has on so many GPUs."""
+    model = config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    data = gpus // (tensor * pipeline * model.context_parallel_size)
+    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * data)
+    recompute = model.recompute_granularity == "full"
+    return Layout(tensor, pipeline, model.context_parallel_size, data, micro_batches, recompute)
+
+
+def layouts(
+    config: TriModeConfig, gpus: int, problems: Callable[[TriModeConfig, int], list[str]]
+) -> Iterator[Layout]:
+    """Yield the layouts that training accepts: tensor groups within a node, equal stages, no virtual ones.
+
+    Args:
+        config: The run; its own layout does not matter.
+        gpus: Number of GPUs.
+        problems: Says what is wrong with a layout; see :mod:`nemodiff_train.validation.layout`.
+    """
+    layers = config.model.num_layers
+    pipelines = [size for size in range(1, layers + 1) if layers % size == 0]
+    contexts = (1,) if config.drafter else _SIZES
+    for tensor, pipeline, context in product(_SIZES, pipelines, contexts):
+        candidate = _with_layout(config, tensor, pipeline, context)
+        if tensor > NODE or gpus % (tensor * pipeline * context) or problems(candidate, gpus):
             continue
-        data = gpus // one
-        micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * data)
-        for recompute in (False, True):
-            yield Layout(tensor, pipeline, context, data, micro_batches, recompute)
+        for granularity in (None, "full"):
+            candidate.model.recompute_granularity = granularity
+            yield layout_of(candidate, gpus)
 
 
-def _laid_out(config: TriModeConfig, tensor: int, pipeline: int, context: int) -> TriModeConfig:
-    """A copy of what :func:`layout_problems` reads, with another layout."""
+def _with_layout(config: TriModeConfig, tensor: int, pipeline: int, context: int) -> TriModeConfig:
+    """Return a copy with another layout; everything but the model is shared."""
     other = copy.copy(config)
-    other.model = copy.copy(config.model)
-    model = other.model
+    other.model = model = copy.copy(config.model)
     model.tensor_model_parallel_size, model.sequence_parallel = tensor, tensor > 1
     model.pipeline_model_parallel_size, model.context_parallel_size = pipeline, context
     model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None

@@ -1,12 +1,11 @@
-"""Checkpoints that are complete or invisible: Bridge saves and loads them, this publishes and chooses them."""
+"""Make checkpoints complete or invisible: Bridge saves and loads them, this module publishes and selects them."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from megatron.bridge.training.callbacks import CallbackManager
 from megatron.bridge.training.checkpointing import (
@@ -17,12 +16,21 @@ from megatron.bridge.training.config import CheckpointConfig
 from megatron.bridge.training.state import GlobalState
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.console import console
-from nemodiff_train.distributed import all_gather_object, barrier, global_rank
+from nemodiff_train.distributed import (
+    all_gather_object,
+    barrier,
+    from_main_process,
+    global_rank,
+    is_main_process,
+    world_size,
+)
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
-from nemodiff_train.files import write_atomic
+from nemodiff_train.files import copy_atomic, sync, write_atomic
 from nemodiff_train.model.checksums import (
     CHECKSUMS,
+    Digest,
     content_damage,
     digests,
     files_of,
@@ -32,15 +40,17 @@ from nemodiff_train.model.checksums import (
     structure_damage,
 )
 
-MANAGER = f"{__name__}.WholeCheckpoints"
-_ASIDE = "damaged-"
+MANAGER = f"{__name__}.AtomicCheckpointManager"
+"""The class below, as Bridge takes it."""
+
+_QUARANTINE = "damaged-"  # before the name of a checkpoint that cannot be loaded
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
-_WRITERS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
-_TICK = 0.05  # seconds
-_NEARLY_NOTHING = 1 << 20  # bytes; what is free on a disk that is called full
+_WRITER_ERRORS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
+_TICK = 0.05  # seconds between looks at a process that writes
+_FULL = 1 << 20  # bytes that may be free on a disk that is called full
 
 
-class WholeCheckpoints(DefaultCheckpointManager):
+class AtomicCheckpointManager(DefaultCheckpointManager):
     """Bridge's checkpoint manager, made safe against a process that ends at any moment.
 
     A mark beside the folder says that a checkpoint is unfinished.  When all of it is on the disk, the checksums of
@@ -100,7 +110,7 @@ class WholeCheckpoints(DefaultCheckpointManager):
             raise
 
     def _check_writer(self, state: GlobalState) -> None:
-        """Megatron would wait for ever for what a process that was killed has not written."""
+        """Stop where a process that writes was killed; Megatron would wait for it for ever."""
         queue = state.async_calls_queue
         for call in queue.async_calls if queue is not None else ():
             writer = call.async_caller.process
@@ -113,74 +123,70 @@ class WholeCheckpoints(DefaultCheckpointManager):
                 )
 
     def _publish_finished(self, state: GlobalState) -> None:
+        config = cast(TriModeConfig, state.cfg)
         while len(self.saving) > _running(state):
             iteration = self.saving.pop(0)
             publish(iteration)
-            config: Any = state.cfg
-            if global_rank() == 0:
+            if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
         barrier()
 
 
 def _running(state: GlobalState) -> int:
-    """How many asynchronous saves have not been finished, the same on all ranks."""
+    """Return the number of asynchronous saves that have not been finished, the same on all ranks."""
     queue = state.async_calls_queue
     return int(queue.get_num_unfinalized_calls()) if queue is not None else 0
 
 
 def _begin(iteration: Path) -> None:
     """Mark a checkpoint as unfinished before its first byte is written."""
-    if global_rank() == 0:
+    if is_main_process():
         iteration.parent.mkdir(parents=True, exist_ok=True)
         mark_of(iteration).touch()
-        _to_disk(iteration.parent)
+        sync(iteration.parent)
         shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
     barrier()
 
 
 def publish(iteration: Path) -> None:
-    """Make a saved checkpoint the newest: checksums, then the mark, then the trackers.  Every rank takes part."""
-    names = all_gather_object(files_of(iteration) if global_rank() == 0 else None)[0]
-    shares = all_gather_object(digests(iteration, names[global_rank() :: len(all_gather_object(None))], durable=True))
-    if global_rank() == 0:
-        write_checksums(iteration, {name: entry for share in shares for name, entry in share.items()})
+    """Make a saved checkpoint the newest: checksums, then the mark, then the trackers; called on all ranks."""
+    names = from_main_process(lambda: files_of(iteration))
+    shards = all_gather_object(digests(iteration, names[global_rank() :: world_size()], durable=True))
+    if is_main_process():
+        write_checksums(iteration, {name: entry for shard in shards for name, entry in shard.items()})
         remove_mark(iteration)
         write_trackers(iteration)
     barrier()
 
 
-def write_checksums(iteration: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Say what the files of a checkpoint are."""
+def write_checksums(iteration: Path, entries: dict[str, Digest]) -> None:
+    """Record the digests of a checkpoint's files in it."""
     write_atomic(iteration / CHECKSUMS, json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    _to_disk(iteration)
+    sync(iteration)
 
 
 def remove_mark(iteration: Path) -> None:
-    """Say that a checkpoint is complete."""
+    """Declare a checkpoint complete."""
     mark_of(iteration).unlink(missing_ok=True)
-    _to_disk(iteration.parent)
+    sync(iteration.parent)
 
 
 def write_trackers(iteration: Path) -> None:
-    """Name a checkpoint as the one to load, in Bridge's two files; neither is ever half written."""
-    folder, state = iteration.parent, iteration / "train_state.pt"
-    if state.is_file():
-        temporary = folder / f".{_TRACKED_STATE}.tmp"
-        shutil.copyfile(state, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(folder / _TRACKED_STATE)
+    """Name a checkpoint as the one to load in Bridge's two files, atomically."""
+    folder, train_state = iteration.parent, iteration / "train_state.pt"
+    if train_state.is_file():
+        copy_atomic(train_state, folder / _TRACKED_STATE)
     write_atomic(folder / _TRACKED_STEP, str(step_of(iteration)))
-    _to_disk(folder)
+    sync(folder)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     """Remove older checkpoints.
 
     Args:
-        folder: Of the checkpoints.
-        keep_last: How many of the newest stay; below 1 for all.
-        keep_every: Those of every so many steps stay as well; 0 for none.
+        folder: Folder of the checkpoints.
+        keep_last: Number of the newest that stay; below 1 for all.
+        keep_every: Interval, in steps, of those that stay as well; 0 for none.
     """
     published = [iteration for iteration in iterations(folder) if not mark_of(iteration).exists()]
     for iteration in published[keep_last:] if keep_last > 0 else []:
@@ -191,100 +197,94 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def step_of(iteration: Path) -> int:
-    """The step of an ``iter_*`` folder."""
+    """Return the step of an ``iter_*`` folder."""
     return int(iteration.name.removeprefix("iter_"))
 
 
 def latest_complete(folder: Path, step: int | None = None) -> Path | None:
-    """Make the newest whole checkpoint the one that Bridge loads.  Every rank takes part in reading.
+    """Make the newest complete checkpoint the one that Bridge loads; called on all ranks, which share the reading.
 
-    What is unfinished or damaged is renamed ``damaged-iter_*``, and named in a line.
+    What is unfinished or damaged is renamed ``damaged-iter_*``; one line names each.
 
     Args:
-        folder: Of the checkpoints.
+        folder: Folder of the checkpoints.
         step: Take the one of this step and no other.
 
     Returns:
         The checkpoint, or None if the run has none yet.
 
     Raises:
-        UserError: None is whole, and not all were merely unfinished; nothing is renamed then.
+        UserError: None is complete, and not all were merely unfinished; nothing is renamed then.
     """
-    found = all_gather_object([str(one) for one in iterations(folder)] if global_rank() == 0 else None)[0]
-    wanted = [Path(one) for one in found if step is None or step_of(Path(one)) == step]
-    wrong: dict[Path, str] = {}
-    whole = None
-    for iteration in wanted:
-        damage = _damage(iteration)
-        if damage is None:
-            whole = iteration
+    candidates = from_main_process(lambda: [i for i in iterations(folder) if step is None or step_of(i) == step])
+    damages: dict[Path, str] = {}
+    for iteration in candidates:
+        if (damage := _find_damage(iteration)) is None:
             break
-        wrong[iteration] = damage
-    unfinished = all_gather_object(
-        [mark_of(iteration).exists() for iteration in wrong] if global_rank() == 0 else None
-    )[0]
-    if whole is None and not all(unfinished):
-        raise _none_whole(folder, wrong)
-    if whole is None and not wrong and (lost := _set_aside_before(folder)):
-        raise UserError(f"of the checkpoints in '{folder}' only '{lost}' is left, which is damaged; {_WAY_OUT}")
-    if global_rank() == 0:
-        quarantine_damaged(folder, whole, wrong)
+        damages[iteration] = damage
+    complete = candidates[len(damages)] if len(damages) < len(candidates) else None
+    if complete is None:
+        _refuse_to_start_anew(folder, damages)
+    if is_main_process():
+        quarantine_damaged(folder, complete, damages)
     barrier()
-    return whole
+    return complete
 
 
-_WAY_OUT = "put a copy in its place, or name another output to start anew"
+_REMEDY = "put a copy in its place, or name another output to start anew"
 
 
-def _none_whole(folder: Path, wrong: dict[Path, str]) -> UserError:
-    named = ", ".join(f"'{iteration.name}': {damage}" for iteration, damage in wrong.items())
-    return UserError(f"no checkpoint in '{folder}' is whole ({named}); {_WAY_OUT}")
+def _refuse_to_start_anew(folder: Path, damages: dict[Path, str]) -> None:
+    """Refuse to begin at step 0 where a checkpoint was complete once, in this start or before a quarantine.
+
+    Raises:
+        UserError: Names the damaged checkpoints.
+    """
+    if not all(from_main_process(lambda: [mark_of(iteration).exists() for iteration in damages])):
+        reasons = ", ".join(f"'{iteration.name}': {damage}" for iteration, damage in damages.items())
+        raise UserError(f"no checkpoint in '{folder}' is complete ({reasons}); {_REMEDY}")
+    quarantined = sorted(folder.glob(f"{_QUARANTINE}iter_*"), reverse=True)
+    if lost := [path.name for path in quarantined if not damages and not mark_of(path).exists()]:
+        raise UserError(f"of the checkpoints in '{folder}' only '{lost[0]}' is left, which is damaged; {_REMEDY}")
 
 
-def _set_aside_before(folder: Path) -> str:
-    """A checkpoint that was complete once, was found damaged, and has no successor."""
-    found = sorted(folder.glob(f"{_ASIDE}iter_*"))
-    return next((aside.name for aside in reversed(found) if not mark_of(aside).exists()), "")
-
-
-def _damage(iteration: Path) -> str | None:
-    """What is wrong with a checkpoint; its bytes are read by all ranks, a share each."""
-    seen = all_gather_object(structure_damage(iteration) if global_rank() == 0 else None)[0]
-    if seen is not None:
-        return str(seen)
+def _find_damage(iteration: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None; each rank reads a part of its files."""
+    if (damage := from_main_process(lambda: structure_damage(iteration))) is not None:
+        return damage
     names = sorted(recorded(iteration))
-    shares = all_gather_object(content_damage(iteration, names[global_rank() :: len(all_gather_object(None))]))
-    return next((share for share in shares if share), None)
+    damages = all_gather_object(content_damage(iteration, names[global_rank() :: world_size()]))
+    return next((damage for damage in damages if damage), None)
 
 
-def quarantine_damaged(folder: Path, whole: Path | None, wrong: dict[Path, str]) -> None:
-    """Put the files in order: nothing unfinished under a checkpoint's name, and trackers that name the chosen one."""
-    for iteration, damage in wrong.items():
-        aside = iteration.with_name(f"{_ASIDE}{iteration.name}")
-        if aside.exists():
-            shutil.rmtree(aside)
-        iteration.rename(aside)
+def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, str]) -> None:
+    """Rename what cannot be loaded, finish removals that had begun, and let the trackers name the complete one."""
+    for iteration, damage in damages.items():
+        quarantined = iteration.with_name(f"{_QUARANTINE}{iteration.name}")
+        if quarantined.exists():
+            shutil.rmtree(quarantined)
+        iteration.rename(quarantined)
         if mark_of(iteration).exists():
-            mark_of(iteration).rename(mark_of(aside))
+            mark_of(iteration).rename(mark_of(quarantined))
         console.print(
-            f"[yellow]checkpoint '{iteration}': {damage}; it is '{aside.name}' now[/yellow]", soft_wrap=True
+            f"[yellow]checkpoint '{iteration}': {damage}; it is '{quarantined.name}' now[/yellow]", soft_wrap=True
         )
     for iteration in iterations(folder):
-        if whole is not None and iteration < whole and mark_of(iteration).exists():
+        if complete is not None and iteration < complete and mark_of(iteration).exists():
             shutil.rmtree(iteration)  # its removal had begun
     for mark in folder.glob(".iter_*.unfinished"):
         if not (folder / mark.name[1:].removesuffix(".unfinished")).exists():
             mark.unlink()
-    if whole is not None:
-        write_trackers(whole)
-    elif wrong:
+    if complete is not None:
+        write_trackers(complete)
+    elif damages:
         for tracker in (_TRACKED_STATE, _TRACKED_STEP):
             (folder / tracker).unlink(missing_ok=True)
         console.print("[yellow]no checkpoint had been finished: the run starts from its beginning[/yellow]")
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from; Megatron's saving wraps what happened on each rank."""
+    """Yield an error and its causes; Megatron's saving wraps what happened on each rank."""
     while error is not None:
         yield error
         for failure in getattr(error, "failures", {}).values():
@@ -293,35 +293,27 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _cannot_write(error: BaseException, folder: Path) -> str:
-    """What keeps a checkpoint from being written, or an empty string if the error is another."""
-    if isinstance(error, CheckpointException) and global_rank() != 0:
-        return "a file could not be written"  # the reason is with rank 0, which says it
+    """Return what keeps a checkpoint from being written, or an empty string for another error."""
+    if isinstance(error, CheckpointException) and not is_main_process():
+        return "a file could not be written"  # rank 0 knows the reason, and says it
     causes = list(causes_of(error))
     for cause in causes:
         if isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError):
             return "the disk is full" if disk_is_full(cause) else str(cause.strerror or cause).lower()
-    if any(word in str(cause) for cause in causes for word in _WRITERS):  # they do not pass on the reason
-        full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
+    if any(word in str(cause) for cause in causes for word in _WRITER_ERRORS):  # which do not give the reason
+        full = shutil.disk_usage(folder).free < _FULL
         return "the disk is full" if full else "a file could not be written, as on a full disk"
     return ""
 
 
 def _not_saved(iteration: Path, error: BaseException, reason: str) -> RunStopped:
-    together_known = isinstance(error, CheckpointException)  # all ranks raise it
-    if global_rank() == 0 or not together_known:
-        shutil.rmtree(iteration, ignore_errors=True)  # what fills the disk; the mark stays
-    whole = [one.name for one in iterations(iteration.parent) if structure_damage(one) is None]
-    last = f"'{whole[0]}' is intact" if whole else "there is none before it"
+    """Return the message that ends the run, after the files that fill the disk are removed; their mark stays."""
+    known_to_all = isinstance(error, CheckpointException)  # all ranks raise it
+    if is_main_process() or not known_to_all:
+        shutil.rmtree(iteration, ignore_errors=True)
+    intact = [path.name for path in iterations(iteration.parent) if structure_damage(path) is None]
+    last = f"'{intact[0]}' is intact" if intact else "there is none before it"
     return RunStopped(
         f"checkpoint '{iteration}' could not be saved: {reason} ({last}); make room and repeat the command",
-        alone=not together_known,
+        alone=not known_to_all,
     )
-
-
-def _to_disk(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,10 +16,10 @@ from megatron.bridge.training.checkpointing import CheckpointLoadContext, Defaul
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from torch import Tensor
 
-from nemodiff_train.config.config import ResilienceConfig
 from nemodiff_train.config.context import StepContext, config_of
+from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.console import console
-from nemodiff_train.distributed import all_gather_object, is_main_process
+from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.model.checksums import iterations
 
@@ -96,8 +96,8 @@ class GradientGuard(Callback):
         """Norms of the last updates, of those before a resume too: the decision must not depend on it."""
         if self.norms is None:
             window = self.settings.spike_window
-            is_last_rank = dist.get_rank() == dist.get_world_size() - 1  # the one that writes the file
-            norms = recorded_norms(self.shared.metrics_file, window) if is_last_rank else None
+            is_last_rank = global_rank() == world_size() - 1  # the one that writes the file
+            norms = recorded_norms(self.shared.metrics_file, window) if is_last_rank else []
             self.norms = deque(all_gather_object(norms)[-1], maxlen=window)
         return self.norms
 
@@ -107,8 +107,9 @@ class GradientGuard(Callback):
         self.in_a_row += 1
         if reaction == "stop":
             raise RunStopped(f"{line}; the weights are as before the step (resilience.on_{fault})")
-        if self.in_a_row > self.settings.patience:
-            raise RunStopped(f"{line}; the {self.in_a_row}th step in a row without an update (resilience.patience)")
+        if self.in_a_row > self.settings.max_consecutive_skips:
+            limit = "resilience.max_consecutive_skips"
+            raise RunStopped(f"{line}; {self.in_a_row} consecutive steps without an update ({limit})")
         self.rolls_back = reaction == "rollback"
         self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
         if is_main_process():

@@ -19,7 +19,7 @@ _PIECE = 1 << 22  # elements hashed at once: their factors take 8 bytes each
 
 
 class ReplicaConsistencyCheck(Callback):
-    """Every ``resilience.drift_interval`` steps, compares hashes of all parameters.
+    """Every ``resilience.replica_check_interval`` steps, compares hashes of all parameters.
 
     Over data- and context-parallel replicas every parameter must be the same; over tensor-parallel ranks those that
     are not split, such as norms.
@@ -29,7 +29,7 @@ class ReplicaConsistencyCheck(Callback):
     """
 
     def on_train_start(self, context: CallbackContext) -> None:
-        self.interval = config_of(context.state).resilience.drift_interval
+        self.interval = config_of(context.state).resilience.replica_check_interval
         if not self.interval:
             return
         # Not every layer says that it is split; what starts out different is.

@@ -8,12 +8,13 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from nemodiff_train.config.context import StepContext, config_of
+from nemodiff_train.distributed import world_size
 from nemodiff_train.resilience.gradient_guard import before_gradients_are_shared
 from nemodiff_train.resilience.watchdog import Watchdog
 
 
 class StragglerMonitor(Callback):
-    """Every ``resilience.pace_interval`` steps, compares the ranks' times and tells the watch.
+    """Every ``resilience.straggler_interval`` steps, compares the ranks' times and tells the watch.
 
     A rank's own time runs from the start of the step until its gradient is ready to be shared; what follows is as
     slow as the slowest.
@@ -30,7 +31,7 @@ class StragglerMonitor(Callback):
         self.started = 0.0
 
     def on_train_start(self, context: CallbackContext) -> None:
-        self.interval = config_of(context.state).resilience.pace_interval
+        self.interval = config_of(context.state).resilience.straggler_interval
         if self.interval:
             before_gradients_are_shared(context.model, self._ready)
 
@@ -49,7 +50,7 @@ class StragglerMonitor(Callback):
             return
         own = torch.tensor([self.own, self.shared.data_wait], device=torch.cuda.current_device()) / self.interval
         self.own = self.shared.data_wait = 0.0
-        found = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        found = [torch.zeros_like(own) for _ in range(world_size())]
         dist.all_gather(found, own)
         self.watch.figures = _figures([each.tolist() for each in found])
 

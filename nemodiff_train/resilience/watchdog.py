@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
-from nemodiff_train.config.config import ResilienceConfig
+from nemodiff_train.config.run import ResilienceConfig
+from nemodiff_train.distributed import global_rank
 from nemodiff_train.files import write_atomic
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -43,7 +44,7 @@ class Watchdog(Callback):
         self.output = output
         self.settings = settings
         self.on_exit = on_exit
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = global_rank()
         self.figures: dict[str, float] = {}
         self.step = 0
         self.phase, self.since, self.alive = "setup", time.monotonic(), time.monotonic()

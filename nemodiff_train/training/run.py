@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from nemodiff_train.console import console
-from nemodiff_train.distributed import free_port, is_main_process
+from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
 
 
-def dry_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int:
+def check_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int:
     """Check a run on any machine without starting it, and print one page.
 
     Args:
@@ -29,10 +29,10 @@ def dry_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int
     Returns:
         0, or 2 if problems were found.
     """
-    from nemodiff_train.validation.preflight import preflight
+    from nemodiff_train.validation.dry_run import dry_run
 
     _fit_to_host(config)
-    return preflight(config, gpus, gpu_memory)
+    return dry_run(config, gpus, gpu_memory)
 
 
 def train(config: "TriModeConfig") -> None:
@@ -46,13 +46,13 @@ def train(config: "TriModeConfig") -> None:
         RunStopped: The run cannot go on.
         SystemExit: With 0, after a signal: the step is saved.
     """
-    from nemodiff_train.validation.checks import check
+    from nemodiff_train.validation.check import check
 
     _fit_to_host(config)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, world_size())
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
@@ -155,8 +155,7 @@ def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
 @contextlib.contextmanager
 def _prints_go_to(path: Path) -> Iterator[None]:
     """Prints of the first rank, and of the last, which Bridge lets tell the losses, go to a file."""
-    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-    speaks = int(os.environ.get("RANK", "0")) in (0, last)
+    speaks = global_rank() in (0, world_size() - 1)
     if speaks:
         path.parent.mkdir(parents=True, exist_ok=True)
     with open(path if speaks else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):

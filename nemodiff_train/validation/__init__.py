@@ -1,1 +1,1 @@
-"""Refuse a configuration that cannot run, before anything is built."""
+"""Refuse a configuration that cannot run: every problem with its remedy, before anything is built."""

@@ -174,7 +174,7 @@ def add(jobs: Jobs, name: str, layout: Layout) -> None:
 
 def train(output: str, settings: list[str], recipe: str = "recipe", **arguments: Any) -> dict[str, Any]:
     """Train a recipe of :mod:`tools.support.small` with overrides; return the steps in ``metrics.jsonl``."""
-    from nemodiff_train.config.recipes import override
+    from nemodiff_train.config.overrides import override
     from nemodiff_train.training.run import train as run
 
     config = getattr(small, recipe)(output=output, **arguments)

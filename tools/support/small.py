@@ -187,7 +187,8 @@ def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_le
     from megatron.bridge.training import config as bridge
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from nemodiff_train.config.config import TextDatasetConfig, TriModeConfig
+    from nemodiff_train.config.config import TriModeConfig
+    from nemodiff_train.config.datasets import TextDatasetConfig
     from nemodiff_train.config.defaults import tokenizer_of
     from nemodiff_train.model.pretrained import model_from
     from nemodiff_train.objective import ObjectiveConfig
@@ -244,7 +245,7 @@ def drafter(start_from: str, data: str, output: str) -> Any:
 
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
-    from nemodiff_train.config.config import ChatDatasetConfig
+    from nemodiff_train.config.datasets import ChatDatasetConfig
     from nemodiff_train.model.adapters import lora
 
     config = recipe(start_from, data, output)

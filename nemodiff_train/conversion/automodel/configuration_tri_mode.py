@@ -1,4 +1,4 @@
-"""Configuration of a tri-mode model: the AR family's own, and how its blocks are decoded.
+"""Configuration of a tri-mode model: that of its AR family, and how its blocks are decoded.
 
 This file is copied into exported directories and runs there: it needs PyTorch and Transformers only.
 """
@@ -13,11 +13,11 @@ class TriModeConfig(PretrainedConfig):
 
     Args:
         text_config: Configuration of the AR family, or its dictionary with a ``model_type``.
-        mask_token_id: Row of the embedding that stands for a token still to be found.
-        block_size: Positions of a block in training, and of a block or draft unless asked otherwise.
-        shift: Place i of a block predicts token i + 1, as an AR model does; otherwise token i.
-        clean_attention: What text that is already there sees: ``causal``, or ``block_causal``, its whole block too.
-        kwargs: Settings of any Transformers model.
+        mask_token_id: Id of the mask token.
+        block_size: Positions per block in training; the default of a block or draft.
+        shift: Whether position i of a block predicts token i + 1, as an AR model does, instead of token i.
+        clean_attention: What a clean position sees: ``causal``, those before it; ``block_causal``, its block too.
+        kwargs: Settings that every Transformers model has.
     """
 
     model_type = "tri_mode"
@@ -45,10 +45,10 @@ class TriModeConfig(PretrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Return the number of rows of the embedding."""
         return int(self.text_config.vocab_size)
 
     @property
     def max_position_embeddings(self) -> int:
-        """Most positions of a text."""
+        """Return the largest number of positions."""
         return int(self.text_config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""What makes an AR family's Hugging Face directory one that decodes itself."""
+"""Make a Hugging Face directory of an AR family decode in every mode, by code of its own."""
 
 import shutil
 from pathlib import Path
@@ -21,11 +21,11 @@ _AUTO_MAP = {
 
 
 def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a directory that decodes itself.
+    """Return the ``config.json`` of such a directory.
 
     Args:
         provider: The model.
-        family: The ``config.json`` of its AR family; the names and shapes of the weights stay those it has.
+        family: The ``config.json`` of its AR family, whose names and shapes of the weights are kept.
 
     Raises:
         UserError: The model has no mask token.
@@ -48,11 +48,11 @@ def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) ->
 
 
 def add_code(directory: Path, settings: dict[str, Any]) -> None:
-    """Put the code and a model card beside weights, tokenizer and configuration.
+    """Add the code and a model card to weights, tokenizer and configuration.
 
     Args:
         directory: Where they are.
-        settings: What :func:`tri_mode_settings` made.
+        settings: Their ``config.json``, from :func:`tri_mode_settings`.
     """
     for name in _CODE:
         shutil.copyfile(_FOLDER / name, directory / name)

@@ -17,15 +17,15 @@ from .configuration_tri_mode import TriModeConfig
 
 
 class TriModeModel(PreTrainedModel):
-    """The AR family's causal language model, and three ways to decode with it.
+    """The AR family's causal language model, with three ways to decode.
 
-    Each way returns the prompt with the new tokens, and the number of forwards: every call of the model
-    for the batch, the prefill included.  Names and arguments are those of NVIDIA's Nemotron-Labs-Diffusion;
-    at temperature 0 so are tokens and counts, but for what is said at each method, and:
+    Each returns the prompt with the new tokens, and the number of forwards: every call of the model for the
+    batch, the prefill included.  Names and arguments are those of NVIDIA's Nemotron-Labs-Diffusion; at
+    temperature 0 so are tokens and counts, except for what each method says, and:
 
     - The mask token is never predicted.
     - ``max_new_tokens`` is an exact limit and need not be a multiple of the block.
-    - Rows of a batch do not influence each other.  A row that has ended is filled up with its stop token.
+    - Rows of a batch do not influence each other.  A row that has ended is padded with its stop token.
     - Probabilities are computed in fp32 whatever the model's dtype.
     """
 
@@ -48,14 +48,14 @@ class TriModeModel(PreTrainedModel):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """The plain causal model: place i predicts token i + 1.
+        """Run the plain causal model: position i predicts token i + 1.
 
         Args:
             input_ids: [batch, length] token ids.
             attention_mask: [batch, length], 0 at padding; or [batch, 1, length, keys] to add to the scores.
-            labels: [batch, length] the same ids, -100 where nothing is to be predicted.
-            logits_to_keep: Give the logits of so many last places only; 0 for all.
-            kwargs: What else the family's model takes: ``position_ids``, ``past_key_values``, ``inputs_embeds``, ...
+            labels: [batch, length] the same ids, -100 where there is no loss.
+            logits_to_keep: Number of last positions whose logits are returned; 0 for all.
+            kwargs: Further arguments of the family's model, such as ``position_ids`` and ``past_key_values``.
 
         Returns:
             Logits [batch, length or logits_to_keep, vocab], and the mean cross-entropy where there are labels.
@@ -83,14 +83,14 @@ class TriModeModel(PreTrainedModel):
         max_thinking_tokens: int | None = None,
         end_think_token_id: int | None = None,
     ) -> tuple[Tensor, int]:
-        """One token a forward.
+        """Decode autoregressively, one token per forward.
 
-        The batch ends when every row has had a stop token, not only when all have one at the same place.
+        The batch ends when every row has had a stop token, not only when all have one at the same position.
 
         Args:
             prompt_ids: [batch, length] token ids.
-            max_new_tokens: Limit on the new tokens of a row, the stop token included.
-            temperature: 0 is greedy; above, tokens are drawn from softmax(logits / temperature).
+            max_new_tokens: Maximum number of new tokens per row, the stop token included.
+            temperature: 0 is greedy; above, tokens are sampled from softmax(logits / temperature).
             eos_token_id: Token or tokens that end a row; None for none.
             max_thinking_tokens: New tokens after which ``end_think_token_id`` is forced unless it has come.
             end_think_token_id: Token that closes the thinking.
@@ -99,7 +99,7 @@ class TriModeModel(PreTrainedModel):
             Prompt and new tokens [batch, length + new], and the forwards: as many as new tokens.
 
         Raises:
-            ValueError: An argument that cannot be, or a model whose clean half is not causal.
+            ValueError: An argument is out of its range, or clean text is not attended to causally.
         """
         self._check(prompt_ids, max_new_tokens, temperature, causal=True)
         session = _Session(self, self.config.mask_token_id)
@@ -107,7 +107,7 @@ class TriModeModel(PreTrainedModel):
         new = prompt_ids[:, :0]
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             logits = session.forward(new[:, -1:] if new.shape[1] else prompt_ids, last=True)
-            new = torch.cat([new, thinking.closed(_choose(logits, temperature), new)], dim=1)
+            new = torch.cat([new, thinking.force_end(_sample(logits, temperature), new)], dim=1)
         return torch.cat([prompt_ids, stops.cut(new)], dim=1), session.nfe
 
     @torch.no_grad()
@@ -123,62 +123,63 @@ class TriModeModel(PreTrainedModel):
         max_thinking_tokens: int | None = None,
         end_think_token_id: int | None = None,
     ) -> tuple[Tensor, int]:
-        """Block diffusion: a block at a time, several tokens a forward.
+        """Decode by block diffusion: block after block, several tokens per forward.
 
         A block starts where the text ends, with one token that the AR prediction gives.  Each denoising
-        forward sees the text and the whole block, and fixes the places whose token is sure enough, but at
-        least the surest.  One more forward puts a full block into the cache.
+        forward sees the text and the whole block, and unmasks the positions whose token is probable enough, but at
+        least the most probable one.  One more forward puts a full block into the cache.
 
         NVIDIA's code counts that forward for the last block too, where it has no use, and does not count the
         prefill; here it is the other way round, which is the same number.  The last block is denoised no
         further than ``max_new_tokens``.
 
-        A model with a block-causal clean half has its blocks counted from the start of the text, and a
-        token given in advance only if it was trained with the shift.
+        With block-causal attention on clean text, blocks are counted from the start of the text, and the AR
+        prediction gives a block's first token only if the model was trained with the shift.
 
         Args:
             prompt_ids: [batch, length] token ids.
-            max_new_tokens: Limit on the new tokens of a row, the stop token included.
-            block_length: Positions of a block; None for what the model was trained with.
-            threshold: Probability from which a place is fixed; None fixes one place a forward.
+            max_new_tokens: Maximum number of new tokens per row, the stop token included.
+            block_length: Positions per block; None for what the model was trained with.
+            threshold: Probability from which a position is unmasked; None for one position per forward.
             causal_context: Whether the AR prediction gives a block's first token; otherwise it is a mask too.
-            temperature: 0 is greedy; above, tokens are drawn from softmax(logits / temperature).
+            temperature: 0 is greedy; above, tokens are sampled from softmax(logits / temperature).
             eos_token_id: Token or tokens that end a row; None for none.
-            max_thinking_tokens: New tokens after which ``end_think_token_id`` is put unless it has come.
+            max_thinking_tokens: New tokens after which ``end_think_token_id`` is forced unless it has come.
             end_think_token_id: Token that closes the thinking.
 
         Returns:
             Prompt and new tokens [batch, length + new], and the forwards.
 
         Raises:
-            ValueError: An argument that cannot be.
+            ValueError: An argument is out of its range.
         """
         self._check(prompt_ids, max_new_tokens, temperature, block_length)
         size = block_length or self.config.block_size
-        whole_blocks = self.config.clean_attention == "block_causal"
+        block_causal = self.config.clean_attention == "block_causal"
         if self.config.shift and not causal_context:
             raise ValueError("causal_context=False: a model with the shift predicts no first token of a block itself")
-        seeded = self.config.shift or (causal_context and not whole_blocks)
+        seeded = self.config.shift or (causal_context and not block_causal)
         session = _Session(self, self.config.mask_token_id)
         stops, thinking = _Stops(eos_token_id), _Thinking(max_thinking_tokens, end_think_token_id)
 
         text, length = prompt_ids, prompt_ids.shape[1]
         end = length + max_new_tokens
-        start = length // size * size if whole_blocks else length
-        todo = prompt_ids[:, :start]  # in the text, but not in the cache
+        start = length // size * size if block_causal else length
+        uncached = prompt_ids[:, :start]  # tokens of the text that are not in the cache
         while True:
             block = session.masks(len(text), size)
-            if todo.shape[1]:
-                logits = session.forward(todo, size if whole_blocks else None, last=True)
+            if uncached.shape[1]:
+                logits = session.forward(uncached, size if block_causal else None, last=True)
                 if seeded:
-                    block[:, :1] = _choose(logits, temperature)
-            known = text.shape[1] - start  # of a first whole block: the prompt's end
+                    block[:, :1] = _sample(logits, temperature)
+            known = text.shape[1] - start  # positions of a first block-causal block that the prompt fills
             block[:, :known] = text[:, start:]
-            block[:, known:] = thinking.closed(block[:, known:], text[:, length:])
-            place = torch.arange(size, device=text.device)
-            wanted = (place >= known) & (place < end - start) & ~stops.met(text[:, length:])[:, None]
-            todo = session.denoise(block, wanted, threshold, temperature, stops)
-            text = torch.cat([text[:, :start], todo], dim=1)[:, :end]
+            block[:, known:] = thinking.force_end(block[:, known:], text[:, length:])
+            position = torch.arange(size, device=text.device)  # within the block
+            # [batch, size]: positions to fill are new, within the limit, and in rows without a stop token.
+            wanted = (position >= known) & (position < end - start) & ~stops.met(text[:, length:])[:, None]
+            uncached = session.denoise(block, wanted, threshold, temperature, stops)
+            text = torch.cat([text[:, :start], uncached], dim=1)[:, :end]
             start += size
             if start >= end or stops.all_met(text[:, length:]):
                 return torch.cat([prompt_ids, stops.cut(text[:, length:])], dim=1), session.nfe
@@ -196,29 +197,31 @@ class TriModeModel(PreTrainedModel):
         end_think_token_id: int | None = None,
         threshold: float = 0.0,
     ) -> tuple[Tensor, int]:
-        """Linear self-speculation: block diffusion drafts, one causal forward verifies.
+        """Decode by linear self-speculation: block diffusion drafts, one causal forward verifies.
 
-        The tokens are those of :meth:`ar_generate`: every one is the causal model's own choice, or draw,
-        behind those before it.  A cycle keeps the drafted tokens that this choice agrees with and one more.
+        The tokens are those of :meth:`ar_generate`: each is the causal model's own choice, or sample, after
+        those before it.  A cycle accepts the draft tokens that equal this choice, and adds one token of the
+        verifier: the recovered one after a rejection, the bonus token otherwise.
 
         A forced ``end_think_token_id`` is part of the output, which NVIDIA's code leaves out.
 
         Args:
             prompt_ids: [1, length] token ids.
-            max_new_tokens: Limit on the new tokens, the stop token included.
-            block_length: Positions of a draft, its known first one included; None for the model's block size.
-            temperature: 0 is greedy; above, drafts and tokens are drawn from softmax(logits / temperature).
-            mask_token_id: Another mask token than the model's.
+            max_new_tokens: Maximum number of new tokens, the stop token included.
+            block_length: Positions per draft, its known first one included; None for the model's block size.
+            temperature: 0 is greedy; above, drafts and tokens are sampled from softmax(logits / temperature).
+            mask_token_id: Mask token; None for the model's.
             eos_token_id: Token or tokens that end the text; None for none.
             max_thinking_tokens: New tokens after which ``end_think_token_id`` is forced unless it has come.
             end_think_token_id: Token that closes the thinking.
-            threshold: Probability from which a drafting forward fixes a place; 0 drafts all in one forward.
+            threshold: Probability from which a drafting forward unmasks a position; 0 drafts all in one forward.
 
         Returns:
-            Prompt and new tokens [1, length + new], and the forwards: with a threshold of 0, one and two a cycle.
+            Prompt and new tokens [1, length + new], and the forwards: with a threshold of 0, one and two per cycle.
 
         Raises:
-            ValueError: An argument that cannot be, more than one row, or a model whose clean half is not causal.
+            ValueError: An argument is out of its range, there are several rows, or clean text is not attended to
+                causally.
         """
         self._check(prompt_ids, max_new_tokens, temperature, block_length, causal=True)
         if len(prompt_ids) != 1:
@@ -229,17 +232,18 @@ class TriModeModel(PreTrainedModel):
         wanted = torch.ones(1, size, dtype=torch.bool, device=prompt_ids.device)
 
         new = prompt_ids[:, :0]
-        new = thinking.closed(_choose(session.forward(prompt_ids, last=True), temperature), new)
+        new = thinking.force_end(_sample(session.forward(prompt_ids, last=True), temperature), new)
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             block = torch.cat([new[:, -1:], session.masks(1, size - 1)], dim=1)
             draft = session.denoise(block, wanted, threshold, temperature)[:, 1:]
-            chosen = _choose(session.forward(torch.cat([new[:, -1:], draft], dim=1)), temperature)
-            own = thinking.closed(chosen, new)
-            # A token that was put in place of the model's choice ends the cycle, as a wrong draft does.
-            agreed = (chosen[:, :-1] == draft) & (own == chosen)[:, :-1]
-            count = int(agreed.long().cumprod(1).sum()) + 1
-            session.forget(size - count)
-            new = torch.cat([new, own[:, :count]], dim=1)
+            # [1, size] choices of the verifier: one for each of the size - 1 draft tokens, and one after them.
+            verified = _sample(session.forward(torch.cat([new[:, -1:], draft], dim=1)), temperature)
+            forced = thinking.force_end(verified, new)
+            # A token that was forced in place of the verifier's ends the cycle, as a rejected draft token does.
+            accept_mask = (verified[:, :-1] == draft) & (forced == verified)[:, :-1]
+            committed = int(accept_mask.long().cumprod(1).sum()) + 1  # the accepted ones, and one of the verifier
+            session.crop(size - committed)
+            new = torch.cat([new, forced[:, :committed]], dim=1)
         return torch.cat([prompt_ids, stops.cut(new[:, :max_new_tokens])], dim=1), session.nfe
 
     def _check(
@@ -261,7 +265,7 @@ class TriModeModel(PreTrainedModel):
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}; it must be 0 or above")
         if causal and self.config.clean_attention == "block_causal":
-            raise ValueError("this model was trained with a block-causal clean half: it decodes with generate() only")
+            raise ValueError("this model attends block-causally to clean text: it decodes with generate() only")
 
 
 class _Session:
@@ -280,25 +284,25 @@ class _Session:
 
     @property
     def cached(self) -> int:
-        """Tokens in the cache."""
+        """Return the number of tokens in the cache."""
         return int(self.cache.get_seq_length())
 
-    def forget(self, tokens: int) -> None:
-        """Remove so many tokens from the end of the cache."""
+    def crop(self, tokens: int) -> None:
+        """Remove a number of tokens from the end of the cache."""
         if tokens:  # 0 would be taken for a length by some versions; all take a negative number as this
             self.cache.crop(-tokens)
 
-    def masks(self, rows: int, places: int) -> Tensor:
-        """[rows, places] of the mask token."""
-        return torch.full((rows, places), self.mask_token_id, device=self.model.device)
+    def masks(self, rows: int, length: int) -> Tensor:
+        """Return [rows, length] of the mask token."""
+        return torch.full((rows, length), self.mask_token_id, device=self.model.device)
 
     def forward(self, tokens: Tensor, block: int | None = None, last: bool = False) -> Tensor:
-        """Run tokens behind the cached ones, and cache them.
+        """Run tokens after the cached ones, and cache them.
 
         Args:
             tokens: [batch, new] token ids.
-            block: Positions that see each other, of which the text is a multiple; None for a causal forward.
-            last: Whether the logits of the last place are enough.
+            block: Positions per block, which see each other; the text is a multiple of it. None for a causal forward.
+            last: Whether to return the logits of the last position alone.
 
         Returns:
             Logits [batch, new or 1, vocab], fp32, minus infinity for the mask token.
@@ -320,117 +324,123 @@ class _Session:
         temperature: float,
         stops: "_Stops | None" = None,
     ) -> Tensor:
-        """Fill the masks of a block; nothing of it stays in the cache.
+        """Fill the mask tokens of a block; nothing of it stays in the cache.
 
         Args:
-            block: [batch, places] token ids.
-            wanted: [batch, places] what is asked for; masks elsewhere are left.
-            threshold: Probability from which a place is fixed; None for one place a forward.
-            temperature: Of the draws.
-            stops: A row is left alone once it has one of these and no mask before it.
+            block: [batch, size] token ids.
+            wanted: [batch, size] positions to fill; mask tokens elsewhere stay.
+            threshold: Probability from which a position is unmasked; None for one position per forward.
+            temperature: Sampling temperature; 0 is greedy.
+            stops: A row is finished once it has one of these and no mask token before it.
 
         Returns:
-            The filled block.
+            The filled block [batch, size].
         """
         while True:
-            hidden = (block == self.mask_token_id) & wanted
+            # [batch, size]: masked positions, in rows that have one before their first stop token.
+            masked = (block == self.mask_token_id) & wanted
             if stops:
-                stopped = stops.among(block) & wanted  # in the prompt's end it means nothing
-                hidden &= (hidden & (stopped.cumsum(1) == 0)).any(1, keepdim=True)
-            if not hidden.any():
+                stopped = stops.among(block) & wanted  # stop tokens of the prompt end nothing
+                masked &= (masked & (stopped.cumsum(1) == 0)).any(1, keepdim=True)
+            if not masked.any():
                 return block
             logits = self.forward(block, block.shape[1])
-            self.forget(block.shape[1])
+            self.crop(block.shape[1])
             if self.model.config.shift:
-                logits = logits.roll(1, dims=1)  # of a block's first place nobody asks: it is known
-            chosen = _choose(logits, temperature)
-            confidence = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0].masked_fill(~hidden, -1.0)
-            fixed = confidence >= (torch.inf if threshold is None else threshold)
-            fixed = fixed.scatter(1, confidence.argmax(1, keepdim=True), True)
-            block = torch.where(fixed & hidden, chosen, block)
+                logits = logits.roll(1, dims=1)  # the first position of a block is known and needs none
+            tokens = _sample(logits, temperature)
+            # Unmask the positions whose token is as probable as the threshold, and the most probable one.
+            confidence = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~masked, -1.0)
+            unmask = confidence >= (torch.inf if threshold is None else threshold)
+            unmask = unmask.scatter(1, confidence.argmax(1, keepdim=True), True)
+            block = torch.where(unmask & masked, tokens, block)
 
     def _block_mask(self, new: int, block: int) -> Tensor:
-        """[1, 1, new, cached + new] to add to the scores: 0 where a place may look, else the lowest number."""
+        """Return the additive mask [1, 1, new, cached + new]: 0 where a position can attend, else the minimum."""
         dtype, device = self.model.dtype, self.model.device
-        place = torch.arange(new, device=device)
-        seen = place // block <= place[:, None] // block
+        position = torch.arange(new, device=device)
+        can_attend = position // block <= position[:, None] // block  # [queries, keys]
         mask = torch.zeros(new, self.cached + new, dtype=dtype, device=device)
-        mask[:, self.cached :].masked_fill_(~seen, torch.finfo(dtype).min)
+        mask[:, self.cached :].masked_fill_(~can_attend, torch.finfo(dtype).min)
         return mask[None, None]
 
 
 class _Stops:
-    """The tokens that end a row.
+    """Stop tokens.
 
     Args:
-        tokens: One, several or none.
+        tokens: Tokens that end a row: one, several or None.
     """
 
     def __init__(self, tokens: int | Sequence[int] | None) -> None:
         self.tokens = [tokens] if isinstance(tokens, int) else list(tokens or [])
 
     def among(self, text: Tensor) -> Tensor:
-        """[batch, places] where a text has a stop token."""
+        """Return where a text has a stop token, [batch, length]."""
         return torch.isin(text, torch.tensor(self.tokens, dtype=text.dtype, device=text.device))
 
     def met(self, new: Tensor) -> Tensor:
-        """[batch] rows whose new tokens hold a stop token."""
+        """Return which rows have a stop token among their new tokens, [batch]."""
         return self.among(new).any(1)
 
     def all_met(self, new: Tensor) -> bool:
-        """Whether every row has ended."""
+        """Return whether every row has ended."""
         return bool(self.met(new).all())
 
     def cut(self, new: Tensor) -> Tensor:
-        """New tokens up to the last row's first stop token; rows that end before are filled with their own.
+        """Cut new tokens after the last row's first stop token; rows that end before are padded with their own.
 
         Args:
-            new: [batch, places].
+            new: [batch, length].
 
         Returns:
-            [batch, at most places].
+            [batch, at most length].
         """
         if not new.shape[1]:
             return new
-        found = self.among(new)
-        first = torch.where(found.any(1), found.long().argmax(1), new.shape[1] - 1)[:, None]
-        place = torch.arange(new.shape[1], device=new.device).minimum(first)
-        return new.gather(1, place)[:, : int(first.max()) + 1]
+        stopped = self.among(new)
+        # [batch, 1]: index of the first stop token, or of the last token; every later index becomes this one.
+        first = torch.where(stopped.any(1), stopped.long().argmax(1), new.shape[1] - 1)[:, None]
+        index = torch.arange(new.shape[1], device=new.device).minimum(first)
+        return new.gather(1, index)[:, : int(first.max()) + 1]
 
 
 class _Thinking:
-    """A limit on the tokens before a closing one.
+    """A limit on the tokens of a thinking section.
 
     Args:
-        budget: New tokens that may come before it; None for no limit.
-        end: The closing token; None for no limit.
+        budget: Maximum number of new tokens before ``end``; None for no limit.
+        end: Token that closes the section; None for no limit.
     """
 
     def __init__(self, budget: int | None, end: int | None) -> None:
         self.budget, self.end = budget, end
 
-    def closed(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """Tokens with the closing one where the budget is used up, in the rows that have not had it.
+    def force_end(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Force the closing token where the budget is used up, in rows that have not had it.
 
         Args:
             tokens: [batch, k] next tokens.
             before: [batch, n] new tokens so far.
+
+        Returns:
+            [batch, k] next tokens.
         """
         if self.budget is None or self.end is None:
             return tokens
-        place = max(self.budget - before.shape[1], 0)
-        if place >= tokens.shape[1]:
+        index = max(self.budget - before.shape[1], 0)
+        if index >= tokens.shape[1]:
             return tokens
-        had = (torch.cat([before, tokens[:, :place]], dim=1) == self.end).any(1)
+        ended = (torch.cat([before, tokens[:, :index]], dim=1) == self.end).any(1)
         tokens = tokens.clone()
-        tokens[~had, place] = self.end
+        tokens[~ended, index] = self.end
         return tokens
 
 
-def _choose(logits: Tensor, temperature: float) -> Tensor:
-    """Greedy or drawn token ids [batch, places] of logits [batch, places, vocab]."""
+def _sample(logits: Tensor, temperature: float) -> Tensor:
+    """Return greedy or sampled token ids [batch, length] of logits [batch, length, vocab]."""
     if temperature == 0:
         return logits.argmax(-1)
-    # The largest is 0 before it is divided, so that no temperature leaves the range of fp32.
+    # The largest logit is 0 before the division, so that no temperature leaves the range of fp32.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     return torch.multinomial(scaled.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])

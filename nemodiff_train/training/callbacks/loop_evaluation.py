@@ -14,12 +14,12 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.loading import DecodingModel, for_tokenizer
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.evaluation.evaluate import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
-from nemodiff_train.model.loading import LoadedModel, stop_tokens
 from nemodiff_train.model.parameters import gathered_parameters
 from nemodiff_train.report.display import percent
 
@@ -47,13 +47,12 @@ class LoopEvaluation(Callback):
         self.task = load_task(evaluation.task, scorer=evaluation.scorer, count=evaluation.count)
         self.settings = EvaluationSettings(modes=modes, batch_size=evaluation.count, chat=evaluation.chat)
         self.tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-        self.decoding = DecodingSettings(
+        decoding = DecodingSettings(
             max_new_tokens=evaluation.max_new_tokens,
             block_size=config.objective.block_size,
             threshold=evaluation.threshold,
-            stop_token_ids=stop_tokens(config.model, self.tokenizer),
-            detokenize=lambda tokens: str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
         )
+        self.decoding = for_tokenizer(decoding, config.model, self.tokenizer)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         step, interval = context.state.train_state.step + 1, config_of(context.state).evaluation.interval
@@ -62,7 +61,7 @@ class LoopEvaluation(Callback):
         started = time.perf_counter()
         with _ready_for_decoding(context.model):
             evaluation = evaluate(
-                LoadedModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding),
+                DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding),
                 self.task,
                 self.settings,
                 f"step {step}",

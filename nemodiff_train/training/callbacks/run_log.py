@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.state import GlobalState
 from rich.progress import Progress
 
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import progress_bar
+from nemodiff_train.distributed import global_rank, world_size
 
 HEADLINE = {"ar_loss": "AR", "diffusion_loss": "diffusion", "draft_loss": "draft", "expected_tpf": "TPF"}
 """Figures of the progress line, and what it calls them."""
@@ -38,7 +38,7 @@ class RunLog(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         config, step = config_of(context.state), context.state.train_state.step
         self.tokens_per_step = config.train.global_batch_size * config.dataset.seq_length
-        is_last_rank = dist.get_rank() == dist.get_world_size() - 1
+        is_last_rank = global_rank() == world_size() - 1
         self.progress = progress_bar("{task.fields[figures]}", shown=is_last_rank)
         if not is_last_rank:
             return

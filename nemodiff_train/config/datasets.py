@@ -1,0 +1,169 @@
+"""The data of a run: text or conversations in Megatron's .bin/.idx, turned into training samples."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+from megatron.bridge.data.utils import pretrain_train_valid_test_datasets_provider
+from megatron.bridge.training.config import GPTDatasetConfig
+from megatron.bridge.training.tokenizers.tokenizer import MegatronTokenizer
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+from nemodiff_train.data.conversations import ConversationDataset, PackConfig
+from nemodiff_train.data.manifest import Manifest
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.conversation import ConversationMaker
+from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
+
+
+def parse_number(text: object) -> float:
+    """Return the number that a text stands for, or NaN if it is not one."""
+    try:
+        return float(str(text))
+    except ValueError:
+        return math.nan
+
+
+@dataclass(kw_only=True)
+class IndexedDatasetConfig(DatasetProvider):
+    """Data in Megatron's .bin/.idx format; the settings that text and conversations share."""
+
+    seq_length: int = 4096
+    """L: clean tokens per sample."""
+    data: list[str] = field(default_factory=list)
+    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``."""
+    split: str = "99,1,0"
+    """Shares of the documents for training, validation and test."""
+    random_seed: int = 1234
+    """Seed of the order of the samples."""
+    num_workers: int = 2
+    dataloader_type: str = "single"
+
+    # Not settings: TriModeConfig.propagate sets the first three, Bridge saves the fourth with checkpoints.
+    objective = ObjectiveConfig()
+    mask_token_id = 0
+    batch_size = 1
+    tokenizer = None
+
+    holds_conversations: ClassVar[bool] = False
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Return the data sets without their weights."""
+        return [part for part in map(str, self.data) if math.isnan(parse_number(part))]
+
+    @property
+    def needs_segment_ids(self) -> bool:
+        """Return whether the block boundaries differ between samples."""
+        return self.objective.stage == "joint" and self.objective.block_schedule != "fixed"
+
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
+        """Build training, validation and test samples; see :mod:`nemodiff_train.objective.sample`."""
+        self.tokenizer = context.tokenizer
+        maker = self.sample_maker(context.tokenizer)
+        train, validation, test = (
+            documents and TriModeDataset(documents, maker, split)
+            for split, documents in enumerate(self.read(context))
+        )
+        return train, validation, test
+
+    def read(self, context: DatasetBuildContext) -> Sequence[Any]:
+        """Return what the samples of each split are made of."""
+        raise NotImplementedError
+
+    def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
+        """Return the object that turns it into samples."""
+        raise NotImplementedError
+
+    def _megatron_settings(self, context: DatasetBuildContext) -> dict[str, Any]:
+        """Return Megatron's settings that text and conversations share."""
+        return {
+            "seq_length": self.seq_length,
+            "data_path": [str(part) for part in self.data],
+            "split": self.split,
+            "random_seed": self.random_seed,
+            # SampleMaker does what these three are about; Megatron would loop over the documents in Python.
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "create_attention_mask": False,
+            "num_workers": self.num_workers,
+            "tokenizer": context.tokenizer,
+        }
+
+
+def _sample_counts(context: DatasetBuildContext) -> list[int]:
+    return [context.train_samples, context.valid_samples, context.test_samples]
+
+
+@dataclass(kw_only=True)
+class TextDatasetConfig(IndexedDatasetConfig):
+    """Text, read through ``GPTDataset``: documents one after another, cut into samples of L tokens."""
+
+    path_to_cache: str | None = None
+    """Folder of the sample index; beside the data when None."""
+    reset_attention_mask: bool = False
+    """Keep the documents of a sample apart: no attention across their ends, and blocks restart with each."""
+    reset_position_ids: bool = False
+    """Restart positions with each document; only together with ``reset_attention_mask``."""
+    eod_mask_loss: bool = False
+    """Leave the end-of-document tokens out of both losses: they are neither predicted nor masked."""
+
+    @property
+    def needs_segment_ids(self) -> bool:
+        """Return whether the block boundaries differ between samples."""
+        return self.reset_attention_mask or super().needs_segment_ids
+
+    def read(self, context: DatasetBuildContext) -> Sequence[Any]:
+        """Return samples of L tokens for each split."""
+        config = GPTDatasetConfig(
+            **self._megatron_settings(context), path_to_cache=self.path_to_cache, eod_mask_loss=self.eod_mask_loss
+        )
+        config.finalize()
+        return pretrain_train_valid_test_datasets_provider(_sample_counts(context), config)
+
+    def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
+        """Return the object that adds noise to them."""
+        return SampleMaker(
+            objective=self.objective,
+            mask_id=self.mask_token_id,
+            batch_size=self.batch_size,
+            document_end=tokenizer.eod if self.reset_attention_mask else None,
+            restart_positions=self.reset_position_ids,
+        )
+
+
+@dataclass(kw_only=True)
+class ChatDatasetConfig(IndexedDatasetConfig):
+    """Conversations of ``nemodiff data prepare --chat``, packed into samples of L tokens; answers are learned."""
+
+    holds_conversations: ClassVar[bool] = True
+
+    @property
+    def needs_segment_ids(self) -> bool:
+        """Return True: blocks start with answers."""
+        return True
+
+    def read(self, context: DatasetBuildContext) -> Sequence[Any]:
+        """Return packs of conversations for each split."""
+        config = PackConfig(**self._megatron_settings(context), eod_mask_loss=False)
+        config.block_size = self.objective.largest_block if self.objective.noisy_views else 1
+        config.finalize()
+        counts = _sample_counts(context)
+        return BlendedMegatronDatasetBuilder(ConversationDataset, counts, lambda: True, config).build()
+
+    def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
+        """Return the object that lays the packs out and adds noise to them."""
+        return ConversationMaker(
+            objective=self.objective,
+            mask_id=self.mask_token_id,
+            batch_size=self.batch_size,
+            length=self.seq_length,
+            padding_id=tokenizer.eod,
+        )
+
+    def end_of_turn(self) -> int | None:
+        """Return the token that ends every answer, or None without data."""
+        manifests = (Manifest.read(prefix) for prefix in self.prefixes)
+        return next((manifest.eod_token_id for manifest in manifests if manifest), None)

@@ -1,0 +1,73 @@
+"""Load a model together with the settings that it decodes with."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from transformers import PreTrainedTokenizerBase
+
+from nemodiff_train.decoding.decode import check_mode
+from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.loading import load_model, stop_tokens
+from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.model.provider import TriModeModelProvider
+
+
+@dataclass(frozen=True)
+class DecodingModel:
+    """A model, and how it decodes."""
+
+    model: list[GPTModel]
+    """In evaluation mode: this pipeline rank's chunks, one without a pipeline."""
+    tokenizer: PreTrainedTokenizerBase
+    settings: DecodingSettings
+
+
+def load_decoding_model(
+    checkpoint: Checkpoint,
+    *,
+    modes: tuple[str, ...] = (),
+    block_size: int | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    drafter: Checkpoint | None = None,
+    **settings: Any,
+) -> DecodingModel:
+    """Load a checkpoint of this project for decoding; settings are refused before any weight is read.
+
+    Args:
+        checkpoint: A model's.
+        modes: Modes that are going to be used.
+        block_size: Positions per block; None for what the model was trained with.
+        tensor_parallel: Ranks that share each layer.
+        pipeline_parallel: Ranks that share the layers out; where there are more ranks, replicas share the prompts.
+        drafter: A drafter that was trained for this model; it drafts in linear self-speculation.
+        settings: Further fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`.
+
+    Raises:
+        UserError: The model cannot decode in a mode, a setting is out of its range, or as
+            :func:`~nemodiff_train.model.loading.load_model`.
+    """
+    provider = model_from(checkpoint.require_model())
+    for mode in modes:
+        check_mode(provider, mode)
+    if drafter is not None and modes and "linear" not in modes:
+        raise UserError(f"--drafter acts in mode linear alone, not in {', '.join(modes)}; leave it out")
+    chosen = DecodingSettings(block_size=provider.block_size if block_size is None else block_size, **settings)
+    loaded = load_model(
+        checkpoint, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, drafter=drafter
+    )
+    return DecodingModel(loaded.chunks, loaded.tokenizer, for_tokenizer(chosen, loaded.provider, loaded.tokenizer))
+
+
+def for_tokenizer(
+    settings: DecodingSettings, provider: TriModeModelProvider, tokenizer: PreTrainedTokenizerBase
+) -> DecodingSettings:
+    """Return settings that know how a model's answers end, and how its tokens read."""
+    return replace(
+        settings,
+        stop_token_ids=stop_tokens(provider, tokenizer),
+        detokenize=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+    )

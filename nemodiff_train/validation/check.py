@@ -1,0 +1,29 @@
+"""Collect the problems of a configuration and refuse it with all of them at once."""
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.errors import UserError
+from nemodiff_train.validation import data, drafter, kernels, layout, objective, output, settings, start
+
+
+def check(config: TriModeConfig, world_size: int) -> None:
+    """Refuse a configuration that cannot run.
+
+    Args:
+        config: As a recipe returns it.
+        world_size: Number of processes.
+
+    Raises:
+        UserError: One line with every problem.
+    """
+    if lines := problems(config, world_size):
+        raise UserError("; ".join(lines))
+
+
+def problems(config: TriModeConfig, world_size: int) -> list[str]:
+    """Return what keeps a configuration from running on ``world_size`` processes, one line per problem."""
+    if lines := settings.size_problems(config):
+        return lines  # the other rules divide by these sizes
+    lines = layout.problems(config, world_size)
+    for concern in (settings, objective, kernels, start, drafter, data, output):
+        lines += concern.problems(config)
+    return lines

@@ -1,0 +1,50 @@
+"""The data of a run: its blend and split, its tokenizer and mask token, and what text or conversations ask for."""
+
+import math
+from collections.abc import Iterator
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig, parse_number
+from nemodiff_train.data.blend import check_blend
+from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.errors import UserError
+from nemodiff_train.validation.refusal import refusal
+
+
+def problems(config: TriModeConfig) -> list[str]:
+    """Return what is wrong with the data of a run, one line each."""
+    return [*_blend_problems(config), *_kind_problems(config), *refusal(lambda: _check_files(config))]
+
+
+def _blend_problems(config: TriModeConfig) -> Iterator[str]:
+    dataset = config.dataset
+    shares = [parse_number(share) for share in str(dataset.split).split(",")]
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or not sum(shares):
+        yield f"dataset.split is '{dataset.split}'; use three shares, such as '99,1,0'"
+    weights = [parse_number(part) for part in dataset.data]
+    is_weight = [not math.isnan(weight) for weight in weights]
+    if any(is_weight) and is_weight != [True, False] * (len(weights) // 2):
+        yield "dataset.data has weights for some; use prefixes alone, or a weight before each"
+    if any(weight <= 0 or math.isinf(weight) for weight in weights):
+        yield "dataset.data has a weight that is not above 0"
+
+
+def _kind_problems(config: TriModeConfig) -> Iterator[str]:
+    dataset, objective = config.dataset, config.objective
+    if isinstance(dataset, TextDatasetConfig) and dataset.reset_position_ids and not dataset.reset_attention_mask:
+        yield "dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well"
+    block_causal = objective.stage == "joint" and objective.clean_attention == "block_causal"
+    if isinstance(dataset, ChatDatasetConfig) and block_causal:
+        yield (
+            "objective.clean_attention=block_causal decodes blocks counted from the start of the text, but those of "
+            "conversations start with answers; set clean_attention=causal"
+        )
+
+
+def _check_files(config: TriModeConfig) -> None:
+    prefixes = config.dataset.prefixes
+    if not prefixes:
+        raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
+    mask_token = config.find_mask_token() if config.objective.stage == "joint" else None
+    tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
+    check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations)

@@ -1,0 +1,159 @@
+"""``nemodiff train RECIPE --dry-run``: check everything that a run needs on any machine, and print one page."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from rich.console import Console
+from rich.table import Table
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.console import quiet
+from nemodiff_train.errors import UserError
+from nemodiff_train.planning.hardware import USABLE_MEMORY
+from nemodiff_train.planning.layouts import layout_of
+from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage_memory
+from nemodiff_train.planning.workload import workload_of
+from nemodiff_train.validation import layout
+from nemodiff_train.validation.check import problems
+from nemodiff_train.validation.settings import check_sizes
+
+GB = 1e9
+
+
+def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
+    """Check a run without starting it, and print one page.
+
+    Args:
+        config: The run.
+        gpus: Number of processes; None for one replica of its layout.
+        gpu_memory: Memory of one GPU in GB (1e9 bytes).
+
+    Returns:
+        0 if there are no problems, else 2.
+
+    Raises:
+        UserError: A size is below its minimum, so that nothing else can be checked.
+    """
+    check_sizes(config)
+    model = config.model
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    world_size = gpus or replica
+    lines = problems(config, world_size)
+    page = Table("", "", title="Dry run", show_header=False)
+    page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")
+    steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
+    page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
+    if not layout.problems(config, world_size):
+        stages = build_stages(config, world_size)
+        lines += _memory_problems(config, world_size, stages, gpu_memory, page)
+        lines += _disk_problems(config, stages, page)
+    for number, line in enumerate(lines, start=1):
+        page.add_row(f"[red]problem {number}[/red]", line)
+    page.add_row("result", f"[red]{len(lines)} problems[/red]" if lines else "[green]ready[/green]")
+    Console().print(page)
+    return 2 if lines else 0
+
+
+def _memory_problems(
+    config: TriModeConfig, world_size: int, stages: list[Stage], gpu_memory: float, page: Table
+) -> Iterator[str]:
+    """Add the memory of the fullest GPU to the page, and yield a line if it does not fit."""
+    work, parallel = workload_of(config), layout_of(config, world_size)
+    memory = max((stage_memory(work, parallel, stage) for stage in stages), key=lambda memory: memory.total)
+    largest = max(stages, key=lambda stage: stage.parameters)
+    page.add_row("parameters per GPU", f"{largest.parameters:,} on the largest of {len(stages)} stages")
+    if config.peft:
+        trained = max(stage.trained for stage in stages)
+        page.add_row("trained parameters", f"{trained:,} in adapters, the rest is frozen")
+    needed, usable = memory.total / GB, USABLE_MEMORY * gpu_memory
+    page.add_row("memory per GPU", f"{needed:.2f} GB of {usable:g} GB that can be used: {_parts(memory)}")
+    if needed > usable:
+        yield (
+            f"a GPU needs {needed:.2f} GB and can use {usable:g} GB of {gpu_memory:g} GB; raise "
+            "model.tensor_model_parallel_size or model.pipeline_model_parallel_size, use more GPUs, or set "
+            "model.recompute_granularity=full; 'nemodiff plan' finds layouts that fit"
+        )
+
+
+def _parts(memory: Memory) -> str:
+    return ", ".join(f"{field.name} {getattr(memory, field.name) / GB:.2f}" for field in fields(memory))
+
+
+def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> Iterator[str]:
+    """Add the size of the checkpoints to the page, and yield a line if the disk cannot hold them."""
+    mixed = config.mixed_precision is not None
+    # A few rows too many: what tensor-parallel ranks replicate is saved once.
+    trained = sum(stage.trained for stage in stages) * config.model.tensor_model_parallel_size
+    size = trained * (optimizer_bytes(mixed) + (2 if mixed else 4)) / GB
+    count = _checkpoints_at_once(config)
+    folder = Path(config.checkpoint.save).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / GB
+    page.add_row("disk", f"{count} checkpoints of {size:.1f} GB; {free:.1f} GB free at {existing}")
+    if count * size > free:
+        yield (
+            f"checkpoint.save={config.checkpoint.save} has {free:.1f} GB free, but {count} checkpoints take "
+            f"{count * size:.1f} GB; set checkpoint.most_recent_k, or name another output"
+        )
+
+
+def _checkpoints_at_once(config: TriModeConfig) -> int:
+    """Return the number of checkpoints that exist together, with the one that is being written."""
+    total = -(-config.train.train_iters // config.checkpoint.save_interval)
+    kept = config.checkpoint.most_recent_k
+    return int(total if kept < 1 else min(total, kept + 1))
+
+
+def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
+    """Build the first tensor-parallel rank of every pipeline stage on the meta device, and count its parameters."""
+    try:
+        config.propagate()
+    except UserError:
+        config.model.mask_token_id = None  # already among the problems; the shapes do not depend on it
+    stages = config.model.pipeline_model_parallel_size
+    return [_build_stage(config, world_size, index, index * (world_size // stages)) for index in range(stages)]
+
+
+def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) -> Stage:
+    with quiet(), _as_rank(config, world_size, rank):
+        config.model.finalize()
+        config.model.use_cpu_initialization = False
+        config.model.perform_initialization = False
+        chunks = config.model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
+        if config.peft:
+            with torch.device("meta"):
+                config.peft(chunks)
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        return Stage(
+            index=index,
+            layers=sum(len(chunk.decoder.layers) for chunk in chunks),
+            parameters=sum(parameter.numel() for parameter in parameters),
+            trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        )
+
+
+@contextmanager
+def _as_rank(config: TriModeConfig, world_size: int, rank: int) -> Iterator[None]:
+    """Act as one rank of a world without the other processes: torch's fake backend sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.model.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=config.model.virtual_pipeline_model_parallel_size,
+            context_parallel_size=config.model.context_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(1)  # adapters are made under Megatron's random state, even without values
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,76 @@
+"""The training objective: noise levels, block sizes, and switches that contradict each other."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nemodiff_train.objective import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from nemodiff_train.config.config import TriModeConfig
+
+
+def problems(config: "TriModeConfig") -> list[str]:
+    """Return what is wrong with the objective of a run, one line each."""
+    return objective_problems(config.objective, config.dataset.seq_length)
+
+
+def objective_problems(objective: ObjectiveConfig, seq_length: int) -> list[str]:
+    """Return what is wrong with an objective for samples of ``seq_length`` clean tokens, one line each."""
+    return [*_noise_problems(objective), *_block_problems(objective, seq_length), *_conflicts(objective)]
+
+
+def _noise_problems(objective: ObjectiveConfig) -> Iterator[str]:
+    low, high = objective.min_noise_level, objective.max_noise_level
+    if not 0 < low <= high <= 1:
+        yield f"objective.min_noise_level={low} and max_noise_level={high}: use 0 < min <= max <= 1"
+    if not 0 <= objective.seed < 2**32:
+        yield f"objective.seed={objective.seed} is not between 0 and 2**32 - 1"
+
+
+def _block_problems(objective: ObjectiveConfig, length: int) -> Iterator[str]:
+    schedule, size, sizes = objective.block_schedule, objective.block_size, objective.block_sizes
+    if schedule == "fixed":
+        if size < 1 or length % size:
+            yield (
+                f"dataset.seq_length={length} is not a multiple of objective.block_size={size}; change one of them"
+            )
+    elif not sizes or min(sizes) < 1 or max(sizes) > length:
+        yield (
+            f"objective.block_sizes={sizes} with block_schedule={schedule}: give sizes between 1 and "
+            f"dataset.seq_length={length}"
+        )
+    elif schedule == "random" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        yield f"objective.block_sizes={sizes}: block_schedule=random takes the lowest and the highest size"
+    elif schedule == "curriculum" and objective.block_steps < 1:
+        yield "objective.block_steps is not set; block_schedule=curriculum needs the number of steps per size"
+
+
+def _conflicts(objective: ObjectiveConfig) -> Iterator[str]:
+    """Yield the switches that contradict each other, and which of them to change."""
+    if objective.complementary:
+        if objective.views % 2:
+            yield "objective.complementary needs views in pairs; set objective.views=2"
+        if objective.fully_masked_fraction > 0:
+            yield (
+                "objective.complementary with fully_masked_fraction would leave empty views; set "
+                "fully_masked_fraction=0"
+            )
+        highest = 1 - objective.min_noise_level
+        if objective.weighting == "inverse" and objective.max_noise_level > highest:
+            yield (
+                "objective.complementary with weighting=inverse weighs by 1/(1 - t); set max_noise_level to at most "
+                f"1 - min_noise_level ({highest:g}), or another weighting"
+            )
+    counts_per_block = objective.mask_sampling == "exact" and objective.noise_granularity == "block"
+    if objective.position_bias_half_life is not None and not counts_per_block:
+        yield (
+            "objective.position_bias_half_life draws a number of positions per block; set mask_sampling=exact and "
+            "noise_granularity=block"
+        )
+    if objective.clean_attention == "block_causal" and objective.ar_weight > 0 and not objective.shift:
+        yield (
+            "objective.clean_attention=block_causal lets clean positions see the targets of an AR loss; set "
+            "ar_weight=0, or shift=true to keep the AR loss at the last position of each block"
+        )
+    if objective.stage == "joint" and objective.alpha == 0 and objective.ar_weight == 0:
+        yield "objective.alpha and ar_weight are both 0, so that there is nothing to train; set one of them"

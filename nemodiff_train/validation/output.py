@@ -1,0 +1,29 @@
+"""What a run writes: its folder, and the evaluation in the training loop."""
+
+from pathlib import Path
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.decoding.decode import MODES
+from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.evaluation.tasks import load_task
+from nemodiff_train.files import check_can_be_made
+from nemodiff_train.validation.refusal import refusal
+
+
+def problems(config: TriModeConfig) -> list[str]:
+    """Return what is wrong with the output folder and the evaluation in the loop, one line each."""
+    return [*refusal(lambda: _check_folder(config)), *refusal(lambda: _check_evaluation(config))]
+
+
+def _check_folder(config: TriModeConfig) -> None:
+    if config.checkpoint.save:
+        check_can_be_made(Path(config.checkpoint.save))
+
+
+def _check_evaluation(config: TriModeConfig) -> None:
+    settings = config.evaluation
+    if not settings.interval:
+        return
+    if unknown := next((mode for mode in settings.modes if mode not in MODES), None):
+        raise UserError(f"evaluation.modes has '{unknown}'; known: {', '.join(MODES)}.{nearest(unknown, MODES)}")
+    load_task(settings.task, scorer=settings.scorer, count=settings.count)

@@ -1,0 +1,149 @@
+"""Single settings: values out of range, unknown choices, and what Bridge itself would refuse with a traceback."""
+
+import copy
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
+
+from nemodiff_train.config.run import ResilienceConfig
+from nemodiff_train.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from nemodiff_train.config.config import TriModeConfig
+
+SIZES = {
+    "train.train_iters": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.exit_interval": 0,
+    "dataset.seq_length": 1,
+    "dataset.num_workers": 0,
+    "model.tensor_model_parallel_size": 1,
+    "model.pipeline_model_parallel_size": 1,
+    "model.context_parallel_size": 1,
+    "model.num_layers": 1,
+    "optimizer.lr": 0,
+    "scheduler.lr_warmup_iters": 0,
+    "checkpoint.save_interval": 0,
+    "logger.log_interval": 1,
+    "rng.seed": 1,
+}
+"""Smallest value of each setting that other rules compute with."""
+
+AT_LEAST = {
+    "objective.alpha": 0,
+    "objective.ar_weight": 0,
+    "objective.alpha_ramp_steps": 0,
+    "objective.mask_embedding_noise": 0,
+    "objective.mask_embedding_noise_steps": 0,
+    "objective.views": 1,
+    "drafter.support": 1,
+    "drafter.position_decay": 0,
+    "diagnostics.loss_interval": 0,
+    "evaluation.interval": 0,
+    "resilience.keep_every": 0,
+    "resilience.spike_factor": 0,
+    "resilience.spike_window": 2,
+    "resilience.max_consecutive_skips": 0,
+    "resilience.replica_check_interval": 0,
+    "resilience.hang_timeout": 0,
+    "resilience.straggler_interval": 0,
+    "resilience.restarts": 0,
+}
+"""Smallest value of each of the other settings."""
+
+ABOVE_ZERO = ("objective.position_bias_half_life", "drafter.temperature", "resilience.exit_grace")
+FRACTIONS = ("objective.fully_masked_fraction", "drafter.sampled_share")
+"""Settings between 0 and 1, both included."""
+
+
+def problems(config: "TriModeConfig") -> list[str]:
+    """Return the settings with an unknown choice or a value out of range, one line each."""
+    sections = ("objective", "drafter", "diagnostics", "evaluation")
+    return [
+        *(line for name in sections for line in section_problems(name, getattr(config, name))),
+        *resilience_problems(config.resilience),
+        *_bridge_choices(config),
+        *_bridge_refusals(config),
+    ]
+
+
+def size_problems(config: "TriModeConfig") -> list[str]:
+    """Return the sizes that are too small for other rules to be computed, one line each."""
+    return list(_too_small(SIZES, {key: getattr(config, key.partition(".")[0]) for key in SIZES}))
+
+
+def check_sizes(config: "TriModeConfig") -> None:
+    """Refuse sizes that nothing can be computed with.
+
+    Raises:
+        UserError: One line with all of them.
+    """
+    if lines := size_problems(config):
+        raise UserError("; ".join(lines))
+
+
+def section_problems(name: str, section: object | None) -> list[str]:
+    """Return the fields of one section with an unknown choice or a value out of range.
+
+    Args:
+        name: Name of the section in the configuration.
+        section: A dataclass of this project's; None if the configuration has none.
+    """
+    return [] if section is None else [*_unknown_choices(name, section), *_out_of_range(name, section)]
+
+
+def resilience_problems(settings: ResilienceConfig) -> list[str]:
+    """Return what is wrong with the reactions to faults, one line each."""
+    lines = section_problems("resilience", settings)
+    if 0 < settings.spike_factor <= 1:
+        lines.append(f"resilience.spike_factor is {settings.spike_factor}; use a factor above 1, or 0 for none")
+    return lines
+
+
+def _unknown_choices(name: str, section: object) -> Iterator[str]:
+    for field in fields(section):  # type: ignore[arg-type]
+        value, choices = getattr(section, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            known = "', '".join(choices)
+            yield f"{name}.{field.name} is '{value}'; use '{known}'.{nearest(str(value), choices)}"
+
+
+def _out_of_range(name: str, section: object) -> Iterator[str]:
+    yield from _too_small(AT_LEAST, {key: section for key in AT_LEAST if key.startswith(f"{name}.")})
+    for key in (*ABOVE_ZERO, *FRACTIONS):
+        owner, _, field = key.partition(".")
+        value = getattr(section, field) if owner == name else None
+        if value is None:
+            continue
+        if key in ABOVE_ZERO and not value > 0:
+            yield f"{key} is {value}; use a number above 0"
+        if key in FRACTIONS and not 0 <= value <= 1:
+            yield f"{key} is {value}; use a number from 0 to 1"
+
+
+def _too_small(limits: dict[str, int], owners: dict[str, object]) -> Iterator[str]:
+    """Yield a line per setting below its limit; unset ones are left out."""
+    for key, owner in owners.items():
+        value = getattr(owner, key.partition(".")[2])
+        if value is not None and not limits[key] <= value < math.inf:
+            yield f"{key} is {value}; use {limits[key]} or more"
+
+
+def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
+    optimizer, format_name = config.optimizer.optimizer, config.checkpoint.ckpt_format
+    if optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
+        yield f"optimizer.optimizer is '{optimizer}'; use 'adam' or 'sgd', or install emerging-optimizers"
+    if format_name != "torch_dist":
+        yield f"checkpoint.ckpt_format is '{format_name}'; use 'torch_dist'"
+
+
+def _bridge_refusals(config: "TriModeConfig") -> Iterator[str]:
+    """Yield what Bridge would refuse later, with a traceback."""
+    for name in ("optimizer", "logger", "train", "scheduler", "checkpoint"):
+        try:
+            copy.deepcopy(getattr(config, name)).finalize()
+        except (AssertionError, ValueError) as error:
+            yield f"{name}: {error}"

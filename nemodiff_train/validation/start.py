@@ -1,0 +1,84 @@
+"""Where a run starts: the pretrained checkpoint, and the run's own checkpoints that it resumes from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.conversion.weights import check_weights
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
+from nemodiff_train.model.families import TRI_MODE, architecture
+from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.validation.refusal import refusal
+
+_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+def problems(config: TriModeConfig) -> list[str]:
+    """Return what keeps a run from starting where it should, one line each."""
+    return [*_resume_problems(config), *refusal(lambda: _check_pretrained(config))]
+
+
+def _check_pretrained(config: TriModeConfig) -> None:
+    start = Path(config.checkpoint.pretrained_checkpoint or "")
+    checkpoint = Checkpoint.find(start) if config.checkpoint.pretrained_checkpoint else None
+    if checkpoint is None and config.peft is not None and config.drafter is None:
+        raise UserError("adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'")
+    if not config.checkpoint.pretrained_checkpoint:
+        return
+    if checkpoint and checkpoint.kind is Kind.DRAFTER:
+        raise UserError(f"'{start}' is a drafter; start from the model that it was trained for")
+    if checkpoint and checkpoint.kind is Kind.LORA:
+        raise UserError(
+            f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
+        )
+    check_weights(start)
+    _check_shape(config, model_from(checkpoint or str(start)), start)
+    if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
+        raise UserError(
+            f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
+            "'nemodiff convert import' and start from that"
+        )
+
+
+def _check_shape(config: TriModeConfig, stored: TriModeModelProvider, start: Path) -> None:
+    """Refuse another shape than the checkpoint's; Bridge would keep random weights where it has none."""
+    for name in _SHAPE:
+        expected, actual = getattr(stored, name), getattr(config.model, name)
+        if expected != actual:
+            raise UserError(f"model.{name} is {actual}, but '{start}' has {expected}; leave it as it is there")
+
+
+def _resume_problems(config: TriModeConfig) -> Iterator[str]:
+    load, step = config.checkpoint.load, config.checkpoint.ckpt_step
+    try:
+        saved = Checkpoint.find(load) if load else None
+    except UserError:
+        return  # none is complete: AtomicCheckpointManager tells the damaged from the unfinished
+    if load and load != config.checkpoint.save and saved is None:
+        yield f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"
+    elif step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
+        yield f"checkpoint.ckpt_step={step}: there is no such checkpoint in '{load}'"
+    elif saved is not None:
+        yield from _changes_since(saved, config)
+
+
+def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
+    """Yield the changes that the saved optimizer state cannot follow."""
+    before, iteration = saved.run_config, saved.iteration
+    was_sharded = bool(before["optimizer"]["use_distributed_optimizer"])
+    if was_sharded != bool(config.optimizer.use_distributed_optimizer):
+        yield (
+            f"'{iteration}' was saved with optimizer.use_distributed_optimizer={str(was_sharded).lower()}, whose "
+            "state the other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or name another "
+            "output"
+        )
+        return
+    moved = [name for name in _LAYOUT if before["model"][name] != getattr(config.model, name)]
+    if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
+        yield (
+            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or save "
+            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
+        )

@@ -1,0 +1,139 @@
+"""The demo's runs, in minutes on two cores: an AR model, its joint stage, a drafter for it, and conversations."""
+
+from transformers import Qwen3Config
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.datasets import ChatDatasetConfig, IndexedDatasetConfig, TextDatasetConfig
+from nemodiff_train.config.defaults import adamw, base_config, schedule, tokenizer_of
+from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
+from nemodiff_train.drafter.config import DrafterConfig
+from nemodiff_train.model.adapters import lora
+from nemodiff_train.model.draft_adapter import DraftLoRA
+from nemodiff_train.model.pretrained import model_from, model_like
+from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.objective import ObjectiveConfig
+
+
+def demo_ar(tokenizer: str, problems: str, code: str, output: str) -> TriModeConfig:
+    """Train a small Qwen 3 from random weights: the demo's "pretrained AR checkpoint".
+
+    Args:
+        tokenizer: Directory of the demo's tokenizer.
+        problems: Prefix of the arithmetic problems.
+        code: Prefix of the standard library's source.
+        output: Folder of the run.
+    """
+    model = model_like(_small_qwen3(tokenizer))
+    model.init_method_std, model.embedding_init_method_std = 0.08, 1.0  # so small a model learns sooner
+    objective = ObjectiveConfig(stage="ar")
+    config = _demo(model, objective, _text(problems, code), None, output, steps=900, warmup=50, peak=8e-3)
+    config.train.micro_batch_size = 4
+    config.tokenizer = tokenizer_of(tokenizer)
+    return config
+
+
+def demo_joint(
+    start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>", tensor_parallel: int = 2
+) -> TriModeConfig:
+    """Turn an AR model into a tri-mode model.
+
+    Args:
+        start_from: The AR model: a Hugging Face directory or a Megatron checkpoint.
+        problems: Prefix of the arithmetic problems, prepared with the model's tokenizer.
+        code: Prefix of the standard library's source.
+        output: Folder of the run.
+        mask_token: A token of the model's tokenizer that never occurs in text.
+        tensor_parallel: Tensor-parallel size.
+    """
+    model = model_from(start_from)
+    model.tensor_model_parallel_size = tensor_parallel
+    # Two departures from the paper, for a training of minutes: a one-shot draft starts from fully masked samples, and
+    # the shift lets the noisy half reuse the sums that the AR model can do already.
+    objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.2, shift=True)
+    return _demo(model, objective, _text(problems, code), start_from, output, steps=700, warmup=30, peak=5e-3)
+
+
+def demo_drafter(start_from: str, problems: str, output: str) -> TriModeConfig:
+    """Train adapters of full rank on the attention outputs of the demo's tri-mode model.
+
+    Args:
+        start_from: Checkpoints of the demo's joint stage.
+        problems: Prefix of the arithmetic problems.
+        output: Folder of the run.
+    """
+    model = model_from(start_from)
+    objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift)
+    config = _demo(model, objective, _text(problems), start_from, output, steps=600, warmup=10, peak=4e-3)
+    config.train.global_batch_size = 16
+    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=128, alpha=512)
+    return config
+
+
+def demo_sft(start_from: str, data: str, output: str, lora_rank: int = 0, tensor_parallel: int = 1) -> TriModeConfig:
+    """Teach the demo's tri-mode model to converse.
+
+    Args:
+        start_from: Checkpoints of the demo's joint stage.
+        data: Prefix of the demo's conversations, prepared with --chat.
+        output: Folder of the run.
+        lora_rank: Rank of LoRA; 0 to train all weights.
+        tensor_parallel: Tensor-parallel size.
+    """
+    model = model_from(start_from)
+    model.tensor_model_parallel_size = tensor_parallel
+    objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift, fully_masked_fraction=0.2)
+    dataset = ChatDatasetConfig(seq_length=256, data=[data], split="100,0,0")
+    config = _demo(model, objective, dataset, start_from, output, steps=300, warmup=10, peak=1e-3)
+    config.peft = lora(lora_rank)
+    return config
+
+
+def _demo(
+    model: TriModeModelProvider,
+    objective: ObjectiveConfig,
+    dataset: IndexedDatasetConfig,
+    start_from: str | None,
+    output: str,
+    steps: int,
+    warmup: int,
+    peak: float,
+) -> TriModeConfig:
+    """Return a run in fp32 with one checkpoint at its end."""
+    return base_config(
+        model,
+        objective,
+        dataset,
+        start_from=start_from,
+        output=output,
+        steps=steps,
+        batch_size=8,
+        micro_batch_size=8,
+        optimizer=adamw(peak, peak / 20),
+        scheduler=schedule(warmup, style="cosine"),
+        save_interval=steps,
+        precision=None,
+    )
+
+
+def _text(problems: str, code: str | None = None) -> TextDatasetConfig:
+    blend = ["0.9", problems, "0.1", code] if code else [problems]
+    return TextDatasetConfig(seq_length=128, data=blend, split="100,0,0")
+
+
+def _small_qwen3(tokenizer: str) -> Qwen3Config:
+    vocabulary = load_tokenizer(tokenizer)
+    return Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=vocabulary_size(vocabulary),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False,
+        eos_token_id=vocabulary.eos_token_id,
+        dtype="float32",
+    )
