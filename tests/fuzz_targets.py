@@ -179,8 +179,8 @@ _COUNTS = st.sampled_from([0, 1, 2, 5, 6, 2**31, 2**60, 2**64 - 1])
 
 
 def _read_index(inputs: Inputs, content: bytes) -> None:
+    from nemodiff_train.data.blend import check_blend
     from nemodiff_train.data.indexed import IndexedDataset
-    from nemodiff_train.data.manifest import check_blend
 
     inputs.write("damaged.bin", (inputs.folder / "data.bin").read_bytes())
     inputs.write("damaged.idx", content)

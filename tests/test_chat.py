@@ -17,7 +17,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
-from nemodiff_train.objective.rule import can_attend, places
+from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.validation.objective import objective_problems
 from tests import jobs, small
@@ -47,7 +47,7 @@ def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
 
 def sees(sample: Sample) -> Tensor:
     """[2 L, 2 L] who sees whom."""
-    everything = places(1, sample["segment_ids"][1], sample["segment_ids"][0])
+    everything = sample_positions(1, sample["segment_ids"][1], sample["segment_ids"][0])
     return can_attend(everything.as_queries(), everything.as_keys())
 
 
@@ -98,7 +98,7 @@ def test_noise_is_drawn_for_each_conversation() -> None:
     levels: list[Tensor] = []
     for index in range(300):
         made = maker(fully_masked_fraction=0.3).make(packed([3, 6], [2, 6], [4, 5]), 0, index)
-        level, document = made["level"][:LENGTH], made["segment_ids"][0]
+        level, document = made["noise_level"][:LENGTH], made["segment_ids"][0]
         each = torch.stack([level[(document == number).nonzero()[0, 0]] for number in range(3)])
         for number in range(3):
             assert (level[document == number] == each[number]).all()
@@ -257,7 +257,7 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["data", "inspect", str(tmp_path / "chat")]) == 0
     told = capsys.readouterr().out
-    assert "conversation 0, given" in told and "conversation 0, answer" in told and "end of turn" in told
+    assert "conversation 0, prompt" in told and "conversation 0, answer" in told and "end of turn" in told
     pairs = [{"question": "a?", "reply": "b"}, {"question": "c?", "reply": None}]
     (tmp_path / "pairs").mkdir()
     fields = "--prompt-field", "question", "--answer-field", "reply"
@@ -268,9 +268,9 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"messages": "hi"}, (), "no list of messages"),
-        ({"messages": [{"from": "human"}]}, (), "no list of messages"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of the role 'assistant'"),
+        ({"messages": "hi"}, (), "not a list of messages"),
+        ({"messages": [{"from": "human"}]}, (), "not a list of messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, (), "chat.jsonl:1: no message of role 'assistant'"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, (), "surrogate"),
         ({"talk": []}, (), "its fields: talk (--messages-field)"),
         ({"p": "a", "a": "b"}, ("--prompt-field", "p"), "go together"),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from nemodiff_train.cli import main
-from nemodiff_train.data import encode, prepare
-from nemodiff_train.data import partial_output as parts
+from nemodiff_train.data import encode, partial_output, prepare
 from nemodiff_train.data.manifest import Manifest
+from nemodiff_train.data.partial_output import PartialOutput
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.demo.corpus import write_stdlib_text
 from tests.prepared import SUFFIXES, TEXTS, digests, one_line, read_back, run, write_jsonl
@@ -31,7 +31,7 @@ def test_round_trip_and_manifest(prepared: str, tokenizer_dir: str, jsonl: Path)
     assert (manifest.dtype, counts.dtype, counts.shape) == ("uint16", np.int64, (300,))
     assert manifest.bin_sha256 == digests(prepared)[".bin"]
     assert manifest.inputs[0].bytes == jsonl.stat().st_size
-    assert not Path(f"{prepared}.parts").exists()
+    assert not Path(f"{prepared}.partial").exists()
 
 
 def test_workers_do_not_change_the_result(prepared: str, jsonl: Path, tokenizer_dir: str, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_hub_data_set(tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def slow_run(source: Path, tokenizer: str, prefix: Path) -> None:
-    """In a process of its own: small parts, and slow enough to be killed between two of them."""
+    """In a process of its own: small chunks, and slow enough to be killed between two of them."""
     original = prepare.documents
 
     def documents(sources: Any) -> Iterator[str]:
@@ -96,7 +96,7 @@ def slow_run(source: Path, tokenizer: str, prefix: Path) -> None:
             time.sleep(0.003)
             yield text
 
-    parts.PART_BYTES, encode.BATCH_DOCUMENTS, prepare.documents = 1000, 8, documents
+    partial_output.CHUNK_BYTES, encode.BATCH_DOCUMENTS, prepare.documents = 1000, 8, documents
     run(source, tokenizer, prefix)
 
 
@@ -107,7 +107,7 @@ def test_killed_and_resumed(
     # Spawned: a fork of a process that has run Megatron would inherit locks that its threads hold.
     child = multiprocessing.get_context("spawn").Process(target=slow_run, args=(jsonl, tokenizer_dir, prefix))
     child.start()
-    third = Path(f"{prefix}.parts/00003.bin")
+    third = Path(f"{prefix}.partial/00003.bin")
     deadline = time.monotonic() + 300
     while not third.exists() and child.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -136,7 +136,7 @@ def test_interrupted_while_publishing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    replace, discard = Path.replace, parts.Parts.discard
+    replace, discard = Path.replace, PartialOutput.discard
     left = [moves + 1]  # the first is of state.json
 
     def stop_after(path: Path, target: Any) -> Path:
@@ -145,17 +145,17 @@ def test_interrupted_while_publishing(
         left[0] -= 1
         return replace(path, target)
 
-    def stop(self: parts.Parts) -> None:
+    def stop(self: PartialOutput) -> None:
         raise SystemError
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr(Path, "replace", stop_after)
-        patch.setattr(parts.Parts, "discard", stop)
+        patch.setattr(PartialOutput, "discard", stop)
         run(jsonl, tokenizer_dir, tmp_path / "out")
-    assert parts.Parts.discard is discard
+    assert PartialOutput.discard is discard
     assert run(jsonl, tokenizer_dir, tmp_path / "out") == 0
     assert digests(tmp_path / "out") == digests(prepared)
-    assert not (tmp_path / "out.parts").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_merged_is_as_prepared_at_once(
@@ -176,7 +176,7 @@ def test_merged_is_as_prepared_at_once(
         len(TEXTS),
         ["0.jsonl", "1.jsonl", "2.jsonl"],
     )
-    assert not Path(f"{output}.parts").exists()
+    assert not Path(f"{output}.partial").exists()
     capsys.readouterr()
     assert main(["data", "merge", *shards, "--output", output]) == 0
     assert "already complete" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_merge_interrupted_while_publishing(
         main(command)
     assert main(command) == 0
     assert digests(tmp_path / "out") | {".json": ""} == digests(prepared) | {".json": ""}
-    assert not (tmp_path / "out.parts").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_megatron_reads_it(prepared: str, tokenizer_dir: str, tmp_path: Path) -> None:

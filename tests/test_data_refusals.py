@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from nemodiff_train.cli import main
-from nemodiff_train.data import partial_output as parts
-from nemodiff_train.data.manifest import Manifest, check_blend, tokenizer_fingerprint
-from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.data.blend import check_blend
+from nemodiff_train.data.manifest import Manifest
+from nemodiff_train.data.partial_output import PartialOutput
+from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemodiff_train.errors import UserError
 from tests.prepared import SUFFIXES, TEXTS, digests, one_line, read_back, run, save_tokenizer, write_jsonl
 
@@ -90,7 +91,7 @@ def test_existing_output(jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
     ],
 )
-def test_failure_keeps_the_parts(
+def test_failure_keeps_the_chunks(
     failure: BaseException,
     code: int,
     message: str,
@@ -103,11 +104,11 @@ def test_failure_keeps_the_parts(
     def fail(*arguments: object) -> None:
         raise failure
 
-    monkeypatch.setattr(parts.Parts, "publish", fail)
+    monkeypatch.setattr(PartialOutput, "publish", fail)
     assert run(jsonl, tokenizer_dir, tmp_path / "out") == code
     assert message in one_line(capsys)
-    state = tmp_path / "out.parts" / "state.json"
-    assert json.loads(state.read_bytes())["parts"][0]["documents"] == len(TEXTS)
+    state = tmp_path / "out.partial" / "state.json"
+    assert json.loads(state.read_bytes())["chunks"][0]["size"]["documents"] == len(TEXTS)
     state.write_text("{")
     assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
     assert "state.json: damaged" in one_line(capsys)
@@ -118,7 +119,7 @@ def test_one_process_at_a_time(
 ) -> None:
     manifest = Manifest.read(prepared)
     assert manifest is not None
-    with parts.Parts(str(tmp_path / "out"), manifest).locked():
+    with PartialOutput(str(tmp_path / "out"), manifest).locked():
         assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
         assert "another process" in one_line(capsys)
 

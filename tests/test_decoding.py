@@ -53,7 +53,7 @@ def tokens(model: Any, prompts: list[list[int]], mode: str, **settings: Any) -> 
 @pytest.mark.parametrize("block_size", [2, 5, 8, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> None:
-    """On random weights, ragged prompts, and with a stop token met at any place of a draft."""
+    """On random weights, ragged prompts, and with a stop token met at any position of a draft."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 20, (5,), generator=generator).tolist()
     prompts = [torch.randint(20, 220, (length,), generator=generator).tolist() for length in lengths]
@@ -80,13 +80,13 @@ def test_rows_of_a_batch_do_not_see_each_other(model: Any, mode: str, temperatur
 @pytest.mark.parametrize("family", [small.qwen3, small.ministral3])
 @torch.inference_mode()
 def test_the_plain_forward_is_megatrons(tmp_path: Path, family: Callable[[Path], None]) -> None:
-    """Prefill of ragged prompts, split by rows; a block that sees all of itself; logits at some places."""
+    """Prefill of ragged prompts, split by rows; a block that sees all of itself; logits at some positions."""
     from nemodiff_train.decoding import session as sessions
 
     built = build(tmp_path / "hf", family)
     prompts = [torch.randint(20, 220, (length,)).tolist() for length in (3, 90, 17, 120, 1)]
     rows, block = torch.tensor([3, 0, 4]), torch.randint(20, 220, (3, 8))
-    found = []
+    logits_of = []
     for fast in (True, False):
         session = sessions.Session(built, len(prompts), 140, MASK)
         assert session.model._fast
@@ -96,10 +96,10 @@ def test_the_plain_forward_is_megatrons(tmp_path: Path, family: Callable[[Path],
         session.forward(block, rows, "commit", causal=True)
         session.commit(rows, torch.tensor([8, 3, 5]))
         some = session.forward(block, rows, "verify", causal=True, indices=torch.tensor([[1], [7], [0]]))
-        found.append((last, whole, some))
-    for ours, megatrons in zip(*found, strict=True):
+        logits_of.append((last, whole, some))
+    for ours, megatrons in zip(*logits_of, strict=True):
         torch.testing.assert_close(ours, megatrons, rtol=0, atol=2e-5)
-    assert found[0][0][:, 2:].std() > 0.1
+    assert logits_of[0][0][:, 2:].std() > 0.1
 
 
 def test_a_prefill_is_one_forward_of_every_row_however_it_is_split(
@@ -232,7 +232,7 @@ FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7, "top_k": 5},
     {"top_p": 0.8},
-    {"temperature": 0.7, "top_k": 3, "max_new_tokens": 4, "block_size": 3},  # reaches the token behind whole drafts
+    {"temperature": 0.7, "top_k": 3, "max_new_tokens": 4, "block_size": 3},  # reaches the token after whole drafts
 ]
 
 
@@ -242,15 +242,15 @@ def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mo
     """Chi-square of the first tokens of 3000 rows against the exact AR probabilities (p = 1e-6)."""
     rows, prompt = 3000, PROMPTS[0]
     settings = {"temperature": 1.0, "max_new_tokens": 3, "block_size": 4, **filters}
-    found = Counter(tuple(row) for row in tokens(small_vocabulary, [prompt] * rows, mode, **settings))
+    counts = Counter(tuple(row) for row in tokens(small_vocabulary, [prompt] * rows, mode, **settings))
     expected = {
         text: rows * probability
         for text, probability in exact(small_vocabulary, prompt, settings["max_new_tokens"], settings).items()
     }
-    assert set(found) <= set(expected)
+    assert set(counts) <= set(expected)
     common = [text for text, count in expected.items() if count >= 5]
-    rest = rows - sum(expected[text] for text in common), rows - sum(found[text] for text in common)
-    statistic = sum((found[text] - expected[text]) ** 2 / expected[text] for text in common)
+    rest = rows - sum(expected[text] for text in common), rows - sum(counts[text] for text in common)
+    statistic = sum((counts[text] - expected[text]) ** 2 / expected[text] for text in common)
     statistic += (rest[1] - rest[0]) ** 2 / rest[0] if rest[0] >= 5 else 0
     freedom = len(common)
     # Wilson-Hilferty: the cube root of a chi-square over its degrees of freedom is close to normal.
@@ -258,21 +258,21 @@ def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mo
     assert normal < 4.75 and freedom > 20
 
 
-def exact(model: Any, prompt: list[int], places: int, settings: dict[str, Any]) -> dict[tuple[int, ...], float]:
+def exact(model: Any, prompt: list[int], positions: int, settings: dict[str, Any]) -> dict[tuple[int, ...], float]:
     """Probability of every continuation of so many tokens, one causal forward without a cache for each prefix."""
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.decoding.sampling import Sampler
 
     sampler = Sampler(DecodingSettings(**settings), [0])
-    found = {(): 1.0}
-    for _ in range(places):
+    probabilities = {(): 1.0}
+    for _ in range(positions):
         longer = {}
-        for text, probability in found.items():
+        for text, probability in probabilities.items():
             p = sampler.distribution(logits(model, prompt + list(text), 0)[None, -1:])[0, 0]
             for token in p.nonzero()[:, 0].tolist():
                 longer[(*text, token)] = probability * float(p[token])
-        found = longer
-    return found
+        probabilities = longer
+    return probabilities
 
 
 def test_settings_of_the_draw() -> None:
@@ -293,7 +293,7 @@ def test_settings_of_the_draw() -> None:
 
 @pytest.mark.parametrize("policy", ["threshold", "entropy", "fixed", "leftmost"])
 def test_policies_fix_what_they_say(policy: str) -> None:
-    """By hand on one block of six places, the fourth known."""
+    """By hand on one block of six positions, the fourth known."""
     from nemodiff_train.decoding.diffusion import select_positions_to_unmask
     from nemodiff_train.decoding.generation import DecodingSettings
 
@@ -301,10 +301,10 @@ def test_policies_fix_what_they_say(policy: str) -> None:
     log = torch.stack([p.log(), (1 - p).clamp(min=1e-30).log()], dim=-1)[None]
     masked = torch.tensor([[True, True, True, False, True, True]])
     settings = DecodingSettings(policy=policy, threshold=0.9, steps=3, entropy_bound=0.3)  # type: ignore[arg-type]
-    found = select_positions_to_unmask(log, log.argmax(-1), masked, settings, step=0)[0].nonzero()[:, 0].tolist()
-    # Entropies: 0.056 (place 2), 0.199 (0), 0.325 (4): the sum before the third is 0.255.
+    unmasked = select_positions_to_unmask(log, log.argmax(-1), masked, settings, step=0)[0].nonzero()[:, 0].tolist()
+    # Entropies: 0.056 (position 2), 0.199 (0), 0.325 (4): the sum before the third is 0.255.
     expected = {"threshold": [0, 2, 4], "entropy": [0, 2, 4], "fixed": [0, 2], "leftmost": [0]}
-    assert found == expected[policy]
+    assert unmasked == expected[policy]
     strict = DecodingSettings(policy=policy, threshold=1.0, steps=9, entropy_bound=0.0)  # type: ignore[arg-type]
     alone = select_positions_to_unmask(log, log.argmax(-1), masked, strict, step=0)[0].nonzero()[:, 0].tolist()
     assert alone == ([0] if policy == "leftmost" else [2])
@@ -327,20 +327,20 @@ def test_stop_strings_end_a_row_and_cut_its_text(model: Any) -> None:
     stop = f"{free[0][6]}><{free[0][7]}"
     for mode in ("ar", "linear", "quadratic"):
         ended = run(model, PROMPTS, mode, stop_strings=(stop,), detokenize=spell)[0]
-        place = spell(free[0]).index(stop)
-        assert ended[0].settings.text(ended[0].tokens) == spell(free[0])[:place]
+        position = spell(free[0]).index(stop)
+        assert ended[0].settings.text(ended[0].tokens) == spell(free[0])[:position]
         assert stop in spell(ended[0].tokens) and stop not in spell(ended[0].tokens[:-1])
 
 
 def test_masks_are_filled_in_the_middle(model: Any) -> None:
-    """Stated again: a block from before its first mask, everything in it in view, nothing behind it."""
+    """Stated again: a block from before its first mask, everything in it in view, nothing after it."""
     from nemodiff_train.decoding.decode import fill
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.errors import UserError
 
     text = torch.randint(20, 220, (40,), generator=torch.Generator().manual_seed(8)).tolist()
-    for place in (5, 6, 9, 11, 13, 38):
-        text[place] = MASK
+    for position in (5, 6, 9, 11, 13, 38):
+        text[position] = MASK
     expected = list(text)
     while MASK in expected:
         start = expected.index(MASK) - 1
@@ -349,11 +349,11 @@ def test_masks_are_filled_in_the_middle(model: Any) -> None:
             probability, choice = (
                 logits(model, expected[:start] + block, len(block))[-len(block) :].softmax(-1).max(-1)
             )
-            hidden = [place for place, token in enumerate(block) if token == MASK]
-            best = max(hidden, key=lambda place: float(probability[place]))
-            for place in hidden:
-                if place == best or probability[place] >= 0.02:
-                    block[place] = int(choice[place])
+            hidden = [position for position, token in enumerate(block) if token == MASK]
+            best = max(hidden, key=lambda position: float(probability[position]))
+            for position in hidden:
+                if position == best or probability[position] >= 0.02:
+                    block[position] = int(choice[position])
         expected[start : start + 8] = block
     settings = DecodingSettings(block_size=8, threshold=0.02)
     filled, session = fill(model, text, settings)
@@ -373,13 +373,13 @@ def test_revision_masks_what_the_ar_half_doubts(model: Any) -> None:
     draft = tokens(model, [prompt], "ar", max_new_tokens=12)[0]
     draft[4] = 300  # not what the model would say
     p = logits(model, prompt + draft, 0).softmax(-1)
-    found = [float(p[len(prompt) + place - 1, token]) for place, token in enumerate(draft)]
+    found = [float(p[len(prompt) + position - 1, token]) for position, token in enumerate(draft)]
     least = sorted(found)[2]
     revised, _ = fill(model, prompt + draft, settings, len(prompt), least)
-    doubted = [len(prompt) + place for place, probability in enumerate(found) if probability < least]
+    doubted = [len(prompt) + position for position, probability in enumerate(found) if probability < least]
     assert revised.positions == doubted and len(prompt) + 4 in doubted
-    kept = [place for place in range(len(prompt) + 12) if place not in doubted]
-    assert all(revised.tokens[place] == (prompt + draft)[place] for place in kept)
+    kept = [position for position in range(len(prompt) + 12) if position not in doubted]
+    assert all(revised.tokens[position] == (prompt + draft)[position] for position in kept)
     assert MASK not in revised.tokens
     unchanged, session = fill(model, prompt + draft, settings, len(prompt), 1e-9)
     assert unchanged.tokens == prompt + draft and session.calls(0) == 1
@@ -461,11 +461,11 @@ def released_diffusion(model: Any, prompt: list[int], new: int, block: int = 8) 
         while MASK in filled:
             nfe += 1
             probability, choice = logits(model, text + filled, block)[-block:].softmax(-1).max(-1)
-            hidden = [place for place in range(block) if filled[place] == MASK]
-            best = max(hidden, key=lambda place: float(probability[place]))
-            for place in hidden:
-                if place == best or probability[place] >= 0.02:
-                    filled[place] = int(choice[place])
+            hidden = [position for position in range(block) if filled[position] == MASK]
+            best = max(hidden, key=lambda position: float(probability[position]))
+            for position in hidden:
+                if position == best or probability[position] >= 0.02:
+                    filled[position] = int(choice[position])
         nfe += 1
         text += filled
     return text[len(prompt) :], nfe
@@ -512,25 +512,25 @@ def trained(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def training_logits(model: Any, clean: list[int], noisy: list[int]) -> torch.Tensor:
-    """[L, vocab] what a training forward over [noisy | clean] says of each noisy place, -inf for the mask token."""
+    """[L, vocab] a training forward over [noisy | clean]: logits of each noisy position, -inf for the mask token."""
     both = torch.tensor([noisy + clean])
     with torch.no_grad():
-        found = model(both, torch.arange(len(clean)).repeat(2)[None], attention_mask=None)[0, : len(clean)]
-    found = found.float()
-    found[:, MASK] = -torch.inf
-    return found.roll(1, 0) if model.config.shift else found
+        output = model(both, torch.arange(len(clean)).repeat(2)[None], attention_mask=None)[0, : len(clean)]
+    output = output.float()
+    output[:, MASK] = -torch.inf
+    return output.roll(1, 0) if model.config.shift else output
 
 
 def test_a_block_is_decoded_as_it_was_trained(trained: Any) -> None:
-    """One denoising forward behind a cache gives the logits of the noisy half."""
+    """A denoising forward after a cache gives the logits of the noisy half."""
     from nemodiff_train.decoding.session import Session
 
     text = torch.randint(20, 220, (32,), generator=torch.Generator().manual_seed(5)).tolist()
-    noisy = text[:24] + [token if place in (0, 3) else MASK for place, token in enumerate(text[24:])]
+    noisy = text[:24] + [token if position in (0, 3) else MASK for position, token in enumerate(text[24:])]
     session, row = Session(trained, 1, 32, MASK), torch.arange(1)
     session.prefill([text[:24]], 8 if trained.config.clean_attention == "block_causal" else None)
-    found = session.forward(torch.tensor([noisy[24:]]), row, "denoise", causal=False)[0]
-    torch.testing.assert_close(found[1:], training_logits(trained, text, noisy)[25:], rtol=1e-4, atol=1e-4)
+    output = session.forward(torch.tensor([noisy[24:]]), row, "denoise", causal=False)[0]
+    torch.testing.assert_close(output[1:], training_logits(trained, text, noisy)[25:], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_draw_alone_in_trained_blocks(trained: Any) -> None:
@@ -550,7 +550,7 @@ def test_block_diffusion_with_a_block_causal_clean_half(trained: Any) -> None:
 
     config, block, threshold = trained.config, 8, 0.02
     if config.clean_attention == "causal":
-        pytest.skip("its blocks start behind the prompt; stated above")
+        pytest.skip("its blocks start after the prompt; stated above")
     for prompt in (PROMPTS[2], PROMPTS[0] * 4, PROMPTS[2] * 3):
         text = list(prompt)
         while len(text) < len(prompt) + 20:
@@ -558,18 +558,18 @@ def test_block_diffusion_with_a_block_causal_clean_half(trained: Any) -> None:
             filled = text[start:] + [MASK] * (start + block - len(text))
             if config.shift and start == len(text) > 0:
                 filled[0] = clean_logits(trained, text)
-            asked = min(block, len(prompt) + 20 - start)  # nothing behind the limit is asked for
+            asked = min(block, len(prompt) + 20 - start)  # nothing after the limit is asked for
             while MASK in filled[:asked]:
                 padded = text[:start] + filled
                 probability, choice = training_logits(trained, padded, padded)[start:].softmax(-1).max(-1)
-                hidden = [place for place in range(asked) if filled[place] == MASK]
-                best = max(hidden, key=lambda place: float(probability[place]))
-                for place in hidden:
-                    if place == best or probability[place] >= threshold:
-                        filled[place] = int(choice[place])
+                hidden = [position for position in range(asked) if filled[position] == MASK]
+                best = max(hidden, key=lambda position: float(probability[position]))
+                for position in hidden:
+                    if position == best or probability[position] >= threshold:
+                        filled[position] = int(choice[position])
             text = text[:start] + filled
-        found = tokens(trained, [prompt, PROMPTS[1]], "diffusion", max_new_tokens=20, threshold=threshold)
-        assert found[0] == text[len(prompt) : len(prompt) + 20]
+        decoded = tokens(trained, [prompt, PROMPTS[1]], "diffusion", max_new_tokens=20, threshold=threshold)
+        assert decoded[0] == text[len(prompt) : len(prompt) + 20]
     with pytest.raises(UserError, match="use diffusion"):
         tokens(trained, PROMPTS, "linear")
 
@@ -584,7 +584,7 @@ def clean_logits(model: Any, text: list[int]) -> int:
 
 
 def logits(model: Any, text: list[int], block: int) -> torch.Tensor:
-    """Logits of a whole text whose last ``block`` places see each other; the mask token is left out."""
+    """Logits of a whole text whose last ``block`` positions see each other; the mask token is left out."""
     from nemodiff_train.decoding.session import Session
 
     session = Session(model, 1, len(text), MASK)

@@ -1,4 +1,4 @@
-"""The drafter: its loss, its training under every layout, its place in decoding, its directory."""
+"""The drafter: its loss, its training under every layout, its use in decoding, its directory."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
         return [power / torch.stack(powers).sum() for power in powers]
 
     p, q = probabilities(verifier, config.temperature), probabilities(draft, config.temperature)
-    choice = max(range(len(tokens)), key=lambda place: float(verifier[tokens[place]]))
+    choice = max(range(len(tokens)), key=lambda index: float(verifier[tokens[index]]))
     of_choice = -probabilities(draft, 1.0)[choice].log()
     if config.loss == "cross_entropy":
         return of_choice
@@ -60,7 +60,7 @@ def test_the_accepted_prefix_and_the_first_rejected_slot_count() -> None:
     usable, greedy = torch.ones(1, 5, dtype=torch.bool), torch.full((1, 5, 2), 0.999)
     assert judge(draft, verifier, usable, greedy, DrafterConfig()).counted.tolist() == [[True] * 3 + [False] * 2]
     every = judge(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
-    assert every.counted.all() and every.kept.tolist() == [[True, True, False, False, False]]
+    assert every.counted.all() and every.accepted.tolist() == [[True, True, False, False, False]]
     unlucky = torch.tensor([0.0, 0.9999]).expand(1, 5, 2)  # every slot drawn; none of the draws is the choice
     assert judge(draft, verifier, usable, unlucky, DrafterConfig()).counted.tolist() == [[True] + [False] * 4]
     ended = torch.tensor([[True, False, True, True, True]])

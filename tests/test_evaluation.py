@@ -83,10 +83,10 @@ def test_linear_figures_by_hand() -> None:
     assert [a.unconditional for a in metrics.agreement] == [2 / 3] * 3
 
 
-def test_agreement_with_places_never_reached_and_short_drafts() -> None:
-    places = agreement_by_position([[False, True], [False]])
-    assert [a.drafted for a in places] == [2, 1]
-    assert places[1].conditional is None and places[1].unconditional == 1.0
+def test_agreement_with_positions_never_reached_and_short_drafts() -> None:
+    positions = agreement_by_position([[False, True], [False]])
+    assert [a.drafted for a in positions] == [2, 1]
+    assert positions[1].conditional is None and positions[1].unconditional == 1.0
 
 
 def test_nothing_but_prefill_and_no_clock() -> None:
@@ -203,7 +203,7 @@ def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"url\(|@import", html) and page.seen.count("svg") == 4
 
 
-def test_page_of_one_mode_with_one_place(tmp_path: Path) -> None:
+def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
     record = DecodeRecord(
         0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(0, recovered=True, accept_mask=[False])]
     )

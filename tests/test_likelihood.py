@@ -42,7 +42,7 @@ def model(opened: tuple[Any, Path], request: pytest.FixtureRequest) -> Iterator[
 
 
 def test_ar_loss_is_transformers(opened: tuple[Any, Path]) -> None:
-    """Parts of 16 tokens; each predicts its own next tokens, the one behind its last included."""
+    """Parts of 16 tokens; each predicts its own next tokens, the one after its last included."""
     from transformers import AutoModelForCausalLM
 
     from nemodiff_train.evaluation.likelihood import likelihood
@@ -64,16 +64,16 @@ def bound(model: Any, text: list[int]) -> float:
     total = 0.0
     for start in range(0, len(text), 2):
         for hidden in ((0, 1), (0,), (1,)):
-            noisy = [MASK if place - start in hidden else token for place, token in enumerate(text)]
+            noisy = [MASK if position - start in hidden else token for position, token in enumerate(text)]
             tokens = torch.tensor([noisy + text])
             with torch.no_grad():
                 logits = model(tokens, torch.arange(len(text)).repeat(2)[None], attention_mask=None)[0]
             log_p = logits.float().log_softmax(-1)
-            for place in hidden:
-                source = start + place - 1 if model.config.shift else start + place
-                if model.config.shift and not place:
+            for position in hidden:
+                source = start + position - 1 if model.config.shift else start + position
+                if model.config.shift and not position:
                     continue
-                total -= 0.5 * float(log_p[source, text[start + place]])
+                total -= 0.5 * float(log_p[source, text[start + position]])
         if model.config.shift and start:
             total -= float(log_p[len(text) + start - 1, text[start]])
     return total

@@ -8,21 +8,21 @@ from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
 from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import reduce, report, sums
+from nemodiff_train.objective.loss import loss_sums, loss_weights, report
 from nemodiff_train.objective.rule import dense_mask
 from nemodiff_train.objective.sample import SampleMaker
 from tests import small
 
 CPU = torch.device("cpu")
 
-# (length, block): one block, blocks of one place, groups that end inside and at the end of the sequence.
+# (length, block): one block, blocks of one position, groups that end inside and at the end of the sequence.
 SHAPES = [(16, 16), (8, 1), (96, 32), (256, 32), (320, 64), (256, 256)]
 
 
 def brute_force(
     length: int, block: list[int], document: list[int], views: int = 1, block_causal: bool = False
 ) -> torch.Tensor:
-    """The rule in plain words, place by place."""
+    """The rule in plain words, position by position."""
     table = torch.zeros((views + 1) * length, (views + 1) * length, dtype=torch.bool)
     clean = views * length
     for q in range(length):
@@ -38,7 +38,7 @@ def brute_force(
 
 
 def grid(length: int, block: int, views: int = 1, block_causal: bool = False) -> torch.Tensor:
-    return brute_force(length, [place // block for place in range(length)], [0] * length, views, block_causal)
+    return brute_force(length, [position // block for position in range(length)], [0] * length, views, block_causal)
 
 
 @pytest.mark.parametrize("block_causal", [False, True])
@@ -56,8 +56,8 @@ def test_the_rule_is_the_reference_s() -> None:
     from megatron.bridge.diffusion.common.dllm import compute_block_mask
 
     theirs = compute_block_mask(16, 128).mask_mod
-    place = torch.arange(256)
-    table = theirs(torch.zeros(()), torch.zeros(()), place[:, None], place[None, :])
+    position = torch.arange(256)
+    table = theirs(torch.zeros(()), torch.zeros(()), position[:, None], position[None, :])
     assert torch.equal(dense_mask(128, 16), table)
 
 
@@ -94,16 +94,16 @@ def test_the_kernel_with_views_and_a_block_causal_clean_half(views: int, block_c
 
 
 def documents(length: int, block: int, ends: list[int]) -> tuple[list[int], list[int]]:
-    """Block and document of each place, by counting."""
+    """Block and document of each position, by counting."""
     blocks, numbers = [], []
     block_number, document, inside = -1, 0, 0
-    for place in range(length):
+    for position in range(length):
         if inside % block == 0:
             block_number += 1
         blocks.append(block_number)
         numbers.append(document)
         inside += 1
-        if place in ends:
+        if position in ends:
             document, inside = document + 1, 0
     return blocks, numbers
 
@@ -166,7 +166,7 @@ def test_a_context_parallel_rank_computes_its_part(
         out = kernels.attend_sdpa(q[:, :, mine], keys, values, plan)
         torch.testing.assert_close(out, expected[:, :, mine], rtol=1e-9, atol=1e-9)
         if not irregular and length // (2 * size) % block == 0:
-            assert len(plan.layout.sent) == length // size  # nothing but clean places
+            assert len(plan.layout.sent) == length // size  # nothing but clean positions
 
 
 def sample(length: int = 64, ends: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
@@ -192,32 +192,32 @@ def test_the_sample() -> None:
     assert torch.equal(made["loss_mask"][64:], plain["loss_mask"])
     assert torch.equal(made["position_ids"], torch.arange(64).repeat(2))
     assert torch.equal(made["segment_ids"], torch.stack([torch.zeros(64), torch.arange(64) // 32, torch.arange(64)]))
-    assert torch.equal(made["slot"], torch.arange(64) % 32)
-    torch.testing.assert_close(made["loss_mask"][:64][masked], 1 / made["level"][masked])
+    assert torch.equal(made["index_in_block"], torch.arange(64) % 32)
+    torch.testing.assert_close(made["loss_mask"][:64][masked], 1 / made["noise_level"][masked])
 
 
 def test_the_sample_with_views_of_complementary_noise() -> None:
     made = make(ObjectiveConfig(views=2, complementary=True, weighting="none"))
     first, second = (made["tokens"][:128] == 5).view(2, 64)
-    eligible = sample()["loss_mask"] > 0
-    assert torch.equal(first ^ second, eligible) and first.any() and second.any()
-    torch.testing.assert_close(made["level"][:64], 1 - made["level"][64:])
+    maskable = sample()["loss_mask"] > 0
+    assert torch.equal(first ^ second, maskable) and first.any() and second.any()
+    torch.testing.assert_close(made["noise_level"][:64], 1 - made["noise_level"][64:])
     assert torch.equal(made["labels"], torch.cat([*[sample()["tokens"]] * 2, sample()["labels"]]))
     assert len(made["position_ids"]) == 192
 
 
 def test_the_sample_with_documents() -> None:
-    """Blocks and positions restart; the last token of a document has no AR target but is a place like any other."""
+    """Blocks and positions restart; the last token of a document has no AR target, but noise like any other."""
     ends = (9, 40, 63)
     made = make(ObjectiveConfig(block_size=16), ends=ends, document_end=2, restart_positions=True)
     blocks, numbers = documents(64, 16, list(ends))
-    positions = [place - max([end + 1 for end in ends if end < place], default=0) for place in range(64)]
+    positions = [position - max([end + 1 for end in ends if end < position], default=0) for position in range(64)]
     assert made["segment_ids"].tolist() == [numbers, blocks, positions]
     assert made["position_ids"].tolist() == positions * 2
     expected = sample()["loss_mask"].clone()
     expected[list(ends)] = 0
     assert torch.equal(made["loss_mask"][64:], expected)
-    assert made["maskable"].tolist() == [place != 3 for place in range(64)]
+    assert made["maskable"].tolist() == [position != 3 for position in range(64)]
     seen = torch.stack(
         [make(ObjectiveConfig(), i, ends, document_end=2)["tokens"][list(ends)] == 5 for i in range(40)]
     )
@@ -232,13 +232,13 @@ def test_the_shifted_sample() -> None:
     shifted, usual = make(ObjectiveConfig(block_size=16, shift=True)), make(ObjectiveConfig(block_size=16))
     assert torch.equal(shifted["tokens"], usual["tokens"])
     assert torch.equal(shifted["labels"], plain["labels"].repeat(2))
-    for place in range(64):
-        inside = place % 16 != 15
-        expected = usual["loss_mask"][place + 1] if inside else torch.tensor(0.0)
-        assert shifted["loss_mask"][place] == expected
+    for position in range(64):
+        inside = position % 16 != 15
+        expected = usual["loss_mask"][position + 1] if inside else torch.tensor(0.0)
+        assert shifted["loss_mask"][position] == expected
         if inside:
-            assert shifted["level"][place] == usual["level"][place + 1]
-            assert shifted["slot"][place] == usual["slot"][place + 1]
+            assert shifted["noise_level"][position] == usual["noise_level"][position + 1]
+            assert shifted["index_in_block"][position] == usual["index_in_block"][position + 1]
     assert torch.equal(shifted["loss_mask"][64:], usual["loss_mask"][64:])
 
 
@@ -251,6 +251,15 @@ def batch_of(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([each[name] for each in samples]) for name in samples[0]}
 
 
+def parts_of(
+    losses: torch.Tensor, batch: dict[str, torch.Tensor], objective: ObjectiveConfig, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss, the denominator and the report of a micro-batch, at alpha = 0.3."""
+    weights, denominator = loss_weights(batch, objective, 0.3, scale)
+    loss = (losses * weights).sum()
+    return loss, denominator, report(loss_sums(losses, batch), loss, denominator, objective)
+
+
 def test_reduction_by_hand_and_over_any_micro_batching() -> None:
     objective = ObjectiveConfig()
     samples = [make(objective, n) for n in range(8)]
@@ -258,17 +267,14 @@ def test_reduction_by_hand_and_over_any_micro_batching() -> None:
     masks = batch["loss_mask"]
     ar = sum(float(losses[n, 64 + i] * masks[n, 64 + i]) for n in range(8) for i in range(64))
     diffusion = sum(float(losses[n, i] * masks[n, i]) for n in range(8) for i in range(64))
-    found = sums(losses, batch, 1)
-    total, count = reduce(found, objective, 0.3)
-    assert total.item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-12) and count.item() == 8 * 63
-    whole = report(found, total, count, 1)
+    total, count, whole = parts_of(losses, batch, objective)
+    assert total.item() == pytest.approx(ar + 0.3 * diffusion, rel=1e-7) and count.item() == 8 * 63
     assert whole["ar_loss"].tolist() == pytest.approx([ar, 8 * 63], rel=1e-6)
     assert whole["diffusion_loss"].tolist() == pytest.approx([diffusion, 8 * 63], rel=1e-6)
     for size in (1, 2, 4):
-        parts = []
-        for n in range(0, 8, size):
-            some = sums(losses[n : n + size], batch_of(samples[n : n + size]), 1)
-            parts.append(report(some, *reduce(some, objective, 0.3), 1))
+        parts = [
+            parts_of(losses[n : n + size], batch_of(samples[n : n + size]), objective)[2] for n in range(0, 8, size)
+        ]
         for name, expected in whole.items():
             torch.testing.assert_close(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-5)
 
@@ -277,16 +283,32 @@ def test_named_reductions() -> None:
     """Megatron Bridge divides each micro-batch by masked + all tokens; NeMo AutoModel each loss by its own."""
     batches = [batch_of([make(ObjectiveConfig(), n)]) for n in range(4)]
     losses = [torch.rand(1, 128, dtype=torch.float64) for _ in range(4)]
-    parts = [sums(some, batch, 1) for some, batch in zip(losses, batches, strict=True)]
     ar = [float((some * batch["loss_mask"])[:, 64:].sum()) for some, batch in zip(losses, batches, strict=True)]
     noisy = [float((some * batch["loss_mask"])[:, :64].sum()) for some, batch in zip(losses, batches, strict=True)]
     masked = [int((batch["loss_mask"][:, :64] > 0).sum()) for batch in batches]
 
     def mean(name: str, scale: float = 1.0) -> float:
-        pairs = [reduce(part, ObjectiveConfig(reduction=name), 0.3, scale) for part in parts]  # type: ignore[arg-type]
-        return float(sum(total for total, _ in pairs) / sum(count for _, count in pairs))
+        objective = ObjectiveConfig(reduction=name)  # type: ignore[arg-type]
+        parts = [parts_of(some, batch, objective, scale) for some, batch in zip(losses, batches, strict=True)]
+        return float(sum(loss for loss, _, _ in parts) / sum(count for _, count, _ in parts))
 
     by_micro_batch = [(a + 0.3 * d) / (m + 63) for a, d, m in zip(ar, noisy, masked, strict=True)]
-    assert mean("bridge") == pytest.approx(sum(by_micro_batch) / 4, rel=1e-9)
+    assert mean("bridge") == pytest.approx(sum(by_micro_batch) / 4, rel=1e-6)
     expected = sum(ar) / (4 * 63) + 0.3 * sum(noisy) / sum(masked)
     assert mean("automodel", 4 * 63 / sum(masked)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["global", "automodel", "bridge"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_weights_are_the_gradient_of_the_formula(reduction: str, views: int) -> None:
+    """Bit for bit what autograd finds for the sums, divided and weighed as each reduction states."""
+    objective = ObjectiveConfig(reduction=reduction, views=views, ar_weight=0.7)  # type: ignore[arg-type]
+    batch = batch_of([make(objective, n) for n in range(3)])
+    losses, scale = torch.rand(batch["loss_mask"].shape, requires_grad=True), torch.tensor(1.7)
+    sums = loss_sums(losses, batch)
+    diffusion = sums.diffusion * (0.3 * scale if reduction == "automodel" else 0.3)
+    total = 0.7 * sums.ar + diffusion
+    if reduction == "bridge":
+        total = total / (sums.masked + sums.tokens)
+    weights, _ = loss_weights(batch, objective, 0.3, scale)
+    assert torch.equal(weights, torch.autograd.grad(total, losses)[0])

@@ -15,14 +15,14 @@ DRAWS = 100_000
 SEQUENCES = 1000
 """Drawn at once: sequences of one sample have noise of their own."""
 LENGTH, BLOCK = 16, 8
-ELIGIBLE = np.array([place != 5 for place in range(LENGTH)])
+MASKABLE = np.array([position != 5 for position in range(LENGTH)])
 BLOCKS = np.arange(LENGTH) // BLOCK
 BATCH = 8
 
 SCHEDULES: dict[str, dict[str, object]] = {
     "nemotron": {},
     "clipped": {"min_noise_level": 0.3, "max_noise_level": 0.8},
-    "all-masked share": {"fully_masked_fraction": 0.25, "min_noise_level": 0.1},
+    "fully masked fraction": {"fully_masked_fraction": 0.25, "min_noise_level": 0.1},
     "per block": {"noise_granularity": "block", "min_noise_level": 0.1},
     "antithetic": {"noise_level_sampling": "antithetic", "min_noise_level": 0.1},
     "stratified": {"noise_level_sampling": "stratified", "noise_granularity": "block", "min_noise_level": 0.1},
@@ -39,16 +39,16 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 
 def draw(index: int, objective: ObjectiveConfig, split: int = 0) -> Noise:
-    return draw_noise(Key(objective.seed, split, index), ELIGIBLE, BLOCKS, objective, BLOCK, BATCH)
+    return draw_noise(Key(objective.seed, split, index), MASKABLE, BLOCKS, objective, BLOCK, BATCH)
 
 
 def draw_many(objective: ObjectiveConfig) -> Noise:
     """Draw noise for DRAWS rows of LENGTH positions, as views of packed sequences."""
     size = SEQUENCES * LENGTH
-    eligible, position = np.tile(ELIGIBLE, SEQUENCES), np.arange(size)
+    maskable, position = np.tile(MASKABLE, SEQUENCES), np.arange(size)
     blocks, sequences = position // BLOCK, position // LENGTH
     samples = [
-        draw_noise(Key(objective.seed, 0, index), eligible, blocks, objective, BLOCK, BATCH, sequences)
+        draw_noise(Key(objective.seed, 0, index), maskable, blocks, objective, BLOCK, BATCH, sequences)
         for index in range(DRAWS // SEQUENCES // objective.views)
     ]
     return Noise(
@@ -64,51 +64,51 @@ def within(found: np.ndarray, expected: float) -> bool:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_over_many_draws(name: str) -> None:
-    """Masked share is the mean level, and the weight is the inverse of a place's inclusion probability.
+    """The masked fraction is the mean level, and the weight is the inverse of a position's inclusion probability.
 
-    So E[weight] = 1 at every eligible place, but for the half-life, which prefers late places by design:
+    So E[weight] = 1 at every maskable position, but for the half-life, which prefers late positions by design:
     there it holds for the mean over each block, and the preference is tested below.
     """
     objective = ObjectiveConfig(**{"block_size": BLOCK, **SCHEDULES[name]})  # type: ignore[arg-type]
     assert not objective_problems(objective, LENGTH)
     masked, weight, level = draw_many(objective)
     assert masked.shape == (DRAWS, LENGTH)
-    assert not masked[:, ~ELIGIBLE].any() and not weight[:, ~ELIGIBLE].any()
+    assert not masked[:, ~MASKABLE].any() and not weight[:, ~MASKABLE].any()
     low, high = objective.min_noise_level, objective.max_noise_level
     full = objective.fully_masked_fraction
-    assert within(masked[:, ELIGIBLE].mean(1), (1 - full) * (low + high) / 2 + full)
+    assert within(masked[:, MASKABLE].mean(1), (1 - full) * (low + high) / 2 + full)
     assert level.min() >= low - 1e-6 and level.max() <= max(high, float(full > 0)) + 1e-6
     np.testing.assert_allclose(weight[masked], 1 / level[masked], rtol=1e-5)
     if objective.position_bias_half_life is None:
-        assert within(weight[:, ELIGIBLE], 1)
+        assert within(weight[:, MASKABLE], 1)
     else:
         for block in (0, 1):
-            assert within(weight[:, ELIGIBLE & (block == BLOCKS)].mean(1), 1)
+            assert within(weight[:, MASKABLE & (block == BLOCKS)].mean(1), 1)
 
 
 @pytest.mark.parametrize("noise_granularity", ["sequence", "block"])
 def test_effective_weights_add_up_to_the_places(noise_granularity: str) -> None:
-    """The share that was in fact masked: the weights of a sample or block with any mask sum to its places."""
+    """The fraction that was in fact masked: the weights of a sample or block with any mask sum to its positions."""
     objective = ObjectiveConfig(weighting="effective", noise_granularity=noise_granularity)  # type: ignore[arg-type]
     for index in range(300):
         found = draw(index, objective)
         for scope in [BLOCKS == 0, BLOCKS == 1] if noise_granularity == "block" else [BLOCKS >= 0]:
             if found.masked[0, scope].any():
-                assert found.weight[0, scope].sum() == pytest.approx((ELIGIBLE & scope).sum(), rel=1e-6)
+                assert found.weight[0, scope].sum() == pytest.approx((MASKABLE & scope).sum(), rel=1e-6)
     assert set(np.unique(draw(3, ObjectiveConfig(weighting="none")).weight)) == {0.0, 1.0}
 
 
 def test_an_exact_count_is_exact() -> None:
     objective = ObjectiveConfig(mask_sampling="exact", min_noise_level=0.5, max_noise_level=0.5)
-    counts = [int(draw(index, objective).masked.sum()) for index in range(2000)]  # 0.5 x 15 places: 7 or 8
+    counts = [int(draw(index, objective).masked.sum()) for index in range(2000)]  # 0.5 x 15 positions: 7 or 8
     assert set(counts) == {7, 8} and abs(np.mean(counts) - 7.5) < 5 * 0.5 / math.sqrt(2000)
 
 
 @pytest.mark.parametrize("level", [0.25, 0.5, 0.75])
 def test_half_life_draws_without_replacement(level: float) -> None:
-    """Inclusion by place against an enumeration of all orders in which a block of 4 can be drawn.
+    """Inclusion by position against an enumeration of all orders in which a block of 4 can be drawn.
 
-    The weight of place i is exp(beta (1 - t) i), beta = ln 2 / (half-life x block) (Efficient-DLM, section 3.3).
+    The weight of position i is exp(beta (1 - t) i), beta = ln 2 / (half-life x block) (Efficient-DLM, section 3.3).
     """
     position_bias_half_life, size, count = 0.1, 4, round(level * 4)
     objective = ObjectiveConfig(
@@ -119,12 +119,12 @@ def test_half_life_draws_without_replacement(level: float) -> None:
         max_noise_level=level,
     )
     beta = math.log(2) / (position_bias_half_life * size)
-    preference = [math.exp(beta * (1 - level) * place) for place in range(size)]
+    preference = [math.exp(beta * (1 - level) * position) for position in range(size)]
     expected = np.zeros(size)
     for order in itertools.permutations(range(size), count):
         probability, left = 1.0, sum(preference)
-        for place in order:
-            probability, left = probability * preference[place] / left, left - preference[place]
+        for position in order:
+            probability, left = probability * preference[position] / left, left - preference[position]
         expected[list(order)] += probability
     everywhere, blocks = np.ones(size * SEQUENCES, dtype=bool), np.arange(size * SEQUENCES) // size
     drawn = np.concatenate(
@@ -142,7 +142,7 @@ def test_half_life_draws_without_replacement(level: float) -> None:
 def test_a_sample_of_one_sequence_is_drawn_as_packed_ones_are() -> None:
     for settings in SCHEDULES.values():
         objective = ObjectiveConfig(**settings)  # type: ignore[arg-type]
-        one = draw_noise(Key(objective.seed, 0, 7), ELIGIBLE, BLOCKS, objective, BLOCK, BATCH, np.zeros_like(BLOCKS))
+        one = draw_noise(Key(objective.seed, 0, 7), MASKABLE, BLOCKS, objective, BLOCK, BATCH, np.zeros_like(BLOCKS))
         assert all(np.array_equal(*parts) for parts in zip(one, draw(7, objective), strict=True))
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig, noise
-from nemodiff_train.objective.loss import reduce, sums
+from nemodiff_train.objective.loss import loss_weights
 from nemodiff_train.objective.presets import PRESETS, preset
-from nemodiff_train.objective.rule import can_attend, places
+from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import SampleMaker
 from nemodiff_train.objective.schedule import block_size_at
 from nemodiff_train.validation.objective import objective_problems
@@ -48,14 +48,14 @@ def ours(model: Transformer, batch: list[dict[str, Tensor]], objective: Objectiv
     total, count = torch.zeros((), dtype=torch.float64), 0
     for sample in batch:
         document, block, _ = sample["segment_ids"]
-        everything = places(objective.views, block, document)
+        everything = sample_positions(objective.views, block, document)
         table = can_attend(everything.as_queries(), everything.as_keys(), objective.clean_attention == "block_causal")
         losses = F.cross_entropy(
             model(sample["tokens"], sample["position_ids"], table), sample["labels"], reduction="none"
         )
-        found = sums(losses[None], {name: value[None] for name, value in sample.items()}, objective.views)
-        part, tokens = reduce(found, objective, objective.alpha)
-        total, count = total + part, count + int(tokens)
+        batch_of_one = {name: value[None] for name, value in sample.items()}
+        weights, denominator = loss_weights(batch_of_one, objective, objective.alpha)
+        total, count = total + (losses * weights).sum(), count + int(denominator)
     return total / count
 
 
@@ -77,17 +77,19 @@ class Text:
         return F.cross_entropy(logits, torch.cat([self.clean[1:], self.after]), reduction="none")
 
     def block(self, start: int, view: int, block_causal: bool) -> Tensor:
-        """[block, vocabulary] logits of one noisy block behind its clean prefix."""
+        """[block, vocabulary] logits of one noisy block after its clean prefix."""
         end = min(start + self.block_size, LENGTH)
-        place = torch.arange(end)
-        prefix = place[None, :] <= place[:, None]
+        position = torch.arange(end)
+        prefix = position[None, :] <= position[:, None]
         if block_causal:
-            prefix = place[None, :] // self.block_size <= place[:, None] // self.block_size
-        sees = torch.where(place[:, None] < start, prefix, torch.ones((), dtype=torch.bool))
-        return self.model(torch.cat([self.clean[:start], self.noisy[view, start:end]]), place, sees)[start:]
+            prefix = position[None, :] // self.block_size <= position[:, None] // self.block_size
+        sees = torch.where(position[:, None] < start, prefix, torch.ones((), dtype=torch.bool))
+        return self.model(torch.cat([self.clean[:start], self.noisy[view, start:end]]), position, sees)[start:]
 
-    def hidden(self, view: int, block_causal: bool, weight: Callable[[int], float] = lambda start: 1.0) -> Tensor:
-        """Sum over blocks of weight(start) x the cross-entropy of masked places."""
+    def masked_loss(
+        self, view: int, block_causal: bool, weight: Callable[[int], float] = lambda start: 1.0
+    ) -> Tensor:
+        """Sum over blocks of weight(start) x the cross-entropy of masked positions."""
         total = torch.zeros((), dtype=torch.float64)
         for start in self.starts:
             own = slice(start, start + self.block_size)
@@ -99,39 +101,41 @@ class Text:
 def texts_and_levels(model: Transformer, batch: list[dict[str, Tensor]], objective: ObjectiveConfig) -> Any:
     for index, sample in enumerate(batch):
         text = Text(model, sample, objective.views, block_size_at(objective, index // len(batch)))
-        yield text, (lambda start, level=sample["level"]: 1 / float(level[start]))
+        yield text, (lambda start, level=sample["noise_level"]: 1 / float(level[start]))
 
 
 def nemotron(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
     """Section 2.1: AR + 0.3 x sum of 1/t losses, averaged over all tokens of the batch."""
-    parts = [t.ar().sum() + 0.3 * t.hidden(0, False, level) for t, level in texts_and_levels(model, batch, objective)]
+    parts = [
+        t.ar().sum() + 0.3 * t.masked_loss(0, False, level) for t, level in texts_and_levels(model, batch, objective)
+    ]
     return torch.stack(parts).sum() / (len(batch) * LENGTH)
 
 
 def efficient_dlm(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
     """Block-wise diffusion with clean context: sum of 1/t losses, no AR loss, a clean half of whole blocks."""
-    parts = [t.hidden(0, True, level) for t, level in texts_and_levels(model, batch, objective)]
+    parts = [t.masked_loss(0, True, level) for t, level in texts_and_levels(model, batch, objective)]
     return torch.stack(parts).sum() / (len(batch) * LENGTH)
 
 
 def tidar(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
-    """Section 3: (a x mean AR + mean diffusion) / (1 + a) at a = 1, every place masked."""
+    """Section 3: (a x mean AR + mean diffusion) / (1 + a) at a = 1, every position masked."""
     found = list(texts_and_levels(model, batch, objective))
     assert all(text.masked.all() for text, _ in found)
     ar = torch.cat([text.ar() for text, _ in found]).mean()
-    diffusion = torch.stack([text.hidden(0, False) for text, _ in found]).sum() / (len(batch) * LENGTH)
+    diffusion = torch.stack([text.masked_loss(0, False) for text, _ in found]).sum() / (len(batch) * LENGTH)
     return (ar + diffusion) / (1 + 1)
 
 
 def set_block(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
-    """Next-token losses plus the losses of masked places, unweighted, in blocks of the step's size."""
+    """Next-token losses plus the losses of masked positions, unweighted, in blocks of the step's size."""
     found = list(texts_and_levels(model, batch, objective))
     assert 2 <= found[0][0].block_size <= 16
-    return torch.stack([t.ar().sum() + t.hidden(0, False) for t, _ in found]).sum() / (len(batch) * LENGTH)
+    return torch.stack([t.ar().sum() + t.masked_loss(0, False) for t, _ in found]).sum() / (len(batch) * LENGTH)
 
 
 def fast_dllm_v2(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
-    """Shifted, complementary views: every token is predicted once, by the place before it.
+    """Shifted, complementary views: every token is predicted once, by the position before it.
 
     Inside a block from the view that hides it; the first token of a block from the finished block before.
     """
@@ -139,9 +143,9 @@ def fast_dllm_v2(model: Transformer, batch: Any, objective: ObjectiveConfig) -> 
     for text, _ in texts_and_levels(model, batch, objective):
         size = text.block_size
         assert torch.equal(text.masked[0], ~text.masked[1])
-        place = torch.arange(LENGTH)
-        whole_blocks = place[None, :] // size <= place[:, None] // size
-        finished = model(text.clean, place, whole_blocks)
+        position = torch.arange(LENGTH)
+        whole_blocks = position[None, :] // size <= position[:, None] // size
+        finished = model(text.clean, position, whole_blocks)
         targets = torch.cat([text.clean, text.after])
         for start in text.starts:
             losses.append(F.cross_entropy(finished[start + size - 1], targets[start + size]))
@@ -156,7 +160,7 @@ def fast_dllm_v2(model: Transformer, batch: Any, objective: ObjectiveConfig) -> 
 
 def bd3(model: Transformer, batch: Any, objective: ObjectiveConfig) -> Tensor:
     """The block NELBO under the linear schedule: 1/t losses block by block, t clipped, in blocks of 4."""
-    assert all(0.45 <= float(level) <= 0.95 for sample in batch for level in sample["level"])
+    assert all(0.45 <= float(level) <= 0.95 for sample in batch for level in sample["noise_level"])
     return efficient_dlm(model, batch, objective)
 
 

@@ -275,7 +275,7 @@ def test_a_skipped_update_changes_nothing(bench: Bench, reference: list[dict[str
     assert codes == [0, 0], output
     assert bench.train("skipped", "train.iterations_to_skip=[3]")[0] == [0, 0]
     found = bench.steps("nan skip")
-    assert found[2]["grad_norm"] is None and found[2]["skipped: non-finite"] == 1
+    assert found[2]["grad_norm"] is None and found[2]["skipped/non_finite"] == 1
     assert found[:2] == reference[:2] and found[3:] == bench.steps("skipped")[2:]
 
 
@@ -451,7 +451,8 @@ def test_starts_without_progress_end(bench: Bench) -> None:
 
 
 def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
-    from nemodiff_train.training.callbacks.run_log import drop_after, recorded_norms
+    from nemodiff_train.resilience.gradient_guard import recorded_norms
+    from nemodiff_train.training.callbacks.run_log import drop_after
 
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "grad_norm": step / 3 if step != 2 else None}) for step in range(1, 7)]

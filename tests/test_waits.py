@@ -3,6 +3,8 @@
 Shown with tensors that have no values. The test of the output layer is in tests/test_head.py.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +14,7 @@ from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.plan import segmented_plan
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import gradient_of, reduce, report, sums
-from nemodiff_train.training.callbacks.loss_breakdown import LossTally
+from nemodiff_train.objective.loss import loss_sums, loss_weights, report
 
 LENGTH, ROWS = 96, 2
 
@@ -25,8 +26,8 @@ def fake() -> FakeTensorMode:
 
 def batch() -> dict[str, Tensor]:
     """The shapes of a micro-batch of one noisy view."""
-    halves = {"loss_mask": 2 * LENGTH, "maskable": LENGTH, "level": LENGTH, "slot": LENGTH}
-    return {name: torch.zeros(ROWS, places) for name, places in halves.items()}
+    halves = {"loss_mask": 2 * LENGTH, "maskable": LENGTH, "noise_level": LENGTH, "index_in_block": LENGTH}
+    return {name: torch.zeros(ROWS, positions) for name, positions in halves.items()}
 
 
 def test_reading_a_value_is_noticed(fake: FakeTensorMode) -> None:
@@ -49,15 +50,20 @@ def test_plans_of_samples_that_differ(fake: FakeTensorMode, shard: ContextParall
 
 
 def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
+    from nemodiff_train.runtime import init_runtime
+
+    init_runtime()
+    from nemodiff_train.config.context import StepContext
+    from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
+
     with fake:
         samples, losses = batch(), torch.zeros(ROWS, 2 * LENGTH)
         objective = ObjectiveConfig()
-        found = sums(losses, samples, 1)
-        report(found, *reduce(found, objective, 0.3), 1)
-        gradient_of(lambda some: reduce(sums(some, samples, 1), objective, 0.3)[0], losses)
-        tally = LossTally()
-        tally.add(samples, losses)
-        tally.add(samples, losses)
+        weights, denominator = loss_weights(samples, objective, 0.3)
+        report(loss_sums(losses, samples), (losses * weights).sum(), denominator, objective)
+        breakdown = LossBreakdown(StepContext(Path()))
+        breakdown.add(samples, losses)
+        breakdown.add(samples, losses)
 
 
 def test_attention_over_a_plan(fake: FakeTensorMode) -> None:

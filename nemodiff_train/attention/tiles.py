@@ -135,11 +135,11 @@ def _tiles(
 ) -> tuple[Tensor, Tensor]:
     """Return whether any pair of a tile is allowed, and whether all are: [rows, query tiles, key tiles] each."""
     query = _Bounds(
-        query_segments.view, *map(query_segments.interval, (queries.place, queries.block, queries.seen_document()))
+        query_segments.view, *map(query_segments.interval, (queries.position, queries.block, queries.seen_document()))
     )
     # The document of a padding key is no query's: a segment with such keys is never allowed in full, and one of
     # nothing else never at all.
-    key = _Bounds(key_segments.view, *map(key_segments.interval, (keys.place, keys.block, keys.document)))
+    key = _Bounds(key_segments.view, *map(key_segments.interval, (keys.position, keys.block, keys.document)))
     # [rows, query tiles, key tiles] number of pairs of segments with any allowed pair, and with no other.
     some = _count_by_tile(_allowed(query, key, block_causal), query_segments, key_segments)
     full = _count_by_tile(_allowed(query.swapped(), key.swapped(), block_causal), query_segments, key_segments)

@@ -35,7 +35,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--messages-field", default="messages", metavar="NAME", help="with --chat (default messages)")
     parser.add_argument("--prompt-field", metavar="NAME", help="with --chat: the field with a single prompt")
     parser.add_argument("--answer-field", metavar="NAME", help="with --prompt-field: the field with its answer")
-    parser.add_argument("--split", default="train", help="of a Hugging Face data set (default train)")
+    parser.add_argument("--split", default="train", help="split of a Hugging Face data set (default train)")
     parser.add_argument("--glob", default="*", metavar="PATTERN", help="files to take from directories")
     parser.add_argument(
         "--eod-token", metavar="TOKEN", help="ends documents (default: the EOS token), or answers (the template's)"
@@ -45,7 +45,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="tokenizing processes (default: one a core); the result does not depend on it",
+        help="tokenizing processes (default: one per core); the result does not depend on it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
 
@@ -72,11 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from nemodiff_train.data.prepare import Options, prepare
+    from nemodiff_train.data.prepare import PrepareOptions, prepare
 
-    fields = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
+    fields = {name: getattr(arguments, name) for name in PrepareOptions.__dataclass_fields__}
     try:
-        manifest = prepare(Options(**fields))
+        manifest = prepare(PrepareOptions(**fields))
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues from there")
         return 130

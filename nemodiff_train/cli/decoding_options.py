@@ -12,11 +12,11 @@ _HELP: dict[str, str] = {
     "temperature": "0 is greedy; above, tokens are drawn",
     "top_k": "draw from the k most probable tokens; 0 for all",
     "top_p": "draw from the most probable tokens that reach this probability",
-    "seed": "of the draws",
-    "policy": "which places block diffusion fixes: threshold, leftmost, entropy or fixed",
-    "threshold": "probability from which block diffusion fixes a place",
+    "seed": "seed of the draws",
+    "policy": "which positions block diffusion unmasks: threshold, leftmost, entropy or fixed",
+    "threshold": "probability from which block diffusion unmasks a position",
     "entropy_bound": "nats, for --policy entropy",
-    "steps": "forwards of a block, for --policy fixed",
+    "steps": "forwards per block, for --policy fixed",
     "search_budget": "forwards the oracle may spend on a prompt",
 }
 
@@ -29,7 +29,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (%(default)s)"
         )
-    parser.add_argument("--block-size", type=int, help="places of a block or draft (default: as trained)")
+    parser.add_argument("--block-size", type=int, help="positions of a block or draft (default: as trained)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )

@@ -11,10 +11,6 @@ class DiagnosticsConfig:
     loss_interval: int = 10
     """Steps between reports of the diffusion loss by noise level and by position in the block; 0 for none."""
 
-    gradient_interval: int = 0
-    """Steps between measurements of the gradients of both losses: their norms, variances and cosine. Each takes four
-    more forward and backward passes, and memory for four more gradients; 0 for none."""
-
 
 @dataclass(kw_only=True)
 class EvaluationConfig:

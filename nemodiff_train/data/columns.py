@@ -1,18 +1,21 @@
-"""What is taken from a record: a text, or a conversation."""
+"""The fields of a record that make a document: a text, or a conversation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nemodiff_train.errors import UserError, nearest
+
+Message = dict[str, object]
+"""A message as a chat template takes it, with ``role`` and ``content``."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and where they come from."""
+    """The messages of a conversation."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     where: str
+    """File and line, for messages to the user."""
 
 
 Document = str | Conversation
@@ -20,58 +23,58 @@ Document = str | Conversation
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A text."""
+    """A field that holds a text."""
 
     name: str
     option = "--text-field"
-    """The option that names the field, for messages."""
+    """The option that names the field, for messages to the user."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The fields that make a document."""
+        """Names of the fields that make a document."""
         return (self.name,)
 
-    def document(self, row: Mapping[str, Any], where: str) -> str | None:
-        """The document in a row that has these fields, None where there is nothing in it.
+    def document(self, row: Mapping[str, object], where: str) -> str | None:
+        """Return the document in a row that has these fields, None where it is empty.
 
         Raises:
-            UserError: A field holds something else.
+            UserError: A field is of another type.
         """
         return _text(row[self.name], self.name, where, self.option)
 
 
 @dataclass(frozen=True)
 class MessagesColumn:
-    """A list of messages, each with a ``role`` and what it says."""
+    """A field that holds a list of messages, each with ``role`` and ``content``."""
 
     name: str
     option = "--messages-field"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As of :class:`TextColumn`."""
+        """Names of the fields that make a document."""
         return (self.name,)
 
-    def document(self, row: Mapping[str, Any], where: str) -> Conversation | None:
-        """As of :class:`TextColumn`."""
+    def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
+        """Return the conversation in a row; see :class:`TextColumn`."""
         messages = row[self.name]
         if not messages:
             return None
         if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
-            raise UserError(f"{where}: '{self.name}' is no list of messages with 'role' and 'content'")
+            raise UserError(f"{where}: '{self.name}' is not a list of messages with 'role' and 'content'")
         roles = [str(message["role"]) for message in messages]
         if "assistant" not in roles:
-            raise UserError(f"{where}: no message of the role 'assistant' to learn; its roles: {', '.join(roles)}")
+            raise UserError(f"{where}: no message of role 'assistant' to learn; its roles: {', '.join(roles)}")
         for message in messages:
             if isinstance(message.get("content"), str):
                 _text(message["content"], self.name, where, self.option)
-        # Columns of Parquet have every key in every message.
+        # A Parquet column has every key in every message.
         return Conversation([{k: v for k, v in m.items() if v is not None} for m in messages], where)
 
 
 @dataclass(frozen=True)
 class AnswerColumns:
-    """A prompt and its answer."""
+    """Two fields that hold a prompt and its answer."""
 
     prompt: str
     answer: str
@@ -79,16 +82,15 @@ class AnswerColumns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As of :class:`TextColumn`."""
+        """Names of the fields that make a document."""
         return (self.prompt, self.answer)
 
-    def document(self, row: Mapping[str, Any], where: str) -> Conversation | None:
-        """As of :class:`TextColumn`."""
-        said = [_text(row[name], name, where, self.option) for name in self.names]
-        if not all(said):
+    def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
+        """Return the conversation in a row; see :class:`TextColumn`."""
+        prompt, answer = (_text(row[name], name, where, self.option) for name in self.names)
+        if not prompt or not answer:
             return None
-        roles = "user", "assistant"
-        return Conversation([{"role": r, "content": s} for r, s in zip(roles, said, strict=True)], where)
+        return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], where)
 
 
 Columns = TextColumn | MessagesColumn | AnswerColumns
@@ -98,7 +100,7 @@ def require(columns: Columns, existing: Sequence[str], where: str) -> None:
     """Refuse records that lack a field.
 
     Raises:
-        UserError: Names it, and the fields that are there.
+        UserError: Names the missing field and the existing ones.
     """
     for name in columns.names:
         if name not in existing:

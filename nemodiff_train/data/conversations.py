@@ -1,9 +1,9 @@
-"""Packs of conversations from Megatron's indexed data set; see :mod:`nemodiff_train.objective.conversation`."""
+"""Pack conversations from Megatron's indexed data set; see :mod:`nemodiff_train.objective.conversation`."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.bridge.training.config import GPTDatasetConfig
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -16,18 +16,18 @@ from nemodiff_train.data.packing import pack
 from nemodiff_train.errors import UserError
 
 
-@dataclass(init=False)  # its parent's takes what this adds nothing to
+@dataclass(init=False)  # the parent's __init__ takes no further settings
 class PackConfig(GPTDatasetConfig):
     """Megatron's settings of a data set, and the grid that answers are padded to."""
 
     block_size: int = 1
-    """Positions that an answer is rounded up to; 1 for no padding."""
+    """Number of positions that an answer is rounded up to; 1 for no padding."""
 
 
 class ConversationDataset(MegatronDataset):
-    """Whole conversations, packed into samples of at most ``sequence_length`` places.
+    """Whole conversations, packed into samples of at most ``sequence_length`` positions.
 
-    The packs are the same in every epoch, their order is not.  A conversation that is too long on its own is
+    The packs are the same in every epoch, their order is not. A conversation that is too long on its own is
     cut; one without an answer before the cut is left out.
     """
 
@@ -35,30 +35,33 @@ class ConversationDataset(MegatronDataset):
         self,
         dataset: IndexedDataset,
         dataset_path: str | None,
-        indices: Any,
+        indices: npt.NDArray[np.int64],
         num_samples: int | None,
         index_split: Split,
         config: PackConfig,
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         lengths, firsts = dataset.sequence_lengths.astype(np.int64), dataset.document_indices.astype(np.int64)
-        answer = np.arange(len(lengths)) - np.repeat(firsts[:-1], np.diff(firsts))
-        padded = np.where(answer % 2 == 1, -(-lengths // config.block_size) * config.block_size, lengths)
-        places = np.add.reduceat(padded, firsts[:-1])[indices]
+        # Sequences of a document alternate between prompt and answer; answers are padded to whole blocks.
+        turn = np.arange(len(lengths)) - np.repeat(firsts[:-1], np.diff(firsts))  # [sequences] index in its document
+        padded = np.where(turn % 2 == 1, -(-lengths // config.block_size) * config.block_size, lengths)
+        sizes = np.add.reduceat(padded, firsts[:-1])[indices]  # [documents of the split] positions
+        # A conversation whose first prompt fills the sample has no answer in it.
         usable = indices[lengths[firsts[indices]] < config.sequence_length]
         if not len(usable):
             raise UserError(
                 f"{dataset_path}: no conversation's first answer begins within dataset.seq_length="
                 f"{config.sequence_length}; raise it"
             )
-        sizes = places[np.isin(indices, usable)].clip(max=config.sequence_length)
-        bins = pack(sizes, config.sequence_length, config.random_seed)
+        usable_sizes = sizes[np.isin(indices, usable)].clip(max=config.sequence_length)
+        bins = pack(usable_sizes, config.sequence_length, config.random_seed)
         self.packs = [[int(usable[item]) for item in items] for items in bins]
-        self._order: tuple[int, Any] = (-1, None)
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """Documents."""
+        """Return the number of documents."""
         return len(low_level_dataset.document_indices) - 1
 
     build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
@@ -67,17 +70,17 @@ class ConversationDataset(MegatronDataset):
         return self.num_samples or len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A pack, as :meth:`nemodiff_train.objective.conversation.ConversationMaker.clean` takes it."""
-        epoch, place = divmod(index, len(self.packs))
-        if self._order[0] != epoch:
+        """Return a pack for :meth:`nemodiff_train.objective.conversation.ConversationMaker.clean`."""
+        epoch, number = divmod(index, len(self.packs))
+        if self._epoch != epoch:
             draw = np.random.default_rng([self.config.random_seed, epoch])
-            self._order = epoch, draw.permutation(len(self.packs))
-        documents = self.packs[self._order[1][place]]
-        turns = [range(*self.dataset.document_indices[each : each + 2].tolist()) for each in documents]
-        tokens = [self.dataset[sequence] for turn in turns for sequence in turn]
+            self._epoch, self._order = epoch, draw.permutation(len(self.packs))
+        documents = self.packs[self._order[number]]
+        turns = [range(*self.dataset.document_indices[document : document + 2].tolist()) for document in documents]
+        tokens = [self.dataset[sequence] for sequences in turns for sequence in sequences]
         return {
             "tokens": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
-            "lengths": torch.tensor([len(each) for each in tokens]),
-            "answers": torch.tensor([place % 2 == 1 for turn in turns for place in range(len(turn))]),
-            "conversations": torch.tensor([number for number, turn in enumerate(turns) for _ in turn]),
+            "lengths": torch.tensor([len(sequence) for sequence in tokens]),
+            "answers": torch.tensor([turn % 2 == 1 for sequences in turns for turn in range(len(sequences))]),
+            "conversations": torch.tensor([document for document, sequences in enumerate(turns) for _ in sequences]),
         }

@@ -1,4 +1,4 @@
-"""Text to token ids, in several processes, in order."""
+"""Encode documents as token ids, in several processes, in order."""
 
 import os
 import signal
@@ -23,53 +23,52 @@ _BATCHES_AHEAD = 4  # for each worker: enough to keep it busy, few enough to bou
 
 
 class EncodedDocument(NamedTuple):
-    """One document of a data set: token ids, and the lengths of the sequences that it is made of."""
+    """One document of a data set."""
 
     tokens: npt.NDArray[np.int32]
+    """[tokens] ids of all its sequences."""
     lengths: list[int]
+    """Number of tokens of each sequence."""
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What some inputs become, in order.
-
-    Attributes:
-        inputs: Texts or conversations.
-        documents: Theirs; a conversation may become several.
-        text_bytes: UTF-8 bytes of the text.
-    """
+    """Some inputs as documents, in order."""
 
     inputs: int
+    """Number of texts or conversations."""
     documents: list[EncodedDocument]
+    """A conversation may become several."""
     text_bytes: int
+    """UTF-8 bytes of the text."""
 
     @property
     def tokens(self) -> int:
-        """Token ids of all documents."""
+        """Number of token ids of all documents."""
         return sum(len(document.tokens) for document in self.documents)
 
 
-class Encoder(Protocol):
-    """Turns documents into token ids; pickled to the workers."""
+class Encoder[Item](Protocol):
+    """Turn texts or conversations into token ids; pickled to the workers."""
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """What it encodes with."""
+        """The tokenizer that it encodes with."""
         ...
 
     @property
     def eod_token_id(self) -> int:
-        """What ends documents, or answers."""
+        """The token that ends documents, or answers."""
         ...
 
-    def __call__(self, documents: tuple[Any, ...], /) -> EncodedBatch:
+    def __call__(self, batch: tuple[Item, ...], /) -> EncodedBatch:
         """Encode a batch."""
         ...
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns texts into documents of one sequence, with no special tokens but the end of the document."""
+    """Turn texts into documents of one sequence, with no special tokens but the end of the document."""
 
     tokenizer: "PreTrainedTokenizerBase"
     eod_token_id: int
@@ -78,18 +77,23 @@ class TextEncoder:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
-        parts = [np.array([*ids, self.eod_token_id], dtype=np.int32) for ids in encoded]
-        documents = [EncodedDocument(part, [len(part)]) for part in parts]
+        sequences = [np.array([*ids, self.eod_token_id], dtype=np.int32) for ids in encoded]
+        documents = [EncodedDocument(sequence, [len(sequence)]) for sequence in sequences]
         return EncodedBatch(len(texts), documents, sum(len(text.encode()) for text in texts))
 
 
-def encode_in_order(texts: Iterable[Any], encoder: Encoder, workers: int) -> Iterator[EncodedBatch]:
-    """Encode ``texts`` in batches; the result does not depend on ``workers``.
+def encode_in_order[Item](items: Iterable[Item], encoder: Encoder[Item], workers: int) -> Iterator[EncodedBatch]:
+    """Encode texts or conversations in batches; the result does not depend on ``workers``.
 
-    One worker encodes in this process.  An exception of ``texts`` is raised once the batches before
-    it are out; a worker that dies raises BrokenProcessPool.
+    Args:
+        items: Texts or conversations. An exception of theirs is raised after the batches before it.
+        encoder: Encodes a batch.
+        workers: Number of processes; 1 encodes in this process.
+
+    Raises:
+        BrokenProcessPool: A worker has died.
     """
-    batches = batched(texts, BATCH_DOCUMENTS)
+    batches = batched(items, BATCH_DOCUMENTS)
     if workers == 1:
         yield from map(encoder, batches)
         return
@@ -109,24 +113,24 @@ def encode_in_order(texts: Iterable[Any], encoder: Encoder, workers: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Encoder
+_encoder: Encoder[Any]  # of a worker
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder[Any]) -> None:
     global _encoder
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """A pool's workers would outlive a parent killed by SIGKILL and wait for work for ever."""
+    """End this worker with its parent; after a SIGKILL of the parent it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _encode(texts: tuple[Any, ...]) -> EncodedBatch:
-    return _encoder(texts)
+def _encode(batch: tuple[object, ...]) -> EncodedBatch:
+    return _encoder(batch)

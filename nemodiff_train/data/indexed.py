@@ -1,4 +1,4 @@
-"""Megatron-Core's indexed data set, imported quietly; it takes about 10 seconds, so import this late."""
+"""Import Megatron-Core's indexed data set without its warnings; it takes about 10 seconds, so import this late."""
 
 import logging
 import warnings
@@ -7,9 +7,9 @@ with warnings.catch_warnings():
     # About Transformer Engine, Apex and CUDA, none of which these files need.
     warnings.simplefilter("ignore")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 # Opening a file logs on rank 0 alone, and warns where there are no ranks.
 warnings.filterwarnings("ignore", "Could not determine rank")
 
-__all__ = ["DType", "IndexedDataset", "IndexedDatasetBuilder"]
+__all__ = ["IndexedDataset", "IndexedDatasetBuilder"]

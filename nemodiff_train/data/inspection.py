@@ -1,7 +1,7 @@
-"""``nemodiff data inspect``: what a prepared data set holds, and whether it is intact."""
+"""Show what a prepared data set holds, and whether it is intact."""
 
+from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nemodiff_train.console import console
-from nemodiff_train.data.manifest import Manifest, verify_checksums
+from nemodiff_train.data.index_file import read_index
+from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemodiff_train.errors import UserError
 
@@ -21,65 +22,56 @@ def inspect(prefix: str, verify: bool) -> None:
     """Print the manifest and the beginnings of the first documents to standard output.
 
     Args:
-        prefix: Of the data set's files.
-        verify: Compare the checksums too, which reads all of ``.bin`` and ``.idx``.
+        prefix: Prefix of the data set.
+        verify: Also compare the checksums, which reads all of ``.bin`` and ``.idx``.
 
     Raises:
-        UserError: There is no prepared data set, or a checksum differs.
+        UserError: There is no complete data set, or a checksum differs.
     """
-    manifest = Manifest.read(prefix)
-    if manifest is None:
-        raise UserError(f"{prefix}.json: no such manifest; make the data set with 'nemodiff data prepare'")
-    for suffix in (".bin", ".idx"):
-        if not Path(prefix + suffix).is_file():
-            raise UserError(f"{prefix}{suffix}: no such file, although the manifest is there; prepare it again")
+    manifest = Manifest.require(prefix)
     if verify:
-        verify_checksums(prefix, manifest)
+        manifest.verify_checksums(prefix)
     output = Console(highlight=False)
     output.print(_table(prefix, manifest, verify))
     try:
-        texts = _first_texts(prefix, manifest)
+        for name, text in _beginnings(prefix, manifest):
+            output.print(Text(f"{name}: {text!r}"), soft_wrap=True)
     except UserError as error:  # the tokenizer may be on another machine; the rest is still of use
         console.print(Text(f"documents not shown: {error}"), soft_wrap=True)
-        return
-    for name, text in texts:
-        output.print(Text(f"{name}: {text!r}"), soft_wrap=True)
 
 
 def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
     table = Table(title=Text(prefix), show_header=False)
     tokenizer = manifest.tokenizer
-    rows = {
-        "documents": f"{manifest.documents:,}",
-        "tokens": f"{manifest.tokens:,} ({manifest.dtype})",
-        "text": f"{manifest.bytes:,} bytes ({manifest.bytes / manifest.tokens:.2f} a token)",
-        "tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:12]})",
-        "end of turn" if manifest.chat_template else "end of document": str(manifest.eod_token_id),
-        "checksums": "verified" if verified else "not checked (--verify)",
-    }
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
+    rows = [
+        ("documents", f"{manifest.documents:,}"),
+        ("tokens", f"{manifest.tokens:,} ({manifest.dtype})"),
+        ("text", f"{manifest.bytes:,} bytes ({manifest.bytes / manifest.tokens:.2f} per token)"),
+        ("tokenizer", f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:12]})"),
+        ("end of turn" if manifest.chat_template else "end of document", str(manifest.eod_token_id)),
+        ("checksums", "verified" if verified else "not checked (--verify)"),
+    ]
     for source in manifest.inputs:
         split = f", split {source.split}" if source.split else ""
-        table.add_row("input", Text(f"{source.path} ({source.files:,} files, {source.bytes:,} bytes{split})"))
+        rows.append(("input", f"{source.path} ({source.files:,} files, {source.bytes:,} bytes{split})"))
+    for name, value in rows:
+        table.add_row(name, Text(value))
     return table
 
 
-def _first_texts(prefix: str, manifest: Manifest) -> list[tuple[str, str]]:
-    """Names and beginnings of what the first documents consist of."""
-    from nemodiff_train.data.indexed import IndexedDataset
-
+def _beginnings(prefix: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield the name and the beginning of each sequence of the first documents."""
     tokenizer = load_tokenizer(manifest.tokenizer.name)
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer.fingerprint:
-        raise UserError(f"{manifest.tokenizer.name} is not the tokenizer it once was")
-    dataset = IndexedDataset(prefix)
-    found = []
-    for number, (start, end) in enumerate(pairwise(dataset.document_indices[: _SHOWN_DOCUMENTS + 1].tolist())):
+        raise UserError(f"{manifest.tokenizer.name} has changed since")
+    index = read_index(prefix)
+    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    for number, (start, end) in enumerate(pairwise(index.document_ends[: _SHOWN_DOCUMENTS + 1].tolist())):
         for sequence in range(start, end):
-            # No token stands for less than a byte, so 4 tokens a character are enough.
-            head = dataset[sequence][: 4 * _SHOWN_CHARACTERS].astype(np.int64).tolist()
-            name = f"document {number}"
-            if manifest.chat_template:
-                name = f"conversation {number}, {'answer' if (sequence - start) % 2 else 'given'}"
-            found.append((name, str(tokenizer.decode(head))[:_SHOWN_CHARACTERS]))
-    return found
+            first = int(index.offsets[sequence]) // index.dtype.itemsize
+            # No token stands for less than one byte, so 4 tokens per character are enough.
+            length = min(int(index.lengths[sequence]), 4 * _SHOWN_CHARACTERS)
+            text = str(tokenizer.decode(tokens[first : first + length].tolist()))
+            role = "answer" if (sequence - start) % 2 else "prompt"
+            name = f"conversation {number}, {role}" if manifest.chat_template else f"document {number}"
+            yield name, text[:_SHOWN_CHARACTERS]

@@ -1,8 +1,8 @@
-"""The unfinished output: parts that survive an interruption, then merged and moved into place.
+"""The unfinished output of ``nemodiff data``: chunks that survive an interruption, then joined and moved into place.
 
-``PREFIX.parts/`` holds ``00000.{bin,idx}``, ``00001...`` and ``state.json``, which lists the finished
-ones; a part that it does not list is written again.  The merge needs the size of the output once more.
-Where prepared data sets are merged, those are the parts, and they stay where they are.
+``PREFIX.partial/`` holds the chunks ``00000.{bin,idx}``, ``00001...`` and ``state.json``, which lists the finished
+ones; a chunk that it does not list is written again. Joining needs the size of the output once more. Where prepared
+data sets are merged, they are the chunks, and they stay where they are.
 """
 
 import fcntl
@@ -11,50 +11,63 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from nemodiff_train.data.encode import EncodedBatch
-from nemodiff_train.data.manifest import Manifest, Plan, count_tokens, sha256_of
+from nemodiff_train.data.manifest import Manifest, Provenance, count_tokens, sha256_of
 from nemodiff_train.errors import UserError
 
-PART_BYTES = 128 << 20  # of text: a minute or so of one worker's time is lost at most
+if TYPE_CHECKING:
+    from nemodiff_train.data.indexed import IndexedDatasetBuilder
+
+CHUNK_BYTES = 128 << 20  # of text: an interruption costs a minute or so of one worker's time
 SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")  # the manifest last: it vouches for the others
 
 
-class Totals(BaseModel):
+class Size(BaseModel):
     """Number of documents, of tokens, and of UTF-8 bytes of text."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
 
-    def add(self, other: "Totals") -> "Totals":
-        return Totals(
+    def __add__(self, other: "Size") -> "Size":
+        return Size(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
             bytes=self.bytes + other.bytes,
         )
 
 
+class Chunk(BaseModel):
+    """A finished chunk."""
+
+    stem: str
+    """Path of its files without ``.bin``, absolute or relative to ``PREFIX.partial/``."""
+    size: Size
+
+
 class _State(BaseModel):
-    plan: Plan
-    parts: list[Totals] = []
-    shards: list[str] = []
-
-    def same(self, other: "_State") -> bool:
-        return self.plan.same_output(other.plan) and self.shards == other.shards
+    provenance: Provenance
+    chunks: list[Chunk] = []
 
 
-class Parts:
-    """The parts of one output, written by one process at a time (see `locked`)."""
+class PartialOutput:
+    """The chunks of one output, written by one process at a time (see `locked`).
 
-    def __init__(self, prefix: str, plan: Plan, shards: Sequence[str] = ()) -> None:
+    Args:
+        prefix: Prefix of the output.
+        provenance: Everything that determines its tokens.
+    """
+
+    def __init__(self, prefix: str, provenance: Provenance) -> None:
         self._prefix = prefix
-        self._folder = Path(f"{prefix}.parts")
-        self._state = _State(plan=plan, shards=list(shards))
+        self._folder = Path(f"{prefix}.partial")
+        self._state = _State(provenance=provenance)
+        self._dtype = np.dtype(token_type(provenance.tokenizer.vocab_size))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,32 +88,32 @@ class Parts:
                 raise UserError(f"{self._folder}: another process is preparing this output") from error
             yield
 
-    def restore(self, overwrite: bool) -> Totals:
-        """Take over the finished parts of an interrupted run.
+    def restore(self, overwrite: bool) -> Size:
+        """Take over the finished chunks of an interrupted run.
 
         Args:
-            overwrite: Drop parts that do not fit the plan instead of refusing them.
+            overwrite: Drop chunks of another output instead of refusing them.
 
         Returns:
-            What they hold together.
+            The size of all finished chunks.
 
         Raises:
             UserError: They were made from other inputs or with another tokenizer.
         """
         stored = self._stored()
-        if stored is not None and stored.same(self._state):
-            self._state.parts = stored.parts
+        if stored is not None and stored.provenance.same_output(self._state.provenance):
+            self._state.chunks = stored.chunks
         elif stored is not None and not overwrite:
             raise UserError(
                 f"{self._folder}: left by an interrupted run with other inputs, tokenizer or options; "
                 "repeat that command, or start afresh with --overwrite"
             )
-        return self.totals
+        return self.size
 
     def resumable(self) -> bool:
-        """Whether an interrupted run of the same plan left finished parts."""
+        """Return whether an interrupted run of the same output left its state."""
         stored = self._stored()
-        return stored is not None and stored.same(self._state)
+        return stored is not None and stored.provenance.same_output(self._state.provenance)
 
     def _stored(self) -> _State | None:
         path = self._folder / "state.json"
@@ -109,91 +122,79 @@ class Parts:
         except ValidationError as error:
             raise UserError(f"{path}: damaged; remove the directory {self._folder} to start afresh") from error
 
-    def adopt(self, totals: Sequence[Totals]) -> None:
-        """Take the shards for the parts; ``totals`` says what each holds."""
-        self._state.parts = list(totals)
+    @property
+    def size(self) -> Size:
+        """The size of all finished chunks."""
+        return sum((chunk.size for chunk in self._state.chunks), Size())
+
+    def adopt(self, chunks: Sequence[Chunk]) -> None:
+        """Use finished data sets as the chunks."""
+        self._state.chunks = list(chunks)
         self._save_state()
 
-    @property
-    def totals(self) -> Totals:
-        """What the finished parts hold together."""
-        total = Totals()
-        for part in self._state.parts:
-            total = total.add(part)
-        return total
-
-    def write(
-        self,
-        batches: Iterator[EncodedBatch],
-        dtype: type[np.integer[Any]],
-        progress: Callable[[Totals], None],
-    ) -> None:
-        """Write every batch, part by part; ``progress`` hears of each batch."""
-        while (part := self._write_part(batches, dtype, progress)).documents:
-            self._state.parts.append(part)
+    def write(self, batches: Iterator[EncodedBatch], progress: Callable[[Size], None]) -> None:
+        """Write all batches, chunk by chunk; ``progress`` is called with the size of each batch."""
+        while (chunk := self._write_chunk(batches, progress)).size.documents:
+            self._state.chunks.append(chunk)
             self._save_state()
 
-    def _write_part(
-        self,
-        batches: Iterator[EncodedBatch],
-        dtype: type[np.integer[Any]],
-        progress: Callable[[Totals], None],
-    ) -> Totals:
-        from nemodiff_train.data.indexed import IndexedDatasetBuilder
-
-        stem = self._stem(len(self._state.parts))
-        builder = IndexedDatasetBuilder(f"{stem}.bin", dtype=dtype)
-        part = Totals()
+    def _write_chunk(self, batches: Iterator[EncodedBatch], progress: Callable[[Size], None]) -> Chunk:
+        stem = f"{len(self._state.chunks):05d}"
+        builder = self._builder(stem)
+        size = Size()
         for batch in batches:
             for document in batch.documents:
                 builder.add_document(*document)
-            written = Totals(documents=batch.inputs, tokens=batch.tokens, bytes=batch.text_bytes)
-            part = part.add(written)
+            written = Size(documents=batch.inputs, tokens=batch.tokens, bytes=batch.text_bytes)
+            size += written
             progress(written)
-            if part.bytes >= PART_BYTES:
+            if size.bytes >= CHUNK_BYTES:
                 break
-        _finalize(builder, stem)
-        return part
+        self._finalize(builder, stem)
+        return Chunk(stem=stem, size=size)
 
-    def publish(self, dtype: type[np.integer[Any]]) -> Manifest:
-        """Merge the parts, move the result to its place and remove the parts."""
-        from nemodiff_train.data.indexed import IndexedDatasetBuilder
-
-        merged = str(self._folder / "merged")
-        builder = IndexedDatasetBuilder(f"{merged}.bin", dtype=dtype)
-        for number in range(len(self._state.parts)):
-            builder.add_index(self._stem(number))
-        _finalize(builder, merged)
-        manifest = self._describe(merged, dtype)
+    def publish(self) -> Manifest:
+        """Join the chunks, move the result into place and remove the chunks."""
+        joined = str(self._folder / "joined")
+        builder = self._builder("joined")
+        for chunk in self._state.chunks:
+            builder.add_index(str(self._folder / chunk.stem))
+        self._finalize(builder, "joined")
+        manifest = self._describe(joined)
         Path(f"{self._prefix}.json").unlink(missing_ok=True)  # it describes the files about to be replaced
         for suffix in SUFFIXES:
-            _sync(Path(merged + suffix)).replace(self._prefix + suffix)
+            _sync(Path(joined + suffix)).replace(self._prefix + suffix)
         self.discard()
         return manifest
 
-    def _describe(self, merged: str, dtype: type[np.integer[Any]]) -> Manifest:
-        """Write the counts and the manifest of the merged files beside them."""
-        plan = self._state.plan
-        counts = count_tokens(Path(f"{merged}.bin"), dtype, plan.tokenizer.vocab_size)
-        np.save(f"{merged}.counts.npy", counts)
+    def _describe(self, joined: str) -> Manifest:
+        """Write the counts and the manifest of the joined files."""
+        provenance = self._state.provenance
+        counts = count_tokens(Path(f"{joined}.bin"), self._dtype, provenance.tokenizer.vocab_size)
+        np.save(f"{joined}.counts.npy", counts)
         manifest = Manifest(
-            **dict(plan),
-            **dict(self.totals),
-            dtype=np.dtype(dtype).name,
-            bin_sha256=sha256_of(Path(f"{merged}.bin")),
-            idx_sha256=sha256_of(Path(f"{merged}.idx")),
+            **dict(provenance),
+            **dict(self.size),
+            dtype=self._dtype.name,
+            bin_sha256=sha256_of(Path(f"{joined}.bin")),
+            idx_sha256=sha256_of(Path(f"{joined}.idx")),
         )
-        manifest.write(merged)
+        Path(f"{joined}.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         return manifest
 
     def discard(self) -> None:
-        """Remove the parts."""
+        """Remove the chunks."""
         shutil.rmtree(self._folder)
 
-    def _stem(self, number: int) -> str:
-        if self._state.shards:
-            return self._state.shards[number]
-        return str(self._folder / f"{number:05d}")
+    def _builder(self, stem: str) -> "IndexedDatasetBuilder":
+        from nemodiff_train.data.indexed import IndexedDatasetBuilder
+
+        return IndexedDatasetBuilder(f"{self._folder / stem}.bin", dtype=self._dtype.type)
+
+    def _finalize(self, builder: "IndexedDatasetBuilder", stem: str) -> None:
+        builder.finalize(f"{self._folder / stem}.idx")
+        for suffix in (".bin", ".idx"):
+            _sync(self._folder / f"{stem}{suffix}")
 
     def _save_state(self) -> None:
         draft = self._folder / "state.json.new"
@@ -201,14 +202,13 @@ class Parts:
         _sync(draft).replace(self._folder / "state.json")
 
 
-def _finalize(builder: Any, stem: str) -> None:
-    builder.finalize(f"{stem}.idx")
-    for suffix in (".bin", ".idx"):
-        _sync(Path(stem + suffix))
+def token_type(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """Return the smallest type that Megatron stores ids of this vocabulary in."""
+    return np.uint16 if vocab_size < 65_500 else np.int32
 
 
 def _sync(path: Path) -> Path:
-    """Make the content reach the disk before anything says that it is complete."""
+    """Flush a file to the disk, before anything says that it is complete."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path

@@ -1,4 +1,4 @@
-"""``nemodiff data prepare``: documents in, one indexed data set out."""
+"""Prepare one indexed data set from documents, continuing where an interrupted run stopped."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_digest
 from nemodiff_train.data.columns import AnswerColumns, Columns, MessagesColumn, TextColumn
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
-from nemodiff_train.data.manifest import Manifest, Plan, TokenizerInfo
-from nemodiff_train.data.partial_output import SUFFIXES, Parts, Totals
+from nemodiff_train.data.manifest import Manifest, Provenance, TokenizerInfo
+from nemodiff_train.data.partial_output import SUFFIXES, PartialOutput, Size
 from nemodiff_train.data.sources import Source, documents, resolve
 from nemodiff_train.data.tokenizer import (
     end_of_document_id,
@@ -27,19 +25,19 @@ from nemodiff_train.data.tokenizer import (
 from nemodiff_train.errors import UserError
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's arguments; see its help."""
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """The arguments of ``nemodiff data prepare``, which describes them in its help."""
 
     inputs: list[str]
     tokenizer: str
     output: str
-    text_field: str
-    split: str
-    glob: str
-    eod_token: str | None
-    workers: int
-    overwrite: bool
+    text_field: str = "text"
+    split: str = "train"
+    glob: str = "*"
+    eod_token: str | None = None
+    workers: int = 1
+    overwrite: bool = False
     chat: bool = False
     messages_field: str = "messages"
     prompt_field: str | None = None
@@ -54,25 +52,39 @@ class Options:
             return AnswerColumns(self.prompt_field, self.answer_field)
         return MessagesColumn(self.messages_field)
 
+    def check(self) -> None:
+        """Refuse options that contradict each other.
 
-def prepare(options: Options) -> Manifest:
-    """Prepare the data set, continuing an interrupted run; does nothing when it is there already.
+        Raises:
+            UserError: Names the option.
+        """
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: at least 1 is needed")
+        if (self.prompt_field is None) != (self.answer_field is None):
+            raise UserError("--prompt-field and --answer-field go together")
+        if self.prompt_field is not None and not self.chat:
+            raise UserError("--prompt-field and --answer-field go with --chat")
+        check_output(self.output)
+
+
+def prepare(options: PrepareOptions) -> Manifest:
+    """Prepare the data set, continuing an interrupted run; do nothing if it is there already.
 
     Returns:
         The manifest of the finished data set.
 
     Raises:
-        UserError: An input, the tokenizer or the output cannot be used.  Nothing is left behind then.
+        UserError: An input, the tokenizer or the output cannot be used. Nothing is left behind then.
     """
-    _check_options(options)
+    options.check()
     sources = resolve(options.inputs, options.columns, options.split, options.glob)
     tokenizer = load_tokenizer(options.tokenizer)
-    encoder: Encoder
+    encoder: Encoder[Any]
     if options.chat:
         encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, options.eod_token))
     else:
         encoder = TextEncoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
-    plan = Plan(
+    provenance = Provenance(
         tokenizer=TokenizerInfo(
             name=options.tokenizer,
             vocab_size=vocabulary_size(tokenizer),
@@ -83,104 +95,88 @@ def prepare(options: Options) -> Manifest:
         chat_template=template_digest(tokenizer) if options.chat else None,
         inputs=[source.info for source in sources],
     )
-    unfinished = Parts(options.output, plan)
-    if not options.overwrite and (finished := existing(options.output, plan, unfinished)):
+    partial = PartialOutput(options.output, provenance)
+    if not options.overwrite and (finished := existing(options.output, provenance, partial)):
         return finished
-    with unfinished.locked():
-        return _continue(options, sources, encoder, unfinished)
-
-
-def _check_options(options: Options) -> None:
-    if options.workers < 1:
-        raise UserError(f"--workers {options.workers}: at least 1 is needed")
-    if (options.prompt_field is None) != (options.answer_field is None):
-        raise UserError("--prompt-field and --answer-field go together")
-    if options.prompt_field is not None and not options.chat:
-        raise UserError("--prompt-field and --answer-field go with --chat")
-    check_output(options.output)
+    with partial.locked():
+        return _continue(options, sources, encoder, partial)
 
 
 def check_output(prefix: str) -> None:
-    """Refuse a directory where the prefix of files is meant.
+    """Refuse a directory in place of the prefix of files.
 
     Raises:
-        UserError: It is one.
+        UserError: It is a directory.
     """
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output {prefix}: a directory; give the files' prefix, as in DIR/NAME")
 
 
-def existing(prefix: str, plan: Plan, unfinished: Parts) -> Manifest | None:
-    """The data set that is there already, if it is the one planned; ``None`` where there is none.
+def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Manifest | None:
+    """Return the manifest of the data set if it is finished already, None where it has to be made.
 
     Raises:
-        UserError: Another one is there.
+        UserError: Another data set is there.
     """
     if not (present := [prefix + suffix for suffix in SUFFIXES if Path(prefix + suffix).exists()]):
         return None
     manifest = Manifest.read(prefix)
     if manifest is None:
-        if unfinished.resumable():  # interrupted while moving the files into place
+        if partial.resumable():  # interrupted while moving the files into place
             return None
         raise UserError(f"{present[0]}: exists and has no manifest; replace it with --overwrite")
-    if not manifest.same_tokens(plan):
+    if not manifest.same_tokens(provenance):
         raise UserError(
             f"{prefix}: prepared with another tokenizer ('{manifest.tokenizer.name}'), end-of-document token or "
             "chat template; refusing to mix tokenizers; choose another --output, or replace it with --overwrite"
         )
-    if not manifest.same_output(plan):
+    if not manifest.same_output(provenance):
         raise UserError(
             f"{prefix}: already holds a data set of other inputs; choose another --output, "
             "or replace it with --overwrite"
         )
     if len(present) < len(SUFFIXES):  # a file was deleted since: prepare it again
         return None
-    if unfinished.resumable():  # interrupted between moving the files and removing the parts
-        unfinished.discard()
+    if partial.resumable():  # interrupted between moving the files and removing the chunks
+        partial.discard()
     console.print(f"{prefix}: already complete, nothing to do", soft_wrap=True)
     return manifest
 
 
-def _continue(options: Options, sources: list[Source], encoder: Encoder, unfinished: Parts) -> Manifest:
-    """Write the parts that are missing, then publish."""
-    dtype = _token_type(encoder)
-    done = unfinished.restore(options.overwrite)
+def _continue(
+    options: PrepareOptions, sources: list[Source], encoder: Encoder[Any], partial: PartialOutput
+) -> Manifest:
+    """Write the chunks that are missing, then publish."""
+    done = partial.restore(options.overwrite)
     if done.documents:
         console.print(f"continuing after {done.documents:,} documents")
     try:
-        texts = islice(documents(sources), done.documents, None)
+        remaining = islice(documents(sources), done.documents, None)
         with _progress(done) as advance:
-            unfinished.write(encode_in_order(texts, encoder, options.workers), dtype, advance)
-        if unfinished.totals.documents == 0:
-            raise UserError(f"{', '.join(options.inputs)}: no documents in there that hold anything")
-        return unfinished.publish(dtype)
+            partial.write(encode_in_order(remaining, encoder, options.workers), advance)
+        if partial.size.documents == 0:
+            raise UserError(f"{', '.join(options.inputs)}: no documents with content in there")
+        return partial.publish()
     except UserError:
-        unfinished.discard()  # correcting the input changes it, so the parts would not fit it any more
+        partial.discard()  # correcting the input changes it, so the chunks would not fit it any more
         raise
     except (OSError, BrokenProcessPool) as error:
         raise UserError(f"{options.output}: {error}; the same command continues from there") from error
 
 
-def _token_type(encoder: Encoder) -> type[np.integer[Any]]:
-    """The smallest type that Megatron keeps this vocabulary in."""
-    from nemodiff_train.data.indexed import DType
-
-    return DType.optimal_dtype(vocabulary_size(encoder.tokenizer))
-
-
 @contextmanager
-def _progress(done: Totals) -> Iterator[Callable[[Totals], None]]:
-    """A count of documents, tokens a second and megabytes a second; the total is not known beforehand."""
+def _progress(done: Size) -> Iterator[Callable[[Size], None]]:
+    """Show documents, tokens per second and megabytes per second; the total is not known beforehand."""
     columns = "{task.fields[tokens]:,.0f} tokens/s", "{task.fields[megabytes]:.2f} MB/s"
     start = time.monotonic()
-    written = Totals()
+    written = Size()
     # A log file would get one last frame of the bar between its lines.
     with progress_bar(*columns, shown=console.is_terminal) as bar:
         task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
 
-        def advance(batch: Totals) -> None:
+        def advance(batch: Size) -> None:
             nonlocal written
-            written = written.add(batch)
+            written += batch
             seconds = time.monotonic() - start
             bar.update(
                 task,

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, directories, JSONL, Parquet and Hugging Face data sets."""
+"""Read documents from text files, directories, JSONL, Parquet and Hugging Face data sets."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from nemodiff_train.data.columns import Columns, Document, TextColumn, require
 from nemodiff_train.data.manifest import InputInfo
@@ -19,27 +18,25 @@ _HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """One INPUT: what it is, and a function that reads its documents in a fixed order.
-
-    The reader raises UserError, naming the file and line, at a record that holds something else; where one holds
-    nothing, it gives None.
-    """
+    """One INPUT."""
 
     info: InputInfo
     read: Callable[[], Iterator[Document | None]]
+    """Yields the documents in a fixed order, None for an empty record; raises UserError, naming file and line, at a
+    record that is not a document."""
 
 
 def resolve(inputs: Sequence[str], columns: Columns, split: str, glob: str) -> list[Source]:
-    """Find every INPUT without reading documents.
+    """Find every INPUT, without reading documents.
 
     Raises:
-        UserError: One is missing, empty, or not something that can be read.
+        UserError: One is missing, empty or unreadable.
     """
     return [_resolve_one(name, columns, split, glob) for name in inputs]
 
 
 def documents(sources: Iterable[Source]) -> Iterator[Document]:
-    """The documents that are not empty, in order."""
+    """Return the documents that are not empty, in order."""
     return filter(None, chain.from_iterable(source.read() for source in sources))
 
 
@@ -52,25 +49,25 @@ def _resolve_one(name: str, columns: Columns, split: str, glob: str) -> Source:
     if path.is_file():
         return _local(name, [path], columns)
     hub = _HUB_NAME.fullmatch(name)
-    # With that directory at hand, the name is more likely a mistyped path.
+    # Beside a directory called like the owner, the name is more likely a mistyped path.
     if hub and not Path(hub["owner"]).exists():
         return _hub(name, columns, split)
     raise UserError(f"{name}: no such file or directory, nor a Hugging Face name (owner/name[:config])")
 
 
 def _walk(root: Path, glob: str) -> list[Path]:
-    found = [
+    files = [
         path
         for path in root.rglob(glob)
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.is_file() and not any(name.startswith(".") for name in path.relative_to(root).parts)
     ]
-    if not found:
+    if not files:
         raise UserError(f"{root}: no file in this directory matches '{glob}' (hidden files are left out)")
-    return sorted(found, key=lambda path: path.relative_to(root).parts)
+    return sorted(files, key=lambda path: path.relative_to(root).parts)
 
 
 def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputInfo:
-    """Size and modification time tell a changed file without reading it, as in rsync."""
+    """Describe files by size and modification time, which show a change without reading, as in rsync."""
     stats = [path.stat() for path in files]
     total = sum(stat.st_size for stat in stats)
     if total == 0:
@@ -107,8 +104,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document | None]:
-    # Not through `datasets`: it infers one schema for the file, so it rejects records that differ in
-    # fields nobody asked for, and cannot name the line that is malformed.
+    # Not through `datasets`: it infers one schema per file, so it rejects records that differ in unused
+    # fields, and it cannot name the line that is malformed.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -142,7 +139,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
 
 
 def _saved(path: Path, columns: Columns, split: str) -> Source:
-    """A directory written by ``save_to_disk`` of the `datasets` library."""
+    """Open a directory written by ``save_to_disk`` of the `datasets` library."""
     from datasets import DatasetDict, load_from_disk
 
     info = _info(str(path), _walk(path, "*"), split)
@@ -172,7 +169,7 @@ def _hub(name: str, columns: Columns, split: str) -> Source:
     return Source(info, partial(_read_rows, rows, columns, name))
 
 
-def _read_rows(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> Iterator[Document | None]:
+def _read_rows(rows: Iterable[dict[str, object]], columns: Columns, where: str) -> Iterator[Document | None]:
     for number, row in enumerate(rows):
         require(columns, list(row), where)
         yield columns.document(row, f"{where} row {number}")

@@ -1,7 +1,7 @@
-"""Conversations as a model's chat template writes them, rendered at arm's length.
+"""Render conversations through a model's chat template, in a process with limits.
 
-A chat template is a program that comes with a model.  Jinja's sandbox keeps it from files and from Python, but not
-from running for ever or filling the memory; a process of its own, with limits, does.
+A chat template is a program that comes with a model. Jinja's sandbox keeps it from files and from Python, but not
+from running for ever or filling the memory; the limits of the process do.
 """
 
 import json
@@ -11,30 +11,30 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemodiff_train.errors import UserError
 
 SECONDS = 10.0
-"""For one conversation."""
+"""Maximum time for one conversation."""
 MEMORY = 1 << 30
-"""Bytes that rendering may take."""
+"""Maximum bytes that rendering may take."""
 CHARACTERS = 1 << 24
-"""Of one rendered conversation."""
+"""Maximum length of one rendered conversation."""
 
 _START_SECONDS = 300.0  # a busy machine imports slowly
-_ORPHAN_SECONDS = 5.0  # beyond the limit: only a process whose parent is gone lives to see them
+_ORPHAN_SECONDS = 5.0  # after the limit; only a process whose parent has died reaches them
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer.
+    """The chat template of a tokenizer, with a process that renders it.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
 
     Raises:
-        UserError: It has no chat template, or several and none of them is the default.
+        UserError: It has no chat template, or several without a default.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -53,23 +53,23 @@ class ChatTemplate:
         self._given = {"template": template, "tokens": tokens}
         self._process: subprocess.Popen[str] | None = None
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """One conversation as text.
+    def __call__(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
+        """Return one conversation as text.
 
         Args:
-            messages: Each with ``role`` and ``content``.
-            add_generation_prompt: End where the model is to answer.
+            messages: Each has ``role`` and ``content``.
+            add_generation_prompt: Whether to end where the model is to answer.
 
         Raises:
             UserError: The template is malformed, refuses the conversation, or takes too much time or memory.
         """
         if self._process is None:
             self._start()
-        asked = {"messages": list(messages), "prompt": add_generation_prompt, "seconds": SECONDS}
-        answer = self._ask({**self._given, **asked}, SECONDS)
-        if "text" not in answer:
-            raise self._refusal(answer["problem"])
-        return answer["text"]
+        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "seconds": SECONDS}
+        response = self._ask({**self._given, **request}, SECONDS)
+        if "text" not in response:
+            raise self._refusal(response["problem"])
+        return response["text"]
 
     def close(self) -> None:
         """End the process; the next call starts another."""
@@ -86,15 +86,15 @@ class ChatTemplate:
             text=True,
             encoding="utf-8",
         )
-        # Python keeps a process that nobody has waited for, and its pipes, whatever becomes of this object.
+        # Python keeps a process that has not been waited for, and its pipes, after this object is gone.
         self._finish = weakref.finalize(self, _end, self._process)
         self._ask({}, _START_SECONDS)
 
-    def _ask(self, question: dict[str, Any], seconds: float) -> dict[str, str]:
+    def _ask(self, request: dict[str, object], seconds: float) -> dict[str, str]:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         line = ""
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             in_time = bool(select.select([self._process.stdout], [], [], seconds)[0])
             line = self._process.stdout.readline() if in_time else ""
@@ -104,8 +104,8 @@ class ChatTemplate:
         if not line:
             self.close()
             raise self._refusal(problem)
-        answer: dict[str, str] = json.loads(line)
-        return answer
+        response: dict[str, str] = json.loads(line)
+        return response
 
     def _refusal(self, problem: str) -> UserError:
         return UserError(f"the chat template in '{self._where}' cannot be used: {problem}")
@@ -117,31 +117,31 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 
 def _serve() -> None:
-    """Answer each line on standard input; the first is empty, and its answer says that the limits are set."""
+    """Answer each line of standard input; the first request is empty, and its answer says that the limits are set."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     while line := sys.stdin.readline():
-        asked = json.loads(line)
-        answer = _render(render_jinja_template, asked) if asked else {"text": ""}
-        print(json.dumps(answer), flush=True)
+        request = json.loads(line)
+        response = _render(render_jinja_template, request) if request else {"text": ""}
+        print(json.dumps(response), flush=True)
 
 
-def _render(render: Any, asked: dict[str, Any]) -> dict[str, str]:
-    # The alarm is not caught, and so ends the process: nobody else would if the parent was killed meanwhile.
-    signal.setitimer(signal.ITIMER_REAL, asked["seconds"] + _ORPHAN_SECONDS)
+def _render(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, str]:
+    # The alarm is not caught, so it ends the process even if the parent has been killed meanwhile.
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _ORPHAN_SECONDS)
     try:
         texts, _ = render(
-            [asked["messages"]],
-            chat_template=asked["template"],
-            add_generation_prompt=asked["prompt"],
-            **asked["tokens"],
+            [request["messages"]],
+            chat_template=request["template"],
+            add_generation_prompt=request["add_generation_prompt"],
+            **request["tokens"],
         )
     except MemoryError:
         return {"problem": "it took too much memory"}
-    except Exception as error:  # whatever a program can do wrong
+    except Exception as error:  # a program can raise anything
         return {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""Loading a tokenizer and telling two tokenizers apart."""
+"""Load a tokenizer, and fingerprint it."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer from a directory or by its Hugging Face name; never runs code that comes with it.
+    """Load a tokenizer from a directory or by its Hugging Face name, without running code that comes with it.
 
     Raises:
-        UserError: Nothing there can be loaded as a tokenizer.
+        UserError: There is no tokenizer, or it is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -25,23 +25,23 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     try:
         # Left unset, a terminal would be asked whether to run the tokenizer's own code.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # damaged files make Transformers stumble in any way
+    except Exception as error:  # damaged files raise any exception in Transformers
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: cannot load a tokenizer from it: {reason}") from error
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """One more than the largest token id, added tokens included (ids may have gaps)."""
+    """Return one more than the largest token id, added tokens included (ids may have gaps)."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 (hex) of everything that decides how text becomes token ids.
+    """Return the SHA-256 (hex) of everything that decides how text becomes token ids.
 
     Equal for a tokenizer and its saved and reloaded copy, whatever directory they are in.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer written in Python: its class and vocabulary are what there is
+    if backend is None:  # a tokenizer written in Python has no more than its class and vocabulary
         described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     else:
         described = json.loads(backend.to_str())
@@ -52,7 +52,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def end_of_document_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> int:
-    """The id to put after each document: ``token``'s, or the tokenizer's end-of-sequence token's.
+    """Return the id to put after each document: that of ``token``, or of the tokenizer's end-of-sequence token.
 
     Raises:
         UserError: ``token`` is not in the vocabulary, or is ``None`` and the tokenizer has no default.

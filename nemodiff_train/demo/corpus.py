@@ -30,10 +30,10 @@ def write_stdlib_text(path: Path, max_bytes: int) -> int:
 
     Args:
         path: The JSONL file to write.
-        max_bytes: Upper limit on the UTF-8 bytes of text; a module that no longer fits is left out.
+        max_bytes: Maximum UTF-8 bytes of text; a module that does not fit any more is left out.
 
     Returns:
-        The UTF-8 bytes of text written.
+        Number of UTF-8 bytes of text written.
     """
     root = Path(sysconfig.get_path("stdlib"))
     written = 0
@@ -48,7 +48,7 @@ def write_stdlib_text(path: Path, max_bytes: int) -> int:
 
 
 def _modules(root: Path) -> list[Path]:
-    """In the order of a hash of their names, so that a small limit still samples the whole library."""
+    """Return the modules in the order of a hash of their names, so that a small limit samples the whole library."""
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     kept = [name for name in names if not _LEFT_OUT.intersection(name.parts)]
     kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())

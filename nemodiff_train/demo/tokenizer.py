@@ -16,12 +16,12 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Train on `texts` and write a Hugging Face tokenizer directory that decodes losslessly.
+    """Train a tokenizer that decodes losslessly, and write it as a Hugging Face directory.
 
     Args:
-        texts: What the model will read; words frequent here become single tokens.
+        texts: Text that the model will read; frequent words become single tokens.
         vocab_size: Number of tokens, the 256 bytes and the two special ones included.
-        directory: Where `AutoTokenizer.from_pretrained` will find it; made if missing.
+        directory: Created if it does not exist.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

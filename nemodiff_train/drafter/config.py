@@ -1,4 +1,4 @@
-"""The switches of the drafter's training."""
+"""The switches of a drafter's training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class DrafterConfig:
-    """The drafter's loss; the defaults are Nemotron-Labs-Diffusion's (section 3.3).
+    """The drafter's loss; the defaults are Nemotron-Labs-Diffusion's (arXiv 2607.05722, section 3.3).
 
-    A slot is a drafted place of a block.  The verifier's logits p of a slot are those of the clean half, the draft's
-    q those of the noisy half with the adapters.
+    A slot is a drafted position of a block.  Its verifier's logits p come from the clean half, its draft's logits q
+    from the noisy half with the adapters.
     """
 
     loss: Literal["lk_hybrid", "cross_entropy"] = "lk_hybrid"
@@ -17,17 +17,18 @@ class DrafterConfig:
     ``cross_entropy``: the last term alone."""
 
     temperature: float = 3.0
-    """Of both distributions in the divergences; the cross-entropy is at 1."""
+    """Temperature of both distributions in the divergences; the cross-entropy is at 1."""
 
     support: int = 200
-    """Tokens of each distribution that the loss looks at: the most probable of p and those of q."""
+    """Number of tokens of each distribution that the loss looks at: the most probable of p and those of q."""
 
     slots: Literal["visited", "all"] = "visited"
-    """``visited``: the accepted prefix of a draft and the first rejected slot, as decoding does not reach the rest.
-    ``all``: every slot."""
+    """Slots with a loss. ``visited``: the accepted prefix of a draft and the first rejected slot, since decoding
+    does not reach the rest. ``all``: every slot."""
 
     sampled_share: float = 0.9
-    """Share of slots whose draft is drawn at temperature 1 to find the accepted prefix; the others are greedy."""
+    """Fraction of slots whose draft is drawn at temperature 1 to find the accepted prefix; the others are greedy."""
 
     position_decay: float = 0.0
-    """Slot k weighs exp(-(k - 1) / this) (DFlash, which takes 7, 5 and 4 for blocks of 16, 10 and 8); 0 for 1."""
+    """Decay length of the weight exp(-(k - 1) / length) of slot k (DFlash takes 7, 5 and 4 for blocks of 16, 10 and
+    8); 0 for equal weights."""

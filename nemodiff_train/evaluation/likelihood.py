@@ -14,7 +14,7 @@ from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import sums
+from nemodiff_train.objective.loss import loss_sums
 from nemodiff_train.objective.sample import Sample, SampleMaker
 
 NO_TOKEN = -1
@@ -162,7 +162,7 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
     batch = {name: value.to(device) for name, value in batch.items()}
     with torch.inference_mode():  # [batch, 2L] cross-entropy: the noisy half, then the clean half
         losses = chunk(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]).double()
-    diffusion = sums(losses, batch, 1)
+    sums = loss_sums(losses, batch)
     counts = batch["maskable"]  # [batch, L]
     length = counts.shape[1]
     clean = losses[:, length:]
@@ -174,7 +174,7 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
     return _Scores(
         ar=float((clean * ar_targets).sum()),
         ar_targets=int(ar_targets.sum()),
-        diffusion=float(diffusion.diffusion),
+        diffusion=float(sums.diffusion),
         seeds=float((clean * before_block).sum()),
-        tokens=int(diffusion.tokens),
+        tokens=int(sums.tokens),
     )

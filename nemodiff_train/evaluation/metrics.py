@@ -146,6 +146,7 @@ def agreement_by_position(accept_masks: Sequence[Sequence[bool]]) -> list[Positi
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a share, within [0, 1]; sound for few trials and near 0 or 1."""
+    # centre +- half, with z = 1.96: (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
     share, spread = successes / trials, Z_95**2 / trials
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
@@ -153,6 +154,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def _agreement_at(position: int, accept_masks: list[Sequence[bool]]) -> PositionAgreement:
+    # Verified here; every earlier position accepted; this one accepted as well.
     agreed = sum(mask[position - 1] for mask in accept_masks)
     reached = sum(all(mask[: position - 1]) for mask in accept_masks)
     accepted = sum(all(mask[:position]) for mask in accept_masks)

@@ -10,12 +10,12 @@ class ObjectiveConfig:
 
     The loss of a global batch is::
 
-        (ar_weight * sum of AR token losses + alpha * sum of w * masked-token losses / views) / counted tokens
+        (ar_weight * sum of AR token losses + alpha * sum of w * masked-token losses / views) / maskable tokens
 
-    Both sums run over the whole global batch and both are divided by the same number: the tokens that
-    count (the ``loss_mask`` of the data), each of which has one AR target and could have been masked.
-    This is the paper's global averaging (section 2.1), in which 1/t makes the second sum an estimate
-    of a sum over all counted tokens, so that ``alpha`` is the ratio of two per-token means.
+    Both sums run over the whole global batch and both are divided by the same number: the maskable tokens
+    (the ``loss_mask`` of the data), each of which has one AR target and could have been masked.
+    This is the paper's global averaging (arXiv 2607.05722, section 2.1), in which 1/t makes the second sum an
+    estimate of a sum over all maskable tokens, so that ``alpha`` is the ratio of two per-token means.
 
     :data:`nemodiff_train.objective.presets.PRESETS` sets the switches together as published methods do.
     """
@@ -24,8 +24,8 @@ class ObjectiveConfig:
     """``ar``: plain next-token training at L positions. ``joint``: [noisy views | clean]."""
 
     mask_token: str | None = None
-    """The tokenizer's token that stands for a hidden place. It must never occur in the text. None for the one that
-    the checkpoint has, and the tokenizer's own mask token where the checkpoint has none."""
+    """The tokenizer's token that stands for a masked position. It must never occur in the text. None for the
+    checkpoint's mask token, and the tokenizer's own where the checkpoint has none."""
 
     seed: int = 1234
     """Noise is a pure function of this seed, the split, and the index of the sample."""
@@ -42,13 +42,14 @@ class ObjectiveConfig:
     """Weight of the AR loss. BD3-LM and Efficient-DLM train on the diffusion loss alone: 0."""
 
     weighting: Literal["inverse", "effective", "none"] = "inverse"
-    """Weight w of a masked place. ``inverse``: 1/t. ``effective``: the inverse of the share that was in fact
+    """Weight w of a masked position. ``inverse``: 1/t. ``effective``: the inverse of the fraction that was in fact
     masked, in the sample or block that t belongs to (SDAR-VL). ``none``: 1 (Set Block Decoding, TiDAR)."""
 
     reduction: Literal["global", "automodel", "bridge"] = "global"
-    """What the sums are divided by. ``automodel``: the AR sum by its tokens and the diffusion sum by the masked
-    ones, both over the global batch. ``bridge``: each micro-batch by its masked + counted tokens, then the mean
-    over micro-batches. The last two reproduce runs of NeMo AutoModel and of Megatron Bridge's example."""
+    """What the sums are divided by. ``global``: the maskable tokens. ``automodel``: the AR sum by its tokens and
+    the diffusion sum by the masked ones, both over the global batch. ``bridge``: each micro-batch by its masked +
+    maskable tokens, then the mean over micro-batches. The last two reproduce runs of NeMo AutoModel and of
+    Megatron Bridge's example."""
 
     # Blocks
 
@@ -56,34 +57,34 @@ class ObjectiveConfig:
     """Positions per diffusion block; also what decoding starts from. The released models use 32."""
 
     block_schedule: Literal["fixed", "random", "curriculum"] = "fixed"
-    """``fixed``: ``block_size``. ``random``: drawn for each step between the first and the last of
-    ``block_sizes`` (Set Block Decoding, 2509.04185). ``curriculum``: ``block_sizes`` one after another
-    (LLaDA2.0, 2512.15745), each for ``block_steps`` steps, the last to the end."""
+    """``fixed``: ``block_size``. ``random``: drawn per step between the first and the last of
+    ``block_sizes`` (Set Block Decoding, arXiv 2509.04185). ``curriculum``: ``block_sizes`` one after another
+    (LLaDA2.0, arXiv 2512.15745), each for ``block_steps`` steps, the last to the end."""
 
     block_sizes: list[int] = field(default_factory=list)
     """For ``random``: lowest and highest size. For ``curriculum``: the sizes in order."""
 
     block_steps: int = 0
-    """Steps that a size of the curriculum lasts."""
+    """Steps per size of the curriculum."""
 
     clean_attention: Literal["causal", "block_causal"] = "causal"
-    """What a clean place sees: itself and the places before it, or its whole block too (BD3-LM). Where it sees
-    the block, only a block's last place can carry an AR loss, and only ``shift`` has a use for it."""
+    """What a clean position sees: itself and the positions before it, or its whole block too (BD3-LM). Where it
+    sees the block, only a block's last position can carry an AR loss, and only ``shift`` has a use for it."""
 
     shift: bool = False
-    """Whether place i of the noisy half predicts token i + 1 (Dream; Fast-dLLM v2, 2509.26328) instead of
+    """Whether position i of a noisy view predicts token i + 1 (Dream; Fast-dLLM v2, arXiv 2509.26328) instead of
     token i. A short training then reuses what the AR model has learned; the paper does not shift."""
 
     # Noise
 
     views: int = 1
-    """Noisy copies of each sample, drawn apart, that share one clean half."""
+    """Noisy copies of each sample, drawn independently, that share one clean half."""
 
     complementary: bool = False
-    """The second of each two views hides exactly what the first shows (Fast-dLLM v2)."""
+    """The second view of each pair masks exactly what the first shows (Fast-dLLM v2)."""
 
     noise_granularity: Literal["sequence", "block"] = "sequence"
-    """What has a noise level t of its own. ``block``: BD3-LM (2503.09573), Efficient-DLM (2512.14067)."""
+    """What a noise level t is drawn for. ``block``: BD3-LM (arXiv 2503.09573), Efficient-DLM (arXiv 2512.14067)."""
 
     min_noise_level: float = 1e-3
     """Lower end of the noise level t ~ U(min, max); bounds the weight 1/t."""
@@ -96,21 +97,21 @@ class ObjectiveConfig:
     ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic)."""
 
     mask_sampling: Literal["bernoulli", "exact"] = "bernoulli"
-    """``bernoulli``: each place on its own with probability t. ``exact``: t times the places that can be masked,
+    """``bernoulli``: each position independently with probability t. ``exact``: t times the maskable positions,
     rounded up or down at random so that the mean is exact."""
 
     position_bias_half_life: float | None = None
-    """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later places of a block are
-    masked more often. The share of a block over which the preference halves at t = 0."""
+    """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later positions of a block are
+    masked more often. The fraction of a block over which the preference halves at t = 0."""
 
     fully_masked_fraction: float = 0.0
-    """Share of samples at noise level 1, every place hidden. TiDAR (2511.08923, section 3) trains on nothing
-    else: it is the state a one-shot draft of self-speculation starts from. The paper: 0."""
+    """Fraction of samples at noise level 1, every position masked. TiDAR (arXiv 2511.08923, section 3) trains on
+    nothing else: it is the state a one-shot draft of self-speculation starts from. Nemotron-Labs-Diffusion: 0."""
 
     # The mask token's embedding
 
     mask_embedding_noise: float = 0.0
-    """Standard deviation of Gaussian noise on the embedding's output at masked places, for a mask token whose
+    """Standard deviation of Gaussian noise on the embedding's output at masked positions, for a mask token whose
     row AR pretraining let decay (LLaDA2.0), as a multiple of the other rows' root mean square. 0 for none."""
 
     mask_embedding_noise_steps: int = 1000
@@ -118,10 +119,10 @@ class ObjectiveConfig:
 
     @property
     def noisy_views(self) -> int:
-        """Noisy halves in a training sample: 0 in the AR stage."""
+        """Number of noisy views in a training sample: 0 in the AR stage."""
         return self.views if self.stage == "joint" else 0
 
     @property
     def largest_block(self) -> int:
-        """The largest block size that any step may have."""
+        """Largest block size that any step may have."""
         return self.block_size if self.block_schedule == "fixed" else max([self.block_size, *self.block_sizes])

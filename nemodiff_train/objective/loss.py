@@ -1,148 +1,160 @@
-"""The reduction: per-token losses to one gradient, and to the figures that are reported."""
+"""The reduction: from the losses of tokens to one scalar for the gradient, and to the figures that are reported."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nemodiff_train.objective.config import ObjectiveConfig
 
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
 Report = dict[str, Tensor]
+"""[sum, count] per reported figure, fp32.  Bridge adds them over micro-batches and data-parallel ranks before it
+divides, so every printed figure is an average over the global batch, whatever the reduction of the gradient."""
+
+
+class MicroBatchLoss(Protocol):
+    """What the forward step trains a micro-batch on: the tri-mode losses, or the drafter's."""
+
+    def from_hidden_states(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: "ColumnParallelLinear",
+        output_weight: Tensor | None,
+        **context: object,
+    ) -> Tensor:
+        """Return the losses in nats; Megatron calls this on the last stage instead of its output layer and loss.
+
+        Args:
+            hidden_states: [positions, batch, hidden] of the last layer; under sequence parallel this rank's part.
+            output_layer: The model's, of which this tensor-parallel rank has some rows.
+            output_weight: [vocabulary / tensor-parallel size, hidden], where the weight is not the layer's own.
+            context: What else Megatron passes to an ``output_processor``.
+        """
+        ...
+
+    def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
+        """Return the summed loss, the denominator as int32, and the report.
+
+        Args:
+            losses: What :meth:`from_hidden_states` returned.
+        """
+        ...
+
+
+def loss_weights(
+    batch: Mapping[str, Tensor], objective: ObjectiveConfig, alpha: float, diffusion_scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the weight of each token's loss in a micro-batch, and the denominator.
+
+    The loss of the micro-batch is ``(losses * weights).sum()``.  Under ``calculate_per_token_loss`` Megatron adds it
+    over micro-batches and ranks and divides the gradient by the sum of the denominators.  With ``reduction=global``
+    that is global averaging (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 2.1)::
+
+        loss = (ar_weight * sum of AR losses + alpha / V * sum of w * masked-token losses) / maskable tokens
+
+    whatever the micro-batch, data-parallel size or accumulation.
+
+    Args:
+        batch: ``loss_mask`` [batch, (V + 1) L] and ``maskable`` [batch, L] of
+            :class:`~nemodiff_train.objective.sample.SampleMaker`, or one context-parallel rank's positions of both.
+        objective: The switches.
+        alpha: Weight of the diffusion loss in this step.
+        diffusion_scale: For ``reduction=automodel``: AR targets per masked position in the global batch.
+
+    Returns:
+        [batch, (V + 1) L] weights, fp32, and the denominator, an int32 scalar.
+    """
+    loss_mask, maskable = batch["loss_mask"], batch["maskable"]
+    views = objective.noisy_views
+    if not views:
+        return loss_mask, loss_mask.sum().to(torch.int32)
+    noisy, clean = _split_views(loss_mask, maskable.shape[1])  # [batch, V L] of w, [batch, L] of 0 and 1
+
+    # Both parts have a common factor, 1 but for `bridge`, which divides within the micro-batch.
+    factor, denominator = loss_mask.new_ones(()), maskable.sum()
+    if objective.reduction == "bridge":
+        factor = factor / (_masked(noisy, views) + maskable.sum())
+        denominator = torch.ones_like(denominator)
+    diffusion_weight: Tensor | float = alpha
+    if objective.reduction == "automodel":
+        diffusion_weight, denominator = alpha * diffusion_scale, clean.sum()
+
+    # The diffusion loss is a mean over V views: [batch, V L], then the clean half's [batch, L].
+    weights = torch.cat([noisy * (factor * diffusion_weight / views), clean * (factor * objective.ar_weight)], dim=1)
+    return weights, denominator.to(torch.int32)
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What one micro-batch adds to the global batch: scalars, losses in nats."""
+class LossSums:
+    """What one micro-batch adds to each part of the report: scalars, losses in nats."""
 
     ar: Tensor
-    """Sum of AR losses."""
+    """Sum of the AR losses."""
     ar_targets: Tensor
-    """Positions with an AR target."""
+    """Number of tokens with an AR loss."""
     diffusion: Tensor
-    """Sum of weighted diffusion losses, a mean over views."""
+    """Sum of w times the loss over masked positions, a mean over views."""
     masked: Tensor
-    """Masked places with a weight, a mean over views."""
+    """Number of masked positions with a weight, a mean over views."""
     tokens: Tensor
-    """Tokens that count, each of which could have been masked: the common denominator."""
+    """Number of tokens that may be masked."""
 
 
-def sums(losses: Tensor, batch: Mapping[str, Tensor], views: int) -> Sums:
-    """Add up the losses of one micro-batch, or of one rank's part of it.
+def loss_sums(losses: Tensor, batch: Mapping[str, Tensor]) -> LossSums:
+    """Add up the losses of one micro-batch, or of one rank's positions, by part.
 
     Args:
-        losses: [batch, (views + 1) places] cross-entropy in nats.
-        batch: ``loss_mask`` of the same shape and ``maskable`` [batch, places]; see
-            :class:`~nemodiff_train.objective.sample.SampleMaker`.
-        views: Noisy views; 0 in the AR stage.
+        losses: [batch, (V + 1) L] cross-entropy in nats; V is 0 in the AR stage.
+        batch: As :func:`loss_weights` takes it.
     """
-    weights, places = batch["loss_mask"], batch["maskable"].shape[1]
-    weighted = losses * weights
-    noisy, clean = weighted[:, : views * places], weighted[:, views * places :]
-    return Sums(
-        ar=clean.sum(),
-        ar_targets=weights[:, views * places :].sum(),
-        diffusion=noisy.sum() / max(views, 1),
-        masked=(weights[:, : views * places] > 0).sum() / max(views, 1),
+    length = batch["maskable"].shape[1]
+    noisy, clean = _split_views(batch["loss_mask"], length)
+    noisy_losses, clean_losses = _split_views(losses * batch["loss_mask"], length)
+    views = max(noisy.shape[1] // length, 1)
+    return LossSums(
+        ar=clean_losses.sum(),
+        ar_targets=clean.sum(),
+        diffusion=noisy_losses.sum() / views,
+        masked=_masked(noisy, views),
         tokens=batch["maskable"].sum(),
     )
 
 
-def reduce(
-    found: Sums, objective: ObjectiveConfig, alpha: float, diffusion_scale: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The loss of one micro-batch as Megatron's schedule takes it with ``calculate_per_token_loss``.
-
-    Megatron adds the first value over micro-batches and ranks and divides the gradient by the sum of
-    the second.  With ``reduction=global`` that is global averaging, whatever the micro-batch,
-    data-parallel size or accumulation.
+def report(sums: LossSums, loss: Tensor, denominator: Tensor, objective: ObjectiveConfig) -> Report:
+    """Return the figures of one micro-batch as Megatron reports them.
 
     Args:
-        found: The micro-batch's sums.
-        objective: The switches.
-        alpha: Weight of the diffusion loss in this step.
-        diffusion_scale: For ``reduction=automodel``: AR targets over masked places in the global batch.
-
-    Returns:
-        (sum of losses, what to divide by as int32).
+        sums: The micro-batch's sums.
+        loss: Its reduced loss.
+        denominator: The loss's denominator.
+        objective: The switches; the AR stage reports the AR loss alone.
     """
-    one = torch.ones((), dtype=torch.int32, device=found.tokens.device)
+    ar = {"ar_loss": _pair(sums.ar, sums.ar_targets)}
     if not objective.noisy_views:
-        return found.ar, found.ar_targets.to(torch.int32)
-    if objective.reduction == "automodel":
-        total = objective.ar_weight * found.ar + alpha * diffusion_scale * found.diffusion
-        return total, found.ar_targets.to(torch.int32)
-    total = objective.ar_weight * found.ar + alpha * found.diffusion
-    if objective.reduction == "bridge":
-        return total / (found.masked + found.tokens), one
-    return total, found.tokens.to(torch.int32)
-
-
-def gradient_of(total: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The gradient of a weighted sum of losses: its weights.
-
-    Args:
-        total: The sum, of losses [batch, positions].
-        like: A tensor of the losses' shape and device.
-    """
-    with torch.enable_grad():
-        losses = torch.zeros(like.shape, device=like.device, requires_grad=True)
-        return torch.autograd.grad(total(losses), losses)[0]
-
-
-def report(found: Sums, loss: Tensor, count: Tensor, views: int) -> Report:
-    """Sums and counts of each part, as Megatron reports them: ``[sum, count]`` a name.
-
-    Bridge adds these over micro-batches and data-parallel ranks before dividing, which makes every
-    printed figure an average over the whole global batch, whatever the reduction of the gradient.
-
-    Args:
-        found: The micro-batch's sums.
-        loss: What :func:`reduce` returned first.
-        count: What it returned second.
-        views: Noisy views; 0 in the AR stage.
-    """
-    ar = {"ar_loss": _pair(found.ar, found.ar_targets)}
-    if not views:
         return ar
     return {
-        "loss": _pair(loss, count),
+        "loss": _pair(loss, denominator),
         **ar,
-        "diffusion_loss": _pair(found.diffusion, found.tokens),
-        "masked_fraction": _pair(found.masked, found.tokens),
+        "diffusion_loss": _pair(sums.diffusion, sums.tokens),
+        "masked_fraction": _pair(sums.masked, sums.tokens),
     }
+
+
+def _split_views(values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Split [batch, (V + 1) L] values into the noisy views', [batch, V L], and the clean half's, [batch, L]."""
+    return values[:, :-length], values[:, -length:]
+
+
+def _masked(noisy: Tensor, views: int) -> Tensor:
+    """Count the masked positions with a weight, a mean over views."""
+    return (noisy > 0).sum() / views
 
 
 def _pair(total: Tensor, count: Tensor) -> Tensor:
     return torch.stack([total.detach().float(), count.float()])
-
-
-def tri_mode_loss(
-    batch: Mapping[str, Tensor],
-    objective: ObjectiveConfig,
-    alpha: float,
-    diffusion_scale: Tensor | float,
-    checks: dict[str, Any],
-    losses: Tensor,
-) -> tuple[Tensor, Tensor, Report]:
-    """The loss function that Megatron calls on the last pipeline stage.
-
-    Args:
-        batch: The micro-batch, as :func:`sums` takes it.
-        objective: The switches.
-        alpha: Weight of the diffusion loss in this step.
-        diffusion_scale: As in :func:`reduce`.
-        checks: Bridge's switches for NaN and spike detection.
-        losses: [batch, (views + 1) places] cross-entropy in nats.
-
-    Returns:
-        (sum of losses, what to divide by as int32, figures to report).
-    """
-    from megatron.bridge.training.losses import masked_next_token_loss
-
-    views = objective.noisy_views
-    found = sums(losses.float(), batch, views)
-    loss, count = reduce(found, objective, alpha, diffusion_scale)
-    masked_next_token_loss(torch.ones_like(loss), loss, **checks)  # Bridge's watch for NaN and spikes
-    return loss, count, report(found, loss, count, views)

@@ -1,7 +1,10 @@
-"""Which places of a sample are hidden, and how much each of them weighs.
+"""The noise of a sample: which positions are masked, and the weight of each one's loss.
 
-Every draw is a pure function of (seed, split, sample index): a counter-based generator, no state
-anywhere.  So every rank of every layout, every loader worker and every resumed run sees the same noise.
+Every draw is a pure function of (seed, split, sample index): a counter-based generator without state.  So every rank
+of every layout, every loader worker and every resumed run sees the same noise.
+
+Arrays are [L], one value per clean position, unless stated.  A *scope* is what has a noise level of its own: a
+sequence, or a block with ``noise_granularity=block``.
 """
 
 import functools
@@ -18,12 +21,12 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-# What a generator is for; two never share a stream.
+# The purpose of a generator; two purposes never share a stream.
 _MASKS, _LEVELS, _ORDER, BLOCK_SIZES, EMBEDDINGS = range(5)
 
 
 class Key(NamedTuple):
-    """What the noise of a sample is a function of; each non-negative."""
+    """What the noise of a sample is a function of; non-negative numbers."""
 
     seed: int
     split: int
@@ -31,23 +34,23 @@ class Key(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """One draw of noise for L places in each of V views."""
+    """One draw of noise for L positions in each of V views."""
 
     masked: Bools
-    """[V, L] places that the model must restore."""
+    """[V, L] positions that the model must restore."""
     weight: npt.NDArray[np.float32]
-    """[V, L] loss weight at masked places, 0 elsewhere."""
+    """[V, L] loss weight at masked positions, 0 elsewhere."""
     level: npt.NDArray[np.float32]
-    """[V, L] noise level t of every place."""
+    """[V, L] noise level t of every position."""
 
 
 def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """A generator that is a pure function of its key: Philox, whose streams are independent by key.
+    """Return a generator that is a pure function of its key: Philox, whose streams are independent by key.
 
     Args:
         seed: 0 .. 2**32 - 1.
         purpose: What is drawn, 0 .. 2**32 - 1.
-        number: Of what, 0 .. 2**64 - 1.
+        number: Index of the sample, step or pair that it is drawn for, 0 .. 2**64 - 1.
     """
     return np.random.Generator(np.random.Philox(key=np.array([seed << 32 | purpose, number], dtype=np.uint64)))
 
@@ -58,117 +61,122 @@ def _generator(key: Key, view: int, purpose: int, number: int) -> np.random.Gene
 
 def draw_noise(
     key: Key,
-    eligible: Bools,
+    maskable: Bools,
     blocks: Ints,
     objective: ObjectiveConfig,
     block_size: int,
     batch_size: int,
     sequences: Ints | None = None,
 ) -> Noise:
-    """Draw noise levels, mask places, and weigh them.
+    """Draw noise levels, mask positions, and weigh them.
 
-    With the default switches: t ~ U(min, max) once a sequence; every eligible place is masked on its own
-    with probability t; a masked place weighs 1/t, the inverse of its inclusion probability
-    (Nemotron-Labs-Diffusion, section 2.1).
+    With the default switches: t ~ U(min, max) once per sequence; every maskable position is masked independently
+    with probability t; a masked position weighs 1/t, the inverse of its inclusion probability
+    (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 2.1).
 
     Args:
         key: What the draw is a function of.
-        eligible: [L] places that may be masked.
-        blocks: [L] number of each place's block, 0, 1, ... without gaps.
+        maskable: [L] positions that may be masked.
+        blocks: [L] index of each position's block, 0, 1, ... without gaps.
         objective: The switches.
         block_size: Positions of a full block.
         batch_size: Samples in a global batch; consecutive indices form one (for stratified levels).
-        sequences: [L] number of each place's sequence, 0, 1, ... without gaps; None where the sample is one.
+        sequences: [L] index of each position's sequence, 0, 1, ... without gaps; None where the sample is one.
     """
     draw = _generator(key, 0, _MASKS, key.sample)
     sequences = np.zeros_like(blocks) if sequences is None else sequences
-    full = (draw.random(int(sequences[-1]) + 1) < objective.fully_masked_fraction)[sequences]
     scopes = blocks if objective.noise_granularity == "block" else sequences
+    fully_masked = (draw.random(int(sequences[-1]) + 1) < objective.fully_masked_fraction)[sequences]
+    low, high = objective.min_noise_level, objective.max_noise_level
     views: list[tuple[Bools, Floats, Floats]] = []
     for view in range(objective.views):
         if objective.complementary and view % 2:
-            masked, levels = eligible & ~views[-1][0], 1 - views[-1][2]
+            # The complement of the view before: masked where that shows the token, at level 1 - t.
+            masked, levels = maskable & ~views[-1][0], 1 - views[-1][2]
         else:
             uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.noise_level_sampling, batch_size)
-            low, high = objective.min_noise_level, objective.max_noise_level
-            levels = np.where(full, 1.0, (low + (high - low) * uniform)[scopes])
-            masked = _mask(draw, levels, eligible, scopes, blocks, objective, block_size) | (eligible & full)
-        views.append((masked, _weights(masked, levels, eligible, scopes, objective.weighting), levels))
-    masked, weight, level = (np.stack(parts) for parts in zip(*views, strict=True))
+            levels = np.where(fully_masked, 1.0, (low + (high - low) * uniform)[scopes])
+            masked = _mask(draw, levels, maskable, scopes, blocks, objective, block_size) | (maskable & fully_masked)
+        views.append((masked, _weights(masked, levels, maskable, scopes, objective.weighting), levels))
+    masked, weight, level = (np.stack(arrays) for arrays in zip(*views, strict=True))
     return Noise(masked, weight.astype(np.float32), level.astype(np.float32))
 
 
-def _uniforms(key: Key, view: int, scopes: int, how: str, batch_size: int) -> Floats:
-    """[scopes] uniform numbers from which a view's levels follow, related across samples as ``how`` says."""
-    if how == "antithetic":
+def _uniforms(key: Key, view: int, scopes: int, sampling: str, batch_size: int) -> Floats:
+    """Return [scopes] uniform numbers that a view's levels follow from, related across samples by ``sampling``."""
+    if sampling == "antithetic":
         pair = _generator(key, view, _LEVELS, key.sample // 2).random(scopes)
         return pair if key.sample % 2 == 0 else 1 - pair
-    own = _generator(key, view, _LEVELS, key.sample)
-    if how == "independent":
-        return own.random(scopes)
+    draw = _generator(key, view, _LEVELS, key.sample)
+    if sampling == "independent":
+        return draw.random(scopes)
     # Strata within strata: the levels of one sample cover the range evenly, and so do the samples of a global
     # batch within each stratum.
-    step, member = divmod(key.sample, batch_size)
-    place = _order_of_batch(key._replace(sample=step), view, batch_size)[member]
-    return (own.permutation(scopes) + (place + own.random(scopes)) / batch_size) / scopes
+    step, index_in_batch = divmod(key.sample, batch_size)
+    stratum = _order_of_batch(key._replace(sample=step), view, batch_size)[index_in_batch]
+    return (draw.permutation(scopes) + (stratum + draw.random(scopes)) / batch_size) / scopes
 
 
 @functools.lru_cache(maxsize=8)
 def _order_of_batch(step: Key, view: int, batch_size: int) -> Ints:
-    """Which stratum each sample of a global batch gets."""
+    """Return [batch_size] the stratum of each sample of a global batch."""
     return _generator(step, view, _ORDER, step.sample).permutation(batch_size)
 
 
 def _mask(
     draw: np.random.Generator,
     levels: Floats,
-    eligible: Bools,
+    maskable: Bools,
     scopes: Ints,
     blocks: Ints,
     objective: ObjectiveConfig,
     block_size: int,
 ) -> Bools:
-    """[L] places masked at their levels."""
+    """Return [L] positions masked at their levels."""
     uniform = draw.random(len(levels))
     if objective.mask_sampling == "bernoulli":
-        return (uniform < levels) & eligible
+        return (uniform < levels) & maskable
     preference = -np.log(-np.log(uniform))  # Gumbel: the k largest are a draw of k without replacement
     if objective.position_bias_half_life is not None:
-        preference += _slope(levels, objective.position_bias_half_life, block_size) * _place_in(blocks)
-    return _first_of_each(preference, eligible, scopes, _rounded(draw, levels, eligible, scopes))
+        preference += _slope(levels, objective.position_bias_half_life, block_size) * _index_within(blocks)
+    return _most_preferred(preference, maskable, scopes, _masked_counts(draw, levels, maskable, scopes))
 
 
-def _slope(levels: Floats, position_bias_half_life: float, block_size: int) -> Floats:
-    """Log-preference per place, beta (1 - t) with beta = ln 2 / (position_bias_half_life * block) (Efficient-DLM, section 3.3)."""
-    return math.log(2) / (position_bias_half_life * block_size) * (1 - levels)
+def _slope(levels: Floats, half_life: float, block_size: int) -> Floats:
+    """Return the log-preference per position, beta (1 - t) with beta = ln 2 / (half-life * block size).
+
+    (Efficient-DLM, arXiv 2512.14067, section 3.3.)
+    """
+    return math.log(2) / (half_life * block_size) * (1 - levels)
 
 
-def _place_in(scopes: Ints) -> Ints:
-    """[L] how many places of the same scope come before each place; scopes are contiguous."""
-    place = np.arange(len(scopes))
-    return place - place[np.searchsorted(scopes, scopes)]
+def _index_within(scopes: Ints) -> Ints:
+    """Return [L] the index of each position within its scope; scopes are contiguous."""
+    index = np.arange(len(scopes))
+    return index - index[np.searchsorted(scopes, scopes)]
 
 
-def _rounded(draw: np.random.Generator, levels: Floats, eligible: Bools, scopes: Ints) -> Ints:
-    """[scopes] number of places to mask: t times the eligible ones, rounded up or down with the right mean."""
-    count = np.bincount(scopes, eligible)
+def _masked_counts(draw: np.random.Generator, levels: Floats, maskable: Bools, scopes: Ints) -> Ints:
+    """Return [scopes] how many positions to mask: t times the maskable ones, rounded at random to the exact mean."""
+    count = np.bincount(scopes, maskable)
     level = levels[np.searchsorted(scopes, np.arange(len(count)))]
     return np.ceil(level * count - draw.random(len(count))).astype(np.int64).clip(0)
 
 
-def _first_of_each(preference: Floats, eligible: Bools, scopes: Ints, counts: Ints) -> Bools:
-    """[L] the ``counts`` eligible places of each scope that are preferred most."""
-    order = np.lexsort((-preference, ~eligible, scopes))
-    chosen = np.zeros_like(eligible)
-    chosen[order] = _place_in(scopes) < counts[scopes]
-    return chosen & eligible
+def _most_preferred(preference: Floats, maskable: Bools, scopes: Ints, counts: Ints) -> Bools:
+    """Return [L] the ``counts`` maskable positions of each scope that are preferred most."""
+    order = np.lexsort((-preference, ~maskable, scopes))  # by scope, maskable first, then by preference
+    masked = np.zeros_like(maskable)
+    masked[order] = _index_within(scopes) < counts[scopes]
+    return masked & maskable
 
 
-def _weights(masked: Bools, levels: Floats, eligible: Bools, scopes: Ints, weighting: str) -> Floats:
-    """[L] loss weights of masked places, 0 elsewhere."""
+def _weights(masked: Bools, levels: Floats, maskable: Bools, scopes: Ints, weighting: str) -> Floats:
+    """Return [L] loss weights of masked positions, 0 elsewhere."""
     if weighting == "none":
         return masked.astype(np.float64)
     if weighting == "inverse":
         return masked / np.where(masked, levels, 1.0)
-    hidden = np.bincount(scopes, masked)
-    return masked * (np.bincount(scopes, eligible) / np.maximum(hidden, 1))[scopes]
+    # effective: maskable over masked positions, counted in each scope
+    masked_counts = np.bincount(scopes, masked)
+    return masked * (np.bincount(scopes, maskable) / np.maximum(masked_counts, 1))[scopes]

@@ -1,4 +1,4 @@
-"""The attention rule over noisy and clean positions.  Every kernel is tested against this predicate."""
+"""The attention rule over noisy and clean positions; every kernel is tested against this predicate."""
 
 from typing import NamedTuple
 
@@ -10,37 +10,37 @@ CLEAN = -1
 
 
 class Positions(NamedTuple):
-    """What the rule needs to know of some positions: four tensors that broadcast against each other."""
+    """What the rule needs to know of some positions: four integer tensors that broadcast against each other."""
 
     view: Tensor
-    """Which noisy view, or :data:`CLEAN`."""
-    place: Tensor
-    """Place in the sample, 0 .. L-1, the same in every view."""
+    """Index of the noisy view, or :data:`CLEAN`."""
+    position: Tensor
+    """Position in the sample, 0 .. L-1, the same in every view."""
     block: Tensor
-    """Number of the block in the sample; blocks restart with a document, numbers do not."""
+    """Index of the block in the sample; a block never spans two documents."""
     document: Tensor
-    """Number of the document in the sample; -1 - d for padding of document d, which sees what d sees, and whose clean
+    """Index of the document in the sample; -1 - d for padding of document d, which sees what d sees, and whose clean
     half nothing sees."""
 
     def seen_document(self) -> Tensor:
-        """Number of the document whose text a place sees."""
+        """Return the index of the document whose text each position sees."""
         return torch.where(self.document < 0, -1 - self.document, self.document)
 
     def as_queries(self) -> "Positions":
-        """With a last axis to broadcast over keys."""
-        return Positions(*(each[..., :, None] for each in self))
+        """Add a last axis, to broadcast over keys."""
+        return Positions(*(values[..., :, None] for values in self))
 
     def as_keys(self) -> "Positions":
-        """With a second-to-last axis to broadcast over queries."""
-        return Positions(*(each[..., None, :] for each in self))
+        """Add a second-to-last axis, to broadcast over queries."""
+        return Positions(*(values[..., None, :] for values in self))
 
     def at(self, index: Tensor) -> "Positions":
-        """Some of the positions."""
-        return Positions(*(each[..., index] for each in self))
+        """Select positions by their index on the last axis."""
+        return Positions(*(values[..., index] for values in self))
 
 
 def can_attend(query: Positions, key: Positions, block_causal: bool = False) -> Tensor:
-    """Whether a query may see a key.
+    """Return whether each query may see each key (FlexAttention calls such a predicate a ``mask_mod``).
 
     ======= ======= ======================================================================
     query   key     allowed when
@@ -52,41 +52,39 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False) -> 
     clean   noisy   never
     ======= ======= ======================================================================
 
-    (Nemotron-Labs-Diffusion, section 2.2; ``block_causal``: BD3-LM, arXiv 2503.09573.)  The causal clean
-    half is exactly an AR model's view, which is what lets the AR loss share the forward pass without leaking.
+    (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 2.2; ``block_causal``: BD3-LM, arXiv 2503.09573.)  The causal
+    clean half is exactly an AR model's view, so the AR loss shares the forward pass without leaking.
 
     Returns:
         Boolean tensor of the broadcast shape.
     """
     query_clean, key_clean = query.view == CLEAN, key.view == CLEAN
-    before = query.block >= key.block if block_causal else query.place >= key.place
-    same_block = (query.view == key.view) & (query.block == key.block)
-    visible_text = torch.where(query_clean, before, query.block > key.block)
+    not_later = query.block >= key.block if block_causal else query.position >= key.position
+    visible_text = torch.where(query_clean, not_later, query.block > key.block)
+    same_block = (query.view == key.view) & (query.block == key.block)  # False for a clean query and a noisy key
     return torch.where(key_clean, visible_text & (query.seen_document() == key.document), same_block)
 
 
-def places(views: int, blocks: Tensor, documents: Tensor) -> Positions:
-    """The positions of a whole training sample, ``[noisy views | clean]``.
+def sample_positions(views: int, blocks: Tensor, documents: Tensor) -> Positions:
+    """Return the positions of a whole training sample, ``[noisy views | clean]``.
 
     Args:
         views: Noisy views, V.
-        blocks: [..., L] block of each place.
-        documents: [..., L] document of each place.
+        blocks: [..., L] block of each position.
+        documents: [..., L] document of each position.
 
     Returns:
-        Four tensors of [..., (V + 1) L].
+        Four tensors: ``view`` [(V + 1) L], the others [..., (V + 1) L].
     """
     length = blocks.shape[-1]
-    place = torch.arange(length, device=blocks.device)
     view = torch.tensor([*range(views), CLEAN], device=blocks.device).repeat_interleave(length)
-    wide = [
-        each.expand_as(blocks).repeat(*[1] * (blocks.dim() - 1), views + 1) for each in (place, blocks, documents)
-    ]
-    return Positions(view, *wide)
+    position = torch.arange(length, device=blocks.device)
+    repeats = [1] * (blocks.dim() - 1) + [views + 1]
+    return Positions(view, *(values.expand_as(blocks).repeat(repeats) for values in (position, blocks, documents)))
 
 
 def dense_mask(length: int, block_size: int, views: int = 1, block_causal: bool = False) -> Tensor:
-    """The rule for one document as a boolean table, True where attention is allowed: [(V+1) L, (V+1) L]."""
+    """Return the rule for one document as a boolean table, True where attention is allowed: [(V+1) L, (V+1) L]."""
     blocks = torch.arange(length) // block_size
-    everything = places(views, blocks, torch.zeros_like(blocks))
-    return can_attend(everything.as_queries(), everything.as_keys(), block_causal)
+    positions = sample_positions(views, blocks, torch.zeros_like(blocks))
+    return can_attend(positions.as_queries(), positions.as_keys(), block_causal)

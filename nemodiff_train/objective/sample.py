@@ -1,8 +1,7 @@
 """The training sample: L tokens become (V + 1) L positions, ``[noisy views | clean]``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +15,23 @@ Sample = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clean:
-    """The clean half of a training sample, and what noise may do to it; L places."""
+class CleanHalf:
+    """The clean half of a training sample, and what noise may do to it; L positions."""
 
     tokens: Tensor
-    """[L] ids."""
+    """[L] int64 ids."""
     labels: Tensor
-    """[L] the next tokens."""
+    """[L] int64 ids of the next tokens."""
     segment_ids: Tensor
-    """[3, L] int32: document, block and position of each place."""
-    targets: Tensor
-    """[L] whether the next token is an AR target."""
+    """[3, L] int32: document, block and position id of each position."""
+    ar_loss_mask: Tensor
+    """[L] bool: whether the next token has an AR loss."""
     maskable: Tensor
-    """[L] places that count, and may be masked."""
+    """[L] bool: positions that noise may mask."""
     sequences: Tensor | None = None
-    """[L] number of the sequence that a place's noise level is drawn for; None where the sample is one."""
+    """[L] index of the sequence that a position's noise level is drawn for; None where the sample is one."""
     padding: Tensor | None = None
-    """[L] places behind an answer's end, which a decoder could only see masked; None where there are none."""
+    """[L] bool: positions after an answer's end, which a decoder only sees masked; None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,110 +46,121 @@ class SampleMaker:
     document_end: int | None = None
     """Id of the token that ends a document, where documents are kept apart; None to ignore them."""
     restart_positions: bool = False
-    """Positions restart with each document."""
+    """Position ids restart with each document."""
 
     def make(self, sample: Mapping[str, Tensor], split: int, index: int) -> Sample:
         """Make the training sample of an AR sample.
 
-        ============ ============================================ ===================================
-        field        noisy views                                  clean half
-        ============ ============================================ ===================================
-        tokens       the tokens, masked places set to ``mask_id`` the tokens
-        labels       the tokens (the next ones if shifted)        the next tokens
-        loss_mask    w where masked, else 0                       1 where the token has an AR target
-        position_ids 0 .. L-1, or restarting with documents       the same
-        level        noise level t of the target
-        slot         place of the target in its block, from 0
-        ============ ============================================ ===================================
+        ================= =============================================== ======================================
+        field             noisy views, [V L]                              clean half, [L]
+        ================= =============================================== ======================================
+        tokens            the tokens, masked positions set to ``mask_id`` the tokens
+        labels            the tokens (the next ones if shifted)           the next tokens
+        loss_mask         w where masked, else 0                          1 where the token has an AR loss, else 0
+        position_ids      0 .. L-1, or restarting with documents          the same
+        noise_level       t of the predicted token
+        index_in_block    index of the predicted token in its block
+        ================= =============================================== ======================================
 
-        and once, not once a view: ``segment_ids`` [3, L], the document, block and position of each place;
-        ``maskable`` [L], places that count; ``index``.  ``alpha`` and the number of views are not in the
-        weights: the loss applies them, so that both parts can be reported apart.
+        and once per sample, not once per view: ``segment_ids`` [3, L], the document, block and position id of each
+        position; ``maskable`` [L]; ``index``, a scalar.  ``alpha`` and the number of views are not in the weights:
+        the loss applies them, so that both parts can be reported separately.
 
         Args:
             sample: ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each [L].
-            split: Number of the split; 0 is training.
+            split: Index of the split; 0 is training.
             index: Index of the sample in its split.
         """
         block_size = block_size_at(self.objective, index // self.batch_size if split == 0 else None)
         clean = self.clean(sample, block_size)
-        targets = clean.targets
+        ar_loss_mask = clean.ar_loss_mask
         if self.objective.noisy_views and self.objective.clean_attention == "block_causal":
-            targets = targets & _ends(clean.segment_ids[1], last=True)  # elsewhere the place could see it
-        made = {
+            # Within a block every position sees the next token; only a block's last position does not.
+            ar_loss_mask = ar_loss_mask & _is_last(clean.segment_ids[1], at_end=True)
+        fields = {
             "tokens": clean.tokens,
             "labels": clean.labels,
-            "loss_mask": targets.float(),
+            "loss_mask": ar_loss_mask.float(),
             "position_ids": clean.segment_ids[2].long(),
             "segment_ids": clean.segment_ids,
             "maskable": clean.maskable,
             "index": torch.tensor(index),
         }
         if self.objective.noisy_views:
-            made.update(self._with_noise(clean, made, Key(self.objective.seed, split, index), block_size))
-        return made
+            fields.update(self._with_views(clean, fields, Key(self.objective.seed, split, index), block_size))
+        return fields
 
-    def clean(self, sample: Mapping[str, Tensor], block_size: int) -> "Clean":
-        """The clean half of an AR sample.
+    def clean(self, sample: Mapping[str, Tensor], block_size: int) -> CleanHalf:
+        """Return the clean half of an AR sample.
 
         Args:
             sample: As :meth:`make` takes it.
-            block_size: Positions of a block.
+            block_size: Positions per block.
         """
-        tokens, counts = sample["tokens"], sample["loss_mask"] > 0
-        segment_ids = self._structure(tokens, block_size)
-        return Clean(
+        tokens, maskable = sample["tokens"], sample["loss_mask"] > 0
+        segment_ids = self._segment_ids(tokens, block_size)
+        ends_document = _is_last(segment_ids[0], at_end=int(tokens[-1]) == self.document_end)
+        return CleanHalf(
             tokens=tokens,
             labels=sample["labels"],
             segment_ids=segment_ids,
-            targets=counts & ~_ends(segment_ids[0], last=int(tokens[-1]) == self.document_end),
-            maskable=counts,
+            ar_loss_mask=maskable & ~ends_document,
+            maskable=maskable,
         )
 
-    def _structure(self, tokens: Tensor, block_size: int) -> Tensor:
-        """[3, L] int32: number of the document, number of the block, position in the text."""
-        place = torch.arange(len(tokens))
-        ends = torch.zeros_like(place) if self.document_end is None else (tokens == self.document_end).long()
+    def _segment_ids(self, tokens: Tensor, block_size: int) -> Tensor:
+        """Return [3, L] int32: index of the document, index of the block, position id."""
+        position = torch.arange(len(tokens))
+        ends = torch.zeros_like(position) if self.document_end is None else (tokens == self.document_end).long()
         document = ends.cumsum(0) - ends  # a document's last token belongs to it
-        in_document = place - torch.searchsorted(document, document)
-        opens = in_document % block_size == 0
-        position = in_document if self.restart_positions else place
-        return torch.stack([document, opens.cumsum(0) - 1, position]).int()
+        in_document = position - torch.searchsorted(document, document)
+        starts_block = in_document % block_size == 0
+        position_ids = in_document if self.restart_positions else position
+        return torch.stack([document, starts_block.cumsum(0) - 1, position_ids]).int()
 
-    def _with_noise(self, clean: "Clean", made: Sample, key: Key, block_size: int) -> Sample:
-        tokens, block = clean.tokens, clean.segment_ids[1]
-        eligible, blocks = clean.maskable.numpy(), block.long().numpy()
+    def _with_views(self, clean: CleanHalf, fields: Sample, key: Key, block_size: int) -> Sample:
+        """Return the fields that gain V noisy views, [V L] or [(V + 1) L] each."""
+        tokens, block, views = clean.tokens, clean.segment_ids[1], self.objective.views
         sequences = None if clean.sequences is None else clean.sequences.numpy()
-        noise = draw_noise(key, eligible, blocks, self.objective, block_size, self.batch_size, sequences)
-        masked, weight, level = (torch.from_numpy(each) for each in noise)
-        targets, slot = tokens, torch.arange(len(block)) - torch.searchsorted(block, block)
+        noise = draw_noise(
+            key, clean.maskable.numpy(), block.long().numpy(), self.objective, block_size, self.batch_size, sequences
+        )
+        masked, weight, level = (torch.from_numpy(array) for array in noise)  # [V, L] each
+
+        # What a noisy position predicts: its own token, or the next one.
+        labels, index_in_block = tokens, torch.arange(len(block)) - torch.searchsorted(block, block)
         if self.objective.shift:
-            # A block's first place would be predicted from a block it cannot see; decoding has it from the AR seed.
-            targets, slot, level = clean.labels, slot + 1, level.roll(-1, 1)
-            weight = weight.roll(-1, 1).masked_fill(_ends(block, last=True), 0.0)
-        views = self.objective.views
+            # A block's first token would be predicted from a block it cannot see; decoding has it from the AR seed.
+            labels, index_in_block, level = clean.labels, index_in_block + 1, level.roll(-1, 1)
+            weight = weight.roll(-1, 1).masked_fill(_is_last(block, at_end=True), 0.0)
         hidden = masked if clean.padding is None else masked | clean.padding
         return {
             "tokens": torch.cat([tokens.expand(views, -1).masked_fill(hidden, self.mask_id).flatten(), tokens]),
-            "labels": torch.cat([targets.repeat(views), clean.labels]),
-            "loss_mask": torch.cat([weight.flatten(), made["loss_mask"]]),
-            "position_ids": made["position_ids"].repeat(views + 1),
-            "level": level.flatten(),
-            "slot": slot.repeat(views),
+            "labels": torch.cat([labels.repeat(views), clean.labels]),
+            "loss_mask": torch.cat([weight.flatten(), fields["loss_mask"]]),
+            "position_ids": fields["position_ids"].repeat(views + 1),
+            "noise_level": level.flatten(),
+            "index_in_block": index_in_block.repeat(views),
         }
 
 
-def _ends(number: Tensor, last: bool) -> Tensor:
-    """[L] whether each place is the last with its number; ``last`` says so for the sample's last place."""
-    ends = torch.full((len(number),), last)
-    ends[:-1] = number[1:] != number[:-1]
-    return ends
+def _is_last(segments: Tensor, at_end: bool) -> Tensor:
+    """Return [L] whether each position is the last of its segment; ``at_end`` says so for the sample's last one."""
+    last = torch.full((len(segments),), at_end)
+    last[:-1] = segments[1:] != segments[:-1]
+    return last
 
 
 class TriModeDataset(Dataset[Sample]):
-    """An AR data set as training samples; noise is drawn here, in the loader's workers."""
+    """An AR data set as training samples; noise is drawn here, in the loader's workers.
 
-    def __init__(self, samples: Any, maker: SampleMaker, split: int) -> None:
+    Args:
+        samples: The AR samples, as ``maker`` takes them.
+        maker: Makes the training samples.
+        split: Index of the split; 0 is training.
+    """
+
+    def __init__(self, samples: Sequence[Mapping[str, Tensor]], maker: SampleMaker, split: int) -> None:
         self.samples = samples
         self.maker = maker
         self.split = split

@@ -1,18 +1,18 @@
-"""What changes from step to step.  All of it is a function of the step: nothing is saved or restored."""
+"""What changes from step to step, as functions of the step (counted from 0): nothing is saved or restored."""
 
 from nemodiff_train.objective.config import ObjectiveConfig
 from nemodiff_train.objective.noise import BLOCK_SIZES, generator
 
 
 def alpha_at(objective: ObjectiveConfig, step: int) -> float:
-    """Weight of the diffusion loss in a step (counted from 0)."""
+    """Return the weight of the diffusion loss in a step."""
     if step >= objective.alpha_ramp_steps:
         return objective.alpha
     return objective.alpha * (step + 1) / (objective.alpha_ramp_steps + 1)
 
 
 def block_size_at(objective: ObjectiveConfig, step: int | None) -> int:
-    """Positions per block in a step (counted from 0); None for validation, which always uses ``block_size``."""
+    """Return the positions per block in a step; None for validation, which always uses ``block_size``."""
     if step is None or objective.block_schedule == "fixed":
         return objective.block_size
     if objective.block_schedule == "curriculum":
@@ -22,6 +22,6 @@ def block_size_at(objective: ObjectiveConfig, step: int | None) -> int:
 
 
 def embedding_noise_at(objective: ObjectiveConfig, step: int) -> float:
-    """Standard deviation of the noise on masked places' embeddings in a step, relative to the other rows."""
-    left = 1 - step / max(1, objective.mask_embedding_noise_steps)
-    return objective.mask_embedding_noise * max(0.0, left)
+    """Return the standard deviation of the noise on the mask token's embeddings, relative to the other rows' size."""
+    remaining = 1 - step / max(1, objective.mask_embedding_noise_steps)
+    return objective.mask_embedding_noise * max(0.0, remaining)

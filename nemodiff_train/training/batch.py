@@ -1,56 +1,90 @@
-"""A micro-batch from the loader to the device, with this rank's part of it."""
+"""A micro-batch from the loader to the device: this context-parallel rank's positions of it."""
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective.sample import Sample
 
-_WHOLE = ("segment_ids",)  # every context-parallel rank needs all of it
-_HOST = ("index",)  # seeds generators
+_UNSHARDED = ("segment_ids",)  # every context-parallel rank needs all of it
+_ON_HOST = ("index",)  # seeds generators
+
+
+class BatchReader:
+    """Reads the micro-batches of this process's model chunks.
+
+    Args:
+        shared: Where the time spent waiting for the loader is added up.
+    """
+
+    def __init__(self, shared: StepContext) -> None:
+        self.shared = shared
+        self.diffusion_scale: Tensor | float = 1.0
+        """AR targets per masked position in the step's global batch, for ``reduction=automodel``; else 1."""
+        self._ahead: list[Sample] = []
+
+    def read(self, data_iterator: Iterator[Sample], config: TriModeConfig, chunk: GPTModel) -> Sample | None:
+        """Return a model chunk's next micro-batch; None on a stage that needs nothing of it."""
+        if not (chunk.pre_process or chunk.post_process or config.dataset.needs_segment_ids):
+            return None
+        shard = chunk.attention_state.shard
+        if config.objective.reduction != "automodel" or not (chunk.training and chunk.post_process):
+            return self._next(data_iterator, shard)
+        # The masked positions of the whole step scale its diffusion loss, so the step is read at once.
+        if not self._ahead:
+            self._ahead = [self._next(data_iterator, shard) for _ in range(get_num_microbatches())]
+            self.diffusion_scale = _targets_per_masked(self._ahead, chunk.pg_collection.dp_cp)
+        return self._ahead.pop(0)
+
+    def _next(self, data_iterator: Iterator[Sample], shard: ContextParallelShard) -> Sample:
+        started = time.perf_counter()
+        samples = next(data_iterator)
+        self.shared.data_wait += time.perf_counter() - started
+        return to_device(samples, shard)
 
 
 def to_device(samples: Sample, shard: ContextParallelShard) -> Sample:
-    """Move a micro-batch to the device and take this context-parallel rank's places.
+    """Move a micro-batch to the device and take this context-parallel rank's positions.
 
-    ``places`` is added: [n] indices of what carries loss in the flattened ``loss_mask``.  Found before the move, they
-    cost the device no wait for the host.  ``index`` stays where it is, for the same reason.
+    ``loss_indices`` is added: [n] indices of what carries loss in the flattened ``loss_mask``.  They are computed
+    before the move, so that the host need not wait for the device; ``index`` stays on the host for the same reason.
 
     Args:
-        samples: What the loader collated from :class:`~nemodiff_train.objective.sample.SampleMaker`'s fields.
-        share: The rank's share of the sequence.
+        samples: The fields of :class:`~nemodiff_train.objective.sample.SampleMaker`, each with a batch axis in front.
+        shard: The rank's shard of the sequence.
     """
     length = samples["maskable"].shape[1]
 
-    def mine(name: str, values: Tensor) -> Tensor:
-        if name in _HOST:
+    def moved(name: str, values: Tensor) -> Tensor:
+        if name in _ON_HOST:
             return values
         values = values.cuda(non_blocking=True)
-        return values if name in _WHOLE else shard.take(values, length)
+        return values if name in _UNSHARDED else shard.take(values, length)
 
-    places = shard.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
-    return {name: mine(name, values) for name, values in samples.items()} | {
-        "loss_indices": places.cuda(non_blocking=True)
-    }
+    loss_indices = shard.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
+    batch = {name: moved(name, values) for name, values in samples.items()}
+    return {**batch, "loss_indices": loss_indices.cuda(non_blocking=True)}
 
 
-class Recorder:
-    """Passes a loader's micro-batches on and keeps them, so that a step can be looked at again."""
+def _targets_per_masked(batches: list[Sample], group: dist.ProcessGroup) -> Tensor:
+    """Return the AR targets per masked position (a mean over views) in the global batch, a scalar.
 
-    def __init__(self) -> None:
-        self.kept: list[list[Any]] | None = None
-        """Micro-batches of the step by model chunk; None while nothing is kept."""
-        self.waited = 0.0
-        """Seconds that reading has taken."""
-
-    def read(self, data: Iterator[Any], chunk: int) -> Any:
-        """The next micro-batch of a model chunk."""
-        started = time.perf_counter()
-        samples = next(data)
-        self.waited += time.perf_counter() - started
-        if self.kept is not None:
-            self.kept[chunk].append(samples)
-        return samples
+    Args:
+        batches: This rank's micro-batches of the step.
+        group: The data- and context-parallel ranks.
+    """
+    length = batches[0]["maskable"].shape[1]
+    views = batches[0]["loss_mask"].shape[1] // length - 1
+    masked = sum((batch["loss_mask"][:, : views * length] > 0).sum() for batch in batches) / views
+    targets = sum(batch["loss_mask"][:, views * length :].sum() for batch in batches)
+    counts = torch.stack([torch.as_tensor(targets), torch.as_tensor(masked)]).float()
+    dist.all_reduce(counts, group=group)
+    return counts[0] / counts[1].clamp(min=1)

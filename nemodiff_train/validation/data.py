@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig, parse_number
-from nemodiff_train.data.manifest import check_blend
+from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation.refusal import refusal

@@ -42,5 +42,3 @@ def _switch_problems(config: TriModeConfig) -> Iterator[str]:
         yield f"dataset.seq_length={length} is not a multiple of objective.block_size={objective.block_size}"
     if model.context_parallel_size > 1:
         yield "a drafter is not trained under context parallelism; set model.context_parallel_size=1"
-    if config.diagnostics.gradient_interval:
-        yield "diagnostics.gradient_interval compares the losses of the joint stage; set it to 0 for a drafter"

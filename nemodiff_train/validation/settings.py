@@ -42,7 +42,6 @@ AT_LEAST = {
     "drafter.support": 1,
     "drafter.position_decay": 0,
     "diagnostics.loss_interval": 0,
-    "diagnostics.gradient_interval": 0,
     "evaluation.interval": 0,
     "resilience.keep_every": 0,
     "resilience.spike_factor": 0,

@@ -305,16 +305,17 @@ def _serve() -> None:
 
 
 def _fork(job: _Job, rank: int, port: str, answers: TextIO) -> int:
-    """Fork one rank; return its process id."""
+    """Fork one rank; return its process id, when its log exists."""
+    logs = Path(job.logs)
+    log = os.open(_log_file(logs, job.name, rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     pid = os.fork()
     if pid:
+        os.close(log)
         return pid
     code = 1
     try:
         answers.close()
         os.setpgid(0, 0)
-        logs = Path(job.logs)
-        log = os.open(_log_file(logs, job.name, rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
         os.dup2(log, 2)

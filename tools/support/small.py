@@ -128,16 +128,17 @@ def documents(draw: torch.Generator, length: int, block: int, average: int = 40)
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the weighted sum of a micro-batch's losses, from the forward pass of training."""
-    from functools import partial
+    from nemodiff_train.model.head import token_losses
 
-    from nemodiff_train.training.step import _losses
+    weights, vocabulary = batch["loss_mask"], model.config.vocab_size
 
-    def total(batch: Any, losses: torch.Tensor) -> torch.Tensor:
-        return (losses * batch["loss_mask"]).sum()
+    def process(*, hidden_states: Any, output_layer: Any, output_weight: Any, **context: Any) -> torch.Tensor:
+        labels, indices = batch["labels"], batch["loss_indices"]
+        return token_losses(hidden_states, labels, indices, weights, vocabulary, output_layer, output_weight)
 
     model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
-    process = partial(_losses, batch, total)
-    return total(batch, model(batch["tokens"], batch["position_ids"], None, output_processor=process))
+    losses = model(batch["tokens"], batch["position_ids"], None, output_processor=process)
+    return (losses * weights).sum()
 
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> float:

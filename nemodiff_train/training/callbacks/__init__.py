@@ -1,1 +1,1 @@
-"""What runs beside the training step."""
+"""What runs beside the training step, one callback per file; :mod:`.order` lists them."""

@@ -1,98 +1,117 @@
-"""The embedding of the mask token: a look at it before training, and a remedy for one that has decayed."""
-
-from typing import Any
+"""The embedding of the mask token: a check before training, and a remedy for a row that has decayed."""
 
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
+from nemodiff_train.distributed import is_main_process
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.noise import EMBEDDINGS
-from nemodiff_train.objective.noise import generator as draw
+from nemodiff_train.objective.noise import EMBEDDINGS, generator
 from nemodiff_train.objective.schedule import embedding_noise_at
-from nemodiff_train.training.step import ForwardStep
 
-# A row that never occurred in pretraining is pulled towards zero by weight decay.
 DECAYED = 0.1
+"""Size of the row, relative to the others, below which it counts as decayed.  Weight decay pulls a row that never
+occurred in pretraining towards zero."""
 
 
 class MaskEmbedding(Callback):
-    """Says so when the mask token's row has decayed, and adds noise to it early in training when asked.
+    """Warns when the mask token's row has decayed, and adds noise to it early in training when asked.
 
-    LLaDA2.0 (arXiv 2512.15745) reports that the row has decayed towards zero in AR pretraining, which
-    blows gradients up at high noise levels, and adds Gaussian noise to the embedding's output there.
+    LLaDA2.0 (arXiv 2512.15745) reports that the row has decayed towards zero in AR pretraining, which makes gradients
+    explode at high noise levels, and adds Gaussian noise to the embedding's output there.
 
     Args:
-        step: The forward step, which knows the micro-batch that is running.
+        shared: Knows the samples of the micro-batch that runs forward.
     """
 
-    def __init__(self, step: ForwardStep) -> None:
-        self.step = step
+    def __init__(self, shared: StepContext) -> None:
+        self.shared = shared
 
     def on_train_start(self, context: CallbackContext) -> None:
-        config: Any = context.state.cfg
-        first = unwrap_model(context.model[0])
+        config, first = config_of(context.state), unwrap_model(context.model[0])
         if config.objective.stage != "joint" or not first.pre_process:
             return
-        table = first.embedding.word_embeddings
-        mask, others = root_mean_squares(table, config.model.mask_token_id, config.model.vocab_size)
-        if context.state.train_state.step == 0 and mask < DECAYED * others and dist.get_rank() == 0:
+        embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
+        mask, others = root_mean_squares(embedding, mask_id, config.model.vocab_size)
+        if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
             console.print(
-                f"[yellow]the embedding of mask token {config.model.mask_token_id} is {mask / others:.1%} of the "
+                f"[yellow]the embedding of mask token {mask_id} is {mask / others:.1%} of the "
                 "other rows' size, which can make gradients large at high noise levels; "
                 "objective.mask_embedding_noise=1 adds noise to it early in training[/yellow]"
             )
         if config.objective.mask_embedding_noise:
-            self._add_noise(context, table, first.attention_state.shard, others)
+            self._add_noise(context, embedding, first.attention_state.shard, others)
 
-    def _add_noise(self, context: CallbackContext, table: Any, shard: ContextParallelShard, size: float) -> None:
-        config: Any = context.state.cfg
+    def _add_noise(
+        self, context: CallbackContext, embedding: VocabParallelEmbedding, shard: ContextParallelShard, size: float
+    ) -> None:
+        config = config_of(context.state)
 
-        def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(module: VocabParallelEmbedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             std = size * embedding_noise_at(config.objective, context.state.train_state.step)
             if not module.training or not std:
                 return output
             return output + std * self._noise(config, module, shard, inputs[0], output)
 
-        table.register_forward_hook(hook)
+        embedding.register_forward_hook(hook)
 
-    def _noise(self, config: Any, table: Any, shard: ContextParallelShard, tokens: Tensor, output: Tensor) -> Tensor:
-        """Standard normal noise at masked places, 0 elsewhere, of the shape of the embedding's output."""
-        assert self.step.batch is not None  # a stage that embeds tokens has them
-        length = config.dataset.seq_length
-        noise = torch.stack([_gaussian(config.objective, int(i), length, output) for i in self.step.batch["index"]])
-        own = torch.cat([view * length + shard.positions(length) for view in range(config.objective.noisy_views)])
-        noise = noise[:, own.to(noise.device)] * (tokens[:, : len(own)] == config.model.mask_token_id)[..., None]
-        noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(own)))
-        if table.reduce_scatter_embeddings:  # sequence parallel: [positions / tensor ranks, batch, hidden]
-            noise = noise.transpose(0, 1).chunk(table.tp_group.size())[table.tp_group.rank()]
+    def _noise(
+        self,
+        config: TriModeConfig,
+        embedding: VocabParallelEmbedding,
+        shard: ContextParallelShard,
+        tokens: Tensor,
+        output: Tensor,
+    ) -> Tensor:
+        """Return standard normal noise at masked positions, 0 elsewhere, of the shape of the embedding's output.
+
+        Args:
+            config: The run.
+            embedding: Its embedding.
+            shard: This context-parallel rank's shard of the sequence.
+            tokens: [batch, (V + 1) L / ranks] ids.
+            output: [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
+        """
+        indices, length = self.shared.sample_indices, config.dataset.seq_length
+        assert indices is not None  # a stage that embeds tokens has read them
+        noise = torch.stack([_gaussian(config.objective, int(index), length, output) for index in indices])
+        # This rank's positions of every view, where they are masked; then zeros for the clean half.
+        views = range(config.objective.noisy_views)
+        held = torch.cat([view * length + shard.positions(length) for view in views])
+        noise = noise[:, held.to(noise.device)] * (tokens[:, : len(held)] == config.model.mask_token_id)[..., None]
+        noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(held)))
+        if embedding.reduce_scatter_embeddings:  # sequence parallel: [positions / tensor ranks, batch, hidden]
+            noise = noise.transpose(0, 1).chunk(embedding.tp_group.size())[embedding.tp_group.rank()]
         return noise.to(output.dtype)
 
 
 def _gaussian(objective: ObjectiveConfig, index: int, length: int, like: Tensor) -> Tensor:
-    """[views * length, hidden] noise of one sample, a function of the seed and the sample alone."""
-    seed = int(draw(objective.seed, EMBEDDINGS, index).integers(2**63))
-    generator = torch.Generator(like.device).manual_seed(seed)
+    """Return [V L, hidden] noise of one sample, a function of the seed and the sample alone."""
+    seed = int(generator(objective.seed, EMBEDDINGS, index).integers(2**63))
+    draw = torch.Generator(like.device).manual_seed(seed)
     shape = (objective.noisy_views * length, like.shape[-1])
-    return torch.randn(shape, generator=generator, device=like.device)
+    return torch.randn(shape, generator=draw, device=like.device)
 
 
-def root_mean_squares(table: Any, row: int, rows: int) -> tuple[float, float]:
-    """Root mean square of one row of a vocabulary-parallel embedding, and of the vocabulary's other rows.
+def root_mean_squares(embedding: VocabParallelEmbedding, row: int, rows: int) -> tuple[float, float]:
+    """Return the root mean square of one row of an embedding, and of the vocabulary's other rows.
 
     Args:
-        table: Megatron's ``VocabParallelEmbedding``.
+        embedding: Its [rows / tensor-parallel size, hidden] weight is this rank's part.
         row: Id of the token.
-        rows: Tokens of the vocabulary; rows behind them are padding.
+        rows: Size of the vocabulary; rows after it are padding.
     """
-    start, end = table.vocab_start_index, min(table.vocab_end_index, rows)
-    squares = table.weight.detach()[: max(end - start, 0)].float().square().mean(-1)
-    own = squares[row - start] if start <= row < end else squares.new_zeros(())
-    both = torch.stack([own, squares.sum()])
-    dist.all_reduce(both, group=table.tp_group)
-    mask, total = both.tolist()
+    start, end = embedding.vocab_start_index, min(embedding.vocab_end_index, rows)
+    squares = embedding.weight.detach()[: max(end - start, 0)].float().square().mean(-1)
+    of_row = squares[row - start] if start <= row < end else squares.new_zeros(())
+    totals = torch.stack([of_row, squares.sum()])
+    dist.all_reduce(totals, group=embedding.tp_group)
+    mask, total = totals.tolist()
     return mask**0.5, ((total - mask) / (rows - 1)) ** 0.5

@@ -1,0 +1,99 @@
+"""Check the data sets of a training run: intact, prepared with the model's tokenizer, and without the mask token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nemodiff_train.data.index_file import Index, read_index
+from nemodiff_train.data.manifest import Manifest, check_files, count_tokens
+from nemodiff_train.data.tokenizer import tokenizer_fingerprint, vocabulary_size
+from nemodiff_train.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCAN_TOKENS = 10_000_000  # read from a data set without counts: well under a second
+
+
+def check_blend(
+    prefixes: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    mask_token_id: int | None,
+    conversations: bool = False,
+) -> None:
+    """Refuse data that this tokenizer and mask token cannot be trained on.
+
+    A data set without a manifest (made by another tool) is judged by its first 10 million tokens.
+
+    Args:
+        prefixes: The data sets.
+        tokenizer: The model's tokenizer.
+        mask_token_id: None in a stage without a mask token.
+        conversations: Whether documents have to be conversations rather than text.
+
+    Raises:
+        UserError: A data set is missing, incomplete, empty, or made with another tokenizer; two end
+            their documents differently; the mask token is outside the vocabulary, or is in the text; or it holds
+            text instead of conversations, or the other way round.
+    """
+    vocab_size = vocabulary_size(tokenizer)
+    if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
+        raise UserError(f"mask token id {mask_token_id} is outside the tokenizer's ids 0..{vocab_size - 1}")
+    if not prefixes:
+        raise UserError("no training data: name at least one prefix made by 'nemodiff data prepare'")
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    manifests = {prefix: Manifest.read(prefix) for prefix in prefixes}
+    for prefix, manifest in manifests.items():
+        check_files(prefix, manifest)
+        if manifest is not None and manifest.tokenizer.fingerprint != fingerprint:
+            raise UserError(
+                f"{prefix}: prepared with another tokenizer than the model's "
+                f"('{manifest.tokenizer.name}'); prepare it again with the model's"
+            )
+        index = read_index(prefix)
+        if conversations != (manifest is not None and manifest.chat_template is not None):
+            raise UserError(_other_kind(prefix, conversations))
+        _check_tokens(prefix, manifest, index, tokenizer, mask_token_id)
+    endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
+    if len(endings) > 1:
+        described = ", ".join(f"{prefix} with id {token}" for token, prefix in endings.items())
+        raise UserError(f"the data sets end documents differently: {described}; prepare them alike")
+
+
+def _other_kind(prefix: str, conversations: bool) -> str:
+    if conversations:
+        return f"{prefix}: holds no conversations; prepare it with 'nemodiff data prepare --chat'"
+    return f"{prefix}: holds conversations, which recipes for text do not read; use sft, or prepare it without --chat"
+
+
+def _check_tokens(
+    prefix: str,
+    manifest: Manifest | None,
+    index: Index,
+    tokenizer: "PreTrainedTokenizerBase",
+    mask_token_id: int | None,
+) -> None:
+    """Refuse ids beyond the vocabulary, padding tokens in text, and the mask token."""
+    vocab_size = vocabulary_size(tokenizer)
+    stored = Path(f"{prefix}.counts.npy")
+    if manifest is not None and stored.is_file():
+        counts = np.load(stored)
+    else:
+        counts = count_tokens(Path(f"{prefix}.bin"), index.dtype, vocab_size, SCAN_TOKENS)
+    if len(counts) > vocab_size:
+        raise UserError(f"{prefix}: holds token ids beyond the tokenizer's {vocab_size}; prepare it again")
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    is_text = manifest is None or manifest.chat_template is None
+    if is_text and pad is not None and pad != end and pad < len(counts) and counts[pad]:
+        raise UserError(
+            f"{prefix}: the tokenizer's padding token {pad} occurs {counts[pad]} times in the data, and Megatron "
+            "would train on none of them; prepare it with another --eod-token"
+        )
+    if mask_token_id is not None and counts[mask_token_id]:
+        token = tokenizer.convert_ids_to_tokens(mask_token_id)
+        raise UserError(
+            f"{prefix}: the mask token {mask_token_id} ('{token}') occurs {counts[mask_token_id]} times as text; "
+            "choose a token that the data does not use"
+        )
