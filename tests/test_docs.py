@@ -125,7 +125,7 @@ def defined_in(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("section", "file"),
-    [("objective", "objective/config.py"), ("dataset", "config/config.py"), ("resilience", "config/config.py")],
+    [("objective", "objective/config.py"), ("dataset", "config/datasets.py"), ("resilience", "config/run.py")],
 )
 def test_named_settings_exist(section: str, file: str) -> None:
     tree = ast.parse((ROOT / "nemodiff_train" / file).read_text())

@@ -30,4 +30,5 @@ class DrafterConfig:
     """Fraction of slots whose draft is drawn at temperature 1 to find the accepted prefix; the others are greedy."""
 
     position_decay: float = 0.0
-    """Slot k weighs exp(-(k - 1) / this) (DFlash, which takes 7, 5 and 4 for blocks of 16, 10 and 8); 0 for 1."""
+    """Decay length of the weight exp(-(k - 1) / length) of slot k (DFlash takes 7, 5 and 4 for blocks of 16, 10 and
+    8); 0 for equal weights."""

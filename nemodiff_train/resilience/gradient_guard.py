@@ -1,23 +1,22 @@
-"""No gradient that is not finite, or far too large, reaches the weights."""
+"""Keep gradients that are not finite, or far too large, away from the weights."""
 
 import dataclasses
 import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import CheckpointLoadContext, DefaultCheckpointManager
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from nemodiff_train.config.context import StepContext, config_of
-from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped
@@ -27,112 +26,124 @@ NON_FINITE, SPIKE = "non_finite", "spike"
 
 
 class GradientGuard(Callback):
-    """Looks at each step's gradient before the optimizer does; all ranks decide the same.
+    """Look at each step's gradient before the optimizer does, and let all ranks decide the same.
 
-    Megatron leaves an update out when ``prepare_grads`` says that something was found, which is where this says so.
-    Whose gradient was at fault is looked up before replicas add theirs together, since afterwards all have it.
+    Megatron leaves an update out if the optimizer's ``prepare_grads`` reports a fault, so this replaces that method.
+    Each rank's own gradient is checked before replicas add theirs together, since afterwards all have the fault.
 
     Args:
-        shared: Where the figures go, and where the norms of earlier steps are recorded.
+        shared: Receives the figures, and knows where the norms of earlier steps are recorded.
     """
 
     def __init__(self, shared: StepContext) -> None:
         self.shared = shared
-        self.in_a_row = 0
-        self.rolls_back = False
+        self.consecutive_skips = 0
+        self.rollback_due = False
         self.norms: deque[float] | None = None
+        """Gradient norms of the last updates."""
 
     def on_train_start(self, context: CallbackContext) -> None:
         self.context = context
-        self.settings: ResilienceConfig = config_of(context.state).resilience
-        self.mine = torch.zeros(1, dtype=torch.int32, device=torch.cuda.current_device())
-        optimizer: Any = context.optimizer
-        self.plain_prepare: Callable[[], bool] = optimizer.prepare_grads
-        optimizer.prepare_grads = self._prepare
-        before_gradients_are_shared(context.model, self._look)
+        self.settings = config_of(context.state).resilience
+        self.local_fault = torch.zeros(1, dtype=torch.int32, device=torch.cuda.current_device())
+        self.prepare_without_guard: Callable[[], bool] = context.optimizer.prepare_grads
+        context.optimizer.prepare_grads = self._prepare_grads
+        before_gradient_reduction(context.model, self._check_local_gradient)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        self.mine.zero_()
+        self.local_fault.zero_()
 
-    def _look(self) -> None:
-        """Whether this rank's own gradient is finite; the answer stays on the device."""
+    def _check_local_gradient(self) -> None:
+        """Set ``local_fault`` if this rank's own gradient is not finite; the host does not wait for it."""
         for chunk in self.context.model:
             for buffer in chunk.buffers:
-                self.mine |= ~torch.isfinite(buffer.grad_data.sum(dtype=torch.float32)).reshape(1)
+                self.local_fault |= ~torch.isfinite(buffer.grad_data.sum(dtype=torch.float32)).reshape(1)
 
     @torch.no_grad()
-    def _prepare(self) -> bool:
-        if self.plain_prepare():
+    def _prepare_grads(self) -> bool:
+        """Return whether the update is to be left out."""
+        if self.prepare_without_guard():
             return True  # fp16's loss scale deals with it
-        optimizer: Any = self.context.optimizer
-        norm, fault = self._agreed(optimizer.get_grad_norm())
+        norm, fault = self._agree(self.context.optimizer.get_grad_norm())
         if fault is None:
-            self.in_a_row = 0
-            self._history().append(norm)
+            self.consecutive_skips = 0
+            self._recorded_norms().append(norm)
             return False
         self.apply_policy(fault, norm)
         return True
 
-    def _agreed(self, norm: Tensor | float) -> tuple[float, str | None]:
-        """Return this rank's norm as a number, and the problem that any rank has found.
+    def _agree(self, norm: Tensor | float) -> tuple[float, str | None]:
+        """Return this rank's norm as a number, and the fault that any rank has found.
 
-        The host waits for the device here, and nowhere else in a step but to log.
+        The host waits for the device here; otherwise it only does so to log.
         """
-        own = torch.as_tensor(norm, dtype=torch.float32, device=self.mine.device).reshape(1)
-        finite = own.isfinite()
-        found = torch.cat([~finite | (self.mine > 0), finite & (own > self._limit())]).float()
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        broken, spiked, value = torch.cat([found, own]).tolist()
-        return value, NON_FINITE if broken else SPIKE if spiked else None
+        local_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.local_fault.device).reshape(1)
+        finite = local_norm.isfinite()
+        # [2]: is any gradient not finite, is any norm a spike?
+        faults = torch.cat([~finite | (self.local_fault > 0), finite & (local_norm > self._spike_limit())]).float()
+        dist.all_reduce(faults, op=dist.ReduceOp.MAX)
+        non_finite, spike, value = torch.cat([faults, local_norm]).tolist()
+        return value, NON_FINITE if non_finite else SPIKE if spike else None
 
-    def _limit(self) -> float:
+    def _spike_limit(self) -> float:
         """Return the norm above which a step counts as a spike."""
-        settings, history = self.settings, self._history()
-        if not settings.spike_factor or len(history) < settings.spike_window // 2:
+        settings, norms = self.settings, self._recorded_norms()
+        if not settings.spike_factor or len(norms) < settings.spike_window // 2:
             return math.inf
-        return settings.spike_factor * statistics.median(history)
+        return settings.spike_factor * statistics.median(norms)
 
-    def _history(self) -> deque[float]:
-        """Norms of the last updates, of those before a resume too: the decision must not depend on it."""
+    def _recorded_norms(self) -> deque[float]:
+        """Return the norms of the last updates, including those before a resume, so that it changes no decision."""
         if self.norms is None:
             window = self.settings.spike_window
-            is_last_rank = global_rank() == world_size() - 1  # the one that writes the file
-            norms = recorded_norms(self.shared.metrics_file, window) if is_last_rank else []
+            writes_file = global_rank() == world_size() - 1
+            norms = recorded_norms(self.shared.metrics_file, window) if writes_file else []
             self.norms = deque(all_gather_object(norms)[-1], maxlen=window)
         return self.norms
 
     def apply_policy(self, fault: str, norm: float) -> None:
-        line = self._line(fault, norm)
-        reaction = self.settings.on_non_finite if fault == NON_FINITE else self.settings.on_spike
-        self.in_a_row += 1
-        if reaction == "stop":
+        """Stop the run, or skip the update and note whether to roll back.
+
+        Args:
+            fault: ``NON_FINITE`` or ``SPIKE``.
+            norm: The gradient norm.
+
+        Raises:
+            RunStopped: The policy is to stop, or too many consecutive updates were skipped.
+        """
+        line = self._describe(fault, norm)
+        policy = self.settings.on_non_finite if fault == NON_FINITE else self.settings.on_spike
+        self.consecutive_skips += 1
+        if policy == "stop":
             raise RunStopped(f"{line}; the weights are as before the step (resilience.on_{fault})")
-        if self.in_a_row > self.settings.max_consecutive_skips:
-            limit = "resilience.max_consecutive_skips"
-            raise RunStopped(f"{line}; {self.in_a_row} consecutive steps without an update ({limit})")
-        self.rolls_back = reaction == "rollback"
+        if self.consecutive_skips > self.settings.max_consecutive_skips:
+            raise RunStopped(
+                f"{line}; {self.consecutive_skips} consecutive steps without an update "
+                "(resilience.max_consecutive_skips)"
+            )
+        self.rollback_due = policy == "rollback"
         self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
         if is_main_process():
-            done = "back to the last checkpoint's weights" if self.rolls_back else "no update"
-            console.print(f"[yellow]{line}: {done}[/yellow]", soft_wrap=True)
+            action = "back to the last checkpoint's weights" if self.rollback_due else "no update"
+            console.print(f"[yellow]{line}: {action}[/yellow]", soft_wrap=True)
 
-    def _line(self, fault: str, norm: float) -> str:
+    def _describe(self, fault: str, norm: float) -> str:
         step = self.context.state.train_state.step + 1
         if fault == SPIKE:
-            usual = statistics.median(self._history())
-            return f"step {step}: gradient norm {norm:.3g} against a median of {usual:.3g}"
+            median = statistics.median(self._recorded_norms())
+            return f"step {step}: gradient norm {norm:.3g} against a median of {median:.3g}"
         groups = get_pg_collection(self.context.model)
-        own = (groups.pp.rank(), groups.dp.rank(), groups.tp.rank()) if self.mine.item() else None
-        named = [
-            f"rank {rank} (stage {place[0]}, replica {place[1]}, tensor rank {place[2]})"
-            for rank, place in enumerate(all_gather_object(own))
-            if place is not None
+        coordinates = (groups.pp.rank(), groups.dp.rank(), groups.tp.rank()) if self.local_fault.item() else None
+        ranks = [
+            f"rank {rank} (stage {faulty[0]}, replica {faulty[1]}, tensor rank {faulty[2]})"
+            for rank, faulty in enumerate(all_gather_object(coordinates))
+            if faulty is not None
         ]
-        return f"step {step}: gradient not finite on {', '.join(named) or 'no rank alone, only in the sum'}"
+        return f"step {step}: gradient not finite on {', '.join(ranks) or 'no rank alone, only in the sum'}"
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        if self.rolls_back:
-            self.rolls_back = False
+        if self.rollback_due:
+            self.rollback_due = False
             _roll_back(context)
 
 
@@ -143,40 +154,44 @@ def recorded_norms(path: Path, count: int) -> list[float]:
         return list(deque((norm for norm in norms if norm is not None), maxlen=count))
 
 
-def before_gradients_are_shared(model: Any, call: Callable[[], None]) -> None:
+def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Callable[[], None]) -> None:
     """Call a function in each step between the last backward pass and the sum over replicas.
 
     Args:
-        model: The chunks.
-        call: Runs once a step; with ``ddp.overlap_grad_reduce`` some of the sums have begun.
+        model: The model chunks.
+        call: Runs once per step; with ``ddp.overlap_grad_reduce`` some of the sums have begun.
     """
-    # Not the configuration's finalize_model_grads_func: that is saved with every checkpoint.
-    plain = model[0].finish_grad_sync
+    # Not the configuration's finalize_model_grads_func, which is saved with every checkpoint.
+    finish_grad_sync = model[0].finish_grad_sync
 
-    def finish(*words: Any, **named: Any) -> Any:
+    def finish(*arguments: object, **named: object) -> None:
         call()
-        return plain(*words, **named)
+        finish_grad_sync(*arguments, **named)
 
     model[0].finish_grad_sync = finish
 
 
 def _roll_back(context: CallbackContext) -> None:
-    """Weights, optimizer and schedule of the last checkpoint; steps and data go on from here."""
+    """Load weights, optimizer and schedule of the last checkpoint; steps and data continue.
+
+    Raises:
+        RunStopped: There is no checkpoint.
+    """
     state = context.state
-    saved = config_of(state).checkpoint
-    if not saved.load or not iterations(Path(saved.load)):
+    checkpoint = config_of(state).checkpoint
+    if not checkpoint.load or not iterations(Path(checkpoint.load)):
         raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
-    now = {f.name: getattr(state.train_state, f.name) for f in dataclasses.fields(state.train_state)}
-    # Set while the pretrained weights were loaded, it would leave the optimizer as it is.
-    finetune, saved.finetune = saved.finetune, False
-    fixed, saved.ckpt_step = saved.ckpt_step, None
+    progress = {field.name: getattr(state.train_state, field.name) for field in dataclasses.fields(state.train_state)}
+    # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
+    finetune, checkpoint.finetune = checkpoint.finetune, False
+    fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
     try:
-        step, _ = DefaultCheckpointManager(saved).load(
+        step, _ = DefaultCheckpointManager(checkpoint).load(
             CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler)
         )
     finally:
-        saved.finetune, saved.ckpt_step = finetune, fixed
-    for name, value in now.items():
+        checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
+    for name, value in progress.items():
         setattr(state.train_state, name, value)
     if is_main_process():
-        console.print(f"[yellow]went back to step {step} of '{saved.load}'[/yellow]", soft_wrap=True)
+        console.print(f"[yellow]went back to step {step} of '{checkpoint.load}'[/yellow]", soft_wrap=True)

@@ -1,13 +1,12 @@
-"""Replicas of a parameter stay the same, bit for bit; a rank whose copy differs computes something else."""
+"""Check that replicas of a parameter stay identical, bit for bit."""
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from nemodiff_train.config.context import config_of
@@ -15,11 +14,12 @@ from nemodiff_train.distributed import all_gather_object
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.model.parameters import gathered_parameters
 
-_PIECE = 1 << 22  # elements hashed at once: their factors take 8 bytes each
+_CHUNK = 1 << 22
+"""Elements hashed at once; their factors take 8 bytes each."""
 
 
 class ReplicaConsistencyCheck(Callback):
-    """Every ``resilience.replica_check_interval`` steps, compares hashes of all parameters.
+    """Compare hashes of all parameters every ``resilience.replica_check_interval`` steps.
 
     Over data- and context-parallel replicas every parameter must be the same; over tensor-parallel ranks those that
     are not split, such as norms.
@@ -32,12 +32,12 @@ class ReplicaConsistencyCheck(Callback):
         self.interval = config_of(context.state).resilience.replica_check_interval
         if not self.interval:
             return
-        # Not every layer says that it is split; what starts out different is.
+        # Not every layer declares that it is split, but parameters that differ at the start are.
         groups = get_pg_collection(context.model)
-        found = _gathered(_hashes(context.model), groups.tp)
+        hashes = _gather(_hash_parameters(context.model), groups.tp)
         self.replicated = [
-            not getattr(parameter, "tensor_model_parallel", False) and bool((found[:, i] == found[0, i]).all())
-            for i, (_, parameter) in enumerate(_parameters(context.model))
+            not getattr(parameter, "tensor_model_parallel", False) and bool((hashes[:, i] == hashes[0, i]).all())
+            for i, (_, parameter) in enumerate(_named_parameters(context.model))
         ]
 
     def on_train_step_end(self, context: CallbackContext) -> None:
@@ -45,57 +45,58 @@ class ReplicaConsistencyCheck(Callback):
         if not self.interval or step % self.interval:
             return
         groups = get_pg_collection(context.model)
-        own = _hashes(context.model)
-        same = torch.tensor(self.replicated, device=own.device)
-        found = _odd_one(context.model, _gathered(own, groups.dp_cp), groups.dp_cp) or _odd_one(
-            context.model, _gathered(own.where(same, 0), groups.tp), groups.tp
+        hashes = _hash_parameters(context.model)
+        replicated = torch.tensor(self.replicated, device=hashes.device)
+        difference = _first_difference(context.model, hashes, groups.dp_cp) or _first_difference(
+            context.model, hashes.where(replicated, 0), groups.tp
         )
-        if told := next((other for other in all_gather_object(found) if other), None):
+        if reported := next((line for line in all_gather_object(difference) if line), None):
             raise RunStopped(
-                f"step {step}: {told}; the memory or the arithmetic of a device is at fault. "
+                f"step {step}: {reported}; the memory or the arithmetic of a device is at fault. "
                 "Repeat the command without it to go on from the last checkpoint"
             )
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _named_parameters(model: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     for chunk in model:
         yield from chunk.named_parameters()
 
 
-def _hashes(model: Any) -> Tensor:
-    """[parameters] int64: a hash of each one's bits."""
+def _hash_parameters(model: Sequence[nn.Module]) -> Tensor:
+    """Return [parameters] int64 hashes of the bits of each parameter."""
     with gathered_parameters(model), torch.no_grad():
-        return torch.stack([_hash(parameter.detach()) for _, parameter in _parameters(model)])
+        return torch.stack([_hash(parameter.detach()) for _, parameter in _named_parameters(model)])
 
 
 def _hash(values: Tensor) -> Tensor:
-    """Return a 64-bit hash on the values' device; a change of any one element changes it."""
+    """Return an int64 hash on the values' device; a change of any single element changes it."""
     bits = values.contiguous().reshape(-1)
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=values.device)
-    for start in range(0, bits.numel(), _PIECE):
-        piece = bits[start : start + _PIECE].to(torch.int64)
-        factors = torch.arange(start, start + piece.numel(), device=values.device) * 2 + 1  # odd: invertible
-        total = total * 6364136223846793005 + (piece * factors * factors).sum()
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        # Odd factors are invertible modulo 2^64, so that no change of one element cancels.
+        factors = torch.arange(start, start + chunk.numel(), device=values.device) * 2 + 1
+        total = total * 6364136223846793005 + (chunk * factors * factors).sum()
     return total
 
 
-def _gathered(own: Tensor, group: Any) -> Tensor:
-    """Return [ranks, parameters] of a group."""
-    found = [torch.zeros_like(own) for _ in range(group.size())]
-    dist.all_gather(found, own, group=group)
-    return torch.stack(found)
+def _gather(hashes: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return [ranks, parameters] hashes of a group, from [parameters] of this rank."""
+    gathered = [torch.zeros_like(hashes) for _ in range(group.size())]
+    dist.all_gather(gathered, hashes, group=group)
+    return torch.stack(gathered)
 
 
-def _odd_one(model: Any, hashes: Tensor, group: Any) -> str | None:
-    """Return which parameter differs on which ranks: the minority, or both of two."""
-    for i, (name, _) in enumerate(_parameters(model)):
-        column = hashes[:, i].tolist()
-        [(usual, often), *others] = Counter(column).most_common()
+def _first_difference(model: Sequence[nn.Module], hashes: Tensor, group: dist.ProcessGroup) -> str | None:
+    """Name the first parameter that differs in a group, and the ranks in the minority, or all of a tie."""
+    gathered = _gather(hashes, group)
+    for i, (name, _) in enumerate(_named_parameters(model)):
+        column = gathered[:, i].tolist()
+        [(majority, votes), *others] = Counter(column).most_common()
         if others:
-            ranks = dist.get_process_group_ranks(group)
-            tie = often == others[0][1]
-            odd = [rank for rank, value in zip(ranks, column, strict=True) if tie or value != usual]
-            named = " and ".join(f"rank {rank}" for rank in odd)
-            return f"replicas of '{name.removeprefix('module.')}' differ: {named}"
+            tie = votes == others[0][1]
+            ranks = zip(dist.get_process_group_ranks(group), column, strict=True)
+            odd = " and ".join(f"rank {rank}" for rank, value in ranks if tie or value != majority)
+            return f"replicas of '{name.removeprefix('module.')}' differ: {odd}"
     return None

@@ -1,4 +1,4 @@
-"""Follow a run from start to start: its progress, and its name at Weights & Biases."""
+"""Record the starts of a run, refuse to repeat one without progress, and keep its name at Weights & Biases."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError
@@ -15,22 +15,34 @@ from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 
 COMPLETED, TOLD_TO_END, KILLED = "completed", "told to end", "killed"
-_KEPT = 50
+_RECORDED = 50
+"""Maximum number of starts in ``restarts.json``."""
+
+
+class Start(TypedDict):
+    """One start of a run."""
+
+    step: int
+    """Step of the checkpoint that it went on from."""
+    time: float
+    """Unix time."""
+    ended: str
+    """How it ended: a constant above, an exit code, or the first line of an error."""
 
 
 @contextlib.contextmanager
-def counted_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
-    """Record a start of the run, and how it ends, in ``restarts.json`` on rank 0.
+def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
+    """Record a start of the run in ``restarts.json``, and how it ends.  Only rank 0 does.
 
     Args:
         output: Folder of the run.
-        limit: Maximum number of consecutive starts that end without a new checkpoint; 0 for any number.
+        limit: Maximum number of consecutive starts without a new checkpoint; 0 for no limit.
 
     Yields:
         A function that records how the start ends, for code that ends the process itself.
 
     Raises:
-        RunStopped: The last starts made no progress.
+        RunStopped: The last starts made no progress; nothing is started.
     """
     if not is_main_process():
         yield lambda ending: None
@@ -38,7 +50,7 @@ def counted_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     file = output / "restarts.json"
     starts, step = _read(file), _saved_step(output / "checkpoints")
     _refuse_without_progress(file, starts, step, limit)
-    starts = [*starts[1 - _KEPT :], {"step": step, "time": time.time(), "ended": KILLED}]
+    starts = [*starts[1 - _RECORDED :], {"step": step, "time": time.time(), "ended": KILLED}]
 
     def end(how: str) -> None:
         starts[-1]["ended"] = how
@@ -57,7 +69,7 @@ def counted_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     end(COMPLETED)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> list[Start]:
     try:
         starts = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -66,7 +78,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _saved_step(folder: Path) -> int:
-    """Return the step from which the run would continue."""
+    """Return the step that the run will go on from."""
     try:
         checkpoint = Checkpoint.find(folder)
     except UserError:
@@ -74,22 +86,22 @@ def _saved_step(folder: Path) -> int:
     return checkpoint.step if checkpoint else 0
 
 
-def _refuse_without_progress(file: Path, starts: list[dict[str, Any]], step: int, limit: int) -> None:
-    without = 0
+def _refuse_without_progress(file: Path, starts: list[Start], step: int, limit: int) -> None:
+    without_progress = 0
     for start in reversed(starts):
         if start["step"] != step or start["ended"] in (COMPLETED, TOLD_TO_END):
             break
-        without += 1
-    if limit and without >= limit:
+        without_progress += 1
+    if limit and without_progress >= limit:
         raise RunStopped(
-            f"the last {without} starts went on from step {step} and ended without a new checkpoint, the last with: "
-            f"{starts[-1]['ended']}. Remove the cause, then '{file}'"
+            f"the last {without_progress} starts went on from step {step} and ended without a new checkpoint, the "
+            f"last with: {starts[-1]['ended']}. Remove the cause, then '{file}'"
         )
 
 
 @contextlib.contextmanager
-def same_wandb_run(output: Path) -> Iterator[None]:
-    """Continue one run at Weights & Biases in every start, unless the environment names another."""
+def keep_wandb_run(output: Path) -> Iterator[None]:
+    """Let every start of a run continue one run at Weights & Biases, unless the environment names another."""
     if os.environ.get("WANDB_RUN_ID"):
         yield
         return

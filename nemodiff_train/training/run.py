@@ -7,18 +7,29 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.context import StepContext
 from nemodiff_train.console import console
-from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
+from nemodiff_train.distributed import free_port, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
+from nemodiff_train.model.provider import disable_fused_kernels
+from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
+from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
+from nemodiff_train.resilience.watchdog import Watchdog
+from nemodiff_train.runtime import init_runtime
+from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
+from nemodiff_train.training.callbacks.order import callbacks_in_order
+from nemodiff_train.training.callbacks.run_log import RunLog
+from nemodiff_train.training.step import ForwardStep
+from nemodiff_train.validation.check import check
+from nemodiff_train.validation.dry_run import dry_run
 
-if TYPE_CHECKING:
-    from nemodiff_train.config.config import TriModeConfig
 
-
-def check_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> int:
+def check_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     """Check a run on any machine without starting it, and print one page.
 
     Args:
@@ -29,13 +40,11 @@ def check_run(config: "TriModeConfig", gpus: int | None, gpu_memory: float) -> i
     Returns:
         0, or 2 if problems were found.
     """
-    from nemodiff_train.validation.dry_run import dry_run
-
     _fit_to_host(config)
     return dry_run(config, gpus, gpu_memory)
 
 
-def train(config: "TriModeConfig") -> None:
+def train(config: TriModeConfig) -> None:
     """Run Bridge's ``pretrain()`` with the joint objective.
 
     Losses, data order and noise depend on the configuration alone, not on the layout.  What Megatron
@@ -46,8 +55,6 @@ def train(config: "TriModeConfig") -> None:
         RunStopped: The run cannot go on.
         SystemExit: With 0, after a signal: the step is saved.
     """
-    from nemodiff_train.validation.check import check
-
     _fit_to_host(config)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
@@ -64,24 +71,16 @@ def train(config: "TriModeConfig") -> None:
         raise stop from error
 
 
-def _run(config: "TriModeConfig", output: Path) -> None:
-    from megatron.bridge.training.pretrain import pretrain
-
-    from nemodiff_train.config.context import StepContext
-    from nemodiff_train.resilience.restarts import counted_start, same_wandb_run
-    from nemodiff_train.resilience.watchdog import Watchdog
-    from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
-    from nemodiff_train.training.callbacks.order import callbacks_in_order
-    from nemodiff_train.training.callbacks.run_log import RunLog
-    from nemodiff_train.training.step import ForwardStep
+def _run(config: TriModeConfig, output: Path) -> None:
+    from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
 
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
-        ending = stack.enter_context(counted_start(output, config.resilience.restarts))
+        ending = stack.enter_context(record_start(output, config.resilience.restarts))
         if config.logger.wandb_project:
-            stack.enter_context(same_wandb_run(output))
-        stack.enter_context(_prints_go_to(output / "train.log"))
+            stack.enter_context(keep_wandb_run(output))
+        stack.enter_context(_redirect_prints(output / "train.log"))
         watch = stack.enter_context(Watchdog(output, config.resilience, ending))
         stack.callback(log.close)
         callbacks = callbacks_in_order(shared, breakdown, watch, log)
@@ -94,41 +93,32 @@ def _run(config: "TriModeConfig", output: Path) -> None:
 
 
 def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
-    """Return what stopped the run: on a full disk, closing a log fails too, after the error that counts."""
-    from nemodiff_train.resilience.checkpoints import causes_of
-
+    """Return what stopped the run; on a full disk, closing a log fails as well, after the error that counts."""
     known = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
     if known is None and disk_is_full(error):
         return RunStopped(f"the disk of '{output}' is full; make room and repeat the command", alone=True)
     return known
 
 
-def _protect(config: "TriModeConfig") -> None:
-    """Set what the watchdog and the guards need of Bridge."""
-    from nemodiff_train.resilience.checkpoints import MANAGER
-
+def _protect(config: TriModeConfig) -> None:
+    """Change the settings of Bridge that resilience depends on."""
     config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
     config.checkpoint.custom_manager_class = MANAGER
-    # GradientGuard looks at every gradient; these would end one rank with a traceback, and leave the others waiting.
+    # GradientGuard checks every gradient; these would end one rank with a traceback, and leave the others waiting.
     config.rerun_state_machine.check_for_nan_in_loss = False
     config.ddp.check_for_nan_in_grad = False
-    config.train.check_optimizer_step_success = False  # nor need ranks be asked whether all have updated
-    logging.getLogger("megatron.bridge.training.pretrain").addFilter(_is_a_surprise)
+    config.train.check_optimizer_step_success = False  # the ranks agree already
+    logging.getLogger("megatron.bridge.training.pretrain").addFilter(_needs_traceback)
 
 
-def _is_a_surprise(record: logging.LogRecord) -> bool:
-    """Whether a traceback says more than the one line that follows it."""
+def _needs_traceback(record: logging.LogRecord) -> bool:
+    """Return whether a traceback says more than the one line that follows it."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error))
 
 
-def _fit_to_host(config: "TriModeConfig") -> None:
-    """Adapt the settings to what this machine lacks; a complete GPU machine changes nothing."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from nemodiff_train.model.provider import disable_fused_kernels
-    from nemodiff_train.runtime import init_runtime
-
+def _fit_to_host(config: TriModeConfig) -> None:
+    """Adapt the settings to what this machine lacks; a GPU machine with every package changes nothing."""
     host = init_runtime()
     config.dist.distributed_backend = host.backend
     if not HAVE_TE:
@@ -139,8 +129,8 @@ def _fit_to_host(config: "TriModeConfig") -> None:
         config.dataset.pin_memory = False
 
 
-def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
-    """Weights & Biases reads its mode when it is imported, so a login is looked for where it keeps one."""
+def _stay_offline_unless_logged_in(config: TriModeConfig) -> None:
+    """Set the mode of Weights & Biases, which it reads when it is imported, from where it keeps a login."""
     if not config.logger.wandb_project or os.environ.get("WANDB_API_KEY"):
         return
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -153,10 +143,11 @@ def _stay_offline_unless_logged_in(config: "TriModeConfig") -> None:
 
 
 @contextlib.contextmanager
-def _prints_go_to(path: Path) -> Iterator[None]:
-    """Send the prints of the first rank and of the last, which reports Bridge's losses, to a file."""
-    speaks = global_rank() in (0, world_size() - 1)
-    if speaks:
+def _redirect_prints(path: Path) -> Iterator[None]:
+    """Write what the first rank and the last, which has the losses, print to a file."""
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    prints = int(os.environ.get("RANK", "0")) in (0, last)
+    if prints:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path if speaks else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
+    with open(path if prints else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
         yield

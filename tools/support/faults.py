@@ -183,7 +183,7 @@ def _in_step(step: int, call: Callable[[Any], None]) -> None:
             if context.state.train_state.step + 1 == step:
                 call(context.model)
 
-        guard.before_gradients_are_shared(context.model, look)
+        guard.before_gradient_reduction(context.model, look)
 
     setattr(GradientGuard, "on_train_start", on_train_start)  # noqa: B010
 
