@@ -92,13 +92,13 @@ def _replace_device_queries() -> None:
 def _replace_streams_and_counters() -> None:
     cuda: Any = torch.cuda
     for name in ("set_device", "synchronize", "empty_cache", "set_stream", "reset_peak_memory_stats"):
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, lambda *args, **kwargs: None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, _zero)
-    cuda.utilization = _zero
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    cuda.utilization = lambda *args, **kwargs: 0
     cuda.memory_stats = lambda *args: {}
     cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream = cuda.default_stream = cuda.stream = _inert
+    cuda.current_stream, cuda.default_stream, cuda.stream = (lambda *args, **kwargs: _Inert() for _ in range(3))
     cuda.is_current_stream_capturing = lambda: False
     cuda.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=_inert)
 

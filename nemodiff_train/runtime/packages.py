@@ -72,7 +72,6 @@ def _fix_absence_of_transformer_engine() -> None:
     core_utils._te_version = Version("2.12.0")
     importlib.import_module("megatron.core.extensions.transformer_engine")
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    importlib.import_module("modelopt.torch.distill.plugins.megatron")
     _let_the_distributed_optimizer_resume()
 
 

@@ -62,6 +62,11 @@ def init_quietly() -> Host:
     if not cuda:
         # Compiled code would bypass the device rewriting; read when Megatron decorates its functions.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from nemodiff_train.runtime.deferred import defer_imports
+
+    defer_imports(compiles=cuda)
+    if not cuda:
+        torch.compile = lambda model=None, **kw: model if model is not None else (lambda m: m)  # TODO
     from nemodiff_train.runtime.packages import keep_compiled_dataset_helpers, stand_in_for_missing_packages
 
     missing = stand_in_for_missing_packages()
