@@ -34,8 +34,9 @@ def _difference(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from nemodiff_train.model.bridges import auto_bridge
     from nemodiff_train.model.loading import set_parallelism
-    from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
+    from nemodiff_train.model.pretrained import hf_config, model_from
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")

@@ -24,7 +24,8 @@ def build(directory: Path, family: Callable[[Path], None]) -> Any:
 
     init_runtime()
     from nemodiff_train.model.loading import set_parallelism, start_model_parallel
-    from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
+    from nemodiff_train.model.bridges import auto_bridge
+    from nemodiff_train.model.pretrained import hf_config, model_from
 
     family(directory)
     provider = model_from(str(directory))

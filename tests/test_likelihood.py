@@ -20,7 +20,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
     init_runtime()
     from nemodiff_train.model.loading import set_parallelism, start_model_parallel
-    from nemodiff_train.model.pretrained import auto_bridge, hf_config, model_from
+    from nemodiff_train.model.bridges import auto_bridge
+    from nemodiff_train.model.pretrained import hf_config, model_from
 
     directory: Path = tmp_path_factory.mktemp("likelihood") / "qwen3"
     small.qwen3(directory)

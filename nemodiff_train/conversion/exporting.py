@@ -17,10 +17,11 @@ from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
+from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import load_for_decoding, model_of
-from nemodiff_train.model.pretrained import auto_bridge, config_from
+from nemodiff_train.model.pretrained import config_from
 
 
 def export_checkpoint(

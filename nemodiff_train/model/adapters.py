@@ -1,5 +1,6 @@
 """LoRA on all linear layers, by Bridge: trained separately, merged into the model's weights wherever it is loaded."""
 
+import megatron.bridge.peft.utils as peft_utils
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
@@ -7,9 +8,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import MegatronModule
 
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.runtime.packages import patch_peft_te_flag
+from nemodiff_train.runtime.patches import tell_adapters_whether_transformer_engine_is_there
 
-patch_peft_te_flag()
+tell_adapters_whether_transformer_engine_is_there(peft_utils)
 
 
 def lora(rank: int) -> LoRA | None:

@@ -1,14 +1,10 @@
 """A trained model, ready to decode."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from nemodiff_train.console import console, quiet
@@ -17,6 +13,7 @@ from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
+from nemodiff_train.runtime.patches import halves_joined_in_place
 
 
 @dataclass(frozen=True)
@@ -111,51 +108,12 @@ def load_for_decoding(checkpoint: Checkpoint, tensor_parallel: int = 1, pipeline
     weights = checkpoint.base.verify_contents() if checkpoint.kind is Kind.LORA else checkpoint
     start_model_parallel(tensor_parallel, pipeline_parallel)
     set_parallelism(provider, tensor_parallel, pipeline_parallel)
-    with _halves_joined_in_place():
+    with halves_joined_in_place():
         built = build_and_load_model(str(weights.iteration.absolute()), provider)
     models = built if isinstance(built, list) else [built]
     if weights is not checkpoint:
         merge_adapters(models, checkpoint)
     return [model.eval() for model in models]
-
-
-@contextmanager
-def _halves_joined_in_place() -> Iterator[None]:
-    """Keep Megatron from copying what it has loaded in place.
-
-    It reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
-    those of all layers before the first is used: two fifths of a model, held twice.
-    """
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-
-    plain: Any = serialization.apply_factory_merges
-
-    def merge(loaded: Any, factories: Any, key: tuple[str, ...] = ()) -> Any:
-        for factory in nested_values(factories):
-            if isinstance(factory, ShardedTensorFactory):
-                factory.merge_fn = partial(_joined, factory.merge_fn)
-        return plain(loaded, factories, key)
-
-    serialization.apply_factory_merges = merge
-    try:
-        yield
-    finally:
-        serialization.apply_factory_merges = plain
-
-
-def _joined(plain: Callable[[Any], Any], parts: Any) -> Any:
-    """Parts that lie one behind the other as the tensor that they are; others as Megatron joins them."""
-    if isinstance(parts, list) and all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
-        storage, place = parts[0].untyped_storage(), parts[0].storage_offset()
-        for part in parts:
-            if part.untyped_storage().data_ptr() != storage.data_ptr() or part.storage_offset() != place:
-                return plain(parts)
-            place += part.numel()
-        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-        return parts[0].as_strided(shape, parts[0].stride())
-    return plain(parts)
 
 
 def model_of(checkpoint: Checkpoint) -> Any:

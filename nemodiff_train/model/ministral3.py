@@ -10,12 +10,11 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.mistral.mistral_bridge import MistralBridge
 from megatron.core.models.gpt.gpt_model import GPTModel
-from transformers import AutoConfig, Ministral3Config, Ministral3ForCausalLM, Mistral3ForConditionalGeneration
+from transformers import Ministral3ForCausalLM, Mistral3ForConditionalGeneration
 
 from nemodiff_train.model.families import NEMOTRON, VISION_LANGUAGE, stored_name
 
 
-@MegatronModelBridge.register_bridge(source=Ministral3ForCausalLM, target=GPTModel, model_type="ministral3")
 class Ministral3TextBridge(MistralBridge):
     """``Ministral3ForCausalLM``: Mistral's weights, YaRN, and a query scale that depends on the position.
 
@@ -48,28 +47,23 @@ class Ministral3TextBridge(MistralBridge):
         return MegatronMappingRegistry(*mappings)
 
 
-class NemotronLabsDiffusionConfig(Ministral3Config):
-    """Configuration of a NemotronLabsDiffusion model; the defaults apply where a file leaves a key out."""
-
-    model_type = "nemotron_labs_diffusion"
-
-    mask_token_id: int = -1
-    block_size: int = 32
-    dlm_paradigm: str = "bidirectional"
-
-
-AutoConfig.register("nemotron_labs_diffusion", NemotronLabsDiffusionConfig)
-
-
-@MegatronModelBridge.register_bridge(source=NEMOTRON, target=GPTModel, model_type="nemotron_labs_diffusion")
 class NemotronLabsDiffusionBridge(Ministral3TextBridge):
     """A NemotronLabsDiffusion model; replaces Bridge's own bridge, which assumes one rope scaling."""
 
     architecture = NEMOTRON
 
 
-@MegatronModelBridge.register_bridge(source=Mistral3ForConditionalGeneration, target=GPTModel, model_type="mistral3")
 class Ministral3TowerBridge(Ministral3TextBridge):
     """The language model of a vision-language Ministral 3; replaces Bridge's own bridge, which has all of it."""
 
     architecture = VISION_LANGUAGE
+
+
+def register() -> None:
+    """Make AutoBridge use these converters, also in the place of Bridge's own for the same architectures."""
+    for source, model_type, bridge in (
+        (Ministral3ForCausalLM, "ministral3", Ministral3TextBridge),
+        (NEMOTRON, "nemotron_labs_diffusion", NemotronLabsDiffusionBridge),
+        (Mistral3ForConditionalGeneration, "mistral3", Ministral3TowerBridge),
+    ):
+        MegatronModelBridge.register_bridge(source=source, target=GPTModel, model_type=model_type)(bridge)

@@ -6,17 +6,28 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from megatron.bridge import AutoBridge
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, Ministral3Config, PretrainedConfig
 
-import nemodiff_train.model.ministral3  # noqa: F401  (registers the family with AutoBridge)
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, read_json
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
+
+
+class NemotronLabsDiffusionConfig(Ministral3Config):
+    """Configuration of a NemotronLabsDiffusion model; the defaults apply where a file leaves a key out."""
+
+    model_type = "nemotron_labs_diffusion"
+
+    mask_token_id: int = -1
+    block_size: int = 32
+    dlm_paradigm: str = "bidirectional"
+
+
+AutoConfig.register(NemotronLabsDiffusionConfig.model_type, NemotronLabsDiffusionConfig)
 
 
 def model_from(source: str | Checkpoint) -> TriModeModelProvider:
@@ -58,45 +69,14 @@ def model_like(config: PretrainedConfig) -> TriModeModelProvider:
 
 
 def _provider(config: PretrainedConfig) -> TriModeModelProvider:
+    from nemodiff_train.model.bridges import auto_bridge  # seconds, which a Megatron checkpoint does not need
+
     bridge = auto_bridge(config)
     try:
         provider = bridge.to_megatron_provider(load_weights=False)
     except ValueError as error:  # such as an activation that Megatron lacks
         raise UserError(f"config.json of {architecture(config.to_dict())}: {' '.join(str(error).split())}") from None
     return tri_mode(provider, config.to_dict())
-
-
-def auto_bridge(config: PretrainedConfig) -> Any:
-    """Bridge's converter for a Hugging Face configuration.
-
-    Raises:
-        UserError: Bridge does not know the architecture; names it and those that are known to work.
-    """
-    name = (config.architectures or ["no architecture"])[0]
-    if not AutoBridge.supports(config):
-        raise _unsupported(name)
-    try:
-        return AutoBridge.from_hf_config(config)
-    except (ValueError, NotImplementedError):
-        raise _unsupported(name) from None
-
-
-def _unsupported(name: str) -> UserError:
-    return UserError(f"{name} is not supported; supported: {', '.join(supported_architectures())}")
-
-
-def supported_architectures() -> tuple[str, ...]:
-    """Architectures whose conversion and training are tested here."""
-    return (
-        "Qwen3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Ministral3ForCausalLM",
-        VISION_LANGUAGE,
-        NEMOTRON,
-        TRI_MODE,
-    )
 
 
 def stored_settings(source: str) -> dict[str, Any]:
@@ -124,7 +104,9 @@ def config_from(settings: dict[str, Any]) -> PretrainedConfig:
     settings = ar_settings(settings) if architecture(settings) == TRI_MODE else settings
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise _unsupported(architecture(settings))
+        from nemodiff_train.model.bridges import unsupported
+
+        raise unsupported(architecture(settings))
     try:
         return CONFIG_MAPPING[kind].from_dict(settings)
     except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:  # a dtype is looked up in torch

@@ -1,9 +1,12 @@
-"""The CPU standing in for CUDA.
+"""The CPU backend: the CPU in the place of CUDA.
 
 Megatron addresses CUDA throughout: ``device="cuda"``, streams, memory counters, CUDA random states,
 NCCL groups.  On a machine without a GPU this module points every one of those calls at the CPU, so
 that the same ``pretrain()`` runs there with real tensor, pipeline and data parallelism over gloo.
 It makes training *correct* on a laptop or in a test, not fast, and is never active where CUDA works.
+
+Each function of torch that is replaced is named once, with the parameters that it takes.  All of them are needed for
+as long as there is a CPU backend.
 """
 
 import os
@@ -15,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from nemodiff_train.runtime.replace import replace
+
 CPU = torch.device("cpu")
 
 # As many "devices" as ranks could be on one host: Megatron checks local_rank < device_count.
@@ -22,7 +27,7 @@ _DEVICES = 64
 
 
 def _as_cpu(device: Any) -> Any:
-    """``device`` with every spelling of a CUDA device replaced by the CPU."""
+    """Return ``device`` with every spelling of a CUDA device replaced by the CPU."""
     if isinstance(device, int) and not isinstance(device, bool):
         return CPU
     if isinstance(device, str) and device.startswith("cuda"):
@@ -49,7 +54,7 @@ class _Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return _nothing
+        return _returning(None)
 
     def __enter__(self) -> "_Inert":
         return self
@@ -63,129 +68,100 @@ class _Inert:
         return 0.0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
+def _returning(value: Any) -> Callable[..., Any]:
+    """Return a new function of any arguments; torch's compiler wants one for each name."""
+    return lambda *args, **kwargs: value
 
 
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+def compile_nothing() -> None:
+    """Let ``torch.compile`` return its argument: compiled code would bypass the rewriting of devices."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+    def compile_(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else lambda function: function
 
-def _inert(*args: Any, **kwargs: Any) -> _Inert:
-    return _Inert()
+    replace(torch, "compile", compile_, takes="model, ...")
 
 
 def _replace_device_queries() -> None:
-    cuda: Any = torch.cuda
-    cuda.is_available = lambda: True
-    cuda.device_count = lambda: _DEVICES
-    cuda.current_device = lambda: CPU
-    cuda.get_device_capability = lambda *args: (9, 0)
-    cuda.get_device_name = lambda *args: "cpu"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = types.SimpleNamespace(
         name="cpu", total_memory=memory, multi_processor_count=os.cpu_count(), major=9, minor=0
     )
-    cuda.get_device_properties = lambda *args: properties
-    torch.accelerator.is_available = lambda *args, **kwargs: False
+    replace(torch.cuda, "is_available", _returning(True), takes="")
+    replace(torch.cuda, "device_count", _returning(_DEVICES), takes="")
+    replace(torch.cuda, "current_device", _returning(CPU), takes="")
+    replace(torch.cuda, "get_device_capability", _returning((9, 0)), takes="device")
+    replace(torch.cuda, "get_device_name", _returning("cpu"), takes="device")
+    replace(torch.cuda, "get_device_properties", _returning(properties), takes="device")
+    replace(torch.accelerator, "is_available", _returning(False), takes="")
 
 
 def _replace_streams_and_counters() -> None:
-    cuda: Any = torch.cuda
-    for name in ("set_device", "synchronize", "empty_cache", "set_stream", "reset_peak_memory_stats"):
-        setattr(cuda, name, lambda *args, **kwargs: None)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, lambda *args, **kwargs: 0)
-    cuda.utilization = lambda *args, **kwargs: 0
-    cuda.memory_stats = lambda *args: {}
-    cuda.Stream = cuda.Event = _Inert
-    cuda.current_stream, cuda.default_stream, cuda.stream = (lambda *args, **kwargs: _Inert() for _ in range(3))
-    cuda.is_current_stream_capturing = lambda: False
-    cuda.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=_inert)
+    for name in ("set_device", "synchronize", "reset_peak_memory_stats"):
+        replace(torch.cuda, name, _returning(None), takes="device")
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "utilization"):
+        replace(torch.cuda, name, _returning(0), takes="device")
+    for name in ("current_stream", "default_stream"):
+        replace(torch.cuda, name, lambda *args, **kwargs: _Inert(), takes="device")
+    replace(torch.cuda, "stream", lambda *args, **kwargs: _Inert(), takes="stream")
+    replace(torch.cuda, "set_stream", _returning(None), takes="stream")
+    replace(torch.cuda, "empty_cache", _returning(None), takes="")
+    replace(torch.cuda, "memory_stats", lambda *args: {}, takes="device")
+    replace(torch.cuda, "Stream", _Inert, takes=None)
+    replace(torch.cuda, "Event", _Inert, takes=None)
+    replace(torch.cuda, "is_current_stream_capturing", _returning(False), takes="")
+    ranges = types.SimpleNamespace(
+        range_push=_returning(None), range_pop=_returning(None), range=lambda *args, **kwargs: _Inert()
+    )
+    replace(torch.cuda, "nvtx", ranges, takes=None)
 
 
 def _replace_random_states() -> None:
-    import megatron.core.tensor_parallel.random as tp_random
-
     def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(state)
+    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
 
-    cuda: Any = torch.cuda
-    cuda.get_rng_state = cuda.random.get_rng_state = tp_random._get_cuda_rng_state = get_state
-    cuda.set_rng_state = cuda.random.set_rng_state = tp_random._set_cuda_rng_state = set_state
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
-    cuda._lazy_call = lambda call, **kwargs: call()
-    cuda.default_generators = (torch.default_generator,) * _DEVICES
+    for owner in (torch.cuda, torch.cuda.random):
+        replace(owner, "get_rng_state", get_state, takes="device")
+        replace(owner, "set_rng_state", set_state, takes="new_state, device")
+    for name in ("manual_seed", "manual_seed_all"):
+        replace(torch.cuda, name, lambda seed: torch.default_generator.manual_seed(seed), takes="seed")
+    replace(torch.cuda, "_lazy_call", lambda call, **kwargs: call(), takes="callable, kwargs")
+    replace(torch.cuda, "default_generators", (torch.default_generator,) * _DEVICES, takes=None)
 
 
 def _replace_tensor_methods() -> None:
-    cuda: Any = torch.cuda
     for kind in ("Float", "Double", "Int", "Long", "Byte"):
-        setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-
-    plain_type = torch.Tensor.type
+        replace(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"), takes=None)
+    replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self, takes=None)
+    replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self, takes="self, device")
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Megatron's gradient clipping asserts the type name 'torch.cuda.FloatTensor'.
-        result = plain_type(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         if isinstance(result, str) and "cuda" not in result:
             return result.replace("torch.", "torch.cuda.")
         return result
 
-    torch.Tensor.type = type_as_on_cuda  # type: ignore[assignment, method-assign]
-    torch.optim.Optimizer._accelerator_graph_capture_health_check = _nothing  # type: ignore[method-assign]
+    original = replace(torch.Tensor, "type", type_as_on_cuda, takes=None)
+    replace(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", _returning(None), takes="self")
 
 
 def _replace_barrier() -> None:
-    plain_barrier: Any = dist.barrier
-
     def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        return plain_barrier(group=group, async_op=async_op)  # gloo takes no device_ids
+        return original(group=group, async_op=async_op)  # gloo takes no device_ids
 
-    setattr(dist, "barrier", barrier)  # noqa: B010  (a plain assignment would not type-check)
-
-
-def _replace_asynchronous_saving() -> None:
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    if PersistentAsyncCaller.async_loop is not save_worker:
-        _PLAIN["async_loop"] = PersistentAsyncCaller.async_loop
-        _PLAIN["preload_tensors"] = FileSystemWriterAsync.preload_tensors
-    setattr(PersistentAsyncCaller, "async_loop", staticmethod(save_worker))  # noqa: B010
-    setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(copied_to_host))  # noqa: B010
-
-
-_PLAIN: dict[str, Callable[..., Any]] = {}
-
-
-def save_worker(*arguments: Any) -> None:
-    """Megatron's process for asynchronous saves; a new one has no stand-ins yet."""
-    from nemodiff_train.runtime.start import init_quietly
-
-    init_quietly()
-    _PLAIN["async_loop"](*arguments)
-
-
-def copied_to_host(*arguments: Any, **named: Any) -> Any:
-    """What Megatron brings from the GPU before training goes on; a tensor of the CPU it would not copy."""
-    buckets = _PLAIN["preload_tensors"](*arguments, **named)
-    return [
-        (file, key, (content, [(item, tensor.clone()) for item, tensor in tensors]))
-        for file, key, (content, tensors) in buckets
-    ]
+    original = replace(dist, "barrier", barrier, takes="group, async_op, device_ids, ...")
 
 
 def cpu_as_cuda() -> None:
-    """Point every CUDA call that Megatron makes at the CPU, for the rest of this process."""
+    """Point every CUDA call of torch at the CPU, for the rest of this process."""
     _replace_device_queries()
     _replace_streams_and_counters()
     _replace_random_states()
     _replace_tensor_methods()
     _replace_barrier()
-    _replace_asynchronous_saving()
     _CudaMeansCpu().__enter__()

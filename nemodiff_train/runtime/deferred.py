@@ -1,7 +1,7 @@
 """Import only what is used: packages that load at the first use of a name, instead of where they are imported.
 
-Megatron, Bridge, Transformers and torch import, at the top of their modules, far more than a run calls: ModelOpt (with
-scikit-learn, SciPy and pandas below it), wandb, torch's compiler, and every model family of Bridge.  Two finders put
+Megatron, Bridge, Transformers and torch import at the top of their modules far more than a run calls: ModelOpt with
+scikit-learn, SciPy and pandas below it, wandb, torch's compiler, and every model family of Bridge.  Two finders put
 that off.  Whoever uses a name gets the real object of the real package; only the time of the import changes.
 
 * :class:`_DeferredFinder`: the modules of a few packages are empty at first.  Asking one for a name imports the real
@@ -23,6 +23,8 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from nemodiff_train.runtime.packages import without_stand_ins
 
 DEFERRED = (
     "datasets",
@@ -69,7 +71,8 @@ def _load(module: str) -> types.ModuleType:
         for name, held in empty.items():
             if isinstance(held, _DeferredModule):
                 del sys.modules[name]
-        importlib.import_module(root)
+        with without_stand_ins():  # ModelOpt would take a stand-in for Transformer Engine
+            importlib.import_module(root)
         real = {id(held): importlib.import_module(name) for name, held in empty.items()}
         for stand_in, origin, name in _FINDER.handed_out:
             if _is_in(origin, root):
@@ -93,7 +96,7 @@ class _StandIn:
     Args:
         module: Where the real one is.
         name: Its name there.
-        nothing_to_do: Whether the real function only returns None for its arguments, as long as nobody has imported it.
+        nothing_to_do: Whether the real function would only return None for its arguments, unless it is imported yet.
     """
 
     def __init__(self, module: str, name: str, nothing_to_do: Callable[..., bool] | None = None) -> None:
@@ -238,7 +241,7 @@ class _UnexecutedModule(types.ModuleType):
 
 
 def execute(package: str) -> None:
-    """Execute the ``__init__.py`` of a package of :data:`UNEXECUTED`, and those below it, with all that they import."""
+    """Execute the ``__init__.py`` of a package of Bridge, and those below it, with all that they import."""
     _UNEXECUTED_FINDER.executed.append(package)
     for name in [name for name in sys.modules if _is_in(name, package)]:
         module = sys.modules[name]

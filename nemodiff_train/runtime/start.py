@@ -7,12 +7,17 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partialmethod
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.runtime.cpu import compile_nothing, cpu_as_cuda
+from nemodiff_train.runtime.deferred import defer_imports
+from nemodiff_train.runtime.packages import LARGE_PACKAGES, OPTIONAL_PACKAGES, stand_in_for
+from nemodiff_train.runtime.replace import REPLACED, replace
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def _quiet_third_parties() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     # The project shows its own bars.  The environment variable for it is read too early, when torch imports tqdm.
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    replace(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True), takes="self, iterable, desc, total, ...")
 
 
 def announce(host: Host) -> None:
@@ -59,24 +64,33 @@ def init_quietly() -> Host:
     """Prepare this process without a word; for one that a prepared process has started, else use ``init_runtime``."""
     _quiet_third_parties()
     cuda = torch.cuda.is_available()
-    if not cuda:
-        # Compiled code would bypass the device rewriting; read when Megatron decorates its functions.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from nemodiff_train.runtime.deferred import defer_imports
-
     defer_imports(compiles=cuda)
     if not cuda:
-        torch.compile = lambda model=None, **kw: model if model is not None else (lambda m: m)  # TODO
-    from nemodiff_train.runtime.packages import keep_compiled_dataset_helpers, stand_in_for_missing_packages
+        compile_nothing()
+    large = stand_in_for(LARGE_PACKAGES)
+    # Core is imported here: it is to see what is missing, before there are stand-ins for it.
+    from nemodiff_train.runtime import patches
 
-    missing = stand_in_for_missing_packages()
-    keep_compiled_dataset_helpers()
+    if not patches.HAVE_TE:
+        patches.show_absence_of_transformer_engine()
+        patches.give_new_optimizer_a_step()
+        patches.give_each_parameter_its_step()
+        patches.load_one_step_for_all_parameters()
+    missing = stand_in_for(OPTIONAL_PACKAGES)
+    patches.keep_compiled_dataset_helpers()
     if not cuda:
-        from nemodiff_train.runtime.cpu import cpu_as_cuda
-
+        patches.keep_random_states_on_cpu()
+        patches.prepare_save_workers(save_worker)
+        patches.copy_what_is_saved()
         cpu_as_cuda()
         if "OMP_NUM_THREADS" not in os.environ:
             # OpenMP threads wait for each other in a busy loop: one that has to share its core makes
             # small models many times slower.  Processes are the way to use more cores.
             torch.set_num_threads(1)
-    return Host(cuda=cuda, missing_packages=missing)
+    return Host(cuda=cuda, missing_packages=(*missing, *large))
+
+
+def save_worker(*arguments: Any) -> None:
+    """Run Core's loop for asynchronous saves, in a process that Core has just started and nothing has prepared."""
+    init_quietly()
+    REPLACED["megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop"](*arguments)

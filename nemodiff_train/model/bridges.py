@@ -1,0 +1,52 @@
+"""Bridge's converters between Hugging Face and Megatron; that of an architecture is imported when it is asked for."""
+
+import importlib
+from typing import Any
+
+from megatron.bridge import AutoBridge
+from transformers import PretrainedConfig
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE
+from nemodiff_train.runtime.deferred import execute
+
+_MODULES = {
+    "Qwen3ForCausalLM": "megatron.bridge.models.qwen.qwen3_bridge",
+    "Qwen2ForCausalLM": "megatron.bridge.models.qwen.qwen2_bridge",
+    "LlamaForCausalLM": "megatron.bridge.models.llama.llama_bridge",
+    "MistralForCausalLM": "megatron.bridge.models.mistral.mistral_bridge",
+}
+"""Modules that register the converter of an architecture; those of others are found by importing all of Bridge's."""
+
+_OURS = ("Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
+
+
+def auto_bridge(config: PretrainedConfig) -> Any:
+    """Return Bridge's converter for a Hugging Face configuration.
+
+    Raises:
+        UserError: Bridge does not know the architecture; names it and those that are known to work.
+    """
+    name = (config.architectures or ["no architecture"])[0]
+    if not AutoBridge.supports(config):
+        raise unsupported(name)
+    _register(name)
+    try:
+        return AutoBridge.from_hf_config(config)
+    except (ValueError, NotImplementedError):
+        raise unsupported(name) from None
+
+
+def _register(architecture: str) -> None:
+    """Make Bridge know an architecture, which takes seconds for one that is not tested here."""
+    if architecture in _OURS:
+        importlib.import_module("nemodiff_train.model.ministral3").register()
+    elif architecture in _MODULES:
+        importlib.import_module(_MODULES[architecture])
+    else:
+        execute("megatron.bridge")
+
+
+def unsupported(name: str) -> UserError:
+    """Return the error for an architecture that Bridge does not know; it names those that are tested here."""
+    return UserError(f"{name} is not supported; supported: {', '.join([*_MODULES, *_OURS, TRI_MODE])}")

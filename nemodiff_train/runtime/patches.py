@@ -1,0 +1,198 @@
+"""Every function of Megatron-Core and Bridge that this project replaces: one function per patch.
+
+Each patch says until when it is needed, and refuses a version whose function it was not written for.  What the CPU
+backend replaces in torch is in :mod:`~nemodiff_train.runtime.cpu`.
+
+Importing this module imports Megatron-Core, which looks for Transformer Engine at that moment: import it before a
+stand-in for Transformer Engine can be found.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import megatron.core.datasets.utils as dataset_utils
+import megatron.core.tensor_parallel.random as tp_random
+import megatron.core.utils as core_utils
+import torch
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from packaging.version import Version
+from torch import Tensor
+
+from nemodiff_train.runtime.replace import replace
+
+
+def show_absence_of_transformer_engine() -> None:
+    """Let Megatron-Core see that Transformer Engine is absent, before a stand-in misleads it.
+
+    Core's modules compare its version while they are imported.  The one set here is the oldest that takes every
+    branch of those comparisons without touching the package.
+
+    Until: Core asks ``HAVE_TE`` before it compares versions (not in 0.19.2).
+    """
+    replace(core_utils, "_te_version", Version("2.12.0"), takes=None)
+    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+
+
+def give_new_optimizer_a_step() -> None:
+    """Give torch's Adam a step number before its first step.
+
+    Without Transformer Engine, Core reads it from the state of the new optimizer when it loads a checkpoint, and
+    stops because there is none.  The checkpoint overwrites what is given here.
+
+    Until: Core loads a distributed optimizer of torch's Adam (not in 0.19.2).
+    """
+
+    def state_dict(self: Any) -> Any:
+        inner = self.optimizer
+        if isinstance(inner, torch.optim.Adam) and not inner.state:
+            for parameter in (p for group in inner.param_groups for p in group["params"]):
+                moments = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return original(self)
+
+    original = replace(DistributedOptimizer, "state_dict", state_dict, takes="self")
+
+
+def give_each_parameter_its_step() -> None:
+    """Give every parameter a step number of its own after a checkpoint is loaded.
+
+    Core leaves one tensor as that of all parameters, and torch's Adam, which counts in place, would count it up once
+    for each of them.
+
+    Until: Core loads a distributed optimizer of torch's Adam (not in 0.19.2).
+    """
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    original = replace(DistributedOptimizer, "load_state_dict", load_state_dict, takes="self, state_dict")
+
+
+def load_one_step_for_all_parameters() -> None:
+    """Keep Core from expecting a step number of every parameter in a checkpoint, where there is one for all.
+
+    Until: Core loads a distributed optimizer of torch's Adam (not in 0.19.2).
+    """
+
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        original(self, model_param, {**tensors, "step": None})  # what is not a tensor is left as it is
+
+    name = "_set_main_param_and_optimizer_states"
+    original = replace(DistributedOptimizer, name, set_states, takes="self, model_param, tensors")
+
+
+def keep_compiled_dataset_helpers() -> None:
+    """Use the data-set helpers that came compiled with Megatron-Core's wheel.
+
+    Core compiles them anew at every start, from a Makefile that the wheel leaves out.
+
+    Until: Core looks for the compiled module first, or its wheel has the Makefile (neither in 0.19.2).
+    """
+    directory = Path(dataset_utils.__file__).parent
+    if not (directory / "Makefile").exists() and any(directory.glob("helpers_cpp*.so")):
+        replace(dataset_utils, "compile_helpers", lambda: None, takes="")
+
+
+def tell_adapters_whether_transformer_engine_is_there(peft_utils: ModuleType) -> None:
+    """Set ``HAVE_TE`` of Bridge's adapters, which use Core's names for it; where it is absent, these are None.
+
+    Args:
+        peft_utils: ``megatron.bridge.peft.utils``, which is imported late.
+
+    Until: ``megatron.bridge.peft.utils`` asks Core (not in 0.6.2).
+    """
+    replace(peft_utils, "HAVE_TE", HAVE_TE, takes=None)
+
+
+@contextmanager
+def halves_joined_in_place() -> Iterator[None]:
+    """Keep Core from copying what it has loaded in place, while the context is entered.
+
+    It reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
+    those of all layers before the first is used: two fifths of a model, held twice.
+
+    Until: Core joins parts that already lie together without a copy (not in 0.19.2).
+    """
+
+    def merge(loaded: Any, factories: Any, key: tuple[str, ...] = ()) -> Any:
+        for factory in nested_values(factories):
+            if isinstance(factory, ShardedTensorFactory):
+                factory.merge_fn = partial(_joined, factory.merge_fn)
+        return original(loaded, factories, key)
+
+    original = replace(serialization, "apply_factory_merges", merge, takes="x1, x2, key")
+    try:
+        yield
+    finally:
+        setattr(serialization, "apply_factory_merges", original)  # noqa: B010  (it is not exported)
+
+
+def _joined(join: Callable[[Any], Any], parts: Any) -> Any:
+    """Return parts that lie one after the other as the tensor that they are; others as Megatron joins them."""
+    if isinstance(parts, list) and all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
+        storage, offset = parts[0].untyped_storage(), parts[0].storage_offset()
+        for part in parts:
+            if part.untyped_storage().data_ptr() != storage.data_ptr() or part.storage_offset() != offset:
+                return join(parts)
+            offset += part.numel()
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        return parts[0].as_strided(shape, parts[0].stride())
+    return join(parts)
+
+
+def keep_random_states_on_cpu() -> None:
+    """Let Core's random states of CUDA be those of the CPU.
+
+    Until: no CPU backend is needed.
+    """
+
+    def get_state(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    replace(tp_random, "_get_cuda_rng_state", get_state, takes="device, clone, graph_safe")
+    replace(tp_random, "_set_cuda_rng_state", set_state, takes="new_state, device, graph_safe")
+
+
+def prepare_save_workers(worker: Callable[..., None]) -> None:
+    """Let the process that Core starts for asynchronous saves prepare itself: it finds no CUDA either.
+
+    Args:
+        worker: What runs there; given the parameters of the original.
+
+    Until: no CPU backend is needed.
+    """
+    parameters = "rank, queue, preload_q, comp_q, log_level, cpu_priority, io_priority"
+    replace(PersistentAsyncCaller, "async_loop", staticmethod(worker), takes=parameters)
+
+
+def copy_what_is_saved() -> None:
+    """Copy the tensors of a save before training goes on; Core copies only those that are on a GPU.
+
+    Until: no CPU backend is needed.
+    """
+
+    def preload_tensors(*arguments: Any, **named: Any) -> Any:
+        return [
+            (file, key, (content, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (content, tensors) in original(*arguments, **named)
+        ]
+
+    takes = "write_buckets, non_blocking"
+    original = replace(FileSystemWriterAsync, "preload_tensors", staticmethod(preload_tensors), takes=takes)
