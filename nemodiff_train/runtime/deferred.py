@@ -127,8 +127,8 @@ def _settings(module: str, name: str) -> types.SimpleNamespace:
     return types.SimpleNamespace()
 
 
-def _exception(module: str, name: str) -> type[Exception]:
-    """Return a class for ``except`` clauses: who raises the real one has imported it, which binds it there."""
+def _class(module: str, name: str) -> type:
+    """Return a class for ``isinstance`` and ``except``: who makes an object of the real one has imported it."""
     return type(name, (Exception,), {"__module__": module})
 
 
@@ -160,12 +160,14 @@ _STAND_INS: dict[str, dict[str, Callable[[str, str], Any]]] = {
     "modelopt.torch.distill.plugins.megatron": {
         "get_tensor_shapes_adjust_fn_for_distillation": _unless(_is_unconverted)
     },
+    "modelopt.torch.opt.dynamic": {"DynamicModule": _class},
     "modelopt.torch.opt.plugins": {
         "restore_modelopt_state": _unless(_holds_no_state),
         "save_modelopt_state": _unless(_is_unconverted),
         "save_sharded_modelopt_state": _unless(_is_unconverted),
     },
     "modelopt.torch.opt.plugins.mcore_dist_checkpointing": {"_load_extra_state_from_sharded_checkpoint": _StandIn},
+    "modelopt.torch.quantization.utils": {"is_quantized": _unless(_is_unconverted)},
     "scipy.optimize": {"linear_sum_assignment": _StandIn},
     "sklearn.metrics": {"roc_curve": _StandIn},
     "torch._dynamo": {
@@ -178,7 +180,7 @@ _STAND_INS: dict[str, dict[str, Callable[[str, str], Any]]] = {
     "torch.fx.experimental.symbolic_shapes": {
         "guard_or_false": _StandIn,
         "statically_known_true": _StandIn,
-        "GuardOnDataDependentSymNode": _exception,
+        "GuardOnDataDependentSymNode": _class,
     },
     "transformers.models.auto.processing_auto": {"AutoProcessor": _StandIn},
     "transformers.models.qwen3_vl.processing_qwen3_vl": {"Qwen3VLProcessor": _StandIn},
@@ -234,6 +236,8 @@ class _UnexecutedModule(types.ModuleType):
             value = getattr(importlib.import_module(module), attribute)
             setattr(self, name, value)
             return value
+        if not self.executed and importlib.util.find_spec(f"{self.__name__}.{name}"):
+            return importlib.import_module(f"{self.__name__}.{name}")  # ``from package import module``
         execute(self.__name__)
         if name in vars(self):
             return vars(self)[name]

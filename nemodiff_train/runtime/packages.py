@@ -78,7 +78,7 @@ def without_stand_ins() -> Iterator[None]:
     modules = {
         name: module
         for name, module in sys.modules.items()
-        if isinstance(getattr(module.__spec__, "loader", None), _StandInFinder)
+        if isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _StandInFinder)
     }
     sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in finders]
     for name in modules:
