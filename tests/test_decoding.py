@@ -23,8 +23,8 @@ def build(directory: Path, family: Callable[[Path], None]) -> Any:
     from nemodiff_train.runtime import init_runtime
 
     init_runtime()
-    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.bridges import auto_bridge
+    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.pretrained import hf_config, model_from
 
     family(directory)

@@ -19,8 +19,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     from nemodiff_train.runtime import init_runtime
 
     init_runtime()
-    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.bridges import auto_bridge
+    from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.pretrained import hf_config, model_from
 
     directory: Path = tmp_path_factory.mktemp("likelihood") / "qwen3"

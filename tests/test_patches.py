@@ -1,4 +1,4 @@
-"""Patches of third parties: each finds the function that it was written for, says how long it is needed, and checks."""
+"""Patches of third parties: each finds the function that it was written for, and says how long it is needed."""
 
 import ast
 import inspect
