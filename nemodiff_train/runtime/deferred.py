@@ -72,13 +72,12 @@ def _load(module: str) -> types.ModuleType:
             if isinstance(held, _DeferredModule):
                 del sys.modules[name]
         with without_stand_ins():  # ModelOpt would take a stand-in for Transformer Engine
-            importlib.import_module(root)
-        real = {id(held): importlib.import_module(name) for name, held in empty.items()}
-        for stand_in, origin, name in _FINDER.handed_out:
-            if _is_in(origin, root):
-                real[id(stand_in)] = getattr(importlib.import_module(origin), name)
-                if isinstance(stand_in, types.SimpleNamespace):
-                    vars(real[id(stand_in)]).update(vars(stand_in))
+            real = {id(held): importlib.import_module(name) for name, held in empty.items()}
+            for stand_in, origin, name in _FINDER.handed_out:
+                if _is_in(origin, root):
+                    real[id(stand_in)] = getattr(importlib.import_module(origin), name)
+                    if isinstance(stand_in, types.SimpleNamespace):
+                        vars(real[id(stand_in)]).update(vars(stand_in))
         for holder in [held for held in sys.modules.values() if isinstance(held, types.ModuleType)]:
             for name, value in list(vars(holder).items()):
                 if id(value) in real and value is not real[id(value)]:
