@@ -81,3 +81,42 @@ def test_missing_folder_of_data_is_refused_lightly(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "a.jsonl", ["text"])
     code, errors = start("data", "inspect", rows)
     assert code == 2, errors
+
+
+DEFERRED = """
+import sys, torch
+cuda = torch.cuda.is_available()
+from nemodiff_train.runtime import init_runtime
+init_runtime()
+from nemodiff_train.runtime import deferred
+import megatron.bridge.training.pretrain
+from megatron.bridge.training import checkpointing
+
+unused = ("wandb", "modelopt", "sklearn", "datasets") + (() if cuda else ("torch._dynamo", "sympy"))
+loaded = [name for name in unused if not isinstance(sys.modules.get(name), deferred._DeferredModule)]
+assert not [name for name in loaded if name in sys.modules], loaded
+assert not any(name.startswith("megatron.bridge.models.deepseek") for name in sys.modules)
+
+assert checkpointing.save_sharded_modelopt_state([torch.nn.Linear(1, 1)], "") is None  # nothing is converted
+assert isinstance(sys.modules["modelopt"], deferred._DeferredModule)
+
+import wandb
+assert wandb.run is None and wandb.__version__ and wandb.Settings()  # the real one
+import modelopt.torch.opt as mto
+assert not mto.ModeloptStateManager.is_converted(torch.nn.Linear(1, 1))
+real = sys.modules["modelopt.torch.opt.plugins"].save_sharded_modelopt_state
+assert checkpointing.save_sharded_modelopt_state is real  # bound in the place of the stand-in
+
+from megatron.bridge.models import GPTModelProvider
+from megatron.bridge.models.gpt_provider import GPTModelProvider as same
+assert GPTModelProvider is same
+from megatron.bridge import AutoBridge
+assert "DeepseekV3ForCausalLM" not in AutoBridge.list_supported_models()
+deferred.execute("megatron.bridge")
+assert {"DeepseekV3ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"} <= {*AutoBridge.list_supported_models()}
+"""
+
+
+def test_packages_load_at_their_first_use() -> None:
+    done = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

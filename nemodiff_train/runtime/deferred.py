@@ -76,7 +76,7 @@ def _load(module: str) -> types.ModuleType:
             for stand_in, origin, name in _FINDER.handed_out:
                 if _is_in(origin, root):
                     real[id(stand_in)] = getattr(importlib.import_module(origin), name)
-                    if isinstance(stand_in, types.SimpleNamespace):
+                    if isinstance(stand_in, _Settings):
                         vars(real[id(stand_in)]).update(vars(stand_in))
         for holder in [held for held in sys.modules.values() if isinstance(held, types.ModuleType)]:
             for name, value in list(vars(holder).items()):
@@ -121,9 +121,11 @@ def _unless(nothing_to_do: Callable[..., bool]) -> Callable[[str, str], _StandIn
     return lambda module, name: _StandIn(module, name, nothing_to_do)
 
 
-def _settings(module: str, name: str) -> types.SimpleNamespace:
-    """Return what takes settings for the real module, which gets them when it is imported."""
-    return types.SimpleNamespace()
+class _Settings(types.SimpleNamespace):
+    """Takes settings for a module, which gets them when it is imported."""
+
+    def __init__(self, module: str, name: str) -> None:
+        super().__init__()
 
 
 def _class(module: str, name: str) -> type:
@@ -155,7 +157,7 @@ def _holds_no_state(model: Any, state_dict: dict[str, Any]) -> bool:
 
 
 _STAND_INS: dict[str, dict[str, Callable[[str, str], Any]]] = {
-    "datasets": {"builder": _settings, "concatenate_datasets": _StandIn, "load_dataset": _StandIn},
+    "datasets": {"builder": _Settings, "concatenate_datasets": _StandIn, "load_dataset": _StandIn},
     "modelopt.torch.distill.plugins.megatron": {
         "get_tensor_shapes_adjust_fn_for_distillation": _unless(_is_unconverted)
     },
