@@ -25,7 +25,7 @@ LARGE_PACKAGES = ("datasets", "multistorageclient", "pulp", "scipy", "wandb")
 
 
 def _placeholder(name: str) -> Any:
-    """What an attribute of a stand-in is: a class for ``CamelCase``, else a module of placeholders."""
+    """Return an attribute of a stand-in: a class for ``CamelCase``, else a module of placeholders."""
     if name.startswith("__"):
         raise AttributeError(name)
     if name[0].isupper():

@@ -33,7 +33,7 @@ class Host:
         return "nccl" if self.cuda else "gloo"
 
     def without_device_rewriting(self) -> AbstractContextManager[None]:
-        """A context for code that makes many small calls of torch and names no CUDA device in them."""
+        """Return a context for code that makes many small calls of torch and names no CUDA device in them."""
         context: AbstractContextManager[None] = nullcontext() if self.cuda else torch._C.DisableTorchFunction()
         return context
 
@@ -44,7 +44,7 @@ class Host:
 
 
 def _quiet_third_parties() -> None:
-    """A run's console shows the run; ``NEMODIFF_LOG=1`` shows what Megatron and others log as well."""
+    """Keep the console for the run; ``NEMODIFF_LOG=1`` shows what Megatron and others log as well."""
     if os.environ.get("NEMODIFF_LOG"):
         return
     warnings.filterwarnings("ignore")
