@@ -78,12 +78,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-    if verb == "lm-eval":  # argparse would take the options behind it for ours
+    if verb == "lm-eval":  # argparse would take the options after it for ours
         words.insert(words.index(verb) + 1, "--")
     parser = build_parser(verb)
     parsed, rest = parser.parse_known_args(words)
     if hasattr(parsed, "settings") and not any(word.startswith("-") for word in rest):
-        parsed.settings += rest  # key=value words behind an option, which argparse does not put together
+        parsed.settings += rest  # key=value words after an option, which argparse does not put together
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return parsed

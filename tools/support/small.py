@@ -176,7 +176,7 @@ def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     draw = np.random.default_rng(0)
     for _ in range(documents):
-        size = int(draw.integers(length // 20, length))  # documents end inside samples, at any place
+        size = int(draw.integers(length // 20, length))  # documents end anywhere inside samples
         ids = np.append(np.cumsum(draw.integers(0, 3, size - 1)) % 200 + 20, 0)
         builder.add_document(torch.from_numpy(ids), [size])
     builder.finalize(f"{prefix}.idx")
