@@ -25,10 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_groups_left() -> Iterator[None]:
-    """Process groups end with the module that began them: the next one may need other ones."""
-    yield
+def end_process_groups() -> None:
+    """End the process groups that a test of this process has begun."""
     if "megatron.core.parallel_state" in sys.modules:
         from megatron.core import parallel_state
         from torch import distributed
@@ -36,6 +34,13 @@ def no_groups_left() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_groups_left() -> Iterator[None]:
+    """Process groups end with the module that began them: the next one may need other ones."""
+    yield
+    end_process_groups()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 
 from nemodiff_train.cli import main
 from tests import small
+from tests.conftest import end_process_groups
 
 RECIPE = """
 from tests.small import recipe
@@ -432,6 +433,7 @@ def test_refused_in_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_more_ranks_than_the_layout(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    end_process_groups()  # the launcher's variables count only while there are none
     monkeypatch.setenv("WORLD_SIZE", "3")
     refused(train("model.tensor_model_parallel_size=2"), capsys, "3 processes", "multiple of 2")
 

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
 
@@ -102,6 +104,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     _check_world(arguments)
+    check_free(Path(arguments.output))
     source = Checkpoint.open(arguments.source)
     init_runtime()
     if source.kind is Kind.DRAFTER:

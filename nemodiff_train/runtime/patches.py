@@ -29,7 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch import Tensor
 
-from nemodiff_train.runtime.replace import replace
+from nemodiff_train.runtime.replace import REPLACED, replace
 
 
 def show_absence_of_transformer_engine() -> None:
@@ -187,12 +187,14 @@ def copy_what_is_saved() -> None:
 
     Until: no CPU backend is needed.
     """
-
-    def preload_tensors(*arguments: Any, **named: Any) -> Any:
-        return [
-            (file, key, (content, [(item, tensor.clone()) for item, tensor in tensors]))
-            for file, key, (content, tensors) in original(*arguments, **named)
-        ]
-
     takes = "write_buckets, non_blocking"
-    original = replace(FileSystemWriterAsync, "preload_tensors", staticmethod(preload_tensors), takes=takes)
+    replace(FileSystemWriterAsync, "preload_tensors", staticmethod(_preload_copies), takes=takes)
+
+
+def _preload_copies(*arguments: Any, **named: Any) -> Any:
+    """Return Core's buckets with a copy of every tensor; at module level, since the save's process unpickles it."""
+    original = REPLACED[f"{FileSystemWriterAsync.__module__}.FileSystemWriterAsync.preload_tensors"]
+    return [
+        (file, key, (content, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (content, tensors) in original(*arguments, **named)
+    ]
