@@ -11,6 +11,7 @@ import pytest
 
 from nemodiff_train.runtime import init_runtime
 from tests import jobs, small
+from tools.support.ranks import RankPool
 
 FILE = Path(__file__).with_name("recorded_figures.json")
 TOLERANCE = 2e-6
@@ -38,7 +39,9 @@ def _run(folder: Path, name: str, settings: list[str], recipe: str = "recipe", *
     return [{key: value for key, value in step.items() if key not in timed} for step in found["steps"]]
 
 
-def _train_everything(folder: Path) -> dict[str, list[Any]]:
+def train_everything(folder: str | Path) -> dict[str, list[Any]]:
+    """Return the figures of every step, by objective."""
+    folder = Path(folder)
     init_runtime()
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
@@ -53,8 +56,10 @@ def _train_everything(folder: Path) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    return _train_everything(tmp_path_factory.mktemp("recorded"))
+def figures(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> dict[str, list[Any]]:
+    folder = tmp_path_factory.mktemp("recorded")
+    figures: dict[str, list[Any]] = ranks.call("train", 1, train_everything, logs=folder, folder=str(folder))
+    return figures
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *SWITCHES, "ar", "drafter"])
@@ -69,4 +74,4 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        FILE.write_text(json.dumps(_train_everything(Path(folder)), indent=1) + "\n")
+        FILE.write_text(json.dumps(train_everything(Path(folder)), indent=1) + "\n")

@@ -179,7 +179,8 @@ def test_chat_template_as_transformers_writes_it(model: Path) -> None:
     ],
 )
 def test_chat_template_within_limits(text: str, needle: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 3.0)
+    if needle == "more than":
+        monkeypatch.setattr(templates, "SECONDS", 3.0)
     with pytest.raises(UserError, match=r"chat template in .* cannot be used: ") as refusal:
         template(load_tokenizer(str(model / "model")), text)
     assert needle in str(refusal.value)

@@ -14,7 +14,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.console import console
-from nemodiff_train.distributed import free_port, is_main_process, world_size
+from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.model.provider import disable_fused_kernels
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
@@ -145,8 +145,7 @@ def _stay_offline_unless_logged_in(config: TriModeConfig) -> None:
 @contextlib.contextmanager
 def _redirect_prints(path: Path) -> Iterator[None]:
     """Write what the first rank and the last, which has the losses, print to a file."""
-    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-    prints = int(os.environ.get("RANK", "0")) in (0, last)
+    prints = global_rank() in (0, world_size() - 1)
     if prints:
         path.parent.mkdir(parents=True, exist_ok=True)
     with open(path if prints else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
