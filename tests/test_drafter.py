@@ -225,8 +225,8 @@ def test_refused_in_one_line(
         (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "mode linear alone"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
-        ([*train, "lora_rank=many"], "lora_rank=many is no whole number"),
-        ([*train, "lora_rank=0"], "rank is 0"),
+        ([*train, "lora_rank=many"], "lora_rank=many is not a whole number"),
+        ([*train, "lora_rank=0"], "have rank 0"),
         (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
     ):
         assert main(words) == 2, words
