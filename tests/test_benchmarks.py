@@ -1,20 +1,16 @@
 """Published benchmark formats, programs that are run, and lm-evaluation-harness."""
 
-import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.benchmarks import boxed, latex, math, program
 from nemodiff_train.evaluation.sandbox import passes
 from nemodiff_train.evaluation.tasks import load_task
-from tests import small
 
 ROWS: dict[str, dict[str, Any]] = {
     "gsm8k": {"question": "How much is 2 + 3?", "answer": "It is 2 + 3 = <<2+3=5>>5.\n#### 5"},
@@ -145,67 +141,3 @@ def test_a_program_that_passes(tmp_path: Path) -> None:
     before = set(Path(tempfile.gettempdir()).glob("nemodiff-code-*"))
     assert passes("import math, collections\nopen('own.txt', 'w').write('x')\nassert open('own.txt').read() == 'x'")
     assert set(Path(tempfile.gettempdir()).glob("nemodiff-code-*")) == before
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model as Megatron and as Hugging Face have it."""
-    from nemodiff_train.runtime import init_runtime
-
-    init_runtime()
-    from nemodiff_train.conversion.importing import import_checkpoint
-
-    folder = tmp_path_factory.mktemp("harness")
-    small.qwen3(folder / "hf")
-    import_checkpoint(str(folder / "hf"), str(folder / "megatron"))
-    return folder
-
-
-def test_the_harness_scores_and_generates(checkpoint: Path, tmp_path: Path) -> None:
-    """A task of its own through lm_eval's evaluator, against Transformers and against our own decoding."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.registry import get_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import nemodiff_train.evaluation.lm_eval  # noqa: F401  (registers the model)
-
-    made = get_model("nemodiff").create_from_arg_string(
-        f"checkpoint={checkpoint / 'megatron'},mode=ar,max_new_tokens=12", {"batch_size": 2}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval()
-
-    def log_p(context: list[int], continuation: list[int]) -> float:
-        with torch.no_grad():
-            logits = reference(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
-        return sum(float(logits[len(context) + i - 1, token]) for i, token in enumerate(continuation))
-
-    pairs = [("the quick", " brown fox"), ("lazy dog", " jumps"), ("0123", "45")]
-    scored = made.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
-    for (context, continuation), (found, _) in zip(pairs, scored, strict=True):
-        whole, known = tokenizer(context + continuation)["input_ids"], tokenizer(context)["input_ids"]
-        assert found == pytest.approx(log_p(known, whole[len(known) :]), abs=1e-4)
-    (rolled,) = made.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the lazy fox",), 0)])
-    assert rolled == pytest.approx(log_p([0], tokenizer("the lazy fox")["input_ids"]), abs=1e-3)
-
-    options = {"until": ["zzz"], "max_gen_toks": 9}
-    requests = [Instance("generate_until", {}, (text, options), 0) for text in ("the quick", "fox", "over the lazy")]
-    requests.append(Instance("generate_until", {}, ("fox", {**options, "max_gen_toks": 4}), 0))
-    texts = made.generate_until(requests, disable_tqdm=True)
-    for request, text in zip(requests, texts, strict=True):
-        ids = torch.tensor([tokenizer(request.args[0])["input_ids"]])
-        new = request.args[1]["max_gen_toks"]
-        expected = reference.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :]
-        assert text == tokenizer.decode(expected, skip_special_tokens=True)
-    assert made.tokens == sum(made.forwards.values()) > 0
-
-
-def test_the_verb_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemodiff_train.cli import main
-
-    seen: list[argparse.Namespace] = []
-    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, parsed: seen.append(parsed))
-    monkeypatch.setattr(sys, "argv", ["nemodiff"])
-    assert main(["lm-eval", "--tasks", "gsm8k", "--model_args", "checkpoint=x"]) == 0
-    (parsed,) = seen
-    assert (parsed.model, parsed.tasks, parsed.model_args) == ("nemodiff", ["gsm8k"], {"checkpoint": "x"})
