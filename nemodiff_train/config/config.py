@@ -1,11 +1,16 @@
 """The configuration of a run: Bridge's container with the objective, the data and the settings of this project."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import yaml
 from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 
 from nemodiff_train.config.datasets import ChatDatasetConfig
 from nemodiff_train.config.run import DiagnosticsConfig, EvaluationConfig, ResilienceConfig
+from nemodiff_train.config.schedule import ScheduleConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
@@ -22,6 +27,16 @@ class TriModeConfig(ConfigContainer):
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     drafter: DrafterConfig | None = None
     """Train a drafter instead of a model; ``peft`` describes its adapters."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting by its dotted key, as plain values: those of before where :attr:`given` has them."""
+        if self.given:
+            return self.given
+        with safe_yaml_representers():
+            sections = yaml.safe_load(yaml.safe_dump(self.to_dict()))
+        return dict(_leaves(sections, ""))
 
     def validate(self) -> None:
         """Propagate the objective's settings, then let Bridge check and complete the configuration.
@@ -38,6 +53,7 @@ class TriModeConfig(ConfigContainer):
         Raises:
             UserError: There is no usable mask token.
         """
+        self.fit_schedule()
         objective, model, data = self.objective, self.model, self.dataset
         model.noisy_views = objective.noisy_views
         model.block_size = objective.block_size
@@ -52,6 +68,11 @@ class TriModeConfig(ConfigContainer):
             model.add_stop_token(data.end_of_turn())
         if objective.stage == "joint":
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
+
+    def fit_schedule(self) -> None:
+        """Turn the schedule's shares of the run into steps."""
+        if isinstance(self.scheduler, ScheduleConfig) and self.train.train_iters:
+            self.scheduler.fit(self.train.train_iters)
 
     def find_mask_token(self) -> int:
         """Return the id of the checkpoint's mask token, else of ``objective.mask_token``, else of the tokenizer's.
@@ -90,3 +111,11 @@ class TriModeConfig(ConfigContainer):
                 "'nemodiff convert import --add-mask-token'"
             )
         return int(token_id)
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value and value.get("_call_") is not False:
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif key != "given":
+        yield key, str(value) if isinstance(value, dict) else value

@@ -41,10 +41,12 @@ class IndexedDatasetConfig(DatasetProvider):
     num_workers: int = 2
     dataloader_type: str = "single"
 
-    # Not settings: TriModeConfig.propagate sets the first three, Bridge saves the fourth with checkpoints.
+    # Not settings: TriModeConfig.propagate sets the first three, a resume the fourth; Bridge saves the last with
+    # checkpoints.
     objective = ObjectiveConfig()
     mask_token_id = 0
     batch_size = 1
+    samples_ahead = 0
     tokenizer = None
 
     holds_conversations: ClassVar[bool] = False
@@ -77,6 +79,10 @@ class IndexedDatasetConfig(DatasetProvider):
         """Return the object that turns it into samples."""
         raise NotImplementedError
 
+    def _sample_counts(self, context: DatasetBuildContext) -> list[int]:
+        """Return the samples of each split; a run may have read more of the first than its steps and batch say."""
+        return [context.train_samples + self.samples_ahead, context.valid_samples, context.test_samples]
+
     def _megatron_settings(self, context: DatasetBuildContext) -> dict[str, Any]:
         """Return Megatron's settings that text and conversations share."""
         return {
@@ -91,10 +97,6 @@ class IndexedDatasetConfig(DatasetProvider):
             "num_workers": self.num_workers,
             "tokenizer": context.tokenizer,
         }
-
-
-def _sample_counts(context: DatasetBuildContext) -> list[int]:
-    return [context.train_samples, context.valid_samples, context.test_samples]
 
 
 @dataclass(kw_only=True)
@@ -117,11 +119,10 @@ class TextDatasetConfig(IndexedDatasetConfig):
 
     def read(self, context: DatasetBuildContext) -> Sequence[Any]:
         """Return samples of L tokens for each split."""
-        config = GPTDatasetConfig(
-            **self._megatron_settings(context), path_to_cache=self.path_to_cache, eod_mask_loss=self.eod_mask_loss
-        )
+        settings = {**self._megatron_settings(context), "tokenizer": self._ending(context.tokenizer)}
+        config = GPTDatasetConfig(**settings, path_to_cache=self.path_to_cache, eod_mask_loss=self.eod_mask_loss)
         config.finalize()
-        return pretrain_train_valid_test_datasets_provider(_sample_counts(context), config)
+        return pretrain_train_valid_test_datasets_provider(self._sample_counts(context), config)
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""
@@ -129,9 +130,31 @@ class TextDatasetConfig(IndexedDatasetConfig):
             objective=self.objective,
             mask_id=self.mask_token_id,
             batch_size=self.batch_size,
-            document_end=tokenizer.eod if self.reset_attention_mask else None,
+            document_end=self._ending(tokenizer).eod if self.reset_attention_mask else None,
             restart_positions=self.reset_position_ids,
         )
+
+    def _ending(self, tokenizer: Any) -> Any:
+        """Return the tokenizer with the token that ends the documents of the data, which may be another one."""
+        manifests = (Manifest.read(prefix) for prefix in self.prefixes)
+        ends = {manifest.eod_token_id for manifest in manifests if manifest}
+        return _EndingWith(tokenizer, ends.pop()) if len(ends) == 1 else tokenizer
+
+
+class _EndingWith:
+    """A tokenizer with another end of documents.
+
+    Args:
+        tokenizer: The tokenizer.
+        eod: Id of the token that ends documents.
+    """
+
+    def __init__(self, tokenizer: Any, eod: int) -> None:
+        self._tokenizer = tokenizer
+        self.eod = eod
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 @dataclass(kw_only=True)
@@ -150,7 +173,7 @@ class ChatDatasetConfig(IndexedDatasetConfig):
         config = PackConfig(**self._megatron_settings(context), eod_mask_loss=False)
         config.block_size = self.objective.largest_block if self.objective.noisy_views else 1
         config.finalize()
-        counts = _sample_counts(context)
+        counts = self._sample_counts(context)
         return BlendedMegatronDatasetBuilder(ConversationDataset, counts, lambda: True, config).build()
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:

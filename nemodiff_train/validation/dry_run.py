@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -23,6 +24,7 @@ from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage
 from nemodiff_train.planning.workload import workload_of
 from nemodiff_train.validation import layout
 from nemodiff_train.validation.check import problems
+from nemodiff_train.validation.resume import description
 from nemodiff_train.validation.settings import check_sizes
 
 GB = 1e9
@@ -51,6 +53,8 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
+    if resumed := description(config):
+        page.add_row("resume", escape(resumed))
     if not layout.problems(config, world_size):
         stages = build_stages(config, world_size)
         lines += _memory_problems(config, world_size, stages, gpu_memory, page)
