@@ -153,15 +153,22 @@ def load_under_settings(
     if ctx.optimizer is None or ctx.opt_param_scheduler is None:
         return load(ctx)
     chosen = [{name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups]
+    now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
+    if (
+        before is not None and "optimizer" in before.run_config
+    ):  # Megatron finds a group of the checkpoint by its learning rates
+        for group in ctx.optimizer.param_groups:
+            for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
+                if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
+                    group[name] = before.run_config["optimizer"][field]
     ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
     loaded = load(ctx)
-    if ctx.state.train_state.step:  # else the weights of a pretrained model alone
-        for group, settings in zip(ctx.optimizer.param_groups, chosen, strict=True):
-            group.update(settings)
+    for group, settings in zip(ctx.optimizer.param_groups, chosen, strict=True):
+        group.update(settings)
+    if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
         # Megatron counts the steps of a schedule in samples.
-        saved = int(Checkpoint.open(folder).run_config["train"]["global_batch_size"])
-        schedule, batch = ctx.opt_param_scheduler, cast(TriModeConfig, ctx.state.cfg).train.global_batch_size
-        schedule.num_steps = schedule.num_steps * batch // saved
+        schedule, batch = ctx.opt_param_scheduler, int(before.run_config["train"]["global_batch_size"])
+        schedule.num_steps = schedule.num_steps * now.train.global_batch_size // batch
         schedule.step(increment=0)
     return loaded
 
