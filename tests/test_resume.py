@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Runs:
 
 
 def cosine(step: int, steps: int, peak: float, floor: float = 1e-4, warmup: int = 1) -> float:
-    """The learning rate that Megatron logs after a step, which is the next one's."""
+    """The learning rate after so many steps, which Megatron logs with the last of them."""
     if step <= warmup:
         return peak * step / warmup
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -74,7 +74,7 @@ def test_what_a_run_takes_over(runs: Runs, name: str, changed: list[str], steps:
     assert f"goes on from step {SAVED} with changed settings: " in said and "new schedule at step 4" in said
     assert all(word.partition("=")[0] in said for word in changed)
     assert [line["step"] for line in small.figures(runs.folder / name)] == [*range(1, steps + 1)]
-    expected = [cosine(step, steps, peak) for step in range(SAVED, steps)]
+    expected = [cosine(step, steps, peak) for step in range(SAVED + 1, steps + 1)]
     assert runs.rates(name) == pytest.approx(expected, rel=1e-5)
 
 
