@@ -12,6 +12,7 @@ from typing import NoReturn
 from nemodiff_train import __version__
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError, nearest
+from nemodiff_train.resilience.signals import INTERRUPTED
 
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
 # 20 seconds, so a module imports it inside `run`.
@@ -93,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error).
+        0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error), 130 after
+        Ctrl-C.
     """
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
@@ -104,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _UNUSABLE or error.filename is None:
             raise
         return _refuse(UserError(_unusable(error)))
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("nemodiff: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except RunStopped as stop:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)

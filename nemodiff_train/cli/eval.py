@@ -10,7 +10,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.settings import EvaluationSettings
-from nemodiff_train.files import usable_directory
+from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
 
-    usable_directory(Path(arguments.output))
+    output = Path(arguments.output)
+    check_can_be_made(output)
     opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
     plan = EvaluationSettings(
         modes=modes,
@@ -71,11 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         chat=arguments.chat,
     )
-    evaluation = evaluate(opened, task, plan, arguments.checkpoint)
-    if is_main_process():
-        report = write_report(Path(arguments.output), evaluation, opened.settings.text)
-        print_table(evaluation)
-        console.print(f"report: [bold]{report}[/bold]")
+    with locked(output):
+        evaluation = evaluate(opened, task, plan, arguments.checkpoint)
+        if is_main_process():
+            report = write_report(output, evaluation, opened.settings.text)
+            print_table(evaluation)
+            console.print(f"report: [bold]{report}[/bold]")
 
 
 def _numbers[Number: (int, float)](

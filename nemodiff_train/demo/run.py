@@ -26,6 +26,7 @@ from nemodiff_train.evaluation.evaluate import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
+from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
@@ -53,8 +54,9 @@ def run_demo(output: Path, start_from: str | None, mask_token: str, count: int) 
         raise UserError(
             f"--mask-token '{mask_token}' is not in the tokenizer of '{start_from}'; name one of its reserved tokens"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    Demo(output, start_from, mask_token, count).run()
+    with locked(output):
+        output.mkdir(exist_ok=True)
+        Demo(output, start_from, mask_token, count).run()
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
 
 

@@ -111,6 +111,11 @@ class Workload:
         """
         return self.products * self.table * self.length * (1 + MASKED_FRACTION * self.views)
 
+    @property
+    def flops(self) -> float:
+        """Return the operations per sample that training needs, nothing computed again: those that MFU counts."""
+        return self.matrix_flops + self.attention_flops + self.head_flops
+
 
 def workload_of(config: TriModeConfig) -> Workload:
     """Return the work of a run's training step."""

@@ -13,6 +13,7 @@ from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError
 from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.resilience.signals import ToldToEnd
 
 COMPLETED, TOLD_TO_END, KILLED = "completed", "told to end", "killed"
 _RECORDED = 50
@@ -60,6 +61,9 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     end(KILLED)
     try:
         yield end
+    except ToldToEnd:
+        end(TOLD_TO_END)
+        raise
     except SystemExit as leaving:
         end(f"exit code {leaving.code}" if leaving.code else TOLD_TO_END)
         raise

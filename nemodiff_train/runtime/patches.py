@@ -8,9 +8,11 @@ stand-in for Transformer Engine can be found.
 """
 
 import importlib
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.extensions.transformer_engine import HAVE_TE as HAVE_TE
@@ -29,6 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch import Tensor
 
+from nemodiff_train.processes import follow_parent
 from nemodiff_train.runtime.replace import REPLACED, replace
 
 
@@ -170,16 +174,32 @@ def keep_random_states_on_cpu() -> None:
     replace(tp_random, "_set_cuda_rng_state", set_state, takes="new_state, device, graph_safe")
 
 
-def prepare_save_workers(worker: Callable[..., None]) -> None:
-    """Let the process that Core starts for asynchronous saves prepare itself: it finds no CUDA either.
+def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
+    """Let the two processes that Core starts for saves end with the rank that has started them.
+
+    One writes asynchronous saves, the other holds the queue of their results; both would wait for ever.
 
     Args:
-        worker: What runs there; given the parameters of the original.
+        worker: What the first runs; given the parameters of the original.
 
-    Until: no CPU backend is needed.
+    Until: Core's helpers look whether their rank is alive (not in 0.19.2).
     """
+    replace(filesystem_async, "get_write_results_queue", write_results_queue, takes="mp_mode")
     parameters = "rank, queue, preload_q, comp_q, log_level, cpu_priority, io_priority"
     replace(PersistentAsyncCaller, "async_loop", staticmethod(worker), takes=parameters)
+
+
+def write_results_queue(mp_mode: str = "spawn") -> Any:
+    """Return Core's queue of the results of writing, whose process ends with this one.
+
+    Args:
+        mp_mode: How the process is started: ``spawn``, ``fork`` or ``forkserver``.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        manager.start(initializer=follow_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue
 
 
 def copy_what_is_saved() -> None:

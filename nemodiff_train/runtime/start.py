@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.processes import follow_parent
 from nemodiff_train.runtime.cpu import compile_nothing, cpu_as_cuda
 from nemodiff_train.runtime.deferred import defer_imports
 from nemodiff_train.runtime.packages import LARGE_PACKAGES, OPTIONAL_PACKAGES, stand_in_for
@@ -78,9 +79,9 @@ def init_quietly() -> Host:
         patches.load_one_step_for_all_parameters()
     missing = stand_in_for(OPTIONAL_PACKAGES)
     patches.keep_compiled_dataset_helpers()
+    patches.end_save_helpers_with_rank(save_worker)
     if not cuda:
         patches.keep_random_states_on_cpu()
-        patches.prepare_save_workers(save_worker)
         patches.copy_what_is_saved()
         cpu_as_cuda()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -92,5 +93,6 @@ def init_quietly() -> Host:
 
 def save_worker(*arguments: Any) -> None:
     """Run Core's loop for asynchronous saves, in a process that Core has just started and nothing has prepared."""
+    follow_parent()
     init_quietly()
     REPLACED["megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop"](*arguments)

@@ -16,9 +16,11 @@ from nemodiff_train.config.context import StepContext
 from nemodiff_train.console import console
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
+from nemodiff_train.files import locked
 from nemodiff_train.model.provider import disable_fused_kernels
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
+from nemodiff_train.resilience.signals import ToldToEnd
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
@@ -54,6 +56,7 @@ def train(config: TriModeConfig) -> None:
         UserError: The configuration cannot run here; nothing has been written.
         RunStopped: The run cannot go on.
         SystemExit: With 0, after a signal: the step is saved.
+        ToldToEnd: After a signal before the first step.
     """
     _fit_to_host(config)
     _protect(config)
@@ -77,6 +80,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(output))
         ending = stack.enter_context(record_start(output, config.resilience.restarts))
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
@@ -86,6 +90,8 @@ def _run(config: TriModeConfig, output: Path) -> None:
         callbacks = callbacks_in_order(shared, breakdown, watch, log)
         try:
             pretrain(config, ForwardStep(shared, breakdown), callbacks=callbacks)
+        except ToldToEnd:
+            raise
         except SystemExit as leaving:
             if not leaving.code and is_main_process():
                 console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")

@@ -66,8 +66,8 @@ def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> No
 
 
 def _die(*arguments: Any, **named: Any) -> None:
-    """Kill this rank and the process that writes for it."""
-    os.killpg(0, signal.SIGKILL)
+    """Kill this rank; the processes that write for it have to end by themselves."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _replace(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
@@ -211,6 +211,16 @@ def _hang(step: int) -> None:
     _in_step(step, hang)
 
 
+def _hang_in_setup(step: int) -> None:
+    from nemodiff_train.training.callbacks.run_log import RunLog
+
+    def on_data_init_start(self: RunLog, context: Any) -> None:
+        print(HANGS, file=sys.__stderr__, flush=True)
+        time.sleep(3600)
+
+    setattr(RunLog, "on_data_init_start", on_data_init_start)  # noqa: B010
+
+
 def _crash(step: int) -> None:
     def fail(model: Any) -> None:
         raise RuntimeError("out of luck")
@@ -239,6 +249,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "nan": _nan,
     "spike": _spike,
     "hang": _hang,
+    "hang in set-up": _hang_in_setup,
     "crash": _crash,
     "flip": _flip,
 }
