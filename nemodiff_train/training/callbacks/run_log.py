@@ -55,10 +55,8 @@ class RunLog(Callback):
         if not is_last_rank:
             return
         gpu = gpu_named(torch.cuda.get_device_name()) if init_runtime().cuda else None
-        # Seconds that a step would take at the peak of all GPUs.
-        self.ideal = (
-            workload_of(config).flops * config.train.global_batch_size / (world_size() * gpu.flops) if gpu else 0
-        )
+        step_flops = workload_of(config).flops * config.train.global_batch_size
+        self.ideal = step_flops / (world_size() * gpu.flops) if gpu else 0.0  # seconds per step at the GPUs' peak
         self.line_started, self.line_step = time.monotonic(), step
         path = self.shared.metrics_file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +72,8 @@ class RunLog(Callback):
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         self.started = time.perf_counter()
+        groups = context.optimizer.param_groups if context.optimizer is not None else []
+        self.learning_rate = float(groups[0]["lr"]) if groups else None
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         seconds = time.perf_counter() - self.started
@@ -87,7 +87,7 @@ class RunLog(Callback):
             speed["mfu"] = self.ideal / seconds
         _write_to_loggers(context.state, {**speed, **added}, step)
         update = {
-            "learning_rate": _learning_rate(context),
+            "learning_rate": self.learning_rate,
             "grad_norm": None if context.grad_norm is None else float(context.grad_norm),
         }
         counted = {"step": step, "tokens": step * self.tokens_per_step}
@@ -105,11 +105,12 @@ class RunLog(Callback):
         seconds = (now - self.line_started) / (step - self.line_step)
         self.line_started, self.line_step = now, step
         figures = {**record, "tokens_per_second": self.tokens_per_step / seconds}
+        rate = "" if record["learning_rate"] is None else f"lr {record['learning_rate']:.3g} · "
         norm = "skipped" if record["grad_norm"] is None else f"grad norm {record['grad_norm']:.3g}"
         utilization = f" · MFU {self.ideal / seconds:.1%}" if self.ideal else ""
         left = timedelta(seconds=round((self.steps - step) * seconds))
         console.print(
-            f"step {step}/{self.steps} · {_headline(figures)} · lr {record['learning_rate']:.3g} · {norm} · "
+            f"step {step}/{self.steps} · {_headline(figures)} · {rate}{norm} · "
             f"{seconds:.3g} s/step{utilization} · {left} left",
             soft_wrap=True,
         )
@@ -151,12 +152,6 @@ def _write_to_loggers(state: GlobalState, figures: dict[str, float], step: int) 
             state.tensorboard_logger.add_scalar(name, value, step)
     if state.wandb_logger:
         state.wandb_logger.log(figures, step)
-
-
-def _learning_rate(context: CallbackContext) -> float:
-    """Return the rate of the step just taken; the scheduler already has the next one's."""
-    groups = context.optimizer.param_groups if context.optimizer is not None else []
-    return float(groups[0]["lr"]) if groups else 0.0
 
 
 def _headline(figures: dict[str, float]) -> str:
