@@ -1,11 +1,12 @@
 """Completeness of a checkpoint: the mark beside an unfinished one, and the checksums in a finished one."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
+
+from pydantic import TypeAdapter
 
 from nemodiff_train.files import sync
 
@@ -21,6 +22,9 @@ class Digest(TypedDict):
     bytes: int
     sha256: str
     """In hexadecimal."""
+
+
+_ENTRIES = TypeAdapter(dict[str, Digest])
 
 
 def iterations(folder: Path) -> list[Path]:
@@ -69,9 +73,10 @@ def recorded(iteration: Path) -> dict[str, Digest]:
     file = iteration / CHECKSUMS
     if not file.is_file():
         return {}
-    entries = json.loads(file.read_text())
-    if not isinstance(entries, dict):
-        raise ValueError
+    entries = _ENTRIES.validate_json(file.read_bytes())
+    for name in entries:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"'{name}' lies outside of the checkpoint")
     return entries
 
 

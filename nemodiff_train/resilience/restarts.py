@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
+from pydantic import TypeAdapter
+
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError
 from nemodiff_train.files import write_atomic
@@ -29,6 +31,9 @@ class Start(TypedDict):
     """Unix time."""
     ended: str
     """How it ended: a constant above, an exit code, or the first line of an error."""
+
+
+_STARTS = TypeAdapter(list[Start])
 
 
 @contextlib.contextmanager
@@ -74,11 +79,11 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
 
 
 def _read(file: Path) -> list[Start]:
+    """Return the recorded starts, none where the file is missing or is not what this module has written."""
     try:
-        starts = json.loads(file.read_text())
+        return _STARTS.validate_json(file.read_bytes())
     except (OSError, ValueError):
         return []
-    return starts if isinstance(starts, list) else []
 
 
 def _saved_step(folder: Path) -> int:
