@@ -1,11 +1,14 @@
 """Functions that tests run on several ranks."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tools.support import small
 from tools.support.layouts import resume, train, train_plainly
 
 __all__ = ["ar_logits", "convert", "decode", "exchange", "loggers", "resume", "train", "train_plainly", "warnings"]
@@ -177,3 +180,40 @@ def convert(commands: list[list[str]]) -> dict[str, Any]:
     from nemodiff_train.cli import main
 
     return {"codes": [main(["convert", *words]) for words in commands]}
+
+
+def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
+    """Evaluate undisturbed; then with a disk that is full after a few prompts; then again, as a user would.
+
+    Returns:
+        Exit codes, what the second left in its folder, and the prompts that the third decoded.
+    """
+    from nemodiff_train.cli import main
+    from nemodiff_train.evaluation import evaluate
+
+    root = Path(folder)
+    small.qwen3(root / "model")
+    checkpoint = str(root / "checkpoint")
+    codes = [main(["convert", "import", str(root / "model"), checkpoint, "--mask-token", small.MASK])]
+    words = ["eval", checkpoint, "--count", "6", "--max-new-tokens", "4", "--block-size", "4", "--batch-size", "2"]
+    codes.append(main([*words, "--output", str(root / "undisturbed")]))
+    decoded: list[int] = []
+    decode_batch = evaluate._decode_batch
+
+    def count(*arguments: Any) -> Any:
+        decoded.extend(arguments[2])
+        return decode_batch(*arguments)
+
+    def fill_up(*arguments: Any) -> Any:
+        if len(decoded) == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
+        return count(*arguments)
+
+    evaluate._decode_batch = fill_up
+    codes.append(main([*words, "--output", str(root / "out")]))
+    left = sorted(path.name for path in (root / "out").iterdir())
+    decoded.clear()
+    evaluate._decode_batch = count
+    codes.append(main([*words, "--output", str(root / "out")]))
+    codes.append(main([*words, "--output", str(root / "out")]))
+    return {"codes": codes, "left": left, "decoded": decoded}

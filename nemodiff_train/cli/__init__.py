@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from nemodiff_train import __version__
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import RunStopped, UserError, nearest
+from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
 from nemodiff_train.resilience.signals import INTERRUPTED
 
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
@@ -44,6 +44,10 @@ def _refuse(error: UserError) -> int:
 
 _UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
 """What is wrong with a path as such, wherever it is met."""
+
+
+def _at(error: OSError) -> str:
+    return f" ('{os.fsdecode(error.filename)}')" if error.filename else ""
 
 
 def _unusable(error: OSError) -> str:
@@ -103,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     except OSError as error:
+        if disk_is_full(error):
+            return _refuse(UserError(f"the disk is full{_at(error)}; make room and repeat the command"))
         if error.errno not in _UNUSABLE or error.filename is None:
             raise
         return _refuse(UserError(_unusable(error)))

@@ -55,16 +55,20 @@ def run(arguments: argparse.Namespace) -> None:
         DecodingSettings(threshold=threshold)  # refuses what is no probability
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
+    output = Path(arguments.output)
+    check_can_be_made(output)
+    if (output / "report.html").exists():
+        raise UserError(f"'{output}' has a report already; name another --output, or remove it")
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.evaluation.evaluate import evaluate
+    from nemodiff_train.evaluation.unfinished import open_log
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
 
-    output = Path(arguments.output)
-    check_can_be_made(output)
-    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
+    options = decoding_options(arguments)
+    opened = load_decoding_model(checkpoint, modes=modes, **options)
     plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
@@ -72,10 +76,12 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         chat=arguments.chat,
     )
-    with locked(output):
-        evaluation = evaluate(opened, task, plan, arguments.checkpoint)
+    weights = "\n".join(str(part.iteration.resolve()) for part in (checkpoint, options["drafter"]) if part)
+    with locked(output), open_log(output, opened, task, plan, weights) as unfinished:
+        evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():
             report = write_report(output, evaluation, opened.settings.text)
+            unfinished.remove()
             print_table(evaluation)
             console.print(f"report: [bold]{report}[/bold]")
 
