@@ -205,6 +205,21 @@ def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"url\(|@import", html) and page.seen.count("svg") == 4
 
 
+def test_page_names_characters_that_turn_the_text_around(tmp_path: Path) -> None:
+    record = DecodeRecord(
+        0,
+        [8, 2],
+        {"prefill": 1, "draft": 1, "verify": 1},
+        [Cycle(0, recovered=True, accept_mask=[False], draft_tokens=[8])],
+    )
+    turned = "\u202ereversed\u2066"
+    task = Task("one", [Prompt(prompt=turned, answer="7")], make_scorer("exact"))
+    single = assemble(turned, task, [Run("linear", {}, [record])], lambda tokens: turned, settings={})
+    html = write_report(tmp_path, single, lambda tokens: turned * len(tokens)).read_text()
+    assert "[U+202E]reversed[U+2066]" in html
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]|u202e", html)
+
+
 def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
     record = DecodeRecord(
         0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(0, recovered=True, accept_mask=[False])]

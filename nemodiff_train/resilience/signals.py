@@ -1,5 +1,6 @@
 """The signals that tell a training to end, and what they do until the first step."""
 
+import functools
 import signal
 import sys
 from types import FrameType
@@ -30,7 +31,18 @@ def end_at_once() -> None:
 def _leave(number: int, frame: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # while the process cleans up
+    announce(number)
+    raise ToldToEnd(code_after(number))
+
+
+@functools.cache
+def announce(number: int) -> None:
+    """Say once, on rank 0, that a signal ends the training before its first step."""
     if is_main_process():
         name = signal.Signals(number).name
         print(f"nemodiff: {name} before the first step; repeat the command to go on", file=sys.__stderr__, flush=True)
-    raise ToldToEnd(INTERRUPTED if number == signal.SIGINT else 0)
+
+
+def code_after(number: int) -> int:
+    """Return the exit code of a training that a signal has ended before its first step."""
+    return INTERRUPTED if number == signal.SIGINT else 0

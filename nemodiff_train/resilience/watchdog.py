@@ -19,14 +19,14 @@ from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.distributed import global_rank
 from nemodiff_train.files import write_atomic
 from nemodiff_train.resilience.restarts import TOLD_TO_END
-from nemodiff_train.resilience.signals import INTERRUPTED, SIGNALS
+from nemodiff_train.resilience.signals import INTERRUPTED, SIGNALS, announce, code_after
 
 _STATUS_INTERVAL = 5.0
 """Seconds between status files."""
 _POLL_INTERVAL = 0.2
 """Seconds that the thread waits for a signal at a time."""
-_SETUP_GRACE = 10.0
-"""Seconds after a signal before the first step, when there is nothing to save."""
+_SETUP_GRACE = 0.5
+"""Seconds after a signal before the first step: there is nothing to save, but a collective may be waiting."""
 
 
 class Watchdog(Callback):
@@ -58,6 +58,8 @@ class Watchdog(Callback):
         self.phase_started = self.last_progress = time.monotonic()
         self.seconds_per_step = 0.0
         self.signalled_at: float | None = None
+        self.told = 0
+        """The first signal that told the run to end."""
         self.closed = threading.Event()
         self.handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
         """Signal handlers to restore at the end."""
@@ -121,7 +123,8 @@ class Watchdog(Callback):
             grace = _SETUP_GRACE if in_setup else self.settings.exit_grace
             if self.signalled_at and now - self.signalled_at > grace:
                 if in_setup:
-                    self._end(TOLD_TO_END, 0)
+                    announce(self.told)
+                    self._end(TOLD_TO_END, code_after(self.told))
                 self._exit(f"not ended {grace:g} s after the signal")
             limit = self.settings.setup_timeout if in_setup else self.settings.hang_timeout
             if limit and now - self.last_progress > limit:
@@ -137,8 +140,8 @@ class Watchdog(Callback):
         """Start the time in which the run has to end; a second Ctrl-C ends the process at once."""
         told = [number for number in numbers if number in SIGNALS]
         if told and not self.signalled_at:
-            self.signalled_at = time.monotonic()
-            if told.pop(0) == signal.SIGINT and self.rank == 0 and self.phase != "setup":
+            self.signalled_at, self.told = time.monotonic(), told.pop(0)
+            if self.told == signal.SIGINT and self.rank == 0 and self.phase != "setup":
                 line = "nemodiff: ending after this step, which is saved; Ctrl-C again ends at once"
                 print(line, file=sys.__stderr__, flush=True)
         if signal.SIGINT in told:
