@@ -67,7 +67,9 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemodiff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, (module, summary) in VERBS.items():
-        sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sub = verbs.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", conflict_handler="resolve"
+        )
         if name == verb:
             importlib.import_module(module).add_arguments(sub)
     return parser

@@ -2,7 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
+from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.processes import run_ranks
@@ -13,6 +16,8 @@ from nemodiff_train.runtime import init_runtime
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
+    parser.add_argument("-h", "--help", action=_Help, help="show this; after a recipe, its arguments too")
+    parser.add_argument("--list", action=_List, help="show the names of all recipes")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--nproc", type=int, help="start so many ranks on this machine, as torchrun does")
     parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
@@ -43,6 +48,31 @@ def run(arguments: argparse.Namespace) -> int:
         return check_run(config, arguments.gpus, arguments.gpu_memory)
     train(config)
     return 0
+
+
+class _Help(argparse.Action):
+    """Show the help of the verb, and after a recipe its arguments with their defaults."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: object) -> NoReturn:
+        parser.print_help()
+        if recipe := getattr(namespace, "recipe", None):
+            init_runtime()
+            from nemodiff_train.config.recipes import describe_recipe
+
+            print(f"\n{describe_recipe(recipe)}")
+        parser.exit()
+
+
+class _List(_Help):
+    """Show the names of all recipes."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: object) -> NoReturn:
+        for file, (summary, names) in recipe_files().items():
+            print(f"recipes/{file}.py: {summary}\n    {'\n    '.join(names)}")
+        parser.exit()
 
 
 def _start_ranks(arguments: argparse.Namespace) -> int:
