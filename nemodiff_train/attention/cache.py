@@ -1,9 +1,12 @@
 """Attention state of decoding: the cache of committed tokens, and one forward of new tokens after it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nemodiff_train.runtime.memory import require_memory
 
 
 class KeyValueCache:
@@ -34,9 +37,19 @@ class KeyValueCache:
         Args:
             number: Megatron's layer number.
             like: [batch, kv_heads, positions, head_dim]; gives the shape, dtype and device.
+
+        Raises:
+            UserError: The memory that is free does not hold the cache.
         """
         if self._states is None:
-            self._states = like.new_zeros(self.layers, 2, self.rows, like.shape[1], self.capacity, like.shape[3])
+            shape = (self.layers, 2, self.rows, like.shape[1], self.capacity, like.shape[3])
+            require_memory(
+                math.prod(shape) * like.element_size(),
+                like.device,
+                f"the cache of {self.rows} rows of {self.capacity:,} tokens",
+                "decode fewer rows together, or fewer tokens",
+            )
+            self._states = like.new_zeros(shape)
         keys, values = self._states[self._layer_index.setdefault(number, len(self._layer_index))]
         return keys, values
 

@@ -79,9 +79,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Raises:
-        UserError: Not a verb, or not its arguments.
+        UserError: Not a verb, not its arguments, or a word that cannot be one.
     """
     words = list(arguments)
+    _check_words(words)
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
@@ -94,6 +95,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return parsed
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse words that no verb can mean: bytes that are not text, and options without a value."""
+    for before, word in zip(["", *words], words, strict=False):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the argument {word!a} is not valid UTF-8") from None
+        if (not word and before.startswith("--")) or (word.startswith("--") and word.endswith("=")):
+            raise UserError(f"{word.rstrip('=') or before} is empty; name what it is, or leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,9 +56,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each layer (default: 1)")
     parser.add_argument(
-        "--pipeline-parallel", type=int, default=1, help="ranks that share the layers out (default: 1)"
+        "--tensor-parallel", type=at_least_1, default=1, help="ranks that share each layer (default: 1)"
+    )
+    parser.add_argument(
+        "--pipeline-parallel", type=at_least_1, default=1, help="ranks that share the layers out (default: 1)"
     )
 
 

@@ -16,6 +16,7 @@ from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums
 from nemodiff_train.objective.sample import Sample, SampleMaker
+from nemodiff_train.runtime.memory import require_memory
 
 NO_TOKEN = -1
 """Label after the end of a text."""
@@ -96,6 +97,13 @@ def likelihood(
     samples = [sample for text in texts for sample in _samples(text, length)]
     if not samples:
         raise UserError("there is no text to score: every document is shorter than 2 tokens")
+    rows = min(batch_size, len(samples))
+    require_memory(  # logits and their log-softmax in fp32, and a layer's activations, at both halves' positions
+        rows * 2 * length * (config.vocab_size * 8 + config.hidden_size * 32),
+        next(model[0].parameters()).device,
+        f"the logits of {rows:,} samples of {length:,} tokens",
+        "use a smaller --batch-size or --length",
+    )
     bounds = torch.zeros(draws, dtype=torch.float64)
     ar_loss, ar_targets, tokens = 0.0, 0, 0
     with progress_bar() as progress:
