@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from nemodiff_train.cli.decoding_options import at_least_1
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
