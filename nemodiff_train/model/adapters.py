@@ -35,6 +35,10 @@ def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None
                 if isinstance(child, LoRALinear):
                     child.to_wrap.weight.data.copy_(child.weight)
                     setattr(parent, name, child.to_wrap)
+                    # Bridge let Transformer Engine's layer return the output of its norm as well, for the adapter.
+                    for returned in ("return_layernorm_output", "return_layernorm_output_gathered"):
+                        if hasattr(child.to_wrap, returned):
+                            setattr(child.to_wrap, returned, False)
 
 
 def load_adapters(models: list[MegatronModule], checkpoint: Checkpoint, adapters: LoRA) -> None:

@@ -1,12 +1,13 @@
 """Load a Megatron checkpoint for decoding, comparison or export, under any layout."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.bridge.training.model_load_save import build_and_load_model
 from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
@@ -14,15 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import console, quiet
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.distributed import world_size
+from nemodiff_train.distributed import local_rank, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import merge_adapters
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.draft_adapter import load_drafter, open_drafter
 from nemodiff_train.model.pretrained import config_from, model_from
-from nemodiff_train.model.provider import TriModeModelProvider, disable_fused_kernels
+from nemodiff_train.model.provider import TriModeModelProvider, fit_to_host
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import halves_joined_in_place
+
+_LONGEST_WAIT = timedelta(hours=6)
+"""Until a collective fails: replicas that decode prompts of different lengths wait for each other at the end."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,11 @@ def set_parallelism(provider: TriModeModelProvider, tensor_parallel: int = 1, pi
     provider.sequence_parallel = provider.perform_initialization = False
     if not init_runtime().cuda:
         provider.use_cpu_initialization = True
-    if not HAVE_TE:
-        disable_fused_kernels(provider)
+    fit_to_host(provider)
+    provider.gradient_accumulation_fusion = False  # adds to buffers that only training has
+    # FP8 takes a multiple of 8 tokens, and a decoded row is one.
+    provider.fp8 = provider.fp4 = None
+    provider.fp8_param = False
 
 
 def start_model_parallel(tensor_parallel: int, pipeline_parallel: int = 1) -> None:
@@ -111,9 +118,11 @@ def start_model_parallel(tensor_parallel: int, pipeline_parallel: int = 1) -> No
             f"{world} processes were started, but this takes a multiple of {ranks} "
             f"(--tensor-parallel {tensor_parallel} x --pipeline-parallel {pipeline_parallel})"
         )
+    if init_runtime().cuda:
+        torch.cuda.set_device(local_rank())  # NCCL takes the device of this moment
     if not dist.is_initialized() and world == 1:  # without a launcher, which would name a port
         dist.init_process_group(init_runtime().backend, store=HashStore(), rank=0, world_size=1)
     elif not dist.is_initialized():
-        dist.init_process_group(init_runtime().backend)
+        dist.init_process_group(init_runtime().backend, timeout=_LONGEST_WAIT)
     parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     model_parallel_cuda_manual_seed(1234)

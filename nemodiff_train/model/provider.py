@@ -1,5 +1,6 @@
 """The model: any GPT that Bridge builds for a family, with its core attention replaced."""
 
+import importlib.util
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -110,6 +111,8 @@ class TriModeModelProvider(GPTModelProvider):
 
     def finalize(self) -> None:
         """Complete the settings that follow from others."""
+        # Core asks for it with pipeline stages, and Bridge sets it from a precision recipe alone.
+        self.pipeline_dtype = self.pipeline_dtype or self.params_dtype
         super().finalize()  # derives the number of virtual stages if only a pipeline layout gives it
         # Core's default, one batch of exchanges between neighbouring stages, pairs sends and receives of the same
         # two ranks by their order. With two ranks and virtual stages the next and the previous stage are on the same
@@ -135,6 +138,8 @@ class TriModeModelProvider(GPTModelProvider):
         model.rotary_pos_emb = PositionLookupRotary(model.rotary_pos_emb, self, state)
         model.attention_state = state
         recompute_activations(model)
+        if not self.fp8 and not self.fp4:
+            _leave_out_extra_state(model)
         return model
 
 
@@ -164,6 +169,26 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     return provider
 
 
+def _leave_out_extra_state(model: GPTModel) -> None:
+    """Neither save nor ask for the scaling factors of Transformer Engine's layers, which only FP8 has.
+
+    A checkpoint made without Transformer Engine has none, and would be refused where it is installed.  Every weight
+    is still asked for.
+    """
+    state_of = model.sharded_state_dict
+
+    def sharded_state_dict(*arguments: Any, **named: Any) -> dict[str, Any]:
+        return {key: value for key, value in state_of(*arguments, **named).items() if not key.endswith(_EXTRA_STATE)}
+
+    def forget_missing(module: torch.nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)]
+
+    model.sharded_state_dict = sharded_state_dict
+    model.register_load_state_dict_post_hook(forget_missing)
+
+
+_EXTRA_STATE = "_extra_state"
+
 PARALLELISM = (
     "tensor_model_parallel_size",
     "expert_tensor_parallel_size",
@@ -179,15 +204,18 @@ PARALLELISM = (
     "pipeline_model_parallel_layout",
 )
 KERNEL = ("attention_kernel", "attention_tile", "attention_options")
+HOST = ("perform_initialization", "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker")
+HOST_PREFIXES = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
+"""Fields, and beginnings of fields, that belong to a machine and a run: precision helpers, overlap, recomputation."""
 
 
 def reset_parallelism(provider: TriModeModelProvider) -> None:
-    """Reset the settings of parallelism and kernels to their defaults.
+    """Reset the settings of parallelism, kernels and the machine to their defaults.
 
     A checkpoint holds those that trained it, and every run has its own.
     """
     for setting in fields(provider):
-        if setting.name in (*PARALLELISM, *KERNEL):
+        if setting.name in (*PARALLELISM, *KERNEL, *HOST) or setting.name.startswith(HOST_PREFIXES):
             default = setting.default if setting.default_factory is MISSING else setting.default_factory()
             setattr(provider, setting.name, default)
 
@@ -225,17 +253,13 @@ def _supports_rope(source: GPTModelProvider, rope: HFConfig) -> bool:
     return False
 
 
-def disable_fused_kernels(provider: TriModeModelProvider) -> None:
-    """Turn off the kernels that need CUDA extensions, for a machine that lacks them."""
+def fit_to_host(provider: TriModeModelProvider) -> None:
+    """Set the fused kernels that this machine has, at every start: what a checkpoint says of them is not asked."""
     # Megatron's SwiGLU is one function in plain torch, which keeps only its input for the backward pass.
-    provider.bias_activation_fusion = provider.gated_linear_unit and provider.activation_func is F.silu
-    for name in (
-        "apply_rope_fusion",
-        "bias_dropout_fusion",
-        "cross_entropy_loss_fusion",
-        "gradient_accumulation_fusion",
-        "masked_softmax_fusion",
-        "persist_layer_norm",
-    ):
-        setattr(provider, name, False)
-    provider.pipeline_dtype = provider.pipeline_dtype or torch.float32
+    swiglu = provider.gated_linear_unit and provider.activation_func is F.silu
+    provider.bias_activation_fusion = swiglu and not provider.add_bias_linear
+    provider.bias_dropout_fusion = provider.persist_layer_norm = HAVE_TE
+    # An extension of Apex's, which Core's output layer asks for even where Transformer Engine has one of its own.
+    provider.gradient_accumulation_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    # The head, the attention and the angles are this package's.
+    provider.cross_entropy_loss_fusion = provider.masked_softmax_fusion = provider.apply_rope_fusion = False

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import netrc
 import os
 import signal
@@ -9,15 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
-
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.console import console
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import locked
-from nemodiff_train.model.provider import disable_fused_kernels
+from nemodiff_train.model.provider import fit_to_host
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.signals import ToldToEnd
@@ -114,6 +113,10 @@ def _protect(config: TriModeConfig) -> None:
     config.rerun_state_machine.check_for_nan_in_loss = False
     config.ddp.check_for_nan_in_grad = False
     config.train.check_optimizer_step_success = False  # the ranks agree already
+    # The watchdog is to write the stacks of a hang before collectives give up and end the processes.
+    limits = config.resilience.setup_timeout, config.resilience.hang_timeout
+    wait = math.ceil(max(limits) / 60) + 10
+    config.dist.distributed_timeout_minutes = max(config.dist.distributed_timeout_minutes, wait)
     logging.getLogger("megatron.bridge.training.pretrain").addFilter(_needs_traceback)
 
 
@@ -127,8 +130,7 @@ def _fit_to_host(config: TriModeConfig) -> None:
     """Adapt the settings to what this machine lacks; a GPU machine with every package changes nothing."""
     host = init_runtime()
     config.dist.distributed_backend = host.backend
-    if not HAVE_TE:
-        disable_fused_kernels(config.model)
+    fit_to_host(config.model)
     if not host.cuda:
         config.model.use_cpu_initialization = True
         config.dataset.num_workers = 0
