@@ -71,6 +71,8 @@ class TriModeModelProvider(GPTModelProvider):
 
     transformer_layer_spec: Any = tri_mode_layer_spec
 
+    pipeline_dtype: torch.dtype | None = None
+    """Format in which pipeline stages exchange activations; None for that of the parameters."""
     noisy_views: int = 0
     """Number of noisy views of a training sample; 0 for plain AR training. Set from the objective, like the next four
     fields."""
