@@ -14,11 +14,10 @@ _MODULES = {
     "Qwen3ForCausalLM": "megatron.bridge.models.qwen.qwen3_bridge",
     "Qwen2ForCausalLM": "megatron.bridge.models.qwen.qwen2_bridge",
     "LlamaForCausalLM": "megatron.bridge.models.llama.llama_bridge",
-    "MistralForCausalLM": "megatron.bridge.models.mistral.mistral_bridge",
 }
 """Modules that register the converter of an architecture; those of others are found by importing all of Bridge's."""
 
-_OURS = ("Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
+_OURS = ("MistralForCausalLM", "Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
 
 
 def auto_bridge(config: PretrainedConfig) -> Any:
