@@ -29,7 +29,7 @@ class TriModeConfig(ConfigContainer):
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:
-        """Return a value as it is saved; None for what only this process has, which Bridge puts among the settings."""
+        """Return a value as it is saved; None for what is no setting, but belongs to this process alone."""
         return None if _belongs_to_process(value) else super()._convert_value_to_dict(value)
 
     def validate(self) -> None:

@@ -43,11 +43,16 @@ class Checkpoint:
         """Open the checkpoint at ``path``, or return None where there is none, as in a Hugging Face directory.
 
         Raises:
-            UserError: No iteration is complete, by names and sizes of its files; the damaged file is named.
+            UserError: No iteration is complete, by names and sizes of its files; the damaged file is named. Or the
+                folder holds another model as well.
         """
         path = Path(path)
-        if not (path / "run_config.yaml").is_file() and not any(path.glob("iter_*/run_config.yaml")):
+        single, several = (path / "run_config.yaml").is_file(), any(path.glob("iter_*/run_config.yaml"))
+        if not single and not several:
             return None
+        if (path / "config.json").is_file() or (single and several):
+            other = "iter_* folders" if single and several else "a Hugging Face model (config.json)"
+            raise UserError(f"'{path}' holds a Megatron checkpoint and {other}; move one of them elsewhere")
         return cls(path, _newest_complete(path, structure_damage))
 
     @classmethod

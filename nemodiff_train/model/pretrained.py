@@ -143,7 +143,8 @@ def _generation_config(source: str) -> dict[str, Any]:
 
 def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
     """Return the model that a run configuration describes; Bridge checks every class that is named there."""
-    model = apply_run_config_backward_compat({**checkpoint.run_config["model"], "pipeline_model_parallel_layout": None})
+    settings = {**checkpoint.run_config["model"], "pipeline_model_parallel_layout": None}  # of its own ranks
+    model = apply_run_config_backward_compat(settings)
     try:
         with quiet():
             provider = instantiate(model)
