@@ -1,6 +1,5 @@
 """One stage starts from what the stage before has saved, on two replicas with overlapping communication."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -9,7 +9,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.core.timers import Timers
 
 from nemodiff_train.config.datasets import ChatDatasetConfig
-from nemodiff_train.config.run import DiagnosticsConfig, EvaluationConfig, ResilienceConfig
+from nemodiff_train.config.run import AdapterBase, DiagnosticsConfig, EvaluationConfig, ResilienceConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
@@ -26,6 +26,8 @@ class TriModeConfig(ConfigContainer):
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     drafter: DrafterConfig | None = None
     """Train a drafter instead of a model; ``peft`` describes its adapters."""
+    adapter_base: AdapterBase | None = None
+    """What ``peft`` adapts; set when the run starts."""
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:

@@ -19,7 +19,7 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.model.checkpoint import Checkpoint
 
 Options = Mapping[str, Any]
@@ -153,6 +153,7 @@ class NemodiffLM(TemplateLM):
         """Return causal logits [texts, longest, vocab], padded on the right."""
         longest = max(map(len, texts))
         session = Session(self.loaded.model, len(texts), longest, None)
+        check_prompts(texts, session.vocab_size)
         rows = torch.arange(len(texts), device=session.device)
         padded = torch.zeros(len(texts), longest, dtype=torch.long, device=session.device)
         for row, text in enumerate(texts):

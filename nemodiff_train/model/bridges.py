@@ -19,6 +19,9 @@ _MODULES = {
 
 _OURS = ("MistralForCausalLM", "Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
 
+TESTED = (*_MODULES, *_OURS)
+"""Architectures whose computation is known to be Transformers'; others are compared with it at import."""
+
 
 def auto_bridge(config: PretrainedConfig) -> Any:
     """Return Bridge's converter for a Hugging Face configuration.
@@ -48,4 +51,4 @@ def _register(architecture: str) -> None:
 
 def unsupported(name: str) -> UserError:
     """Return the error for an architecture that Bridge does not know; it names those that are tested here."""
-    return UserError(f"{name} is not supported; supported: {', '.join([*_MODULES, *_OURS, TRI_MODE])}")
+    return UserError(f"{name} is not supported; supported: {', '.join([*TESTED, TRI_MODE])}")

@@ -143,7 +143,6 @@ class TriModeModelProvider(GPTModelProvider):
         recompute_activations(model)
         return model
 
-
     def _scale_rotary(self, model: GPTModel) -> None:
         """Give a model the frequencies and the factor of its rope scaling."""
         rotary = model.rotary_pos_emb
