@@ -177,6 +177,7 @@ def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None
         )
 
 
+@torch.no_grad()
 def load_weights(models: list[GPTModel], source: str, description: str, token: MaskToken | None = None) -> None:
     """Fill a model from the weights in a Hugging Face directory, with a progress bar.
 

@@ -18,7 +18,8 @@ def scaled_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, flo
         rope: ``rope_parameters`` of a ``config.json``, complete with defaults; its ``rope_type`` is in ``SCALINGS``.
         head_dim: Dimensions of a head, all of which are rotated.
     """
-    config: Any = PreTrainedConfig(max_position_embeddings=rope.get("original_max_position_embeddings"))
+    config: Any = PreTrainedConfig()
+    config.max_position_embeddings = rope.get("original_max_position_embeddings")
     config.rope_parameters, config.head_dim = rope, head_dim
     config.hidden_size, config.num_attention_heads = head_dim, 1  # looked up, and not used beside head_dim
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
