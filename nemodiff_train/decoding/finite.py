@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from nemodiff_train.errors import UserError
@@ -36,6 +37,7 @@ def check_finite(
     """
     if bool(values.sum().isfinite()) or bool(values.isfinite().all()):
         return
+    chunks = [unwrap_model(chunk) for chunk in chunks]
     config = chunks[0].config
     name = str(config.params_dtype).removeprefix("torch.")
     layer, position = min(_places(chunks, positions, repeat), default=(config.num_layers + 1, 0))
