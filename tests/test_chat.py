@@ -387,7 +387,7 @@ def test_adapters_stay_with_their_base(
     later = base.iteration.with_name("iter_0000099")
     shutil.copytree(base.iteration, later)
     assert Checkpoint.open(one).iteration == later and Checkpoint.open(lora).base.iteration == base.iteration
-    resumed = small.chat(one, str(runs.folder / "chat"), str(Path(lora).parent), rank=4)
+    resumed = small.chat(one, str(Path(one).parents[1] / "chat"), str(Path(lora).parent), rank=4)
     assert start.problems(resumed) == []  # the same weights, though under another name
     later_config = later / "run_config.yaml"
     later_config.write_text(later_config.read_text() + "# trained on\n")
