@@ -128,6 +128,7 @@ def plain(exported: dict[str, Exported], expected: dict[str, Any], tmp_path_fact
             "directory": str(model.folder / "out"),
             "family": str(model.folder / "family"),
             "calls": [call[:3] for call in expected[name]],
+            "harness": name == "qwen3",
         }
         for name, model in exported.items()
     ]
@@ -168,6 +169,17 @@ def test_it_is_the_familys_model(name: str, exported: dict[str, Exported], plain
     assert found["logits"] and found["again"] and found["half"] == "torch.bfloat16"
     assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-6)
     assert found["eager"] == found["outputs"][-1][0]
+
+
+def test_pipelines_and_the_harness_take_it(exported: dict[str, Exported], plain: Any) -> None:
+    """Text by block diffusion, rows padded in a batch or not; likelihoods are those of the family, bit for bit."""
+    found = plain[str(exported["qwen3"].folder / "out")]
+    ours, family = found["harness"], found["family"]
+    assert ours["class"] == "TriModeModel" and family["class"] == "Qwen3ForCausalLM"
+    assert ours["loglikelihood"] == family["loglikelihood"]
+    assert ours["pipeline"] == ours["generate_until"] == ours["own"] != family["own"]
+    stop, text = ours["stopped"]
+    assert stop and text == ours["pipeline"][0].partition(stop)[0]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -266,10 +278,10 @@ def test_block_diffusion_closes_the_thinking(model: Any, budget: int) -> None:
 def test_counts_of_block_diffusion(model: Any) -> None:
     """One prefill, one commit between blocks; without a threshold one denoising forward a mask."""
     prompt = torch.tensor([PROMPTS[0]])
-    assert model.generate(prompt, 24)[1] == 1 + 3 * 7 + 2
-    assert model.generate(prompt, 24, causal_context=False)[1] == 1 + 3 * 8 + 2
+    assert model.generate(prompt, 24, threshold=None)[1] == 1 + 3 * 7 + 2
+    assert model.generate(prompt, 24, threshold=None, causal_context=False)[1] == 1 + 3 * 8 + 2
     assert model.generate(prompt, 24, threshold=0.0)[1] == 1 + 3 + 2
-    assert model.generate(prompt, 20, block_length=6)[1] == 1 + 3 * 5 + 1 + 3  # the last block: two tokens of six
+    assert model.generate(prompt, 20, 6, None)[1] == 1 + 3 * 5 + 1 + 3  # the last block: two tokens of six
 
 
 def test_the_mask_token_is_never_predicted(model: Any) -> None:

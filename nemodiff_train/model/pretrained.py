@@ -11,9 +11,11 @@ from megatron.bridge.utils.instantiate_utils import InstantiationException, inst
 from transformers import CONFIG_MAPPING, AutoConfig, Ministral3Config, PretrainedConfig
 
 from nemodiff_train.console import quiet
+from nemodiff_train.data.tokenizer_files import PATTERNS
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, read_json
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.origin import origin_of
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 
 
@@ -47,6 +49,7 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     provider = _provider(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
     provider.hf_generation_config = _generation_config(source)
+    provider.origin = origin_of(source, Path(local_copy(source)))
     if architecture(settings) == NEMOTRON:
         diffusion = config_from(settings).to_dict()  # with the defaults of keys that are left out
         provider.block_size = provider.largest_block = diffusion["block_size"]
@@ -131,7 +134,7 @@ def local_copy(source: str) -> str:
     if Path(source).is_dir():
         return source
     try:
-        return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+        return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "README.md", *PATTERNS]))
     except (OSError, ValueError) as error:
         raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]})") from None
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemodiff_train.data.tokenizer_files import rename_for_transformers_4
+
 VOCABULARY = 320
 EOD, MASK = "<|endoftext|>", "<|mask|>"
 
@@ -23,6 +25,7 @@ def tokenizer(directory: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOD, MASK], initial_alphabet=alphabet)
     inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, 0123456789 times"] * 4, trainer)
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, mask_token=MASK).save_pretrained(directory)
+    rename_for_transformers_4(directory)
 
 
 def qwen3(directory: Path, mask_row: float = 1.0, **changes: Any) -> None:
