@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from .configuration_tri_mode import TriModeConfig
 
@@ -92,7 +94,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         if factors:
             raise ValueError(f"{file} is not a drafter of this model: it has '{next(iter(factors))}' too")
 
-    def _correct_draft(self, projection: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def _correct_draft(self, projection: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """Add the drafter's part to an attention's output projection, [batch, length, hidden], in drafts alone."""
         if not self._drafting:
             return output
@@ -179,7 +181,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         return torch.cat([prompt_ids, stops.cut(new)], dim=1), session.nfe
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  (the published models' arguments come first)
         self,
         prompt_ids: Tensor | None = None,
         max_new_tokens: int | None = None,
@@ -230,12 +232,10 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: An argument is out of its range, or asks for what block diffusion cannot do.
         """
-        own = {
-            "block_length": block_length,
-            "threshold": threshold,
-            "causal_context": causal_context,
-            "thinking": _Thinking(max_thinking_tokens, end_think_token_id),
-        }
+        thinking = _Thinking(max_thinking_tokens, end_think_token_id)
+        blocks = _Blocks(block_length or self.config.block_size, threshold, causal_context, thinking)
+        if self.config.shift and not causal_context:
+            raise ValueError("causal_context=False: a model with the shift predicts no first token of a block itself")
         if prompt_ids is not None:
             if settings or input_ids is not None:
                 raise ValueError(
@@ -244,32 +244,26 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             limit = 128 if max_new_tokens is None else max_new_tokens
             self._check(prompt_ids, limit, temperature or 0.0, block_length)
             choose = partial(_sample, temperature=temperature or 0.0)
-            return self._diffuse(prompt_ids, limit, _Stops(eos_token_id), choose, **own)
+            return self._diffuse(prompt_ids, limit, blocks, _Stops(eos_token_id), choose)
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token_id": eos_token_id}
         settings |= {name: value for name, value in named.items() if value is not None}
         if (ids := settings.pop("inputs", input_ids)) is None:
             raise ValueError("generate() takes prompt_ids, or input_ids")
-        return self._generate_ids(ids, own, **settings)
+        return self._generate_ids(ids, blocks, **settings)
 
     def _diffuse(
         self,
         prompt_ids: Tensor,
         max_new_tokens: int,
+        blocks: "_Blocks",
         stops: "_Stops",
         choose: Callable[[Tensor], Tensor],
-        *,
-        block_length: int | None,
-        threshold: float | None,
-        causal_context: bool,
-        thinking: "_Thinking",
-        stopped: Callable[[Tensor, int], int | None] = lambda text, start: None,
+        criteria: "_Criteria | None" = None,
     ) -> tuple[Tensor, int]:
-        """Decode rows of equal length; ``stopped`` is asked after each block where the text, [batch, n], ends."""
-        size = block_length or self.config.block_size
+        """Decode rows [batch, length] without padding; see :meth:`generate`."""
+        size, thinking = blocks.size, blocks.thinking
         block_causal = self.config.clean_attention == "block_causal"
-        if self.config.shift and not causal_context:
-            raise ValueError("causal_context=False: a model with the shift predicts no first token of a block itself")
-        seeded = self.config.shift or (causal_context and not block_causal)
+        seeded = self.config.shift or (blocks.causal_context and not block_causal)
         session = _Session(self, self.config.mask_token_id)
 
         text, length = prompt_ids, prompt_ids.shape[1]
@@ -288,19 +282,19 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             position = torch.arange(size, device=text.device)  # within the block
             # [batch, size]: positions to fill are new, within the limit, and in rows without a stop token.
             wanted = (position >= known) & (position < end - start) & ~stops.met(text[:, length:])[:, None]
-            uncached = session.denoise(block, wanted, threshold, choose, stops)
+            uncached = session.denoise(block, wanted, blocks.threshold, choose, stops)
             before = text.shape[1]
             text = torch.cat([text[:, :start], uncached], dim=1)[:, :end]
             start += size
-            if (cut := stopped(text, before)) is not None:
-                return torch.cat([prompt_ids, stops.cut(text[:, length:cut])], dim=1), session.nfe
-            if start >= end or stops.all_met(text[:, length:]):
+            cut = criteria.end(text, before) if criteria else None
+            if cut or start >= end or stops.all_met(text[:, length:]):
+                text = text[:, :cut]
                 return torch.cat([prompt_ids, stops.cut(text[:, length:])], dim=1), session.nfe
 
     def _generate_ids(
         self,
         ids: Tensor,
-        own: dict[str, Any],
+        blocks: "_Blocks",
         attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         stopping_criteria: Sequence[Any] | None = None,
@@ -310,7 +304,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
 
         Args:
             ids: [batch, length], padded on the left.
-            own: Settings of :meth:`_diffuse`.
+            blocks: How blocks are decoded.
             attention_mask: [batch, length], 0 at padding.
             generation_config: Settings; None for the model's own.
             stopping_criteria: Called with ids [batch, n] and None; True for each row that ends there.
@@ -334,12 +328,12 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             top_p=(config.top_p or 1.0) if sampled else 1.0,
         )
         stops, criteria = _Stops(config.eos_token_id), _Criteria(stopping_criteria or [])
-        self._check(ids, limit, choose.keywords["temperature"], own["block_length"])
+        self._check(ids, limit, choose.keywords["temperature"])
         rows = []
         for row, seen in zip(ids, mask, strict=True):
             prompt = row[seen.bool()][None]
-            stopped = {"stopped": criteria.end} if len(ids) == 1 else {}
-            rows.append(self._diffuse(prompt, limit, stops, choose, **own, **stopped)[0][0, prompt.shape[1] :])
+            decoded, _ = self._diffuse(prompt, limit, blocks, stops, choose, criteria if len(ids) == 1 else None)
+            rows.append(decoded[0, prompt.shape[1] :])
         padding = config.pad_token_id if config.pad_token_id is not None else [*stops.tokens, 0][0]
         new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         text = torch.cat([ids, new], dim=1)
@@ -431,6 +425,16 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"temperature is {temperature}; it must be 0 or above")
         if causal and self.config.clean_attention == "block_causal":
             raise ValueError("this model attends block-causally to clean text: it decodes with generate() only")
+
+
+@dataclass
+class _Blocks:
+    """How blocks are decoded; see :meth:`TriModeModel.generate`."""
+
+    size: int
+    threshold: float | None
+    causal_context: bool
+    thinking: "_Thinking"
 
 
 class _Session:
