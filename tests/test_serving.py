@@ -214,6 +214,9 @@ def test_sdar_of_a_block_causal_qwen_3(sdar: Path, capsys: pytest.CaptureFixture
     assert expected.items() <= settings.items()
     assert (out / f"{settings['auto_map']['AutoConfig'].split('.')[0]}.py").is_file()
     assert small.same(small.weights(sdar / "family"), small.weights(out))
+    assert main(["convert", "import", str(out), str(sdar / "again")]) == 0  # comes back as what it was
+    assert main(["convert", "export", str(sdar / "again"), str(sdar / "out-again"), "--format", "sdar"]) == 0
+    assert json.loads((sdar / "out-again" / "config.json").read_text()) == settings
     work = {"sdar": ("config", {"directory": str(out)})}
     for environment in ({}, {"PYTHONPATH": str(TRANSFORMERS_4)}) if TRANSFORMERS_4.is_dir() else ({},):
         found = run(sys.executable, "engine_transformers.py", work, sdar, **environment)
@@ -224,12 +227,12 @@ def test_sdar_of_a_block_causal_qwen_3(sdar: Path, capsys: pytest.CaptureFixture
         assert main(words) == 2 and reason in capsys.readouterr().err
 
 
-def trained(ranks: RankPool, folder: Path, recipe: str, checkpoint: str, settings: list[str]) -> str:
+def trained(ranks: RankPool, folder: Path, recipe: str, checkpoint: str, settings: list[str], **choices: Any) -> str:
     """Train on one rank; return the checkpoints."""
     data, output = folder / f"{recipe}-data", folder / f"{recipe}-run"
     small.data(data, documents=10)
     runs = Jobs(ranks, folder)
-    arguments = {"start_from": checkpoint, "data": str(data), "output": str(output)}
+    arguments = {"start_from": checkpoint, "data": str(data), "output": str(output), **choices}
     runs.add("run", 1, jobs.train, recipe=recipe, **arguments, settings=settings)
     assert runs["run"]["steps"]
     return f"{output}/checkpoints"
@@ -286,8 +289,8 @@ def test_an_added_mask_token_is_all_that_changes(tokenized: Path) -> None:
         json.loads((tokenized / folder / "tokenizer_config.json").read_text()) for folder in ("source", "masked")
     )
     assert after.pop("mask_token") == "<mask>"
-    assert after["added_tokens_decoder"].pop(str(small.VOCABULARY))["special"]
-    assert after == before
+    (added,) = after["added_tokens_decoder"].keys() - before["added_tokens_decoder"].keys()
+    assert after["added_tokens_decoder"].pop(added)["special"] and after == before
 
 
 def test_tokenizers_load_in_transformers_4_and_5(tokenized: Path) -> None:
@@ -306,7 +309,7 @@ def test_tokenizers_load_in_transformers_4_and_5(tokenized: Path) -> None:
     for environment in versions:
         found = run(sys.executable, "engine_transformers.py", work, tokenized, **environment)
         assert len({tuple(found[name]["text"]) for name in folders}) == 1
-        assert found["masked"]["mask"] == small.VOCABULARY
+        assert found["masked"]["mask"] not in (None, found["source"]["mask"])
     if TRANSFORMERS_4.is_dir():
         assert found["version"].startswith("4.57")
 
@@ -363,9 +366,9 @@ def drafted(served: Served, ranks: RankPool) -> tuple[dict[str, str], Any]:
     from nemodiff_train.model.checkpoint import Checkpoint
     from nemodiff_train.model.loading import load_model
 
-    settings = ["peft.dim=6", "peft.alpha=9", "train.train_iters=3", "optimizer.lr=0.05"]
+    settings = ["train.train_iters=3", "optimizer.lr=0.05"]
     name, checkpoint = "llama3", served.path("llama3", "checkpoint")
-    adapters = trained(ranks, served.folder, "drafter", checkpoint, settings)
+    adapters = trained(ranks, served.folder, "drafter", checkpoint, settings, rank=6, alpha=9)
     directories = {}
     for kind in ("nemotron", "tri-mode"):
         directories[kind] = served.path(name, f"drafted-{kind}")

@@ -10,7 +10,7 @@ import torch
 
 from nemodiff_train.conversion.automodel.directory import add_code, add_sdar_configuration, tri_mode_settings
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, ar_settings, architecture
 from nemodiff_train.model.pretrained import config_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -22,9 +22,6 @@ REMOTE_CODE = {
 
 BACKBONES = ("Ministral3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 """Families that compute what a NemotronLabsDiffusion model does, where their attention and MLP have no biases."""
-
-SDAR_MASK = 151669
-"""The mask token of every SDAR model: SGLang and lmdeploy have it in their code, not from ``config.json``."""
 
 _SHAPE = (
     "vocab_size",
@@ -126,17 +123,17 @@ def sdar_format(provider: TriModeModelProvider) -> dict[str, Any]:
             "--format sdar holds a Qwen3ForCausalLM with shift=false and clean_attention=block_causal, but this is "
             f"{architecture(settings)} with {_objective(provider)}; use --format tri-mode"
         )
-    if provider.mask_token_id != SDAR_MASK:
+    if provider.mask_token_id != OF_SDAR["mask_token_id"]:
         raise UserError(
-            f"--format sdar is decoded with the mask token {SDAR_MASK}, but this model has {provider.mask_token_id}; "
-            "import Qwen 3 with --add-mask-token, which gives it this id"
+            f"--format sdar is decoded with the mask token {OF_SDAR['mask_token_id']}, but this model has "
+            f"{provider.mask_token_id}; import Qwen 3 with --add-mask-token, which gives it this id"
         )
     return {
         **ar_format(provider),
-        "architectures": ["SDARForCausalLM"],
+        "architectures": [SDAR],
         "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
         "model_type": "sdar",
-        "mask_token_id": SDAR_MASK,
+        "mask_token_id": provider.mask_token_id,
         "block_size": provider.block_size,
     }
 

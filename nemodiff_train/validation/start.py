@@ -7,7 +7,7 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
-from nemodiff_train.model.families import TRI_MODE, architecture
+from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.validation.refusal import refusal
@@ -36,7 +36,7 @@ def _check_pretrained(config: TriModeConfig) -> None:
         )
     check_weights(start)
     _check_shape(config, model_from(checkpoint or str(start)), start)
-    if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
+    if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) in (SDAR, TRI_MODE):
         raise UserError(
             f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
             "'nemodiff convert import' and start from that"

@@ -236,13 +236,13 @@ def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
     return config
 
 
-def drafter(start_from: str, data: str, output: str) -> Any:
+def drafter(start_from: str, data: str, output: str, rank: int = 16, alpha: int = 64) -> Any:
     """Return the configuration of a drafter for a checkpoint that :func:`recipe` has trained."""
     from nemodiff_train.drafter.config import DrafterConfig
     from nemodiff_train.model.draft_adapter import DraftLoRA
 
     config = recipe(start_from, data, output)
-    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=16, alpha=64)
+    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=rank, alpha=alpha)
     return config
 
 
