@@ -181,7 +181,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         return torch.cat([prompt_ids, stops.cut(new)], dim=1), session.nfe
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  (the published models' arguments come first)
+    def generate(  # type: ignore[override]
         self,
         prompt_ids: Tensor | None = None,
         max_new_tokens: int | None = None,
@@ -634,7 +634,7 @@ def _settled(defaults: GenerationConfig, settings: dict[str, Any]) -> Generation
         ValueError: The caller asks for what block diffusion cannot do; what the model's file asks for is warned of.
     """
     config, plain = copy.deepcopy(defaults), GenerationConfig().to_dict()
-    asked = {name for name, value in settings.items() if value is not None and value != plain.get(name)}
+    asked = {name for name, value in settings.items() if value not in (None, False, plain.get(name))}
     if unknown := sorted(asked - _USED - _HARMLESS):
         raise ValueError(f"block diffusion does not take {', '.join(unknown)}")
     config.update(**{name: value for name, value in settings.items() if name in _USED})
