@@ -18,6 +18,7 @@ from mlx_vlm.utils import load_model
 def ar(directory: str, prompts: list[list[int]], new: int, text: str) -> dict[str, Any]:
     """Greedy tokens of mlx-lm, and its tokens of a text."""
     model, tokenizer = load(directory)
+    model.set_dtype(mx.float32)
     steps = [itertools.islice(generate_step(mx.array(prompt), model), new) for prompt in prompts]
     return {"tokens": [[int(token) for token, _ in step] for step in steps], "text": tokenizer.encode(text)}
 

@@ -359,6 +359,32 @@ def test_transformers_4_and_5_decode_every_family(served: Served, expected: Toke
             assert found[name]["text"] == found["qwen3"]["text"]
 
 
+@pytest.mark.skipif(not REAL.is_dir(), reason="no runs/models/smollm2; make it with tools/real_model")
+@pytest.mark.skipif(not MLX.exists(), reason="no build/engines; make it with tools/engines")
+def test_a_real_model_decodes_the_same_everywhere(tmp_path: Path) -> None:
+    """The model itself in Transformers 5; its export there, in Transformers 4 and in mlx-lm: tokens of texts and answers."""
+    from nemodiff_train.data.tokenizer import load_tokenizer
+
+    checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
+    assert main(["convert", "import", str(REAL), checkpoint]) == 0
+    assert main(["convert", "export", checkpoint, out, "--format", "ar"]) == 0
+    assert small.same(small.weights(REAL), small.weights(Path(out)))
+    texts = ["The capital of France is", "def fibonacci(n):\n    if n <", "Once upon a time, there"]
+    tokenizer = load_tokenizer(str(REAL))
+    job = {"prompts": [tokenizer(text)["input_ids"] for text in texts], "new": NEW, "text": TEXT}
+    before = run(
+        sys.executable, "engine_transformers.py", {"real": ("ar", {"directory": str(REAL), **job})}, tmp_path
+    )
+    work = {"real": ("ar", {"directory": out, **job})}
+    found = [
+        run(sys.executable, "engine_transformers.py", work, tmp_path),
+        run(sys.executable, "engine_transformers.py", work, tmp_path, PYTHONPATH=str(TRANSFORMERS_4)),
+        run(MLX, "engine_mlx.py", work, tmp_path),
+    ]
+    assert [engine["real"] for engine in found] == [before["real"]] * 3
+    assert "Paris" in tokenizer.decode(before["real"]["tokens"][0])
+
+
 @pytest.fixture(scope="module")
 def drafted(served: Served, ranks: RankPool) -> tuple[dict[str, str], Any]:
     """Directories of a Llama as ``nemotron`` and ``tri-mode`` with its drafter; and the drafter's own draft.

@@ -83,10 +83,10 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
         "mask_token_id": provider.mask_token_id,
         "block_size": provider.block_size,
         "tie_word_embeddings": False,  # the head is always written
-        "rope_parameters": _query_scaled(settings),
     }
+    named = {"auto_map": REMOTE_CODE, "rope_parameters": _query_scaled(settings)}
     if architecture(provider.hf_config) == NEMOTRON:
-        return _in_dtype({"auto_map": REMOTE_CODE, **provider.hf_config, **diffusion}, provider.params_dtype)
+        return _in_dtype({**named, **provider.hf_config, **diffusion}, provider.params_dtype)
     known = config_from(settings).to_dict()
     # Other keys of a family say nothing to a Ministral 3.
     kept = settings if architecture(settings) == "Ministral3ForCausalLM" else {}
@@ -95,8 +95,8 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
             **kept,
             **{key: known.get(key) for key in _SHAPE},
             "head_dim": known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"],
+            **named,
             "architectures": [NEMOTRON],
-            "auto_map": REMOTE_CODE,
             "model_type": "nemotron_labs_diffusion",
             "attention_bias": False,
             "mlp_bias": False,
