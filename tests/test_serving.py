@@ -362,7 +362,7 @@ def test_transformers_4_and_5_decode_every_family(served: Served, expected: Toke
 @pytest.mark.skipif(not REAL.is_dir(), reason="no runs/models/smollm2; make it with tools/real_model")
 @pytest.mark.skipif(not MLX.exists(), reason="no build/engines; make it with tools/engines")
 def test_a_real_model_decodes_the_same_everywhere(tmp_path: Path) -> None:
-    """The model itself in Transformers 5; its export there, in Transformers 4, in mlx-lm: tokens of texts and answers."""
+    """The model itself in Transformers 5; its export there, in Transformers 4 and mlx-lm: tokens of texts."""
     from nemodiff_train.data.tokenizer import load_tokenizer
 
     checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")

@@ -115,7 +115,7 @@ def _adapters(iteration: Path, layers: int, scale: float) -> dict[str, Tensor]:
     names = {_STORED.format(part): PEFT_NAMES[part] for part in PEFT_NAMES}
     # Every rank reads both in full, which Core would take for a mistake in the layout.
     factors = dist_checkpointing.load({n: stored[n] for n in names}, folder, validate_access_integrity=False)
-    factors = {name: values.float() for name, values in factors.items()}
+    factors = {name: factors[name].float() for name in names}
     factors[_STORED.format("linear_out")] *= scale
     return {
         f"model.layers.{layer}.self_attn.o_proj.{part}.weight": values
