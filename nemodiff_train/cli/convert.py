@@ -11,7 +11,7 @@ from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
 
-FORMATS = ("ar", "nemotron", "tri-mode")
+FORMATS = ("ar", "nemotron", "sdar", "tri-mode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +39,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; tri-mode: with code that decodes in every "
-        "mode; by default nemotron for a model that came as one, else ar",
+        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; sdar: SDAR, of a block-causal Qwen 3; "
+        "tri-mode: with code that decodes in every mode; by default nemotron for a model that came as one, else ar",
     )
+    parser.add_argument("--drafter", metavar="CHECKPOINT", help="drafter to put into OUTPUT/linear_spec_lora")
+    parser.add_argument("--results", metavar="DIR", help="evaluation whose figures go into the card of tri-mode")
     parser.add_argument("--remote-code", metavar="DIR", help="directory with the Python files of --format nemotron")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     _add_layout(parser)
@@ -113,8 +115,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if source.kind is Kind.DRAFTER:
         from nemodiff_train.conversion.drafters import export_drafter
 
-        if arguments.remote_code:
-            raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
+        for option in ("remote_code", "drafter", "results"):
+            if getattr(arguments, option):
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} belongs to a model; a drafter is exported as a PEFT directory")
         export_drafter(source, arguments.output, arguments.format)
         return 0
     from nemodiff_train.conversion.exporting import export_checkpoint
@@ -124,6 +128,8 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.output,
         format=arguments.format,
         remote_code=arguments.remote_code,
+        drafter=Checkpoint.open(arguments.drafter) if arguments.drafter else None,
+        results=arguments.results,
         max_shard_size=arguments.max_shard_size,
         tensor_parallel=arguments.tensor_parallel,
         pipeline_parallel=arguments.pipeline_parallel,

@@ -1,6 +1,5 @@
 """Select the mask token of an imported model: a token of its vocabulary, or a new one with a row of its own."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,20 +7,9 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
+from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template*",
-    "*.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -104,11 +92,6 @@ def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = Non
         directory: Folder to create.
         token: The mask token; None for the model's own.
     """
-    directory.mkdir(parents=True)
-    for file in sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}):
-        if file.is_file():
-            shutil.copy2(file, directory / file.name)
+    copy_tokenizer(source, directory)
     if token and token.added:
-        tokenizer = load_tokenizer(str(directory))
-        tokenizer.add_special_tokens({"mask_token": token.token})
-        tokenizer.save_pretrained(directory)
+        add_mask_token(directory, token.token, token.id)

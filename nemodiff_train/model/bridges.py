@@ -7,7 +7,7 @@ from megatron.bridge import AutoBridge
 from transformers import PretrainedConfig
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE
+from nemodiff_train.model.families import NEMOTRON, SDAR, TRI_MODE, VISION_LANGUAGE
 from nemodiff_train.runtime.deferred import execute
 
 _MODULES = {
@@ -51,4 +51,4 @@ def _register(architecture: str) -> None:
 
 def unsupported(name: str) -> UserError:
     """Return the error for an architecture that Bridge does not know; it names those that are tested here."""
-    return UserError(f"{name} is not supported; supported: {', '.join([*TESTED, TRI_MODE])}")
+    return UserError(f"{name} is not supported; supported: {', '.join([*TESTED, SDAR, TRI_MODE])}")

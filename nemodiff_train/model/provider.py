@@ -107,6 +107,8 @@ class TriModeModelProvider(GPTModelProvider):
     """The ``config.json`` that the weights came with, unchanged; an export writes it back."""
     hf_generation_config: HFConfig = field(default_factory=dict)
     """The ``generation_config.json`` that the weights came with."""
+    origin: HFConfig = field(default_factory=dict)
+    """Name and licence of the Hugging Face model that the weights came from, for a model card."""
 
     def add_stop_token(self, token: int | None) -> None:
         """Let decoding end at one more token, here and where the model is exported to."""

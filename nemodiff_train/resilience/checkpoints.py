@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.console import console
+from nemodiff_train.data.tokenizer_files import restore_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
     barrier,
@@ -130,6 +131,8 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         config = cast(TriModeConfig, state.cfg)
         while len(self.saving) > _running(state):
             iteration = self.saving.pop(0)
+            if is_main_process():
+                restore_tokenizer(str(config.tokenizer.tokenizer_model), iteration / "tokenizer")
             publish(iteration)
             if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)

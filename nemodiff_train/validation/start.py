@@ -9,7 +9,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import TESTED
 from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
 from nemodiff_train.model.checksums import identity
-from nemodiff_train.model.families import TRI_MODE, architecture
+from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.validation.refusal import refusal
@@ -46,12 +46,12 @@ def _check_pretrained(config: TriModeConfig) -> None:
     if checkpoint or not (start / "config.json").is_file():
         return
     name = architecture(read_json(start / "config.json"))
-    if name not in (*TESTED, TRI_MODE):
+    if name not in (*TESTED, SDAR, TRI_MODE):
         raise UserError(
             f"'{start}' is a {name}, whose computation is compared with Transformers' at import alone; make a "
             "Megatron checkpoint of it with 'nemodiff convert import' and start from that"
         )
-    if name == TRI_MODE:
+    if name in (SDAR, TRI_MODE):
         raise UserError(
             f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
             "'nemodiff convert import' and start from that"
