@@ -56,8 +56,8 @@ def use_tokenizer_file(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     from transformers.utils.hub import cached_file
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    file = backend and cached_file(name, TOKENIZER_FILE, _raise_exceptions_for_missing_entries=False)
-    if not file:
+    file = cached_file(name, TOKENIZER_FILE, _raise_exceptions_for_missing_entries=False)
+    if backend is None or not file:
         return
     stored = Tokenizer.from_file(str(file))
     if _encoding(stored) == _encoding(backend):
