@@ -5,6 +5,7 @@ and then cut, so that no turn begins with a space that a tokenizer puts before t
 reads when an answer is asked for: where a token crosses the border between both, the two are tokenized apart.
 """
 
+import contextlib
 import hashlib
 from bisect import bisect_left
 from collections import Counter
@@ -188,20 +189,18 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
 
 
 def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:
-    """Return the added token that a template ends an answer with, None where it writes none.
+    """Return the added token that a template ends an answer with, None where it writes none or takes no answers.
 
     It follows an answer whether or not another turn does; a token that only ends the whole text is none.
-
-    Raises:
-        UserError: The template cannot be used.
     """
     said = "An answer."
     talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
-    last = template(talk, add_generation_prompt=False)
     try:
+        followed = last = template(talk, add_generation_prompt=False)
+    except UserError:
+        return None
+    with contextlib.suppress(UserError):  # a template of one question and one answer
         followed = template([*talk, {"role": "user", "content": "Another one?"}], add_generation_prompt=False)
-    except UserError:  # a template of one question and one answer
-        followed = last
     common = takewhile(lambda pair: pair[0] == pair[1], zip(last, followed, strict=False))
     _, answer, after = "".join(character for character, _ in common).rpartition(said)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []

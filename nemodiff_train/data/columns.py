@@ -115,7 +115,10 @@ def read_record(columns: Columns, row: Mapping[str, object], where: str) -> Docu
     for name, value in row.items():
         if name not in columns.names and name not in columns.optional and value is not None:
             columns.notes.add(UNREAD_FIELDS, name, where)
-    return columns.document(row, where)
+    try:
+        return columns.document(row, where)
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply; correct or remove it") from error
 
 
 def require(columns: Columns, existing: Sequence[str], where: str) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from nemodiff_train.data.notes import LEFT_OUT, NULLS, TRAILING, UNREAD_KEYS, Notes
@@ -67,7 +68,7 @@ def read_conversation(
         return None
     if not isinstance(given, list) or not all(_is_message(message) for message in given):
         raise refuse("not a list of messages with 'role' and 'content'")
-    reads = _reader(template)
+    reads = partial(_reads, template)
     cleaned = [_renamed(_without_nulls(message, notes, where)) for message in given]
     ignored = frozenset(index for index, message in enumerate(cleaned) if not _is_learned(message, refuse))
     try:
@@ -95,9 +96,10 @@ def _refuser(where: str) -> Callable[[str], UserError]:
     return lambda problem: UserError(f"{where}: {problem}")
 
 
-def _reader(template: str | None) -> Callable[[str], bool]:
+@cache
+def _reads(template: str | None, key: str) -> bool:
     """Return whether a template names a key."""
-    return lambda key: template is None or re.search(rf"\b{re.escape(key)}\b", template) is not None
+    return template is None or re.search(rf"\b{re.escape(key)}\b", template) is not None
 
 
 def _parsed(value: object) -> object:
@@ -116,10 +118,10 @@ def _is_message(message: object) -> bool:
 
 def _renamed(message: Message) -> Message:
     """Return a message of ShareGPT under the names of chat templates."""
-    if "role" in message:
+    if message.get("role"):
         return message
     sender = str(message.pop("from"))
-    return {"role": _SHAREGPT.get(sender, sender), "content": message.pop("value", None), **message}
+    return {**message, "role": _SHAREGPT.get(sender, sender), "content": message.pop("value", None)}
 
 
 def _without_nulls(message: Message, notes: Notes, where: str) -> Message:

@@ -56,14 +56,15 @@ def use_tokenizer_file(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     from transformers.utils.hub import cached_file
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    file = cached_file(name, TOKENIZER_FILE, _raise_exceptions_for_missing_entries=False)
+    absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(name, TOKENIZER_FILE, **absent)
     if backend is None or not file:
         return
     stored = Tokenizer.from_file(str(file))
     if _encoding(stored) == _encoding(backend):
         return
     # Tokens of the user's that the file lacks; those of the class alone have no row in the model.
-    config = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    config = cached_file(name, "tokenizer_config.json", **absent)
     named = json.dumps(json.loads(Path(str(config)).read_bytes())) if config else ""
     ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     for token in tokenizer.added_tokens_decoder.values():
