@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemodiff_train.cli import main
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
-from nemodiff_train.data.columns import Conversation
+from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.packing import pack
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError

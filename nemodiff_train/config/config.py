@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
 from megatron.core.timers import Timers
 
-from nemodiff_train.config.datasets import ChatDatasetConfig
 from nemodiff_train.config.run import AdapterBase, DiagnosticsConfig, EvaluationConfig, ResilienceConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
@@ -59,8 +59,9 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        if isinstance(data, ChatDatasetConfig):
-            model.add_stop_token(data.end_of_turn())
+        data.run_cache = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        if data.holds_conversations:
+            model.add_stop_token(data.stored_end())
         if objective.stage == "joint":
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
 

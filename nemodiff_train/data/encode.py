@@ -3,9 +3,9 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import batched
 from multiprocessing import get_context
@@ -42,6 +42,8 @@ class EncodedBatch:
     """A conversation may become several."""
     text_bytes: int
     """UTF-8 bytes of the text."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of inputs without a document, by reason."""
 
     @property
     def tokens(self) -> int:

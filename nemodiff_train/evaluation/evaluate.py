@@ -13,7 +13,7 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.decoding.oracle import path_forwards
-from nemodiff_train.decoding.prompts import prompt_tokens
+from nemodiff_train.decoding.prompts import encode_prompts
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord
@@ -39,13 +39,15 @@ def evaluate(
         shown: Whether this process shows progress; by default rank 0 does.
         unfinished: Log of what is decoded; what it has already is not decoded again.
     """
-    settings = loaded.settings
-    prompts = prompt_tokens(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
+    prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
+    settings = loaded.settings.stopping_at(prompts.stop_token_ids)
     headline: list[Run] = []
     sweep: list[Run] = []
     for mode in covered.modes:
         grid = settings_of(mode, settings, covered)
-        runs = [_run(loaded.model, prompts, mode, point, covered.batch_size, shown, unfinished) for point in grid]
+        runs = [
+            _run(loaded.model, prompts.tokens, mode, point, covered.batch_size, shown, unfinished) for point in grid
+        ]
         headline.append(runs[grid.index(settings)])
         sweep += runs if len(runs) > 1 else []
     return assemble(

@@ -12,6 +12,7 @@ import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.state import GlobalState
 from rich.progress import Progress
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console, progress_bar
@@ -61,6 +62,7 @@ class RunLog(Callback):
         path = self.shared.metrics_file
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(path, step)
+        _hide_after(context.state, step)
         self.file = path.open("a")
         self.progress.start()
         self.task = self.progress.add_task(
@@ -137,6 +139,13 @@ def drop_after(path: Path, step: int) -> None:
                 break
             end += len(line)
     os.truncate(path, end)
+
+
+def _hide_after(state: GlobalState, step: int) -> None:
+    """Let TensorBoard hide what an earlier start has logged after ``step``, and this one logs again."""
+    if state.tensorboard_logger:
+        start = SessionLog(status=SessionLog.START)
+        state.tensorboard_logger.file_writer.add_event(Event(session_log=start), step=step + 1)
 
 
 def _step(line: bytes) -> float:
