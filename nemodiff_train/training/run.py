@@ -13,6 +13,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
+from nemodiff_train.config.precision import precision_of
 from nemodiff_train.console import console
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
@@ -56,6 +57,7 @@ def train(config: TriModeConfig) -> None:
         SystemExit: With 0, after a signal: the step is saved.
     """
     _fit_to_host(config)
+    config.mixed_precision = precision_of(config, init_runtime().cuda)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
