@@ -16,9 +16,9 @@ from nemodiff_train.objective import ObjectiveConfig
 def smollm2_joint(start_from: str, data: str, output: str, steps: int = 1000) -> TriModeConfig:
     """Turn SmolLM2 into a tri-mode model: a million tokens, some hours on two cores, minutes on a GPU.
 
-    What departs from the paper makes so short a training worth while: the shift, which reuses what the AR model knows;
-    fully masked samples, which drafts start from; a diffusion loss that weighs as much as the AR loss; and a noise
-    level for each block, which steadies the gradient of so small a batch.
+    What departs from the paper makes so short a training worth while: the shift, which reuses what the AR model
+    knows; fully masked samples, which drafts start from; a diffusion loss that weighs as much as the AR loss; and a
+    noise level for each block, which steadies the gradient of so small a batch.
 
     Args:
         start_from: The model: its Hugging Face directory, or a Megatron checkpoint with a mask token.

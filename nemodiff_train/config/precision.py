@@ -11,6 +11,7 @@ from nemodiff_train.conversion.weights import DTYPES
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 
+
 @register
 def fp32() -> MixedPrecisionConfig:
     """Return Bridge's settings for weights, activations and gradients in fp32, for which it has no name."""

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nemodiff_train.console import console, quiet
 from nemodiff_train.conversion.exporting import full_tensors
 from nemodiff_train.conversion.headers import opened
-from nemodiff_train.conversion.importing import build, load_weights, set_dtype
-from nemodiff_train.conversion.weights import check_weights
+from nemodiff_train.conversion.importing import build, load_weights
+from nemodiff_train.conversion.weights import DTYPES, check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_model, start_model_parallel
+from nemodiff_train.model.loading import load_model, set_dtype, start_model_parallel
 from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -138,7 +138,7 @@ class _HuggingFace(_Side):
 
     @cached_property
     def chunks(self) -> list[GPTModel]:
-        set_dtype(self.provider, self.dtype)
+        set_dtype(self.provider, DTYPES[self.dtype])
         chunks = build(self.provider)
         load_weights(chunks, self.path, f"reading {self.path}")
         return chunks

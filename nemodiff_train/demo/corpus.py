@@ -55,9 +55,10 @@ def stdlib_modules() -> Iterator[dict[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     for name in sorted(names, key=lambda name: _hash(name.as_posix())):
-        if not _LEFT_OUT.intersection(name.parts):
-            if text := (root / name).read_bytes().decode("utf-8", errors="replace"):
-                yield {"name": name.as_posix(), "text": text}
+        if _LEFT_OUT.intersection(name.parts):
+            continue
+        if text := (root / name).read_bytes().decode("utf-8", errors="replace"):
+            yield {"name": name.as_posix(), "text": text}
 
 
 def language_reference() -> Iterator[dict[str, str]]:
