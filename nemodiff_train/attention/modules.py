@@ -154,7 +154,7 @@ class PositionLookupRotary(nn.Module):
             embedding returns one.
         """
         batch = self.state.decode_batch
-        table, factor = self._table(positions if batch is None else batch.visible)
+        table, factor = self._table(positions if batch is None else batch.reach)
         if batch is None:
             queries = positions // self.state.shard.size
             index = self.state.positions(self.config, queries, self.state.rotary_segment_ids, table.device)

@@ -27,9 +27,6 @@ def precision_of(config: ConfigContainer, cuda: bool) -> str | MixedPrecisionCon
     Args:
         config: The run.
         cuda: Whether it runs on a GPU.
-
-    Raises:
-        UserError: The weights it starts from cannot be read.
     """
     if config.mixed_precision is not None:
         named: str | MixedPrecisionConfig = config.mixed_precision
@@ -59,9 +56,11 @@ def begun_precision(config: ConfigContainer) -> str | None:
 
 def _stored_dtype(config: ConfigContainer) -> torch.dtype:
     """Return the dtype of the weights that a run starts from: of the files where there are any, else the model's."""
-    start = Path(config.checkpoint.pretrained_checkpoint or "")
-    if config.checkpoint.pretrained_checkpoint and (start / "config.json").is_file():
-        stored = next(iter(read_headers(start).values()))
-        return DTYPES.get(stored.dtype, torch.float32)  # others are refused
     dtype: torch.dtype = config.model.params_dtype
-    return dtype
+    start = Path(config.checkpoint.pretrained_checkpoint or "")
+    if not (start / "config.json").is_file():
+        return dtype
+    try:
+        return DTYPES.get(next(iter(read_headers(start).values())).dtype, dtype)
+    except UserError:
+        return dtype  # damaged, which the start of the run reports

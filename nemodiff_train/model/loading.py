@@ -79,7 +79,7 @@ def load_model(
 
 
 def computing_dtype() -> torch.dtype | None:
-    """Return the dtype to decode and score in: fp32 on a CPU, where 16 bits are slow, else None for the checkpoint's."""
+    """Return the dtype to decode in: fp32 on a CPU, where 16 bits are slow; else None, for that of the checkpoint."""
     return None if init_runtime().cuda else torch.float32
 
 

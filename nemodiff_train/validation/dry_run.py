@@ -52,6 +52,7 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
+    page.add_row("precision", f"{precision_of(config, True)} on a GPU, {precision_of(config, False)} on a CPU")
     if not layout.problems(config, world_size):
         stages = build_stages(config, world_size)
         lines += _memory_problems(config, world_size, stages, gpu_memory, page)
