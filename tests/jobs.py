@@ -12,7 +12,7 @@ __all__ = ["ar_logits", "convert", "decode", "exchange", "loggers", "resume", "t
 
 
 def ar_logits(source: str, tensor: int, pipeline: int) -> dict[str, float]:
-    """Return the largest difference of fp32 AR logits to Transformers' over 200 positions, on a model split over ranks.
+    """Return how far fp32 AR logits of a model split over ranks are from Transformers' at most, over 200 positions.
 
     ``without_scale`` is the same with Ministral's query scale turned off: it must matter.
     """

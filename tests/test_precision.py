@@ -17,10 +17,13 @@ TIED = {"bfloat16": True, "float16": False, "float32": True}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from nemodiff_train.conversion.importing import import_checkpoint
+
     folder = tmp_path_factory.mktemp("precision")
     small.data(folder / "data")
     for dtype in DTYPES:
         small.qwen3(folder / dtype, dtype=dtype, tie_word_embeddings=TIED[dtype])
+        import_checkpoint(str(folder / dtype), str(folder / f"{dtype}-imported"))
     return folder
 
 
@@ -50,13 +53,11 @@ def test_the_files_decide_not_config_json(folder: Path, tmp_path: Path) -> None:
 
 def train_every_dtype(folder: str) -> dict[str, Any]:
     """Train two steps from each dtype, from the directory and from its import, without naming a precision."""
-    from nemodiff_train.conversion.importing import import_checkpoint
     from nemodiff_train.model.checkpoint import Checkpoint
 
     settings = ["train.train_iters=2", "checkpoint.save_interval=2"]
     found: dict[str, Any] = {}
     for dtype in DTYPES:
-        import_checkpoint(f"{folder}/{dtype}", f"{folder}/{dtype}-imported")
         for start in (dtype, f"{dtype}-imported"):
             output, words = f"{folder}/run-{start}", {"start_from": f"{folder}/{start}", "data": f"{folder}/data"}
             steps = jobs.train(output=output, settings=settings, **words)["steps"]
@@ -83,12 +84,11 @@ def test_every_dtype_trains_on_a_cpu_and_is_saved_as_trained(folder: Path, ranks
 
 def test_a_cpu_decodes_16_bits_in_fp32_and_exports_them_as_they_are(folder: Path, tmp_path: Path) -> None:
     from nemodiff_train.conversion.exporting import export_checkpoint
-    from nemodiff_train.conversion.importing import import_checkpoint
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.model.checkpoint import Checkpoint
 
-    import_checkpoint(str(folder / "bfloat16"), str(tmp_path / "imported"))
-    loaded = load_decoding_model(Checkpoint.open(tmp_path / "imported"), modes=("ar",))
+    imported = Checkpoint.open(folder / "bfloat16-imported")
+    loaded = load_decoding_model(imported, modes=("ar",))
     assert {parameter.dtype for parameter in loaded.model[0].parameters()} == {torch.float32}
-    export_checkpoint(Checkpoint.open(tmp_path / "imported"), str(tmp_path / "back"))
+    export_checkpoint(imported, str(tmp_path / "back"))
     assert small.same(small.weights(folder / "bfloat16"), small.weights(tmp_path / "back"))
