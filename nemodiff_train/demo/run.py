@@ -44,7 +44,7 @@ PROBLEMS = 25_000
 VOCABULARY = 1024
 MAX_NEW_TOKENS = 128
 THRESHOLD = 0.98  # a wrong digit is a wrong answer
-SMALL = 3_000_000  # parameters that two cores train and score in minutes
+SMALL = 2_000_000  # parameters that two cores train and score in minutes
 NEW_MASK_TOKEN = "<|mask|>"
 
 
@@ -85,7 +85,7 @@ def _budget(parameters: int, cuda: bool) -> Budget:
     share = SMALL / parameters
     if cuda or share >= 1:
         return Budget()
-    return Budget(max(15, int(share * Budget.steps)), max(6, int(share * Budget.count)), ())
+    return Budget(max(10, int(share * Budget.steps)), max(6, int(share * Budget.count)), ())
 
 
 def _parameters(directory: str) -> int:
