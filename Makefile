@@ -1,6 +1,8 @@
 .PHONY: demo test check audit
 .DEFAULT_GOAL := demo
 
+unexport PYTHONDONTWRITEBYTECODE  # packages compiled at every import double the start of every process
+
 demo: .venv/ready  ## the main job, offline: AR checkpoint in, tri-mode checkpoint out, scored in three modes
 	.venv/bin/nemodiff demo --output runs/demo
 
