@@ -55,7 +55,8 @@ def train_every_dtype(folder: str) -> dict[str, Any]:
     """Train two steps from each dtype, from the directory and from its import, without naming a precision."""
     from nemodiff_train.model.checkpoint import Checkpoint
 
-    settings = ["train.train_iters=2", "checkpoint.save_interval=2"]
+    schedule = ["scheduler.lr_decay_iters=3"]
+    settings = [*schedule, "train.train_iters=2", "checkpoint.save_interval=2"]
     found: dict[str, Any] = {}
     for dtype in DTYPES:
         for start in (dtype, f"{dtype}-imported"):
@@ -64,7 +65,7 @@ def train_every_dtype(folder: str) -> dict[str, Any]:
             saved = Checkpoint.open(f"{output}/checkpoints").run_config["model"]
             found[start] = {"loss": steps[1]["loss"], "bf16": saved["bf16"], "fp16": saved["fp16"]}
     words = {"start_from": f"{folder}/bfloat16", "data": f"{folder}/data"}
-    output, longer = f"{folder}/run-bfloat16", ["train.train_iters=3", "checkpoint.save_interval=0"]
+    output, longer = f"{folder}/run-bfloat16", [*schedule, "train.train_iters=3", "checkpoint.save_interval=0"]
     try:
         jobs.train(output=output, settings=[*longer, "mixed_precision=bf16_mixed"], **words)
     except UserError as error:
