@@ -60,7 +60,12 @@ def test_a_model_of_three_key_value_heads_without_a_mask_token(
     from nemodiff_train.demo import run as demo
     from nemodiff_train.model.checkpoint import Checkpoint
 
-    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "dtype": "bfloat16"}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "hidden_size": 96,
+        "dtype": "bfloat16",
+    }
     small.llama3(tmp_path / "model", **heads, tie_word_embeddings=True, num_hidden_layers=1)
     text = (tmp_path / "model" / "tokenizer_config.json").read_text()
     (tmp_path / "model" / "tokenizer_config.json").write_text(text.replace('"mask_token": "<|mask|>"', '"x": 1'))
