@@ -1,20 +1,18 @@
-"""Published benchmark formats, programs that are run, and lm-evaluation-harness."""
+"""Published benchmark formats, how their answers are judged, and the programs that are run."""
 
-import argparse
 import json
-import sys
-import time
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.benchmarks import boxed, latex, math, program
-from nemodiff_train.evaluation.sandbox import passes
+from nemodiff_train.evaluation.sandbox import check_sandbox, passes
+from nemodiff_train.evaluation.scorers import numeric
 from nemodiff_train.evaluation.tasks import load_task
-from tests import small
 
 ROWS: dict[str, dict[str, Any]] = {
     "gsm8k": {"question": "How much is 2 + 3?", "answer": "It is 2 + 3 = <<2+3=5>>5.\n#### 5"},
@@ -95,117 +93,147 @@ def test_refusals(data: Path, name: str, source: str | None, run_code: bool, wor
         ("first \\boxed{1}, then \\boxed{2}", "2"),
         ("\\boxed{\\text{Evelyn}}", "Evelyn"),
         ("\\boxed{.5}", "0.5"),
+        ("\\boxed{0.5}", "\\frac{1}{2}"),
+        ("\\boxed{-\\frac{6}{4}}", "\\frac{-3}{2}"),
+        ("\\boxed{12\\text{ cm}^2}", "12"),
+        ("\\boxed{10{,}000}", "10,\\!000"),
+        ("\\boxed 7$ is it", "7"),
+        ("\\fbox{3/4}", "\\frac34"),
     ],
 )
 def test_equal_answers_of_math(found: str, answer: str) -> None:
     assert math(found, answer)
 
 
+UNEQUAL = [
+    ("42", "24"),
+    ("-1", "1"),
+    ("(1,2)", "(2,1)"),
+    ("\\frac{3}{12}", "12"),
+    ("\\frac{12}{5}", "12"),
+    ("2^{12}", "12"),
+    ("1, 2, 12", "12"),
+    ("x > 12", "12"),
+    ("12x", "12"),
+    ("3 \\text{ or } 12", "12"),
+    ("\\sqrt{12}", "12"),
+    ("12!", "12"),
+    ("7/0", "7"),
+]
+
+
 def test_unequal_answers_of_math() -> None:
     assert boxed("\\boxed{\\frac{1}{2}") is None and not math("the answer is 42", "42")
-    for found, answer in (("\\boxed{42}", "24"), ("\\boxed{-1}", "1"), ("\\boxed{(1,2)}", "(2,1)")):
-        assert not math(found, answer)
+    assert [pair for pair in UNEQUAL if math(f"\\boxed{{{pair[0]}}}", pair[1])] == []
     assert latex("$\\frac12$") == "\\frac{1}{2}"
 
 
-def test_the_program_in_an_answer() -> None:
-    prompt = "def f():\n"
-    assert program(prompt, "    return 1\nprint(f())") == "def f():\n    return 1"
-    assert program(prompt, "Here:\n```python\ndef f():\n    return 2\n```\nDone") == "def f():\n    return 2\n"
+def test_judgements_are_those_of_the_harness_where_it_has_the_task() -> None:
+    """Stated differences apart: ours reads a subtraction as one, and thousands, units and fractions as numbers."""
+    from lm_eval.filters.extraction import RegexFilter
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
+
+    for found, answer in UNEQUAL:
+        assert not is_equiv(found, answer)
+    for found, answer in (
+        ("\\dfrac12", "\\frac{1}{2}"),
+        ("\\left(3,4\\right)", "(3,4)"),
+        ("k = 5", "5"),
+        ("3/4", "\\frac34"),
+    ):
+        assert is_equiv(found, answer) and math(f"\\boxed{{{found}}}", answer)
+    flexible = RegexFilter(regex_pattern="(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
+    texts = ["so 1,234 it is", "from 3 to -7", "#### 18", "it costs $5", "3 and then 12 apples", "2 + 3 = 5\nNext"]
+    for text, (theirs,) in zip(texts, flexible.apply([[text] for text in texts], []), strict=True):
+        assert numeric(text, theirs.replace("$", ""))
+
+
+GOOD = "def add(a, b):\n    return a + b\n"
+ANSWERS = {
+    "py": f"```py\n{GOOD}```\nDone.",
+    "Python with words": f"```Python title=x\n{GOOD}```",
+    "python3.12": f"``` python3.12\n{GOOD}```",
+    "attributes": f"```{{.python}}\n{GOOD}```",
+    "tildes": f"~~~python\n{GOOD}~~~",
+    "in a list": "1. So:\n   ```python\ndef add(a, b):\n    return a + b\n   ```",
+    "returns": f"```python\n{GOOD}```\n".replace("\n", "\r\n"),
+    "after a shell": f"```sh\npip install x\n```\nThen\n```\n{GOOD}```",
+    "after what it prints": f"```\n3\n```\nby\n```\n{GOOD}```",
+    "after an example": f"```python\nprint(add(1, 2))\n```\nwith\n```python\n{GOOD}```",
+    "never closed": f"```python\n{GOOD}",
+    "the body alone": "```python\n    return a + b\n```",
+    "of a helper in the prompt": "```python\ndef add(a: Number, b: Number):\n    return double(a) / 2 + b\n```",
+    "a fence in a fence": f"````python\n{GOOD}````",
+    "no block": "    return a + b\n\nprint(add(1, 2) / 0)",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_program_in_an_answer(name: str) -> None:
+    prompt = (
+        "Number = float\n\ndef double(x: Number) -> Number:\n    return 2 * x\n\n\n"
+        'def add(a: Number, b: Number) -> Number:\n    """Add."""\n'
+    )
+    scope: dict[str, Any] = {}
+    exec(program(prompt, ANSWERS[name]), scope)
+    assert scope["add"](2, 3) == 5
+
+
+def test_the_program_behind_an_open_fence() -> None:
     assert program("Task\n```python\n", "x = 1\n```\nmore") == "x = 1\n"
+    assert program("Task\n```python\n", "```python\nx = 1\n```\nmore") == "x = 1\n"
+    assert program("def f():\n", "```bash\nls\n```") == "def f():\n```bash\nls\n```"  # no program at all: it fails
 
 
 PROGRAMS = {
     "wrong": "assert 1 == 2",
     "a syntax error": "def",
     "an early exit": "import sys; sys.exit(0)",
+    "the exit code of another sandbox": "import sys; sys.exit(77)",
+    "an exit without clean-up": "import os; print(77); os._exit(0)",
     "endless": "while True: pass",
     "asleep": "import time; time.sleep(60)",
     "a memory hog": "x = bytearray(3 * 2**30)",
-    "a socket": "import socket; socket.socket()",
-    "a process": "import subprocess; subprocess.run(['true'])",
-    "a fork": "import os; os.fork()",
-    "a file elsewhere": "open('/tmp/nemodiff-escaped', 'w').write('x')",
-    "a deletion": "import os; os.remove('program.py')",
+    "the network": "import socket; socket.create_connection(('127.0.0.1', {port}), 2)",
+    "a file elsewhere": "open('{folder}/escaped', 'w').write('x')",
+    "a file in a home": "import os; open('/root/nemodiff-escaped', 'w')",
+    "a fifo elsewhere": "import os; os.mkfifo('{folder}/escaped')",
+    "a database elsewhere": "import sqlite3; sqlite3.connect('{folder}/escaped').execute('create table t (x)')",
+    "a deletion elsewhere": "import os; os.remove('{folder}/mine')",
+    "too much": "open('x', 'wb').write(b'x' * (1 << 27))",
+    "a foreign process": "import os; os.kill({pid}, 0)",
+    "a look at others": "import os; assert os.listdir('/proc')",
+    "a mount": "import subprocess; subprocess.run(['mount', '-o', 'remount,rw', '/'], check=True)",
+    "a device": "import os; os.mknod('d', 0o60600, os.makedev(254, 0)); open('d')",
     "a secret": "import os; assert 'HOME' in os.environ",
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_that_fails_or_is_stopped(name: str) -> None:
-    started = time.perf_counter()
-    assert not passes(PROGRAMS[name], seconds=3)
-    assert time.perf_counter() - started < 20
-    assert not Path("/tmp/nemodiff-escaped").exists()
+def test_a_program_that_fails_or_is_stopped(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        values = {"port": server.getsockname()[1], "folder": tmp_path, "pid": os.getpid()}
+        assert not passes(PROGRAMS[name].format(**values), seconds=3)
+    assert os.listdir(tmp_path) == ["mine"]
 
 
-def test_a_program_that_passes(tmp_path: Path) -> None:
-    import tempfile
-
-    before = set(Path(tempfile.gettempdir()).glob("nemodiff-code-*"))
+def test_a_program_that_passes() -> None:
     assert passes("import math, collections\nopen('own.txt', 'w').write('x')\nassert open('own.txt').read() == 'x'")
-    assert set(Path(tempfile.gettempdir()).glob("nemodiff-code-*")) == before
+    assert passes("import tempfile\nwith tempfile.NamedTemporaryFile('w') as file:\n    file.write('x')")
+    assert passes("import subprocess\nassert subprocess.run(['echo', 'x'], capture_output=True).stdout == b'x\\n'")
+    # what it starts does not outlive it
+    waiting = f"nemodiff-left-{os.getpid()}"
+    assert passes(f"import subprocess\nsubprocess.Popen(['sleep', '100', '{waiting}'], start_new_session=True)")
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if waiting.encode() in line]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model as Megatron and as Hugging Face have it."""
-    from nemodiff_train.runtime import init_runtime
-
-    init_runtime()
-    from nemodiff_train.conversion.importing import import_checkpoint
-
-    folder = tmp_path_factory.mktemp("harness")
-    small.qwen3(folder / "hf")
-    import_checkpoint(str(folder / "hf"), str(folder / "megatron"))
-    return folder
-
-
-def test_the_harness_scores_and_generates(checkpoint: Path, tmp_path: Path) -> None:
-    """A task of its own through lm_eval's evaluator, against Transformers and against our own decoding."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.registry import get_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import nemodiff_train.evaluation.lm_eval  # noqa: F401  (registers the model)
-
-    made = get_model("nemodiff").create_from_arg_string(
-        f"checkpoint={checkpoint / 'megatron'},mode=ar,max_new_tokens=12", {"batch_size": 2}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "hf")
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint / "hf").eval()
-
-    def log_p(context: list[int], continuation: list[int]) -> float:
-        with torch.no_grad():
-            logits = reference(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
-        return sum(float(logits[len(context) + i - 1, token]) for i, token in enumerate(continuation))
-
-    pairs = [("the quick", " brown fox"), ("lazy dog", " jumps"), ("0123", "45")]
-    scored = made.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
-    for (context, continuation), (found, _) in zip(pairs, scored, strict=True):
-        whole, known = tokenizer(context + continuation)["input_ids"], tokenizer(context)["input_ids"]
-        assert found == pytest.approx(log_p(known, whole[len(known) :]), abs=1e-4)
-    (rolled,) = made.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the lazy fox",), 0)])
-    assert rolled == pytest.approx(log_p([0], tokenizer("the lazy fox")["input_ids"]), abs=1e-3)
-
-    options = {"until": ["zzz"], "max_gen_toks": 9}
-    requests = [Instance("generate_until", {}, (text, options), 0) for text in ("the quick", "fox", "over the lazy")]
-    requests.append(Instance("generate_until", {}, ("fox", {**options, "max_gen_toks": 4}), 0))
-    texts = made.generate_until(requests, disable_tqdm=True)
-    for request, text in zip(requests, texts, strict=True):
-        ids = torch.tensor([tokenizer(request.args[0])["input_ids"]])
-        new = request.args[1]["max_gen_toks"]
-        expected = reference.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :]
-        assert text == tokenizer.decode(expected, skip_special_tokens=True)
-    assert made.tokens == sum(made.forwards.values()) > 0
-
-
-def test_the_verb_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nemodiff_train.cli import main
-
-    seen: list[argparse.Namespace] = []
-    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, parsed: seen.append(parsed))
-    monkeypatch.setattr(sys, "argv", ["nemodiff"])
-    assert main(["lm-eval", "--tasks", "gsm8k", "--model_args", "checkpoint=x"]) == 0
-    (parsed,) = seen
-    assert (parsed.model, parsed.tasks, parsed.model_args) == ("nemodiff", ["gsm8k"], {"checkpoint": "x"})
+def test_no_program_is_run_without_a_sandbox(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemodiff_train.evaluation.sandbox._NAMESPACES", ("false",))
+    check_sandbox.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"this machine does not allow; .* --confirm_run_unsafe_code"):
+            load_task("humaneval", source=str(data / "humaneval.jsonl"), run_code=True)
+    finally:
+        check_sandbox.cache_clear()

@@ -31,11 +31,9 @@ chat([{"role": "user", "content": "hello"}])
 open("begun", "w").close()
 chat([{"role": "user", "content": "endless"}])
 """
-WAITING = "import time\nopen('begun', 'w').close()\ntime.sleep(3600)\n"
+WAITING = "import subprocess\nsubprocess.run(['sleep', '3600'])\n"
 RUNNING = f"""
-import tempfile
 from nemodiff_train.evaluation.sandbox import passes
-tempfile.tempdir = "."
 passes({WAITING!r}, seconds=3600)
 """
 PREPARING = """
@@ -109,6 +107,8 @@ def test_nothing_is_left_of_a_killed_command(program: str, processes: int, model
         alive = [pid for pid in started if lives(pid)]
         if program is PREPARING:
             return len(alive) >= processes and any("nemodiff_train.data.template" in words(pid) for pid in alive)
+        if program is RUNNING:
+            return any("sleep" in words(pid) for pid in alive)
         return len(alive) >= processes and any(tmp_path.rglob("begun"))
 
     try:

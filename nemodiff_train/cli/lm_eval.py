@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     try:
         harness.execute(parsed)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         if line_in(error, Path(lm_eval.__file__).parent) is None:
             raise
-        raise UserError(f"lm-eval: {error}") from None  # the harness refuses its own arguments this way
+        raise UserError(f"lm-eval: {error}") from None  # the harness refuses arguments this way

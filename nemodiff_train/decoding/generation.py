@@ -69,6 +69,8 @@ class DecodingSettings:
     """A row ends when its text holds one of these; the text is cut before it."""
     detokenize: Callable[[list[int]], str] | None = None
     """Turns token ids into text, for ``stop_strings``."""
+    spell: Callable[[list[int]], str] | None = None
+    """The same with special tokens written out, which a stop string may hold; None where there are none."""
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -93,10 +95,31 @@ class DecodingSettings:
             raise UserError("a stop string is empty; every text holds it")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of new tokens, cut before the first stop string."""
+        """Return the text of new tokens, without special ones, cut before the first stop string."""
         assert self.detokenize is not None
-        text = self.detokenize(list(tokens))
-        return text[: min((at for stop in self.stop_strings if (at := text.find(stop)) >= 0), default=len(text))]
+        spell = self.spell or self.detokenize
+        spelled, text = spell(list(tokens)), self.detokenize(list(tokens))
+        end = self._first_stop(spelled)
+        if end < 0:
+            end = self._first_stop(text)
+            return text if end < 0 else text[:end]
+        if spelled[:end] == text[:end]:
+            return text[:end]
+        whole = 0  # tokens that end before the stop string
+        while len(spell(list(tokens[: whole + 1]))) <= end:
+            whole += 1
+        before = list(tokens[:whole])
+        return self.detokenize(before) + spelled[len(spell(before)) : end]
+
+    def holds_stop(self, tokens: list[int]) -> bool:
+        """Return whether the text of some tokens holds a stop string, special tokens included."""
+        spell = self.spell or self.detokenize
+        assert spell is not None
+        return self._first_stop(spell(tokens)) >= 0
+
+    def _first_stop(self, text: str) -> int:
+        """Return where the first stop string begins, or -1."""
+        return min((at for stop in self.stop_strings if (at := text.find(stop)) >= 0), default=-1)
 
 
 @dataclass(frozen=True)
@@ -196,8 +219,5 @@ class Generation:
         stops = self.settings.stop_strings
         if not stops:
             return False
-        assert self.settings.detokenize is not None
         # A token has at least one byte and a character at most four, so this many tokens hold any new stop string.
-        tail = self.tokens[-4 * max(map(len, stops)) :]
-        text = self.settings.detokenize(tail)
-        return any(stop in text for stop in stops)
+        return self.settings.holds_stop(self.tokens[-4 * max(map(len, stops)) :])

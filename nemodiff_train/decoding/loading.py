@@ -74,4 +74,5 @@ def for_tokenizer(
         settings,
         stop_token_ids=stop_tokens(provider, tokenizer),
         detokenize=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        spell=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)),
     )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.prompts import Prompt, Task
-from nemodiff_train.evaluation.sandbox import passes
+from nemodiff_train.evaluation.sandbox import check_sandbox, passes
 from nemodiff_train.evaluation.scorers import Scorer, numeric
 
 Row = Mapping[str, Any]
@@ -42,11 +43,13 @@ def load_benchmark(name: str, source: str | None, count: int | None, run_code: b
         run_code: Whether the user allows that the model's programs are run.
 
     Raises:
-        UserError: Nothing can be read, a field is missing, or programs would have to be run without permission.
+        UserError: Nothing can be read, a field is missing, or programs may or can not be run.
     """
     benchmark = BENCHMARKS[name]
     if benchmark.code and not run_code:
         raise UserError(f"task '{name}' runs programs that the model writes; allow it with --run-code")
+    if benchmark.code:
+        check_sandbox()
     prompts: list[Prompt] = []
     for number, row in enumerate(_rows(source, benchmark)):
         if number == count:
@@ -100,42 +103,68 @@ class CodeTask(Task):
         return passes(f"{program(prompt.prompt, text)}\n\n{prompt.answer}\n")
 
 
-def program(prompt: str, text: str) -> str:
-    """Return the program in an answer: a fenced block that the prompt or the answer opens, or the prompt's code.
+_FENCE = re.compile(
+    r"^[ \t]*(?P<fence>```+|~~~+)[ \t]*(?P<language>[^\s`]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+_PYTHON = re.compile(r"[{.]*(?:py|python)[0-9.]*\}?", re.IGNORECASE)
 
-    A plain continuation is cut where the function ends: at the first line that starts in the first column with a
-    statement or comment.
+
+def program(prompt: str, text: str) -> str:
+    """Return the program in an answer.
+
+    Of several fenced blocks it is the first that defines what is asked for, else the first one; Python's come before
+    those without a language, other languages' are left out.  A block that begins with an indented line goes behind
+    the prompt, others behind what the prompt has before its last function.  Without a block, the answer continues the
+    prompt, up to the first line that starts in the first column with a statement or comment.
 
     Args:
         prompt: The prompt, which may end in code or in an open fence.
         text: The model's continuation.
     """
-    if prompt.rstrip().endswith("```python"):
-        return text.partition("```")[0]
-    fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    if fenced:
-        return fenced[1]
+    text = text.replace("\r\n", "\n")
+    if prompt.rstrip().endswith("```python") and (opened := text.partition("```")[0]).strip():
+        return opened
+    head = list(re.finditer(r"^(?:async )?def (\w+)", prompt, re.MULTILINE))
+    if block := _block(text, head[-1][1] if head else ""):
+        indented = block.lstrip("\n").startswith((" ", "\t"))
+        return (prompt if indented else prompt[: head[-1].start()] if head else "") + block
     end = re.search(r"\n(?=(?:def|class|if|print|assert|import|from)\b|[#@])", text)
     return prompt + (text[: end.start()] if end else text)
 
 
+def _block(text: str, name: str) -> str | None:
+    """Return the fenced block of an answer that is its program, best one that defines ``name``."""
+    found = list(_FENCE.finditer(text))
+    named = [match["code"] for match in found if _PYTHON.fullmatch(match["language"])]
+    unnamed = [match["code"] for match in found if not match["language"]]
+    blocks = [code for code in named + unnamed if code.strip()]
+    defining = (code for code in blocks if name and re.search(rf"^(?:async )?def {name}\b", code, re.MULTILINE))
+    return next(defining, blocks[0] if blocks else None)
+
+
 def boxed(text: str) -> str | None:
     r"""Return the content of the last ``\boxed{}`` of a text, braces balanced; None without one."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
+    boxes = list(re.finditer(r"\\f?box(?:ed)?\s*(?P<brace>\{)?", text))
+    if not boxes:
         return None
-    depth, begin = 0, start + len(r"\boxed{")
-    for index in range(begin - 1, len(text)):
+    begin = boxes[-1].end()
+    if not boxes[-1]["brace"]:
+        return re.split(r"[\s$]", text[begin:])[0]
+    depth = 1
+    for index in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[index], 0)
         if depth == 0:
             return text[begin:index]
     return None
 
 
-# Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, fractions, text, units, separators.
+# Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, units, text, fractions, separators.
 _LATEX = (
     (r"\\(?:left|right|displaystyle|limits|,|!|;|:|quad|qquad)(?![a-zA-Z])", ""),
+    (r"\{,\}", ","),
     (r"\\[dt]frac", r"\\frac"),
+    (r"(?<=[0-9}])\s*\\(?:text|mathrm|textbf|mbox)\{[^{}]*\}(?:\^[0-9]|\^\{[0-9]\})?$", ""),
     (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
     (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
     (r"\\sqrt([0-9a-z])", r"\\sqrt{\1}"),
@@ -144,6 +173,7 @@ _LATEX = (
     (r"(?<![0-9])\.(?=[0-9])", "0."),
     (r"^[a-zA-Z]=", ""),
 )
+_FRACTION = re.compile(r"(-?)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 
 
 def latex(text: str) -> str:
@@ -155,12 +185,23 @@ def latex(text: str) -> str:
 
 
 def math(text: str, answer: str) -> bool:
-    r"""Return whether the last ``\boxed{}`` equals the answer, as LaTeX or as numbers."""
+    r"""Return whether the last ``\boxed{}`` equals the answer: as LaTeX, or both as numbers written out in full."""
     content = boxed(text)
     if content is None:
         return False
-    is_number = re.fullmatch(r"-?[0-9][0-9,]*(\.[0-9]+)?", answer.strip()) is not None
-    return latex(content) == latex(answer) or (is_number and numeric(content, answer))
+    found, right = latex(content), latex(answer)
+    number = _number(found)
+    return found == right or (number is not None and number == _number(right))
+
+
+def _number(text: str) -> Fraction | None:
+    """Return the value of a text that is nothing but an integer, a decimal or a fraction."""
+    if match := _FRACTION.fullmatch(text):
+        text = f"{match[1]}{match[2]}/{match[3]}".replace("--", "")
+    try:
+        return Fraction(text) if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?", text) else None
+    except ZeroDivisionError:
+        return None
 
 
 def _gsm8k(row: Row) -> Prompt:

@@ -1,173 +1,236 @@
-"""Checkpoint as a model of lm-evaluation-harness: ``--model nemodiff``."""
+"""Checkpoint as a model of lm-evaluation-harness: ``--model nemodiff``.
 
+It is the harness' own Hugging Face model with another forward and another decoder: tokens, windows, stops and
+warnings are the harness', so that figures equal those of ``--model hf`` on the same weights.
+"""
+
+import contextlib
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import batched
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from nemodiff_train.console import console, progress_bar
+from nemodiff_train.console import console
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
+from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
+from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.pretrained import config_from
 
-Options = Mapping[str, Any]
-"""The harness's generation options: ``until``, ``max_gen_toks``, ``do_sample``, ``temperature`` and others."""
+SAMPLING = ("temperature", "top_k", "top_p")
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+KEYWORDS = ("do_sample", "until", *SAMPLING, *LENGTHS)
+"""Keywords of ``--gen_kwargs``, and of the tasks."""
+_NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0}
+"""Keywords of Transformers that are taken with this value, where they change nothing."""
+_OF_THE_HARNESS = (
+    "add_bos_token", "prefix_token_id", "max_length", "softmax_dtype", "think_end_token", "enable_thinking",
+    "chat_template_args",
+)  # fmt: skip
+_OF_REQUESTS = (*SAMPLING, "stop_strings", "stop_token_ids", "detokenize")
+_SETTINGS = tuple(field.name for field in fields(DecodingSettings) if field.name not in _OF_REQUESTS)
+_NUMBERS = {
+    field.name: (int,) if field.type is int else (int, float)
+    for field in fields(DecodingSettings)
+    if field.type in (int, float)
+} | dict.fromkeys(("tensor_parallel", "pipeline_parallel", "max_length", "prefix_token_id"), (int,))
+MODEL_ARGS = ("checkpoint", "mode", "drafter", "tensor_parallel", "pipeline_parallel", *_SETTINGS, *_OF_THE_HARNESS)
+"""Words of ``--model_args``."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What the harness asks of a Transformers model besides logits and new tokens."""
+
+    config: PretrainedConfig
+    device: torch.device
 
 
 @register_model("nemodiff")
-class NemodiffLM(TemplateLM):
+class NemodiffLM(HFLM):
     """Generates in any decoding mode and scores with the AR half; forwards are counted.
 
     Args:
         checkpoint: Megatron checkpoint of this project.
         mode: Decoding mode of ``generate_until``.
         batch_size: Requests decoded or scored together.
+        max_batch_size: For ``batch_size=auto``.
         device: Taken from the harness and not used; the runtime chooses.
-        settings: Fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`, and ``block_size``.
+        words: The other :data:`MODEL_ARGS`.
 
     Raises:
-        UserError: No checkpoint, or a mode it cannot decode in.
+        UserError: No checkpoint, a mode it cannot decode in, or an unknown word.
     """
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str | None = None,
         mode: str = "linear",
         batch_size: int | str = 1,
+        max_batch_size: int | None = None,
         device: str | None = None,
-        **settings: Any,
+        **words: Any,
     ) -> None:
-        super().__init__()
-        settings.pop("max_batch_size", None)  # the harness passes its own
-        if drafter := settings.pop("drafter", None):
-            settings["drafter"] = Checkpoint.open(drafter)
-        self.loaded = load_decoding_model(Checkpoint.open(checkpoint), modes=(mode,), **settings)
-        self.tokenizer = self.loaded.tokenizer
-        self._chat: ChatTemplate | None = None
+        _check_words(checkpoint, words)
+        opened = Checkpoint.open(str(checkpoint))
+        harness = {name: words.pop(name) for name in _OF_THE_HARNESS if name in words}
+        if drafter := words.pop("drafter", None):
+            words["drafter"] = Checkpoint.open(drafter).require_drafter()
+        self.loaded = load_decoding_model(opened, modes=(mode,), **words)
+        runner = PipelineRunner(self.loaded.model)
+        weights = _Weights(config_from(runner.config.hf_config), runner.device)
+        sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size or 64}
+        with _quiet_harness():  # which warns of a model that is already in memory
+            super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
+        positions = runner.config.hf_config.get("max_position_embeddings")
+        if positions and self.max_length > positions:
+            raise UserError(f"--model_args max_length={self.max_length}: the model has {positions} positions")
         self.mode = mode
-        self.batch_size = int(batch_size)
+        self._limit = int(words["max_new_tokens"]) if "max_new_tokens" in words else super().max_gen_toks
+        self._chat: ChatTemplate | None = None
+        self._decoded = 0
         self.forwards: Counter[str] = Counter()
         """Forwards of all generations so far, by kind."""
         self.tokens = 0
         """New tokens of all generations so far."""
 
     @property
-    def eot_token_id(self) -> int:
-        """Return the token that takes the place of an empty context."""
-        return int(self.tokenizer.eos_token_id)
+    def max_gen_toks(self) -> int:
+        """Return the limit on new tokens of a request that names none."""
+        return self._limit
 
     @property
-    def tokenizer_name(self) -> str:
-        """Return a name for the harness's cache of prompts."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
+    def tokens_per_forward(self) -> float:
+        """Return the new tokens per forward of all generations, without what an oracle spends on its search."""
+        return self.tokens / max(sum(count for kind, count in self.forwards.items() if kind != "search"), 1)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode a text; special tokens only where the text spells them."""
-        ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
-        return ids
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the results file says about the model."""
+        parameters = [weight for chunk in self.loaded.model for weight in chunk.parameters()]
+        return {
+            "model_num_parameters": sum(weight.numel() for weight in parameters),
+            "model_dtype": str(parameters[0].dtype),
+            "mode": self.mode,
+            "new_tokens": self.tokens,
+            "forwards": dict(self.forwards),
+            "tokens_per_forward": self.tokens_per_forward if self.tokens else None,
+        }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write a conversation as the model's tokenizer does."""
+        if self.chat_template_args or not add_generation_prompt:
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
         self._chat = self._chat or ChatTemplate(self.tokenizer)
         return self._chat(chat_history, add_generation_prompt)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue every request until one of its stop strings; print tokens per forward at the end."""
-        texts = [""] * len(requests)
-        with progress_bar(shown=False if disable_tqdm else None) as progress:
-            bar = progress.add_task(f"decoding ({self.mode})", total=len(requests))
-            for batch in batched(range(len(requests)), self.batch_size):
-                for options, numbers in _by_options((number, requests[number].args[1]) for number in batch):
-                    contexts = [requests[number].args[0] for number in numbers]
-                    for number, text in zip(numbers, self._generate(contexts, options, numbers), strict=True):
-                        texts[number] = text
-                progress.update(bar, completed=batch[-1] + 1)
-        counted = sum(count for kind, count in self.forwards.items() if kind != "search")
+        """Continue every request until one of its stop strings; print tokens per forward at the end.
+
+        Raises:
+            UserError: A keyword of ``--gen_kwargs`` or of a task that decoding does not take, before any is decoded.
+        """
+        for options in {str(request.args[1]): request.args[1] for request in requests}.values():
+            _check_keywords(options)
+            self._settings(options, int(normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]))
+        self._decoded = 0
+        texts: list[str] = super().generate_until(requests, disable_tqdm)
         console.print(
-            f"{self.mode}: {self.tokens} tokens in {counted} forwards {dict(self.forwards)}: "
-            f"[bold]{self.tokens / max(counted, 1):.2f} tokens per forward[/bold]"
+            f"{self.mode}: {self.tokens} tokens, forwards {dict(self.forwards)}: "
+            f"[bold]{self.tokens_per_forward:.2f} tokens per forward[/bold]"
         )
         return texts
 
-    def _generate(self, contexts: list[str], options: Options, numbers: Sequence[int]) -> list[str]:
-        """Decode requests that share their options in one batch."""
-        until = options.get("until") or []
-        settings = replace(
-            self.loaded.settings,
-            stop_strings=tuple([until] if isinstance(until, str) else until),
-            max_new_tokens=int(options.get("max_gen_toks") or self.loaded.settings.max_new_tokens),
-            temperature=float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0,
+    def _settings(self, options: Mapping[str, Any], limit: int) -> DecodingSettings:
+        """Return the settings of requests with these keywords."""
+        if limit >= self.max_length:
+            raise UserError(
+                f"max_gen_toks={limit} leaves no room for a prompt: the model has {self.max_length} positions; set "
+                "--gen_kwargs max_gen_toks=N"
+            )
+        temperature = float(options.get("temperature") or 0.0)
+        if not options.get("do_sample", temperature > 0):
+            return replace(self.loaded.settings, max_new_tokens=limit)
+        if not temperature:
+            raise UserError("do_sample=true takes a temperature above 0: --gen_kwargs do_sample=true,temperature=1")
+        chosen = {
+            name: type(getattr(self.loaded.settings, name))(options[name]) for name in SAMPLING if name in options
+        }
+        return replace(self.loaded.settings, max_new_tokens=limit, **chosen)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        """Return [batch, context + new] tokens of a batch that is padded on the left.
+
+        Each request has a random stream of its own, numbered in the harness' order, by which batches do not matter.
+        """
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
+        settings = self._settings(options, max_length - context.shape[1])
+        settings = replace(settings, stop_strings=tuple(text for text in stop if text))
+        numbers = range(self._decoded, self._decoded + len(prompts))
+        self._decoded += len(prompts)
+        generations, session = decode(
+            self.loaded.model, [prompt or [self.prefix_token_id] for prompt in prompts], self.mode, settings, numbers
         )
-        prompts = [self.tok_encode(context) or [self.eot_token_id] for context in contexts]
-        generations, session = decode(self.loaded.model, prompts, self.mode, settings, numbers)
         for row, generation in enumerate(generations):
             self.forwards.update(path_forwards(generation, session.forwards[row]))
             self.tokens += len(generation.tokens)
-        return [settings.text(generation.tokens) for generation in generations]
+        new = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(generation.tokens) for generation in generations],
+            batch_first=True,
+            padding_value=self.tokenizer.pad_token_id,
+        )
+        return torch.cat([context, new.to(context.device)], dim=1)
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return log-probabilities of whole texts under the AR half, each from an end-of-text token."""
-        limit = int(PipelineRunner(self.loaded.model).config.hf_config.get("max_position_embeddings") or 2048) - 1
-        totals = []
-        for request in requests:
-            windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, limit, 1)
-            pairs = [make_disjoint_window(window) for window in windows]
-            totals.append(sum(score for score, _ in self._score(pairs, disable_tqdm)))
-        return totals
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        return self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
-
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation and whether it is the greedy one; one forward per batch."""
-        scores: list[tuple[float, bool]] = []
-        with progress_bar(shown=False if disable_tqdm else None) as progress:
-            bar = progress.add_task("scoring", total=len(pairs))
-            for batch in batched(pairs, self.batch_size):
-                logits = self._logits([context + continuation[:-1] for context, continuation in batch])
-                for row, (context, continuation) in enumerate(batch):
-                    # [continuation, vocab] the logits that predict it begin at the context's last token.
-                    start = len(context) - 1
-                    log_probs = logits[row, start : start + len(continuation)].log_softmax(-1)
-                    target = torch.tensor(continuation, device=log_probs.device)
-                    score = float(log_probs.gather(-1, target[:, None]).sum())
-                    scores.append((score, log_probs.argmax(-1).tolist() == continuation))
-                progress.update(bar, completed=len(scores))
-        return scores
-
-    def _logits(self, texts: list[list[int]]) -> Tensor:
-        """Return causal logits [texts, longest, vocab], padded on the right."""
-        longest = max(map(len, texts))
-        session = Session(self.loaded.model, len(texts), longest, None)
-        rows = torch.arange(len(texts), device=session.device)
-        padded = torch.zeros(len(texts), longest, dtype=torch.long, device=session.device)
-        for row, text in enumerate(texts):
-            padded[row, : len(text)] = torch.tensor(text)
-        return session.forward(padded, rows, "prefill", causal=True)
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Return causal logits [texts, longest, vocab] of texts that are padded on the right."""
+        session = Session(self.loaded.model, len(inps), inps.shape[1], None)
+        return session.forward(inps, torch.arange(len(inps), device=session.device), "prefill", causal=True)
 
 
-def _by_options(requests: Iterable[tuple[int, Options]]) -> list[tuple[Options, list[int]]]:
-    """Group the numbers of requests by equal options."""
-    groups: list[tuple[Options, list[int]]] = []
-    for number, options in requests:
-        for known, numbers in groups:
-            if known == options:
-                numbers.append(number)
-                break
-        else:
-            groups.append((options, [number]))
-    return groups
+@contextlib.contextmanager
+def _quiet_harness() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_keywords(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name in SAMPLING and not isinstance(value, int | float):
+            raise UserError(f"--gen_kwargs {name}={value} is not a number")
+        if name not in KEYWORDS and not (name in _NO_EFFECT and value == _NO_EFFECT[name]):
+            raise UserError(
+                f"--gen_kwargs {name}={value}: decoding takes {', '.join(KEYWORDS)}.{nearest(name, KEYWORDS)}"
+            )
+
+
+def _check_words(checkpoint: str | None, words: Mapping[str, Any]) -> None:
+    for name, value in words.items():
+        if name in _OF_REQUESTS:
+            raise UserError(f"--model_args {name}: the harness sets it for each task; use --gen_kwargs")
+        if name not in MODEL_ARGS:
+            known = ", ".join(MODEL_ARGS)
+            raise UserError(f"--model_args has no '{name}'; it takes {known}.{nearest(name, MODEL_ARGS)}")
+        if name in _NUMBERS and not isinstance(value, _NUMBERS[name]):
+            raise UserError(f"--model_args {name}={value} is not a number")
+    if checkpoint is None:
+        raise UserError("--model_args names no checkpoint: --model_args checkpoint=DIR,mode=linear")
