@@ -69,6 +69,8 @@ class DecodeBatch:
     """[batch, 1, new, visible] True where attention is allowed; None where it is everywhere."""
     slots: Tensor
     """[batch, new] index in the cache of each new token; its position, unless several share one."""
+    reach: int
+    """Number that every position is below."""
     is_draft: bool = False
     """Whether the new tokens are a draft, for which a drafter's adapters act."""
 
@@ -90,9 +92,9 @@ class DecodeBatch:
         # [batch, new] position of the last token that each new one sees.
         last_seen = positions if block_size == 1 else starts[:, None] + (step // block_size + 1) * block_size - 1
         if bool((last_seen >= visible - 1).all()):
-            return cls(cache, rows, positions, visible, None, positions)
+            return cls(cache, rows, positions, visible, None, positions, visible)
         mask = torch.arange(visible, device=starts.device) <= last_seen[:, None, :, None]
-        return cls(cache, rows, positions, visible, mask, positions)
+        return cls(cache, rows, positions, visible, mask, positions, visible)
 
     @classmethod
     def from_layout(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "DecodeBatch":
@@ -113,7 +115,8 @@ class DecodeBatch:
         column = key.clamp(0, new - 1)[:, None, :].expand(-1, new, -1)
         mask = (key < 0)[:, None, :] | (sees.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :])
         slots = starts[:, None] + torch.arange(new, device=starts.device)
-        return cls(cache, rows, starts[:, None] + offsets, visible, mask[:, None], slots)
+        positions = starts[:, None] + offsets
+        return cls(cache, rows, positions, visible, mask[:, None], slots, int(positions.max()) + 1)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values after the cached ones and return all that is visible.

@@ -156,7 +156,7 @@ class PositionLookupRotary(nn.Module):
             [positions of this rank, batch or 1, 1, head_dim] fp32.
         """
         batch = self.state.decode_batch
-        table = self._table(positions if batch is None else batch.visible)
+        table = self._table(positions if batch is None else batch.reach)
         if batch is None:
             queries = positions // self.state.shard.size
             index = self.state.positions(self.config, queries, self.state.rotary_segment_ids, table.device)

@@ -55,7 +55,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, default=0.0, help="largest difference of a weight (default: 0, bit for bit)"
     )
-    parser.add_argument("--prompt", default="The quick brown fox", help="text whose logits are compared")
+    parser.add_argument("--prompt", help="text whose logits are compared")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +141,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance is {arguments.tolerance}; use 0 or more")
     init_runtime()
-    from nemodiff_train.conversion.verify import verify
+    from nemodiff_train.conversion.verify import PROMPT, verify
 
-    equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=arguments.prompt)
+    prompt = PROMPT if arguments.prompt is None else arguments.prompt
+    equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=prompt)
     return 0 if equal else 1
 
 

@@ -39,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.evaluation.likelihood import likelihood
-    from nemodiff_train.model.loading import load_model
+    from nemodiff_train.model.loading import computing_dtype, load_model
 
-    loaded = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel)
+    loaded = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel, dtype=computing_dtype())
     found = likelihood(
         loaded.chunks,
         (loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),

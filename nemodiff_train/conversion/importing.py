@@ -44,7 +44,7 @@ from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import record_digests
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
-from nemodiff_train.model.loading import set_parallelism, start_model_parallel
+from nemodiff_train.model.loading import set_dtype, set_parallelism, start_model_parallel
 from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, model_like, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -83,7 +83,7 @@ def import_checkpoint(
     start_model_parallel(tensor_parallel, pipeline_parallel)
     check_computation(source, tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
-    set_dtype(provider, next(iter(stored.values())).dtype)
+    set_dtype(provider, DTYPES[next(iter(stored.values())).dtype])  # whatever config.json says
     if token:
         token.configure(provider)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
@@ -258,13 +258,6 @@ def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
     if problems := [line for lines in all_gather_object(local_problems) for line in lines]:
         more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}")
-
-
-def set_dtype(provider: TriModeModelProvider, name: str) -> None:
-    """Give a model the dtype of its weights, by its name in safetensors, whatever ``config.json`` says."""
-    dtype = DTYPES[name]
-    provider.params_dtype = provider.pipeline_dtype = dtype
-    provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
 
 def _save(models: list[GPTModel], partial: Path, source: str, token: MaskToken | None) -> None:

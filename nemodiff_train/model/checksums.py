@@ -1,6 +1,7 @@
 """Completeness of a checkpoint: the mark beside an unfinished one, and the checksums in a finished one."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

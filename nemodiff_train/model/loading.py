@@ -47,6 +47,7 @@ def load_model(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     drafter: Checkpoint | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Load a checkpoint of this project, resharded as asked.
 
@@ -56,6 +57,7 @@ def load_model(
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out; where there are more ranks, they hold replicas.
         drafter: A drafter that was trained for this model.
+        dtype: Of the weights in memory; None for that of the checkpoint.
 
     Raises:
         UserError: It is a drafter, no iteration is intact, the layout does not fit the world size, or the drafter is
@@ -71,6 +73,7 @@ def load_model(
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
+        set_dtype(provider, dtype or provider.params_dtype)
         with halves_joined_in_place():
             built: Any = build_and_load_model(str(weights.iteration.absolute()), provider)
         chunks: list[GPTModel] = built if isinstance(built, list) else [built]
@@ -88,6 +91,17 @@ def _tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
     if base.get("checksum") != identity(weights.iteration) and is_main_process():
         line = f"'{drafter.path}' was trained for {base.get('iteration')}, not for '{weights.iteration}'"
         console.print(f"[yellow]{line}; it may draft worse[/yellow]", soft_wrap=True)
+
+
+def computing_dtype() -> torch.dtype | None:
+    """Return the dtype to decode in: fp32 on a CPU, where 16 bits are slow; else None, for that of the checkpoint."""
+    return None if init_runtime().cuda else torch.float32
+
+
+def set_dtype(provider: TriModeModelProvider, dtype: torch.dtype) -> None:
+    """Set the dtype of a model's weights and activations."""
+    provider.params_dtype = provider.pipeline_dtype = dtype
+    provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
 
 def stop_tokens(provider: TriModeModelProvider, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
+from nemodiff_train.config.precision import precision_of
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
@@ -62,6 +63,7 @@ def train(config: TriModeConfig) -> None:
         ToldToEnd: After a signal before the first step.
     """
     _fit_to_host(config)
+    config.mixed_precision = precision_of(config, init_runtime().cuda)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())

@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES
+
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.precision import begun_precision
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import TESTED
@@ -104,6 +107,13 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
             "output"
         )
         return
+    if config.mixed_precision is not None and (began := begun_precision(config)):
+        named = MIXED_PRECISION_RECIPES.get(str(config.mixed_precision).replace("-", "_"))
+        if named and named().params_dtype != MIXED_PRECISION_RECIPES[began]().params_dtype:
+            yield (
+                f"'{iteration}' was saved by a run in {began}, whose optimizer state {config.mixed_precision} cannot "
+                f"load; set mixed_precision={began}, or name another output"
+            )
     moved = [name for name in _LAYOUT if before["model"][name] != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (
