@@ -129,7 +129,7 @@ def _demo(
         batch_size=8,
         micro_batch_size=8,
         optimizer=adamw(peak, peak / 20),
-        scheduler=schedule(warmup, style="cosine"),
+        scheduler=schedule(warmup / steps, style="cosine"),
         save_interval=steps,
         precision=None,
     )

@@ -36,7 +36,7 @@ def drafter(
         steps=2000,
         batch_size=128,
         optimizer=adamw(1e-4, 1e-5, sharded=True),
-        scheduler=schedule(50, style="cosine"),
+        scheduler=schedule(0.025, style="cosine"),
     )
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=lora_rank, alpha=lora_alpha)
     return config

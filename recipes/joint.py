@@ -39,7 +39,7 @@ def joint(
         steps=12_500,
         batch_size=512,
         optimizer=adamw(1e-5, 3e-6, sharded=True),
-        scheduler=schedule(warmup=125, decay=2_500),
+        scheduler=schedule(warmup=0.01, decay=0.2),
     )
     overlap_communication(config)
     return config

@@ -44,7 +44,7 @@ def sft(
         batch_size=BATCH_SIZE,
         # Adapters take a learning rate that is many times that of all weights.
         optimizer=adamw(1e-4, 1e-5, sharded=True) if lora_rank else adamw(2.5e-6, 2.5e-7, sharded=True),
-        scheduler=schedule(warmup=steps // 100, decay=steps // 5),
+        scheduler=schedule(warmup=0.01, decay=0.2),
     )
     config.peft = lora(lora_rank)
     config.checkpoint.most_recent_k = 3

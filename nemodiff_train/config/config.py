@@ -1,15 +1,19 @@
 """The configuration of a run: Bridge's container with the objective, the data and the settings of this project."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import yaml
 from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 from megatron.core.timers import Timers
 
 from nemodiff_train.config.run import AdapterBase, DiagnosticsConfig, EvaluationConfig, ResilienceConfig
+from nemodiff_train.config.schedule import ScheduleConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
@@ -28,6 +32,16 @@ class TriModeConfig(ConfigContainer):
     """Train a drafter instead of a model; ``peft`` describes its adapters."""
     adapter_base: AdapterBase | None = None
     """What ``peft`` adapts; set when the run starts."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting by its dotted key, as plain values: those of before where :attr:`given` has them."""
+        if self.given:
+            return self.given
+        with safe_yaml_representers():
+            sections = yaml.safe_load(yaml.safe_dump(self.to_dict()))
+        return dict(_leaves(sections, ""))
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:
@@ -49,6 +63,7 @@ class TriModeConfig(ConfigContainer):
         Raises:
             UserError: There is no usable mask token.
         """
+        self.fit_schedule()
         objective, model, data = self.objective, self.model, self.dataset
         model.noisy_views = objective.noisy_views
         model.block_size = objective.block_size
@@ -64,6 +79,11 @@ class TriModeConfig(ConfigContainer):
             model.add_stop_token(data.stored_end())
         if objective.stage == "joint":
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
+
+    def fit_schedule(self) -> None:
+        """Turn the schedule's shares of the run into steps."""
+        if isinstance(self.scheduler, ScheduleConfig) and self.train.train_iters:
+            self.scheduler.fit(self.train.train_iters)
 
     def find_mask_token(self) -> int:
         """Return the id of the checkpoint's mask token, else of ``objective.mask_token``, else of the tokenizer's.
@@ -110,3 +130,11 @@ def _belongs_to_process(value: Any) -> bool:
         return any(map(_belongs_to_process, value))
     given = (*value.args, *value.keywords.values()) if isinstance(value, partial) else ()
     return isinstance(value, MethodType | Timers) or not all(isinstance(x, str | int | float | None) for x in given)
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value and value.get("_call_") is not False:
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif key != "given":
+        yield key, str(value) if isinstance(value, dict) else value

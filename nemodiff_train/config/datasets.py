@@ -43,10 +43,12 @@ class IndexedDatasetConfig(DatasetProvider):
     num_workers: int = 2
     dataloader_type: str = "single"
 
-    # Not settings: TriModeConfig.propagate sets the first four, Bridge saves the fifth with checkpoints.
+    # Not settings: TriModeConfig.propagate sets the first three, a resume the fourth; Bridge saves the last with
+    # checkpoints.
     objective = ObjectiveConfig()
     mask_token_id = 0
     batch_size = 1
+    samples_ahead = 0
     run_cache = ""
     tokenizer = None
 
@@ -87,6 +89,10 @@ class IndexedDatasetConfig(DatasetProvider):
         """Return the object that turns it into samples."""
         raise NotImplementedError
 
+    def _sample_counts(self, context: DatasetBuildContext) -> list[int]:
+        """Return the samples of each split; a run may have read more of the first than its steps and batch say."""
+        return [context.train_samples + self.samples_ahead, context.valid_samples, context.test_samples]
+
     def _megatron_settings(self, context: DatasetBuildContext) -> dict[str, Any]:
         """Return Megatron's settings that text and conversations share."""
         return {
@@ -111,10 +117,6 @@ def weighted(data: list[str]) -> list[str]:
     if len(data) < 2 or not all(math.isnan(parse_number(part)) for part in data):
         return data
     return [word for prefix in data for word in (str(int(read_index(prefix).lengths.sum())), prefix)]
-
-
-def _sample_counts(context: DatasetBuildContext) -> list[int]:
-    return [context.train_samples, context.valid_samples, context.test_samples]
 
 
 @dataclass(kw_only=True)
@@ -143,7 +145,7 @@ class TextDatasetConfig(IndexedDatasetConfig):
             eod_mask_loss=False,  # SampleMaker does this as well, by the token that the data end documents with
         )
         config.finalize()
-        return pretrain_train_valid_test_datasets_provider(_sample_counts(context), config)
+        return pretrain_train_valid_test_datasets_provider(self._sample_counts(context), config)
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""
@@ -175,7 +177,7 @@ class ChatDatasetConfig(IndexedDatasetConfig):
         config = PackConfig(**self._megatron_settings(context), eod_mask_loss=False)
         config.block_size = self.objective.largest_block if self.objective.noisy_views else 1
         config.finalize()
-        counts = _sample_counts(context)
+        counts = self._sample_counts(context)
         return BlendedMegatronDatasetBuilder(ConversationDataset, counts, lambda: True, config).build()
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:

@@ -15,6 +15,7 @@ from megatron.bridge.training.config import (
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import IndexedDatasetConfig
+from nemodiff_train.config.schedule import ScheduleConfig
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import local_copy
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -111,19 +112,21 @@ def overlap_communication(config: TriModeConfig) -> None:
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)
 
 
-def schedule(warmup: int, *, style: str = "WSD", decay: int | None = None) -> SchedulerConfig:
+def schedule(warmup: float, *, style: str = "WSD", decay: float | None = None) -> ScheduleConfig:
     """Return a learning-rate schedule: linear warm-up, then ``style``.
 
     Args:
-        warmup: Number of warm-up steps.
+        warmup: Share of the run in warm-up, such as 0.01; a whole number of steps as an ``int``.
         style: ``WSD`` (warm-up, stable, decay; the paper's) or ``cosine``.
-        decay: Number of steps of the final decay of ``WSD``.
+        decay: The same for the final decay of ``WSD``.
     """
-    return SchedulerConfig(
+    return ScheduleConfig(
         lr_decay_style=style,
-        lr_warmup_iters=warmup,
+        lr_warmup_iters=warmup if isinstance(warmup, int) else 0,
+        lr_warmup_fraction=None if isinstance(warmup, int) else warmup,
         lr_wsd_decay_style="linear",
-        lr_wsd_decay_iters=decay,
+        lr_wsd_decay_iters=decay if isinstance(decay, int) else None,
+        lr_wsd_decay_fraction=None if isinstance(decay, int) else decay,
         start_weight_decay=0.1,
         end_weight_decay=0.1,
         weight_decay_incr_style="constant",

@@ -11,7 +11,36 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.schedule import SHARES
 from nemodiff_train.errors import UserError, nearest
+
+_FROM_OBJECTIVE = "it follows from the section objective"
+_OURS = "every run needs it as it is"
+_BY_BRIDGE = "Bridge computes it from the schedule's steps"
+_WITHOUT_EFFECT = {
+    "train.rampup_batch_size": "Megatron-Core no longer ramps batches up; use train.global_batch_size alone",
+    "model.seq_length": "it follows from dataset.seq_length and the objective's views",
+    "model.noisy_views": _FROM_OBJECTIVE,
+    "model.block_size": "set objective.block_size",
+    "model.largest_block": _FROM_OBJECTIVE,
+    "model.clean_attention": "set objective.clean_attention",
+    "model.shift": "set objective.shift",
+    "model.mask_token_id": "set objective.mask_token",
+    "model.calculate_per_token_loss": _OURS,
+    "ddp.average_in_collective": _OURS,
+    "ddp.check_for_nan_in_grad": "resilience.on_non_finite decides",
+    "rerun_state_machine.check_for_nan_in_loss": "resilience.on_non_finite decides",
+    "train.check_optimizer_step_success": _OURS,
+    "train.exit_signal": "SIGTERM and SIGUSR1 end every run",
+    "train.exit_signal_handler": "SIGTERM and SIGUSR1 end every run",
+    "checkpoint.custom_manager_class": _OURS,
+    "dist.distributed_backend": "it follows from the machine",
+    "scheduler.lr_warmup_steps": _BY_BRIDGE,
+    "scheduler.lr_decay_steps": _BY_BRIDGE,
+    "scheduler.wd_incr_steps": _BY_BRIDGE,
+    "scheduler.wsd_decay_steps": _BY_BRIDGE,
+}
+"""Settings that something else decides, and what."""
 
 _ALLOW_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 
@@ -26,6 +55,14 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
     Raises:
         UserError: Unknown key, with the nearest match, or a value that does not fit.
     """
+    for key in overrides:
+        if (remedy := _WITHOUT_EFFECT.get(key.lstrip("+~"))) is not None:
+            raise UserError(f"{key} has no effect here: {remedy}")
+    for steps, share in SHARES.items():  # steps on the command line take the place of a recipe's share
+        if f"scheduler.{steps}" in overrides and f"scheduler.{share}" not in overrides:
+            setattr(config.scheduler, share, None)
+        if f"scheduler.{share}" in overrides and f"scheduler.{steps}" not in overrides:
+            setattr(config.scheduler, steps, 0 if steps == "lr_warmup_iters" else None)
     before = {key: _look_up(config, key.lstrip("+~")) for key in overrides}
     try:
         process_config_with_overrides(config, cli_overrides=[f"{key}={value}" for key, value in overrides.items()])

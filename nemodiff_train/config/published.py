@@ -87,7 +87,7 @@ def _stage(
         steps=steps,
         batch_size=BATCH_SIZE,
         optimizer=adamw(1e-5, 3e-6, sharded=True),
-        scheduler=schedule(warmup=steps // 100, decay=steps // 5),
+        scheduler=schedule(warmup=0.01, decay=0.2),
         precision=precision,
     )
     overlap_communication(config)

@@ -34,7 +34,9 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     config = _call(name, lambda: recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
-    return override(config, {key: value for key, value in pairs if "." in key})
+    config = override(config, {key: value for key, value in pairs if "." in key})
+    config.fit_schedule()
+    return config
 
 
 def describe_recipe(name: str) -> str:

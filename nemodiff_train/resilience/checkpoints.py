@@ -3,12 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, cast
 
 from megatron.bridge.training.callbacks import CallbackManager
 from megatron.bridge.training.checkpointing import (
+    CheckpointLoadContext,
     CheckpointSaveContext,
     DefaultCheckpointManager,
 )
@@ -29,6 +30,7 @@ from nemodiff_train.distributed import (
 )
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import copy_atomic, sync, write_atomic
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import (
     CHECKSUMS,
     Digest,
@@ -47,6 +49,8 @@ MANAGER = f"{__name__}.AtomicCheckpointManager"
 _QUARANTINE = "damaged-"  # before the name of a checkpoint that cannot be loaded
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
 _WRITER_ERRORS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
+_CHOSEN = ("max_lr", "min_lr", "betas", "eps", "wd_mult", "lr_mult")
+"""Settings in the optimizer's groups, which it would take from the checkpoint."""
 _TICK = 0.05  # seconds between looks at a process that writes
 _FULL = 1 << 20  # bytes that may be free on a disk that is called full
 
@@ -70,6 +74,10 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         # Here, since Bridge asks for the trackers next, and would start anew without them.
         if checkpoint_config.load is not None and Path(checkpoint_config.load).is_dir():
             latest_complete(Path(checkpoint_config.load), checkpoint_config.ckpt_step)
+
+    def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
+        """Load as Bridge does, and keep the learning rate's settings and the optimizer's constants of this start."""
+        return load_under_settings(super().load, ctx, str(self.checkpoint_config.load))
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
         """Save and publish; an asynchronous save is published by :meth:`finalize_async_saves`.
@@ -147,6 +155,39 @@ def last_published(state: GlobalState) -> Path | None:
     AtomicCheckpointManager.of_run.finalize_async_saves(state, blocking=True)
     folder = Path(str(cast(TriModeConfig, state.cfg).checkpoint.load))
     return from_main_process(lambda: next((i for i in iterations(folder) if structure_damage(i) is None), None))
+
+
+def load_under_settings(
+    load: Callable[[CheckpointLoadContext], tuple[int, int]], ctx: CheckpointLoadContext, folder: str
+) -> tuple[int, int]:
+    """Load a run's checkpoint as Bridge does; the schedule and the optimizer's constants stay those of this start.
+
+    Args:
+        load: Bridge's loading.
+        ctx: What is loaded into.
+        folder: Folder of the checkpoint that is loaded.
+    """
+    if ctx.optimizer is None or ctx.opt_param_scheduler is None:
+        return load(ctx)
+    chosen = [{name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups]
+    now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
+    if (
+        before is not None and "optimizer" in before.run_config
+    ):  # Megatron finds a group of the checkpoint by its learning rates
+        for group in ctx.optimizer.param_groups:
+            for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
+                if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
+                    group[name] = before.run_config["optimizer"][field]
+    ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
+    loaded = load(ctx)
+    for group, settings in zip(ctx.optimizer.param_groups, chosen, strict=True):
+        group.update(settings)
+    if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
+        # Megatron counts the steps of a schedule in samples.
+        schedule, batch = ctx.opt_param_scheduler, int(before.run_config["train"]["global_batch_size"])
+        schedule.num_steps = schedule.num_steps * now.train.global_batch_size // batch
+        schedule.step(increment=0)
+    return loaded
 
 
 def _running(state: GlobalState) -> int:

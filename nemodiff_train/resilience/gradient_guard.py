@@ -20,7 +20,7 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.resilience.checkpoints import last_published
+from nemodiff_train.resilience.checkpoints import last_published, load_under_settings
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 
@@ -186,9 +186,8 @@ def _roll_back(context: CallbackContext) -> None:
     finetune, checkpoint.finetune = checkpoint.finetune, False
     fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
     try:
-        step, _ = DefaultCheckpointManager(checkpoint).load(
-            CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler)
-        )
+        loading = CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler)
+        step, _ = load_under_settings(DefaultCheckpointManager(checkpoint).load, loading, checkpoint.load)
     finally:
         checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
     for name, value in progress.items():

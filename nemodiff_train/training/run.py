@@ -33,6 +33,7 @@ from nemodiff_train.training.callbacks.run_log import RunLog
 from nemodiff_train.training.step import ForwardStep
 from nemodiff_train.validation.check import check
 from nemodiff_train.validation.dry_run import dry_run
+from nemodiff_train.validation.resume import description, samples_ahead
 
 
 def check_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
@@ -46,6 +47,7 @@ def check_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int
     Returns:
         0, or 2 if problems were found.
     """
+    config.given = config.settings()
     _fit_to_host(config)
     return dry_run(config, gpus, gpu_memory)
 
@@ -62,6 +64,7 @@ def train(config: TriModeConfig) -> None:
         SystemExit: With 0, after a signal: the step is saved.
         ToldToEnd: After a signal before the first step.
     """
+    config.given = config.settings()
     _fit_to_host(config)
     config.mixed_precision = precision_of(config, init_runtime().cuda)
     _protect(config)
@@ -69,6 +72,9 @@ def train(config: TriModeConfig) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
     check(config, world_size())
     _record_base(config)
+    config.dataset.samples_ahead = samples_ahead(config)
+    if (resumed := description(config)) and is_main_process():
+        console.print(resumed, soft_wrap=True, highlight=False, markup=False)
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
@@ -126,6 +132,8 @@ def _protect(config: TriModeConfig) -> None:
     """Change the settings of Bridge that resilience depends on."""
     config.train.exit_signal_handler, config.train.exit_signal = True, signal.SIGUSR1  # slurm/train.sbatch sends it
     config.checkpoint.custom_manager_class = MANAGER
+    # The schedule is that of the settings, which were compared with those of the checkpoint already.
+    config.scheduler.override_opt_param_scheduler = not config.scheduler.use_checkpoint_opt_param_scheduler
     # GradientGuard checks every gradient; these would end one rank with a traceback, and leave the others waiting.
     config.rerun_state_machine.check_for_nan_in_loss = False
     config.ddp.check_for_nan_in_grad = False

@@ -1,7 +1,7 @@
 """The forward step: a micro-batch, the model, its loss, and what is reported of it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.bridge.training.losses import masked_next_token_loss
@@ -62,7 +62,9 @@ class ForwardStep:
                 loss = DraftLoss(batch, config.drafter, config.model, objective.seed)
             else:
                 alpha = alpha_at(objective, state.train_state.step)
-                weights, denominator = loss_weights(batch, objective, alpha, self.reader.diffusion_scale)
+                # A validation loss is a mean over counted tokens, whatever the micro-batch and the step before.
+                judged = objective if model.training else replace(objective, reduction="global")
+                weights, denominator = loss_weights(batch, judged, alpha, self.reader.diffusion_scale)
                 loss = TriModeLoss(batch, weights, denominator, config, self.breakdown if model.training else None)
 
         # 3. The model; on the last stage the loss takes the place of Megatron's output layer and loss.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -24,6 +25,7 @@ from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage
 from nemodiff_train.planning.workload import workload_of
 from nemodiff_train.validation import layout
 from nemodiff_train.validation.check import problems
+from nemodiff_train.validation.resume import description
 from nemodiff_train.validation.settings import check_sizes
 
 GB = 1e9
@@ -53,6 +55,8 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
     page.add_row("precision", f"{precision_of(config, True)} on a GPU, {precision_of(config, False)} on a CPU")
+    if resumed := description(config):
+        page.add_row("resume", escape(resumed))
     if not layout.problems(config, world_size):
         stages = build_stages(config, world_size)
         lines += _memory_problems(config, world_size, stages, gpu_memory, page)

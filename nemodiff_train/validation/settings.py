@@ -135,6 +135,8 @@ def _too_small(limits: dict[str, int], owners: dict[str, object]) -> Iterator[st
 
 
 def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
+    if config.train.rampup_batch_size is not None:
+        yield "train.rampup_batch_size has no effect: Megatron-Core no longer ramps batches up; leave it out"
     optimizer, format_name = config.optimizer.optimizer, config.checkpoint.ckpt_format
     if optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
         yield f"optimizer.optimizer is '{optimizer}'; use 'adam' or 'sgd', or install emerging-optimizers"

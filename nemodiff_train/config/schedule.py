@@ -1,0 +1,25 @@
+"""The learning-rate schedule, in shares of the run or in steps."""
+
+from dataclasses import dataclass
+
+from megatron.bridge.training.config import SchedulerConfig
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig(SchedulerConfig):
+    """Bridge's schedule, whose decay may be given as a share of the run as well."""
+
+    lr_wsd_decay_fraction: float | None = None
+    """Share of the run's steps in the final decay of ``WSD``; ``lr_wsd_decay_iters`` is the same in steps."""
+
+    def fit(self, steps: int) -> None:
+        """Turn shares into whole steps of a run of ``steps``; what is given in steps stays."""
+        length = self.max_steps or self.lr_decay_iters or steps
+        if self.lr_warmup_fraction is not None and not self.lr_warmup_iters:
+            self.lr_warmup_iters, self.lr_warmup_fraction = round(self.lr_warmup_fraction * length), None
+        if self.lr_wsd_decay_fraction is not None and self.lr_wsd_decay_iters is None:
+            self.lr_wsd_decay_iters, self.lr_wsd_decay_fraction = round(self.lr_wsd_decay_fraction * length), None
+
+
+SHARES = {"lr_warmup_iters": "lr_warmup_fraction", "lr_wsd_decay_iters": "lr_wsd_decay_fraction"}
+"""Settings in steps, and the shares that they take the place of."""

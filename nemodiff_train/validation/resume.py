@@ -1,0 +1,98 @@
+"""A run that goes on: its settings are compared with those that it was saved with, as a whole."""
+
+from typing import Any
+
+import torch
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint
+
+_FIXED = (
+    "objective",
+    "drafter",
+    "peft",
+    "mixed_precision",
+    "optimizer.optimizer",
+    "dataset._target_",
+    "dataset.seq_length",
+)
+"""Settings, and sections, that a run keeps: its state or its samples have no meaning under others."""
+_ARCHITECTURE = (
+    "_target_", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "vocab_size", "normalization", "layernorm_epsilon", "qk_layernorm", "add_bias_linear",
+    "add_qkv_bias", "gated_linear_unit", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling",
+    "share_embeddings_and_output_weights", "mask_token_id",
+)  # fmt: skip
+"""The same of the section ``model``: what the model computes."""
+_SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "optimizer.min_lr", "scheduler")
+
+Changes = dict[str, tuple[Any, Any]]
+"""Old and new value of each setting that differs, by its dotted key."""
+
+
+def saved_run(config: TriModeConfig) -> Checkpoint | None:
+    """Return the checkpoint that a run goes on from; None where it begins, or where none is complete."""
+    try:
+        return Checkpoint.find(config.checkpoint.load) if config.checkpoint.load else None
+    except UserError:
+        return None  # AtomicCheckpointManager tells the damaged from the unfinished
+
+
+def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
+    """Return the settings that differ from those that a run was saved with; none for a run from elsewhere."""
+    before, now = saved.run_config.get("given") or {}, config.settings()
+    if not before:
+        return {}
+    keys = sorted({*before, *now})
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def problems(config: TriModeConfig) -> list[str]:
+    """Return the changes that a run cannot go on with, one line each."""
+    saved = saved_run(config)
+    if saved is None:
+        return []
+    changed, steps = changes(saved, config), config.train.train_iters
+    kept = [key for key in changed if _belongs(key, _FIXED) or _belongs(key.removeprefix("model."), _ARCHITECTURE)]
+    lines = [
+        f"{key} is {changed[key][1]}, but '{saved.iteration}' was saved with {changed[key][0]}; keep that, or start "
+        f"another run with start_from={saved.path} output=NEW"
+        for key in kept
+    ]
+    if "train.global_batch_size" in changed and config.objective.block_schedule != "fixed":
+        lines.append(
+            "train.global_batch_size has changed, but objective.block_schedule counts steps by samples; keep "
+            f"{changed['train.global_batch_size'][0]}"
+        )
+    if steps is not None and steps < saved.step:
+        lines.append(f"train.train_iters={steps}, but '{saved.path}' is at step {saved.step}; use more steps")
+    return lines
+
+
+def description(config: TriModeConfig) -> str | None:
+    """Return one line on what has changed for a run that goes on; None for one that begins."""
+    saved = saved_run(config)
+    if saved is None:
+        return None
+    changed = changes(saved, config)
+    if not changed:
+        return f"goes on from step {saved.step} with the settings it was saved with"
+    said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    rebased = any(_belongs(key, _SCHEDULE) for key in changed)
+    schedule = f"; the learning rate is that of the new schedule at step {saved.step}" if rebased else ""
+    return f"goes on from step {saved.step} with changed settings: {said}{schedule}"
+
+
+def samples_ahead(config: TriModeConfig) -> int:
+    """Return the samples that a run has read beyond its steps times its global batch, which may have been larger."""
+    saved = saved_run(config)
+    file = saved.iteration / "train_state.pt" if saved else None
+    if saved is None or file is None or not file.is_file():
+        return 0
+    consumed = int(torch.load(file, weights_only=True)["consumed_train_samples"])
+    return max(0, consumed - saved.step * config.train.global_batch_size)
+
+
+def _belongs(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
