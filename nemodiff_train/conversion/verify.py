@@ -24,7 +24,7 @@ from nemodiff_train.conversion.headers import Stored, opened
 from nemodiff_train.conversion.importing import build, load_weights
 from nemodiff_train.conversion.weights import DTYPES, check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.decoding.session import Layout, Session
+from nemodiff_train.decoding.session import Layout, Session, check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
@@ -239,6 +239,7 @@ def _tokenize(side: _Side, prompt: str) -> Tensor:
     tokens = load_tokenizer(str(side.tokenizer))(prompt)["input_ids"]
     if not tokens:
         raise UserError(f"--prompt '{prompt}' has no tokens; give some text")
+    check_prompts([tokens], side.provider.vocab_size)
     return torch.tensor([list(islice(cycle(tokens), POSITIONS))])
 
 
