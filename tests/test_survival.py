@@ -290,14 +290,15 @@ def test_a_spike_is_skipped(bench: Bench) -> None:
 
 
 def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: Bench) -> None:
-    codes, output = bench.train(
-        "spike rollback", *SPIKES, "resilience.on_spike=rollback", fault="spike", rank=1, step=5
-    )
-    assert codes == [0, 0] and "went back to step 3" in output
+    """Also to a checkpoint that is still being written in the background."""
     assert bench.train("never trained", *SPIKES, "train.iterations_to_skip=[4,5]")[0] == [0, 0]
-    found = bench.steps("spike rollback")
-    assert [step["step"] for step in found] == list(range(1, STEPS + 1))
-    assert found[5] == bench.steps("never trained")[3]
+    for fault, saving in (("spike", "checkpoint.async_save=false"), ("spike while saving", BACKGROUND)):
+        rollback = (*SPIKES, "resilience.on_spike=rollback", saving)
+        codes, output = bench.train(fault, *rollback, fault=fault, rank=1, step=5)
+        assert codes == [0, 0] and "went back to step 3" in output
+        found = bench.steps(fault)
+        assert [step["step"] for step in found] == list(range(1, STEPS + 1))
+        assert found[5] == bench.steps("never trained")[3]
 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:

@@ -1,11 +1,15 @@
 """The configuration of a run: Bridge's container with the objective, the data and the settings of this project."""
 
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
+from megatron.core.timers import Timers
 
 from nemodiff_train.config.datasets import ChatDatasetConfig
-from nemodiff_train.config.run import DiagnosticsConfig, EvaluationConfig, ResilienceConfig
+from nemodiff_train.config.run import AdapterBase, DiagnosticsConfig, EvaluationConfig, ResilienceConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
@@ -22,6 +26,13 @@ class TriModeConfig(ConfigContainer):
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     drafter: DrafterConfig | None = None
     """Train a drafter instead of a model; ``peft`` describes its adapters."""
+    adapter_base: AdapterBase | None = None
+    """What ``peft`` adapts; set when the run starts."""
+
+    @classmethod
+    def _convert_value_to_dict(cls, value: Any) -> Any:
+        """Return a value as it is saved; None for what is no setting, but belongs to this process alone."""
+        return None if _belongs_to_process(value) else super()._convert_value_to_dict(value)
 
     def validate(self) -> None:
         """Propagate the objective's settings, then let Bridge check and complete the configuration.
@@ -90,3 +101,11 @@ class TriModeConfig(ConfigContainer):
                 "'nemodiff convert import --add-mask-token'"
             )
         return int(token_id)
+
+
+def _belongs_to_process(value: Any) -> bool:
+    """Return whether a value is a clock, a method of a model or an optimizer, or a function that was given one."""
+    if isinstance(value, list):
+        return any(map(_belongs_to_process, value))
+    given = (*value.args, *value.keywords.values()) if isinstance(value, partial) else ()
+    return isinstance(value, MethodType | Timers) or not all(isinstance(x, str | int | float | None) for x in given)

@@ -66,3 +66,13 @@ class ResilienceConfig:
     """Steps between reports of slow ranks and slow data in ``status.json``; 0 for none."""
     restarts: int = 3
     """Maximum number of consecutive starts that end without a new checkpoint; 0 for no limit."""
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The checkpoint that adapters are trained on; recorded by the run, and compared wherever they are loaded."""
+
+    iteration: str
+    """Name of its ``iter_*`` folder."""
+    checksum: str
+    """See :func:`nemodiff_train.model.checksums.identity`."""

@@ -21,7 +21,7 @@ from nemodiff_train.conversion.headers import opened
 from nemodiff_train.conversion.importing import build, load_weights, set_dtype
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import ar_settings, architecture, stored_name
@@ -182,6 +182,7 @@ def _tokenize(side: _Side, prompt: str) -> Tensor:
     tokens = load_tokenizer(str(side.tokenizer))(prompt)["input_ids"]
     if not tokens:
         raise UserError(f"--prompt '{prompt}' has no tokens; give some text")
+    check_prompts([tokens], side.provider.vocab_size)
     return torch.tensor([tokens])
 
 

@@ -35,6 +35,18 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def tokens_without_row(tokenizer: "PreTrainedTokenizerBase", rows: int) -> str:
+    """Return a line that names the tokens beyond the rows of a model's embedding; empty where there are none."""
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if not beyond:
+        return ""
+    named = ", ".join(f"'{token}' ({number})" for number, token in beyond[:3])
+    return (
+        f"the tokenizer has {len(beyond)} tokens for which the model, of {rows} rows, has none, such as {named}; "
+        "text that holds them is refused"
+    )
+
+
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the SHA-256 (hex) of everything that decides how text becomes token ids.
 

@@ -60,6 +60,11 @@ def digests(iteration: Path, names: Iterable[str], durable: bool = False) -> dic
         return dict(readers.map(digest, names))
 
 
+def record_digests(iteration: Path) -> None:
+    """Write the digests of a finished checkpoint's files into it."""
+    (iteration / CHECKSUMS).write_text(json.dumps(digests(iteration, files_of(iteration)), indent=1, sort_keys=True))
+
+
 def recorded(iteration: Path) -> dict[str, Digest]:
     """Return the digests that a checkpoint was published with; none if it was made elsewhere.
 
@@ -73,6 +78,12 @@ def recorded(iteration: Path) -> dict[str, Digest]:
     if not isinstance(entries, dict):
         raise ValueError
     return entries
+
+
+def identity(iteration: Path) -> str:
+    """Return the SHA-256, in hexadecimal, of a checkpoint's recorded digests, or of its files where it has none."""
+    entries = recorded(iteration) or digests(iteration, files_of(iteration))
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def structure_damage(iteration: Path) -> str | None:

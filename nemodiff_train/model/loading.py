@@ -13,11 +13,12 @@ from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import console, quiet
-from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.distributed import world_size
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.distributed import is_main_process, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import merge_adapters
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
+from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.draft_adapter import load_drafter, open_drafter
 from nemodiff_train.model.pretrained import config_from, model_from
 from nemodiff_train.model.provider import TriModeModelProvider, disable_fused_kernels
@@ -59,9 +60,11 @@ def load_model(
     provider = model_from(checkpoint.require_model())
     lora = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
+    if (line := tokens_without_row(tokenizer, provider.vocab_size)) and is_main_process():
+        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
     with quiet(), console.status(f"loading {checkpoint.path}"):
         checkpoint = checkpoint.verify_contents()
-        weights = checkpoint.base.verify_contents() if checkpoint.kind is Kind.LORA else checkpoint
+        weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
         with halves_joined_in_place():
@@ -70,8 +73,17 @@ def load_model(
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
         if drafter and lora:
+            _tell_other_base(drafter, weights)
             load_drafter(chunks, drafter, lora)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
+
+
+def _tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
+    """Say that a drafter was trained on other weights: the text stays right, with fewer tokens per forward."""
+    base = drafter.run_config.get("adapter_base") or {}
+    if base.get("checksum") != identity(weights.iteration) and is_main_process():
+        line = f"'{drafter.path}' was trained for {base.get('iteration')}, not for '{weights.iteration}'"
+        console.print(f"[yellow]{line}; it may draft worse[/yellow]", soft_wrap=True)
 
 
 def stop_tokens(provider: TriModeModelProvider, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -148,8 +148,8 @@ def _generation_config(source: str) -> dict[str, Any]:
 
 def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
     """Return the model that a run configuration describes; Bridge checks every class that is named there."""
-    unused = {"timers": None, "pipeline_model_parallel_layout": None}  # objects of the run that saved it
-    model = apply_run_config_backward_compat({**checkpoint.run_config["model"], **unused})
+    settings = {**checkpoint.run_config["model"], "pipeline_model_parallel_layout": None}  # of its own ranks
+    model = apply_run_config_backward_compat(settings)
     try:
         with quiet():
             provider = instantiate(model)

@@ -24,6 +24,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import HFConfig
 from nemodiff_train.model.norm import head_norm, replicated_norm
 from nemodiff_train.model.recompute import recompute_activations
+from nemodiff_train.model.rotary import SCALINGS, scaled_frequencies
 
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
@@ -92,6 +93,9 @@ class TriModeModelProvider(GPTModelProvider):
     """More ``kernel_options`` for FlexAttention, such as ``{"fwd_BLOCK_N": 64}``."""
     mask_token_id: int | None = None
     """Id of the mask token; None until a joint stage has been trained."""
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    """``rope_parameters`` of the ``config.json``; a scaling in it is computed as Transformers does, not as Megatron's
+    own settings say. Empty for none."""
     query_scale_beta: float = 0.0
     """Ministral 3's position-dependent query scale (``llama_4_scaling_beta``); 0 for none."""
     query_scale_original_length: int = 16384
@@ -135,9 +139,19 @@ class TriModeModelProvider(GPTModelProvider):
             if isinstance(module, TriModeAttention):
                 module.state = state
         model.rotary_pos_emb = PositionLookupRotary(model.rotary_pos_emb, self, state)
+        if self.rope_parameters.get("rope_type", "default") != "default":
+            self._scale_rotary(model)
         model.attention_state = state
         recompute_activations(model)
         return model
+
+    def _scale_rotary(self, model: GPTModel) -> None:
+        """Give a model the frequencies and the factor of its rope scaling."""
+        rotary = model.rotary_pos_emb
+        frequencies, rotary.factor = scaled_frequencies(self.rope_parameters, self.kv_channels)
+        rotary.rotary.inv_freq = frequencies.to(rotary.rotary.inv_freq.device)
+        for layer in model.decoder.layers:
+            layer.self_attention._yarn_concentration_factor = rotary.factor  # what Core multiplies angles by
 
 
 def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvider:
@@ -158,9 +172,11 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     provider.query_scale_beta = rope.get("llama_4_scaling_beta") or 0.0
     if provider.query_scale_beta:
         provider.query_scale_original_length = rope["original_max_position_embeddings"]
-    if provider.position_embedding_type == "yarn":
-        # Transformers rounds YaRN's correction range unless the file says otherwise; Bridge does not by default.
-        provider.yarn_correction_range_round_to_int = rope.get("truncate", True)
+    if rope.get("rope_type") == "yarn" and rope.get("factor") is None:
+        rope = {**rope, "factor": hf_config["max_position_embeddings"] / rope["original_max_position_embeddings"]}
+    # Plain angles for Megatron; provide() scales them. Its own scalings know some settings only, and some forms.
+    provider.rope_parameters, provider.position_embedding_type = rope, "rope"
+    provider.seq_len_interpolation_factor, provider.rope_scaling = None, False
     provider.attention_dropout = provider.hidden_dropout = 0.0
     provider.apply_rope_fusion = False  # the fused kernel takes one angle per position; here rows may differ
     return provider
@@ -197,34 +213,22 @@ def reset_parallelism(provider: TriModeModelProvider) -> None:
 def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
     name = (hf_config.get("architectures") or [type(source).__name__])[0]
     rope = hf_config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
     features = {
         "its own model class": type(source).provide is not GPTModelProvider.provide,
         "mixture of experts": source.num_moe_experts is not None,
         "latent attention": source.multi_latent_attention,
-        "sliding-window attention": getattr(source, "window_size", None) is not None
-        or "sliding_attention" in (hf_config.get("layer_types") or []),
+        "sliding-window attention": "sliding_attention" in hf_config["layer_types"]
+        if hf_config.get("layer_types")
+        else hf_config.get("sliding_window") is not None or getattr(source, "window_size", None) is not None,
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
-        f"rope scaling '{rope.get('rope_type')}' in a form that Megatron lacks": not _supports_rope(source, rope),
+        f"rope scaling '{kind}', whose angles depend on the length of the text": kind not in SCALINGS,
+        "rope scaling of a part of each head": kind != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
     unsupported = [feature for feature, present in features.items() if present]
     if unsupported:
         raise UserError(f"{name} is not supported: it has {', '.join(unsupported)}; use a dense GPT-like decoder.")
-
-
-def _supports_rope(source: GPTModelProvider, rope: HFConfig) -> bool:
-    """Return whether Megatron turns positions into angles as Transformers does; Bridge ignores unknown scalings."""
-    match rope.get("rope_type", "default"):
-        case "default":
-            return True
-        case "yarn":
-            return source.position_embedding_type == "yarn"
-        case "linear":
-            return source.seq_len_interpolation_factor is not None
-        case "llama3":  # the rest is fixed in Megatron-Core
-            fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-            return source.rope_scaling and all(rope.get(name) == value for name, value in fixed.items())
-    return False
 
 
 def disable_fused_kernels(provider: TriModeModelProvider) -> None:

@@ -118,6 +118,22 @@ def tell_adapters_whether_transformer_engine_is_there(peft_utils: ModuleType) ->
     replace(peft_utils, "HAVE_TE", HAVE_TE, takes=None)
 
 
+def let_tokenizers_be_larger(setup: ModuleType) -> None:
+    """Train a model whose tokenizer has tokens without a row; data that hold one are refused before.
+
+    Args:
+        setup: ``megatron.bridge.training.setup``, which is imported late.
+
+    Until: Bridge looks at the data's tokens instead of the tokenizer's size (not in 0.6.2).
+    """
+
+    def vocabulary(model_vocab_size: int, **unused: Any) -> tuple[int, bool]:
+        return model_vocab_size, False
+
+    takes = "model_vocab_size, tokenizer_vocab_size, use_tokenizer_vocab_size"
+    replace(setup, "_validate_and_set_vocab_size", vocabulary, takes=takes)
+
+
 @contextmanager
 def halves_joined_in_place() -> Iterator[None]:
     """Keep Core from copying what it has loaded in place, while the context is entered.

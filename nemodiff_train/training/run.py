@@ -13,14 +13,18 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
+from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.provider import disable_fused_kernels
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.runtime.patches import let_tokenizers_be_larger
 from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
 from nemodiff_train.training.callbacks.order import callbacks_in_order
 from nemodiff_train.training.callbacks.run_log import RunLog
@@ -60,6 +64,7 @@ def train(config: TriModeConfig) -> None:
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
     check(config, world_size())
+    _record_base(config)
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
@@ -72,8 +77,10 @@ def train(config: TriModeConfig) -> None:
 
 
 def _run(config: TriModeConfig, output: Path) -> None:
+    from megatron.bridge.training import setup
     from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
 
+    let_tokenizers_be_larger(setup)
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
@@ -90,6 +97,14 @@ def _run(config: TriModeConfig, output: Path) -> None:
             if not leaving.code and is_main_process():
                 console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
             raise
+
+
+def _record_base(config: TriModeConfig) -> None:
+    """Let the checkpoints of adapters say which weights they are trained on."""
+    start = config.checkpoint.pretrained_checkpoint
+    if config.peft is not None and start:
+        iteration = Checkpoint.open(start).iteration
+        config.adapter_base = AdapterBase(iteration.name, identity(iteration))
 
 
 def _stopped_by(error: OSError, output: Path) -> RunStopped | None:

@@ -2,7 +2,7 @@
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.errors import UserError
-from nemodiff_train.validation import data, drafter, kernels, layout, objective, output, settings, start
+from nemodiff_train.validation import adapters, data, drafter, kernels, layout, objective, output, settings, start
 
 
 def check(config: TriModeConfig, world_size: int) -> None:
@@ -24,6 +24,6 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     if lines := settings.size_problems(config):
         return lines  # the other rules divide by these sizes
     lines = layout.problems(config, world_size)
-    for concern in (settings, objective, kernels, start, drafter, data, output):
+    for concern in (settings, objective, kernels, start, adapters, drafter, data, output):
         lines += concern.problems(config)
     return lines

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig, parse_number
+from nemodiff_train.console import console
 from nemodiff_train.data.blend import check_blend
-from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation.refusal import refusal
 
@@ -47,4 +49,7 @@ def _check_files(config: TriModeConfig) -> None:
         raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
     mask_token = config.find_mask_token() if config.objective.stage == "joint" else None
     tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-    check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations)
+    rows = config.model.vocab_size
+    if (line := tokens_without_row(tokenizer, rows)) and is_main_process():
+        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
+    check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations, rows)

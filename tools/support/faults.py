@@ -203,6 +203,12 @@ def _spike(step: int) -> None:
     _in_step(step, enlarge)
 
 
+def _spike_while_saving(step: int) -> None:
+    """Let the checkpoint of two steps before still be written in the background when the spike comes."""
+    _when_a_shard_is_written(step - 2, lambda name: time.sleep(3))
+    _spike(step)
+
+
 def _hang(step: int) -> None:
     def hang(model: Any) -> None:
         print(HANGS, file=sys.__stderr__, flush=True)
@@ -238,6 +244,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "mid-cleanup": _mid_cleanup,
     "nan": _nan,
     "spike": _spike,
+    "spike while saving": _spike_while_saving,
     "hang": _hang,
     "crash": _crash,
     "flip": _flip,
