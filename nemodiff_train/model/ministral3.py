@@ -33,9 +33,6 @@ class Ministral3TextBridge(MistralBridge):
         provider.normalization = "RMSNorm"
         provider.gated_linear_unit = True
         provider.add_bias_linear = False
-        rope = hf_pretrained.config.rope_parameters
-        if rope["rope_type"] == "llama3":  # of a Llama that is a NemotronLabsDiffusion model now
-            provider.rope_scaling, provider.rope_scaling_factor = True, rope["factor"]
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
