@@ -69,7 +69,7 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> b
         sides = [_open_side(path) for path in (a, b)]
         tokens, positions = _tokenize(sides[0], prompt), _positions(sides[0])
         with console.status("comparing tensors"):
-            rows = _compare_tensors(*sides, tolerance)
+            rows = _compare_tensors(sides[0], sides[1], tolerance)
         masked = next((side.provider for side in sides if side.provider.mask_token_id is not None), None)
         logits = []
         for side in sides:
@@ -138,6 +138,7 @@ class _Side(ABC):
             tokens: The prompt.
             masked: Names the mask token and the size of a block.
         """
+        assert masked.mask_token_id is not None  # the caller found one that has it
         session = Session(self.chunks, 1, tokens.shape[1] + masked.block_size, None)
         session.prefill(tokens.tolist())
         block = torch.full((1, masked.block_size), masked.mask_token_id, device=session.device)
