@@ -50,8 +50,10 @@ def begun_precision(config: ConfigContainer) -> str | None:
         saved = Checkpoint.find(config.checkpoint.load) if config.checkpoint.load else None
     except UserError:
         return None  # none is complete, which the start of the run reports
-    model = saved.run_config["model"] if saved else {}
-    return ("bf16_mixed" if model["bf16"] else "fp16_mixed" if model["fp16"] else "fp32") if model else None
+    if saved is None:
+        return None
+    model = saved.run_config["model"]
+    return "bf16_mixed" if model.get("bf16") else "fp16_mixed" if model.get("fp16") else "fp32"
 
 
 def _stored_dtype(config: ConfigContainer) -> torch.dtype:

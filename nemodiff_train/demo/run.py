@@ -17,7 +17,7 @@ from rich.markup import escape
 from nemodiff_train.console import console
 from nemodiff_train.conversion.exporting import export_checkpoint
 from nemodiff_train.conversion.importing import import_checkpoint
-from nemodiff_train.conversion.mask_token import reserved_token
+from nemodiff_train.conversion.mask_token import reserved_token, select_mask_token
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.prepare import PrepareOptions, prepare
 from nemodiff_train.data.tokenizer import load_tokenizer
@@ -56,6 +56,8 @@ def run_demo(output: Path, start_from: str | None, mask_token: str | None, count
         UserError: The model cannot be used, the tokenizer lacks the mask token, or a step failed.
     """
     started = time.monotonic()
+    if start_from and mask_token:
+        select_mask_token(start_from, model_from(start_from), mask_token, None)  # refused before anything is made
     budget = Budget() if start_from is None else _budget(_parameters(start_from), init_runtime().cuda)
     if budget != Budget():
         console.print(
