@@ -28,6 +28,11 @@ def world_size() -> int:
     return int(dist.get_world_size()) if dist else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Return the index of this process on its machine, and so of its GPU: the launcher's ``LOCAL_RANK``, else 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main_process() -> bool:
     """Return whether this is rank 0, the one that speaks."""
     return global_rank() == 0

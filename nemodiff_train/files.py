@@ -1,11 +1,15 @@
 """Write files and folders so that a reader never sees half of one, nor a crash leaves it."""
 
+import errno
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nemodiff_train.console import console
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
 
@@ -51,6 +55,47 @@ def check_free(output: Path) -> None:
     if output.exists():
         raise UserError(f"'{output}' exists already; name a folder that does not, or remove it")
     check_can_be_made(output.parent)
+
+
+_HELD = (errno.EACCES, errno.EAGAIN)
+"""What a lock is refused with that another process has."""
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other processes from writing an output, until the context ends or this process does, however it ends.
+
+    The lock is a file ``.NAME.lock`` beside the output.  Of several ranks the first takes it.
+
+    Raises:
+        UserError: Another process writes the output.
+    """
+    if not is_main_process():
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    # Not flock: a helper that was forked meanwhile would hold the lock as long as it lives.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        if error.errno in _HELD:
+            raise UserError(f"'{output}' is being written by {holder}; wait for it, or name another output") from None
+        console.print(
+            f"[yellow]'{output}' cannot be locked ({error.strerror}): start it only once at a time[/yellow]"
+        )
+        yield
+        return
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -100,27 +145,28 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     All ranks enter and leave it; one that fails takes the folder with it, so that the others cannot finish.
 
     Raises:
-        UserError: The output exists, the disk is full, or cannot be written to.
+        UserError: The output exists, another process writes it, the disk is full, or it cannot be written to.
     """
     check_free(output)
     partial = output.with_name(f".{output.name}.partial")
     barrier()
-    if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    try:
-        yield partial
-        barrier()
+    with locked(output):
         if is_main_process():
-            for path in (*partial.rglob("*"), partial):
-                sync(path)
-            partial.rename(output)
-            sync(output.parent)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         barrier()
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write '{output}': {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            yield partial
+            barrier()
+            if is_main_process():
+                for path in (*partial.rglob("*"), partial):
+                    sync(path)
+                partial.rename(output)
+                sync(output.parent)
+            barrier()
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"cannot write '{output}': {error.strerror or error}") from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

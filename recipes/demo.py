@@ -33,7 +33,13 @@ def demo_ar(tokenizer: str, problems: str, code: str, output: str) -> TriModeCon
 
 
 def demo_joint(
-    start_from: str, problems: str, code: str, output: str, mask_token: str = "<|mask|>", tensor_parallel: int = 2
+    start_from: str,
+    problems: str,
+    code: str,
+    output: str,
+    mask_token: str | None = None,
+    tensor_parallel: int = 2,
+    steps: int = 700,
 ) -> TriModeConfig:
     """Turn an AR model into a tri-mode model.
 
@@ -42,15 +48,29 @@ def demo_joint(
         problems: Prefix of the arithmetic problems, prepared with the model's tokenizer.
         code: Prefix of the standard library's source.
         output: Folder of the run.
-        mask_token: A token of the model's tokenizer that never occurs in text.
+        mask_token: A token of the model's tokenizer that never occurs in text; by default its mask token.
         tensor_parallel: Tensor-parallel size.
+        steps: Training steps of 1024 tokens.
     """
     model = model_from(start_from)
     model.tensor_model_parallel_size = tensor_parallel
+    peak = 5e-3 * min(1.0, 128 / model.hidden_size) ** 1.5  # wider models take smaller steps
     # Two departures from the paper, for a training of minutes: a one-shot draft starts from fully masked samples, and
     # the shift lets the noisy half reuse the sums that the AR model can do already.
     objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.2, shift=True)
-    return _demo(model, objective, _text(problems, code), start_from, output, steps=700, warmup=30, peak=5e-3)
+    config = _demo(
+        model,
+        objective,
+        _text(problems, code),
+        start_from,
+        output,
+        steps=steps,
+        warmup=min(30, steps // 10),
+        peak=peak,
+    )
+    if tensor_parallel == 1:
+        config.train.micro_batch_size = 4  # there may be two replicas
+    return config
 
 
 def demo_drafter(start_from: str, problems: str, output: str) -> TriModeConfig:
@@ -98,7 +118,7 @@ def _demo(
     warmup: int,
     peak: float,
 ) -> TriModeConfig:
-    """Return a run in fp32 with one checkpoint at its end."""
+    """Return a run with one checkpoint at its end."""
     return base_config(
         model,
         objective,

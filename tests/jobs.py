@@ -1,18 +1,21 @@
 """Functions that tests run on several ranks."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tools.support import small
 from tools.support.layouts import resume, train, train_plainly
 
 __all__ = ["ar_logits", "convert", "decode", "exchange", "loggers", "resume", "train", "train_plainly", "warnings"]
 
 
 def ar_logits(source: str, tensor: int, pipeline: int) -> dict[str, float]:
-    """Return the largest difference of AR logits to Transformers' over 200 positions, on a model split over ranks.
+    """Return how far fp32 AR logits of a model split over ranks are from Transformers' at most, over 200 positions.
 
     ``without_scale`` is the same with Ministral's query scale turned off: it must matter.
     """
@@ -21,7 +24,7 @@ def ar_logits(source: str, tensor: int, pipeline: int) -> dict[str, float]:
     torch.manual_seed(0)
     ids = torch.randint(20, 220, (2, 200))
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(source)(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids).logits
     result = {"difference": _difference(source, tensor, pipeline, ids, expected, keep_scale=True)}
     result["without_scale"] = _difference(source, tensor, pipeline, ids, expected, keep_scale=False)
     return result
@@ -35,7 +38,7 @@ def _difference(
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from nemodiff_train.model.bridges import auto_bridge
-    from nemodiff_train.model.loading import set_parallelism
+    from nemodiff_train.model.loading import set_dtype, set_parallelism
     from nemodiff_train.model.pretrained import hf_config, model_from
 
     if not dist.is_initialized():
@@ -45,6 +48,7 @@ def _difference(
         model_parallel_cuda_manual_seed(1)
     provider: Any = model_from(source)
     set_parallelism(provider, tensor)
+    set_dtype(provider, torch.float32)
     provider.pipeline_model_parallel_size = pipeline
     if not keep_scale:
         provider.query_scale_beta = 0.0
@@ -177,3 +181,40 @@ def convert(commands: list[list[str]]) -> dict[str, Any]:
     from nemodiff_train.cli import main
 
     return {"codes": [main(["convert", *words]) for words in commands]}
+
+
+def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
+    """Evaluate undisturbed; then with a disk that is full after a few prompts; then again, as a user would.
+
+    Returns:
+        Exit codes, what the second left in its folder, and the prompts that the third decoded.
+    """
+    from nemodiff_train.cli import main
+    from nemodiff_train.evaluation import evaluate
+
+    root = Path(folder)
+    small.qwen3(root / "model")
+    checkpoint = str(root / "checkpoint")
+    codes = [main(["convert", "import", str(root / "model"), checkpoint, "--mask-token", small.MASK])]
+    words = ["eval", checkpoint, "--count", "6", "--max-new-tokens", "4", "--block-size", "4", "--batch-size", "2"]
+    codes.append(main([*words, "--output", str(root / "undisturbed")]))
+    decoded: list[int] = []
+    decode_batch = evaluate._decode_batch
+
+    def count(*arguments: Any) -> Any:
+        decoded.extend(arguments[2])
+        return decode_batch(*arguments)
+
+    def fill_up(*arguments: Any) -> Any:
+        if len(decoded) == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
+        return count(*arguments)
+
+    evaluate._decode_batch = fill_up
+    codes.append(main([*words, "--output", str(root / "out")]))
+    left = sorted(path.name for path in (root / "out").iterdir())
+    decoded.clear()
+    evaluate._decode_batch = count
+    codes.append(main([*words, "--output", str(root / "out")]))
+    codes.append(main([*words, "--output", str(root / "out")]))
+    return {"codes": codes, "left": left, "decoded": decoded}

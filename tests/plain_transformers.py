@@ -55,8 +55,42 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     found["half"] = same(half, model.to(torch.bfloat16)) and str(half.dtype)
     eager = AutoModel.from_pretrained(directory, trust_remote_code=True, attn_implementation="eager")
     method, prompt, settings = job["calls"][-1]
+    if job["harness"]:
+        found["harness"], found["family"] = harness(directory), harness(job["family"])
     found["eager"] = getattr(eager, method)(torch.tensor([prompt]), **settings)[0][0, len(prompt) :].tolist()
     return found
+
+
+def harness(directory: str) -> dict[str, Any]:
+    """What a pipeline and lm-evaluation-harness make of a directory, as they load any model."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import pipeline
+
+    texts, greedy = (
+        ["the quick brown fox", "42 times over the lazy dog, the"],
+        {"do_sample": False, "max_gen_toks": 12},
+    )
+    generator = pipeline("text-generation", model=directory, trust_remote_code=True)
+    generator.tokenizer.pad_token = generator.tokenizer.eos_token
+    written = generator(texts, max_new_tokens=12, do_sample=False, return_full_text=False, batch_size=2)
+    model = HFLM(pretrained=directory, trust_remote_code=True, device="cpu", batch_size=2, dtype="float32")
+    pairs = [Instance("loglikelihood", {}, (text, " jumps"), 0) for text in texts]
+    asked = [Instance("generate_until", {}, (text, {"until": ["\n\n\n"], **greedy}), 0) for text in texts]
+    stop = written[0][0]["generated_text"][3:5]  # which comes in the middle
+    stopped = [Instance("generate_until", {}, (texts[0], {"until": [stop], **greedy}), 0)]
+    tokens = [generator.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    stops = generator.model.generation_config.eos_token_id
+    own = [generator.model.generate(ids, max_new_tokens=12, eos_token_id=stops) for ids in tokens]
+    own = [ids[0, -12:] if isinstance(ids, torch.Tensor) else ids[0][0, -12:] for ids in own]
+    return {
+        "class": type(model.model).__name__,
+        "own": generator.tokenizer.batch_decode(own, skip_special_tokens=True),
+        "pipeline": [row[0]["generated_text"] for row in written],
+        "loglikelihood": model.loglikelihood(pairs, disable_tqdm=True),
+        "generate_until": model.generate_until(asked, disable_tqdm=True),
+        "stopped": [stop, *model.generate_until(stopped, disable_tqdm=True)],
+    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -57,6 +58,7 @@ class Exported:
             "text_config": json.loads(config.read_text()),
         }
         (source / "config.json").write_text(json.dumps(settings))
+        (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n")
 
     def convert(self) -> None:
         source, checkpoint, out = (str(self.folder / name) for name in ("source", "checkpoint", "out"))
@@ -128,6 +130,7 @@ def plain(exported: dict[str, Exported], expected: dict[str, Any], tmp_path_fact
             "directory": str(model.folder / "out"),
             "family": str(model.folder / "family"),
             "calls": [call[:3] for call in expected[name]],
+            "harness": name == "qwen3",
         }
         for name, model in exported.items()
     ]
@@ -170,6 +173,17 @@ def test_it_is_the_familys_model(name: str, exported: dict[str, Exported], plain
     assert found["eager"] == found["outputs"][-1][0]
 
 
+def test_pipelines_and_the_harness_take_it(exported: dict[str, Exported], plain: Any) -> None:
+    """Text by block diffusion, rows padded in a batch or not; likelihoods are those of the family, bit for bit."""
+    found = plain[str(exported["qwen3"].folder / "out")]
+    ours, family = found["harness"], found["family"]
+    assert ours["class"] == "TriModeModel" and family["class"] == "Qwen3ForCausalLM"
+    assert ours["loglikelihood"] == family["loglikelihood"]
+    assert ours["pipeline"] == ours["generate_until"] == ours["own"] != family["own"]
+    stop, text = ours["stopped"]
+    assert stop and text == ours["pipeline"][0].partition(stop)[0]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_import_and_export_keep_everything(name: str, exported: dict[str, Exported]) -> None:
     source, out = exported[name].folder / "source", exported[name].folder / "out"
@@ -182,6 +196,39 @@ def test_import_and_export_keep_everything(name: str, exported: dict[str, Export
     assert theirs["text_config"].items() <= ours["text_config"].items()
     card = (out / "README.md").read_text()
     assert f"id {MASK}" in card and ("ar_generate" in card) == (ours["clean_attention"] == "causal")
+
+
+def test_the_card_says_what_it_is(
+    exported: dict[str, Exported], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base model and licence in the head, which the hub reads; the figures of an evaluation; commands."""
+    from huggingface_hub import ModelCard
+
+    from nemodiff_train.report.report import metrics_json
+    from tests.evaluations import evaluation
+
+    made = evaluation()
+    (tmp_path / "metrics.json").write_text(metrics_json(made))
+    words = ["convert", "export", str(exported["shift"].folder / "checkpoint"), str(tmp_path / "out")]
+    assert main([*words, "--format", "tri-mode", "--results", str(tmp_path)]) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model, card.data.license, card.data.library_name) == (
+        "source",
+        "apache-2.0",
+        "transformers",
+    )
+    for mode, figures in made.modes.items():
+        assert f"| {mode} | {figures.accuracy:.1%} | {figures.tpf_all:.2f} |" in card.text
+    assert "lm_eval --model hf" in card.text and "pipeline(" in card.text
+    assert "Results" not in (exported["shift"].folder / "out" / "README.md").read_text()
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "out")
+    for options, reason in (
+        (["--format", "tri-mode", "--results", str(exported["shift"].folder)], "metrics.json"),
+        (["--format", "ar", "--results", str(tmp_path)], "tri-mode"),
+    ):
+        assert main([*words, *options]) == 2
+        assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_mask_token_is_refused(
@@ -266,10 +313,10 @@ def test_block_diffusion_closes_the_thinking(model: Any, budget: int) -> None:
 def test_counts_of_block_diffusion(model: Any) -> None:
     """One prefill, one commit between blocks; without a threshold one denoising forward a mask."""
     prompt = torch.tensor([PROMPTS[0]])
-    assert model.generate(prompt, 24)[1] == 1 + 3 * 7 + 2
-    assert model.generate(prompt, 24, causal_context=False)[1] == 1 + 3 * 8 + 2
+    assert model.generate(prompt, 24, threshold=None)[1] == 1 + 3 * 7 + 2
+    assert model.generate(prompt, 24, threshold=None, causal_context=False)[1] == 1 + 3 * 8 + 2
     assert model.generate(prompt, 24, threshold=0.0)[1] == 1 + 3 + 2
-    assert model.generate(prompt, 20, block_length=6)[1] == 1 + 3 * 5 + 1 + 3  # the last block: two tokens of six
+    assert model.generate(prompt, 20, 6, None)[1] == 1 + 3 * 5 + 1 + 3  # the last block: two tokens of six
 
 
 def test_the_mask_token_is_never_predicted(model: Any) -> None:
@@ -319,6 +366,45 @@ def test_a_low_temperature_is_greedy(model: Any) -> None:
     for method in METHODS.values():
         decode = getattr(model, method)
         assert torch.equal(decode(prompt, 12, temperature=1e-30)[0], decode(prompt, 12)[0])
+
+
+def test_transformers_contract(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Called with ``input_ids``: its settings are used, refused where asked for, or named in a warning."""
+    from transformers import GenerationConfig
+
+    prompt = torch.tensor([PROMPTS[0]])
+    plain = model.generate(prompt, 20, threshold=0.9)[0]
+    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=20), plain)
+    assert torch.equal(model.generate(inputs=prompt, max_length=24), plain)
+    stop = int(plain[0, 15])
+    stopped = model.generate(
+        input_ids=prompt, generation_config=GenerationConfig(max_new_tokens=20, eos_token_id=stop)
+    )
+    assert torch.equal(stopped, plain[:, : plain[0, 4:].tolist().index(stop) + 5])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], dim=1)
+    both = torch.cat([padded, torch.tensor([PROMPTS[1]])])
+    mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    together = model.generate(input_ids=both, attention_mask=mask, max_new_tokens=20, pad_token_id=0)
+    assert torch.equal(together[0, 3:], plain[0])
+    ended = model.generate(torch.tensor([PROMPTS[1]]), 20, eos_token_id=0)[0][0].tolist()
+    assert together[1].tolist() == ended + [0] * (27 - len(ended)) and len(ended) < 27
+
+    def after_ten(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return torch.tensor([ids.shape[1] >= 14] * len(ids))
+
+    assert torch.equal(
+        model.generate(input_ids=prompt, max_new_tokens=20, stopping_criteria=[after_ten]), plain[:, :14]
+    )
+    torch.manual_seed(0)
+    sampled = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 20}
+    several = model.generate(input_ids=prompt, num_return_sequences=3, **sampled)
+    assert several.shape == (3, 24) and len(set(map(tuple, several.tolist()))) == 3
+    assert torch.equal(model.generate(input_ids=prompt, top_k=1, **sampled), plain)
+    for refused in ({"num_beams": 4}, {"repetition_penalty": 1.1}, {"streamer": print}):
+        with pytest.raises(ValueError, match=next(iter(refused))):
+            model.generate(input_ids=prompt, **refused)
+    config = GenerationConfig(max_new_tokens=20, repetition_penalty=1.1)
+    assert torch.equal(model.generate(input_ids=prompt, generation_config=config), plain)
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,31 @@
 """Fine-tuning: conversations through the chat template, packed samples, training, decoding behind a prompt."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from megatron.bridge.peft.canonical_lora import CanonicalLoRA
+from megatron.bridge.peft.dora import DoRA
+from megatron.bridge.peft.lora import LoRA
 from torch import Tensor
 
 from nemodiff_train.cli import main
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
-from nemodiff_train.data.columns import Conversation
+from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.packing import pack
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import record_digests
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend, sample_positions
 from nemodiff_train.objective.sample import Sample
+from nemodiff_train.validation import adapters, start
 from nemodiff_train.validation.objective import objective_problems
 from tests import jobs, small
 from tests.prepared import one_line, write_jsonl
@@ -369,6 +376,54 @@ def test_lora_is_merged_wherever_it_is_loaded(runs: Jobs, one: str, lora: str, t
     torch.testing.assert_close(tuned, there, rtol=1e-4, atol=1e-4)
     settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert 0 in np.atleast_1d(settings["eos_token_id"])
+
+
+def test_adapters_stay_with_their_base(
+    one: str, lora: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the step that they were trained on though the base goes on, and of its weights or none."""
+    base = Checkpoint.open(one)
+    assert Checkpoint.open(lora).base.iteration == base.iteration
+    later = base.iteration.with_name("iter_0000099")
+    shutil.copytree(base.iteration, later)
+    assert Checkpoint.open(one).iteration == later and Checkpoint.open(lora).base.iteration == base.iteration
+    resumed = small.chat(one, str(Path(one).parents[1] / "chat"), str(Path(lora).parent), rank=4)
+    assert start.problems(resumed) == []  # the same weights, though under another name
+    later_config = later / "run_config.yaml"
+    later_config.write_text(later_config.read_text() + "# trained on\n")
+    record_digests(later)
+    assert "but the run would start from" in start.problems(resumed)[0]
+    shutil.rmtree(later)
+    shutil.copytree(base.iteration, later)
+    capsys.readouterr()
+    config = base.iteration / "run_config.yaml"
+    config.write_text(config.read_text() + "# other weights\n")
+    record_digests(base.iteration)
+    assert main(["convert", "export", lora, str(tmp_path / "model")]) == 2
+    assert "adapters of other weights" in one_line(capsys) and not (tmp_path / "model").exists()
+    shutil.rmtree(base.iteration)
+    assert main(["convert", "export", lora, str(tmp_path / "model")]) == 2
+    assert "which is not there" in one_line(capsys)
+    later.rename(base.iteration)
+
+
+@pytest.mark.parametrize(
+    ("peft", "said"),
+    [
+        (DoRA(), "DoRA, whose adapters cannot be merged"),
+        (CanonicalLoRA(), "CanonicalLoRA, whose adapters cannot be merged"),
+        (LoRA(target_modules=["linear_qkv", "output_layer"]), "'output_layer', which is no linear layer"),
+        (LoRA(target_modules=["word_embeddings"]), "'word_embeddings', which is no linear layer"),
+        (LoRA(target_modules=[], exclude_modules=["linear_proj"]), "adapts the output layer"),
+        (LoRA(target_modules=["*.layers.9.*.linear_qkv"]), "'*.layers.9.*.linear_qkv', which is no linear layer"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(model: Path, tmp_path: Path, peft: Any, said: str) -> None:
+    config = small.chat(str(model), str(tmp_path / "data"), str(tmp_path / "run"))
+    assert adapters.problems(config) == []
+    config.peft = peft
+    (line,) = adapters.problems(config)
+    assert said in line
 
 
 def test_nothing_leaks_between_conversations(one: str) -> None:

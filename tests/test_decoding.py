@@ -149,7 +149,7 @@ def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any
 
 def few_tokens(model: Any, count: int) -> Any:
     """Forbid all but a few tokens, so that drafts are often right; returns the hook."""
-    bias = torch.full((model.config.vocab_size,), -torch.inf)
+    bias = torch.full((model.config.vocab_size,), -1e30)
     bias[20 : 20 + count] = 0.0
     return on_logits(model, lambda logits: logits[..., : len(bias)] + bias)
 
@@ -221,7 +221,7 @@ def test_the_oracle_finds_the_shortest_path() -> None:
 def small_vocabulary(model: Any) -> Iterator[Any]:
     """The model with all but eight tokens forbidden, and its drafts made to disagree with it."""
     allowed = torch.arange(20, 28)
-    bias = torch.full((model.config.vocab_size,), -torch.inf)
+    bias = torch.full((model.config.vocab_size,), -1e30)
     bias[allowed] = 0.0
 
     hook = on_logits(model, lambda logits: logits[..., : len(bias)] * 0.5 + bias)

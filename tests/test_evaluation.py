@@ -23,6 +23,8 @@ from nemodiff_train.report import svg
 from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
 from nemodiff_train.report.trace import pieces
+from tests import jobs
+from tools.support.ranks import RankPool
 
 AR = [
     DecodeRecord(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
@@ -203,6 +205,21 @@ def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"url\(|@import", html) and page.seen.count("svg") == 4
 
 
+def test_page_names_characters_that_turn_the_text_around(tmp_path: Path) -> None:
+    record = DecodeRecord(
+        0,
+        [8, 2],
+        {"prefill": 1, "draft": 1, "verify": 1},
+        [Cycle(0, recovered=True, accept_mask=[False], draft_tokens=[8])],
+    )
+    turned = "\u202ereversed\u2066"
+    task = Task("one", [Prompt(prompt=turned, answer="7")], make_scorer("exact"))
+    single = assemble(turned, task, [Run("linear", {}, [record])], lambda tokens: turned, settings={})
+    html = write_report(tmp_path, single, lambda tokens: turned * len(tokens)).read_text()
+    assert "[U+202E]reversed[U+2066]" in html
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]|u202e", html)
+
+
 def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
     record = DecodeRecord(
         0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(0, recovered=True, accept_mask=[False])]
@@ -239,3 +256,22 @@ def test_ticks_and_label_spreading() -> None:
     assert svg.ticks(0.76, 0.94, 5) == pytest.approx([0.8, 0.85, 0.9])
     assert svg.spread([10, 11, 50], 5, 0, 52) == [10, 15, 50]
     assert svg.spread([50, 51], 5, 0, 52) == [47, 52]
+
+
+def test_an_evaluation_goes_on_where_it_was_interrupted(tmp_path: Path, ranks: RankPool) -> None:
+    """Nothing that was decoded before the disk was full is decoded again, and the report is the same."""
+    world = ranks.start("full disk", 1, jobs.evaluate_until_the_disk_is_full, logs=tmp_path, folder=str(tmp_path))
+    assert ranks.wait(world) == [0], world.output()
+    result = world.result()
+    assert result["codes"] == [0, 0, 2, 0, 2]  # the last finds the report of the one before
+    assert result["left"] == ["unfinished-0.jsonl"]
+    assert result["decoded"] == [2, 3, 4, 5, 0, 1, 2, 3, 4, 5]  # of diffusion, and of linear: ar was complete
+    refusals = [line for line in world.output().splitlines() if line.startswith("nemodiff: error")]
+    assert ["full" in refusals[0], "report already" in refusals[1]] == [True, True]
+
+    def tokens(name: str) -> list[tuple[str, str, list[int]]]:
+        records = read_records(tmp_path / name / "records.jsonl")
+        return [(record.mode, record.prompt, record.decoded.tokens) for record in records]
+
+    assert tokens("out") == tokens("undisturbed")
+    assert not list((tmp_path / "out").glob("unfinished*")) and not list(tmp_path.glob(".out*"))

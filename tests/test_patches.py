@@ -21,6 +21,8 @@ init_runtime()
 from nemodiff_train.runtime import patches
 from nemodiff_train.runtime.replace import REPLACED
 import nemodiff_train.model.adapters
+from megatron.bridge.training import setup
+patches.let_tokenizers_be_larger(setup)
 before = patches.serialization.apply_factory_merges
 with patches.halves_joined_in_place():
     assert patches.serialization.apply_factory_merges is not before

@@ -35,8 +35,8 @@ def _run(folder: Path, name: str, settings: list[str], recipe: str = "recipe", *
         data=str(folder / "data"),
         **arguments,
     )
-    timed = ("tokens_per_second", "seconds", "step")
-    return [{key: value for key, value in step.items() if key not in timed} for step in found["steps"]]
+    apart = ("tokens_per_second", "seconds", "step", "tokens", "learning_rate")  # of the clock, or of the settings
+    return [{key: value for key, value in step.items() if key not in apart} for step in found["steps"]]
 
 
 def train_everything(folder: str | Path) -> dict[str, list[Any]]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ class Bench:
         running = self.start(name, *more, world=world, **fault)
         return self.ranks.wait(running), running.output()
 
-    def start(self, name: str, *more: str, world: int = 2, **fault: Any) -> World:
+    def start(self, name: str, *more: str, world: int = 2, log: str = "", **fault: Any) -> World:
         """Start the ranks of a training."""
         logs = self.folder / "logs"
-        return self.ranks.start(name, world, faults.train, logs=logs, words=self.words(name, *more), **fault)
+        return self.ranks.start(log or name, world, faults.train, logs=logs, words=self.words(name, *more), **fault)
 
     def steps(self, name: str) -> list[dict[str, Any]]:
         """Return the figures of every step, without those that depend on the clock."""
@@ -290,14 +291,15 @@ def test_a_spike_is_skipped(bench: Bench) -> None:
 
 
 def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: Bench) -> None:
-    codes, output = bench.train(
-        "spike rollback", *SPIKES, "resilience.on_spike=rollback", fault="spike", rank=1, step=5
-    )
-    assert codes == [0, 0] and "went back to step 3" in output
+    """Also to a checkpoint that is still being written in the background."""
     assert bench.train("never trained", *SPIKES, "train.iterations_to_skip=[4,5]")[0] == [0, 0]
-    found = bench.steps("spike rollback")
-    assert [step["step"] for step in found] == list(range(1, STEPS + 1))
-    assert found[5] == bench.steps("never trained")[3]
+    for fault, saving in (("spike", "checkpoint.async_save=false"), ("spike while saving", BACKGROUND)):
+        rollback = (*SPIKES, "resilience.on_spike=rollback", saving)
+        codes, output = bench.train(fault, *rollback, fault=fault, rank=1, step=5)
+        assert codes == [0, 0] and "went back to step 3" in output
+        found = bench.steps(fault)
+        assert [step["step"] for step in found] == list(range(1, STEPS + 1))
+        assert found[5] == bench.steps("never trained")[3]
 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
@@ -312,7 +314,7 @@ def test_too_many_consecutive_skips_stop_the_run(bench: Bench) -> None:
     assert stopped(codes) and "resilience.max_consecutive_skips" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -> None:
     name = f"signal {number}"
     long = ("train.train_iters=100000", "checkpoint.save_interval=100000")
@@ -338,6 +340,62 @@ def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
             world.send(rank, number)
 
     return watch
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_is_no_failed_start(bench: Bench, number: int) -> None:
+    """The ranks wait for each other in set-up; what tells them to end is told to both."""
+    name = f"early {number}"
+    world = bench.start(name, "resilience.restarts=1", fault="hang in set-up", rank=1)
+
+    def once_it_hangs(world: World) -> None:
+        if faults.HANGS in world.output() and (bench.folder / name / "status.json").exists():
+            for rank in (0, 1):
+                world.send(rank, number)
+
+    code = 130 if number == signal.SIGINT else 0
+    codes = bench.ranks.wait(world, during=once_it_hangs)
+    assert codes[1] == code and codes[0] in (0, code)  # the first rank may be in a collective, and be ended
+    assert "before the first step" in world.output() and "Traceback" not in world.output()
+    (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
+    assert start["ended"] == "told to end"
+
+
+def test_a_rank_that_stands_still_in_setup_is_noticed(bench: Bench) -> None:
+    codes, output = bench.train("standing", "resilience.setup_timeout=8", fault="hang in set-up", rank=1)
+    assert codes == [1, 1]
+    assert "rank 1: no progress for 8 s, in step 1 (setup)" in output
+    assert "faults.py" in (bench.folder / "standing" / "stacks" / "rank_1.txt").read_text()
+
+
+def test_a_second_interrupt_ends_at_once(bench: Bench) -> None:
+    world = bench.start("twice", "resilience.hang_timeout=0", fault="hang", rank=1, step=3)
+
+    def interrupt(world: World) -> None:
+        if faults.HANGS in world.output():
+            world.send(0, signal.SIGINT)
+
+    assert bench.ranks.wait(world, during=interrupt)[0] == 130
+    assert "Ctrl-C again ends at once" in world.output() and "Traceback" not in world.output().partition("rank1")[0]
+
+
+def test_two_starts_of_one_run(bench: Bench) -> None:
+    """The second is refused, and the first goes on as if nothing had been; the lock ends with its process."""
+    long = ("train.train_iters=100000", "checkpoint.save_interval=100000")
+    refused: list[tuple[list[int], str]] = []
+
+    def start_again(world: World) -> None:
+        if not refused and (bench.folder / "once" / "metrics.jsonl").exists():
+            second = bench.start("once", *long, world=1, log="again")
+            refused.append((bench.ranks.wait(second), second.output()))
+            world.send_all(signal.SIGKILL)
+
+    first = bench.start("once", *long, world=1)
+    assert bench.ranks.wait(first, during=start_again) == [-signal.SIGKILL]
+    ((codes, output),) = refused
+    (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: error")]
+    assert codes == [2] and "is being written by process" in line
+    assert bench.train("once", world=1)[0] == [0]
 
 
 def test_a_hanging_rank_leaves_every_ranks_stacks(bench: Bench) -> None:
@@ -484,3 +542,11 @@ def test_every_published_file_has_a_checksum(bench: Bench, reference: Any) -> No
     entries = json.loads((iteration / CHECKSUMS).read_text())
     assert sorted(entries) == sorted(files_of(iteration))
     assert any(name.endswith(".distcp") for name in entries)
+
+
+def test_no_process_is_left(bench: Bench) -> None:
+    """What writes the checkpoints of a rank ends with it, whatever has ended the rank."""
+    end = time.monotonic() + 60
+    while (left := bench.ranks.processes()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left == []

@@ -1,9 +1,12 @@
 """Attention state of decoding: the cache of committed tokens, and one forward of new tokens after it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nemodiff_train.runtime.memory import require_memory
 
 
 class KeyValueCache:
@@ -34,9 +37,19 @@ class KeyValueCache:
         Args:
             number: Megatron's layer number.
             like: [batch, kv_heads, positions, head_dim]; gives the shape, dtype and device.
+
+        Raises:
+            UserError: The memory that is free does not hold the cache.
         """
         if self._states is None:
-            self._states = like.new_zeros(self.layers, 2, self.rows, like.shape[1], self.capacity, like.shape[3])
+            shape = (self.layers, 2, self.rows, like.shape[1], self.capacity, like.shape[3])
+            require_memory(
+                math.prod(shape) * like.element_size(),
+                like.device,
+                f"the cache of {self.rows} rows of {self.capacity:,} tokens",
+                "decode fewer rows together, or fewer tokens",
+            )
+            self._states = like.new_zeros(shape)
         keys, values = self._states[self._layer_index.setdefault(number, len(self._layer_index))]
         return keys, values
 
@@ -56,6 +69,8 @@ class DecodeBatch:
     """[batch, 1, new, visible] True where attention is allowed; None where it is everywhere."""
     slots: Tensor
     """[batch, new] index in the cache of each new token; its position, unless several share one."""
+    reach: int
+    """Number that every position is below."""
     is_draft: bool = False
     """Whether the new tokens are a draft, for which a drafter's adapters act."""
 
@@ -77,9 +92,9 @@ class DecodeBatch:
         # [batch, new] position of the last token that each new one sees.
         last_seen = positions if block_size == 1 else starts[:, None] + (step // block_size + 1) * block_size - 1
         if bool((last_seen >= visible - 1).all()):
-            return cls(cache, rows, positions, visible, None, positions)
+            return cls(cache, rows, positions, visible, None, positions, visible)
         mask = torch.arange(visible, device=starts.device) <= last_seen[:, None, :, None]
-        return cls(cache, rows, positions, visible, mask, positions)
+        return cls(cache, rows, positions, visible, mask, positions, visible)
 
     @classmethod
     def from_layout(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "DecodeBatch":
@@ -100,7 +115,8 @@ class DecodeBatch:
         column = key.clamp(0, new - 1)[:, None, :].expand(-1, new, -1)
         mask = (key < 0)[:, None, :] | (sees.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :])
         slots = starts[:, None] + torch.arange(new, device=starts.device)
-        return cls(cache, rows, starts[:, None] + offsets, visible, mask[:, None], slots)
+        positions = starts[:, None] + offsets
+        return cls(cache, rows, positions, visible, mask[:, None], slots, int(positions.max()) + 1)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values after the cached ones and return all that is visible.

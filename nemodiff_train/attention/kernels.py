@@ -128,6 +128,8 @@ def attend_flex(
 def _flex(compiled: bool) -> Callable[..., Any]:
     if not compiled:
         return flex_attention
+    # Layouts, block sizes, validation and decoding specialize it more often than torch's limit of 8 allows.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # fullgraph: without it PyTorch would, after a few recompilations, silently go on without a sparse kernel.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 

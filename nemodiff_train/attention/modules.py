@@ -128,9 +128,12 @@ def exchange_keys(key: Tensor, value: Tensor, layout: KeyQueryLayout, group: Pro
 class PositionLookupRotary(nn.Module):
     """Rotary angles by position in the sample instead of by index in the tensor.
 
-    Wraps the model's own rotary embedding (RoPE, YaRN, ...): its table is computed once and looked up with
-    0 .. L-1 for each view of a training sample, or with each row's own positions in decoding.
+    Wraps the model's own rotary embedding: its table is computed once and looked up with 0 .. L-1 for each view of a
+    training sample, or with each row's own positions in decoding.
     """
+
+    factor = 1.0
+    """What a rope scaling multiplies sine and cosine by (YaRN's attention factor)."""
 
     def __init__(self, rotary: RotaryEmbedding, config: "TriModeModelProvider", state: AttentionState) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ class PositionLookupRotary(nn.Module):
         """Return the number of positions of a forward, as the wrapped embedding does."""
         return int(self.rotary.get_rotary_seq_len(*args, **kwargs))
 
-    def forward(self, positions: int, **unused: object) -> Tensor | tuple[Tensor, float]:
+    def forward(self, positions: int, **unused: object) -> Tensor:
         """Look up the angles of a forward.
 
         Args:
@@ -150,23 +153,20 @@ class PositionLookupRotary(nn.Module):
             unused: Megatron's further arguments.
 
         Returns:
-            [positions of this rank, batch or 1, 1, head_dim] fp32, with YaRN's magnitude factor where the wrapped
-            embedding returns one.
+            [positions of this rank, batch or 1, 1, head_dim] fp32.
         """
         batch = self.state.decode_batch
-        table, factor = self._table(positions if batch is None else batch.visible)
+        table = self._table(positions if batch is None else batch.reach)
         if batch is None:
             queries = positions // self.state.shard.size
             index = self.state.positions(self.config, queries, self.state.rotary_segment_ids, table.device)
         else:
             index = batch.positions
-        angles = table[:, 0, 0][index.T][:, :, None]
-        return angles if factor is None else (angles, factor)
+        return table[:, 0, 0][index.T][:, :, None]
 
-    def _table(self, at_least: int) -> tuple[Tensor, float | None]:
+    def _table(self, at_least: int) -> Tensor:
         """Return the angles of positions 0 .. n-1 for a power of two n >= ``at_least``: [n, 1, 1, head_dim]."""
         size = 1 << max(at_least - 1, 255).bit_length()
         if size not in self.state.rotary_tables:
             self.state.rotary_tables[size] = self.rotary.get_emb(size)
-        table = self.state.rotary_tables[size]
-        return table if isinstance(table, tuple) else (table, None)
+        return self.state.rotary_tables[size]

@@ -45,7 +45,8 @@ def select_kernel(
         return Kernel("sdpa")  # causal attention has a kernel of its own; on a CPU FlexAttention has no backward
     if kernel == "flash":
         sides = (256, 128) if torch.cuda.get_device_capability(device)[0] >= 10 else (128, 128)
-        backend = {"BACKEND": "FLASH"}
+        backend: dict[str, object] = {"BACKEND": "FLASH"}
     else:
-        sides, backend = (128, 128), {}
+        # For less than 128 queries FlexAttention would take its kernel for decoding, which has no tiles of this size.
+        sides, backend = (128, 128), {"FORCE_USE_FLEX_ATTENTION": True}
     return Kernel("flex", (tile, tile) if tile else sides, {**backend, **(options or {})})

@@ -32,7 +32,7 @@ class AttentionState:
     """This process's context-parallel shard."""
     context_group: ProcessGroup | None = None
     """The process group of context parallelism."""
-    rotary_tables: dict[int, Tensor | tuple[Tensor, float]] = field(default_factory=dict)
+    rotary_tables: dict[int, Tensor] = field(default_factory=dict)
     """Rotary angles by number of positions, as the model's own embedding returns them."""
     rotary_segment_ids: Tensor | None = None
     """The segment ids of the micro-batch that is about to run forward, for the rotary embedding."""

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from nemodiff_train import __version__
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import RunStopped, UserError, nearest
+from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
+from nemodiff_train.resilience.signals import INTERRUPTED
 
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
 # 20 seconds, so a module imports it inside `run`.
@@ -45,6 +46,10 @@ _UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno
 """What is wrong with a path as such, wherever it is met."""
 
 
+def _at(error: OSError) -> str:
+    return f" ('{os.fsdecode(error.filename)}')" if error.filename else ""
+
+
 def _unusable(error: OSError) -> str:
     name = os.fsdecode(error.filename)
     shown = name if len(name) <= 200 else f"{name[:100]}..."
@@ -62,7 +67,9 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemodiff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, (module, summary) in VERBS.items():
-        sub = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        sub = verbs.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", conflict_handler="resolve"
+        )
         if name == verb:
             importlib.import_module(module).add_arguments(sub)
     return parser
@@ -72,9 +79,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Raises:
-        UserError: Not a verb, or not its arguments.
+        UserError: Not a verb, not its arguments, or a word that cannot be one.
     """
     words = list(arguments)
+    _check_words(words)
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
@@ -89,11 +97,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse words that no verb can mean: bytes that are not text, and options without a value."""
+    for before, word in zip(["", *words], words, strict=False):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the argument {word!a} is not valid UTF-8") from None
+        if (not word and before.startswith("--")) or (word.startswith("--") and word.endswith("=")):
+            raise UserError(f"{word.rstrip('=') or before} is empty; name what it is, or leave it out")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error).
+        0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error), 130 after
+        Ctrl-C.
     """
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
@@ -101,9 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     except OSError as error:
+        if disk_is_full(error):
+            return _refuse(UserError(f"the disk is full{_at(error)}; make room and repeat the command"))
         if error.errno not in _UNUSABLE or error.filename is None:
             raise
         return _refuse(UserError(_unusable(error)))
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("nemodiff: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except RunStopped as stop:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)

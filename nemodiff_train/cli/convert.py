@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from nemodiff_train.cli.decoding_options import at_least_1
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
 
-FORMATS = ("ar", "nemotron", "tri-mode")
+FORMATS = ("ar", "nemotron", "sdar", "tri-mode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +39,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; tri-mode: with code that decodes in every "
-        "mode; by default nemotron for a model that came as one, else ar",
+        help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; sdar: SDAR, of a block-causal Qwen 3; "
+        "tri-mode: with code that decodes in every mode; by default nemotron for a model that came as one, else ar",
     )
+    parser.add_argument("--drafter", metavar="CHECKPOINT", help="drafter to put into OUTPUT/linear_spec_lora")
+    parser.add_argument("--results", metavar="DIR", help="evaluation whose figures go into the card of tri-mode")
     parser.add_argument("--remote-code", metavar="DIR", help="directory with the Python files of --format nemotron")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     _add_layout(parser)
@@ -52,13 +55,15 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, default=0.0, help="largest difference of a weight (default: 0, bit for bit)"
     )
-    parser.add_argument("--prompt", default="The quick brown fox", help="text whose logits are compared")
+    parser.add_argument("--prompt", help="text whose logits are compared")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each layer (default: 1)")
     parser.add_argument(
-        "--pipeline-parallel", type=int, default=1, help="ranks that share the layers out (default: 1)"
+        "--tensor-parallel", type=at_least_1, default=1, help="ranks that share each layer (default: 1)"
+    )
+    parser.add_argument(
+        "--pipeline-parallel", type=at_least_1, default=1, help="ranks that share the layers out (default: 1)"
     )
 
 
@@ -110,8 +115,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if source.kind is Kind.DRAFTER:
         from nemodiff_train.conversion.drafters import export_drafter
 
-        if arguments.remote_code:
-            raise UserError("--remote-code belongs to a model; a drafter is exported as a PEFT directory")
+        for option in ("remote_code", "drafter", "results"):
+            if getattr(arguments, option):
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} belongs to a model; a drafter is exported as a PEFT directory")
         export_drafter(source, arguments.output, arguments.format)
         return 0
     from nemodiff_train.conversion.exporting import export_checkpoint
@@ -121,6 +128,8 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.output,
         format=arguments.format,
         remote_code=arguments.remote_code,
+        drafter=Checkpoint.open(arguments.drafter) if arguments.drafter else None,
+        results=arguments.results,
         max_shard_size=arguments.max_shard_size,
         tensor_parallel=arguments.tensor_parallel,
         pipeline_parallel=arguments.pipeline_parallel,
@@ -132,9 +141,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not arguments.tolerance >= 0:
         raise UserError(f"--tolerance is {arguments.tolerance}; use 0 or more")
     init_runtime()
-    from nemodiff_train.conversion.verify import verify
+    from nemodiff_train.conversion.verify import PROMPT, verify
 
-    equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=arguments.prompt)
+    prompt = PROMPT if arguments.prompt is None else arguments.prompt
+    equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=prompt)
     return 0 if equal else 1
 
 

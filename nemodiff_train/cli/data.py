@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from nemodiff_train.console import console
+from nemodiff_train.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from nemodiff_train.data.manifest import Manifest
@@ -25,18 +26,23 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "inputs",
         metavar="INPUT",
         nargs="+",
-        help="text file (one document), .jsonl, .parquet, a directory of these, or a Hugging Face data set "
+        help="text file (one document), .jsonl, .json, .parquet, a directory of these, or a Hugging Face data set "
         "(owner/name or owner/name:config)",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR_OR_NAME", help="Hugging Face tokenizer")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="Hugging Face tokenizer, or a checkpoint",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default text)")
+    parser.add_argument("--text-field", metavar="NAME", help="field with the text (default text)")
     parser.add_argument("--chat", action="store_true", help="records are conversations, for fine-tuning")
-    parser.add_argument("--messages-field", default="messages", metavar="NAME", help="with --chat (default messages)")
+    parser.add_argument("--messages-field", metavar="NAME", help="with --chat (default messages)")
     parser.add_argument("--prompt-field", metavar="NAME", help="with --chat: the field with a single prompt")
     parser.add_argument("--answer-field", metavar="NAME", help="with --prompt-field: the field with its answer")
-    parser.add_argument("--split", default="train", help="split of a Hugging Face data set (default train)")
-    parser.add_argument("--glob", default="*", metavar="PATTERN", help="files to take from directories")
+    parser.add_argument("--split", help="split of a Hugging Face data set (default train)")
+    parser.add_argument("--glob", metavar="PATTERN", help="files to take from directories (default all)")
     parser.add_argument(
         "--eod-token", metavar="TOKEN", help="ends documents (default: the EOS token), or answers (the template's)"
     )
@@ -75,6 +81,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from nemodiff_train.data.prepare import PrepareOptions, prepare
 
     fields = {name: getattr(arguments, name) for name in PrepareOptions.__dataclass_fields__}
+    if checkpoint := Checkpoint.find(arguments.tokenizer):
+        fields["tokenizer"] = str(checkpoint.tokenizer_directory)
     try:
         manifest = prepare(PrepareOptions(**fields))
     except KeyboardInterrupt:

@@ -21,6 +21,13 @@ _HELP: dict[str, str] = {
 }
 
 
+def at_least_1(text: str) -> int:
+    """Return a whole number above 0, as argparse takes it."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to a verb."""
     defaults = {f.name: f.default for f in fields(DecodingSettings)}
@@ -34,8 +41,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
     parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; drafts in mode linear")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each layer")
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help="processes that share the layers out")
+    parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
+    parser.add_argument("--pipeline-parallel", type=at_least_1, default=1, help="processes that share the layers out")
 
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("--output", required=True, help="folder for everything the demo makes; new or empty")
     parser.add_argument("--start-from", metavar="DIR", help="your own Hugging Face AR model instead of a new one")
-    parser.add_argument("--mask-token", default="<|mask|>", help="a token of its that never occurs in text")
-    parser.add_argument("--count", type=int, default=200, help="held-out problems to score (%(default)s)")
+    parser.add_argument("--mask-token", metavar="TOKEN", help="a token of its that never occurs in text")
+    parser.add_argument("--count", type=int, help="held-out problems to score (200; fewer of a large model on a CPU)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -22,9 +22,11 @@ def run(arguments: argparse.Namespace) -> None:
     check_can_be_made(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"'{output}' is not empty; name a new folder, or remove it")
+    if arguments.mask_token and not arguments.start_from:
+        raise UserError("--mask-token goes with --start-from; the demo's own model has a mask token")
     if arguments.start_from and not Path(arguments.start_from).is_dir():
         raise UserError(f"'{arguments.start_from}' is not a directory; give a Hugging Face model directory")
-    if arguments.count < 1:
+    if arguments.count is not None and arguments.count < 1:
         raise UserError(f"--count is {arguments.count}; it must be at least 1")
     init_runtime()
     from nemodiff_train.demo.run import run_demo

@@ -10,7 +10,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.settings import EvaluationSettings
-from nemodiff_train.files import usable_directory
+from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
@@ -55,15 +55,20 @@ def run(arguments: argparse.Namespace) -> None:
         DecodingSettings(threshold=threshold)  # refuses what is no probability
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
+    output = Path(arguments.output)
+    check_can_be_made(output)
+    if (output / "report.html").exists():
+        raise UserError(f"'{output}' has a report already; name another --output, or remove it")
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.evaluation.evaluate import evaluate
+    from nemodiff_train.evaluation.unfinished import open_log
     from nemodiff_train.report.report import write_report
     from nemodiff_train.report.table import print_table
 
-    usable_directory(Path(arguments.output))
-    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
+    options = decoding_options(arguments)
+    opened = load_decoding_model(checkpoint, modes=modes, **options)
     plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
@@ -71,11 +76,14 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         chat=arguments.chat,
     )
-    evaluation = evaluate(opened, task, plan, arguments.checkpoint)
-    if is_main_process():
-        report = write_report(Path(arguments.output), evaluation, opened.settings.text)
-        print_table(evaluation)
-        console.print(f"report: [bold]{report}[/bold]")
+    weights = "\n".join(str(part.iteration.resolve()) for part in (checkpoint, options["drafter"]) if part)
+    with locked(output), open_log(output, opened, task, plan, weights) as unfinished:
+        evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
+        if is_main_process():
+            report = write_report(output, evaluation, opened.settings.text)
+            unfinished.remove()
+            print_table(evaluation)
+            console.print(f"report: [bold]{report}[/bold]")
 
 
 def _numbers[Number: (int, float)](

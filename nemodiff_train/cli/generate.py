@@ -35,21 +35,22 @@ def run(arguments: argparse.Namespace) -> None:
     init_runtime()
     from nemodiff_train.decoding.decode import decode, fill
     from nemodiff_train.decoding.loading import load_decoding_model
-    from nemodiff_train.decoding.prompts import prompt_tokens
+    from nemodiff_train.decoding.prompts import encode_prompts
 
     mode = "diffusion" if arguments.infill else arguments.mode
     opened = load_decoding_model(checkpoint, modes=(mode,), **decoding_options(arguments))
-    (prompt,) = prompt_tokens(opened.tokenizer, [arguments.prompt], arguments.chat)
+    prompts = encode_prompts(opened.tokenizer, [arguments.prompt], arguments.chat)
+    (prompt,), settings = prompts.tokens, opened.settings.stopping_at(prompts.stop_token_ids)
     if arguments.infill:
-        filled, session = fill(opened.model, prompt, opened.settings)
+        filled, session = fill(opened.model, prompt, settings)
         _print(str(opened.tokenizer.decode(filled.tokens)), len(filled.positions), session)
         return
-    (generation,), session = decode(opened.model, [prompt], mode, opened.settings)
-    _print(opened.settings.text(generation.tokens), len(generation.tokens), session)
+    (generation,), session = decode(opened.model, [prompt], mode, settings)
+    _print(settings.text(generation.tokens), len(generation.tokens), session)
     if arguments.revise is not None:
         text = [*prompt, *generation.tokens]
-        revised, session = fill(opened.model, text, opened.settings, len(prompt), arguments.revise)
-        _print(opened.settings.text(revised.tokens[len(prompt) :]), len(revised.positions), session)
+        revised, session = fill(opened.model, text, settings, len(prompt), arguments.revise)
+        _print(settings.text(revised.tokens[len(prompt) :]), len(revised.positions), session)
 
 
 def _print(text: str, tokens: int, session: "Session") -> None:

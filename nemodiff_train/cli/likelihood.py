@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from nemodiff_train.cli.decoding_options import at_least_1
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=8, help="noise draws of each sample (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples scored together (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes that share each layer")
+    parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
     parser.add_argument("--output", help="JSON file for the figures")
 
 
@@ -38,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.evaluation.likelihood import likelihood
-    from nemodiff_train.model.loading import load_model
+    from nemodiff_train.model.loading import computing_dtype, load_model
 
-    loaded = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel)
+    loaded = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel, dtype=computing_dtype())
     found = likelihood(
         loaded.chunks,
         (loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),

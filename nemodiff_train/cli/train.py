@@ -1,15 +1,25 @@
-"""``nemodiff train RECIPE [key=value ...]``, alone or under torchrun."""
+"""``nemodiff train RECIPE [key=value ...]``: one process, several with ``--nproc``, or the ranks of a launcher."""
 
 import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
+from nemodiff_train.config.registry import recipe_files
+from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
+from nemodiff_train.processes import run_ranks
+from nemodiff_train.resilience.signals import end_at_once
 from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
+    parser.add_argument("-h", "--help", action=_Help, help="show this; after a recipe, its arguments too")
+    parser.add_argument("--list", action=_List, help="show the names of all recipes")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
+    parser.add_argument("--nproc", type=int, help="start so many ranks on this machine, as torchrun does")
     parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
     parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="with --dry-run: GB of one GPU (default 80)")
@@ -25,6 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--gpus goes with --dry-run; a run has the processes that torchrun starts")
     if (arguments.gpus is not None and arguments.gpus < 1) or not arguments.gpu_memory > 0:
         raise UserError("--gpus and --gpu-memory take a number above 0")
+    if arguments.nproc is not None:
+        return _start_ranks(arguments)
+    if not arguments.dry_run:
+        end_at_once()
     init_runtime()
     from nemodiff_train.config.recipes import load_recipe
     from nemodiff_train.training.run import check_run, train
@@ -34,3 +48,45 @@ def run(arguments: argparse.Namespace) -> int:
         return check_run(config, arguments.gpus, arguments.gpu_memory)
     train(config)
     return 0
+
+
+class _Help(argparse.Action):
+    """Show the help of the verb, and after a recipe its arguments with their defaults."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: object) -> NoReturn:
+        parser.print_help()
+        if recipe := getattr(namespace, "recipe", None):
+            init_runtime()
+            from nemodiff_train.config.recipes import describe_recipe
+
+            print(f"\n{describe_recipe(recipe)}")
+        parser.exit()
+
+
+class _List(_Help):
+    """Show the names of all recipes."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: object) -> NoReturn:
+        for file, (summary, names) in recipe_files().items():
+            print(f"recipes/{file}.py: {summary}\n    {'\n    '.join(names)}")
+        parser.exit()
+
+
+def _start_ranks(arguments: argparse.Namespace) -> int:
+    """Run the same words as several ranks.
+
+    Returns:
+        The exit code of the first rank that failed, else 0; that of a shell for a rank that a signal ended.
+    """
+    if arguments.nproc < 1:
+        raise UserError(f"--nproc is {arguments.nproc}; it must be at least 1")
+    if arguments.dry_run:
+        raise UserError("--nproc goes with a run; --dry-run takes the number of GPUs as --gpus")
+    if world_size() > 1:
+        raise UserError("--nproc starts the ranks itself; leave it out under torchrun or srun")
+    words = [arguments.recipe, *arguments.settings]
+    code = run_ranks([sys.executable, "-m", "nemodiff_train", "train", *words], arguments.nproc)
+    return code if code >= 0 else 128 - code

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import yaml
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
+from megatron.core.timers import Timers
 
-from nemodiff_train.config.datasets import ChatDatasetConfig
-from nemodiff_train.config.run import DiagnosticsConfig, EvaluationConfig, ResilienceConfig
+from nemodiff_train.config.run import AdapterBase, DiagnosticsConfig, EvaluationConfig, ResilienceConfig
 from nemodiff_train.config.schedule import ScheduleConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
@@ -27,6 +30,8 @@ class TriModeConfig(ConfigContainer):
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     drafter: DrafterConfig | None = None
     """Train a drafter instead of a model; ``peft`` describes its adapters."""
+    adapter_base: AdapterBase | None = None
+    """What ``peft`` adapts; set when the run starts."""
     given: dict[str, Any] = field(default_factory=dict)
     """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
 
@@ -37,6 +42,11 @@ class TriModeConfig(ConfigContainer):
         with safe_yaml_representers():
             sections = yaml.safe_load(yaml.safe_dump(self.to_dict()))
         return dict(_leaves(sections, ""))
+
+    @classmethod
+    def _convert_value_to_dict(cls, value: Any) -> Any:
+        """Return a value as it is saved; None for what is no setting, but belongs to this process alone."""
+        return None if _belongs_to_process(value) else super()._convert_value_to_dict(value)
 
     def validate(self) -> None:
         """Propagate the objective's settings, then let Bridge check and complete the configuration.
@@ -64,8 +74,9 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        if isinstance(data, ChatDatasetConfig):
-            model.add_stop_token(data.end_of_turn())
+        data.run_cache = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        if data.holds_conversations:
+            model.add_stop_token(data.stored_end())
         if objective.stage == "joint":
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
 
@@ -111,6 +122,14 @@ class TriModeConfig(ConfigContainer):
                 "'nemodiff convert import --add-mask-token'"
             )
         return int(token_id)
+
+
+def _belongs_to_process(value: Any) -> bool:
+    """Return whether a value is a clock, a method of a model or an optimizer, or a function that was given one."""
+    if isinstance(value, list):
+        return any(map(_belongs_to_process, value))
+    given = (*value.args, *value.keywords.values()) if isinstance(value, partial) else ()
+    return isinstance(value, MethodType | Timers) or not all(isinstance(x, str | int | float | None) for x in given)
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

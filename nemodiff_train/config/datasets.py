@@ -12,7 +12,9 @@ from megatron.bridge.training.tokenizers.tokenizer import MegatronTokenizer
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from nemodiff_train.data.conversations import ConversationDataset, PackConfig
-from nemodiff_train.data.manifest import Manifest
+from nemodiff_train.data.index_file import read_index
+from nemodiff_train.data.manifest import Manifest, contents_digest
+from nemodiff_train.data.tokenizer import use_tokenizer_file
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.sample import SampleMaker, TriModeDataset
@@ -47,6 +49,7 @@ class IndexedDatasetConfig(DatasetProvider):
     mask_token_id = 0
     batch_size = 1
     samples_ahead = 0
+    run_cache = ""
     tokenizer = None
 
     holds_conversations: ClassVar[bool] = False
@@ -61,9 +64,16 @@ class IndexedDatasetConfig(DatasetProvider):
         """Return whether the block boundaries differ between samples."""
         return self.objective.stage == "joint" and self.objective.block_schedule != "fixed"
 
+    def stored_end(self) -> int | None:
+        """Return the token that ends every document of text, or every answer, or None where no manifest says so."""
+        manifests = (Manifest.read(prefix) for prefix in self.prefixes)
+        return next((manifest.eod_token_id for manifest in manifests if manifest), None)
+
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Build training, validation and test samples; see :mod:`nemodiff_train.objective.sample`."""
         self.tokenizer = context.tokenizer
+        loaded = context.tokenizer._tokenizer.tokenizer  # Transformers', which Bridge saves with checkpoints
+        use_tokenizer_file(loaded, loaded.name_or_path)
         maker = self.sample_maker(context.tokenizer)
         train, validation, test = (
             documents and TriModeDataset(documents, maker, split)
@@ -87,7 +97,7 @@ class IndexedDatasetConfig(DatasetProvider):
         """Return Megatron's settings that text and conversations share."""
         return {
             "seq_length": self.seq_length,
-            "data_path": [str(part) for part in self.data],
+            "data_path": weighted(list(map(str, self.data))),
             "split": self.split,
             "random_seed": self.random_seed,
             # SampleMaker does what these three are about; Megatron would loop over the documents in Python.
@@ -99,12 +109,22 @@ class IndexedDatasetConfig(DatasetProvider):
         }
 
 
+def weighted(data: list[str]) -> list[str]:
+    """Return a blend with weights: where it has none, the tokens of each data set, as if they were one.
+
+    Without weights, Megatron blends a single epoch.
+    """
+    if len(data) < 2 or not all(math.isnan(parse_number(part)) for part in data):
+        return data
+    return [word for prefix in data for word in (str(int(read_index(prefix).lengths.sum())), prefix)]
+
+
 @dataclass(kw_only=True)
 class TextDatasetConfig(IndexedDatasetConfig):
     """Text, read through ``GPTDataset``: documents one after another, cut into samples of L tokens."""
 
     path_to_cache: str | None = None
-    """Folder of the sample index; beside the data when None."""
+    """Folder of the sample index; in the run's folder when None."""
     reset_attention_mask: bool = False
     """Keep the documents of a sample apart: no attention across their ends, and blocks restart with each."""
     reset_position_ids: bool = False
@@ -119,42 +139,26 @@ class TextDatasetConfig(IndexedDatasetConfig):
 
     def read(self, context: DatasetBuildContext) -> Sequence[Any]:
         """Return samples of L tokens for each split."""
-        settings = {**self._megatron_settings(context), "tokenizer": self._ending(context.tokenizer)}
-        config = GPTDatasetConfig(**settings, path_to_cache=self.path_to_cache, eod_mask_loss=self.eod_mask_loss)
+        config = GPTDatasetConfig(
+            **self._megatron_settings(context),
+            path_to_cache=f"{self.path_to_cache or self.run_cache}/{contents_digest(self.prefixes)}",
+            eod_mask_loss=False,  # SampleMaker does this as well, by the token that the data end documents with
+        )
         config.finalize()
         return pretrain_train_valid_test_datasets_provider(self._sample_counts(context), config)
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""
+        end = self.stored_end()
+        end = tokenizer.eod if end is None else end
         return SampleMaker(
             objective=self.objective,
             mask_id=self.mask_token_id,
             batch_size=self.batch_size,
-            document_end=self._ending(tokenizer).eod if self.reset_attention_mask else None,
+            document_end=end if self.reset_attention_mask else None,
             restart_positions=self.reset_position_ids,
+            unlearned=end if self.eod_mask_loss else None,
         )
-
-    def _ending(self, tokenizer: Any) -> Any:
-        """Return the tokenizer with the token that ends the documents of the data, which may be another one."""
-        manifests = (Manifest.read(prefix) for prefix in self.prefixes)
-        ends = {manifest.eod_token_id for manifest in manifests if manifest}
-        return _EndingWith(tokenizer, ends.pop()) if len(ends) == 1 else tokenizer
-
-
-class _EndingWith:
-    """A tokenizer with another end of documents.
-
-    Args:
-        tokenizer: The tokenizer.
-        eod: Id of the token that ends documents.
-    """
-
-    def __init__(self, tokenizer: Any, eod: int) -> None:
-        self._tokenizer = tokenizer
-        self.eod = eod
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
 
 
 @dataclass(kw_only=True)
@@ -185,8 +189,3 @@ class ChatDatasetConfig(IndexedDatasetConfig):
             length=self.seq_length,
             padding_id=tokenizer.eod,
         )
-
-    def end_of_turn(self) -> int | None:
-        """Return the token that ends every answer, or None without data."""
-        manifests = (Manifest.read(prefix) for prefix in self.prefixes)
-        return next((manifest.eod_token_id for manifest in manifests if manifest), None)

@@ -52,7 +52,8 @@ def base_config(
         optimizer: See :func:`adamw`.
         scheduler: See :func:`schedule`.
         save_interval: Steps between checkpoints.
-        precision: Name of one of Megatron Bridge's mixed precisions; None for fp32.
+        precision: Name of one of Megatron Bridge's mixed precisions, or ``fp32``; None for what fits the model and
+            the machine (:func:`~nemodiff_train.config.precision.precision_of`).
     """
     return TriModeConfig(
         model=model,

@@ -50,11 +50,13 @@ def two_stages(size: Size) -> tuple[Recipe, Recipe]:
     """
 
     def ar(start_from: str, data: str, output: str, precision: str = "bf16_mixed") -> TriModeConfig:
+        """Train the AR model on, on one trillion tokens."""
         return _stage(size, ObjectiveConfig(stage="ar"), AR_TOKENS, start_from, data, output, precision)
 
     def joint(
         start_from: str, data: str, output: str, mask_token: str | None = None, precision: str = "bf16_mixed"
     ) -> TriModeConfig:
+        """Train the AR model of the first stage jointly with block diffusion, on 300 billion tokens."""
         objective = preset("nemotron", mask_token=mask_token)
         return _stage(size, objective, JOINT_TOKENS, start_from, data, output, precision)
 

@@ -39,6 +39,20 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     return config
 
 
+def describe_recipe(name: str) -> str:
+    """Return the arguments of a recipe with their defaults, and its docstring.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
+    recipe = _find(name)
+    lines = [f"recipe {name}:", *(f"  {line}".rstrip() for line in (inspect.getdoc(recipe) or "").splitlines()), ""]
+    for key, parameter in inspect.signature(recipe).parameters.items():
+        required = parameter.default is parameter.empty
+        lines.append(f"  {key}=..." if required else f"  {key}={parameter.default}")
+    return "\n".join([*lines, "  section.field=value overrides a field of the configuration that it returns"])
+
+
 def _find(name: str) -> Recipe:
     check_recipe(name)
     if module_name := recipe_modules().get(name):

@@ -13,8 +13,17 @@ _FILE = re.compile(r"(?P<file>.*\.py)(?::(?P<function>[A-Za-z_]\w*))?", re.DOTAL
 
 def recipe_modules() -> dict[str, str]:
     """Return the module of every recipe by name: recipes are the public, lower-case names of ``recipes/*.py``."""
-    files = sorted(Path(recipes.__path__[0]).glob("*.py"))
-    return {name: file.stem for file in files for name in _defined_names(ast.parse(file.read_text()))}
+    return {name: file for file, (_, names) in recipe_files().items() for name in names}
+
+
+def recipe_files() -> dict[str, tuple[str, list[str]]]:
+    """Return for every module of recipes the first line of its docstring, and the names of its recipes."""
+    modules = {file.stem: ast.parse(file.read_text()) for file in sorted(Path(recipes.__path__[0]).glob("*.py"))}
+    described = {
+        name: ((ast.get_docstring(module) or "").partition("\n")[0], list(_defined_names(module)))
+        for name, module in modules.items()
+    }
+    return {name: (summary, names) for name, (summary, names) in described.items() if names}
 
 
 def _defined_names(module: ast.Module) -> Iterator[str]:

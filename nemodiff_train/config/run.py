@@ -10,6 +10,8 @@ class DiagnosticsConfig:
 
     loss_interval: int = 10
     """Steps between reports of the diffusion loss by noise level and by position in the block; 0 for none."""
+    line_interval: int = 10
+    """Steps between lines of the log where the console is not a terminal; 0 for none."""
 
 
 @dataclass(kw_only=True)
@@ -60,9 +62,21 @@ class ResilienceConfig:
     """Steps between comparisons of the replicas' weights; 0 for none."""
     hang_timeout: float = 1800.0
     """Seconds without progress after which every rank writes its stacks and exits; 0 for no limit."""
+    setup_timeout: float = 3600.0
+    """The same for the time before the first step, which reads the model and builds the data's index."""
     exit_grace: float = 240.0
-    """Seconds after SIGTERM or SIGUSR1 in which a run must save and exit; after them the process is ended."""
+    """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which a run must save and exit; after them the process is ended."""
     straggler_interval: int = 10
     """Steps between reports of slow ranks and slow data in ``status.json``; 0 for none."""
     restarts: int = 3
     """Maximum number of consecutive starts that end without a new checkpoint; 0 for no limit."""
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The checkpoint that adapters are trained on; recorded by the run, and compared wherever they are loaded."""
+
+    iteration: str
+    """Name of its ``iter_*`` folder."""
+    checksum: str
+    """See :func:`nemodiff_train.model.checksums.identity`."""

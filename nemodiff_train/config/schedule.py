@@ -9,6 +9,9 @@ from megatron.bridge.training.config import SchedulerConfig
 class ScheduleConfig(SchedulerConfig):
     """Bridge's schedule, whose decay may be given as a share of the run as well."""
 
+    lr_warmup_fraction: float | None = None
+    lr_warmup_iters: int = 0
+    lr_wsd_decay_iters: int | None = None
     lr_wsd_decay_fraction: float | None = None
     """Share of the run's steps in the final decay of ``WSD``; ``lr_wsd_decay_iters`` is the same in steps."""
 

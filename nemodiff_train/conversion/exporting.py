@@ -1,7 +1,6 @@
 """``nemodiff convert export``: make a Hugging Face directory of a Megatron checkpoint."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,19 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, console, quiet
+from nemodiff_train.conversion.automodel.card import read_results, write_card
+from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, write_drafter
 from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, own_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
+from nemodiff_train.data.tokenizer_files import copy_tokenizer, rename_for_transformers_4
 from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.draft_adapter import open_drafter
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import load_model
 from nemodiff_train.model.pretrained import config_from, model_from
@@ -31,6 +34,8 @@ def export_checkpoint(
     *,
     format: str | None = None,
     remote_code: str | None = None,
+    drafter: Checkpoint | None = None,
+    results: str | None = None,
     max_shard_size: str = "5GB",
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -42,12 +47,15 @@ def export_checkpoint(
         output: Directory to create.
         format: Name in ``FORMATS``; None for the format that the model came in.
         remote_code: Directory with the Python files that load the format.
+        drafter: A drafter of the model, which goes into the folder ``linear_spec_lora`` of the directory.
+        results: Output of an evaluation, whose figures go into the model card of ``tri-mode``.
         max_shard_size: Largest weight file.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out.
 
     Raises:
-        UserError: The checkpoint is a drafter's, the output exists, or the format cannot hold the model.
+        UserError: The checkpoint is a drafter's, the output exists, the format cannot hold the model, or the drafter
+            is another model's.
     """
     check_free(Path(output))
     provider = model_from(source.require_model())
@@ -56,18 +64,28 @@ def export_checkpoint(
     settings = FORMATS[name].settings(provider)
     if remote_code and not FORMATS[name].needs_code:
         raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
+    if results and name != "tri-mode":
+        raise UserError(f"--results go into the model card of --format tri-mode; --format {name} has none")
     code = code_files(settings, remote_code) if remote_code else []
+    if FORMATS[name].needs_code and not code:
+        settings.pop("auto_map")  # Transformers would stop at the first file that is not there
+    lora = open_drafter(drafter, provider) if drafter else None
+    figures = read_results(results) if results else None
     tokenizer = source.tokenizer_directory
     writer = ShardWriter(Path(output), expected_shapes(settings), provider.params_dtype, max_shard_size)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
         writer.directory = partial
         _write_weights(loaded.chunks, settings, writer, f"exporting {source.path}")
+        if drafter and lora:
+            write_drafter(drafter, lora, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             copy_code(code, partial)
             if finish := FORMATS[name].finish:
                 finish(partial, settings)
+            if name == "tri-mode":
+                write_card(partial, settings, provider.origin, figures)
     if is_main_process():
         console.print(f"exported [bold]{source.path}[/bold] to [bold]{output}[/bold]")
         if FORMATS[name].needs_code and not code:
@@ -115,5 +133,5 @@ def _write_companions(directory: Path, settings: dict[str, Any], generation: dic
     for name, content in (("config.json", settings), ("generation_config.json", generation)):
         if content:
             (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
-    for file in sorted(tokenizer.iterdir()):
-        shutil.copy2(file, directory / file.name)
+    copy_tokenizer(tokenizer, directory)
+    rename_for_transformers_4(directory)

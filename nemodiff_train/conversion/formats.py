@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from nemodiff_train.conversion.automodel.directory import add_code, tri_mode_settings
+from nemodiff_train.conversion.automodel.directory import add_code, add_sdar_configuration, tri_mode_settings
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, ar_settings, architecture
 from nemodiff_train.model.pretrained import config_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -19,6 +19,28 @@ REMOTE_CODE = {
     "AutoModel": "modeling_nemotron_labs_diffusion.NemotronLabsDiffusionModel",
 }
 """Classes that load a NemotronLabsDiffusion directory; their files are NVIDIA's and not part of this project."""
+
+BACKBONES = ("Ministral3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+"""Families that compute what a NemotronLabsDiffusion model does, where their attention and MLP have no biases."""
+
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""Settings of every dense family, whose defaults differ from class to class: written whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +57,18 @@ class Format:
 
 def ar_format(provider: TriModeModelProvider) -> dict[str, Any]:
     """Return the ``config.json`` of the AR family itself, for any server of the family."""
-    return _in_dtype(ar_settings(provider.hf_config), provider.params_dtype)
+    settings = {key: value for key, value in ar_settings(provider.hf_config).items() if key != "auto_map"}
+    return _in_dtype({**_keys_of_engines(settings), **settings}, provider.params_dtype)
 
 
 def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
     """Return the ``config.json`` of a NemotronLabsDiffusion model, with the keys of the published ones.
 
     Raises:
-        UserError: The model is not a Ministral 3, has no mask token, or decodes in another way.
+        UserError: The model is of another family, has no mask token, or decodes in another way.
     """
     settings = ar_settings(provider.hf_config)
-    if architecture(settings) != "Ministral3ForCausalLM":
-        raise UserError(
-            f"--format nemotron holds Ministral 3 models, but this is {architecture(settings)}; use --format ar"
-        )
+    _check_backbone(settings)
     if provider.mask_token_id is None:
         raise UserError(
             "--format nemotron needs a mask token, but this checkpoint has none; train it jointly, or import it with "
@@ -57,26 +77,30 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
     if provider.shift or provider.clean_attention != "causal":
         raise UserError(
             "--format nemotron is decoded without shift and with causal attention on clean text, but this model has "
-            f"shift={str(provider.shift).lower()} and clean_attention={provider.clean_attention}; use --format ar"
+            f"{_objective(provider)}; use --format ar"
         )
     diffusion = {
         "mask_token_id": provider.mask_token_id,
         "block_size": provider.block_size,
         "tie_word_embeddings": False,  # the head is always written
     }
+    named = {"auto_map": REMOTE_CODE, "rope_parameters": _query_scaled(settings)}
     if architecture(provider.hf_config) == NEMOTRON:
-        published = provider.hf_config
-        known = config_from(published)  # with the defaults of keys that are left out
-        changed = {key: value for key, value in diffusion.items() if getattr(known, key) != value}
-        return _in_dtype({**published, **changed}, provider.params_dtype)
+        return _in_dtype({**named, **provider.hf_config, **diffusion}, provider.params_dtype)
+    known = config_from(settings).to_dict()
+    # Other keys of a family say nothing to a Ministral 3.
+    kept = settings if architecture(settings) == "Ministral3ForCausalLM" else {}
     return _in_dtype(
         {
-            **settings,
+            **kept,
+            **{key: known.get(key) for key in _SHAPE},
+            "head_dim": known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"],
+            **named,
             "architectures": [NEMOTRON],
-            "auto_map": REMOTE_CODE,
             "model_type": "nemotron_labs_diffusion",
             "attention_bias": False,
             "mlp_bias": False,
+            "sliding_window": None,
             "dlm_paradigm": "bidirectional",  # how the published models are decoded
             "ar_loss_weight": 1.0,
             "dlm_loss_weight": None,
@@ -85,6 +109,83 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
         },
         provider.params_dtype,
     )
+
+
+def sdar_format(provider: TriModeModelProvider) -> dict[str, Any]:
+    """Return the ``config.json`` of an SDAR model: a Qwen 3 that attends block-causally and predicts without shift.
+
+    Raises:
+        UserError: It is another model, or has another mask token.
+    """
+    settings = ar_settings(provider.hf_config)
+    if architecture(settings) != "Qwen3ForCausalLM" or provider.shift or provider.clean_attention != "block_causal":
+        raise UserError(
+            "--format sdar holds a Qwen3ForCausalLM with shift=false and clean_attention=block_causal, but this is "
+            f"{architecture(settings)} with {_objective(provider)}; use --format tri-mode"
+        )
+    if provider.mask_token_id != OF_SDAR["mask_token_id"]:
+        raise UserError(
+            f"--format sdar is decoded with the mask token {OF_SDAR['mask_token_id']}, but this model has "
+            f"{provider.mask_token_id}; import Qwen 3 with --add-mask-token, which gives it this id"
+        )
+    return {
+        **ar_format(provider),
+        "architectures": [SDAR],
+        "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
+        "model_type": "sdar",
+        "mask_token_id": provider.mask_token_id,
+        "block_size": provider.block_size,
+    }
+
+
+def _check_backbone(settings: dict[str, Any]) -> None:
+    """Refuse a family that a NemotronLabsDiffusion model cannot be.
+
+    Raises:
+        UserError: Names what it has.
+    """
+    kind = architecture(settings)
+    other = [f"{key}=true" for key in ("attention_bias", "mlp_bias") if settings.get(key)]
+    if settings.get("hidden_act", "silu") != "silu":
+        other.append(f"hidden_act={settings['hidden_act']}")
+    if kind not in BACKBONES or other:
+        raise UserError(
+            "--format nemotron holds Ministral 3, Llama and Mistral models without biases, but this is "
+            f"{' with '.join([kind, *other])}; use --format ar or tri-mode"
+        )
+
+
+def _objective(provider: TriModeModelProvider) -> str:
+    return f"shift={str(provider.shift).lower()} and clean_attention={provider.clean_attention}"
+
+
+def _keys_of_engines(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of an AR model under the names that servers know, beside those of Transformers 5.
+
+    ``rope_theta`` and ``rope_scaling`` are read by Transformers 4.57 and mlx-lm, which take their own defaults where
+    they are missing; ``llama_4_scaling`` by vLLM; ``original_max_position_embeddings`` by SGLang.
+    """
+    config = config_from(settings)
+    keys: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope:  # no rotary embedding, or several
+        return keys
+    keys |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if beta := rope.get("llama_4_scaling_beta"):
+        keys["original_max_position_embeddings"] = length = rope["original_max_position_embeddings"]
+        keys["llama_4_scaling"] = {"original_max_position_embeddings": length, "beta": beta}
+    return keys
+
+
+def _query_scaled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's ``rope_parameters`` with the query scale of a Ministral 3, which is 1 for other families."""
+    config = config_from(settings)
+    unscaled = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": config.max_position_embeddings}
+    return {**({} if "llama_4_scaling_beta" in config.rope_parameters else unscaled), **config.rope_parameters}
 
 
 def tri_mode_format(provider: TriModeModelProvider) -> dict[str, Any]:
@@ -99,6 +200,7 @@ def tri_mode_format(provider: TriModeModelProvider) -> dict[str, Any]:
 FORMATS = {
     "ar": Format(ar_format),
     "nemotron": Format(nemotron_format, needs_code=True),
+    "sdar": Format(sdar_format, finish=add_sdar_configuration),
     "tri-mode": Format(tri_mode_format, finish=add_code),
 }
 """Formats by their names in ``--format``."""
@@ -110,13 +212,13 @@ def own_format(provider: TriModeModelProvider) -> str:
 
 
 def code_files(settings: dict[str, Any], directory: str) -> list[Path]:
-    """Return the Python files of a directory, which must have those that a ``config.json`` names.
+    """Return the Python files of a directory, which must have those that the ``auto_map`` of a model names.
 
     Raises:
         UserError: One of them is missing.
     """
     for target in settings["auto_map"].values():
-        file = Path(directory) / f"{target.split('.')[0]}.py"
+        file = Path(directory) / f"{target.split('--')[-1].split('.')[0]}.py"  # "repository--file.Class" on the hub
         if not file.is_file():
             raise UserError(f"--remote-code '{directory}' lacks {file.name}, which config.json names")
     return sorted(Path(directory).glob("*.py"))

@@ -41,12 +41,19 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     """Return every tensor of a directory by name, from the headers of its files.
 
     Raises:
-        UserError: No safetensors, a file that is missing or cut off, or an index that does not fit the files.
+        UserError: No safetensors, a file that is missing or cut off, an index that does not fit the files, or weights
+            beside those of the index.
     """
     weight_map = _index(directory)
     files = sorted({directory / name for name in weight_map.values()})
     # Some publishers put the weights beside them a second time, under names of their own.
-    files = files or sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors"))
+    standard = sorted(directory.glob("model*.safetensors"))
+    if files and (others := sorted(set(standard) - set(files))):
+        raise UserError(
+            f"'{directory}' holds two models: '{INDEX}' names {files[0].name}, but not {others[0].name}, which is "
+            "there too; remove the index or the file, whichever is old"
+        )
+    files = files or standard or sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
     for file in files:

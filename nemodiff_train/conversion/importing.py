@@ -1,28 +1,51 @@
 """``nemodiff convert import``: make a Megatron checkpoint of a Hugging Face model."""
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
 from megatron.bridge.training.model_load_save import save_megatron_model
 from megatron.core.models.gpt import GPTModel
+from rich.filesize import decimal
 from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, console, quiet
-from nemodiff_train.conversion.headers import Stored
+from nemodiff_train.conversion.comparison import (
+    COMPARED_TOKENS,
+    POSITIONS,
+    ROUNDING,
+    TOLERANCE,
+    logits_differ,
+    miniature,
+    reference,
+    unusual_settings,
+)
+from nemodiff_train.conversion.headers import Stored, read_headers
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
-from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights
-from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
+from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights, expected_shapes
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.decoding.finite import NotFinite
+from nemodiff_train.distributed import (
+    all_gather_object,
+    barrier,
+    from_main_process,
+    global_rank,
+    is_main_process,
+    world_size,
+)
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import record_digests
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
-from nemodiff_train.model.loading import set_parallelism, start_model_parallel
-from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, stored_settings
+from nemodiff_train.model.loading import set_dtype, set_parallelism, start_model_parallel
+from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, model_like, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 
@@ -58,17 +81,23 @@ def import_checkpoint(
     stored = check_weights(Path(source))
     token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
+    check_computation(source, tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
-    set_dtype(provider, next(iter(stored.values())).dtype)
+    set_dtype(provider, DTYPES[next(iter(stored.values())).dtype])  # whatever config.json says
     if token:
         token.configure(provider)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
+        _compare_logits(models, source, stored)
         with console.status(f"writing {output}"):
             _save(models, partial, source, token)
-    if is_main_process():
-        console.print(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
+        model_from(Checkpoint.open(partial))  # an activation, for example, that Bridge saves but does not take back
+    _tell(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
+    if line := tokens_without_row(load_tokenizer(source), provider.vocab_size):
+        _tell(f"[yellow]{line}[/yellow]")
+    if left_out := read_headers(Path(source)).keys() - stored.keys():
+        _tell(f"left out: {len(left_out)} tensors of {', '.join(sorted({name.split('.')[0] for name in left_out}))}")
 
 
 def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[GPTModel]:
@@ -77,6 +106,63 @@ def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_par
     provider.finalize()
     models: list[GPTModel] = provider.provide_distributed_model(wrap_with_ddp=False)
     return [model.eval() for model in models]
+
+
+@torch.no_grad()
+def check_computation(source: str, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+    """Refuse a ``config.json`` with a setting that Megatron computes otherwise than Transformers; on all ranks.
+
+    Args:
+        source: The directory.
+        tensor_parallel: Ranks that share each layer.
+        pipeline_parallel: Ranks that share the layers out.
+
+    Raises:
+        UserError: Names the settings that are not the family's defaults.
+    """
+    settings = stored_settings(source)
+    model = miniature(settings, tensor_parallel, pipeline_parallel)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        chunks = build(model_like(model.config), tensor_parallel, pipeline_parallel)
+        load_weights(chunks, folder, f"checking the settings of {source}")
+    difference, largest = logits_differ(model, chunks, min(POSITIONS, model.config.max_position_embeddings))
+    if not difference <= TOLERANCE[next(chunks[0].parameters()).device.type] * largest:
+        raise UserError(
+            f"{architecture(settings)} is not supported as '{source}/config.json' describes it: Megatron's logits of "
+            f"a small model with these settings are up to {difference:.2g} away from Transformers', of {largest:.2g} "
+            f"(not the family's defaults: {', '.join(unusual_settings(model.config)) or 'none'})"
+        )
+
+
+def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Stored]) -> None:
+    """Compare what was imported with Transformers' model on a few tokens, where both fit in memory; on all ranks.
+
+    Raises:
+        UserError: They differ by more than rounding.
+    """
+    size = sum(tensor.nbytes for tensor in stored.values())
+    if from_main_process(lambda: psutil.virtual_memory().available) < size:
+        _tell(f"[yellow]logits were not compared with Transformers': that takes {decimal(size)} of memory[/yellow]")
+        return
+    settings = stored_settings(source)
+    model = reference(settings, stored)
+    try:
+        difference, largest = logits_differ(model, models, COMPARED_TOKENS)
+    except NotFinite as error:  # the same weights in another dtype may serve: decoding refuses them, not this
+        _tell(f"[yellow]{error}[/yellow]")
+        return
+    allowed = ROUNDING * torch.finfo(model.dtype).eps * largest
+    if not difference <= allowed:
+        raise UserError(
+            f"the imported model's logits are up to {difference:.2g} away from Transformers', of {largest:.2g}, "
+            f"where rounding explains {allowed:.2g}; '{source}' is not supported"
+        )
+
+
+def _tell(line: str) -> None:
+    if is_main_process():
+        console.print(line, soft_wrap=True)
 
 
 def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None:
@@ -91,6 +177,7 @@ def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None
         )
 
 
+@torch.no_grad()
 def load_weights(models: list[GPTModel], source: str, description: str, token: MaskToken | None = None) -> None:
     """Fill a model from the weights in a Hugging Face directory, with a progress bar.
 
@@ -99,7 +186,12 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
         source: The directory; its weights have been checked.
         description: Text of the bar.
         token: The mask token, which gets a row where it is new.
+
+    Raises:
+        UserError: A tensor of the directory was not read, or a parameter of the model got no values.
     """
+    for parameter in _parameters(models):  # a parameter that is left out keeps these
+        parameter.view(-1)[[0, -1]] = torch.nan
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
     pretrained.config = hf_config(source)  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
@@ -111,20 +203,47 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
         reader = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), changes)
         pretrained._state_dict_accessor = StateDict(reader)
         AutoBridge(pretrained).load_hf_weights(models)
+    _check_all_read(models, source, reader.read)
+
+
+def _parameters(models: list[GPTModel]) -> list[torch.nn.Parameter]:
+    return [parameter for model in models for parameter in model.parameters() if parameter.numel()]
+
+
+def _check_all_read(models: list[GPTModel], source: str, read: set[str]) -> None:
+    """Refuse a model of which something was left out on the way; called on all ranks."""
+    empty = [name for model in models for name, p in model.named_parameters() if p.numel() and _is_empty(p)]
+    everything = all_gather_object((read, empty))
+    names = set().union(*(names for names, _ in everything))
+    settings = stored_settings(source)
+    unread = [name for name in expected_shapes(settings) if name not in names]
+    if left_out := [*unread, *(name for _, names in everything for name in names)]:
+        raise UserError(
+            f"{architecture(settings)} is not supported as '{source}/config.json' describes it: '{left_out[0]}' and "
+            f"{len(left_out) - 1} more tensors have no counterpart"
+        )
+
+
+def _is_empty(parameter: torch.nn.Parameter) -> bool:
+    """Return whether a parameter still holds what stood in it before weights were read."""
+    return bool(parameter.view(-1)[[0, -1]].isnan().any())
 
 
 class _Reader(SafeTensorsStateSource):
-    """Bridge's reader, which also reports the bytes it has read, and changes some tensors on the way."""
+    """Bridge's reader, which also reports what it has read, and changes some tensors on the way."""
 
     def __init__(
         self, path: str, advance: Callable[[int], None], changes: dict[str, Callable[[Tensor], Tensor]]
     ) -> None:
         super().__init__(path)
         self._advance, self._changes = advance, changes
+        self.read: set[str] = set()
+        """Names of the tensors read so far."""
 
     def load_tensors(self, keys_to_load: list[str]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super().load_tensors(keys_to_load)
         self._advance(sum(tensor.nbytes for tensor in tensors.values()))
+        self.read.update(tensors)
         for name in tensors.keys() & self._changes.keys():
             tensors[name] = self._changes[name](tensors[name])
         return tensors
@@ -141,20 +260,15 @@ def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
         raise UserError(f"{problems[0]}{more}")
 
 
-def set_dtype(provider: TriModeModelProvider, name: str) -> None:
-    """Give a model the dtype of its weights, by its name in safetensors, whatever ``config.json`` says."""
-    dtype = DTYPES[name]
-    provider.params_dtype = provider.pipeline_dtype = dtype
-    provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-
-
 def _save(models: list[GPTModel], partial: Path, source: str, token: MaskToken | None) -> None:
     # The model is freed layer by layer; otherwise Megatron would hold the larger part of it twice.
     no_code = {"trust_remote_code": False}  # without this, Transformers would ask whether to run it
     save_megatron_model(
         models, str(partial), hf_tokenizer_path=source, hf_tokenizer_kwargs=no_code, low_memory_save=True
     )
+    barrier()
     if is_main_process():
         (iteration,) = partial.glob("iter_*")
         shutil.rmtree(iteration / "tokenizer", ignore_errors=True)
         write_tokenizer(Path(source), iteration / "tokenizer", token)
+        record_digests(iteration)  # for every load, and for adapters that are trained on it

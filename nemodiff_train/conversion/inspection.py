@@ -10,7 +10,7 @@ from rich.table import Table
 from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, SDAR, TRI_MODE, ar_settings, architecture
 
 _SHAPE = {
     "layers": "num_hidden_layers",
@@ -51,7 +51,7 @@ def _describe_hugging_face(folder: Path) -> dict[str, str]:
         "model": _shape(ar_settings(settings)),
         "weights": f"{_size(files)}, tensors: {len(stored)}",
         "dtype": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
-        "mask token": _mask_token(settings) if architecture(settings) in (NEMOTRON, TRI_MODE) else "none",
+        "mask token": _mask_token(settings) if architecture(settings) in (NEMOTRON, SDAR, TRI_MODE) else "none",
         "next": f"nemodiff convert import {folder} OUTPUT",
     }
 

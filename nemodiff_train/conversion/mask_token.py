@@ -1,27 +1,21 @@
 """Select the mask token of an imported model: a token of its vocabulary, or a new one with a row of its own."""
 
-import shutil
+import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
+from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "spiece.model",
-    "tekken.json",
-    "chat_template*",
-    "*.jinja",
-)
+_NAMED_RESERVED = re.compile(r"mask|reserved|unused|fim_pad|special_\d", re.IGNORECASE)
+"""How tokens without a use are named: ``<|reserved_special_token_0|>``, ``<|fim_pad|>``, ``<SPECIAL_20>``, ..."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,27 @@ def select_mask_token(
     return MaskToken(token_id, str(tokenizer.convert_ids_to_tokens(token_id)), added=False)
 
 
+def reserved_token(tokenizer: PreTrainedTokenizerBase, rows: int, stop_tokens: Container[int]) -> str | None:
+    """Return a token that was reserved and that no text holds, best one named so, or None where there is none.
+
+    Args:
+        tokenizer: A model's.
+        rows: Rows of its embedding.
+        stop_tokens: Ids that end an answer.
+    """
+    template = tokenizer.chat_template or ""
+    used = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}  # those with a role
+    free = [
+        str(token)
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token_id < rows
+        and token_id not in stop_tokens
+        and not (str(token) in used or str(token) in str(template))
+        and (token.special or _NAMED_RESERVED.search(str(token)))
+    ]
+    return next(filter(_NAMED_RESERVED.search, free), free[0] if free else None)
+
+
 def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = None) -> None:
     """Copy a tokenizer's files as they are, and add the mask token where it is new.
 
@@ -104,11 +119,6 @@ def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = Non
         directory: Folder to create.
         token: The mask token; None for the model's own.
     """
-    directory.mkdir(parents=True)
-    for file in sorted({file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)}):
-        if file.is_file():
-            shutil.copy2(file, directory / file.name)
+    copy_tokenizer(source, directory)
     if token and token.added:
-        tokenizer = load_tokenizer(str(directory))
-        tokenizer.add_special_tokens({"mask_token": token.token})
-        tokenizer.save_pretrained(directory)
+        add_mask_token(directory, token.token, token.id)

@@ -3,12 +3,15 @@
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload, init_empty_weights
 from megatron.core.models.gpt import GPTModel
 from rich.console import Console
 from rich.table import Table
@@ -17,34 +20,43 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nemodiff_train.console import console, quiet
 from nemodiff_train.conversion.exporting import full_tensors
-from nemodiff_train.conversion.headers import opened
-from nemodiff_train.conversion.importing import build, load_weights, set_dtype
-from nemodiff_train.conversion.weights import check_weights
+from nemodiff_train.conversion.headers import Stored, opened
+from nemodiff_train.conversion.importing import build, load_weights
+from nemodiff_train.conversion.weights import DTYPES, check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Layout, Session, check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.families import ar_settings, architecture, stored_name
-from nemodiff_train.model.loading import load_model, start_model_parallel
+from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
+from nemodiff_train.model.loading import load_model, set_dtype, start_model_parallel
 from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
-ROUNDING = 32
-"""Allowed difference of logits between two implementations, which add the same numbers in another order, in units of
-the dtype's spacing at the largest logit."""
+ROUNDING = 128
+"""Allowed difference of fp32 logits between two implementations, which add the same numbers in another order.
+
+In units of the spacing of numbers at the largest logit."""
+
+_EMBEDDING, _HEAD = VOCABULARY_TENSORS
+
+POSITIONS = 64
+"""Positions whose logits are compared: half of them from 0 on, half far behind them."""
+
+PROMPT = "The quick brown fox jumps over the lazy dog. In 1969 two people walked on the Moon: def area(r): return r"
 
 
-def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = "The quick brown fox") -> bool:
+def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> bool:
     """Compare every tensor of two checkpoints, and their logits on a prompt; print a table.
 
-    AR logits of a Hugging Face directory are computed by Transformers.  Comparing it with what was imported from it
-    therefore compares two implementations as well, which may differ by rounding.
+    Logits are computed in fp32, whatever is stored, one checkpoint after the other.  AR logits of a Hugging Face
+    directory are Transformers', a layer at a time.  Comparing it with what was imported from it therefore compares
+    two implementations as well, which may differ by rounding.
 
     Args:
         a: Hugging Face directory or Megatron checkpoint.
         b: The other one.
         tolerance: Largest difference of an element of weights, and of logits by one implementation.
-        prompt: Text for the logits.
+        prompt: Text for the logits; it is repeated to fill ``POSITIONS``.
 
     Returns:
         Whether all differences are within the tolerance.
@@ -54,17 +66,21 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = "The quick b
     """
     start_model_parallel(1)
     with quiet():
-        one, other = _open_side(a), _open_side(b)
-        tokens = _tokenize(one, prompt)
+        sides = [_open_side(path) for path in (a, b)]
+        tokens, positions = _tokenize(sides[0], prompt), _positions(sides[0])
         with console.status("comparing tensors"):
-            rows = _compare_tensors(one, other, tolerance)
-        with console.status("comparing logits"):
-            rows.append(_compare_ar_logits(one, other, tokens, tolerance))
-            masked = one.provider if one.provider.mask_token_id is not None else other.provider
-            if masked.mask_token_id is not None:
-                block = torch.full((1, masked.block_size), masked.mask_token_id)
-                logits = [side.diffusion_logits(tokens, block) for side in (one, other)]
-                rows.append(_row("block-diffusion logits", _difference(*logits), tolerance))
+            rows = _compare_tensors(sides[0], sides[1], tolerance)
+        masked = next((side.provider for side in sides if side.provider.mask_token_id is not None), None)
+        logits = []
+        for side in sides:
+            with console.status(f"computing the logits of {side.path}"):
+                ar = side.ar_logits(tokens, positions)
+                logits.append((ar, side.diffusion_logits(tokens, masked) if masked else None))
+                side.free()
+    (ar, diffusion), (other_ar, other_diffusion) = logits
+    rows.append(_compare_ar_logits(ar, other_ar, tolerance, two_implementations=type(sides[0]) is not type(sides[1])))
+    if diffusion is not None and other_diffusion is not None:
+        rows.append(_row("block-diffusion logits", _difference(diffusion, other_diffusion), tolerance))
     _print(rows, a, b)
     return all(row.equal for row in rows)
 
@@ -89,6 +105,8 @@ class _Side(ABC):
     path: str
     provider: TriModeModelProvider
     tokenizer: Path
+    dtype: torch.dtype
+    """Of the weights as they are stored."""
 
     @property
     def ar_config(self) -> dict[str, Any]:
@@ -98,24 +116,38 @@ class _Side(ABC):
     @cached_property
     @abstractmethod
     def chunks(self) -> list[GPTModel]:
-        """Return the Megatron model with its weights."""
+        """Return the Megatron model with its weights in fp32."""
 
     @cached_property
     @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """Return the tensors of the AR model by name, without a tied output layer."""
 
-    def ar_logits(self, tokens: Tensor) -> Tensor:
-        """Return the fp32 logits [1, n, vocabulary] of a causal forward over tokens [1, n]."""
+    def ar_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the fp32 logits [1, n, vocabulary] of a causal forward over tokens [1, n] at positions [1, n]."""
         session = Session(self.chunks, 1, tokens.shape[1], None)
-        return session.forward(tokens, torch.zeros(1, dtype=torch.long), "verify", causal=True)
+        causal = torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=session.device).tril()
+        layout = Layout(positions.to(session.device), causal)
+        row = torch.zeros(1, dtype=torch.long, device=session.device)
+        return session.forward(tokens.to(session.device), row, "verify", layout=layout).cpu()
 
-    def diffusion_logits(self, tokens: Tensor, block: Tensor) -> Tensor:
-        """Return the fp32 logits [1, k, vocabulary] of a block [1, k] of mask tokens after a prompt [1, n]."""
-        session = Session(self.chunks, 1, tokens.shape[1] + block.shape[1], None)
+    def diffusion_logits(self, tokens: Tensor, masked: TriModeModelProvider) -> Tensor:
+        """Return the fp32 logits [1, k, vocabulary] of a block of mask tokens after tokens [1, n].
+
+        Args:
+            tokens: The prompt.
+            masked: Names the mask token and the size of a block.
+        """
+        assert masked.mask_token_id is not None  # the caller found one that has it
+        session = Session(self.chunks, 1, tokens.shape[1] + masked.block_size, None)
         session.prefill(tokens.tolist())
-        first_row = torch.zeros(1, dtype=torch.long, device=session.device)
-        return session.forward(block.to(session.device), first_row, "denoise")
+        block = torch.full((1, masked.block_size), masked.mask_token_id, device=session.device)
+        return session.forward(block, torch.zeros(1, dtype=torch.long, device=session.device), "denoise").cpu()
+
+    def free(self) -> None:
+        """Free the model; the other one is next."""
+        vars(self).pop("weights", None)
+        vars(self).pop("chunks", None)
 
 
 @dataclass
@@ -124,70 +156,110 @@ class _Megatron(_Side):
 
     @cached_property
     def chunks(self) -> list[GPTModel]:
-        return load_model(self.checkpoint).chunks
+        return load_model(self.checkpoint, dtype=torch.float32).chunks
 
     @cached_property
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         return _without_tied_head(dict(full_tensors(self.chunks, self.ar_config)), self.ar_config)
 
 
 @dataclass
 class _HuggingFace(_Side):
-    dtype: str
-    """Of the weights, as safetensors names it."""
+    stored: dict[str, Stored]
+    """Headers of the tensors by their names in the files."""
 
     @cached_property
     def chunks(self) -> list[GPTModel]:
-        set_dtype(self.provider, self.dtype)
+        set_dtype(self.provider, torch.float32)
         chunks = build(self.provider)
         load_weights(chunks, self.path, f"reading {self.path}")
         return chunks
 
     @cached_property
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
+        return _Files(self._files)
+
+    @cached_property
+    def _files(self) -> dict[str, tuple[Path, str]]:
+        """Return the file of each tensor of the AR model and its name there, without a tied output layer."""
         kind = architecture(stored_settings(self.path))
-        ar_names = {stored_name(kind, name): name for name in self._empty_model("meta").state_dict()}
-        weights = {}
-        for name, tensor in check_weights(Path(self.path)).items():
-            with opened(tensor.file) as content:
-                weights[ar_names[name]] = content.get_tensor(name)
-        return _without_tied_head(weights, self.ar_config)
+        names = {name: stored_name(kind, name) for name in self._empty_model().state_dict()}
+        files = {name: (self.stored[stored].file, stored) for name, stored in names.items() if stored in self.stored}
+        return _without_tied_head(files, self.ar_config)
 
-    def ar_logits(self, tokens: Tensor) -> Tensor:
-        model = self._empty_model("cpu")
-        model.load_state_dict(self.weights, strict=False, assign=True)
-        model.tie_weights()
+    def ar_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits as Transformers computes them, with the weights of one layer at a time in memory."""
+        model, files = self._empty_model().eval(), dict(self._files)
+        files.setdefault(_HEAD, files[_EMBEDDING])  # tied
+        cpu_offload(model, execution_device=torch.device("cpu"), state_dict=_Files(files))
+        mask = torch.ones_like(tokens)  # without it, a jump of positions would begin another text
         with torch.inference_mode():
-            logits: Tensor = model.eval()(tokens).logits
-        return logits.float()
+            logits: Tensor = model(tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        return logits
 
-    def _empty_model(self, device: str) -> PreTrainedModel:
-        config = config_from(self.ar_config)
-        with torch.device(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    def _empty_model(self) -> PreTrainedModel:
+        """Return Transformers' model in fp32 without weights, which takes no memory."""
+        with init_empty_weights():  # rotary frequencies are computed: they are in no file
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config_from(self.ar_config), dtype=torch.float32
+            )
         return model
+
+
+class _Files(Mapping[str, Tensor]):
+    """Tensors in files, read in fp32 where they are used and not kept."""
+
+    def __init__(self, places: dict[str, tuple[Path, str]]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self.places[name]
+        with opened(file) as content:
+            values: Tensor = content.get_tensor(stored)
+        return values.float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def _open_side(path: str) -> _Side:
     if checkpoint := Checkpoint.find(path):
-        return _Megatron(path, model_from(checkpoint), checkpoint.tokenizer_directory, checkpoint)
+        provider = model_from(checkpoint)
+        return _Megatron(path, provider, checkpoint.tokenizer_directory, provider.params_dtype, checkpoint)
     path = local_copy(path)
     provider = model_from(path)
     stored = check_weights(Path(path))
-    return _HuggingFace(path, provider, Path(path), next(iter(stored.values())).dtype)
+    return _HuggingFace(path, provider, Path(path), DTYPES[next(iter(stored.values())).dtype], stored)
 
 
 def _tokenize(side: _Side, prompt: str) -> Tensor:
-    """Return a prompt as token ids [1, n]."""
+    """Return a prompt, repeated, as token ids [1, n]."""
     tokens = load_tokenizer(str(side.tokenizer))(prompt)["input_ids"]
     if not tokens:
         raise UserError(f"--prompt '{prompt}' has no tokens; give some text")
-    return torch.tensor([tokens])
+    check_prompts([tokens], side.provider.vocab_size)
+    return torch.tensor([list(islice(cycle(tokens), POSITIONS))])
 
 
-def _without_tied_head(weights: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+def _positions(side: _Side) -> Tensor:
+    """Return the positions [1, n] of the tokens: the first ones, and those before the end of the context.
+
+    Rope scalings and Ministral 3's query scale show far from the start alone.  Beyond twice the length that they
+    scale, the angles of fast frequencies would differ by rounding.
+    """
+    config = config_from(side.ar_config)
+    original = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings") or 0
+    end = min(int(config.max_position_embeddings), max(8192, 2 * original))
+    near = torch.arange(POSITIONS // 2)
+    return torch.cat([near, near + max(end, POSITIONS) - POSITIONS // 2])[None]
+
+
+def _without_tied_head[Value](weights: dict[str, Value], settings: dict[str, Any]) -> dict[str, Value]:
     if config_from(settings).tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+        weights.pop(_HEAD, None)
     return weights
 
 
@@ -199,11 +271,11 @@ def _compare_tensors(one: _Side, other: _Side, tolerance: float) -> list[_Row]:
         if name not in one.weights or name not in other.weights:
             missing = other if name in one.weights else one
             difference, remark = math.inf, f"missing in {missing.path}"
+        elif one.dtype != other.dtype:
+            difference, remark = math.inf, f"stored as {one.dtype} and {other.dtype}"
         else:
-            difference, remark = (
-                _difference(one.weights[name], other.weights[name]),
-                f"the first that differs is {name}",
-            )
+            difference = _difference(one.weights[name], other.weights[name])
+            remark = f"the first that differs is {name}"
         row = rows.setdefault(kind, _Row(kind, 0, 0.0, True))
         row.count += 1
         row.difference = max(row.difference, difference)
@@ -212,15 +284,14 @@ def _compare_tensors(one: _Side, other: _Side, tolerance: float) -> list[_Row]:
     return list(rows.values())
 
 
-def _compare_ar_logits(one: _Side, other: _Side, tokens: Tensor, tolerance: float) -> _Row:
+def _compare_ar_logits(logits: Tensor, other: Tensor, tolerance: float, two_implementations: bool) -> _Row:
     """Return the row of the AR logits; two implementations may differ by rounding."""
-    logits, other_logits = one.ar_logits(tokens), other.ar_logits(tokens)
-    difference = _difference(logits, other_logits)
-    if type(one) is type(other):
+    difference = _difference(logits, other)
+    if not two_implementations:
         return _row("AR logits", difference, tolerance)
-    rounding = ROUNDING * torch.finfo(one.provider.params_dtype).eps * float(logits.abs().max())
+    rounding = ROUNDING * torch.finfo(torch.float32).eps * float(logits.abs().max())
     row = _row("AR logits", difference, max(tolerance, rounding))
-    row.remark = f"Transformers and Megatron; rounding is allowed up to {rounding:.1e}"
+    row.remark = f"Transformers and Megatron in fp32; rounding is allowed up to {rounding:.1e}"
     return row
 
 
@@ -229,8 +300,8 @@ def _row(name: str, difference: float, tolerance: float) -> _Row:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest absolute difference; infinite for other shapes or dtypes, or where an element is NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    """Return the largest absolute difference; infinite for other shapes, or where an element is NaN."""
+    if a.shape != b.shape:
         return math.inf
     difference = float((a.float() - b.float()).abs().max())
     return math.inf if math.isnan(difference) else difference

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemodiff_train.conversion.headers import Stored, opened, read_headers
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.checkpoint import read_json
 from nemodiff_train.model.families import ar_settings, architecture, is_left_out, stored_name
 from nemodiff_train.model.pretrained import config_from
@@ -44,6 +45,7 @@ def check_weights(directory: Path) -> dict[str, Stored]:
         if not is_left_out(architecture(settings), name)
     }
     _check_against_model(directory, settings, stored)
+    _check_mappings(directory, settings, stored)
     _check_dtypes(stored)
     return stored
 
@@ -80,6 +82,17 @@ def _check_against_model(directory: Path, settings: dict[str, Any], stored: dict
             raise UserError(
                 f"'{name}' in '{stored[name].file}' is not a tensor of {architecture(settings)} as config.json "
                 "describes it; take weights and config.json from the same model"
+            )
+
+
+def _check_mappings(directory: Path, settings: dict[str, Any], stored: dict[str, Stored]) -> None:
+    """Refuse a model with a tensor that Bridge would leave out, such as the biases of ``attention_bias``."""
+    mappings = auto_bridge(config_from(settings))._model_bridge.mapping_registry()
+    for name in stored:
+        if mappings.hf_to_megatron_lookup(name) is None:
+            raise UserError(
+                f"{architecture(settings)} is not supported as '{directory}/config.json' describes it: Megatron has "
+                f"no place for the tensor '{name}'"
             )
 
 

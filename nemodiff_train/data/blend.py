@@ -22,16 +22,19 @@ def check_blend(
     tokenizer: "PreTrainedTokenizerBase",
     mask_token_id: int | None,
     conversations: bool = False,
+    rows: int | None = None,
 ) -> None:
     """Refuse data that this tokenizer and mask token cannot be trained on.
 
-    A data set without a manifest (made by another tool) is judged by its first 10 million tokens.
+    A data set without a manifest (made by another tool) is judged by its first 10 million tokens, or by all of them
+    where the tokenizer has more tokens than the model.
 
     Args:
         prefixes: The data sets.
         tokenizer: The model's tokenizer.
         mask_token_id: None in a stage without a mask token.
         conversations: Whether documents have to be conversations rather than text.
+        rows: Rows of the model's embedding; None for as many as the tokenizer has ids.
 
     Raises:
         UserError: A data set is missing, incomplete, empty, or made with another tokenizer; two end
@@ -55,7 +58,7 @@ def check_blend(
         index = read_index(prefix)
         if conversations != (manifest is not None and manifest.chat_template is not None):
             raise UserError(_other_kind(prefix, conversations))
-        _check_tokens(prefix, manifest, index, tokenizer, mask_token_id)
+        _check_tokens(prefix, manifest, index, tokenizer, mask_token_id, vocab_size if rows is None else rows)
     endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
     if len(endings) > 1:
         described = ", ".join(f"{prefix} with id {token}" for token, prefix in endings.items())
@@ -74,16 +77,24 @@ def _check_tokens(
     index: Index,
     tokenizer: "PreTrainedTokenizerBase",
     mask_token_id: int | None,
+    rows: int,
 ) -> None:
-    """Refuse ids beyond the vocabulary, padding tokens in text, and the mask token."""
+    """Refuse ids beyond the vocabulary and the model's rows, padding tokens in text, and the mask token."""
     vocab_size = vocabulary_size(tokenizer)
     stored = Path(f"{prefix}.counts.npy")
     if manifest is not None and stored.is_file():
         counts = np.load(stored)
     else:
-        counts = count_tokens(Path(f"{prefix}.bin"), index.dtype, vocab_size, SCAN_TOKENS)
+        limit = SCAN_TOKENS if rows >= vocab_size else None
+        counts = count_tokens(Path(f"{prefix}.bin"), index.dtype, vocab_size, limit)
     if len(counts) > vocab_size:
         raise UserError(f"{prefix}: holds token ids beyond the tokenizer's {vocab_size}; prepare it again")
+    if len(beyond := np.flatnonzero(counts[rows:])):
+        token_id = rows + int(beyond[0])
+        raise UserError(
+            f"{prefix}: token {token_id} ('{tokenizer.convert_ids_to_tokens(token_id)}') occurs {counts[token_id]} "
+            f"times, but the model has tokens 0 to {rows - 1}; leave it out of the text"
+        )
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     is_text = manifest is None or manifest.chat_template is None
     if is_text and pad is not None and pad != end and pad < len(counts) and counts[pad]:

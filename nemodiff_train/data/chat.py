@@ -1,20 +1,24 @@
 """Encode conversations through the tokenizer's own chat template.
 
-The sequences of a document alternate between prompt and answer. A prompt is the template's text up to where an answer
-is asked for, so that training reads exactly what decoding reads.
+The sequences of a document alternate between prompt and answer. A conversation is rendered and tokenized as one text
+and then cut, so that no turn begins with a space that a tokenizer puts before texts. A prompt is always what decoding
+reads when an answer is asked for: where a token crosses the border between both, the two are tokenized apart.
 """
 
+import contextlib
 import hashlib
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nemodiff_train.data.columns import Conversation
 from nemodiff_train.data.encode import EncodedBatch, EncodedDocument
+from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import end_of_document_id
 from nemodiff_train.errors import UserError
@@ -22,8 +26,22 @@ from nemodiff_train.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = list[str]
-"""Texts of a document's sequences: prompt, answer, prompt, answer, ..."""
+
+class Answer(NamedTuple):
+    """Where an answer stands in a text."""
+
+    start: int
+    """Characters before it: the prompt."""
+    end: int
+    """Characters up to its end, with the token that ends the turn."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A document as text, from its first prompt to the end of its last answer."""
+
+    text: str
+    answers: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -34,37 +52,57 @@ class ChatEncoder:
     eod_token_id: int
 
     def __call__(self, conversations: tuple[Conversation, ...]) -> EncodedBatch:
-        documents = [turns for conversation in conversations for turns in self._documents(conversation)]
-        texts = [text for turns in documents for text in turns]
-        ids = iter(
-            self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        )
-        encoded = [self._encode([next(ids) for _ in turns]) for turns in documents]
-        return EncodedBatch(len(conversations), encoded, sum(len(text.encode()) for text in texts))
+        left_out: Counter[str] = Counter()
+        rendered: list[Rendered] = []
+        for conversation in conversations:
+            documents = list(self._documents(conversation))
+            if all(self._says_something(document) for document in documents):
+                rendered += documents
+            else:
+                left_out["an answer that the chat template leaves empty"] += 1
+        encoded = [document for each in rendered for document in self._encode(each)]
+        return EncodedBatch(len(conversations), encoded, sum(len(each.text.encode()) for each in rendered), left_out)
 
-    def _documents(self, conversation: Conversation) -> Iterator[Turns]:
+    def _documents(self, conversation: Conversation) -> Iterator[Rendered]:
         """Yield one document if the template only ever appends to what it has rendered, else one per answer.
 
         Templates that drop the reasoning of earlier turns are of the second kind: each answer was given to a history
         without it.
         """
         # For each answer: the text that asks for it, and the text that includes it.
-        rendered = [
+        pairs = [
             (self._render(conversation, index, True), self._render(conversation, index + 1, False))
-            for index, message in enumerate(conversation.messages)
-            if message["role"] == "assistant"
+            for index in conversation.answers
         ]
-        for prompt, answered in rendered:
+        rendered = []
+        for prompt, answered in pairs:
             if not answered.startswith(prompt):
                 raise UserError(
                     f"{conversation.where}: the chat template asks for an answer with other words than it begins one "
                     "with; correct its add_generation_prompt"
                 )
-        if all(later[0].startswith(earlier[1]) for earlier, later in pairwise(rendered)):
-            edges = [0, *(len(text) for pair in rendered for text in pair)]
-            yield [rendered[-1][1][start:end] for start, end in pairwise(edges)]
+            # What stands after the end of the turn belongs to the next prompt, or ends the whole text.
+            end = answered.rfind(self._end_of_turn, len(prompt))
+            answered = answered if end < 0 else answered[: end + len(self._end_of_turn)]
+            rendered.append(Rendered(answered, [Answer(len(prompt), len(answered))]))
+        if all(
+            later.text[: later.answers[0].start].startswith(earlier.text) for earlier, later in pairwise(rendered)
+        ):
+            yield Rendered(rendered[-1].text, [answer for each in rendered for answer in each.answers])
         else:
-            yield from ([prompt, answered[len(prompt) :]] for prompt, answered in rendered)
+            yield from rendered
+
+    def _says_something(self, document: Rendered) -> bool:
+        texts = (document.text[answer.start : answer.end] for answer in document.answers)
+        return all(text.removesuffix(self._end_of_turn).strip() for text in texts)
+
+    @cached_property
+    def _end_of_turn(self) -> str:
+        return str(self.tokenizer.decode([self.eod_token_id]))
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -73,23 +111,61 @@ class ChatEncoder:
     def _render(self, conversation: Conversation, count: int, add_generation_prompt: bool) -> str:
         """Render the first ``count`` messages."""
         try:
-            return self._template(conversation.messages[:count], add_generation_prompt)
+            return self._template(conversation.messages[:count], add_generation_prompt, conversation.tools)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}") from None
 
-    def _encode(self, turns: list[list[int]]) -> EncodedDocument:
-        """Cut every answer after its end of turn; the template's text after that belongs to the next prompt."""
+    def _encode(self, document: Rendered) -> Iterator[EncodedDocument]:
+        """Tokenize a document and cut it; one per answer where a border is inside a token."""
+        ids, starts = self._tokens(document.text)
+        borders = [self._border(document.text, ids, starts, answer.start) for answer in document.answers]
+        if None not in borders:
+            found = [border for border in borders if border is not None]
+            yield self._cut(ids, found, [bisect_left(starts, answer.end) for answer in document.answers])
+        elif len(document.answers) > 1:
+            for answer in document.answers:
+                yield from self._encode(Rendered(document.text[: answer.end], [answer]))
+        else:
+            (answer,) = document.answers
+            prompt, _ = self._tokens(document.text[: answer.start])
+            ids = prompt + self._continuation(document.text[answer.start :])
+            yield self._cut(ids, [len(prompt)], [len(ids)])
+
+    def _tokens(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a text, and the character that each begins with."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+
+    def _border(self, text: str, ids: list[int], starts: list[int], end: int) -> int | None:
+        """Return the number of tokens before a character, or None if they are not what the text before it has alone.
+
+        Only what follows the last added token can differ: nothing is merged across one.
+        """
+        count = bisect_left(starts, end)
+        first = next((index for index in range(count - 1, 0, -1) if ids[index] in self._added_ids), 0)
+        return count if self._tokens(text[starts[first] : end])[0] == ids[first:count] else None
+
+    def _continuation(self, text: str) -> list[int]:
+        """Return the ids of a text that continues another one, without a space that a tokenizer puts before texts."""
+        for before in ("\n", "a", "0", "."):
+            ids, starts = self._tokens(before + text)
+            border = self._border(before + text, ids, starts, len(before))
+            if border is not None:
+                return ids[border:]
+        return self._tokens(text)[0]
+
+    def _cut(self, ids: list[int], borders: list[int], ends: list[int]) -> EncodedDocument:
+        """Cut ids into prompts and answers, and end each answer that lacks it with the end of a turn."""
         sequences: list[list[int]] = []
-        rest: list[int] = []
-        for number, ids in enumerate(turns):
-            if number % 2 == 0:
-                sequences.append(rest + ids)
-                continue
-            end = len(ids) - ids[::-1].index(self.eod_token_id) if self.eod_token_id in ids else None
-            sequences.append(ids[:end] if end else [*ids, self.eod_token_id])
-            rest = ids[end:] if end else []
+        done = 0
+        for border, end in zip(borders, ends, strict=True):
+            answer = ids[border:end]
+            if answer[-1:] != [self.eod_token_id]:
+                answer = [*answer, self.eod_token_id]
+            sequences += [ids[done:border], answer]
+            done = end
         lengths = [len(sequence) for sequence in sequences]
-        return EncodedDocument(np.array([i for ids in sequences for i in ids], dtype=np.int32), lengths)
+        return EncodedDocument(np.array([i for sequence in sequences for i in sequence], dtype=np.int32), lengths)
 
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> int:
@@ -97,22 +173,39 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        token: Its text; None for the last special token that the template puts after an answer, or else for the
-            tokenizer's end-of-sequence token.
+        token: Its text; None for what the template ends a turn with, or else for the tokenizer's end-of-sequence
+            token.
 
     Raises:
         UserError: ``token`` is not in the vocabulary, there is no template, or no token that could end an answer.
     """
     if token is None:
-        template, question = ChatTemplate(tokenizer), {"role": "user", "content": "a"}
-        prompt = template([question])
-        answered = template([question, {"role": "assistant", "content": "b"}], add_generation_prompt=False)
+        template = ChatTemplate(tokenizer)
+        end = template_end_of_turn(tokenizer, template)
         template.close()
-        ids = tokenizer(answered[len(prompt) :], add_special_tokens=False)["input_ids"]
-        special = {id for id, added in tokenizer.added_tokens_decoder.items() if added.special}
-        if ends := [id for id in ids if id in special]:
-            return int(ends[-1])
+        if end is not None:
+            return end
     return end_of_document_id(tokenizer, token)
+
+
+def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:
+    """Return the added token that a template ends an answer with, None where it writes none or takes no answers.
+
+    It follows an answer whether or not another turn does; a token that only ends the whole text is none.
+    """
+    said = "An answer."
+    talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
+    try:
+        followed = last = template(talk, add_generation_prompt=False)
+    except UserError:
+        return None
+    with contextlib.suppress(UserError):  # a template of one question and one answer
+        followed = template([*talk, {"role": "user", "content": "Another one?"}], add_generation_prompt=False)
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(last, followed, strict=False))
+    _, answer, after = "".join(character for character, _ in common).rpartition(said)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []
+    ends = [int(id) for id in ids if id in tokenizer.added_tokens_decoder]
+    return ends[-1] if ends else None
 
 
 def template_digest(tokenizer: "PreTrainedTokenizerBase") -> str:

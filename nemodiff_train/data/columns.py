@@ -1,24 +1,17 @@
 """The fields of a record that make a document: a text, or a conversation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+from nemodiff_train.data.messages import Conversation, check_text, read_conversation
+from nemodiff_train.data.notes import LEFT_OUT, UNREAD_FIELDS, UNREAD_KEYS, Notes
 from nemodiff_train.errors import UserError, nearest
 
-Message = dict[str, object]
-"""A message as a chat template takes it, with ``role`` and ``content``."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The messages of a conversation."""
-
-    messages: list[Message]
-    where: str
-    """File and line, for messages to the user."""
-
-
 Document = str | Conversation
+
+_SYSTEM = ("system", "system_prompt")
+_RECORD_MARKS = ("weight", "train", "trainable")
 
 
 @dataclass(frozen=True)
@@ -26,74 +19,106 @@ class TextColumn:
     """A field that holds a text."""
 
     name: str
-    option = "--text-field"
+    notes: Notes = field(default_factory=Notes)
+    """Counts what is not used."""
+    option: ClassVar = "--text-field"
     """The option that names the field, for messages to the user."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that are used where they are there."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the fields that make a document."""
+        """Names of the fields that a record needs."""
         return (self.name,)
 
     def document(self, row: Mapping[str, object], where: str) -> str | None:
-        """Return the document in a row that has these fields, None where it is empty.
+        """Return the document in a row that has these fields, None where it is left out.
 
         Raises:
             UserError: A field is of another type.
         """
-        return _text(row[self.name], self.name, where, self.option)
+        text = _text(row[self.name], self.name, where, self.option)
+        if not text:
+            self.notes.add(LEFT_OUT, "no text", where)
+        return text or None
 
 
 @dataclass(frozen=True)
-class MessagesColumn:
+class _ChatColumns:
+    """What conversations of either kind have beside their messages: tools, and a system prompt."""
+
+    notes: Notes = field(default_factory=Notes, kw_only=True)
+    template: str | None = field(default=None, kw_only=True)
+    """Source of the chat template; None to take it that it reads everything."""
+    optional: ClassVar[tuple[str, ...]] = ("tools", *_SYSTEM)
+
+    def _conversation(self, messages: object, row: Mapping[str, object], where: str) -> Conversation | None:
+        for mark in _RECORD_MARKS:
+            if row.get(mark) not in (None, 1):  # True as well
+                raise UserError(f"{where}: '{mark}' is {row[mark]!r}; records are learned alike, so take it out")
+        if row.get("tools") and self.template is not None and "tools" not in self.template:
+            self.notes.add(UNREAD_KEYS, "tools (beside the messages)", where)
+        system = next((row[name] for name in _SYSTEM if row.get(name)), None)
+        return read_conversation(messages, row.get("tools"), system, where, self.template, self.notes)
+
+
+@dataclass(frozen=True)
+class MessagesColumn(_ChatColumns):
     """A field that holds a list of messages, each with ``role`` and ``content``."""
 
     name: str
-    option = "--messages-field"
+    option: ClassVar = "--messages-field"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the fields that make a document."""
+        """Names of the fields that a record needs."""
         return (self.name,)
 
     def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
         """Return the conversation in a row; see :class:`TextColumn`."""
-        messages = row[self.name]
-        if not messages:
-            return None
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
-            raise UserError(f"{where}: '{self.name}' is not a list of messages with 'role' and 'content'")
-        roles = [str(message["role"]) for message in messages]
-        if "assistant" not in roles:
-            raise UserError(f"{where}: no message of role 'assistant' to learn; its roles: {', '.join(roles)}")
-        for message in messages:
-            if isinstance(message.get("content"), str):
-                _text(message["content"], self.name, where, self.option)
-        # A Parquet column has every key in every message.
-        return Conversation([{k: v for k, v in m.items() if v is not None} for m in messages], where)
+        return self._conversation(row[self.name], row, where)
 
 
 @dataclass(frozen=True)
-class AnswerColumns:
+class AnswerColumns(_ChatColumns):
     """Two fields that hold a prompt and its answer."""
 
     prompt: str
     answer: str
-    option = "--prompt-field, --answer-field"
+    option: ClassVar = "--prompt-field, --answer-field"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the fields that make a document."""
+        """Names of the fields that a record needs."""
         return (self.prompt, self.answer)
 
     def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
         """Return the conversation in a row; see :class:`TextColumn`."""
         prompt, answer = (_text(row[name], name, where, self.option) for name in self.names)
         if not prompt or not answer:
+            self.notes.add(LEFT_OUT, "no text", where)
             return None
-        return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], where)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return self._conversation(messages, row, where)
 
 
 Columns = TextColumn | MessagesColumn | AnswerColumns
+
+
+def read_record(columns: Columns, row: Mapping[str, object], where: str) -> Document | None:
+    """Return the document in a record, and count its fields that nothing reads.
+
+    Raises:
+        UserError: It lacks a field, or a field is not what it should be.
+    """
+    require(columns, list(row), where)
+    for name, value in row.items():
+        if name not in columns.names and name not in columns.optional and value is not None:
+            columns.notes.add(UNREAD_FIELDS, name, where)
+    try:
+        return columns.document(row, where)
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply; correct or remove it") from error
 
 
 def require(columns: Columns, existing: Sequence[str], where: str) -> None:
@@ -114,8 +139,5 @@ def _text(value: object, name: str, where: str, option: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise UserError(f"{where}: field '{name}' is of type {type(value).__name__}, not text ({option})")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half a surrogate pair in '{name}'; correct or remove it") from error
-    return value or None
+    check_text(value, name, lambda problem: UserError(f"{where}: {problem}"))
+    return value

@@ -2,18 +2,19 @@
 
 import os
 import signal
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import batched
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from nemodiff_train.processes import follow_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,8 @@ class EncodedBatch:
     """A conversation may become several."""
     text_bytes: int
     """UTF-8 bytes of the text."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of inputs without a document, by reason."""
 
     @property
     def tokens(self) -> int:
@@ -121,15 +124,7 @@ def _start_worker(encoder: Encoder[Any]) -> None:
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """End this worker with its parent; after a SIGKILL of the parent it would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    follow_parent()
 
 
 def _encode(batch: tuple[object, ...]) -> EncodedBatch:

@@ -6,6 +6,7 @@ last: where it is present, the other files are complete.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -143,6 +144,17 @@ def check_files(prefix: str, manifest: Manifest | None) -> None:
         raise UserError(f"{prefix}: the data set is empty")
     if manifest is not None and size != manifest.tokens * np.dtype(manifest.dtype).itemsize:
         raise UserError(f"{prefix}.bin: {size} bytes do not hold the manifest's {manifest.tokens} tokens")
+
+
+def contents_digest(prefixes: Sequence[str]) -> str:
+    """Return a name for the content of data sets, for what is derived from their documents: hex, 16 digits.
+
+    A sample index is a function of the documents' lengths. A manifest has their checksum; without one, the ``.idx``
+    is read.
+    """
+    manifests = [(prefix, Manifest.read(prefix)) for prefix in prefixes]
+    digests = [stored.idx_sha256 if stored else sha256_of(Path(f"{prefix}.idx")) for prefix, stored in manifests]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
 def sha256_of(path: Path) -> str:

@@ -7,6 +7,7 @@ data sets are merged, they are the chunks, and they stay where they are.
 
 import fcntl
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,8 @@ class Chunk(BaseModel):
     stem: str
     """Path of its files without ``.bin``, absolute or relative to ``PREFIX.partial/``."""
     size: Size
+    left_out: dict[str, int] = {}
+    """Number of inputs without a document, by reason."""
 
 
 class _State(BaseModel):
@@ -127,6 +130,11 @@ class PartialOutput:
         """The size of all finished chunks."""
         return sum((chunk.size for chunk in self._state.chunks), Size())
 
+    @property
+    def left_out(self) -> Counter[str]:
+        """Number of inputs of all finished chunks without a document, by reason."""
+        return sum((Counter(chunk.left_out) for chunk in self._state.chunks), Counter())
+
     def adopt(self, chunks: Sequence[Chunk]) -> None:
         """Use finished data sets as the chunks."""
         self._state.chunks = list(chunks)
@@ -141,8 +149,9 @@ class PartialOutput:
     def _write_chunk(self, batches: Iterator[EncodedBatch], progress: Callable[[Size], None]) -> Chunk:
         stem = f"{len(self._state.chunks):05d}"
         builder = self._builder(stem)
-        size = Size()
+        size, left_out = Size(), Counter[str]()
         for batch in batches:
+            left_out.update(batch.left_out)
             for document in batch.documents:
                 builder.add_document(*document)
             written = Size(documents=batch.inputs, tokens=batch.tokens, bytes=batch.text_bytes)
@@ -151,7 +160,7 @@ class PartialOutput:
             if size.bytes >= CHUNK_BYTES:
                 break
         self._finalize(builder, stem)
-        return Chunk(stem=stem, size=size)
+        return Chunk(stem=stem, size=size, left_out=left_out)
 
     def publish(self) -> Manifest:
         """Join the chunks, move the result into place and remove the chunks."""

@@ -1,7 +1,7 @@
 """Prepare one indexed data set from documents, continuing where an interrupted run stopped."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +14,10 @@ from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_diges
 from nemodiff_train.data.columns import AnswerColumns, Columns, MessagesColumn, TextColumn
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenizerInfo
+from nemodiff_train.data.notes import LEFT_OUT, Notes
 from nemodiff_train.data.partial_output import SUFFIXES, PartialOutput, Size
 from nemodiff_train.data.sources import Source, documents, resolve
+from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import (
     end_of_document_id,
     load_tokenizer,
@@ -32,25 +34,28 @@ class PrepareOptions:
     inputs: list[str]
     tokenizer: str
     output: str
-    text_field: str = "text"
-    split: str = "train"
-    glob: str = "*"
+    text_field: str | None = None
+    split: str | None = None
+    glob: str | None = None
     eod_token: str | None = None
     workers: int = 1
     overwrite: bool = False
     chat: bool = False
-    messages_field: str = "messages"
+    messages_field: str | None = None
     prompt_field: str | None = None
     answer_field: str | None = None
 
-    @property
-    def columns(self) -> Columns:
-        """The fields to take from a record."""
+    def columns(self, template: str | None) -> Columns:
+        """Return the fields to take from a record.
+
+        Args:
+            template: Source of the chat template; None without ``chat``.
+        """
         if not self.chat:
-            return TextColumn(self.text_field)
+            return TextColumn(self.text_field or "text")
         if self.prompt_field and self.answer_field:
-            return AnswerColumns(self.prompt_field, self.answer_field)
-        return MessagesColumn(self.messages_field)
+            return AnswerColumns(self.prompt_field, self.answer_field, template=template)
+        return MessagesColumn(self.messages_field or "messages", template=template)
 
     def check(self) -> None:
         """Refuse options that contradict each other.
@@ -62,9 +67,26 @@ class PrepareOptions:
             raise UserError(f"--workers {self.workers}: at least 1 is needed")
         if (self.prompt_field is None) != (self.answer_field is None):
             raise UserError("--prompt-field and --answer-field go together")
-        if self.prompt_field is not None and not self.chat:
-            raise UserError("--prompt-field and --answer-field go with --chat")
+        if (self.prompt_field or self.messages_field) is not None and not self.chat:
+            raise UserError("--messages-field, --prompt-field and --answer-field go with --chat")
+        if self.messages_field is not None and self.prompt_field is not None:
+            raise UserError("--messages-field and --prompt-field are two places for an answer; give one of them")
+        if self.text_field is not None and self.chat:
+            raise UserError("--text-field goes without --chat")
         check_output(self.output)
+
+    def check_effect(self, sources: Sequence[Source]) -> None:
+        """Refuse options that nothing in the inputs answers to.
+
+        Raises:
+            UserError: Names the option.
+        """
+        if self.text_field is not None and not any(source.has_records for source in sources):
+            raise UserError(f"--text-field {self.text_field}: the inputs are texts, without fields; leave it out")
+        if self.split is not None and not any(source.info.split for source in sources):
+            raise UserError(f"--split {self.split}: the inputs are files, without splits; leave it out")
+        if self.glob is not None and not any(Path(name).is_dir() for name in self.inputs):
+            raise UserError(f"--glob {self.glob}: no input is a directory; leave it out")
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -77,13 +99,17 @@ def prepare(options: PrepareOptions) -> Manifest:
         UserError: An input, the tokenizer or the output cannot be used. Nothing is left behind then.
     """
     options.check()
-    sources = resolve(options.inputs, options.columns, options.split, options.glob)
     tokenizer = load_tokenizer(options.tokenizer)
     encoder: Encoder[Any]
     if options.chat:
+        if not tokenizer.is_fast:
+            raise UserError(f"{options.tokenizer}: conversations need a tokenizer with a tokenizer.json; convert it")
         encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, options.eod_token))
     else:
         encoder = TextEncoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
+    columns = options.columns(ChatTemplate(tokenizer).source if options.chat else None)
+    sources = resolve(options.inputs, columns, options.split or "train", options.glob or "*")
+    options.check_effect(sources)
     provenance = Provenance(
         tokenizer=TokenizerInfo(
             name=options.tokenizer,
@@ -91,7 +117,7 @@ def prepare(options: PrepareOptions) -> Manifest:
             fingerprint=tokenizer_fingerprint(tokenizer),
         ),
         eod_token_id=encoder.eod_token_id,
-        text_field=" ".join(options.columns.names),
+        text_field=" ".join(columns.names),
         chat_template=template_digest(tokenizer) if options.chat else None,
         inputs=[source.info for source in sources],
     )
@@ -99,7 +125,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     if not options.overwrite and (finished := existing(options.output, provenance, partial)):
         return finished
     with partial.locked():
-        return _continue(options, sources, encoder, partial)
+        return _continue(options, sources, encoder, partial, columns.notes)
 
 
 def check_output(prefix: str) -> None:
@@ -144,9 +170,9 @@ def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Man
 
 
 def _continue(
-    options: PrepareOptions, sources: list[Source], encoder: Encoder[Any], partial: PartialOutput
+    options: PrepareOptions, sources: list[Source], encoder: Encoder[Any], partial: PartialOutput, notes: Notes
 ) -> Manifest:
-    """Write the chunks that are missing, then publish."""
+    """Write the chunks that are missing, then publish and tell what was not used."""
     done = partial.restore(options.overwrite)
     if done.documents:
         console.print(f"continuing after {done.documents:,} documents")
@@ -154,7 +180,10 @@ def _continue(
         remaining = islice(documents(sources), done.documents, None)
         with _progress(done) as advance:
             partial.write(encode_in_order(remaining, encoder, options.workers), advance)
-        if partial.size.documents == 0:
+        for reason, count in partial.left_out.items():
+            notes.add(LEFT_OUT, reason, ", ".join(options.inputs), count)
+        notes.print()
+        if partial.size.tokens == 0:
             raise UserError(f"{', '.join(options.inputs)}: no documents with content in there")
         return partial.publish()
     except UserError:

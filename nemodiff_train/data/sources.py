@@ -1,18 +1,27 @@
-"""Read documents from text files, directories, JSONL, Parquet and Hugging Face data sets."""
+"""Read documents from text files, directories, JSON, Parquet and Hugging Face data sets."""
 
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import IO
 
-from nemodiff_train.data.columns import Columns, Document, TextColumn, require
+import fsspec
+
+from nemodiff_train.data.columns import Columns, Document, TextColumn, read_record, require
 from nemodiff_train.data.manifest import InputInfo
+from nemodiff_train.data.notes import UNREAD_FIELDS
 from nemodiff_train.errors import UserError, nearest
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")
+_NOT_READ = (".arrow", ".avro", ".csv", ".feather", ".orc", ".tar", ".tgz", ".tsv", ".xlsx", ".zip")
+"""Records and archives that would be one text of separators, were they read as text."""
 _HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(:[\w.-]+)?")
 
 
@@ -24,6 +33,8 @@ class Source:
     read: Callable[[], Iterator[Document | None]]
     """Yields the documents in a fixed order, None for an empty record; raises UserError, naming file and line, at a
     record that is not a document."""
+    has_records: bool
+    """Whether fields of records are read at all."""
 
 
 def resolve(inputs: Sequence[str], columns: Columns, split: str, glob: str) -> list[Source]:
@@ -56,11 +67,27 @@ def _resolve_one(name: str, columns: Columns, split: str, glob: str) -> Source:
 
 
 def _walk(root: Path, glob: str) -> list[Path]:
-    files = [
-        path
-        for path in root.rglob(glob)
-        if path.is_file() and not any(name.startswith(".") for name in path.relative_to(root).parts)
-    ]
+    """Return the files below a folder that match, through links as well, in the order of their names.
+
+    Raises:
+        UserError: There is none, or a link leads nowhere or back to a folder that it is in.
+    """
+    pattern = glob.removeprefix("**/")
+    if "**" in pattern:
+        raise UserError(f"--glob '{glob}': '**' may only stand at the beginning, where it changes nothing")
+    files = []
+    for folder, folders, names in root.walk(follow_symlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        above = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+        for linked in (folder / name for name in folders if (folder / name).is_symlink()):
+            if any(linked.samefile(parent) for parent in above):
+                raise UserError(f"{linked}: a link to a folder that it is in; remove it, or choose files with --glob")
+        for path in (folder / name for name in names if not name.startswith(".")):
+            if not path.relative_to(root).match(pattern):
+                continue
+            if not path.is_file():
+                raise UserError(f"{path}: a link that leads nowhere, or no regular file; remove it")
+            files.append(path)
     if not files:
         raise UserError(f"{root}: no file in this directory matches '{glob}' (hidden files are left out)")
     return sorted(files, key=lambda path: path.relative_to(root).parts)
@@ -78,38 +105,93 @@ def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputIn
 
 
 def _local(name: str, files: Sequence[Path], columns: Columns) -> Source:
-    return Source(_info(name, files), partial(_read_files, files, columns))
+    return Source(_info(name, files), partial(_read_files, files, columns), any(map(holds_records, files)))
+
+
+def holds_records(path: Path) -> bool:
+    """Return whether the name of a file says that it holds records."""
+    return _suffix(path) in _RECORDS
+
+
+def _suffix(path: Path) -> str:
+    """Return what a file holds by its name, whether or not it is compressed."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
 
 
 def _read_files(files: Sequence[Path], columns: Columns) -> Iterator[Document | None]:
     for path in files:
-        match path.suffix.lower():
-            case ".jsonl":
+        match _suffix(path):
+            case ".jsonl" | ".ndjson":
                 yield from _read_jsonl(path, columns)
+            case ".json":
+                yield from _read_json(path, columns)
             case ".parquet":
                 yield from _read_parquet(path, columns)
-            case _ if isinstance(columns, TextColumn):
-                yield _read_text(path)
+            case suffix if suffix in _NOT_READ or not isinstance(columns, TextColumn):
+                readable = f"{', '.join(_RECORDS)}, also compressed ({', '.join(_COMPRESSED)})"
+                raise UserError(f"{path}: records are read from {readable}; convert it, or choose files with --glob")
             case _:
-                raise UserError(f"{path}: conversations are read from .jsonl and .parquet; choose files with --glob")
+                yield _read_text(path)
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed."""
+    compression = "infer" if path.suffix.lower() in _COMPRESSED else None
+    try:
+        with fsspec.open(str(path.absolute()), "rb", compression=compression) as file:
+            yield file
+    except Exception as error:  # each library has its own
+        if compression is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be decompressed ({error}); decompress it, or fetch it again") from error
 
 
 def _read_text(path: Path) -> str:
+    with _unpacked(path) as file:
+        content = file.read()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 text at byte {error.start}; convert it, or choose files with --glob"
         ) from error
+    first = [line for line in islice(text.splitlines(), 20) if line.strip()][:2]
+    if len(first) == 2 and all(isinstance(_json(line), dict) for line in first):
+        raise UserError(f"{path}: a JSON object per line, which is no text; rename it to .jsonl")
+    return text
 
 
 def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document | None]:
     # Not through `datasets`: it infers one schema per file, so it rejects records that differ in unused
     # fields, and it cannot name the line that is malformed.
-    with path.open("rb") as lines:
+    with _unpacked(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _parse_record(line, columns, f"{path}:{number}")
+
+
+def _read_json(path: Path, columns: Columns) -> Iterator[Document | None]:
+    """Read a list of records, or a record per line as in .jsonl."""
+    with _unpacked(path) as file:
+        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+        if isinstance(_json(first), dict):
+            yield from _read_jsonl(path, columns)
+            return
+        file.seek(0)
+        try:
+            records = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: malformed JSON ({error}); correct it, or choose files with --glob") from error
+    for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
+        yield _read_object(record, columns, f"{path}, record {number}")
+
+
+def _json(text: str | bytes) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parse_record(line: bytes, columns: Columns, where: str) -> Document | None:
@@ -117,10 +199,13 @@ def _parse_record(line: bytes, columns: Columns, where: str) -> Document | None:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error}); correct or remove the line") from error
+    return _read_object(record, columns, where)
+
+
+def _read_object(record: object, columns: Columns, where: str) -> Document | None:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object with the field '{columns.names[0]}'")
-    require(columns, list(record), where)
-    return columns.document(record, where)
+    return read_record(columns, record, where)
 
 
 def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
@@ -132,10 +217,15 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
     except ArrowInvalid as error:
         raise UserError(f"{path}: not a Parquet file, or a damaged one") from error
     with table:
-        require(columns, table.schema_arrow.names, str(path))
-        for batch in table.iter_batches(columns=list(columns.names)):
-            for row in batch.to_pylist():
-                yield columns.document(row, str(path))
+        existing = table.schema_arrow.names
+        require(columns, existing, str(path))
+        read = [name for name in existing if name in (*columns.names, *columns.optional)]
+        for name in existing:
+            if name not in read:
+                columns.notes.add(UNREAD_FIELDS, name, str(path), table.metadata.num_rows)
+        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(columns=read))
+        for number, row in enumerate(rows):
+            yield read_record(columns, row, f"{path} row {number}")
 
 
 def _saved(path: Path, columns: Columns, split: str) -> Source:
@@ -148,7 +238,7 @@ def _saved(path: Path, columns: Columns, split: str) -> Source:
         if split not in rows:
             raise UserError(f"{path}: no split '{split}'; it has: {', '.join(rows)}.{nearest(split, rows)}")
         rows = rows[split]
-    return Source(info, partial(_read_rows, rows, columns, str(path)))
+    return Source(info, partial(_read_rows, rows, columns, str(path)), True)
 
 
 def _hub(name: str, columns: Columns, split: str) -> Source:
@@ -166,10 +256,9 @@ def _hub(name: str, columns: Columns, split: str) -> Source:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{name}: neither a local path nor a readable hub data set: {reason}") from error
     info = InputInfo(path=name, split=split, files=0, bytes=0, version=revision)
-    return Source(info, partial(_read_rows, rows, columns, name))
+    return Source(info, partial(_read_rows, rows, columns, name), True)
 
 
 def _read_rows(rows: Iterable[dict[str, object]], columns: Columns, where: str) -> Iterator[Document | None]:
     for number, row in enumerate(rows):
-        require(columns, list(row), where)
-        yield columns.document(row, f"{where} row {number}")
+        yield read_record(columns, row, f"{where} row {number}")

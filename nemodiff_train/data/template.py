@@ -50,23 +50,31 @@ class ChatTemplate:
             raise self._refusal(str(error).partition("\n")[0]) from None
         named = tokenizer.special_tokens_map.items()
         tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
+        self.source = template
+        """Text of the template."""
         self._given = {"template": template, "tokens": tokens}
         self._process: subprocess.Popen[str] | None = None
 
-    def __call__(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
+    def __call__(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[object] | None = None,
+    ) -> str:
         """Return one conversation as text.
 
         Args:
             messages: Each has ``role`` and ``content``.
             add_generation_prompt: Whether to end where the model is to answer.
+            tools: Definitions of the tools that the model may call, as JSON schemas.
 
         Raises:
             UserError: The template is malformed, refuses the conversation, or takes too much time or memory.
         """
         if self._process is None:
             self._start()
-        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "seconds": SECONDS}
-        response = self._ask({**self._given, **request}, SECONDS)
+        given = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        response = self._ask({**self._given, **given, "seconds": SECONDS}, SECONDS)
         if "text" not in response:
             raise self._refusal(response["problem"])
         return response["text"]
@@ -94,7 +102,7 @@ class ChatTemplate:
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         line = ""
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request, default=str) + "\n")  # columns of Arrow hold dates
             self._process.stdin.flush()
             in_time = bool(select.select([self._process.stdout], [], [], seconds)[0])
             line = self._process.stdout.readline() if in_time else ""
@@ -135,6 +143,7 @@ def _render(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, st
     try:
         texts, _ = render(
             [request["messages"]],
+            tools=request["tools"],
             chat_template=request["template"],
             add_generation_prompt=request["add_generation_prompt"],
             **request["tokens"],

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 from nemodiff_train.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """Load a tokenizer from a directory or by its Hugging Face name, without running code that comes with it.
+
+    Its token ids are those of ``tokenizer.json``, where there is one, whatever class ``tokenizer_config.json`` names.
 
     Raises:
         UserError: There is no tokenizer, or it is damaged.
@@ -24,15 +29,81 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"{name}: no such tokenizer directory")
     try:
         # Left unset, a terminal would be asked whether to run the tokenizer's own code.
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        use_tokenizer_file(tokenizer, name)
+        return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # damaged files raise any exception in Transformers
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: cannot load a tokenizer from it: {reason}") from error
 
 
+def use_tokenizer_file(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Let a tokenizer encode and decode as its ``tokenizer.json`` does.
+
+    Transformers keeps the vocabulary of that file and builds the rest as the class in ``tokenizer_config.json`` has
+    it: a byte-level tokenizer under Llama's class then loses every space and line break.
+
+    Args:
+        tokenizer: As Transformers has loaded it; its backend may be replaced.
+        name: Directory or Hugging Face name that it was loaded from.
+
+    Raises:
+        UserError: It adds a token that cannot have the same id in the file's vocabulary.
+    """
+    from tokenizers import Tokenizer
+    from transformers.utils.hub import cached_file
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(name, TOKENIZER_FILE, **absent)
+    if backend is None or not file:
+        return
+    stored = Tokenizer.from_file(str(file))
+    if _encoding(stored) == _encoding(backend):
+        return
+    # Tokens of the user's that the file lacks; those of the class alone have no row in the model.
+    config = cached_file(name, "tokenizer_config.json", **absent)
+    named = json.dumps(json.loads(Path(str(config)).read_bytes())) if config else ""
+    ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    for token in tokenizer.added_tokens_decoder.values():
+        if json.dumps(str(token)) in named and stored.token_to_id(str(token)) is None:
+            stored.add_tokens([token])
+        if stored.token_to_id(str(token)) not in (None, ids[str(token)]):
+            raise UserError(
+                f"{name}: tokenizer_config.json gives '{token}' the id {ids[str(token)]}, {TOKENIZER_FILE} "
+                f"{stored.token_to_id(str(token))}; correct one of them"
+            )
+    stored.post_processor = backend.post_processor  # the tokens that tokenizer_config.json adds at either end
+    tokenizer._tokenizer = stored
+    for kind, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str) and stored.token_to_id(token) is None:
+            setattr(tokenizer, kind, None)
+
+
+def _encoding(backend: "Tokenizer") -> dict[str, object]:
+    """Return what decides how text becomes ids and ids text, without the tokens that are added on request."""
+    described = json.loads(backend.to_str())
+    parts = ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")
+    return {part: described[part] for part in parts}
+
+
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return one more than the largest token id, added tokens included (ids may have gaps)."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def tokens_without_row(tokenizer: "PreTrainedTokenizerBase", rows: int) -> str:
+    """Return a line that names the tokens beyond the rows of a model's embedding; empty where there are none."""
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if not beyond:
+        return ""
+    named = ", ".join(f"'{token}' ({number})" for number, token in beyond[:3])
+    return (
+        f"the tokenizer has {len(beyond)} tokens for which the model, of {rows} rows, has none, such as {named}; "
+        "text that holds them is refused"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

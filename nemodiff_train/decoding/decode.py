@@ -75,7 +75,7 @@ def decode(
     """
     config = PipelineRunner(model).config
     check_mode(config, mode)
-    check_prompts(prompts)
+    check_prompts(prompts, config.vocab_size)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     _check_positions(config, longest)
     extra = settings.block_size ** (2 if mode == "quadratic" else 1)
@@ -110,7 +110,7 @@ def fill(
     """
     config = PipelineRunner(model).config
     check_mode(config, "linear")  # infilling needs the same: a mask token, and a causal clean half
-    check_prompts([text])
+    check_prompts([text], config.vocab_size)
     _check_positions(config, len(text))
     session = Session(model, 1, len(text) + settings.block_size, config.mask_token_id)
     sampler = Sampler(settings, [0])

@@ -85,8 +85,7 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
 
 def _rotary(chunk: GPTModel, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosines, and sines negated in the first half: each [new, batch or 1, 1, head_dim]."""
-    angles = chunk.rotary_pos_emb(new)
-    angles, factor = angles if isinstance(angles, tuple) else (angles, 1.0)  # YaRN scales both
+    angles, factor = chunk.rotary_pos_emb(new), chunk.rotary_pos_emb.factor
     cos, sin = angles.cos() * factor, angles.sin() * factor
     sin[..., : sin.shape[-1] // 2].neg_()
     return cos.to(dtype), sin.to(dtype)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
 
 from nemodiff_train.errors import UserError, nearest
 
@@ -93,6 +93,10 @@ class DecodingSettings:
             raise UserError(f"seed is {self.seed}; it must be below 2^64")
         if "" in self.stop_strings:
             raise UserError("a stop string is empty; every text holds it")
+
+    def stopping_at(self, tokens: frozenset[int]) -> Self:
+        """Return the settings with further tokens that end a row."""
+        return replace(self, stop_token_ids=self.stop_token_ids | tokens)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of new tokens, without special ones, cut before the first stop string."""

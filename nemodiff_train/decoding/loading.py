@@ -10,7 +10,7 @@ from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.loading import load_model, stop_tokens
+from nemodiff_train.model.loading import computing_dtype, load_model, stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -57,7 +57,11 @@ def load_decoding_model(
         raise UserError(f"--drafter acts in mode linear alone, not in {', '.join(modes)}; leave it out")
     chosen = DecodingSettings(block_size=provider.block_size if block_size is None else block_size, **settings)
     loaded = load_model(
-        checkpoint, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, drafter=drafter
+        checkpoint,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        drafter=drafter,
+        dtype=computing_dtype(),
     )
     return DecodingModel(loaded.chunks, loaded.tokenizer, for_tokenizer(chosen, loaded.provider, loaded.tokenizer))
 

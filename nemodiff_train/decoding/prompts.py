@@ -1,13 +1,25 @@
-"""Prompts as token ids."""
+"""Prompts as token ids, and what ends the answers to them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from nemodiff_train.data.chat import template_end_of_turn
 from nemodiff_train.data.template import ChatTemplate
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool) -> list[list[int]]:
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of a task."""
+
+    tokens: list[list[int]]
+    """Token ids of each prompt, without special tokens of the tokenizer's own."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer besides the model's own: what the chat template ends a turn with."""
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool) -> Prompts:
     """Encode prompts.
 
     Args:
@@ -15,14 +27,14 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat
         texts: The prompts.
         chat: Put each into the tokenizer's chat template, as a user's message.
 
-    Returns:
-        Token ids of each prompt, without special tokens of the tokenizer's own.
-
     Raises:
         UserError: The tokenizer has no chat template, or one that cannot be used.
     """
+    end = None
     if chat:
         template = ChatTemplate(tokenizer)
         texts = [template([{"role": "user", "content": text}]) for text in texts]
+        end = template_end_of_turn(tokenizer, template)
         template.close()
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return Prompts(tokens, frozenset() if end is None else frozenset([end]))

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
+from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.generation import ForwardKind
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
@@ -84,6 +85,7 @@ class Session:
             trained for.
 
         Raises:
+            NotFinite: Logits are infinite or not numbers.
             ValueError: A row would outgrow the session's capacity.
         """
         self._check_room(rows, tokens.shape[1])
@@ -96,6 +98,7 @@ class Session:
         if kind == "draft":
             batch = replace(batch, is_draft=True)
         logits = self.model(tokens, batch, indices)[..., : self.vocab_size].float()
+        check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
         if kind in MASK_FILLING and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
         if self.mask_token_id is not None:
@@ -165,14 +168,22 @@ class Session:
             raise ValueError(f"a row needs {needed} positions; the session holds {self.cache.capacity}")
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     """Refuse prompts that no mode can decode.
 
+    Args:
+        prompts: Token ids of each.
+        vocab_size: Rows of the model's embedding.
+
     Raises:
-        UserError: There is no prompt, or one is empty.
+        UserError: There is no prompt, or one is empty or holds a token without a row.
     """
     if not prompts:
         raise UserError("no prompts to decode")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {number} has no tokens")
+        if (largest := max(prompt)) >= vocab_size:  # tensor-parallel ranks would embed it as zeros
+            raise UserError(
+                f"prompt {number} holds token {largest}, but the model has tokens 0 to {vocab_size - 1}; leave it out"
+            )

@@ -1,9 +1,11 @@
-"""Text that every machine already has: the source of Python's standard library."""
+"""Text that every machine already has: the source of Python's standard library, and its language reference."""
 
 import hashlib
 import json
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 # Not ordinary source: tests, generated tables, installed packages and tools bundled with Python.
 _LEFT_OUT = {
@@ -35,21 +37,35 @@ def write_stdlib_text(path: Path, max_bytes: int) -> int:
     Returns:
         Number of UTF-8 bytes of text written.
     """
-    root = Path(sysconfig.get_path("stdlib"))
     written = 0
     with path.open("w", encoding="utf-8") as output:
-        for module in _modules(root):
-            text = module.read_bytes().decode("utf-8", errors="replace")
-            size = len(text.encode())
-            if 0 < size <= max_bytes - written:
-                output.write(json.dumps({"name": module.relative_to(root).as_posix(), "text": text}) + "\n")
+        for record in stdlib_modules():
+            size = len(record["text"].encode())
+            if size <= max_bytes - written:
+                output.write(json.dumps(record) + "\n")
                 written += size
     return written
 
 
-def _modules(root: Path) -> list[Path]:
-    """Return the modules in the order of a hash of their names, so that a small limit samples the whole library."""
+def stdlib_modules() -> Iterator[dict[str, str]]:
+    """Yield ``name`` and ``text`` of the library's modules that have text, in the order of a hash of their names.
+
+    So a small part of them samples the whole library.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root) for path in root.rglob("*.py")]
-    kept = [name for name in names if not _LEFT_OUT.intersection(name.parts)]
-    kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    return [root / name for name in kept]
+    for name in sorted(names, key=lambda name: _hash(name.as_posix())):
+        if _LEFT_OUT.intersection(name.parts):
+            continue
+        if text := (root / name).read_bytes().decode("utf-8", errors="replace"):
+            yield {"name": name.as_posix(), "text": text}
+
+
+def language_reference() -> Iterator[dict[str, str]]:
+    """Yield ``name`` and ``text`` of the topics of Python's ``help()``, in the order of a hash of their names."""
+    for name in sorted(topics, key=_hash):
+        yield {"name": f"help/{name}", "text": topics[name]}
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

@@ -1,20 +1,24 @@
 """The demo: an AR checkpoint in, a tri-mode checkpoint out, scored in three modes; offline."""
 
 import json
+import math
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from nemodiff_train.console import console
 from nemodiff_train.conversion.exporting import export_checkpoint
 from nemodiff_train.conversion.importing import import_checkpoint
+from nemodiff_train.conversion.mask_token import reserved_token, select_mask_token
+from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.prepare import PrepareOptions, prepare
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.loading import load_decoding_model
@@ -26,7 +30,10 @@ from nemodiff_train.evaluation.evaluate import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
+from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.loading import stop_tokens
+from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
 from nemodiff_train.report.trace import Decode
@@ -38,24 +45,55 @@ PROBLEMS = 25_000
 VOCABULARY = 1024
 MAX_NEW_TOKENS = 128
 THRESHOLD = 0.98  # a wrong digit is a wrong answer
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)  # further points of the accuracy against TPF curve
+SMALL = 2_000_000  # parameters that two cores train and score in minutes
+NEW_MASK_TOKEN = "<|mask|>"
 
 
-def run_demo(output: Path, start_from: str | None, mask_token: str, count: int) -> None:
+def run_demo(output: Path, start_from: str | None, mask_token: str | None, count: int | None) -> None:
     """Run all steps and announce each; see :class:`Demo`.
 
     Raises:
-        UserError: The tokenizer lacks the mask token, or a step failed.
+        UserError: The model cannot be used, the tokenizer lacks the mask token, or a step failed.
     """
     started = time.monotonic()
-    # The joint stage would refuse it too, minutes later.
-    if start_from and mask_token not in load_tokenizer(start_from).get_vocab():
-        raise UserError(
-            f"--mask-token '{mask_token}' is not in the tokenizer of '{start_from}'; name one of its reserved tokens"
+    if start_from and mask_token:
+        select_mask_token(start_from, model_from(start_from), mask_token, None)  # refused before anything is made
+    budget = Budget() if start_from is None else _budget(_parameters(start_from), init_runtime().cuda)
+    if budget != Budget():
+        console.print(
+            f"this model is large for a CPU: {budget.steps} steps instead of {Budget.steps} in the joint stage, "
+            f"{count or budget.count} problems, and one threshold"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    Demo(output, start_from, mask_token, count).run()
+    if count is not None:
+        budget = replace(budget, count=count)
+    with locked(output):
+        output.mkdir(exist_ok=True)
+        Demo(output, start_from, mask_token, budget).run()
     console.print(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained and scored."""
+
+    steps: int = 700
+    """Steps of the joint stage, 1024 tokens each."""
+    count: int = 200
+    """Held-out problems."""
+    thresholds: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
+    """Further points of the accuracy against TPF curve."""
+
+
+def _budget(parameters: int, cuda: bool) -> Budget:
+    """Return what takes minutes for a model of the user's own; on a CPU less, the more parameters it has."""
+    share = SMALL / parameters
+    if cuda or share >= 1:
+        return Budget()
+    return Budget(max(10, int(share * Budget.steps)), max(6, int(share * Budget.count)), ())
+
+
+def _parameters(directory: str) -> int:
+    return sum(math.prod(tensor.shape) for tensor in check_weights(Path(directory)).values())
 
 
 class Demo:
@@ -64,16 +102,17 @@ class Demo:
     Args:
         output: The output folder.
         start_from: The user's own Hugging Face AR model, or None to train a small one first.
-        mask_token: The tokenizer's mask token.
-        count: Number of held-out problems to score.
+        mask_token: A token of its tokenizer; None for a reserved one, or a new one where it has none.
+        budget: How much is trained and scored.
     """
 
-    def __init__(self, output: Path, start_from: str | None, mask_token: str, count: int) -> None:
+    def __init__(self, output: Path, start_from: str | None, mask_token: str | None, budget: Budget) -> None:
         self.output = output
         self.ar_model = Path(start_from) if start_from else output / "ar-model"
+        self.start = output / "ar-imported"
         self.trains_ar = start_from is None
         self.mask_token = mask_token
-        self.count = count
+        self.budget = budget
         # As many as the layouts need; one on a machine with a single GPU.
         self.processes = min(2, torch.cuda.device_count()) if init_runtime().cuda else 2
         self.step = 0
@@ -81,6 +120,8 @@ class Demo:
     def run(self) -> None:
         """Run all steps in order."""
         with self._announce("text: Python's standard library, and arithmetic problems with worked answers"):
+            if not self.trains_ar:
+                self._import()
             tokenizer = self._prepare_data()
         with self._announce(
             f"AR stage: {'a small Qwen 3, data parallel' if self.trains_ar else 'skipped, using yours'}"
@@ -88,20 +129,40 @@ class Demo:
             if self.trains_ar:
                 self._torchrun("demo_ar", "ar", tokenizer=tokenizer)
                 self._export("ar", self.ar_model)
+                self._import()
         with self._announce("AR model, before the joint stage"):
             accuracy_before = self._evaluate_ar()
-        with self._announce("joint stage: AR + diffusion, tensor parallel"):
+        tensor_parallel = self._tensor_parallel()
+        with self._announce(f"joint stage: AR + diffusion, {'tensor' if tensor_parallel > 1 else 'data'} parallel"):
             self._torchrun(
                 "demo_joint",
                 "joint",
-                start_from=str(self.ar_model),
-                mask_token=self.mask_token,
-                tensor_parallel=str(self.processes),
+                start_from=str(self.start),
+                tensor_parallel=str(tensor_parallel),
+                steps=str(self.budget.steps),
             )
         with self._announce("export to Hugging Face"):
             self._export("joint", self.output / "tri-mode-model")
-        with self._announce(f"three modes on {self.count} held-out problems"):
+        with self._announce(f"three modes on {self.budget.count} held-out problems"):
             self._evaluate_tri_mode(accuracy_before)
+
+    def _import(self) -> None:
+        """Import the AR model with a mask token: its own, the named one, a reserved one, or a new one."""
+        provider = model_from(str(self.ar_model))
+        tokenizer = load_tokenizer(str(self.ar_model))
+        chosen, added = self.mask_token, None
+        if chosen is None and provider.mask_token_id is None and (chosen := tokenizer.mask_token) is None:
+            chosen = reserved_token(tokenizer, provider.vocab_size, stop_tokens(provider, tokenizer))
+            added = None if chosen else NEW_MASK_TOKEN
+            console.print(
+                f"    mask token: {escape(chosen or NEW_MASK_TOKEN)}, "
+                f"{'a reserved token of its tokenizer' if chosen else 'added to its vocabulary'}"
+            )
+        import_checkpoint(str(self.ar_model), str(self.start), mask_token=chosen, add_mask_token=added)
+
+    def _tensor_parallel(self) -> int:
+        """Return the tensor-parallel size: all processes where they divide the key-value heads, else 1."""
+        return 1 if model_from(Checkpoint.open(self.start)).num_query_groups % self.processes else self.processes
 
     @contextmanager
     def _announce(self, description: str) -> Iterator[None]:
@@ -127,8 +188,9 @@ class Demo:
             for problem in problems("train", PROBLEMS, seed=0):
                 print(json.dumps({"text": problem.prompt + problem.solution}), file=file)
         write_conversations(folder / "chat.jsonl", PROBLEMS)
-        tokenizer = str(self.ar_model)
-        if self.trains_ar:
+        if not self.trains_ar:
+            tokenizer = str(Checkpoint.open(self.start).tokenizer_directory)
+        else:
             tokenizer = str(self.output / "tokenizer")
             train_tokenizer(_texts(folder), VOCABULARY, Path(tokenizer))
         for name in ("problems", "code"):
@@ -161,20 +223,17 @@ class Demo:
         export_checkpoint(Checkpoint.open(self.output / run / "checkpoints"), str(directory))
 
     def _evaluate_ar(self) -> float:
-        """Return the accuracy of the exported AR model before the joint stage."""
-        checkpoint = self.output / "ar-imported"
-        import_checkpoint(str(self.ar_model), str(checkpoint))
-        evaluation, _ = self._evaluate(checkpoint, ("ar",), ())
+        """Return the accuracy of the AR model before the joint stage."""
+        evaluation, _ = self._evaluate(self.start, ("ar",), ())
         accuracy = evaluation.modes["ar"].accuracy
         assert accuracy is not None  # the task has answers
-        shutil.rmtree(checkpoint)
         console.print(f"    accuracy {accuracy:.1%}")
         return accuracy
 
     def _evaluate_tri_mode(self, accuracy_before: float) -> None:
         """Score every mode, print the table and write the report."""
         checkpoint = self.output / "joint" / "checkpoints"
-        evaluation, decode = self._evaluate(checkpoint, ("ar", "diffusion", "linear"), THRESHOLDS)
+        evaluation, decode = self._evaluate(checkpoint, ("ar", "diffusion", "linear"), self.budget.thresholds)
         evaluation.settings["AR accuracy before the joint stage"] = accuracy_before
         report = write_report(self.output / "report", evaluation, decode)
         print_table(evaluation)
@@ -186,7 +245,7 @@ class Demo:
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]
     ) -> tuple[Evaluation, Decode]:
         """Return the figures, and the function that turns tokens into text."""
-        task = load_task("arithmetic", count=self.count)
+        task = load_task("arithmetic", count=self.budget.count)
         loaded = load_decoding_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=1)  # the speed one user sees
         return evaluate(loaded, task, settings, str(checkpoint)), loaded.settings.text

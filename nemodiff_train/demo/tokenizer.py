@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nemodiff_train.data.tokenizer_files import rename_for_transformers_4
+
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
 CHAT_TEMPLATE = (
@@ -37,6 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     )
     bpe.train_from_iterator(texts, trainer)
     _wrapped(bpe).save_pretrained(directory)
+    rename_for_transformers_4(directory)
 
 
 def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:

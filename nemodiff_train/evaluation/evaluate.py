@@ -13,15 +13,21 @@ from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.decoding.oracle import path_forwards
-from nemodiff_train.decoding.prompts import prompt_tokens
+from nemodiff_train.decoding.prompts import encode_prompts
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.evaluation.settings import EvaluationSettings, relevant_settings, settings_of
+from nemodiff_train.evaluation.unfinished import UnfinishedRecords
 
 
 def evaluate(
-    loaded: DecodingModel, task: Task, covered: EvaluationSettings, checkpoint: str, shown: bool | None = None
+    loaded: DecodingModel,
+    task: Task,
+    covered: EvaluationSettings,
+    checkpoint: str,
+    shown: bool | None = None,
+    unfinished: UnfinishedRecords | None = None,
 ) -> Evaluation:
     """Decode every prompt in every mode, score, and reduce.
 
@@ -31,14 +37,17 @@ def evaluate(
         covered: Modes and settings.
         checkpoint: Name for the report.
         shown: Whether this process shows progress; by default rank 0 does.
+        unfinished: Log of what is decoded; what it has already is not decoded again.
     """
-    settings = loaded.settings
-    prompts = prompt_tokens(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
+    prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
+    settings = loaded.settings.stopping_at(prompts.stop_token_ids)
     headline: list[Run] = []
     sweep: list[Run] = []
     for mode in covered.modes:
         grid = settings_of(mode, settings, covered)
-        runs = [_run(loaded.model, prompts, mode, point, covered.batch_size, shown) for point in grid]
+        runs = [
+            _run(loaded.model, prompts.tokens, mode, point, covered.batch_size, shown, unfinished) for point in grid
+        ]
         headline.append(runs[grid.index(settings)])
         sweep += runs if len(runs) > 1 else []
     return assemble(
@@ -58,28 +67,34 @@ def _run(
     settings: DecodingSettings,
     batch_size: int,
     shown: bool | None,
+    unfinished: UnfinishedRecords | None,
 ) -> Run:
     """Decode this data-parallel replica's prompts, and gather the records of all."""
     values = {name: getattr(settings, name) for name in relevant_settings(mode, settings)}
     swept = [f"{values[name]:g}" for name in ("block_size", "threshold") if name in values]
-    records: list[DecodeRecord] = []
     replicas: dist.ProcessGroup = parallel_state.get_data_parallel_group()
-    numbers = range(replicas.rank(), len(prompts), replicas.size())
+    records = unfinished.of(mode, values) if unfinished is not None else []
+    there = {record.prompt_index for record in records}
+    numbers = [number for number in range(replicas.rank(), len(prompts), replicas.size()) if number not in there]
     with progress_bar(shown=shown) as progress:
         bar = progress.add_task(f"decoding ({', '.join([mode, *swept])})", total=len(numbers))
         for batch in batched(numbers, batch_size):
-            records.extend(_decode_batch(model, [prompts[number] for number in batch], batch, mode, settings))
-            progress.update(bar, completed=len(records))
+            decoded = _decode_batch(model, [prompts[number] for number in batch], batch, mode, settings)
+            if unfinished is not None:
+                unfinished.add(mode, values, decoded)
+            records += decoded
+            progress.advance(bar, len(batch))
     return Run(mode, values, _gather(records, replicas))
 
 
 def _gather(records: list[DecodeRecord], replicas: dist.ProcessGroup) -> list[DecodeRecord]:
-    """Return the records of every data-parallel replica, in the order of the prompts."""
-    if replicas.size() == 1:
-        return records
-    by_replica: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
-    dist.all_gather_object(by_replica, records, group=replicas)
-    return sorted((record for part in by_replica for record in part), key=lambda record: record.prompt_index)
+    """Return the records of every data-parallel replica, each prompt's once, in the order of the prompts."""
+    by_replica = [records]
+    if replicas.size() > 1:
+        by_replica = [[] for _ in range(replicas.size())]
+        dist.all_gather_object(by_replica, records, group=replicas)
+    by_prompt = {record.prompt_index: record for part in by_replica for record in part}
+    return [by_prompt[index] for index in sorted(by_prompt)]
 
 
 def _decode_batch(

@@ -8,14 +8,18 @@ from itertools import batched
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 from nemodiff_train.console import progress_bar
+from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.pipeline import PipelineRunner
+from nemodiff_train.decoding.session import check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums
 from nemodiff_train.objective.sample import Sample, SampleMaker
+from nemodiff_train.runtime.memory import require_memory
 
 NO_TOKEN = -1
 """Label after the end of a text."""
@@ -93,9 +97,19 @@ def likelihood(
     )
     assert config.mask_token_id is not None  # refused above
     maker = SampleMaker(objective=objective, mask_id=config.mask_token_id)
+    texts = [text for text in texts if len(text) > 1]
+    if texts:
+        check_prompts(texts, config.vocab_size)
     samples = [sample for text in texts for sample in _samples(text, length)]
     if not samples:
         raise UserError("there is no text to score: every document is shorter than 2 tokens")
+    rows = min(batch_size, len(samples))
+    require_memory(  # logits and their log-softmax in fp32, and a layer's activations, at both halves' positions
+        rows * 2 * length * (config.vocab_size * 8 + config.hidden_size * 32),
+        next(model[0].parameters()).device,
+        f"the logits of {rows:,} samples of {length:,} tokens",
+        "use a smaller --batch-size or --length",
+    )
     bounds = torch.zeros(draws, dtype=torch.float64)
     ar_loss, ar_targets, tokens = 0.0, 0, 0
     with progress_bar() as progress:
@@ -160,8 +174,14 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
     """Add up the losses of a batch of samples."""
     device = next(chunk.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
-    with torch.inference_mode():  # [batch, 2L] cross-entropy: the noisy half, then the clean half
-        losses = chunk(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]).double()
+
+    def forward() -> Tensor:
+        """Return [batch, 2L] cross-entropies: the noisy half, then the clean half."""
+        with torch.inference_mode():
+            return chunk(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]).double()
+
+    losses = forward()
+    check_finite(losses, [chunk], batch["position_ids"], forward, "losses")
     sums = loss_sums(losses, batch)
     counts = batch["maskable"]  # [batch, L]
     length = counts.shape[1]

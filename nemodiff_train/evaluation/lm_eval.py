@@ -26,7 +26,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
 from nemodiff_train.decoding.pipeline import PipelineRunner
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import config_from
@@ -199,6 +199,7 @@ class NemodiffLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return causal logits [texts, longest, vocab] of texts that are padded on the right."""
         session = Session(self.loaded.model, len(inps), inps.shape[1], None)
+        check_prompts(inps.tolist(), session.vocab_size)
         return session.forward(inps, torch.arange(len(inps), device=session.device), "prefill", causal=True)
 
 

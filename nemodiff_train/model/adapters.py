@@ -4,9 +4,12 @@ import megatron.bridge.peft.utils as peft_utils
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
+from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
+from megatron.bridge.utils.instantiate_utils import instantiate
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import MegatronModule
 
+from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime.patches import tell_adapters_whether_transformer_engine_is_there
 
@@ -24,9 +27,13 @@ def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None
     Args:
         models: This rank's chunks.
         checkpoint: The adapters' checkpoint.
+
+    Raises:
+        UserError: They are not LoRA.
     """
-    settings = checkpoint.run_config["peft"]
-    adapters = LoRA(**{name: settings[name] for name in ("target_modules", "dim", "alpha")})
+    adapters = instantiate(apply_run_config_backward_compat(checkpoint.run_config["peft"]))
+    if type(adapters) is not LoRA:
+        raise UserError(f"'{checkpoint.iteration}' holds {type(adapters).__name__} adapters; only LoRA can be merged")
     adapters(models, training=False)
     load_adapters(models, checkpoint, adapters)
     for chunk in models:
@@ -35,6 +42,10 @@ def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None
                 if isinstance(child, LoRALinear):
                     child.to_wrap.weight.data.copy_(child.weight)
                     setattr(parent, name, child.to_wrap)
+                    # Bridge let Transformer Engine's layer return the output of its norm as well, for the adapter.
+                    for returned in ("return_layernorm_output", "return_layernorm_output_gathered"):
+                        if hasattr(child.to_wrap, returned):
+                            setattr(child.to_wrap, returned, False)
 
 
 def load_adapters(models: list[MegatronModule], checkpoint: Checkpoint, adapters: LoRA) -> None:

@@ -7,18 +7,20 @@ from megatron.bridge import AutoBridge
 from transformers import PretrainedConfig
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, VISION_LANGUAGE
+from nemodiff_train.model.families import NEMOTRON, SDAR, TRI_MODE, VISION_LANGUAGE
 from nemodiff_train.runtime.deferred import execute
 
 _MODULES = {
     "Qwen3ForCausalLM": "megatron.bridge.models.qwen.qwen3_bridge",
     "Qwen2ForCausalLM": "megatron.bridge.models.qwen.qwen2_bridge",
     "LlamaForCausalLM": "megatron.bridge.models.llama.llama_bridge",
-    "MistralForCausalLM": "megatron.bridge.models.mistral.mistral_bridge",
 }
 """Modules that register the converter of an architecture; those of others are found by importing all of Bridge's."""
 
-_OURS = ("Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
+_OURS = ("MistralForCausalLM", "Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
+
+TESTED = (*_MODULES, *_OURS)
+"""Architectures whose computation is known to be Transformers'; others are compared with it at import."""
 
 
 def auto_bridge(config: PretrainedConfig) -> Any:
@@ -49,4 +51,4 @@ def _register(architecture: str) -> None:
 
 def unsupported(name: str) -> UserError:
     """Return the error for an architecture that Bridge does not know; it names those that are tested here."""
-    return UserError(f"{name} is not supported; supported: {', '.join([*_MODULES, *_OURS, TRI_MODE])}")
+    return UserError(f"{name} is not supported; supported: {', '.join([*TESTED, SDAR, TRI_MODE])}")

@@ -13,7 +13,7 @@ import yaml
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checksums import damage, iterations, structure_damage
+from nemodiff_train.model.checksums import damage, identity, iterations, structure_damage
 
 
 class Kind(StrEnum):
@@ -43,11 +43,16 @@ class Checkpoint:
         """Open the checkpoint at ``path``, or return None where there is none, as in a Hugging Face directory.
 
         Raises:
-            UserError: No iteration is complete, by names and sizes of its files; the damaged file is named.
+            UserError: No iteration is complete, by names and sizes of its files; the damaged file is named. Or the
+                folder holds another model as well.
         """
         path = Path(path)
-        if not (path / "run_config.yaml").is_file() and not any(path.glob("iter_*/run_config.yaml")):
+        single, several = (path / "run_config.yaml").is_file(), any(path.glob("iter_*/run_config.yaml"))
+        if not single and not several:
             return None
+        if (path / "config.json").is_file() or (single and several):
+            other = "iter_* folders" if single and several else "a Hugging Face model (config.json)"
+            raise UserError(f"'{path}' holds a Megatron checkpoint and {other}; move one of them elsewhere")
         return cls(path, _newest_complete(path, structure_damage))
 
     @classmethod
@@ -106,16 +111,26 @@ class Checkpoint:
 
     @property
     def base(self) -> "Checkpoint":
-        """Return the checkpoint that its adapters were trained on.
+        """Return the checkpoint that its adapters were trained on: the recorded step, with the recorded contents.
 
         Raises:
-            UserError: That one is no longer there, or no longer complete.
+            UserError: That one is no longer there, no longer complete, or another one is in its place.
         """
         path = Path(str(self.run_config["checkpoint"]["pretrained_checkpoint"]))
-        if (base := Checkpoint.find(path)) is None:
+        known = self.run_config.get("adapter_base") or {}
+        base = Checkpoint.find(path) if (path / "run_config.yaml").is_file() else None
+        iteration = path / str(known.get("iteration"))
+        base = base or (Checkpoint.find(iteration) if iteration.is_dir() else None)
+        if base is None:
             raise UserError(
-                f"'{self.iteration}' holds adapters of '{path}', which is not there; run from the folder that the "
-                "training ran in, or put the checkpoint back"
+                f"'{self.iteration}' holds adapters of '{iteration}', which is not there; run from the folder that "
+                "the training ran in, or put the checkpoint back"
+            )
+        base = base.verify_contents()
+        if identity(base.iteration) != known.get("checksum"):
+            raise UserError(
+                f"'{self.iteration}' holds adapters of other weights than those in '{base.iteration}' now; put back "
+                "the checkpoint that they were trained on"
             )
         return base
 

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
+from pydantic import TypeAdapter
+
 from nemodiff_train.files import sync
 
 CHECKSUMS = "checksums.json"
@@ -21,6 +23,9 @@ class Digest(TypedDict):
     bytes: int
     sha256: str
     """In hexadecimal."""
+
+
+_ENTRIES = TypeAdapter(dict[str, Digest])
 
 
 def iterations(folder: Path) -> list[Path]:
@@ -60,6 +65,11 @@ def digests(iteration: Path, names: Iterable[str], durable: bool = False) -> dic
         return dict(readers.map(digest, names))
 
 
+def record_digests(iteration: Path) -> None:
+    """Write the digests of a finished checkpoint's files into it."""
+    (iteration / CHECKSUMS).write_text(json.dumps(digests(iteration, files_of(iteration)), indent=1, sort_keys=True))
+
+
 def recorded(iteration: Path) -> dict[str, Digest]:
     """Return the digests that a checkpoint was published with; none if it was made elsewhere.
 
@@ -69,10 +79,17 @@ def recorded(iteration: Path) -> dict[str, Digest]:
     file = iteration / CHECKSUMS
     if not file.is_file():
         return {}
-    entries = json.loads(file.read_text())
-    if not isinstance(entries, dict):
-        raise ValueError
+    entries = _ENTRIES.validate_json(file.read_bytes())
+    for name in entries:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"'{name}' lies outside of the checkpoint")
     return entries
+
+
+def identity(iteration: Path) -> str:
+    """Return the SHA-256, in hexadecimal, of a checkpoint's recorded digests, or of its files where it has none."""
+    entries = recorded(iteration) or digests(iteration, files_of(iteration))
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def structure_damage(iteration: Path) -> str | None:

@@ -13,6 +13,12 @@ VISION_LANGUAGE = "Mistral3ForConditionalGeneration"
 TRI_MODE = "TriModeModel"
 """What this package exports: an AR family's weights under their own names, with code that decodes in every mode."""
 
+SDAR = "SDARForCausalLM"
+"""A Qwen 3 that predicts without shift and attends block-causally."""
+
+OF_SDAR = {"mask_token_id": 151669, "block_size": 4, "shift": False, "clean_attention": "block_causal"}
+"""How an SDAR model is decoded where its ``config.json`` does not say; servers have the mask token in their code."""
+
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors of an AR model with one row per token."""
 
@@ -25,7 +31,7 @@ _PREFIXES = {
 # Prefixes of what such a directory holds besides the language model.
 _IGNORED = {VISION_LANGUAGE: ("vision_tower.", "multi_modal_projector.")}
 
-# Settings of a NemotronLabsDiffusion model that an AR model does not have.
+# Settings of a NemotronLabsDiffusion or SDAR model that an AR model does not have.
 _DIFFUSION_KEYS = {
     "auto_map",
     "mask_token_id",
@@ -47,8 +53,8 @@ def architecture(settings: HFConfig) -> str:
 def ar_settings(settings: HFConfig) -> HFConfig:
     """Return the ``config.json`` of the AR model alone.
 
-    That is the text model of a vision-language model, the AR family of a tri-mode model, and the Ministral 3 that a
-    NemotronLabsDiffusion model is when it is decoded autoregressively. Any other configuration is returned unchanged.
+    That is the text model of a vision-language model, the AR family of a tri-mode model, and the Ministral 3 or the
+    Qwen 3 that a NemotronLabsDiffusion or SDAR model is made from. Any other configuration is returned unchanged.
     """
     kind = architecture(settings)
     if kind == VISION_LANGUAGE:
@@ -60,6 +66,9 @@ def ar_settings(settings: HFConfig) -> HFConfig:
     if kind == NEMOTRON:
         kept = {key: value for key, value in settings.items() if key not in _DIFFUSION_KEYS}
         return {**kept, "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}
+    if kind == SDAR:
+        kept = {key: value for key, value in settings.items() if key not in _DIFFUSION_KEYS}
+        return {**kept, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     return settings
 
 

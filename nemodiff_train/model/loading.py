@@ -1,28 +1,33 @@
 """Load a Megatron checkpoint for decoding, comparison or export, under any layout."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.bridge.training.model_load_save import build_and_load_model
 from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import console, quiet
-from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.distributed import world_size
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.distributed import is_main_process, local_rank, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import merge_adapters
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
+from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.draft_adapter import load_drafter, open_drafter
 from nemodiff_train.model.pretrained import config_from, model_from
-from nemodiff_train.model.provider import TriModeModelProvider, disable_fused_kernels
+from nemodiff_train.model.provider import TriModeModelProvider, fit_to_host
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import halves_joined_in_place
+
+_LONGEST_WAIT = timedelta(hours=6)
+"""Until a collective fails: replicas that decode prompts of different lengths wait for each other at the end."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ def load_model(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     drafter: Checkpoint | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Load a checkpoint of this project, resharded as asked.
 
@@ -51,6 +57,7 @@ def load_model(
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out; where there are more ranks, they hold replicas.
         drafter: A drafter that was trained for this model.
+        dtype: Of the weights in memory; None for that of the checkpoint.
 
     Raises:
         UserError: It is a drafter, no iteration is intact, the layout does not fit the world size, or the drafter is
@@ -59,19 +66,42 @@ def load_model(
     provider = model_from(checkpoint.require_model())
     lora = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
+    if (line := tokens_without_row(tokenizer, provider.vocab_size)) and is_main_process():
+        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
     with quiet(), console.status(f"loading {checkpoint.path}"):
         checkpoint = checkpoint.verify_contents()
-        weights = checkpoint.base.verify_contents() if checkpoint.kind is Kind.LORA else checkpoint
+        weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
+        set_dtype(provider, dtype or provider.params_dtype)
         with halves_joined_in_place():
             built: Any = build_and_load_model(str(weights.iteration.absolute()), provider)
         chunks: list[GPTModel] = built if isinstance(built, list) else [built]
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
         if drafter and lora:
+            _tell_other_base(drafter, weights)
             load_drafter(chunks, drafter, lora)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
+
+
+def _tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
+    """Say that a drafter was trained on other weights: the text stays right, with fewer tokens per forward."""
+    base = drafter.run_config.get("adapter_base") or {}
+    if base.get("checksum") != identity(weights.iteration) and is_main_process():
+        line = f"'{drafter.path}' was trained for {base.get('iteration')}, not for '{weights.iteration}'"
+        console.print(f"[yellow]{line}; it may draft worse[/yellow]", soft_wrap=True)
+
+
+def computing_dtype() -> torch.dtype | None:
+    """Return the dtype to decode in: fp32 on a CPU, where 16 bits are slow; else None, for that of the checkpoint."""
+    return None if init_runtime().cuda else torch.float32
+
+
+def set_dtype(provider: TriModeModelProvider, dtype: torch.dtype) -> None:
+    """Set the dtype of a model's weights and activations."""
+    provider.params_dtype = provider.pipeline_dtype = dtype
+    provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
 
 def stop_tokens(provider: TriModeModelProvider, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -92,8 +122,11 @@ def set_parallelism(provider: TriModeModelProvider, tensor_parallel: int = 1, pi
     provider.sequence_parallel = provider.perform_initialization = False
     if not init_runtime().cuda:
         provider.use_cpu_initialization = True
-    if not HAVE_TE:
-        disable_fused_kernels(provider)
+    fit_to_host(provider)
+    provider.gradient_accumulation_fusion = False  # adds to buffers that only training has
+    # FP8 takes a multiple of 8 tokens, and a decoded row is one.
+    provider.fp8 = provider.fp4 = None
+    provider.fp8_param = False
 
 
 def start_model_parallel(tensor_parallel: int, pipeline_parallel: int = 1) -> None:
@@ -111,9 +144,11 @@ def start_model_parallel(tensor_parallel: int, pipeline_parallel: int = 1) -> No
             f"{world} processes were started, but this takes a multiple of {ranks} "
             f"(--tensor-parallel {tensor_parallel} x --pipeline-parallel {pipeline_parallel})"
         )
+    if init_runtime().cuda:
+        torch.cuda.set_device(local_rank())  # NCCL takes the device of this moment
     if not dist.is_initialized() and world == 1:  # without a launcher, which would name a port
         dist.init_process_group(init_runtime().backend, store=HashStore(), rank=0, world_size=1)
     elif not dist.is_initialized():
-        dist.init_process_group(init_runtime().backend)
+        dist.init_process_group(init_runtime().backend, timeout=_LONGEST_WAIT)
     parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     model_parallel_cuda_manual_seed(1234)

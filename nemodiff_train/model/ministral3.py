@@ -1,7 +1,8 @@
-"""Ministral 3 as a text model, and the two other kinds of directory that hold one.
+"""Mistral and Ministral 3 as text models, and the two other kinds of directory that hold the latter.
 
-Bridge supports it inside its vision-language model, and in a diffusion model whose sizes it does not read from the
-file. All three are one Megatron model; they differ in where its settings and tensors are.
+Bridge takes a Mistral's activation for granted, and supports Ministral 3 inside its vision-language model, and in a
+diffusion model whose sizes it does not read from the file. All are one Megatron model; they differ in where its
+settings and tensors are.
 """
 
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
@@ -10,7 +11,7 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.mistral.mistral_bridge import MistralBridge
 from megatron.core.models.gpt.gpt_model import GPTModel
-from transformers import Ministral3ForCausalLM, Mistral3ForConditionalGeneration
+from transformers import Ministral3ForCausalLM, Mistral3ForConditionalGeneration, MistralForCausalLM
 
 from nemodiff_train.model.families import NEMOTRON, VISION_LANGUAGE, stored_name
 
@@ -26,7 +27,7 @@ class Ministral3TextBridge(MistralBridge):
     def provider_bridge(self, hf_pretrained: PreTrainedCausalLM) -> GPTModelProvider:
         """Return Megatron's configuration of the model.
 
-        Mistral's own version assumes one rope scaling; the general one reads YaRN from the file.
+        Mistral's own version assumes an activation and one rope scaling; the general one reads the file.
         """
         provider = MegatronModelBridge.provider_bridge(self, hf_pretrained)
         provider.normalization = "RMSNorm"
@@ -47,6 +48,12 @@ class Ministral3TextBridge(MistralBridge):
         return MegatronMappingRegistry(*mappings)
 
 
+class MistralTextBridge(Ministral3TextBridge):
+    """``MistralForCausalLM``; replaces Bridge's own bridge, which does not read the activation."""
+
+    architecture = "MistralForCausalLM"
+
+
 class NemotronLabsDiffusionBridge(Ministral3TextBridge):
     """A NemotronLabsDiffusion model; replaces Bridge's own bridge, which assumes one rope scaling."""
 
@@ -62,6 +69,7 @@ class Ministral3TowerBridge(Ministral3TextBridge):
 def register() -> None:
     """Make AutoBridge use these converters, also in the place of Bridge's own for the same architectures."""
     for source, model_type, bridge in (
+        (MistralForCausalLM, "mistral", MistralTextBridge),
         (Ministral3ForCausalLM, "ministral3", Ministral3TextBridge),
         (NEMOTRON, "nemotron_labs_diffusion", NemotronLabsDiffusionBridge),
         (Mistral3ForConditionalGeneration, "mistral3", Ministral3TowerBridge),

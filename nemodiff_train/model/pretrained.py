@@ -1,5 +1,6 @@
 """Configure the model of a Hugging Face directory or name, or of a Megatron checkpoint."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from megatron.bridge.utils.instantiate_utils import InstantiationException, inst
 from transformers import CONFIG_MAPPING, AutoConfig, Ministral3Config, PretrainedConfig
 
 from nemodiff_train.console import quiet
+from nemodiff_train.data.tokenizer_files import PATTERNS
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, read_json
-from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.origin import origin_of
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 
 
@@ -47,14 +50,16 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     provider = _provider(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
     provider.hf_generation_config = _generation_config(source)
+    provider.origin = origin_of(source, Path(local_copy(source)))
     if architecture(settings) == NEMOTRON:
         diffusion = config_from(settings).to_dict()  # with the defaults of keys that are left out
         provider.block_size = provider.largest_block = diffusion["block_size"]
         provider.mask_token_id = diffusion["mask_token_id"] if diffusion["mask_token_id"] >= 0 else None
-    if architecture(settings) == TRI_MODE:
-        provider.mask_token_id, provider.shift = settings["mask_token_id"], settings["shift"]
-        provider.block_size = provider.largest_block = settings["block_size"]
-        provider.clean_attention = settings["clean_attention"]
+    if architecture(settings) in (TRI_MODE, SDAR):
+        diffusion = {**OF_SDAR, **settings}
+        provider.mask_token_id, provider.shift = diffusion["mask_token_id"], diffusion["shift"]
+        provider.block_size = provider.largest_block = diffusion["block_size"]
+        provider.clean_attention = diffusion["clean_attention"]
     return provider
 
 
@@ -95,20 +100,20 @@ def stored_settings(source: str) -> dict[str, Any]:
 def config_from(settings: dict[str, Any]) -> PretrainedConfig:
     """Return a ``config.json`` as Transformers understands it, with the defaults of keys that are left out.
 
-    For a tri-mode model, return the configuration of its AR family.
+    For a tri-mode or SDAR model, return the configuration of its AR family.
 
     Raises:
         UserError: A setting has the wrong type, or Transformers does not know the model without code that comes with
             it, which never runs here.
     """
-    settings = ar_settings(settings) if architecture(settings) == TRI_MODE else settings
+    settings = ar_settings(settings) if architecture(settings) in (TRI_MODE, SDAR) else settings
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
         from nemodiff_train.model.bridges import unsupported
 
         raise unsupported(architecture(settings))
     try:
-        return CONFIG_MAPPING[kind].from_dict(settings)
+        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(settings))  # it writes into their dictionaries
     except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:  # a dtype is looked up in torch
         raise UserError(f"config.json of {architecture(settings)}: {' '.join(str(error).split())}") from None
 
@@ -131,7 +136,7 @@ def local_copy(source: str) -> str:
     if Path(source).is_dir():
         return source
     try:
-        return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+        return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "README.md", *PATTERNS]))
     except (OSError, ValueError) as error:
         raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]})") from None
 
@@ -143,8 +148,8 @@ def _generation_config(source: str) -> dict[str, Any]:
 
 def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
     """Return the model that a run configuration describes; Bridge checks every class that is named there."""
-    unused = {"timers": None, "pipeline_model_parallel_layout": None}  # objects of the run that saved it
-    model = apply_run_config_backward_compat({**checkpoint.run_config["model"], **unused})
+    settings = {**checkpoint.run_config["model"], "pipeline_model_parallel_layout": None}  # of its own ranks
+    model = apply_run_config_backward_compat(settings)
     try:
         with quiet():
             provider = instantiate(model)

@@ -1,5 +1,6 @@
 """The model: any GPT that Bridge builds for a family, with its core attention replaced."""
 
+import importlib.util
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -24,6 +25,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import HFConfig
 from nemodiff_train.model.norm import head_norm, replicated_norm
 from nemodiff_train.model.recompute import recompute_activations
+from nemodiff_train.model.rotary import SCALINGS, scaled_frequencies
 
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
@@ -70,6 +72,8 @@ class TriModeModelProvider(GPTModelProvider):
 
     transformer_layer_spec: Any = tri_mode_layer_spec
 
+    pipeline_dtype: torch.dtype | None = None
+    """Format in which pipeline stages exchange activations; None for that of the parameters."""
     noisy_views: int = 0
     """Number of noisy views of a training sample; 0 for plain AR training. Set from the objective, like the next four
     fields."""
@@ -92,6 +96,9 @@ class TriModeModelProvider(GPTModelProvider):
     """More ``kernel_options`` for FlexAttention, such as ``{"fwd_BLOCK_N": 64}``."""
     mask_token_id: int | None = None
     """Id of the mask token; None until a joint stage has been trained."""
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    """``rope_parameters`` of the ``config.json``; a scaling in it is computed as Transformers does, not as Megatron's
+    own settings say. Empty for none."""
     query_scale_beta: float = 0.0
     """Ministral 3's position-dependent query scale (``llama_4_scaling_beta``); 0 for none."""
     query_scale_original_length: int = 16384
@@ -100,6 +107,8 @@ class TriModeModelProvider(GPTModelProvider):
     """The ``config.json`` that the weights came with, unchanged; an export writes it back."""
     hf_generation_config: HFConfig = field(default_factory=dict)
     """The ``generation_config.json`` that the weights came with."""
+    origin: HFConfig = field(default_factory=dict)
+    """Name and licence of the Hugging Face model that the weights came from, for a model card."""
 
     def add_stop_token(self, token: int | None) -> None:
         """Let decoding end at one more token, here and where the model is exported to."""
@@ -110,6 +119,8 @@ class TriModeModelProvider(GPTModelProvider):
 
     def finalize(self) -> None:
         """Complete the settings that follow from others."""
+        # Core asks for it with pipeline stages, and Bridge sets it from a precision recipe alone.
+        self.pipeline_dtype = self.pipeline_dtype or self.params_dtype
         super().finalize()  # derives the number of virtual stages if only a pipeline layout gives it
         # Core's default, one batch of exchanges between neighbouring stages, pairs sends and receives of the same
         # two ranks by their order. With two ranks and virtual stages the next and the previous stage are on the same
@@ -133,9 +144,21 @@ class TriModeModelProvider(GPTModelProvider):
             if isinstance(module, TriModeAttention):
                 module.state = state
         model.rotary_pos_emb = PositionLookupRotary(model.rotary_pos_emb, self, state)
+        if self.rope_parameters.get("rope_type", "default") != "default":
+            self._scale_rotary(model)
         model.attention_state = state
         recompute_activations(model)
+        if not self.fp8 and not self.fp4:
+            _leave_out_extra_state(model)
         return model
+
+    def _scale_rotary(self, model: GPTModel) -> None:
+        """Give a model the frequencies and the factor of its rope scaling."""
+        rotary = model.rotary_pos_emb
+        frequencies, rotary.factor = scaled_frequencies(self.rope_parameters, self.kv_channels)
+        rotary.rotary.inv_freq = frequencies.to(rotary.rotary.inv_freq.device)
+        for layer in model.decoder.layers:
+            layer.self_attention._yarn_concentration_factor = rotary.factor  # what Core multiplies angles by
 
 
 def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvider:
@@ -156,13 +179,35 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     provider.query_scale_beta = rope.get("llama_4_scaling_beta") or 0.0
     if provider.query_scale_beta:
         provider.query_scale_original_length = rope["original_max_position_embeddings"]
-    if provider.position_embedding_type == "yarn":
-        # Transformers rounds YaRN's correction range unless the file says otherwise; Bridge does not by default.
-        provider.yarn_correction_range_round_to_int = rope.get("truncate", True)
+    if rope.get("rope_type") == "yarn" and rope.get("factor") is None:
+        rope = {**rope, "factor": hf_config["max_position_embeddings"] / rope["original_max_position_embeddings"]}
+    # Plain angles for Megatron; provide() scales them. Its own scalings know some settings only, and some forms.
+    provider.rope_parameters, provider.position_embedding_type = rope, "rope"
+    provider.seq_len_interpolation_factor, provider.rope_scaling = None, False
     provider.attention_dropout = provider.hidden_dropout = 0.0
     provider.apply_rope_fusion = False  # the fused kernel takes one angle per position; here rows may differ
     return provider
 
+
+def _leave_out_extra_state(model: GPTModel) -> None:
+    """Neither save nor ask for the scaling factors of Transformer Engine's layers, which only FP8 has.
+
+    A checkpoint made without Transformer Engine has none, and would be refused where it is installed.  Every weight
+    is still asked for.
+    """
+    state_of = model.sharded_state_dict
+
+    def sharded_state_dict(*arguments: Any, **named: Any) -> dict[str, Any]:
+        return {key: value for key, value in state_of(*arguments, **named).items() if not key.endswith(_EXTRA_STATE)}
+
+    def forget_missing(module: torch.nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)]
+
+    model.sharded_state_dict = sharded_state_dict
+    model.register_load_state_dict_post_hook(forget_missing)
+
+
+_EXTRA_STATE = "_extra_state"
 
 PARALLELISM = (
     "tensor_model_parallel_size",
@@ -179,15 +224,18 @@ PARALLELISM = (
     "pipeline_model_parallel_layout",
 )
 KERNEL = ("attention_kernel", "attention_tile", "attention_options")
+HOST = ("perform_initialization", "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker")
+HOST_PREFIXES = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
+"""Fields, and beginnings of fields, that belong to a machine and a run: precision helpers, overlap, recomputation."""
 
 
 def reset_parallelism(provider: TriModeModelProvider) -> None:
-    """Reset the settings of parallelism and kernels to their defaults.
+    """Reset the settings of parallelism, kernels and the machine to their defaults.
 
     A checkpoint holds those that trained it, and every run has its own.
     """
     for setting in fields(provider):
-        if setting.name in (*PARALLELISM, *KERNEL):
+        if setting.name in (*PARALLELISM, *KERNEL, *HOST) or setting.name.startswith(HOST_PREFIXES):
             default = setting.default if setting.default_factory is MISSING else setting.default_factory()
             setattr(provider, setting.name, default)
 
@@ -195,47 +243,31 @@ def reset_parallelism(provider: TriModeModelProvider) -> None:
 def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
     name = (hf_config.get("architectures") or [type(source).__name__])[0]
     rope = hf_config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
     features = {
         "its own model class": type(source).provide is not GPTModelProvider.provide,
         "mixture of experts": source.num_moe_experts is not None,
         "latent attention": source.multi_latent_attention,
-        "sliding-window attention": getattr(source, "window_size", None) is not None
-        or "sliding_attention" in (hf_config.get("layer_types") or []),
+        "sliding-window attention": "sliding_attention" in hf_config["layer_types"]
+        if hf_config.get("layer_types")
+        else hf_config.get("sliding_window") is not None or getattr(source, "window_size", None) is not None,
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
-        f"rope scaling '{rope.get('rope_type')}' in a form that Megatron lacks": not _supports_rope(source, rope),
+        f"rope scaling '{kind}', whose angles depend on the length of the text": kind not in SCALINGS,
+        "rope scaling of a part of each head": kind != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
     unsupported = [feature for feature, present in features.items() if present]
     if unsupported:
         raise UserError(f"{name} is not supported: it has {', '.join(unsupported)}; use a dense GPT-like decoder.")
 
 
-def _supports_rope(source: GPTModelProvider, rope: HFConfig) -> bool:
-    """Return whether Megatron turns positions into angles as Transformers does; Bridge ignores unknown scalings."""
-    match rope.get("rope_type", "default"):
-        case "default":
-            return True
-        case "yarn":
-            return source.position_embedding_type == "yarn"
-        case "linear":
-            return source.seq_len_interpolation_factor is not None
-        case "llama3":  # the rest is fixed in Megatron-Core
-            fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-            return source.rope_scaling and all(rope.get(name) == value for name, value in fixed.items())
-    return False
-
-
-def disable_fused_kernels(provider: TriModeModelProvider) -> None:
-    """Turn off the kernels that need CUDA extensions, for a machine that lacks them."""
+def fit_to_host(provider: TriModeModelProvider) -> None:
+    """Set the fused kernels that this machine has, at every start: what a checkpoint says of them is not asked."""
     # Megatron's SwiGLU is one function in plain torch, which keeps only its input for the backward pass.
-    provider.bias_activation_fusion = provider.gated_linear_unit and provider.activation_func is F.silu
-    for name in (
-        "apply_rope_fusion",
-        "bias_dropout_fusion",
-        "cross_entropy_loss_fusion",
-        "gradient_accumulation_fusion",
-        "masked_softmax_fusion",
-        "persist_layer_norm",
-    ):
-        setattr(provider, name, False)
-    provider.pipeline_dtype = provider.pipeline_dtype or torch.float32
+    swiglu = provider.gated_linear_unit and provider.activation_func is F.silu
+    provider.bias_activation_fusion = swiglu and not provider.add_bias_linear
+    provider.bias_dropout_fusion = provider.persist_layer_norm = HAVE_TE
+    # An extension of Apex's, which Core's output layer asks for even where Transformer Engine has one of its own.
+    provider.gradient_accumulation_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    # The head, the attention and the angles are this package's.
+    provider.cross_entropy_loss_fusion = provider.masked_softmax_fusion = provider.apply_rope_fusion = False

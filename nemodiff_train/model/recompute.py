@@ -70,7 +70,8 @@ class _RecomputedInput:
         """Remember what the input of the linear layer is computed from."""
         if self.config.recompute_elementwise and torch.is_grad_enabled():
             kept = output[0] if self.from_output else inputs[0]
-            self.kept = kept.detach()
+            # Under LoRA, Transformer Engine's layer returns the output of its norm as well.
+            self.kept = (kept[0] if isinstance(kept, tuple) else kept).detach()
 
     def _after_linear(
         self, linear: ColumnParallelLinear, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]

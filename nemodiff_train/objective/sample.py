@@ -47,6 +47,8 @@ class SampleMaker:
     """Id of the token that ends a document, where documents are kept apart; None to ignore them."""
     restart_positions: bool = False
     """Position ids restart with each document."""
+    unlearned: int | None = None
+    """Id of a token that neither loss learns; None for none."""
 
     def make(self, sample: Mapping[str, Tensor], split: int, index: int) -> Sample:
         """Make the training sample of an AR sample.
@@ -98,6 +100,8 @@ class SampleMaker:
             block_size: Positions per block.
         """
         tokens, maskable = sample["tokens"], sample["loss_mask"] > 0
+        if self.unlearned is not None:
+            maskable = maskable & (tokens != self.unlearned)
         segment_ids = self._segment_ids(tokens, block_size)
         ends_document = _is_last(segment_ids[0], at_end=int(tokens[-1]) == self.document_end)
         return CleanHalf(

@@ -25,6 +25,12 @@ GPUS = {
     "b200": Gpu(flops=2250e12, memory=180e9, bandwidth=8e12, link=900e9),
 }
 
+
+def gpu_named(name: str) -> Gpu | None:
+    """Return the figures of a GPU by the name that its driver gives it, for example "NVIDIA H100 80GB HBM3"."""
+    return next((gpu for key, gpu in GPUS.items() if key in name.lower()), None)
+
+
 NODE = 8
 """Number of GPUs that NVLink connects."""
 

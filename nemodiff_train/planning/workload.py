@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron.bridge.peft.base import PEFT
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.model.provider import TriModeModelProvider
 
 MASKED_FRACTION = 0.5
@@ -111,6 +112,11 @@ class Workload:
         """
         return self.products * self.table * self.length * (1 + MASKED_FRACTION * self.views)
 
+    @property
+    def flops(self) -> float:
+        """Return the operations per sample that training needs, nothing computed again: those that MFU counts."""
+        return self.matrix_flops + self.attention_flops + self.head_flops
+
 
 def workload_of(config: TriModeConfig) -> Workload:
     """Return the work of a run's training step."""
@@ -131,7 +137,7 @@ def workload_of(config: TriModeConfig) -> Workload:
         block=config.objective.block_size,
         micro_batch=config.train.micro_batch_size,
         global_batch=config.train.global_batch_size,
-        mixed=config.mixed_precision is not None,
+        mixed=is_mixed(precision_of(config, cuda=True)),
         sharded=bool(config.optimizer.use_distributed_optimizer),
         layer_adapters=_layer_adapters(model, config.peft),
         drafts=config.drafter is not None,

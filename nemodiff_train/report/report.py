@@ -87,7 +87,9 @@ def render(evaluation: Evaluation, decode: Decode) -> str:
     """Return the page. It escapes all text from outside and loads nothing."""
     script = _resource("report.js")
     samples = _samples(evaluation, decode)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
+    )
     return environment.from_string(_resource("report.html.j2")).render(
         evaluation=evaluation,
         prompts=max(metrics.prompts for metrics in evaluation.modes.values()),
@@ -105,6 +107,11 @@ def render(evaluation: Evaluation, decode: Decode) -> str:
         script=Markup(script),
         digest=_digest(script),
     )
+
+
+def _plain(value: object) -> object:
+    """Return what the template shows for a value: text from outside without characters that turn the text around."""
+    return display.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _resource(name: str) -> str:
@@ -143,7 +150,9 @@ def _replay(trace: Trace) -> JsonValue:
     return {
         "steps": [piece.step for piece in trace.pieces],
         "positions": [piece.position for piece in trace.pieces],
-        "drafts": [draft.model_dump() for draft in trace.drafts],
+        "drafts": [
+            {**draft.model_dump(), "texts": [display.visible(text) for text in draft.texts]} for draft in trace.drafts
+        ],
         "frames": [frame.model_dump() for frame in trace.frames],
     }
 

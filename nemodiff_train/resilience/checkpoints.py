@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 from megatron.bridge.training.callbacks import CallbackManager
 from megatron.bridge.training.checkpointing import (
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.console import console
+from nemodiff_train.data.tokenizer_files import restore_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
     barrier,
@@ -61,8 +62,12 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
     its files are written into it, the mark goes, the trackers are replaced, and only then older ones are removed.
     """
 
+    of_run: "ClassVar[AtomicCheckpointManager]"
+    """That of this process's run; Bridge makes it, and does not hand it to callbacks."""
+
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         super().__init__(checkpoint_config)
+        AtomicCheckpointManager.of_run = self
         self.keep_last = checkpoint_config.most_recent_k
         self.saving: list[Path] = []
         """Checkpoints that are not published yet, in order."""
@@ -134,10 +139,22 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         config = cast(TriModeConfig, state.cfg)
         while len(self.saving) > _running(state):
             iteration = self.saving.pop(0)
+            if is_main_process():
+                restore_tokenizer(str(config.tokenizer.tokenizer_model), iteration / "tokenizer")
             publish(iteration)
             if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
         barrier()
+
+
+def last_published(state: GlobalState) -> Path | None:
+    """Return the checkpoint that the run would resume from, once what it is saving is published; None without one.
+
+    Called on all ranks. What is found does not depend on how fast a save in the background is.
+    """
+    AtomicCheckpointManager.of_run.finalize_async_saves(state, blocking=True)
+    folder = Path(str(cast(TriModeConfig, state.cfg).checkpoint.load))
+    return from_main_process(lambda: next((i for i in iterations(folder) if structure_damage(i) is None), None))
 
 
 def load_under_settings(

@@ -20,8 +20,7 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console
 from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.model.checksums import iterations
-from nemodiff_train.resilience.checkpoints import load_under_settings
+from nemodiff_train.resilience.checkpoints import last_published, load_under_settings
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 
@@ -173,14 +172,14 @@ def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Ca
 
 
 def _roll_back(context: CallbackContext) -> None:
-    """Load weights, optimizer and schedule of the last checkpoint; steps and data continue.
+    """Load weights, optimizer and schedule of the last published checkpoint; steps and data continue.
 
     Raises:
         RunStopped: There is no checkpoint.
     """
     state = context.state
     checkpoint = config_of(state).checkpoint
-    if not checkpoint.load or not iterations(Path(checkpoint.load)):
+    if not checkpoint.load or last_published(state) is None:
         raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
     progress = {field.name: getattr(state.train_state, field.name) for field in dataclasses.fields(state.train_state)}
     # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
+from pydantic import TypeAdapter
+
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError
 from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.resilience.signals import ToldToEnd
 
 COMPLETED, TOLD_TO_END, KILLED = "completed", "told to end", "killed"
 _RECORDED = 50
@@ -28,6 +31,9 @@ class Start(TypedDict):
     """Unix time."""
     ended: str
     """How it ended: a constant above, an exit code, or the first line of an error."""
+
+
+_STARTS = TypeAdapter(list[Start])
 
 
 @contextlib.contextmanager
@@ -60,6 +66,9 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     end(KILLED)
     try:
         yield end
+    except ToldToEnd:
+        end(TOLD_TO_END)
+        raise
     except SystemExit as leaving:
         end(f"exit code {leaving.code}" if leaving.code else TOLD_TO_END)
         raise
@@ -70,11 +79,11 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
 
 
 def _read(file: Path) -> list[Start]:
+    """Return the recorded starts, none where the file is missing or is not what this module has written."""
     try:
-        starts = json.loads(file.read_text())
+        return _STARTS.validate_json(file.read_bytes())
     except (OSError, ValueError):
         return []
-    return starts if isinstance(starts, list) else []
 
 
 def _saved_step(folder: Path) -> int:

@@ -11,27 +11,32 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.distributed import global_rank
 from nemodiff_train.files import write_atomic
+from nemodiff_train.resilience.restarts import TOLD_TO_END
+from nemodiff_train.resilience.signals import INTERRUPTED, SIGNALS, announce, code_after
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _STATUS_INTERVAL = 5.0
 """Seconds between status files."""
 _POLL_INTERVAL = 0.2
 """Seconds that the thread waits for a signal at a time."""
+_SETUP_GRACE = 0.5
+"""Seconds after a signal before the first step: there is nothing to save, but a collective may be waiting."""
 
 
 class Watchdog(Callback):
     """Watch the run from a thread of its own, which a hanging collective does not block.
 
-    After SIGTERM or SIGUSR1 Bridge saves at the end of the step and exits with 0; the watchdog allows
-    ``resilience.exit_grace`` seconds for that.  After ``resilience.hang_timeout`` seconds without progress it writes
-    the stacks of all threads to ``stacks/rank_K.txt`` and ends the process with 1.  On rank 0 it writes
-    ``status.json``: ``step``, ``phase``, ``seconds`` in it, ``time`` (Unix), ``seconds_per_step`` and the figures of
+    After SIGTERM, SIGUSR1 or Ctrl-C Bridge saves at the end of the step and exits with 0; the watchdog allows
+    ``resilience.exit_grace`` seconds for that, and a second Ctrl-C ends the process at once.  After
+    ``resilience.hang_timeout`` seconds without progress (``setup_timeout`` before the first step) it writes the
+    stacks of all threads to ``stacks/rank_K.txt`` and ends the process with 1.  On rank 0 it writes ``status.json``:
+    ``step``, ``phase``, ``seconds`` in it, ``time`` (Unix), ``seconds_per_step`` and the figures of
     :class:`~nemodiff_train.resilience.stragglers.StragglerMonitor`.
 
     A context manager: the thread runs while it is open.
@@ -52,7 +57,9 @@ class Watchdog(Callback):
         self.phase = "setup"
         self.phase_started = self.last_progress = time.monotonic()
         self.seconds_per_step = 0.0
-        self.exit_deadline: float | None = None
+        self.signalled_at: float | None = None
+        self.told = 0
+        """The first signal that told the run to end."""
         self.closed = threading.Event()
         self.handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
         """Signal handlers to restore at the end."""
@@ -79,9 +86,9 @@ class Watchdog(Callback):
 
     def on_train_start(self, context: CallbackContext) -> None:
         self.step = context.state.train_state.step
-        # Bridge listens to one signal, train.exit_signal; its handler takes the other one too.
+        # Bridge listens to one signal, train.exit_signal; its handler takes the others too.
         bridge_handler = signal.getsignal(signal.SIGUSR1)
-        self.handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, bridge_handler)}
+        self.handlers = {number: signal.signal(number, bridge_handler) for number in SIGNALS}
         self._enter("after a step")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
@@ -109,13 +116,18 @@ class Watchdog(Callback):
         """Run in the thread: poll for signals, compare the limits, write the status."""
         written = 0.0
         while not self.closed.is_set():
+            if select.select([self.pipe], [], [], _POLL_INTERVAL)[0]:
+                self._take_signals(os.read(self.pipe, 64))
             now = time.monotonic()
-            if select.select([self.pipe], [], [], _POLL_INTERVAL)[0] and set(os.read(self.pipe, 64)) & set(SIGNALS):
-                self.exit_deadline = self.exit_deadline or now + self.settings.exit_grace
-            if self.exit_deadline and now > self.exit_deadline:
-                self._exit(f"not ended {self.settings.exit_grace:g} s after the signal")
-            limit = self.settings.hang_timeout
-            if limit and self.phase != "setup" and now - self.last_progress > limit:
+            in_setup = self.phase == "setup"
+            grace = _SETUP_GRACE if in_setup else self.settings.exit_grace
+            if self.signalled_at and now - self.signalled_at > grace:
+                if in_setup:
+                    announce(self.told)
+                    self._end(TOLD_TO_END, code_after(self.told))
+                self._exit(f"not ended {grace:g} s after the signal")
+            limit = self.settings.setup_timeout if in_setup else self.settings.hang_timeout
+            if limit and now - self.last_progress > limit:
                 self._exit(f"no progress for {limit:g} s")
             if self.rank == 0 and now - written > _STATUS_INTERVAL:
                 written = now
@@ -123,6 +135,24 @@ class Watchdog(Callback):
         if self.rank == 0:
             self.phase = "ended"
             self._write_status()
+
+    def _take_signals(self, numbers: bytes) -> None:
+        """Start the time in which the run has to end; a second Ctrl-C ends the process at once."""
+        told = [number for number in numbers if number in SIGNALS]
+        if told and not self.signalled_at:
+            self.signalled_at, self.told = time.monotonic(), told.pop(0)
+            if self.told == signal.SIGINT and self.rank == 0 and self.phase != "setup":
+                line = "nemodiff: ending after this step, which is saved; Ctrl-C again ends at once"
+                print(line, file=sys.__stderr__, flush=True)
+        if signal.SIGINT in told:
+            self._end("interrupted twice", INTERRUPTED)
+
+    def _end(self, how: str, code: int) -> NoReturn:
+        """Record how the run ends, and end the process: nothing else in it can be relied on."""
+        try:
+            self.on_exit(how)
+        finally:
+            os._exit(code)
 
     def _write_status(self) -> None:
         status = {
@@ -139,8 +169,8 @@ class Watchdog(Callback):
         except OSError:
             pass  # the checkpoint reports a full disk
 
-    def _exit(self, reason: str) -> None:
-        """Write the stacks of all threads and end the process: nothing else in it can be relied on."""
+    def _exit(self, reason: str) -> NoReturn:
+        """Write the stacks of all threads and end the process with 1."""
         line = f"rank {self.rank}: {reason}, in step {self.step + 1} ({self.phase})"
         file = self.output / "stacks" / f"rank_{self.rank}.txt"
         try:
@@ -148,7 +178,6 @@ class Watchdog(Callback):
             with file.open("w") as stream:
                 print(f"{line}, at {time.strftime('%Y-%m-%d %H:%M:%S')}", file=stream, flush=True)
                 faulthandler.dump_traceback(stream, all_threads=True)
-            self.on_exit(line)
         finally:
             print(f"nemodiff: {line}; its stacks are in {file}", file=sys.__stderr__, flush=True)
-            os._exit(1)
+            self._end(line, 1)

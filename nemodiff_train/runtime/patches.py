@@ -8,9 +8,11 @@ stand-in for Transformer Engine can be found.
 """
 
 import importlib
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.extensions.transformer_engine import HAVE_TE as HAVE_TE
@@ -29,6 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch import Tensor
 
+from nemodiff_train.processes import follow_parent
 from nemodiff_train.runtime.replace import REPLACED, replace
 
 
@@ -118,6 +122,22 @@ def tell_adapters_whether_transformer_engine_is_there(peft_utils: ModuleType) ->
     replace(peft_utils, "HAVE_TE", HAVE_TE, takes=None)
 
 
+def let_tokenizers_be_larger(setup: ModuleType) -> None:
+    """Train a model whose tokenizer has tokens without a row; data that hold one are refused before.
+
+    Args:
+        setup: ``megatron.bridge.training.setup``, which is imported late.
+
+    Until: Bridge looks at the data's tokens instead of the tokenizer's size (not in 0.6.2).
+    """
+
+    def vocabulary(model_vocab_size: int, **unused: Any) -> tuple[int, bool]:
+        return model_vocab_size, False
+
+    takes = "model_vocab_size, tokenizer_vocab_size, use_tokenizer_vocab_size"
+    replace(setup, "_validate_and_set_vocab_size", vocabulary, takes=takes)
+
+
 @contextmanager
 def halves_joined_in_place() -> Iterator[None]:
     """Keep Core from copying what it has loaded in place, while the context is entered.
@@ -170,16 +190,32 @@ def keep_random_states_on_cpu() -> None:
     replace(tp_random, "_set_cuda_rng_state", set_state, takes="new_state, device, graph_safe")
 
 
-def prepare_save_workers(worker: Callable[..., None]) -> None:
-    """Let the process that Core starts for asynchronous saves prepare itself: it finds no CUDA either.
+def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
+    """Let the two processes that Core starts for saves end with the rank that has started them.
+
+    One writes asynchronous saves, the other holds the queue of their results; both would wait for ever.
 
     Args:
-        worker: What runs there; given the parameters of the original.
+        worker: What the first runs; given the parameters of the original.
 
-    Until: no CPU backend is needed.
+    Until: Core's helpers look whether their rank is alive (not in 0.19.2).
     """
+    replace(filesystem_async, "get_write_results_queue", write_results_queue, takes="mp_mode")
     parameters = "rank, queue, preload_q, comp_q, log_level, cpu_priority, io_priority"
     replace(PersistentAsyncCaller, "async_loop", staticmethod(worker), takes=parameters)
+
+
+def write_results_queue(mp_mode: str = "spawn") -> Any:
+    """Return Core's queue of the results of writing, whose process ends with this one.
+
+    Args:
+        mp_mode: How the process is started: ``spawn``, ``fork`` or ``forkserver``.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        manager.start(initializer=follow_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue
 
 
 def copy_what_is_saved() -> None:

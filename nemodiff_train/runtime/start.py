@@ -7,6 +7,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.errors import UserError
+from nemodiff_train.processes import follow_parent
 from nemodiff_train.runtime.cpu import compile_nothing, cpu_as_cuda
 from nemodiff_train.runtime.deferred import defer_imports
 from nemodiff_train.runtime.packages import LARGE_PACKAGES, OPTIONAL_PACKAGES, stand_in_for
@@ -53,6 +56,34 @@ def _quiet_third_parties() -> None:
     replace(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True), takes="self, iterable, desc, total, ...")
 
 
+def _prepare_cuda() -> None:
+    """Set what CUDA and Transformer Engine read from the environment, before they start."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Core overlaps tensor parallelism only in this order
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"):  # Core asserts values, of attention that is not used here
+        os.environ.pop(name, None)
+
+
+def _refuse_broken_cuda() -> None:
+    """Refuse to compute on the CPU where a GPU was meant; ``NEMODIFF_CPU=1`` says that it was not.
+
+    Raises:
+        UserError: The machine has a GPU that CUDA cannot use; with CUDA's reason.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
+    given = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_JOB_GPUS")
+    if hidden or os.environ.get("NEMODIFF_CPU") == "1" or not (given or Path("/dev/nvidia0").exists()):
+        return
+    try:
+        torch.cuda.init()
+        reason = "torch finds none"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+    raise UserError(
+        f"this machine has a GPU, but CUDA does not work ({reason}); mend the driver, or install torch for its CUDA "
+        "version. NEMODIFF_CPU=1 computes on the CPU"
+    )
+
+
 def announce(host: Host) -> None:
     """Print one line that says what this machine has, from rank 0."""
     if is_main_process():
@@ -62,8 +93,12 @@ def announce(host: Host) -> None:
 @functools.cache
 def init_quietly() -> Host:
     """Prepare this process without a word; for one that a prepared process has started, else use ``init_runtime``."""
-    _quiet_third_parties()
     cuda = torch.cuda.is_available()
+    if cuda:
+        _prepare_cuda()
+    else:
+        _refuse_broken_cuda()
+    _quiet_third_parties()
     defer_imports(compiles=cuda)
     if not cuda:
         compile_nothing()
@@ -78,9 +113,9 @@ def init_quietly() -> Host:
         patches.load_one_step_for_all_parameters()
     missing = stand_in_for(OPTIONAL_PACKAGES)
     patches.keep_compiled_dataset_helpers()
+    patches.end_save_helpers_with_rank(save_worker)
     if not cuda:
         patches.keep_random_states_on_cpu()
-        patches.prepare_save_workers(save_worker)
         patches.copy_what_is_saved()
         cpu_as_cuda()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -92,5 +127,6 @@ def init_quietly() -> Host:
 
 def save_worker(*arguments: Any) -> None:
     """Run Core's loop for asynchronous saves, in a process that Core has just started and nothing has prepared."""
+    follow_parent()
     init_quietly()
     REPLACED["megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop"](*arguments)

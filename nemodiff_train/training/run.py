@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import netrc
 import os
 import signal
@@ -9,18 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
-
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
+from nemodiff_train.config.precision import precision_of
+from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
-from nemodiff_train.model.provider import disable_fused_kernels
+from nemodiff_train.files import locked
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import identity
+from nemodiff_train.model.provider import fit_to_host
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
+from nemodiff_train.resilience.signals import ToldToEnd
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.runtime.patches import let_tokenizers_be_larger
 from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
 from nemodiff_train.training.callbacks.order import callbacks_in_order
 from nemodiff_train.training.callbacks.run_log import RunLog
@@ -56,13 +62,16 @@ def train(config: TriModeConfig) -> None:
         UserError: The configuration cannot run here; nothing has been written.
         RunStopped: The run cannot go on.
         SystemExit: With 0, after a signal: the step is saved.
+        ToldToEnd: After a signal before the first step.
     """
     config.given = config.settings()
     _fit_to_host(config)
+    config.mixed_precision = precision_of(config, init_runtime().cuda)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
     check(config, world_size())
+    _record_base(config)
     config.dataset.samples_ahead = samples_ahead(config)
     if (resumed := description(config)) and is_main_process():
         console.print(resumed, soft_wrap=True, highlight=False, markup=False)
@@ -78,11 +87,14 @@ def train(config: TriModeConfig) -> None:
 
 
 def _run(config: TriModeConfig, output: Path) -> None:
+    from megatron.bridge.training import setup
     from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
 
+    let_tokenizers_be_larger(setup)
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(output))
         ending = stack.enter_context(record_start(output, config.resilience.restarts))
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
@@ -92,10 +104,20 @@ def _run(config: TriModeConfig, output: Path) -> None:
         callbacks = callbacks_in_order(shared, breakdown, watch, log)
         try:
             pretrain(config, ForwardStep(shared, breakdown), callbacks=callbacks)
+        except ToldToEnd:
+            raise
         except SystemExit as leaving:
             if not leaving.code and is_main_process():
                 console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
             raise
+
+
+def _record_base(config: TriModeConfig) -> None:
+    """Let the checkpoints of adapters say which weights they are trained on."""
+    start = config.checkpoint.pretrained_checkpoint
+    if config.peft is not None and start:
+        iteration = Checkpoint.open(start).iteration
+        config.adapter_base = AdapterBase(iteration.name, identity(iteration))
 
 
 def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
@@ -116,6 +138,10 @@ def _protect(config: TriModeConfig) -> None:
     config.rerun_state_machine.check_for_nan_in_loss = False
     config.ddp.check_for_nan_in_grad = False
     config.train.check_optimizer_step_success = False  # the ranks agree already
+    # The watchdog is to write the stacks of a hang before collectives give up and end the processes.
+    limits = config.resilience.setup_timeout, config.resilience.hang_timeout
+    wait = math.ceil(max(limits) / 60) + 10
+    config.dist.distributed_timeout_minutes = max(config.dist.distributed_timeout_minutes, wait)
     logging.getLogger("megatron.bridge.training.pretrain").addFilter(_needs_traceback)
 
 
@@ -129,8 +155,7 @@ def _fit_to_host(config: TriModeConfig) -> None:
     """Adapt the settings to what this machine lacks; a GPU machine with every package changes nothing."""
     host = init_runtime()
     config.dist.distributed_backend = host.backend
-    if not HAVE_TE:
-        disable_fused_kernels(config.model)
+    fit_to_host(config.model)
     if not host.cuda:
         config.model.use_cpu_initialization = True
         config.dataset.num_workers = 0

@@ -3,6 +3,7 @@
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation import (
+    adapters,
     data,
     drafter,
     kernels,
@@ -35,6 +36,6 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     if lines := settings.size_problems(config):
         return lines  # the other rules divide by these sizes
     lines = layout.problems(config, world_size)
-    for concern in (settings, schedule, objective, kernels, start, resume, drafter, data, output):
+    for concern in (settings, schedule, objective, kernels, start, resume, adapters, drafter, data, output):
         lines += concern.problems(config)
     return lines

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig, parse_number
+from nemodiff_train.console import console
 from nemodiff_train.data.blend import check_blend
-from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.data.index_file import read_index
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation.refusal import refusal
 
@@ -47,4 +51,28 @@ def _check_files(config: TriModeConfig) -> None:
         raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
     mask_token = config.find_mask_token() if config.objective.stage == "joint" else None
     tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-    check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations)
+    rows = config.model.vocab_size
+    if (line := tokens_without_row(tokenizer, rows)) and is_main_process():
+        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
+    check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations, rows)
+    for prefix in prefixes:
+        _check_split(prefix, str(config.dataset.split))
+
+
+def _check_split(prefix: str, split: str) -> None:
+    """Refuse a share of the documents that Megatron rounds to none: it would look for samples in them for ever.
+
+    Raises:
+        UserError: Names the share.
+    """
+    documents = len(read_index(prefix).document_ends) - 1
+    shares = [parse_number(share) for share in split.split(",")]
+    if math.isnan(sum(shares)) or not sum(shares):
+        return  # among the problems already
+    ends = [round(end / sum(shares) * documents) for end in accumulate(shares, initial=0.0)]
+    for name, share, (first, last) in zip(("training", "validation", "test"), shares, pairwise(ends), strict=False):
+        if share > 0 and first >= last:
+            raise UserError(
+                f"dataset.split={split} leaves {name} none of the {documents} documents of {prefix}; give it a "
+                "larger share, or 0"
+            )

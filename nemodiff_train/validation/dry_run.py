@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.planning.hardware import USABLE_MEMORY
@@ -53,6 +54,7 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
+    page.add_row("precision", f"{precision_of(config, True)} on a GPU, {precision_of(config, False)} on a CPU")
     if resumed := description(config):
         page.add_row("resume", escape(resumed))
     if not layout.problems(config, world_size):
@@ -93,7 +95,7 @@ def _parts(memory: Memory) -> str:
 
 def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> Iterator[str]:
     """Add the size of the checkpoints to the page, and yield a line if the disk cannot hold them."""
-    mixed = config.mixed_precision is not None
+    mixed = is_mixed(precision_of(config, cuda=True))
     # A few rows too many: what tensor-parallel ranks replicate is saved once.
     trained = sum(stage.trained for stage in stages) * config.model.tensor_model_parallel_size
     size = trained * (optimizer_bytes(mixed) + (2 if mixed else 4)) / GB

@@ -1,6 +1,8 @@
 """What the machine can compute: attention kernels, number formats, and communication hidden behind computation."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +26,7 @@ def problems(config: TriModeConfig) -> list[str]:
         *attention_problems(config.model, positions, cuda),
         *_precision_problems(config, cuda),
         *_overlap_problems(config),
+        *(_compiler_problems() if cuda and config.objective.noisy_views else ()),
     ]
 
 
@@ -43,6 +46,12 @@ def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) 
     if tile < 0 or tile % 16:
         lines.append(f"model.attention_tile is {tile}; use a multiple of 16, or 0 for the kernel's own")
     return [*lines, *_flash_problems(model, positions, cuda)] if kernel == "flash" else lines
+
+
+def _compiler_problems() -> Iterator[str]:
+    """Yield a line where FlexAttention's kernels cannot be built: Triton compiles their launcher in C."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
+        yield "there is no C compiler, which Triton needs for FlexAttention; install gcc, or name one in CC"
 
 
 def _flash_problems(model: TriModeModelProvider, positions: int, cuda: bool) -> Iterator[str]:
@@ -75,6 +84,8 @@ def _precision_problems(config: TriModeConfig, cuda: bool) -> Iterator[str]:
     formats = get_mixed_precision_config(precision)
     if not (formats.fp8 or formats.fp4):
         return
+    if config.evaluation.interval:
+        yield "decoding in the loop takes single tokens, which FP8 and FP4 exclude; set evaluation.interval=0"
     capability = (10, 0) if formats.fp4 or formats.fp8_recipe == "mxfp8" else (8, 9)
     if not (HAVE_TE and cuda and torch.cuda.get_device_capability() >= capability):
         yield (

@@ -42,6 +42,7 @@ AT_LEAST = {
     "drafter.support": 1,
     "drafter.position_decay": 0,
     "diagnostics.loss_interval": 0,
+    "diagnostics.line_interval": 0,
     "evaluation.interval": 0,
     "resilience.keep_every": 0,
     "resilience.spike_factor": 0,
@@ -49,6 +50,7 @@ AT_LEAST = {
     "resilience.max_consecutive_skips": 0,
     "resilience.replica_check_interval": 0,
     "resilience.hang_timeout": 0,
+    "resilience.setup_timeout": 0,
     "resilience.straggler_interval": 0,
     "resilience.restarts": 0,
 }

@@ -3,16 +3,26 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES
+
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.precision import begun_precision
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.bridges import TESTED
 from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
-from nemodiff_train.model.families import TRI_MODE, architecture
+from nemodiff_train.model.checksums import identity
+from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.validation.refusal import refusal
 
-_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+_SHAPE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "rotary_base", "rotary_percent", "rope_parameters", "query_scale_beta", "layernorm_epsilon",
+    "normalization", "qk_layernorm", "add_qkv_bias", "gated_linear_unit", "share_embeddings_and_output_weights",
+)  # fmt: skip
+"""Settings of a model that its ``config.json`` fixes: with others, what is trained is not what is exported."""
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
@@ -36,7 +46,15 @@ def _check_pretrained(config: TriModeConfig) -> None:
         )
     check_weights(start)
     _check_shape(config, model_from(checkpoint or str(start)), start)
-    if (start / "config.json").is_file() and architecture(read_json(start / "config.json")) == TRI_MODE:
+    if checkpoint or not (start / "config.json").is_file():
+        return
+    name = architecture(read_json(start / "config.json"))
+    if name not in (*TESTED, SDAR, TRI_MODE):
+        raise UserError(
+            f"'{start}' is a {name}, whose computation is compared with Transformers' at import alone; make a "
+            "Megatron checkpoint of it with 'nemodiff convert import' and start from that"
+        )
+    if name in (SDAR, TRI_MODE):
         raise UserError(
             f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
             "'nemodiff convert import' and start from that"
@@ -65,9 +83,22 @@ def _resume_problems(config: TriModeConfig) -> Iterator[str]:
         yield from _changes_since(saved, config)
 
 
+def _check_base(saved: Checkpoint, config: TriModeConfig) -> None:
+    """Refuse to go on with adapters on other weights: Bridge loads the base's newest iteration at every start."""
+    if config.peft is None or saved.kind not in (Kind.LORA, Kind.DRAFTER):
+        return
+    base, start = saved.base, Checkpoint.open(str(config.checkpoint.pretrained_checkpoint))
+    if identity(start.iteration) != identity(base.iteration):
+        raise UserError(
+            f"'{saved.iteration}' holds adapters of '{base.iteration}', but the run would start from "
+            f"'{start.iteration}'; name another output, or the folder of that checkpoint as start_from"
+        )
+
+
 def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     """Yield the changes that the saved optimizer state cannot follow."""
     before, iteration = saved.run_config, saved.iteration
+    yield from refusal(lambda: _check_base(saved, config))
     was_sharded = bool(before["optimizer"]["use_distributed_optimizer"])
     if was_sharded != bool(config.optimizer.use_distributed_optimizer):
         yield (
@@ -76,6 +107,13 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
             "output"
         )
         return
+    if config.mixed_precision is not None and (began := begun_precision(config)):
+        named = MIXED_PRECISION_RECIPES.get(str(config.mixed_precision).replace("-", "_"))
+        if named and named().params_dtype != MIXED_PRECISION_RECIPES[began]().params_dtype:
+            yield (
+                f"'{iteration}' was saved by a run in {began}, whose optimizer state {config.mixed_precision} cannot "
+                f"load; set mixed_precision={began}, or name another output"
+            )
     moved = [name for name in _LAYOUT if before["model"][name] != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (

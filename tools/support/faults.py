@@ -1,6 +1,7 @@
 """Faults at chosen moments of a training that otherwise runs as on the command line."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -66,8 +67,10 @@ def train(words: list[str], fault: str = "", rank: int = 0, step: int = 0) -> No
 
 
 def _die(*arguments: Any, **named: Any) -> None:
-    """Kill this rank and the process that writes for it."""
-    os.killpg(0, signal.SIGKILL)
+    """Kill this rank, from itself or from a process that writes for it and has to end by itself."""
+    rank = multiprocessing.parent_process()
+    os.kill(os.getpid() if rank is None else rank.pid or 0, signal.SIGKILL)
+    time.sleep(3600)
 
 
 def _replace(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
@@ -203,12 +206,28 @@ def _spike(step: int) -> None:
     _in_step(step, enlarge)
 
 
+def _spike_while_saving(step: int) -> None:
+    """Let the checkpoint of two steps before still be written in the background when the spike comes."""
+    _when_a_shard_is_written(step - 2, lambda name: time.sleep(3))
+    _spike(step)
+
+
 def _hang(step: int) -> None:
     def hang(model: Any) -> None:
         print(HANGS, file=sys.__stderr__, flush=True)
         time.sleep(3600)
 
     _in_step(step, hang)
+
+
+def _hang_in_setup(step: int) -> None:
+    from nemodiff_train.training.callbacks.run_log import RunLog
+
+    def on_data_init_start(self: RunLog, context: Any) -> None:
+        print(HANGS, file=sys.__stderr__, flush=True)
+        time.sleep(3600)
+
+    setattr(RunLog, "on_data_init_start", on_data_init_start)  # noqa: B010
 
 
 def _crash(step: int) -> None:
@@ -238,7 +257,9 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "mid-cleanup": _mid_cleanup,
     "nan": _nan,
     "spike": _spike,
+    "spike while saving": _spike_while_saving,
     "hang": _hang,
+    "hang in set-up": _hang_in_setup,
     "crash": _crash,
     "flip": _flip,
 }

@@ -5,6 +5,7 @@ a rank fails, the others are ended.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, TextIO
+
+import psutil
 
 from nemodiff_train.distributed import free_port
 
@@ -169,6 +172,10 @@ class RankPool:
             raise RankError(f"job '{world.name}' took more than {timeout:g} s; its logs are in {world.logs}")
         return [world.codes[rank] for rank in range(len(world.pids))]
 
+    def processes(self) -> list[str]:
+        """Return the command lines of all processes below the pool: ranks, and what ranks have started or left."""
+        return [" ".join(child.cmdline()) for child in psutil.Process(self._process.pid).children(recursive=True)]
+
     def run(self, name: str, world_size: int, function: Callable[..., Any], **options: Any) -> tuple[list[int], str]:
         """Start a job and wait for it; return exit codes by rank and what the ranks printed."""
         world = self.start(name, world_size, function, **options)
@@ -278,8 +285,18 @@ def _result_file(logs: Path, name: str) -> Path:
     return logs / f"{name}.json"
 
 
+def _wait_for_any() -> tuple[int, int]:
+    """Return the process id and status of a child that has ended, or twice 0."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return 0, 0
+
+
 def _serve() -> None:
     """Fork ranks as asked on standard input, and report their process ids and ends on standard output."""
+    # What a killed rank has started becomes a child of this process, where `RankPool.processes` finds it.
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
     ranks: set[int] = set()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to the log
@@ -295,12 +312,10 @@ def _serve() -> None:
                 pids = [_fork(job, rank, port, answers) for rank in range(job.world_size)]
                 ranks |= set(pids)
                 print(json.dumps({"pids": pids}), file=answers, flush=True)
-        for pid in list(ranks):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
+        while (ended := _wait_for_any())[0]:
+            pid, status = ended
+            if pid in ranks:
                 ranks.discard(pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)  # its helper for saving, which a killed rank leaves
                 print(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
 
 
@@ -341,12 +356,13 @@ def _fork(job: _Job, rank: int, port: str, answers: TextIO) -> int:
 def _fork_helper_for_saving() -> None:
     """Have Megatron fork the processes of its saves, which it would spawn to import torch anew."""
     import torch
-    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+    from megatron.core.dist_checkpointing.strategies import async_utils
+
+    from nemodiff_train.runtime.patches import write_results_queue
 
     fork: Any = torch.multiprocessing.get_context("fork")
     setattr(async_utils, "mp", SimpleNamespace(get_context=lambda mode: fork))  # noqa: B010
-    manager: Any = fork.Manager()
-    setattr(filesystem_async, "_results_queue", manager.Queue())  # noqa: B010
+    write_results_queue("fork")  # the one that later saves find
 
 
 def _preload() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemodiff_train.data.tokenizer_files import rename_for_transformers_4
+
 VOCABULARY = 320
 EOD, MASK = "<|endoftext|>", "<|mask|>"
 
@@ -23,6 +25,7 @@ def tokenizer(directory: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOD, MASK], initial_alphabet=alphabet)
     inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, 0123456789 times"] * 4, trainer)
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, mask_token=MASK).save_pretrained(directory)
+    rename_for_transformers_4(directory)
 
 
 def qwen3(directory: Path, mask_row: float = 1.0, **changes: Any) -> None:
@@ -233,13 +236,13 @@ def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
     return config
 
 
-def drafter(start_from: str, data: str, output: str) -> Any:
+def drafter(start_from: str, data: str, output: str, rank: int = 16, alpha: int = 64) -> Any:
     """Return the configuration of a drafter for a checkpoint that :func:`recipe` has trained."""
     from nemodiff_train.drafter.config import DrafterConfig
     from nemodiff_train.model.draft_adapter import DraftLoRA
 
     config = recipe(start_from, data, output)
-    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=16, alpha=64)
+    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=rank, alpha=alpha)
     return config
 
 

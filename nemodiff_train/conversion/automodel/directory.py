@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template
-
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import TRI_MODE
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -47,16 +45,13 @@ def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) ->
     }
 
 
-def add_code(directory: Path, settings: dict[str, Any]) -> None:
-    """Add the code and a model card to weights, tokenizer and configuration.
+def add_sdar_configuration(directory: Path, settings: dict[str, Any]) -> None:
+    """Add the class that ``config.json`` names, without which ``rope_theta`` would be lost; see the file."""
+    name = "configuration_sdar.py"
+    shutil.copyfile(_FOLDER / name, directory / name)
 
-    Args:
-        directory: Where they are.
-        settings: Their ``config.json``, from :func:`tri_mode_settings`.
-    """
+
+def add_code(directory: Path, settings: dict[str, Any]) -> None:
+    """Add the code to weights, tokenizer and configuration; see :func:`tri_mode_settings`."""
     for name in _CODE:
         shutil.copyfile(_FOLDER / name, directory / name)
-    card = Template((_FOLDER / "card.md.j2").read_text(), undefined=StrictUndefined, keep_trailing_newline=True)
-    causal = settings["clean_attention"] == "causal"
-    family = settings["text_config"]["architectures"][0]
-    (directory / "README.md").write_text(card.render(settings, family=family, causal=causal))

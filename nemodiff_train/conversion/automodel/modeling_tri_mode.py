@@ -4,19 +4,41 @@ This file is copied into exported directories and runs there: it needs PyTorch a
 The network is the AR family's own class from Transformers, under the family's own weight names.
 """
 
-from collections.abc import Sequence
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from .configuration_tri_mode import TriModeConfig
 
+DRAFTER_FOLDER = "linear_spec_lora"
+"""Folder of the drafter in a model's directory."""
 
-class TriModeModel(PreTrainedModel):
+_USED = {
+    "max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p",
+    "num_return_sequences",
+}  # fmt: skip
+_HARMLESS = {"bos_token_id", "use_cache", "transformers_version", "_from_model_config", "tokenizer"}
+"""Settings of Transformers' generation that are used here, and those that change nothing."""
+
+logger = logging.get_logger(__name__)
+
+
+class TriModeModel(PreTrainedModel, GenerationMixin):
     """The AR family's causal language model, with three ways to decode.
 
     Each returns the prompt with the new tokens, and the number of forwards: every call of the model for the
@@ -38,7 +60,55 @@ class TriModeModel(PreTrainedModel):
         super().__init__(config)
         self.model = AutoModel.from_config(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False)
+        self._drafting = False
         self.post_init()
+
+    def load_drafter(self, directory: str | None = None) -> None:
+        """Load a drafter: low-rank adapters that make the drafts of :meth:`linear_spec_generate` better.
+
+        They act on drafts alone, so that the tokens stay those of :meth:`ar_generate`.
+
+        Args:
+            directory: Folder as PEFT writes it; None for ``linear_spec_lora`` beside the model's own files.
+
+        Raises:
+            ValueError: It is not a drafter of this model.
+        """
+        name = "adapter_model.safetensors"
+        own = self.config._name_or_path if directory is None else None
+        file = str(cached_file(own, name, subfolder=DRAFTER_FOLDER)) if own else str(Path(directory or ".") / name)
+        settings = json.loads(Path(file).with_name("adapter_config.json").read_text())
+        scale = settings["lora_alpha"] / settings["r"]
+        factors = load_file(file)
+        for number, layer in enumerate(self.model.layers):
+            projection = layer.self_attn.o_proj
+            prefix = f"base_model.model.model.layers.{number}.self_attn.o_proj"
+            a, b = (factors.pop(f"{prefix}.lora_{part}.weight", None) for part in "AB")
+            if a is None or b is None or (len(b), a.shape[1]) != tuple(projection.weight.shape):
+                raise ValueError(f"{file} is not a drafter of this model: '{prefix}' is missing or of another shape")
+            first = not hasattr(projection, "draft_a")
+            projection.register_buffer("draft_a", a.to(projection.weight.device), persistent=False)
+            projection.register_buffer("draft_b", scale * b.to(projection.weight.device), persistent=False)
+            if first:
+                projection.register_forward_hook(self._correct_draft)
+        if factors:
+            raise ValueError(f"{file} is not a drafter of this model: it has '{next(iter(factors))}' too")
+
+    def _correct_draft(self, projection: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Add the drafter's part to an attention's output projection, [batch, length, hidden], in drafts alone."""
+        if not self._drafting:
+            return output
+        low = F.linear(inputs[0].to(projection.draft_a.dtype), projection.draft_a)
+        return output + F.linear(low, projection.draft_b).to(output.dtype)
+
+    @contextmanager
+    def _drafts(self) -> Iterator[None]:
+        """Let the drafter act, while the context is entered."""
+        self._drafting = True
+        try:
+            yield
+        finally:
+            self._drafting = False
 
     def forward(
         self,
@@ -111,18 +181,21 @@ class TriModeModel(PreTrainedModel):
         return torch.cat([prompt_ids, stops.cut(new)], dim=1), session.nfe
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
-        prompt_ids: Tensor,
-        max_new_tokens: int = 128,
+        prompt_ids: Tensor | None = None,
+        max_new_tokens: int | None = None,
         block_length: int | None = None,
-        threshold: float | None = None,
+        threshold: float | None = 0.9,
         causal_context: bool = True,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         max_thinking_tokens: int | None = None,
         end_think_token_id: int | None = None,
-    ) -> tuple[Tensor, int]:
+        *,
+        input_ids: Tensor | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, int] | Tensor:
         """Decode by block diffusion: block after block, several tokens per forward.
 
         A block starts where the text ends, with one token that the AR prediction gives.  Each denoising
@@ -136,31 +209,62 @@ class TriModeModel(PreTrainedModel):
         With block-causal attention on clean text, blocks are counted from the start of the text, and the AR
         prediction gives a block's first token only if the model was trained with the shift.
 
+        Called with ``input_ids=``, as pipelines and harnesses do, it keeps Transformers' contract instead: the
+        settings come from ``generation_config`` and from the arguments, rows may be padded on the left by
+        ``attention_mask``, ``stopping_criteria`` are asked token by token, and the ids alone are returned.
+
         Args:
             prompt_ids: [batch, length] token ids.
-            max_new_tokens: Maximum number of new tokens per row, the stop token included.
+            max_new_tokens: Maximum number of new tokens per row, the stop token included; 128 by default.
             block_length: Positions per block; None for what the model was trained with.
             threshold: Probability from which a position is unmasked; None for one position per forward.
             causal_context: Whether the AR prediction gives a block's first token; otherwise it is a mask too.
-            temperature: 0 is greedy; above, tokens are sampled from softmax(logits / temperature).
+            temperature: 0 is greedy, the default; above, tokens are sampled from softmax(logits / temperature).
             eos_token_id: Token or tokens that end a row; None for none.
             max_thinking_tokens: New tokens after which ``end_think_token_id`` is forced unless it has come.
             end_think_token_id: Token that closes the thinking.
+            input_ids: [batch, length] token ids, for Transformers' contract.
+            settings: The further arguments of that contract.
 
         Returns:
-            Prompt and new tokens [batch, length + new], and the forwards.
+            Prompt and new tokens [batch, length + new], and the forwards; with ``input_ids`` the tokens alone.
 
         Raises:
-            ValueError: An argument is out of its range.
+            ValueError: An argument is out of its range, or asks for what block diffusion cannot do.
         """
-        self._check(prompt_ids, max_new_tokens, temperature, block_length)
-        size = block_length or self.config.block_size
-        block_causal = self.config.clean_attention == "block_causal"
+        thinking = _Thinking(max_thinking_tokens, end_think_token_id)
+        blocks = _Blocks(block_length or self.config.block_size, threshold, causal_context, thinking)
         if self.config.shift and not causal_context:
             raise ValueError("causal_context=False: a model with the shift predicts no first token of a block itself")
-        seeded = self.config.shift or (causal_context and not block_causal)
+        if prompt_ids is not None:
+            if settings or input_ids is not None:
+                raise ValueError(
+                    f"prompt_ids do not go with {next(iter(settings), 'input_ids')}; give input_ids alone"
+                )
+            limit = 128 if max_new_tokens is None else max_new_tokens
+            self._check(prompt_ids, limit, temperature or 0.0, block_length)
+            choose = partial(_sample, temperature=temperature or 0.0)
+            return self._diffuse(prompt_ids, limit, blocks, _Stops(eos_token_id), choose)
+        named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token_id": eos_token_id}
+        settings |= {name: value for name, value in named.items() if value is not None}
+        if (ids := settings.pop("inputs", input_ids)) is None:
+            raise ValueError("generate() takes prompt_ids, or input_ids")
+        return self._generate_ids(ids, blocks, **settings)
+
+    def _diffuse(
+        self,
+        prompt_ids: Tensor,
+        max_new_tokens: int,
+        blocks: "_Blocks",
+        stops: "_Stops",
+        choose: Callable[[Tensor], Tensor],
+        criteria: "_Criteria | None" = None,
+    ) -> tuple[Tensor, int]:
+        """Decode rows [batch, length] without padding; see :meth:`generate`."""
+        size, thinking = blocks.size, blocks.thinking
+        block_causal = self.config.clean_attention == "block_causal"
+        seeded = self.config.shift or (blocks.causal_context and not block_causal)
         session = _Session(self, self.config.mask_token_id)
-        stops, thinking = _Stops(eos_token_id), _Thinking(max_thinking_tokens, end_think_token_id)
 
         text, length = prompt_ids, prompt_ids.shape[1]
         end = length + max_new_tokens
@@ -171,18 +275,71 @@ class TriModeModel(PreTrainedModel):
             if uncached.shape[1]:
                 logits = session.forward(uncached, size if block_causal else None, last=True)
                 if seeded:
-                    block[:, :1] = _sample(logits, temperature)
+                    block[:, :1] = choose(logits)
             known = text.shape[1] - start  # positions of a first block-causal block that the prompt fills
             block[:, :known] = text[:, start:]
             block[:, known:] = thinking.force_end(block[:, known:], text[:, length:])
             position = torch.arange(size, device=text.device)  # within the block
             # [batch, size]: positions to fill are new, within the limit, and in rows without a stop token.
             wanted = (position >= known) & (position < end - start) & ~stops.met(text[:, length:])[:, None]
-            uncached = session.denoise(block, wanted, threshold, temperature, stops)
+            uncached = session.denoise(block, wanted, blocks.threshold, choose, stops)
+            before = text.shape[1]
             text = torch.cat([text[:, :start], uncached], dim=1)[:, :end]
             start += size
-            if start >= end or stops.all_met(text[:, length:]):
+            cut = criteria.end(text, before) if criteria else None
+            if cut or start >= end or stops.all_met(text[:, length:]):
+                text = text[:, :cut]
                 return torch.cat([prompt_ids, stops.cut(text[:, length:])], dim=1), session.nfe
+
+    def _generate_ids(
+        self,
+        ids: Tensor,
+        blocks: "_Blocks",
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Decode by Transformers' contract; rows are decoded one by one, because their lengths differ.
+
+        Args:
+            ids: [batch, length], padded on the left.
+            blocks: How blocks are decoded.
+            attention_mask: [batch, length], 0 at padding.
+            generation_config: Settings; None for the model's own.
+            stopping_criteria: Called with ids [batch, n] and None; True for each row that ends there.
+            settings: Settings that take the place of those.
+
+        Returns:
+            [batch, length + new].
+        """
+        config = _settled(generation_config or self.generation_config, settings)
+        many, length = config.num_return_sequences or 1, ids.shape[1]
+        ids = ids.repeat_interleave(many, 0)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.repeat_interleave(many, 0)
+        limit = config.max_new_tokens
+        if limit is None:
+            limit = 128 if config.max_length is None else config.max_length - length
+        sampled = bool(config.do_sample)
+        choose = partial(
+            _sample,
+            temperature=(1.0 if config.temperature is None else config.temperature) if sampled else 0.0,
+            top_k=(config.top_k or 0) if sampled else 0,
+            top_p=(config.top_p or 1.0) if sampled else 1.0,
+        )
+        stops, criteria = _Stops(config.eos_token_id), _Criteria(stopping_criteria or [])
+        self._check(ids, limit, choose.keywords["temperature"])
+        rows = []
+        for row, seen in zip(ids, mask, strict=True):
+            prompt = row[seen.bool()][None]
+            decoded, _ = self._diffuse(prompt, limit, blocks, stops, choose, criteria if len(ids) == 1 else None)
+            rows.append(decoded[0, prompt.shape[1] :])
+        padding = config.pad_token_id if config.pad_token_id is not None else [*stops.tokens, 0][0]
+        new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        text = torch.cat([ids, new], dim=1)
+        if len(ids) > 1 and (end := criteria.end(text, length)) is not None:
+            return text[:, :end]
+        return text
 
     @torch.no_grad()
     def linear_spec_generate(
@@ -232,12 +389,14 @@ class TriModeModel(PreTrainedModel):
         wanted = torch.ones(1, size, dtype=torch.bool, device=prompt_ids.device)
 
         new = prompt_ids[:, :0]
-        new = thinking.force_end(_sample(session.forward(prompt_ids, last=True), temperature), new)
+        choose = partial(_sample, temperature=temperature)
+        new = thinking.force_end(choose(session.forward(prompt_ids, last=True)), new)
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             block = torch.cat([new[:, -1:], session.masks(1, size - 1)], dim=1)
-            draft = session.denoise(block, wanted, threshold, temperature)[:, 1:]
+            with self._drafts():
+                draft = session.denoise(block, wanted, threshold, choose)[:, 1:]
             # [1, size] choices of the verifier: one for each of the size - 1 draft tokens, and one after them.
-            verified = _sample(session.forward(torch.cat([new[:, -1:], draft], dim=1)), temperature)
+            verified = choose(session.forward(torch.cat([new[:, -1:], draft], dim=1)))
             forced = thinking.force_end(verified, new)
             # A token that was forced in place of the verifier's ends the cycle, as a rejected draft token does.
             accept_mask = (verified[:, :-1] == draft) & (forced == verified)[:, :-1]
@@ -266,6 +425,16 @@ class TriModeModel(PreTrainedModel):
             raise ValueError(f"temperature is {temperature}; it must be 0 or above")
         if causal and self.config.clean_attention == "block_causal":
             raise ValueError("this model attends block-causally to clean text: it decodes with generate() only")
+
+
+@dataclass
+class _Blocks:
+    """How blocks are decoded; see :meth:`TriModeModel.generate`."""
+
+    size: int
+    threshold: float | None
+    causal_context: bool
+    thinking: "_Thinking"
 
 
 class _Session:
@@ -321,7 +490,7 @@ class _Session:
         block: Tensor,
         wanted: Tensor,
         threshold: float | None,
-        temperature: float,
+        choose: Callable[[Tensor], Tensor],
         stops: "_Stops | None" = None,
     ) -> Tensor:
         """Fill the mask tokens of a block; nothing of it stays in the cache.
@@ -330,7 +499,7 @@ class _Session:
             block: [batch, size] token ids.
             wanted: [batch, size] positions to fill; mask tokens elsewhere stay.
             threshold: Probability from which a position is unmasked; None for one position per forward.
-            temperature: Sampling temperature; 0 is greedy.
+            choose: Returns tokens [batch, size] of logits [batch, size, vocab].
             stops: A row is finished once it has one of these and no mask token before it.
 
         Returns:
@@ -348,7 +517,7 @@ class _Session:
             self.crop(block.shape[1])
             if self.model.config.shift:
                 logits = logits.roll(1, dims=1)  # the first position of a block is known and needs none
-            tokens = _sample(logits, temperature)
+            tokens = choose(logits)
             # Unmask the positions whose token is as probable as the threshold, and the most probable one.
             confidence = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~masked, -1.0)
             unmask = confidence >= (torch.inf if threshold is None else threshold)
@@ -437,10 +606,54 @@ class _Thinking:
         return tokens
 
 
-def _sample(logits: Tensor, temperature: float) -> Tensor:
+class _Criteria:
+    """Stopping criteria of Transformers, asked after every token, as their own decoding asks them.
+
+    Args:
+        criteria: Called with ids [batch, n] and None.
+    """
+
+    def __init__(self, criteria: Sequence[Any]) -> None:
+        self.criteria = criteria
+
+    def end(self, text: Tensor, start: int) -> int | None:
+        """Return the length, above ``start``, at which the last row of a text [batch, n] ends, or None."""
+        done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        for length in range(start + 1, text.shape[1] + 1) if self.criteria else ():
+            for criterion in self.criteria:
+                done |= torch.as_tensor(criterion(text[:, :length], None), device=text.device)
+            if done.all():
+                return length
+        return None
+
+
+def _settled(defaults: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
+    """Return the settings of a generation, the caller's before the model's.
+
+    Raises:
+        ValueError: The caller asks for what block diffusion cannot do; what the model's file asks for is warned of.
+    """
+    config, plain = copy.deepcopy(defaults), GenerationConfig().to_dict()
+    asked = {name for name, value in settings.items() if value not in (None, False, plain.get(name))}
+    if unknown := sorted(asked - _USED - _HARMLESS):
+        raise ValueError(f"block diffusion does not take {', '.join(unknown)}")
+    config.update(**{name: value for name, value in settings.items() if name in _USED})
+    if settings.get("max_length") is not None and settings.get("max_new_tokens") is None:
+        config.max_new_tokens = None  # the caller's limit takes the place of the model's
+    for name, value in config.to_dict().items():
+        if name not in _USED | _HARMLESS and value is not None and value != plain.get(name):
+            logger.warning_once(f"generation_config.json has {name}={value}, which block diffusion does not use")
+    return config
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Return greedy or sampled token ids [batch, length] of logits [batch, length, vocab]."""
     if temperature == 0:
         return logits.argmax(-1)
     # The largest logit is 0 before the division, so that no temperature leaves the range of fp32.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    return torch.multinomial(scaled.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
+    scaled = ((logits - logits.amax(-1, keepdim=True)) / temperature).flatten(0, 1)
+    if top_k:
+        scaled = TopKLogitsWarper(top_k)(None, scaled)
+    if top_p < 1:
+        scaled = TopPLogitsWarper(top_p)(None, scaled)
+    return torch.multinomial(scaled.softmax(-1), 1).view(logits.shape[:2])

@@ -3,16 +3,23 @@
 import json
 import os
 import time
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.state import GlobalState
 from rich.progress import Progress
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from nemodiff_train.config.context import StepContext, config_of
-from nemodiff_train.console import progress_bar
+from nemodiff_train.console import console, progress_bar
 from nemodiff_train.distributed import global_rank, world_size
+from nemodiff_train.planning.hardware import gpu_named
+from nemodiff_train.planning.workload import workload_of
+from nemodiff_train.runtime import init_runtime
 
 HEADLINE = {"ar_loss": "AR", "diffusion_loss": "diffusion", "draft_loss": "draft", "expected_tpf": "TPF"}
 """Figures of the progress line, and what it calls them."""
@@ -23,8 +30,13 @@ class RunLog(Callback):
 
     Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second`` and
     the figures in ``shared`` there, a progress line on the console, and ``metrics.jsonl``, one object per step:
-    ``step``, the reported losses (nats), ``grad_norm``, ``tokens_per_second`` (clean tokens), ``seconds``, and the
-    figures in ``shared``.
+    ``step``, ``tokens`` (clean ones, since the run began), the reported losses (nats), ``learning_rate``,
+    ``grad_norm``, ``tokens_per_second``, ``seconds``, ``mfu`` on a GPU whose peak is known, and the figures in
+    ``shared``.  Where the console is not a terminal, the progress line is a line every ``diagnostics.line_interval``
+    steps.
+
+    MFU is the share of the GPUs' peak that the operations of the model take, those of attention counted by the pairs
+    that its rule allows.
 
     Args:
         shared: Figures that other callbacks have added; cleared after each step.
@@ -38,24 +50,32 @@ class RunLog(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         config, step = config_of(context.state), context.state.train_state.step
         self.tokens_per_step = config.train.global_batch_size * config.dataset.seq_length
+        self.steps, self.line_interval = config.train.train_iters, config.diagnostics.line_interval
         is_last_rank = global_rank() == world_size() - 1
-        self.progress = progress_bar("{task.fields[figures]}", shown=is_last_rank)
+        self.progress = progress_bar("{task.fields[figures]}", shown=is_last_rank and console.is_terminal)
         if not is_last_rank:
             return
+        gpu = gpu_named(torch.cuda.get_device_name()) if init_runtime().cuda else None
+        step_flops = workload_of(config).flops * config.train.global_batch_size
+        self.ideal = step_flops / (world_size() * gpu.flops) if gpu else 0.0  # seconds per step at the GPUs' peak
+        self.line_started, self.line_step = time.monotonic(), step
         path = self.shared.metrics_file
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(path, step)
+        _hide_after(context.state, step)
         self.file = path.open("a")
         self.progress.start()
         self.task = self.progress.add_task(
             f"training ({'drafter' if config.drafter else config.objective.stage})",
-            total=config.train.train_iters,
+            total=self.steps,
             completed=step,
             figures="",
         )
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         self.started = time.perf_counter()
+        groups = context.optimizer.param_groups if context.optimizer is not None else []
+        self.learning_rate = float(groups[0]["lr"]) if groups else None
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         seconds = time.perf_counter() - self.started
@@ -65,12 +85,37 @@ class RunLog(Callback):
         step = context.state.train_state.step + 1  # Bridge counts the step after this callback
         losses = {name: value.item() for name, value in (context.loss_dict or {}).items()}
         speed = {"tokens_per_second": self.tokens_per_step / seconds}
+        if self.ideal:
+            speed["mfu"] = self.ideal / seconds
         _write_to_loggers(context.state, {**speed, **added}, step)
-        norm = {"grad_norm": None if context.grad_norm is None else float(context.grad_norm)}
-        record = {"step": step, **losses, **speed, **norm, "seconds": seconds, **added}
+        update = {
+            "learning_rate": self.learning_rate,
+            "grad_norm": None if context.grad_norm is None else float(context.grad_norm),
+        }
+        counted = {"step": step, "tokens": step * self.tokens_per_step}
+        record = {**counted, **losses, **update, **speed, "seconds": seconds, **added}
         print(json.dumps(record), file=self.file, flush=True)
         assert self.progress is not None
         self.progress.update(self.task, completed=step, figures=_headline({**losses, **speed}))
+        due = self.line_interval and (step % self.line_interval == 0 or step == self.steps)
+        if due and not console.is_terminal:
+            self._print_line(record)
+
+    def _print_line(self, record: Mapping[str, Any]) -> None:
+        """Print one line for a log file; speeds are means since the line before, pauses included."""
+        now, step = time.monotonic(), int(record["step"])
+        seconds = (now - self.line_started) / (step - self.line_step)
+        self.line_started, self.line_step = now, step
+        figures = {**record, "tokens_per_second": self.tokens_per_step / seconds}
+        rate = "" if record["learning_rate"] is None else f"lr {record['learning_rate']:.3g} · "
+        norm = "skipped" if record["grad_norm"] is None else f"grad norm {record['grad_norm']:.3g}"
+        utilization = f" · MFU {self.ideal / seconds:.1%}" if self.ideal else ""
+        left = timedelta(seconds=round((self.steps - step) * seconds))
+        console.print(
+            f"step {step}/{self.steps} · {_headline(figures)} · {rate}{norm} · "
+            f"{seconds:.3g} s/step{utilization} · {left} left",
+            soft_wrap=True,
+        )
 
     def on_train_end(self, context: CallbackContext) -> None:
         self.close()
@@ -94,6 +139,13 @@ def drop_after(path: Path, step: int) -> None:
                 break
             end += len(line)
     os.truncate(path, end)
+
+
+def _hide_after(state: GlobalState, step: int) -> None:
+    """Let TensorBoard hide what an earlier start has logged after ``step``, and this one logs again."""
+    if state.tensorboard_logger:
+        start = SessionLog(status=SessionLog.START)
+        state.tensorboard_logger.file_writer.add_event(Event(session_log=start), step=step + 1)
 
 
 def _step(line: bytes) -> float:

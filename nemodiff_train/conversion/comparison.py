@@ -1,0 +1,120 @@
+"""Compare what Megatron computes with what Transformers does: a miniature with a model's settings, and the model."""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nemodiff_train.conversion.headers import Stored, opened
+from nemodiff_train.decoding.session import Session
+from nemodiff_train.distributed import from_main_process
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.families import HFConfig, ar_settings, architecture, stored_name
+from nemodiff_train.model.pretrained import config_from
+
+POSITIONS = 300
+"""Tokens that a miniature reads, and never more than the model has positions."""
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
+"""Allowed difference of a miniature's fp32 logits, relative to the largest; a GPU may multiply in TF32."""
+COMPARED_TOKENS = 16
+"""Tokens that a model itself reads."""
+ROUNDING = 32
+"""Allowed difference of a model's logits, in units of its dtype's spacing at the largest logit."""
+
+
+def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) -> PreTrainedModel:
+    """Return a random fp32 model of a few layers in which all settings but the sizes are those of a ``config.json``.
+
+    The same on every rank. What a setting changes, it changes here as well, wherever the model itself may fit.
+
+    Args:
+        settings: The ``config.json``.
+        tensor_parallel: Ranks that share each layer.
+        pipeline_parallel: Ranks that share the layers out.
+    """
+    settings = ar_settings(settings)
+    config = config_from(settings)
+    groups = 2 * tensor_parallel if config.num_key_value_heads != 1 else tensor_parallel
+    heads = groups if config.num_key_value_heads == config.num_attention_heads else 2 * groups
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    own_head_dim = head_dim * config.num_attention_heads != config.hidden_size
+    layers = 2 * pipeline_parallel
+    small = {
+        "vocab_size": 64 * tensor_parallel,
+        "hidden_size": head_dim * heads + (64 if own_head_dim else 0),
+        "intermediate_size": 128 * tensor_parallel,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "pad_token_id": None,
+        **({"layer_types": settings["layer_types"][:layers]} if settings.get("layer_types") else {}),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_from({**settings, **small})).float()
+        for parameter in model.parameters():  # norms of ones and biases of zeros would hide what is left out
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def reference(settings: HFConfig, stored: Mapping[str, Stored]) -> PreTrainedModel:
+    """Return Transformers' model of a directory, with the weights where they are on the disk.
+
+    Args:
+        settings: The ``config.json``.
+        stored: Headers of the model's tensors by their names in the files.
+    """
+    with init_empty_weights():  # of parameters, not of the rotary frequencies, which no file holds
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_from(ar_settings(settings)))
+    weights = {}
+    for name in model.state_dict():
+        if tensor := stored.get(stored_name(architecture(settings), name)):
+            with opened(tensor.file) as content:
+                weights[name] = content.get_tensor(stored_name(architecture(settings), name))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def logits_differ(model: PreTrainedModel, chunks: list[GPTModel], length: int) -> tuple[float, float]:
+    """Return the largest difference between the causal logits of two implementations, and the largest logit.
+
+    Args:
+        model: Transformers' model, used on the main process alone.
+        chunks: This rank's chunks of Megatron's model.
+        length: Tokens of the random text.
+    """
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    session = Session(chunks, 1, length, None)
+    row = torch.zeros(1, dtype=torch.long, device=session.device)
+    found = session.forward(tokens.to(session.device), row, "verify", causal=True).cpu()
+
+    def compare() -> tuple[float, float]:
+        expected = _logits(model, tokens)
+        return float((found[..., : expected.shape[-1]] - expected).abs().max()), float(expected.abs().max())
+
+    return from_main_process(compare)
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    try:
+        logits: Tensor = model(tokens).logits
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"Transformers cannot run the model that config.json describes: {reason}") from None
+    return logits.float()
+
+
+def unusual_settings(config: PreTrainedConfig) -> list[str]:
+    """Return the settings of a model, sizes aside, that are not those of its class, as ``name=value``."""
+    usual = type(config)().to_dict()
+    sizes = ("size", "num_", "head_dim", "_token_id", "dtype", "architectures", "version", "max_position", "layer")
+    return [
+        f"{name}={value}"
+        for name, value in config.to_dict().items()
+        if value != usual.get(name) and not any(part in name for part in sizes)
+    ]

@@ -1,0 +1,113 @@
+"""The records of an evaluation that has not finished: written as they are made, taken over by a repetition."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron.core import parallel_state
+from pydantic import BaseModel, ValidationError
+
+from nemodiff_train.decoding.loading import DecodingModel
+from nemodiff_train.evaluation.prompts import Task
+from nemodiff_train.evaluation.records import DecodeRecord, Settings
+from nemodiff_train.evaluation.settings import EvaluationSettings
+from nemodiff_train.files import usable_directory
+
+
+class _Line(BaseModel):
+    """One prompt that has been decoded."""
+
+    evaluation: Settings
+    """Everything that the continuation depends on, besides the mode, its settings and the prompt."""
+    mode: str
+    settings: Settings
+    decoded: DecodeRecord
+
+
+class UnfinishedRecords:
+    """The log of one data-parallel replica; a context manager that closes it.
+
+    A repetition of the same evaluation reads the logs of all replicas of before, whose number may have been another.
+    What another evaluation has left is passed over, and a line that was cut short is decoded again.
+
+    Args:
+        output: Folder of the report.
+        evaluation: Everything that the continuations depend on, besides mode, settings and prompt.
+        replica: Index of this replica; None for a rank that writes nothing, as another of its replica does.
+    """
+
+    def __init__(self, output: Path, evaluation: Settings, replica: int | None) -> None:
+        self._output, self._evaluation = output, evaluation
+        self._found = [line for path in self._logs() for line in _read(path) if line.evaluation == evaluation]
+        self._file = None if replica is None else (usable_directory(output) / f"unfinished-{replica}.jsonl").open("a")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
+        """Return what is there already of a mode with its settings, in the order of the prompts, each once."""
+        found = [line.decoded for line in self._found if (line.mode, line.settings) == (mode, settings)]
+        by_prompt = {record.prompt_index: record for record in found}
+        return [by_prompt[index] for index in sorted(by_prompt)]
+
+    def add(self, mode: str, settings: Settings, records: Iterable[DecodeRecord]) -> None:
+        """Write records that have just been made."""
+        if self._file is None:
+            return
+        for record in records:
+            line = _Line(evaluation=self._evaluation, mode=mode, settings=settings, decoded=record)
+            self._file.write(line.model_dump_json() + "\n")
+        self._file.flush()
+
+    def remove(self) -> None:
+        """Remove the logs of all replicas, when the report has what they hold."""
+        for path in self._logs():
+            path.unlink()
+
+    def _logs(self) -> list[Path]:
+        return sorted(self._output.glob("unfinished-*.jsonl"))
+
+
+def open_log(
+    output: Path, loaded: DecodingModel, task: Task, covered: EvaluationSettings, weights: str
+) -> UnfinishedRecords:
+    """Open the log of this rank's replica.
+
+    Args:
+        output: Folder of the report.
+        loaded: The model, whose parallel groups exist.
+        task: Prompts.
+        covered: Whether prompts are put into a chat template.
+        weights: Names what decodes.
+    """
+    decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
+    prompts = "\0".join(prompt.prompt for prompt in task.prompts)
+    evaluation: Settings = {
+        "weights": weights,
+        "task": task.name,
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+        "chat": covered.chat,
+        "decoding": json.dumps(decoding),
+    }
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    writes = ranks == (0, 0)
+    return UnfinishedRecords(output, evaluation, parallel_state.get_data_parallel_rank() if writes else None)
+
+
+def _read(path: Path) -> list[_Line]:
+    lines = []
+    for text in path.read_bytes().splitlines():
+        try:
+            lines.append(_Line.model_validate_json(text))
+        except ValidationError:
+            continue  # the end of a log that was cut short
+    return lines

@@ -1,0 +1,98 @@
+"""Start processes that end together: the ranks of one machine, and the helpers of a rank."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing import parent_process
+from types import FrameType
+
+from nemodiff_train.distributed import free_port
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+_LAST_WORDS = 3.0
+"""Seconds that the other ranks have after one has failed, which may be about to say why as well."""
+_POLL = 0.05
+"""Seconds between looks at the ranks."""
+
+
+def run_ranks(command: Sequence[str], count: int) -> int:
+    """Run a command as several ranks of this machine, in the environment that torchrun gives to ranks.
+
+    SIGTERM and SIGUSR1 are passed on to the ranks; Ctrl-C reaches them from the terminal.  When a rank has failed,
+    the others are ended.  When this process is killed, so are they.
+
+    Args:
+        command: Program and arguments.
+        count: Number of ranks.
+
+    Returns:
+        The exit code of the first rank that failed, negative for a signal; 0 if none did.
+    """
+    shared = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        for index in range(count):
+            environment = {**shared, "RANK": str(index), "LOCAL_RANK": str(index)}
+            ranks.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
+        return _wait(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Run between fork and exec: ask the kernel to kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Return the exit code of the first rank that fails, soon after it has, or 0 when all have ended well."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if failed := [code for code in codes if code]:
+            end = time.monotonic() + _LAST_WORDS
+            while time.monotonic() < end and any(rank.poll() is None for rank in ranks):
+                time.sleep(_POLL)
+            return failed[0]
+        if None not in codes:
+            return 0
+        time.sleep(_POLL)
+
+
+def follow_parent() -> None:
+    """End this helper process when its parent has ended, even by SIGKILL; it would wait for work for ever.
+
+    Helpers are processes of :mod:`multiprocessing`.  What is sent to the process group of the parent, by a terminal
+    or a launcher, does not reach a helper: the parent decides what becomes of its work.
+    """
+    os.setpgid(0, 0)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

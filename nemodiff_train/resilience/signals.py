@@ -1,0 +1,48 @@
+"""The signals that tell a training to end, and what they do until the first step."""
+
+import functools
+import signal
+import sys
+from types import FrameType
+
+from nemodiff_train.distributed import is_main_process
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""From a scheduler, from ``slurm/train.sbatch`` before the time limit, and Ctrl-C."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C has ended."""
+
+
+class ToldToEnd(SystemExit):
+    """The training was told to end before its first step, when there is nothing to save."""
+
+
+def end_at_once() -> None:
+    """Let the signals end this process, until :class:`~nemodiff_train.resilience.watchdog.Watchdog` listens to them.
+
+    Called before anything that takes time is imported.  The handler raises :class:`ToldToEnd`, with exit code 0, or
+    that of an interruption after Ctrl-C.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # while the process cleans up
+    announce(number)
+    raise ToldToEnd(code_after(number))
+
+
+@functools.cache
+def announce(number: int) -> None:
+    """Say once, on rank 0, that a signal ends the training before its first step."""
+    if is_main_process():
+        name = signal.Signals(number).name
+        print(f"nemodiff: {name} before the first step; repeat the command to go on", file=sys.__stderr__, flush=True)
+
+
+def code_after(number: int) -> int:
+    """Return the exit code of a training that a signal has ended before its first step."""
+    return INTERRUPTED if number == signal.SIGINT else 0

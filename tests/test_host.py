@@ -1,0 +1,174 @@
+"""What only a machine with a GPU or Transformer Engine does, as far as one without can show it."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.runtime import init_runtime
+from tests import small
+
+init_runtime()
+
+from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
+
+from nemodiff_train.attention.selection import select_kernel  # noqa: E402
+from nemodiff_train.model import adapters, loading, provider, recompute  # noqa: E402
+from nemodiff_train.model.norm import RMSNorm  # noqa: E402
+from nemodiff_train.runtime import start  # noqa: E402
+from nemodiff_train.runtime.start import Host  # noqa: E402
+from nemodiff_train.training import run  # noqa: E402
+from nemodiff_train.validation import kernels  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small.built(small.QWEN3)
+
+
+def test_weights_are_loaded_whoever_has_saved_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules with an extra state, as Transformer Engine's, neither save it nor miss it; a weight is missed."""
+    without = {name: value for name, value in model.state_dict().items() if value is not None}
+    monkeypatch.setattr(RMSNorm, "get_extra_state", lambda self: torch.zeros(1), raising=False)
+    monkeypatch.setattr(RMSNorm, "set_extra_state", lambda self, state: None, raising=False)
+    assert any(name.endswith("_extra_state") for name in model.state_dict())
+    assert not any(name.endswith("_extra_state") for name in model.sharded_state_dict())
+    model.load_state_dict(without)
+    weight = next(iter(without))
+    with pytest.raises(RuntimeError, match=weight.replace(".", r"\.")):
+        model.load_state_dict({name: value for name, value in without.items() if name != weight})
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("apex", [True, False])
+def test_fusions_are_those_of_this_machine(
+    model: Any, engine: bool, apex: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = object() if apex else None
+    monkeypatch.setattr(provider, "HAVE_TE", engine)
+    monkeypatch.setattr(provider.importlib.util, "find_spec", lambda name: found)
+    settings = copy.copy(model.config)
+    settings.gradient_accumulation_fusion, settings.bias_activation_fusion = not apex, False  # of another machine
+    provider.fit_to_host(settings)
+    assert settings.gradient_accumulation_fusion is apex  # Core's output layer asks for Apex's extension alone
+    assert settings.bias_activation_fusion is True  # SwiGLU keeps its input alone, on every machine
+    assert settings.bias_dropout_fusion is engine and settings.apply_rope_fusion is False
+    loading.set_parallelism(settings)
+    assert settings.gradient_accumulation_fusion is False  # decoding has no buffers of gradients
+
+
+def test_a_checkpoint_brings_no_settings_of_its_machine(model: Any) -> None:
+    settings = copy.copy(model.config)
+    settings.fp8, settings.recompute_granularity, settings.tp_comm_overlap = "hybrid", "full", True
+    settings.use_cpu_initialization = True
+    provider.reset_parallelism(settings)
+    assert settings.fp8 is None and settings.recompute_granularity is None
+    assert settings.tp_comm_overlap is False and settings.use_cpu_initialization is False
+
+
+def test_fp8_is_off_in_decoding_and_excludes_it_in_the_loop(model: Any) -> None:
+    settings = copy.copy(model.config)
+    settings.fp8, settings.fp8_param = "hybrid", True
+    loading.set_parallelism(settings)
+    assert not settings.fp8 and not settings.fp8_param
+    config = SimpleNamespace(
+        mixed_precision="bf16_with_fp8_current_scaling_mixed", evaluation=SimpleNamespace(interval=5)
+    )
+    lines = list(kernels._precision_problems(config, cuda=False))  # type: ignore[arg-type]
+    assert any("evaluation.interval=0" in line for line in lines)
+
+
+def test_stages_exchange_what_they_compute_in(model: Any) -> None:
+    settings = copy.copy(model.config)
+    settings.pipeline_dtype, settings.params_dtype = None, torch.bfloat16
+    settings.finalize()
+    assert settings.pipeline_dtype is torch.bfloat16
+
+
+def test_ranks_take_their_gpu_before_they_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    joined = False
+
+    def join(backend: str, **options: Any) -> None:
+        nonlocal joined
+        joined = True
+        calls.append((backend, options["timeout"].total_seconds() > 3600))
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(loading, "init_runtime", lambda: Host(cuda=True, missing_packages=()))
+    monkeypatch.setattr(loading, "world_size", lambda: 2)
+    monkeypatch.setattr(loading.torch.cuda, "set_device", lambda device: calls.append(("device", device)))
+    monkeypatch.setattr(loading.dist, "is_initialized", lambda: joined)
+    monkeypatch.setattr(loading.dist, "init_process_group", join)
+    monkeypatch.setattr(loading, "model_parallel_cuda_manual_seed", lambda seed: None)
+    states = loading.parallel_state
+    monkeypatch.setattr(states, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(states, "initialize_model_parallel", lambda *sizes: calls.append(("groups", sizes)))
+    loading.start_model_parallel(2)
+    assert calls == [("device", 1), ("nccl", True), ("groups", (2, 1))]
+
+
+def test_stacks_are_written_before_collectives_give_up() -> None:
+    resilience = SimpleNamespace(setup_timeout=3600.0, hang_timeout=1800.0)
+    config: Any = SimpleNamespace(
+        train=SimpleNamespace(),
+        checkpoint=SimpleNamespace(),
+        rerun_state_machine=SimpleNamespace(),
+        ddp=SimpleNamespace(),
+        dist=SimpleNamespace(distributed_timeout_minutes=10),
+        resilience=resilience,
+    )
+    run._protect(config)
+    assert config.dist.distributed_timeout_minutes * 60 > max(vars(resilience).values())
+
+
+def test_short_samples_take_the_kernel_that_is_compiled_for_tiles() -> None:
+    assert select_kernel(torch.device("cuda"), causal=False).options["FORCE_USE_FLEX_ATTENTION"] is True
+
+
+def test_adapters_leave_no_trace_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bridge makes Transformer Engine's layers return two tensors while an adapter needs both."""
+    adapted = small.built(small.QWEN3)
+
+    def loaded(models: list[Any], *unused: Any) -> None:
+        for module in models[0].modules():
+            if isinstance(module, LoRALinear):
+                module.to_wrap.return_layernorm_output = True
+
+    monkeypatch.setattr(adapters, "load_adapters", loaded)
+    settings = {"target_modules": ["linear_qkv", "linear_fc1"], "dim": 4, "alpha": 8}
+    adapters.merge_adapters([adapted], SimpleNamespace(run_config={"peft": settings}))  # type: ignore[arg-type]
+    merged = [m for m in adapted.modules() if hasattr(m, "return_layernorm_output")]
+    assert merged and not any(m.return_layernorm_output for m in merged)
+
+
+def test_recomputation_reads_a_layer_that_returns_its_norm_too(model: Any) -> None:
+    kept = object.__new__(recompute._RecomputedInput)
+    kept.config, kept.from_output, kept.kept = model.config, True, None
+    out = torch.ones(2, requires_grad=True)
+    kept._after_source(nn.Identity(), (), ((out, torch.zeros(2)), None))  # type: ignore[arg-type]
+    assert kept.kept is not None and torch.equal(kept.kept, out)
+
+
+def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "NEMODIFF_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(UserError, match="CUDA does not work"):
+        start._refuse_broken_cuda()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    start._refuse_broken_cuda()  # the user hides it
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("NEMODIFF_CPU", "1")
+    start._refuse_broken_cuda()
+
+
+def test_a_missing_compiler_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert "C compiler" in next(kernels._compiler_problems())

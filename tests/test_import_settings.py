@@ -1,0 +1,176 @@
+"""What config.json says is computed as Transformers computes it, or refused in a line; nothing is left out."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemodiff_train.cli import main
+from nemodiff_train.model.checkpoint import Checkpoint
+from tests import small
+from tests.conftest import end_process_groups
+from tests.prepared import one_line
+
+
+def rope(kind: str, **settings: float | bool) -> dict[str, Any]:
+    scaled = {"original_max_position_embeddings": 64} if kind in ("yarn", "llama3") else {}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0, **scaled, **settings}}
+
+
+LLAMA3 = {"low_freq_factor": 0.5, "high_freq_factor": 3.0}
+
+USED: dict[str, tuple[str, dict[str, Any]]] = {
+    "YaRN with only factor and original length": ("qwen3", rope("yarn")),
+    "YaRN with an attention factor": ("qwen2", rope("yarn", attention_factor=1.3)),
+    "YaRN that is not rounded": ("mistral", rope("yarn", truncate=False, mscale=0.7, mscale_all_dim=0.3)),
+    "Llama 3's scaling with its own bounds": ("llama3", rope("llama3", **LLAMA3)),
+    "Llama 3's scaling of another family": ("qwen3", rope("llama3", **LLAMA3)),
+    "linear scaling": ("qwen2", rope("linear")),
+    "an activation": ("mistral", {"hidden_act": "gelu"}),
+    "an epsilon": ("llama3", {"rms_norm_eps": 0.01, "num_key_value_heads": 1}),
+}
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "biases of a Llama": ("llama3", {"attention_bias": True}, "no place for the tensor 'model.layers.0.self_attn."),
+    "biases of a Qwen 3": ("qwen3", {"attention_bias": True}, "no place for the tensor 'model.layers.0.self_attn."),
+    "biases of an MLP": ("llama3", {"mlp_bias": True}, "biases"),
+    "angles that change with the length": ("llama3", rope("dynamic"), "rope scaling 'dynamic'"),
+    "a window": ("mistral", {"sliding_window": 32}, "sliding-window attention"),
+    "an activation that cannot be loaded again": ("llama3", {"hidden_act": "tanh"}, "tanh"),
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def nemotron(directory: Path) -> None:
+    """Save a random Nemotron, which Bridge takes and this project's layers compute otherwise."""
+    from transformers import NemotronConfig, NemotronForCausalLM
+
+    settings = {key: value for key, value in small.sizes(64).items() if key != "head_dim"}
+    small.save(NemotronForCausalLM, NemotronConfig(**settings), directory)
+
+
+@pytest.mark.parametrize("name", USED)
+def test_settings_are_used(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also over many positions, where a window, a scaling or a wrong frequency would show."""
+    family, changes = USED[name]
+    getattr(small, family)(tmp_path / "source", num_hidden_layers=2, **changes)
+    assert main(["convert", "import", "source", "imported"]) == 0
+    assert main(["convert", "verify", "source", "imported", "--prompt", "the quick brown fox " * 25]) == 0
+    assert main(["convert", "export", "imported", "back"]) == 0
+    settings, back = (json.loads(Path(folder, "config.json").read_text()) for folder in ("source", "back"))
+    assert settings == back
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family, changes, said = REFUSED[name]
+    getattr(small, family)(tmp_path / "source", num_hidden_layers=2, **changes)
+    capsys.readouterr()
+    assert main(["convert", "import", "source", "imported"]) == 2
+    assert said in one_line(capsys) and not Path("imported").exists()
+
+
+def test_a_family_that_is_computed_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bridge has converters for families whose norms or biases are not those of this project's layers."""
+    nemotron(tmp_path / "source")
+    capsys.readouterr()
+    assert main(["convert", "import", "source", "imported"]) == 2
+    assert "away from Transformers'" in one_line(capsys) and not Path("imported").exists()
+    small.data(tmp_path / "data")
+    end_process_groups()
+    assert main(["train", "joint", "start_from=source", "data=data", "output=run", "--dry-run"]) == 2
+    assert "compared with Transformers' at import alone" in capsys.readouterr().out
+
+
+def test_two_models_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that an index names beside weights that it does not; a checkpoint beside a model."""
+    from transformers import AutoModelForCausalLM
+
+    small.qwen3(tmp_path / "source", num_hidden_layers=2)
+    shutil.copytree("source", "old")
+    AutoModelForCausalLM.from_pretrained("source").save_pretrained("old", max_shard_size="100KB")
+    for shard in Path("old").glob("model-*"):
+        shutil.copy(shard, "source")
+    shutil.copy("old/model.safetensors.index.json", "source")
+    capsys.readouterr()
+    for words in (["import", "source", "imported"], ["inspect", "source"]):
+        assert main(["convert", *words]) == 2
+        assert "holds two models" in one_line(capsys)
+    Path("source/model.safetensors.index.json").unlink()
+    assert main(["convert", "import", "source", "imported"]) == 2  # both, and no index that says which
+    assert "is both in" in one_line(capsys)
+    for shard in Path("source").glob("model-*"):
+        shard.unlink()
+    assert main(["convert", "import", "source", "imported"]) == 0
+    shutil.copy("source/config.json", "imported")
+    capsys.readouterr()
+    assert main(["convert", "inspect", "imported"]) == 2
+    assert "a Megatron checkpoint and a Hugging Face model" in one_line(capsys)
+
+
+def test_more_tokens_than_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said at import; text that holds such a token is refused, other text is not."""
+    from transformers import AutoTokenizer
+
+    small.tokenizer(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained("source")
+    rows = len(tokenizer)
+    small.qwen3(tmp_path / "source", num_hidden_layers=2, vocab_size=rows)
+    tokenizer.add_tokens(["<|tool|>"], special_tokens=True)
+    tokenizer.save_pretrained("source")
+    capsys.readouterr()
+    assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 0
+    told = f"1 tokens for which the model, of {rows} rows, has none, such as '<|tool|>' ({rows})"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert main(["generate", "imported", "the quick", "--mode", "ar", "--max-new-tokens", "2"]) == 0
+    assert main(["generate", "imported", "the <|tool|>", "--mode", "ar"]) == 2
+    assert f"holds token {rows}, but the model has tokens 0 to {rows - 1}" in capsys.readouterr().err
+    assert main(["convert", "verify", "source", "imported", "--prompt", "a <|tool|>"]) == 2
+    for name, text in (("without", "the quick brown fox"), ("with", "the <|tool|> fox")):
+        Path(f"{name}.jsonl").write_text(json.dumps({"text": text}) * 1 + "\n")
+        words = ["data", "prepare", f"{name}.jsonl", "--tokenizer", "source", "--output", f"{name}-data"]
+        assert main([*words, "--workers", "1"]) == 0
+    capsys.readouterr()
+    end_process_groups()  # those of a conversion are not those of a training
+    train = ["train", "joint", "start_from=imported", "output=run", "--dry-run"]
+    for name, said in (
+        ("without", "has none, such as '<|tool|>'"),
+        ("with", f"token {rows} ('<|tool|>') occurs 1 times"),
+    ):
+        main([*train, f"data={name}-data"])
+        printed = capsys.readouterr()
+        assert said in " ".join((printed.out + printed.err).split())
+
+
+def test_logits_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Finite fp16 weights whose products are not: no text is made of them, no score, and no equality."""
+    small.qwen3(tmp_path / "source", num_hidden_layers=3, dtype="float16")
+    weights = load_file("source/model.safetensors")
+    for part in ("up_proj", "gate_proj", "down_proj"):
+        weights[f"model.layers.1.mlp.{part}.weight"] *= 300
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 0
+    Path("task.jsonl").write_text(json.dumps({"prompt": "the quick", "answer": "0"}) + "\n")
+    Path("text.jsonl").write_text(json.dumps({"text": "the quick brown fox " * 20}) + "\n")
+    more = ["--max-new-tokens", "4"]
+    capsys.readouterr()
+    for words in (
+        *(["generate", "imported", "the quick", "--mode", mode, *more] for mode in ("ar", "linear", "diffusion")),
+        ["generate", "imported", "the quick", "--mode", "ar", "--temperature", "1", *more],
+        ["eval", "imported", "--task", "task.jsonl", "--modes", "ar", "--output", "report", *more],
+        ["likelihood", "imported", "text.jsonl", "--length", "32"],
+        ["convert", "verify", "source", "imported"],
+    ):
+        assert main(words) == 2, words
+        line = capsys.readouterr().err.splitlines()[-1]  # after a progress bar
+        assert "infinite or not numbers, from layer 2 of 3 on, first at position" in line and "float16" in line, words
+    assert Checkpoint.open("imported").step == 0
