@@ -1,12 +1,16 @@
 """Settings that take effect, and those that are refused because something else decides them."""
 
+import ast
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import pytest
 
 from nemodiff_train.config.defaults import schedule
-from nemodiff_train.config.overrides import _WITHOUT_EFFECT, override
+from nemodiff_train.config.overrides import _WITHOUT_EFFECT, override, without_effect
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation.schedule import problems
 from tests import small
@@ -66,5 +70,46 @@ def test_what_does_not_fit(config: Any, warmup: int, decay: int | None, changes:
 
 @pytest.mark.parametrize("key", _WITHOUT_EFFECT)
 def test_what_something_else_decides_is_refused(config: Any, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} has no effect here: "):
+        override(config, {key: "1"})
+
+
+ROOT = Path(megatron.core.__file__).parents[1]
+READERS = (
+    ROOT / "core",
+    ROOT / "training",
+    *(ROOT / "bridge" / name for name in ("training", "peft", "data", "utils")),
+    *(ROOT / "bridge" / "models" / name for name in ("gpt_provider.py", "model_provider.py")),
+    Path(__file__).parents[1] / "nemodiff_train",
+)
+"""What may read a setting in a run: all code but the converters of other families."""
+
+
+def names_read(path: Path) -> Iterator[str]:
+    """Yield the attributes that a file, or the files of a folder, ask for."""
+    for file in [path] if path.is_file() else path.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                yield node.attr
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+                yield from (part.value for part in node.args[1:2] if isinstance(part, ast.Constant))
+
+
+def test_every_setting_is_read_or_refused(config: Any) -> None:
+    """All fields of all sections: none is accepted that no code asks for."""
+    read = {name for path in READERS for name in names_read(path)}
+    sections = {field.name: getattr(config, field.name) for field in fields(config)}
+    keys = {
+        f"{name}.{field.name}": field.name
+        for name, section in sections.items()
+        if is_dataclass(section)
+        for field in fields(section)
+    }
+    assert len(keys) > 700
+    assert [key for key, name in keys.items() if name not in read and without_effect(key) is None] == []
+
+
+@pytest.mark.parametrize("key", ["model.moe_router_topk", "optimizer.muon_momentum", "model.mtp_num_layers"])
+def test_settings_of_other_kinds_are_refused(config: Any, key: str) -> None:
     with pytest.raises(UserError, match=f"{key} has no effect here: "):
         override(config, {key: "1"})

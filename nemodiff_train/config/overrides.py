@@ -39,7 +39,27 @@ _WITHOUT_EFFECT = {
     "scheduler.lr_decay_steps": _BY_BRIDGE,
     "scheduler.wd_incr_steps": _BY_BRIDGE,
     "scheduler.wsd_decay_steps": _BY_BRIDGE,
+    **dict.fromkeys(
+        (
+            "model.apply_residual_connection_post_layernorm",
+            "model.use_inference_optimized_layers",
+            "model.hf_model_revision",
+            "ddp.use_custom_fsdp",
+            "tokenizer.vocab_extra_ids",
+            "checkpoint.dist_ckpt_save_pre_mcore_014",
+        ),
+        "no code of this version of Megatron and Bridge reads it",
+    ),
 }
+_OF_OTHER_KINDS = {
+    "model.moe_": "the model has no experts",
+    "model.mtp_": "the model predicts one token per position",
+    "model.mamba_": "the model has attention layers alone",
+    "optimizer.muon_": "the optimizers here are adam and sgd",
+    "optimizer.soap_": "the optimizers here are adam and sgd",
+    "optimizer.adaptive_muon_": "the optimizers here are adam and sgd",
+}
+"""Beginnings of settings that belong to kinds of models and optimizers that are refused as such."""
 """Settings that something else decides, and what."""
 
 _ALLOW_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
@@ -56,7 +76,7 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
         UserError: Unknown key, with the nearest match, or a value that does not fit.
     """
     for key in overrides:
-        if (remedy := _WITHOUT_EFFECT.get(key.lstrip("+~"))) is not None:
+        if (remedy := without_effect(key.lstrip("+~"))) is not None:
             raise UserError(f"{key} has no effect here: {remedy}")
     for steps, share in SHARES.items():  # steps on the command line take the place of a recipe's share
         if f"scheduler.{steps}" in overrides and f"scheduler.{share}" not in overrides:
@@ -72,6 +92,17 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
         _check_kind(key, old, _look_up(config, key.lstrip("+~")))
         check_type(config, key.lstrip("+~"))
     return config
+
+
+def without_effect(key: str) -> str | None:
+    """Return why setting a field would change nothing, or None for a field that something reads.
+
+    Args:
+        key: ``section.field``.
+    """
+    if reason := _WITHOUT_EFFECT.get(key):
+        return reason
+    return next((reason for start, reason in _OF_OTHER_KINDS.items() if key.startswith(start)), None)
 
 
 def _look_up(config: TriModeConfig, key: str) -> object:
