@@ -55,11 +55,8 @@ _OF_OTHER_KINDS = {
     "model.moe_": "the model has no experts",
     "model.mtp_": "the model predicts one token per position",
     "model.mamba_": "the model has attention layers alone",
-    "optimizer.muon_": "the optimizers here are adam and sgd",
-    "optimizer.soap_": "the optimizers here are adam and sgd",
-    "optimizer.adaptive_muon_": "the optimizers here are adam and sgd",
 }
-"""Beginnings of settings that belong to kinds of models and optimizers that are refused as such."""
+"""Beginnings of settings that belong to kinds of models that are refused as such."""
 """Settings that something else decides, and what."""
 
 _ALLOW_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
