@@ -154,7 +154,7 @@ def test_what_a_run_logs(logged: Runs) -> None:
 
 def test_a_decayed_mask_row_is_reported(logged: Runs) -> None:
     small.qwen3(logged.folder / "decayed", mask_row=0.01)
-    decayed = logged.arguments("decayed_run", "train.train_iters=1", start_from=str(logged.folder / "decayed"))
+    decayed = logged.arguments("decayed_run", "train.train_iters=2", start_from=str(logged.folder / "decayed"))
     logged.add("decayed", 1, jobs.warnings, **decayed)
     printed = " ".join(logged["decayed"]["console"].split())
     assert "mask token 1 is 1." in printed and "objective.mask_embedding_noise=1" in printed

@@ -347,9 +347,11 @@ def test_a_signal_before_the_first_step_is_no_failed_start(bench: Bench, number:
     """The ranks wait for each other in set-up; what tells them to end is told to both."""
     name = f"early {number}"
     world = bench.start(name, "resilience.restarts=1", fault="hang in set-up", rank=1)
+    sent: list[int] = []
 
     def once_it_hangs(world: World) -> None:
-        if faults.HANGS in world.output() and (bench.folder / name / "status.json").exists():
+        if not sent and faults.HANGS in world.output() and (bench.folder / name / "status.json").exists():
+            sent.append(number)
             for rank in (0, 1):
                 world.send(rank, number)
 

@@ -9,7 +9,7 @@ from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.processes import run_ranks
-from nemodiff_train.resilience.signals import end_at_once
+from nemodiff_train.resilience.signals import end_as_ever, end_at_once
 from nemodiff_train.runtime import init_runtime
 
 
@@ -39,6 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _start_ranks(arguments)
     if not arguments.dry_run:
         end_at_once()
+    try:
+        return _train(arguments)
+    finally:
+        if not arguments.dry_run:
+            end_as_ever()
+
+
+def _train(arguments: argparse.Namespace) -> int:
     init_runtime()
     from nemodiff_train.config.recipes import load_recipe
     from nemodiff_train.training.run import check_run, train

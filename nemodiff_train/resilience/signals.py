@@ -28,6 +28,12 @@ def end_at_once() -> None:
         signal.signal(number, _leave)
 
 
+def end_as_ever() -> None:
+    """Give the signals their usual handlers back, when the training is over."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # while the process cleans up

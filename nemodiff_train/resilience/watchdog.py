@@ -144,7 +144,7 @@ class Watchdog(Callback):
             if self.told == signal.SIGINT and self.rank == 0 and self.phase != "setup":
                 line = "nemodiff: ending after this step, which is saved; Ctrl-C again ends at once"
                 print(line, file=sys.__stderr__, flush=True)
-        if signal.SIGINT in told:
+        if signal.SIGINT in told and self.phase != "setup":
             self._end("interrupted twice", INTERRUPTED)
 
     def _end(self, how: str, code: int) -> NoReturn:
