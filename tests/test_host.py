@@ -118,6 +118,7 @@ def test_stacks_are_written_before_collectives_give_up() -> None:
     config: Any = SimpleNamespace(
         train=SimpleNamespace(),
         checkpoint=SimpleNamespace(),
+        scheduler=SimpleNamespace(use_checkpoint_opt_param_scheduler=False),
         rerun_state_machine=SimpleNamespace(),
         ddp=SimpleNamespace(),
         dist=SimpleNamespace(distributed_timeout_minutes=10),
@@ -141,8 +142,9 @@ def test_adapters_leave_no_trace_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> 
                 module.to_wrap.return_layernorm_output = True
 
     monkeypatch.setattr(adapters, "load_adapters", loaded)
-    settings = {"target_modules": ["linear_qkv", "linear_fc1"], "dim": 4, "alpha": 8}
-    adapters.merge_adapters([adapted], SimpleNamespace(run_config={"peft": settings}))  # type: ignore[arg-type]
+    lora = {"_target_": "megatron.bridge.peft.lora.LoRA", "target_modules": ["linear_qkv"], "dim": 4, "alpha": 8}
+    checkpoint: Any = SimpleNamespace(run_config={"peft": lora}, iteration="")
+    adapters.merge_adapters([adapted], checkpoint)
     merged = [m for m in adapted.modules() if hasattr(m, "return_layernorm_output")]
     assert merged and not any(m.return_layernorm_output for m in merged)
 

@@ -66,7 +66,7 @@ def test_settings_are_used(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["convert", "verify", "source", "imported", "--prompt", "the quick brown fox " * 25]) == 0
     assert main(["convert", "export", "imported", "back"]) == 0
     settings, back = (json.loads(Path(folder, "config.json").read_text()) for folder in ("source", "back"))
-    assert settings == back
+    assert {name: back.get(name) for name in settings} == settings  # engines read some under other names as well
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -151,11 +151,11 @@ def test_more_tokens_than_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_logits_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Finite fp16 weights whose products are not: no text is made of them, no score, and no equality."""
-    small.qwen3(tmp_path / "source", num_hidden_layers=3, dtype="float16")
+    """Finite weights whose products are not: no text is made of them, no score, and no equality."""
+    small.qwen3(tmp_path / "source", num_hidden_layers=3)
     weights = load_file("source/model.safetensors")
     for part in ("up_proj", "gate_proj", "down_proj"):
-        weights[f"model.layers.1.mlp.{part}.weight"] *= 300
+        weights[f"model.layers.1.mlp.{part}.weight"] *= 1e20
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
     assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 0
@@ -172,5 +172,5 @@ def test_logits_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert main(words) == 2, words
         line = capsys.readouterr().err.splitlines()[-1]  # after a progress bar
-        assert "infinite or not numbers, from layer 2 of 3 on, first at position" in line and "float16" in line, words
+        assert "infinite or not numbers, from layer 2 of 3 on, first at position" in line and "float32" in line, words
     assert Checkpoint.open("imported").step == 0

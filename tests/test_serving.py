@@ -273,7 +273,7 @@ def tokenized(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Path
     older(folder / "source")
     source, checkpoint = str(folder / "source"), str(folder / "checkpoint")
     assert main(["convert", "import", source, checkpoint, "--mask-token", small.MASK]) == 0
-    run = trained(ranks, folder, "recipe", checkpoint, ["train.train_iters=1", "checkpoint.async_save=true"])
+    run = trained(ranks, folder, "recipe", checkpoint, ["train.train_iters=2", "checkpoint.async_save=true"])
     assert main(["convert", "export", run, str(folder / "trained")]) == 0
     assert main(["convert", "import", source, str(folder / "added"), "--add-mask-token", "<mask>"]) == 0
     assert main(["convert", "export", str(folder / "added"), str(folder / "masked")]) == 0

@@ -152,12 +152,13 @@ def test_the_choice_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, capability = torch.device("cuda"), {"of": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["of"])
     assert select_kernel(CPU, False, "flash", 64).name == select_kernel(gpu, True, "flash", 64).name == "sdpa"
-    assert select_kernel(gpu, False) == Kernel("flex", (128, 128), {})
+    forced = {"FORCE_USE_FLEX_ATTENTION": True}
+    assert select_kernel(gpu, False) == Kernel("flex", (128, 128), forced)
     assert select_kernel(gpu, False, tile=256, options={"num_warps": 8}) == Kernel(
-        "flex", (256, 256), {"num_warps": 8}
+        "flex", (256, 256), {**forced, "num_warps": 8}
     )
     assert select_kernel(gpu, False, "flash") == Kernel("flex", (128, 128), {"BACKEND": "FLASH"})
     capability["of"] = (10, 0)
-    assert select_kernel(gpu, False) == Kernel("flex", (128, 128), {})
+    assert select_kernel(gpu, False) == Kernel("flex", (128, 128), forced)
     assert select_kernel(gpu, False, "flash") == Kernel("flex", (256, 128), {"BACKEND": "FLASH"})
     assert select_kernel(gpu, False, "flash", options={"BACKEND": "AUTO"}).options == {"BACKEND": "AUTO"}

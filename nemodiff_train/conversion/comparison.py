@@ -1,6 +1,7 @@
 """Compare what Megatron computes with what Transformers does: a miniature with a model's settings, and the model."""
 
 from collections.abc import Mapping
+from itertools import cycle, islice
 
 import torch
 from accelerate import init_empty_weights
@@ -50,7 +51,7 @@ def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) 
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "pad_token_id": None,
-        **({"layer_types": settings["layer_types"][:layers]} if settings.get("layer_types") else {}),
+        **({"layer_types": list(islice(cycle(kinds), layers))} if (kinds := settings.get("layer_types")) else {}),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

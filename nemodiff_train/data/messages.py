@@ -120,8 +120,8 @@ def _renamed(message: Message) -> Message:
     """Return a message of ShareGPT under the names of chat templates."""
     if message.get("role"):
         return message
-    sender = str(message.pop("from"))
-    return {**message, "role": _SHAREGPT.get(sender, sender), "content": message.pop("value", None)}
+    sender, content = str(message.pop("from")), message.pop("value", None)
+    return {**message, "role": _SHAREGPT.get(sender, sender), "content": content}
 
 
 def _without_nulls(message: Message, notes: Notes, where: str) -> Message:
