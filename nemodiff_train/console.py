@@ -21,6 +21,12 @@ from nemodiff_train.distributed import is_main_process
 console = Console(stderr=True, highlight=False)
 
 
+def warn(line: str) -> None:
+    """Print one yellow line, from rank 0."""
+    if is_main_process():
+        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Drop the output of third parties; ``NEMODIFF_LOG=1`` shows it."""

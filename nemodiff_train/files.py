@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemodiff_train.console import console
+from nemodiff_train.console import warn
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
 
@@ -86,9 +86,7 @@ def locked(output: Path) -> Iterator[None]:
         os.close(descriptor)
         if error.errno in _HELD:
             raise UserError(f"'{output}' is being written by {holder}; wait for it, or name another output") from None
-        console.print(
-            f"[yellow]'{output}' cannot be locked ({error.strerror}): start it only once at a time[/yellow]"
-        )
+        warn(f"'{output}' cannot be locked ({error.strerror}): start it only once at a time")
         yield
         return
     try:

@@ -20,7 +20,7 @@ from nemodiff_train.data.packing import pack
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.checksums import record_digests
+from nemodiff_train.model.checksums import write_checksums
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend, sample_positions
@@ -391,14 +391,14 @@ def test_adapters_stay_with_their_base(
     assert start.problems(resumed) == []  # the same weights, though under another name
     later_config = later / "run_config.yaml"
     later_config.write_text(later_config.read_text() + "# trained on\n")
-    record_digests(later)
+    write_checksums(later)
     assert "but the run would start from" in start.problems(resumed)[0]
     shutil.rmtree(later)
     shutil.copytree(base.iteration, later)
     capsys.readouterr()
     config = base.iteration / "run_config.yaml"
     config.write_text(config.read_text() + "# other weights\n")
-    record_digests(base.iteration)
+    write_checksums(base.iteration)
     assert main(["convert", "export", lora, str(tmp_path / "model")]) == 2
     assert "adapters of other weights" in one_line(capsys) and not (tmp_path / "model").exists()
     shutil.rmtree(base.iteration)

@@ -46,10 +46,7 @@ def is_mixed(precision: str | MixedPrecisionConfig) -> bool:
 
 def begun_precision(config: ConfigContainer) -> str | None:
     """Return the precision of the checkpoint that a run continues from, or None where it has none yet."""
-    try:
-        saved = Checkpoint.find(config.checkpoint.load) if config.checkpoint.load else None
-    except UserError:
-        return None  # none is complete, which the start of the run reports
+    saved = Checkpoint.find_complete(config.checkpoint.load)
     if saved is None:
         return None
     model = saved.run_config["model"]

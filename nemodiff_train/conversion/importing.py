@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from rich.filesize import decimal
 from torch import Tensor
 
-from nemodiff_train.console import bytes_bar, console, quiet
+from nemodiff_train.console import bytes_bar, console, quiet, warn
 from nemodiff_train.conversion.comparison import (
     COMPARED_TOKENS,
     POSITIONS,
@@ -42,7 +42,7 @@ from nemodiff_train.distributed import (
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.checksums import record_digests
+from nemodiff_train.model.checksums import write_checksums
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
 from nemodiff_train.model.loading import set_dtype, set_parallelism, start_model_parallel
 from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, model_like, stored_settings
@@ -89,14 +89,13 @@ def import_checkpoint(
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
-        if add_mask_token is None:  # a new token may take the row of an id that no token had
-            _compare_logits(models, source, stored)
+        _compare_logits(models, source, stored, token)
         with console.status(f"writing {output}"):
             _save(models, partial, source, token)
         model_from(Checkpoint.open(partial))  # an activation, for example, that Bridge saves but does not take back
     _tell(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
     if line := tokens_without_row(load_tokenizer(source), provider.vocab_size):
-        _tell(f"[yellow]{line}[/yellow]")
+        warn(line)
     if left_out := read_headers(Path(source)).keys() - stored.keys():
         _tell(f"left out: {len(left_out)} tensors of {', '.join(sorted({name.split('.')[0] for name in left_out}))}")
 
@@ -136,22 +135,26 @@ def check_computation(source: str, tensor_parallel: int = 1, pipeline_parallel: 
         )
 
 
-def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Stored]) -> None:
+def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Stored], token: MaskToken | None) -> None:
     """Compare what was imported with Transformers' model on a few tokens, where both fit in memory; on all ranks.
+
+    The row of a new mask token, which may be one that no token had, is left out.
 
     Raises:
         UserError: They differ by more than rounding.
     """
     size = sum(tensor.nbytes for tensor in stored.values())
     if from_main_process(lambda: psutil.virtual_memory().available) < size:
-        _tell(f"[yellow]logits were not compared with Transformers': that takes {decimal(size)} of memory[/yellow]")
+        warn(f"logits were not compared with Transformers': that takes {decimal(size)} of memory")
         return
     settings = stored_settings(source)
     model = reference(settings, stored)
     try:
-        difference, largest = logits_differ(model, models, COMPARED_TOKENS)
+        difference, largest = logits_differ(
+            model, models, COMPARED_TOKENS, token.id if token and token.added else None
+        )
     except NotFinite as error:  # the same weights in another dtype may serve: decoding refuses them, not this
-        _tell(f"[yellow]{error}[/yellow]")
+        warn(str(error))
         return
     allowed = ROUNDING * torch.finfo(model.dtype).eps * largest
     if not difference <= allowed:
@@ -272,4 +275,4 @@ def _save(models: list[GPTModel], partial: Path, source: str, token: MaskToken |
         (iteration,) = partial.glob("iter_*")
         shutil.rmtree(iteration / "tokenizer", ignore_errors=True)
         write_tokenizer(Path(source), iteration / "tokenizer", token)
-        record_digests(iteration)  # for every load, and for adapters that are trained on it
+        write_checksums(iteration)  # for every load, and for adapters that are trained on it

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import stop_tokens
 from nemodiff_train.model.pretrained import model_from
+from nemodiff_train.processes import run_ranks
 from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
 from nemodiff_train.report.trace import Decode
@@ -127,14 +127,14 @@ class Demo:
             f"AR stage: {'a small Qwen 3, data parallel' if self.trains_ar else 'skipped, using yours'}"
         ):
             if self.trains_ar:
-                self._torchrun("demo_ar", "ar", tokenizer=tokenizer)
+                self._train("demo_ar", "ar", tokenizer=tokenizer)
                 self._export("ar", self.ar_model)
                 self._import()
         with self._announce("AR model, before the joint stage"):
             accuracy_before = self._evaluate_ar()
         tensor_parallel = self._tensor_parallel()
         with self._announce(f"joint stage: AR + diffusion, {'tensor' if tensor_parallel > 1 else 'data'} parallel"):
-            self._torchrun(
+            self._train(
                 "demo_joint",
                 "joint",
                 start_from=str(self.start),
@@ -204,19 +204,15 @@ class Demo:
             )
         return tokenizer
 
-    def _torchrun(self, recipe: str, run: str, **settings: str) -> None:
-        """Train a recipe under torchrun, as on a cluster."""
+    def _train(self, recipe: str, run: str, **settings: str) -> None:
+        """Train a recipe on several ranks."""
         settings |= {
             "problems": self._prefix("problems"),
             "code": self._prefix("code"),
             "output": str(self.output / run),
         }
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        torchrun = [*launcher, "--nproc-per-node", str(self.processes)]
         words = [f"{key}={value}" for key, value in settings.items()]
-        command = [*torchrun, "-m", "nemodiff_train", "train", recipe, *words]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        if subprocess.run(command, env=environment, check=False).returncode:
+        if run_ranks([sys.executable, "-m", "nemodiff_train", "train", recipe, *words], self.processes):
             raise UserError(f"training {recipe} failed; see {self.output}/{run}/train.log")
 
     def _export(self, run: str, directory: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any, Self
 
 import yaml
 
-from nemodiff_train.console import console
-from nemodiff_train.distributed import is_main_process
+from nemodiff_train.console import warn
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checksums import damage, identity, iterations, structure_damage
 
@@ -54,6 +53,14 @@ class Checkpoint:
             other = "iter_* folders" if single and several else "a Hugging Face model (config.json)"
             raise UserError(f"'{path}' holds a Megatron checkpoint and {other}; move one of them elsewhere")
         return cls(path, _newest_complete(path, structure_damage))
+
+    @classmethod
+    def find_complete(cls, path: str | Path | None) -> Self | None:
+        """Open the checkpoint that a run would go on from; None where there is none, or where none is complete."""
+        try:
+            return cls.find(path) if path else None
+        except UserError:
+            return None  # AtomicCheckpointManager tells the damaged from the unfinished
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -168,8 +175,7 @@ class Checkpoint:
         verified = _newest_complete(self.path, damage)
         if verified == self.iteration:
             return self
-        if is_main_process():
-            console.print(f"[yellow]'{self.iteration}' is damaged; taking '{verified}'[/yellow]", soft_wrap=True)
+        warn(f"'{self.iteration}' is damaged; taking '{verified}'")
         return type(self)(self.path, verified)
 
 

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from pydantic import TypeAdapter
 
-from nemodiff_train.files import sync
+from nemodiff_train.files import sync, write_atomic
 
 CHECKSUMS = "checksums.json"
 """Name of the file, in an ``iter_*`` folder, with the digest of every other file there."""
@@ -65,9 +65,16 @@ def digests(iteration: Path, names: Iterable[str], durable: bool = False) -> dic
         return dict(readers.map(digest, names))
 
 
-def record_digests(iteration: Path) -> None:
-    """Write the digests of a finished checkpoint's files into it."""
-    (iteration / CHECKSUMS).write_text(json.dumps(digests(iteration, files_of(iteration)), indent=1, sort_keys=True))
+def write_checksums(iteration: Path, entries: dict[str, Digest] | None = None) -> None:
+    """Record the digests of a finished checkpoint's files in it.
+
+    Args:
+        iteration: The checkpoint.
+        entries: The digests, where they are known.
+    """
+    entries = digests(iteration, files_of(iteration)) if entries is None else entries
+    write_atomic(iteration / CHECKSUMS, json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    sync(iteration)
 
 
 def recorded(iteration: Path) -> dict[str, Digest]:

@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedTokenizerBase
 
-from nemodiff_train.console import console, quiet
+from nemodiff_train.console import console, quiet, warn
 from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
-from nemodiff_train.distributed import is_main_process, local_rank, world_size
+from nemodiff_train.distributed import local_rank, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import merge_adapters
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
@@ -66,8 +66,8 @@ def load_model(
     provider = model_from(checkpoint.require_model())
     lora = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
-    if (line := tokens_without_row(tokenizer, provider.vocab_size)) and is_main_process():
-        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
+    if line := tokens_without_row(tokenizer, provider.vocab_size):
+        warn(line)
     with quiet(), console.status(f"loading {checkpoint.path}"):
         checkpoint = checkpoint.verify_contents()
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
@@ -88,9 +88,9 @@ def load_model(
 def _tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
     """Say that a drafter was trained on other weights: the text stays right, with fewer tokens per forward."""
     base = drafter.run_config.get("adapter_base") or {}
-    if base.get("checksum") != identity(weights.iteration) and is_main_process():
+    if base.get("checksum") != identity(weights.iteration):
         line = f"'{drafter.path}' was trained for {base.get('iteration')}, not for '{weights.iteration}'"
-        console.print(f"[yellow]{line}; it may draft worse[/yellow]", soft_wrap=True)
+        warn(f"{line}; it may draft worse")
 
 
 def computing_dtype() -> torch.dtype | None:

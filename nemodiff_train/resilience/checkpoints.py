@@ -1,6 +1,5 @@
 """Make checkpoints complete or invisible: Bridge saves and loads them, this module publishes and selects them."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +31,6 @@ from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import copy_atomic, sync, write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import (
-    CHECKSUMS,
-    Digest,
     content_damage,
     digests,
     files_of,
@@ -41,6 +38,7 @@ from nemodiff_train.model.checksums import (
     mark_of,
     recorded,
     structure_damage,
+    write_checksums,
 )
 
 MANAGER = f"{__name__}.AtomicCheckpointManager"
@@ -171,9 +169,8 @@ def load_under_settings(
         return load(ctx)
     chosen = [{name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups]
     now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
-    if (
-        before is not None and "optimizer" in before.run_config
-    ):  # Megatron finds a group of the checkpoint by its learning rates
+    # Megatron finds a group of the checkpoint by its learning rates.
+    if before is not None and "optimizer" in before.run_config:
         for group in ctx.optimizer.param_groups:
             for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
                 if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
@@ -215,12 +212,6 @@ def publish(iteration: Path) -> None:
         remove_mark(iteration)
         write_trackers(iteration)
     barrier()
-
-
-def write_checksums(iteration: Path, entries: dict[str, Digest]) -> None:
-    """Record the digests of a checkpoint's files in it."""
-    write_atomic(iteration / CHECKSUMS, json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    sync(iteration)
 
 
 def remove_mark(iteration: Path) -> None:

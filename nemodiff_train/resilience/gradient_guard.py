@@ -17,8 +17,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from nemodiff_train.config.context import StepContext, config_of
-from nemodiff_train.console import console
-from nemodiff_train.distributed import all_gather_object, global_rank, is_main_process, world_size
+from nemodiff_train.console import warn
+from nemodiff_train.distributed import all_gather_object, global_rank, world_size
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.resilience.checkpoints import last_published, load_under_settings
 
@@ -123,9 +123,8 @@ class GradientGuard(Callback):
             )
         self.rollback_due = policy == "rollback"
         self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
-        if is_main_process():
-            action = "back to the last checkpoint's weights" if self.rollback_due else "no update"
-            console.print(f"[yellow]{line}: {action}[/yellow]", soft_wrap=True)
+        action = "back to the last checkpoint's weights" if self.rollback_due else "no update"
+        warn(f"{line}: {action}")
 
     def _describe(self, fault: str, norm: float) -> str:
         step = self.context.state.train_state.step + 1
@@ -192,5 +191,4 @@ def _roll_back(context: CallbackContext) -> None:
         checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
     for name, value in progress.items():
         setattr(state.train_state, name, value)
-    if is_main_process():
-        console.print(f"[yellow]went back to step {step} of '{checkpoint.load}'[/yellow]", soft_wrap=True)
+    warn(f"went back to step {step} of '{checkpoint.load}'")

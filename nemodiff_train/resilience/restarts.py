@@ -12,7 +12,7 @@ from typing import TypedDict
 from pydantic import TypeAdapter
 
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import RunStopped, UserError
+from nemodiff_train.errors import RunStopped
 from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.resilience.signals import ToldToEnd
@@ -88,10 +88,7 @@ def _read(file: Path) -> list[Start]:
 
 def _saved_step(folder: Path) -> int:
     """Return the step that the run will go on from."""
-    try:
-        checkpoint = Checkpoint.find(folder)
-    except UserError:
-        return 0
+    checkpoint = Checkpoint.find_complete(folder)
     return checkpoint.step if checkpoint else 0
 
 

@@ -72,9 +72,10 @@ def train(config: TriModeConfig) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
     check(config, world_size())
     _record_base(config)
-    config.dataset.samples_ahead = samples_ahead(config)
-    if (resumed := description(config)) and is_main_process():
-        console.print(resumed, soft_wrap=True, highlight=False, markup=False)
+    if saved := Checkpoint.find_complete(config.checkpoint.load):
+        config.dataset.samples_ahead = samples_ahead(saved, config)
+        if is_main_process():
+            console.print(description(saved, config), soft_wrap=True, highlight=False, markup=False)
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:

@@ -6,11 +6,10 @@ from itertools import accumulate, pairwise
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig, parse_number
-from nemodiff_train.console import console
+from nemodiff_train.console import warn
 from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
-from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation.refusal import refusal
 
@@ -52,8 +51,8 @@ def _check_files(config: TriModeConfig) -> None:
     mask_token = config.find_mask_token() if config.objective.stage == "joint" else None
     tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
     rows = config.model.vocab_size
-    if (line := tokens_without_row(tokenizer, rows)) and is_main_process():
-        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
+    if line := tokens_without_row(tokenizer, rows):
+        warn(line)
     check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations, rows)
     for prefix in prefixes:
         _check_split(prefix, str(config.dataset.split))

@@ -19,16 +19,16 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.planning.hardware import USABLE_MEMORY
 from nemodiff_train.planning.layouts import layout_of
 from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage_memory
 from nemodiff_train.planning.workload import workload_of
+from nemodiff_train.runtime.memory import GB
 from nemodiff_train.validation import layout
 from nemodiff_train.validation.check import problems
 from nemodiff_train.validation.resume import description
 from nemodiff_train.validation.settings import check_sizes
-
-GB = 1e9
 
 
 def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
@@ -55,8 +55,8 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
     page.add_row("precision", f"{precision_of(config, True)} on a GPU, {precision_of(config, False)} on a CPU")
-    if resumed := description(config):
-        page.add_row("resume", escape(resumed))
+    if saved := Checkpoint.find_complete(config.checkpoint.load):
+        page.add_row("resume", escape(description(saved, config)))
     if not layout.problems(config, world_size):
         stages = build_stages(config, world_size)
         lines += _memory_problems(config, world_size, stages, gpu_memory, page)

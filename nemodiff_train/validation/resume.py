@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 
 _FIXED = (
@@ -31,14 +30,6 @@ Changes = dict[str, tuple[Any, Any]]
 """Old and new value of each setting that differs, by its dotted key."""
 
 
-def saved_run(config: TriModeConfig) -> Checkpoint | None:
-    """Return the checkpoint that a run goes on from; None where it begins, or where none is complete."""
-    try:
-        return Checkpoint.find(config.checkpoint.load) if config.checkpoint.load else None
-    except UserError:
-        return None  # AtomicCheckpointManager tells the damaged from the unfinished
-
-
 def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     """Return the settings that differ from those that a run was saved with; none for a run from elsewhere."""
     before, now = saved.run_config.get("given") or {}, config.settings()
@@ -50,7 +41,7 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
 
 def problems(config: TriModeConfig) -> list[str]:
     """Return the changes that a run cannot go on with, one line each."""
-    saved = saved_run(config)
+    saved = Checkpoint.find_complete(config.checkpoint.load)
     if saved is None:
         return []
     changed, steps = changes(saved, config), config.train.train_iters
@@ -70,11 +61,8 @@ def problems(config: TriModeConfig) -> list[str]:
     return lines
 
 
-def description(config: TriModeConfig) -> str | None:
-    """Return one line on what has changed for a run that goes on; None for one that begins."""
-    saved = saved_run(config)
-    if saved is None:
-        return None
+def description(saved: Checkpoint, config: TriModeConfig) -> str:
+    """Return one line on what has changed for a run that goes on from ``saved``."""
     changed = changes(saved, config)
     if not changed:
         return f"goes on from step {saved.step} with the settings it was saved with"
@@ -84,11 +72,10 @@ def description(config: TriModeConfig) -> str | None:
     return f"goes on from step {saved.step} with changed settings: {said}{schedule}"
 
 
-def samples_ahead(config: TriModeConfig) -> int:
+def samples_ahead(saved: Checkpoint, config: TriModeConfig) -> int:
     """Return the samples that a run has read beyond its steps times its global batch, which may have been larger."""
-    saved = saved_run(config)
-    file = saved.iteration / "train_state.pt" if saved else None
-    if saved is None or file is None or not file.is_file():
+    file = saved.iteration / "train_state.pt"
+    if not file.is_file():
         return 0
     consumed = int(torch.load(file, weights_only=True)["consumed_train_samples"])
     return max(0, consumed - saved.step * config.train.global_batch_size)
