@@ -1,6 +1,7 @@
 """``nemodiff train RECIPE [key=value ...]``: one process, several with ``--nproc``, or the ranks of a launcher."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nproc is not None:
         return _start_ranks(arguments)
     if not arguments.dry_run:
-        end_at_once()
+        end_at_once(signal.SIGUSR1, signal.SIGINT)
     try:
         return _train(arguments)
     finally:

@@ -18,13 +18,16 @@ class ToldToEnd(SystemExit):
     """The training was told to end before its first step, when there is nothing to save."""
 
 
-def end_at_once() -> None:
-    """Let the signals end this process, until :class:`~nemodiff_train.resilience.watchdog.Watchdog` listens to them.
+def end_at_once(*numbers: int) -> None:
+    """Let signals end this process, until :class:`~nemodiff_train.resilience.watchdog.Watchdog` listens to them.
 
-    Called before anything that takes time is imported.  The handler raises :class:`ToldToEnd`, with exit code 0, or
-    that of an interruption after Ctrl-C.
+    The handler raises :class:`ToldToEnd`, with exit code 0, or that of an interruption after Ctrl-C.
+
+    Args:
+        numbers: SIGUSR1 and SIGINT before anything that takes time is imported; all ``SIGNALS`` when the settings
+            have been checked: until then SIGTERM ends a rank as a launcher expects, whose first one may refuse them.
     """
-    for number in SIGNALS:
+    for number in numbers:
         signal.signal(number, _leave)
 
 
