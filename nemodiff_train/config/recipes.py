@@ -1,8 +1,8 @@
 """Find a recipe, call it with the arguments of the command line, and apply overrides."""
 
 import importlib
-import importlib.util
 import inspect
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -61,13 +61,11 @@ def _find(name: str) -> Recipe:
     file, function = split_file(name) or (Path(name), "recipe")
     if not file.is_file():
         raise UserError(f"no recipe file '{file}'")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module, loader = importlib.util.module_from_spec(spec), spec.loader
-    _call(name, lambda: loader.exec_module(module))
-    if not callable(getattr(module, function, None)):
+    # Not imported, which would leave compiled files in the user's folder.
+    namespace = _call(name, lambda: runpy.run_path(str(file), run_name=file.stem))
+    if not callable(namespace.get(function)):
         raise UserError(f"'{file}' has no function '{function}'; a recipe file defines one")
-    recipe = getattr(module, function)
+    recipe = namespace[function]
     return recipe
 
 

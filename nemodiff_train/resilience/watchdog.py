@@ -25,6 +25,8 @@ _STATUS_INTERVAL = 5.0
 """Seconds between status files."""
 _POLL_INTERVAL = 0.2
 """Seconds that the thread waits for a signal at a time."""
+_LAST_WORDS = 1.0
+"""Seconds that the other ranks of a hang have for stacks of their own: a launcher ends them after the first."""
 _SETUP_GRACE = 0.5
 """Seconds after a signal before the first step: there is nothing to save, but a collective may be waiting."""
 
@@ -180,4 +182,5 @@ class Watchdog(Callback):
                 faulthandler.dump_traceback(stream, all_threads=True)
         finally:
             print(f"nemodiff: {line}; its stacks are in {file}", file=sys.__stderr__, flush=True)
+            time.sleep(_LAST_WORDS)
             self._end(line, 1)
