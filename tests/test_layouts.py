@@ -221,7 +221,7 @@ VALIDATED = {
     [*((name, "global") for name in VALIDATED), ("micro1", "bridge"), ("dp2", "bridge"), ("dp2", "automodel")],
 )
 def test_validation_is_a_mean_over_tokens(runs: Runs, name: str, reduction: str) -> None:
-    """Documents' ends are not counted, so micro-batches differ in tokens; no split and no reduction changes a mean."""
+    """Documents' ends are not counted, so micro-batches differ in tokens; no split or reduction changes a mean."""
     found, expected = _validated(runs, name, reduction), _validated(runs, "whole", "global")
     assert {"loss validation", "ar_loss validation", "diffusion_loss validation"} <= set(expected)
     assert found == pytest.approx(expected, rel=1e-5)
