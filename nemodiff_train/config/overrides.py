@@ -2,9 +2,10 @@
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -81,8 +82,9 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
         if f"scheduler.{share}" in overrides and f"scheduler.{steps}" not in overrides:
             setattr(config.scheduler, steps, 0 if steps == "lr_warmup_iters" else None)
     before = {key: _look_up(config, key.lstrip("+~")) for key in overrides}
+    words = [f"{key}={_as_hydra_reads_it(config, key, value)}" for key, value in overrides.items()]
     try:
-        process_config_with_overrides(config, cli_overrides=[f"{key}={value}" for key, value in overrides.items()])
+        process_config_with_overrides(config, cli_overrides=words)
     except (OverridesError, TypeError, ValueError) as error:
         raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
     for key, old in before.items():
@@ -122,6 +124,18 @@ def _look_up(config: TriModeConfig, key: str) -> object:
     return node
 
 
+def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
+    """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
+    section, _, name = key.lstrip("+~").rpartition(".")
+    node = functools.reduce(lambda found, part: getattr(found, part, None), section.split("."), cast(object, config))
+    hint = _declared_type(type(node), name) if is_dataclass(node) else None
+    if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"":
+        return value
+    # In Hydra's quotes a backslash escapes a quote, and is written twice before one.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), value)
+    return f"'{escaped}'"
+
+
 def _check_kind(key: str, old: object, new: object) -> None:
     """Refuse text where the recipe had a number or a truth value; Hydra accepts anything."""
     if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
@@ -156,9 +170,7 @@ def check_type(config: object, key: str) -> None:
         converted = adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        # Hydra reads 17 as a number and true as a truth value.
-        hint = "; such text goes in two pairs of quotes" if problem["type"] == "string_type" else ""
-        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}") from None
+        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
     if isinstance(value, str) and isinstance(converted, bool | int | float):
         raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
     if isinstance(value, float) and isinstance(converted, bool | int):
