@@ -77,7 +77,7 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        data.run_cache = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        data.rows, data.run_cache = model.vocab_size, f"{Path(str(self.checkpoint.save)).parent}/sample_index"
         if data.holds_conversations:
             model.add_stop_token(data.stored_end())
         if objective.stage == "joint":
