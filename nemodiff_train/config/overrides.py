@@ -129,7 +129,7 @@ def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
     section, _, name = key.lstrip("+~").rpartition(".")
     node = functools.reduce(lambda found, part: getattr(found, part, None), section.split("."), cast(object, config))
     hint = _declared_type(type(node), name) if is_dataclass(node) else None
-    if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"":
+    if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"[{":
         return value
     # In Hydra's quotes a backslash escapes a quote, and is written twice before one.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), value)

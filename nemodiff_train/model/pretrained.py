@@ -15,7 +15,7 @@ from nemodiff_train.console import quiet
 from nemodiff_train.data.tokenizer_files import PATTERNS
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, read_json
-from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, HFConfig, ar_settings, architecture
 from nemodiff_train.model.origin import origin_of
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 
@@ -85,7 +85,7 @@ def _provider(config: PretrainedConfig) -> TriModeModelProvider:
     return tri_mode(provider, config.to_dict())
 
 
-def stored_settings(source: str) -> dict[str, Any]:
+def stored_settings(source: str) -> HFConfig:
     """Return the ``config.json`` of a Hugging Face directory or name, as it is written there.
 
     Raises:
@@ -97,7 +97,7 @@ def stored_settings(source: str) -> dict[str, Any]:
     return read_json(Path(local_copy(source)) / "config.json")
 
 
-def config_from(settings: dict[str, Any]) -> PretrainedConfig:
+def config_from(settings: HFConfig) -> PretrainedConfig:
     """Return a ``config.json`` as Transformers understands it, with the defaults of keys that are left out.
 
     For a tri-mode or SDAR model, return the configuration of its AR family.
