@@ -78,7 +78,7 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
     section = functools.reduce(lambda node, part: getattr(node, part, None), path, config)
     if not is_dataclass(section) or not hasattr(section, name):
         return
-    hint, value = _declared_type(type(section), name), getattr(section, name)
+    hint, value = declared_type(type(section), name), getattr(section, name)
     _check_choice(key, value, hint)
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"{key}={value} is no number")
@@ -89,9 +89,7 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
         converted = adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        # Hydra reads 17 as a number and true as a truth value.
-        hint = "; such text goes in two pairs of quotes" if problem["type"] == "string_type" else ""
-        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}") from None
+        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
     if isinstance(value, str) and isinstance(converted, bool | int | float):
         raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
     if as_written and isinstance(value, float) and isinstance(converted, bool | int):
@@ -107,7 +105,7 @@ def _check_choice(key: str, value: object, hint: object) -> None:
         raise UserError(f"{key} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
 
 
-def _declared_type(section: type, name: str) -> Any:
+def declared_type(section: type, name: str) -> Any:
     """Return the declared type of a field, or None where only Megatron can resolve it."""
     try:
         return _hints(section).get(name)

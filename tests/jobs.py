@@ -183,6 +183,15 @@ def convert(commands: list[list[str]]) -> dict[str, Any]:
     return {"codes": [main(["convert", *words]) for words in commands]}
 
 
+def train_as_told(folder: str, words: list[str], environment: dict[str, str]) -> int:
+    """Run ``nemodiff train`` in a folder and an environment; return its exit code."""
+    from nemodiff_train.cli import main
+
+    os.chdir(folder)
+    os.environ.update(environment)
+    return main(["train", *words])
+
+
 def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     """Evaluate undisturbed; then with a disk that is full after a few prompts; then again, as a user would.
 

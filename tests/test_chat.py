@@ -272,6 +272,22 @@ def test_prepared_and_inspected(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert json.loads((tmp_path / "pairs" / "chat.json").read_text())["documents"] == 1
 
 
+def test_conversations_are_shown_as_they_are_trained(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(tmp_path, talks(6), model) == 0
+    (tmp_path / "recipe.py").write_text("from tests.small import chat as recipe\n")
+    monkeypatch.chdir(tmp_path)
+    words = [f"start_from={model}", "data=chat", "output=out", "objective.fully_masked_fraction=1"]
+    assert main(["data", "show", "recipe.py", *words, "--count", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("|")]
+    kinds = {kind: [line for line in lines if f" {kind} " in line] for kind in ("context", "learned", "padding")}
+    assert kinds["context"] and len(lines) == sum(map(len, kinds.values()))
+    assert not any("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}" in line or " w " in line for line in kinds["context"])
+    assert all("w 1.00" in line for line in kinds["learned"])
+    assert any("\N{PILCROW SIGN}" in line and "\N{LIGHT SHADE}|" in line for line in kinds["learned"])
+
+
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemodiff_train.cli import main
+from nemodiff_train.conversion import importing
 from nemodiff_train.model.checkpoint import Checkpoint
 from tests import small
 from tests.conftest import end_process_groups
@@ -150,14 +151,35 @@ def test_more_tokens_than_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert said in " ".join((printed.out + printed.err).split())
 
 
-def test_logits_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Finite weights whose products are not: no text is made of them, no score, and no equality."""
-    small.qwen3(tmp_path / "source", num_hidden_layers=3)
-    weights = load_file("source/model.safetensors")
+def overflowing(folder: Path, factor: float, dtype: torch.dtype) -> None:
+    """Save a model of finite weights whose products in the second layer are not."""
+    small.qwen3(folder, num_hidden_layers=3, dtype=dtype)
+    weights = load_file(folder / "model.safetensors")
     for part in ("up_proj", "gate_proj", "down_proj"):
-        weights[f"model.layers.1.mlp.{part}.weight"] *= 1e20
+        weights[f"model.layers.1.mlp.{part}.weight"] *= factor
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
-    save_file(weights, "source/model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float16, 200), (torch.float32, 1e20)])
+def test_weights_that_overflow_are_not_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype, factor: float
+) -> None:
+    """As they are stored: an export of them would be as useless to every engine."""
+    overflowing(tmp_path / "source", factor, dtype)
+    capsys.readouterr()
+    assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "infinite or not numbers, from layer 2 of 3 on" in line and str(dtype).removeprefix("torch.") in line
+    assert not list(tmp_path.glob("*imported*"))
+
+
+def test_logits_that_are_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No text is made of them, no score, and no equality, where a model was too large to be compared at import."""
+    overflowing(tmp_path / "source", 1e20, torch.float32)
+    monkeypatch.setattr(importing, "_compare_logits", lambda *arguments: None)
     assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 0
     Path("task.jsonl").write_text(json.dumps({"prompt": "the quick", "answer": "0"}) + "\n")
     Path("text.jsonl").write_text(json.dumps({"text": "the quick brown fox " * 20}) + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import jobs, small
 from tools.support import layouts
@@ -193,6 +194,50 @@ def _evaluated(runs: Runs, name: str) -> Steps:
         settings = (*layout.settings, *layouts.evaluated(runs.folder))
         runs.train(evaluated, *settings, world_size=layout.world_size)
     return runs.steps(evaluated)
+
+
+VALIDATION = (
+    "dataset.split=70,30,0",
+    "dataset.reset_attention_mask=true",
+    "dataset.eod_mask_loss=true",
+    "validation.eval_interval=1",
+    "validation.eval_iters=3",
+    "train.train_iters=1",
+    "scheduler.lr_warmup_iters=0",
+    "optimizer.lr=1e-12",
+    "optimizer.min_lr=0",
+)
+VALIDATED = {
+    "micro1": (1, ["train.micro_batch_size=1"]),
+    "micro2": (1, ["train.micro_batch_size=2"]),
+    "dp2": (2, ["train.micro_batch_size=2"]),
+    "sp2_pp2": (4, [*layouts.SP2, *layouts.PP2, "train.micro_batch_size=2"]),
+    "cp2": (2, [*layouts.CP2, "train.micro_batch_size=1"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [*((name, "global") for name in VALIDATED), ("micro1", "bridge"), ("dp2", "bridge"), ("dp2", "automodel")],
+)
+def test_validation_is_a_mean_over_tokens(runs: Runs, name: str, reduction: str) -> None:
+    """Documents' ends are not counted, so micro-batches differ in tokens; no split or reduction changes a mean."""
+    found, expected = _validated(runs, name, reduction), _validated(runs, "whole", "global")
+    assert {"loss validation", "ar_loss validation", "diffusion_loss validation"} <= set(expected)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def _validated(runs: Runs, name: str, reduction: str) -> dict[str, float]:
+    """Return what TensorBoard has of the validation on 24 samples, after a step that changes nothing."""
+    job = f"validated_{name}_{reduction}"
+    folder = runs.folder / job / "tensorboard"
+    if job not in set(runs):
+        world_size, settings = {**VALIDATED, "whole": (1, ["train.micro_batch_size=8"])}[name]
+        settings = [*VALIDATION, *settings, f"objective.reduction={reduction}", f"logger.tensorboard_dir={folder}"]
+        runs.train(job, *settings, world_size=world_size)
+    assert runs.steps(job)
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if "validation" in tag}
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -23,18 +23,18 @@ def brute_force(
     length: int, block: list[int], document: list[int], views: int = 1, block_causal: bool = False
 ) -> torch.Tensor:
     """The rule in plain words, position by position."""
-    table = torch.zeros((views + 1) * length, (views + 1) * length, dtype=torch.bool)
+    table = [[False] * (views + 1) * length for _ in range((views + 1) * length)]
     clean = views * length
     for q in range(length):
         for k in range(length):
             together = document[q] == document[k]
             for view in range(views):
                 own = view * length
-                table[own + q, own + k] = block[q] == block[k]  # noisy sees its own noisy block in its own view
-                table[own + q, clean + k] = together and block[k] < block[q]  # noisy sees earlier clean blocks
+                table[own + q][own + k] = block[q] == block[k]  # noisy sees its own noisy block in its own view
+                table[own + q][clean + k] = together and block[k] < block[q]  # noisy sees earlier clean blocks
             up_to = block[k] <= block[q] if block_causal else k <= q
-            table[clean + q, clean + k] = together and up_to  # clean never sees noisy
-    return table
+            table[clean + q][clean + k] = together and up_to  # clean never sees noisy
+    return torch.tensor(table)
 
 
 def grid(length: int, block: int, views: int = 1, block_causal: bool = False) -> torch.Tensor:

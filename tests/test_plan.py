@@ -75,10 +75,10 @@ def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> Non
 
 
 def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
-    """A step of tools/bench/step's model takes docs/performance.md's minimum, and at most 5% more."""
+    """A joint step takes docs/performance.md's minimum, and at most 5% more."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    work = workload(layers=8, hidden=512, queries=512, keys=256, feed_forward=1536, vocabulary=32_768, length=1024)
+    work = workload(layers=4, hidden=512, queries=512, keys=256, feed_forward=1536, vocabulary=8_192, length=512)
     sizes = dict(
         vocab_size=work.vocabulary, hidden_size=work.hidden, intermediate_size=work.feed_forward,
         num_hidden_layers=work.layers, num_attention_heads=8, num_key_value_heads=4, head_dim=64,

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import Ministral3Config, Qwen3Config
 
 from nemodiff_train.cli import main
@@ -51,6 +52,25 @@ def test_ready(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("--gpus", "8", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2") == 0
     assert "8, 2 replicas of 4" in capsys.readouterr().out
     assert sorted(os.listdir(folder)) == before
+
+
+def test_what_differs_from_the_recipe_and_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run() == 0
+    page = capsys.readouterr().out
+    assert "not as in the recipe" not in page and "dist.distributed_backend: nccl -> gloo" in page
+    assert dry_run("seq_length=128", "objective.alpha=0.5", "train.train_iters=7") == 0
+    page = capsys.readouterr().out
+    for line in ("dataset.seq_length: 64 -> 128", "objective.alpha: 0.3 -> 0.5", "train.train_iters: 10 -> 7"):
+        assert line in page
+
+
+def test_whole_configuration_is_yaml(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run("--yaml", "objective.alpha=0.5") == 0
+    sections = yaml.safe_load(capsys.readouterr().out)
+    assert sections["objective"]["alpha"] == 0.5 and sections["model"]["seq_length"] == 128
+    assert sections["mixed_precision"] == "fp32" and sections["dist"]["distributed_backend"] == "gloo"
+    assert main(["train", "recipe.py", "--yaml", "start_from=model", "data=data", "output=out"]) == 2
+    assert "go with --dry-run" in capsys.readouterr().err
 
 
 def test_all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,7 @@
 
 import ast
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,8 @@ from nemodiff_train.data import template as templates
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
-from tests import small
+from tests import jobs, small
+from tools.support.ranks import RankPool
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {
@@ -35,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_writes_no_keys(model: Path) -> None:
+def test_a_run_writes_no_keys(model: Path, ranks: RankPool) -> None:
     """A real run with two loggers; every file that it leaves, and all that it prints."""
     words = ["start_from=model", "data=data", "output=out", "train.train_iters=2", "logger.wandb_project=test"]
     words += [
@@ -43,15 +41,15 @@ def test_a_run_writes_no_keys(model: Path) -> None:
         "logger.wandb_save_dir=out/wandb",
         "logger.tensorboard_dir=out/tensorboard",
     ]
-    environment = {**os.environ, **SECRETS, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "NEMODIFF_LOG": "1"}
-    command = [sys.executable, "-m", "nemodiff_train", "train", "recipe.py", *words]
-    done = subprocess.run(command, cwd=model, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    environment = {**SECRETS, "WANDB_MODE": "offline", "NEMODIFF_LOG": "1"}
+    run = {"folder": str(model), "words": ["recipe.py", *words], "environment": environment}
+    world = ranks.start("keys", 1, jobs.train_as_told, **run)
+    assert ranks.wait(world) == [0] and world.result() == 0, world.output()
     written = {path: path.read_bytes() for path in (model / "out").rglob("*") if path.is_file()}
     names = {path.name for path in written}
     assert {"run_config.yaml", "metrics.jsonl", "train.log"} <= names
     assert any(name.endswith(".wandb") for name in names) and any("tfevents" in name for name in names)
-    for place, content in [*written.items(), ("output", done.stdout), ("errors", done.stderr)]:
+    for place, content in [*written.items(), ("output", world.output().encode())]:
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, f"{name} in {place}"
 

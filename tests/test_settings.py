@@ -165,3 +165,10 @@ def test_absurd_values_are_refused(config: Any, key: str, value: str) -> None:
 def test_settings_of_other_kinds_are_refused(config: Any, key: str) -> None:
     with pytest.raises(UserError, match=f"{key} has no effect here: "):
         override(config, {key: "1"})
+
+
+@pytest.mark.parametrize("text", ["98,1,1", "17", "true", "it's \\ 'so'", "a b=c", "end\\"])
+def test_text_is_taken_as_it_is_typed(config: Any, text: str) -> None:
+    """Hydra would read numbers, truth values and choices; what the user puts in quotes is text as well."""
+    assert override(config, {"dataset.split": text}).dataset.split == text
+    assert override(config, {"logger.wandb_project": '"17"'}).logger.wandb_project == "17"

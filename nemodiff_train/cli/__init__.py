@@ -27,6 +27,7 @@ VERBS = {
     "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
     "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),
     "demo": ("nemodiff_train.cli.demo", "the whole job on a small model, offline"),
+    "env": ("nemodiff_train.cli.env", "what is installed here and what a run would use, for bug reports"),
 }
 
 

@@ -1,11 +1,13 @@
-"""``nemodiff data``: prepare a data set, merge several, or look at one."""
+"""``nemodiff data``: prepare a data set, merge several, look at one, or at the samples that a run makes."""
 
 import argparse
 import os
 from typing import TYPE_CHECKING
 
 from nemodiff_train.console import console
+from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.runtime import init_runtime
 
 if TYPE_CHECKING:
     from nemodiff_train.data.manifest import Manifest
@@ -19,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = actions.add_parser("inspect", help="show what a prepared data set holds")
     inspect.add_argument("prefix", metavar="PREFIX", help="path of the data set without .bin")
     inspect.add_argument("--verify", action="store_true", help="recompute the checksums")
+    show = actions.add_parser("show", help="show the first training samples of a run, masks and losses marked")
+    show.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
+    show.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
+    show.add_argument("--count", type=int, default=2, metavar="N", help="samples (default 2)")
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         inspect(arguments.prefix, arguments.verify)
         return 0
+    if arguments.action == "show":
+        _show(arguments)
+        return 0
     return _prepare(arguments)
 
 
@@ -90,6 +99,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
         return 130
     _tell(arguments.output, manifest)
     return 0
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    if arguments.count < 1:
+        raise UserError(f"--count {arguments.count}: use 1 or more")
+    init_runtime()
+    from nemodiff_train.config.recipes import load_recipe
+    from nemodiff_train.training.samples import show_samples
+
+    show_samples(load_recipe(arguments.recipe, arguments.settings), arguments.count)
 
 
 def _tell(prefix: str, manifest: "Manifest") -> None:

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--nproc", type=int, help="start so many ranks on this machine, as torchrun does")
     parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
+    parser.add_argument("--yaml", action="store_true", help="with --dry-run: print the whole configuration instead")
     parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="with --dry-run: GB of one GPU (default 80)")
 
@@ -32,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 2 if a dry run finds problems.
     """
-    if not arguments.dry_run and arguments.gpus is not None:
-        raise UserError("--gpus goes with --dry-run; a run has the processes that torchrun starts")
+    if not arguments.dry_run and (arguments.gpus is not None or arguments.yaml):
+        raise UserError("--gpus and --yaml go with --dry-run; a run has the processes that torchrun starts")
     if (arguments.gpus is not None and arguments.gpus < 1) or not arguments.gpu_memory > 0:
         raise UserError("--gpus and --gpu-memory take a number above 0")
     if arguments.nproc is not None:
@@ -49,12 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     init_runtime()
-    from nemodiff_train.config.recipes import load_recipe
-    from nemodiff_train.training.run import check_run, train
+    from nemodiff_train.config.recipes import load_recipe, recipe_defaults
+    from nemodiff_train.training.run import check_run, resolved_yaml, train
 
     config = load_recipe(arguments.recipe, arguments.settings)
+    if arguments.yaml:
+        print(resolved_yaml(config), end="")
+        return 0
     if arguments.dry_run:
-        return check_run(config, arguments.gpus, arguments.gpu_memory)
+        defaults = recipe_defaults(arguments.recipe, arguments.settings)
+        return check_run(config, defaults, arguments.gpus, arguments.gpu_memory)
     train(config)
     return 0
 

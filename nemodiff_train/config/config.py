@@ -37,11 +37,14 @@ class TriModeConfig(ConfigContainer):
 
     def settings(self) -> dict[str, Any]:
         """Return every setting by its dotted key, as plain values: those of before where :attr:`given` has them."""
-        if self.given:
-            return self.given
+        return self.given or flattened(self.sections())
+
+    def sections(self) -> dict[str, Any]:
+        """Return the configuration as it is now: plain values by section, as YAML can hold them."""
         with safe_yaml_representers():
-            sections = yaml.safe_load(yaml.safe_dump(self.to_dict()))
-        return dict(_leaves(sections, ""))
+            sections: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self.to_dict()))
+        del sections["given"]
+        return sections
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:
@@ -74,7 +77,7 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        data.run_cache = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        data.rows, data.run_cache = model.vocab_size, f"{Path(str(self.checkpoint.save)).parent}/sample_index"
         if data.holds_conversations:
             model.add_stop_token(data.stored_end())
         if objective.stage == "joint":
@@ -124,6 +127,21 @@ class TriModeConfig(ConfigContainer):
         return int(token_id)
 
 
+def flattened(sections: dict[str, Any]) -> dict[str, Any]:
+    """Return every setting of a configuration by its dotted key."""
+    return dict(_leaves(sections, ""))
+
+
+Changes = dict[str, tuple[Any, Any]]
+"""Old and new value of each setting that differs, by its dotted key."""
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
+    """Return the settings that differ, sorted by their keys; what one side lacks is None there."""
+    keys = sorted({*before, *now})
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
 def _belongs_to_process(value: Any) -> bool:
     """Return whether a value is a clock, a method of a model or an optimizer, or a function that was given one."""
     if isinstance(value, list):
@@ -136,5 +154,5 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value and value.get("_call_") is not False:
         for name, part in value.items():
             yield from _leaves(part, f"{key}.{name}" if key else str(name))
-    elif key != "given":
+    else:
         yield key, str(value) if isinstance(value, dict) else value

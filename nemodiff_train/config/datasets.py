@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from nemodiff_train.data.conversations import ConversationDataset, PackConfig
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.manifest import Manifest, contents_digest
+from nemodiff_train.data.mock import MOCK, MockConfig, MockText
 from nemodiff_train.data.tokenizer import use_tokenizer_file
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
@@ -35,7 +36,7 @@ class IndexedDatasetConfig(DatasetProvider):
     seq_length: int = 4096
     """L: clean tokens per sample."""
     data: list[str] = field(default_factory=list)
-    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``."""
+    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``; ``mock`` for made-up text."""
     split: str = "99,1,0"
     """Shares of the documents for training, validation and test."""
     random_seed: int = 1234
@@ -43,21 +44,31 @@ class IndexedDatasetConfig(DatasetProvider):
     num_workers: int = 2
     dataloader_type: str = "single"
 
-    # Not settings: TriModeConfig.propagate sets the first three, a resume the fourth; Bridge saves the last with
+    # Not settings: TriModeConfig.propagate sets the first five, a resume the next; Bridge saves the last with
     # checkpoints.
     objective = ObjectiveConfig()
     mask_token_id = 0
+    rows = 0
     batch_size = 1
-    samples_ahead = 0
     run_cache = ""
+    samples_ahead = 0
     tokenizer = None
 
     holds_conversations: ClassVar[bool] = False
 
     @property
     def prefixes(self) -> list[str]:
-        """Return the data sets without their weights."""
+        """Return the data sets without their weights; none for mock text."""
+        return [] if self.is_mock else self._named
+
+    @property
+    def _named(self) -> list[str]:
         return [part for part in map(str, self.data) if math.isnan(parse_number(part))]
+
+    @property
+    def is_mock(self) -> bool:
+        """Return whether the text is made up: every prefix is ``mock``."""
+        return set(self._named) == {MOCK}
 
     @property
     def needs_segment_ids(self) -> bool:
@@ -97,7 +108,7 @@ class IndexedDatasetConfig(DatasetProvider):
         """Return Megatron's settings that text and conversations share."""
         return {
             "seq_length": self.seq_length,
-            "data_path": weighted(list(map(str, self.data))),
+            "data_path": None if self.is_mock else weighted(list(map(str, self.data))),
             "split": self.split,
             "random_seed": self.random_seed,
             # SampleMaker does what these three are about; Megatron would loop over the documents in Python.
@@ -139,6 +150,8 @@ class TextDatasetConfig(IndexedDatasetConfig):
 
     def read(self, context: DatasetBuildContext) -> Sequence[Any]:
         """Return samples of L tokens for each split."""
+        if self.is_mock:
+            return self._read_mock(context)
         config = GPTDatasetConfig(
             **self._megatron_settings(context),
             path_to_cache=f"{self.path_to_cache or self.run_cache}/{contents_digest(self.prefixes)}",
@@ -146,6 +159,12 @@ class TextDatasetConfig(IndexedDatasetConfig):
         )
         config.finalize()
         return pretrain_train_valid_test_datasets_provider(self._sample_counts(context), config)
+
+    def _read_mock(self, context: DatasetBuildContext) -> Sequence[Any]:
+        config = MockConfig(**self._megatron_settings(context), eod_mask_loss=False)
+        config.rows, config.mask_token_id = self.rows, self.mask_token_id if self.objective.noisy_views else -1
+        config.finalize()
+        return BlendedMegatronDatasetBuilder(MockText, self._sample_counts(context), lambda: True, config).build()
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""

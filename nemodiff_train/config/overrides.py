@@ -1,15 +1,18 @@
 """Overrides from the command line: ``section.field=value`` in Hydra's syntax, checked against the declared type."""
 
+import functools
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, cast
 
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.schedule import SHARES
 from nemodiff_train.errors import UserError, nearest
-from nemodiff_train.schema import check_type
+from nemodiff_train.schema import check_type, declared_type
 
 _FROM_OBJECTIVE = "it follows from the section objective"
 _OURS = "every run needs it as it is"
@@ -83,8 +86,9 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
         if f"scheduler.{share}" in overrides and f"scheduler.{steps}" not in overrides:
             setattr(config.scheduler, steps, 0 if steps == "lr_warmup_iters" else None)
     before = {key: _look_up(config, key.lstrip("+~")) for key in overrides}
+    words = [f"{key}={_as_hydra_reads_it(config, key, value)}" for key, value in overrides.items()]
     try:
-        process_config_with_overrides(config, cli_overrides=[f"{key}={value}" for key, value in overrides.items()])
+        process_config_with_overrides(config, cli_overrides=words)
     except (OverridesError, TypeError, ValueError) as error:
         raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
     for key, old in before.items():
@@ -133,6 +137,18 @@ def _check_range(key: str, value: object) -> None:
     unlimited = key in _UNLIMITED and value == math.inf
     if not lowest <= value <= _LARGEST and not unlimited:
         raise UserError(f"{key} is {value}; use a number from {lowest} to {_LARGEST:.0e}")
+
+
+def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
+    """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
+    section, _, name = key.lstrip("+~").rpartition(".")
+    node = functools.reduce(lambda found, part: getattr(found, part, None), section.split("."), cast(object, config))
+    hint = declared_type(type(node), name) if is_dataclass(node) else None
+    if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"[{":
+        return value
+    # In Hydra's quotes a backslash escapes a quote, and is written twice before one.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _check_kind(key: str, old: object, new: object) -> None:

@@ -5,6 +5,7 @@ import inspect
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.overrides import override
@@ -37,6 +38,18 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     config = override(config, {key: value for key, value in pairs if "." in key})
     config.fit_schedule()
     return config
+
+
+def recipe_defaults(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that a recipe has by itself, with the arguments that it has to be given.
+
+    Args:
+        name: As :func:`load_recipe` takes it.
+        words: All words of the command line.
+    """
+    parameters = inspect.signature(_find(name)).parameters
+    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    return load_recipe(name, [word for word in words if word.partition("=")[0] in required]).settings()
 
 
 def describe_recipe(name: str) -> str:

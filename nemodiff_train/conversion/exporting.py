@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -23,7 +22,7 @@ from nemodiff_train.files import atomic_directory, check_free
 from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.draft_adapter import open_drafter
-from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
+from nemodiff_train.model.families import VOCABULARY_TENSORS, HFConfig, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import load_model
 from nemodiff_train.model.pretrained import config_from, model_from
 
@@ -95,7 +94,7 @@ def export_checkpoint(
             )
 
 
-def full_tensors(models: list[GPTModel], settings: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(models: list[GPTModel], settings: HFConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield all weights with their names in a directory with this ``config.json``, gathered on every rank.
 
     Args:
@@ -112,7 +111,7 @@ def full_tensors(models: list[GPTModel], settings: dict[str, Any]) -> Iterator[t
         yield name, values[:rows] if name in vocabulary_tensors else values
 
 
-def _write_weights(models: list[GPTModel], settings: dict[str, Any], writer: ShardWriter, description: str) -> None:
+def _write_weights(models: list[GPTModel], settings: HFConfig, writer: ShardWriter, description: str) -> None:
     if is_main_process():
         writer.create_files()
     barrier()
@@ -129,7 +128,7 @@ def _write_weights(models: list[GPTModel], settings: dict[str, Any], writer: Sha
         writer.close(checksums)
 
 
-def _write_companions(directory: Path, settings: dict[str, Any], generation: dict[str, Any], tokenizer: Path) -> None:
+def _write_companions(directory: Path, settings: HFConfig, generation: HFConfig, tokenizer: Path) -> None:
     for name, content in (("config.json", settings), ("generation_config.json", generation)):
         if content:
             (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")

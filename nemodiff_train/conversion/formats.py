@@ -4,13 +4,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nemodiff_train.conversion.automodel.directory import add_code, add_sdar_configuration, tri_mode_settings
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, HFConfig, ar_settings, architecture
 from nemodiff_train.model.pretrained import config_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -47,21 +46,21 @@ _SHAPE = (
 class Format:
     """One format: its ``config.json``, and with it the names of its tensors."""
 
-    settings: Callable[[TriModeModelProvider], dict[str, Any]]
+    settings: Callable[[TriModeModelProvider], HFConfig]
     """Returns the ``config.json`` of a model; refuses a model that the format cannot hold."""
     needs_code: bool = False
     """Whether the directory is loaded by Python files of its publisher."""
-    finish: Callable[[Path, dict[str, Any]], None] | None = None
+    finish: Callable[[Path, HFConfig], None] | None = None
     """Adds what else belongs into the directory, given the folder and its ``config.json``."""
 
 
-def ar_format(provider: TriModeModelProvider) -> dict[str, Any]:
+def ar_format(provider: TriModeModelProvider) -> HFConfig:
     """Return the ``config.json`` of the AR family itself, for any server of the family."""
     settings = {key: value for key, value in ar_settings(provider.hf_config).items() if key != "auto_map"}
     return _in_dtype({**_keys_of_engines(settings), **settings}, provider.params_dtype)
 
 
-def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
+def nemotron_format(provider: TriModeModelProvider) -> HFConfig:
     """Return the ``config.json`` of a NemotronLabsDiffusion model, with the keys of the published ones.
 
     Raises:
@@ -111,7 +110,7 @@ def nemotron_format(provider: TriModeModelProvider) -> dict[str, Any]:
     )
 
 
-def sdar_format(provider: TriModeModelProvider) -> dict[str, Any]:
+def sdar_format(provider: TriModeModelProvider) -> HFConfig:
     """Return the ``config.json`` of an SDAR model: a Qwen 3 that attends block-causally and predicts without shift.
 
     Raises:
@@ -138,7 +137,7 @@ def sdar_format(provider: TriModeModelProvider) -> dict[str, Any]:
     }
 
 
-def _check_backbone(settings: dict[str, Any]) -> None:
+def _check_backbone(settings: HFConfig) -> None:
     """Refuse a family that a NemotronLabsDiffusion model cannot be.
 
     Raises:
@@ -159,14 +158,14 @@ def _objective(provider: TriModeModelProvider) -> str:
     return f"shift={str(provider.shift).lower()} and clean_attention={provider.clean_attention}"
 
 
-def _keys_of_engines(settings: dict[str, Any]) -> dict[str, Any]:
+def _keys_of_engines(settings: HFConfig) -> HFConfig:
     """Return settings of an AR model under the names that servers know, beside those of Transformers 5.
 
     ``rope_theta`` and ``rope_scaling`` are read by Transformers 4.57 and mlx-lm, which take their own defaults where
     they are missing; ``llama_4_scaling`` by vLLM; ``original_max_position_embeddings`` by SGLang.
     """
     config = config_from(settings)
-    keys: dict[str, Any] = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
+    keys: HFConfig = {"tie_word_embeddings": bool(config.tie_word_embeddings)}
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rope:  # no rotary embedding, or several
         return keys
@@ -181,14 +180,14 @@ def _keys_of_engines(settings: dict[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def _query_scaled(settings: dict[str, Any]) -> dict[str, Any]:
+def _query_scaled(settings: HFConfig) -> HFConfig:
     """Return a model's ``rope_parameters`` with the query scale of a Ministral 3, which is 1 for other families."""
     config = config_from(settings)
     unscaled = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": config.max_position_embeddings}
     return {**({} if "llama_4_scaling_beta" in config.rope_parameters else unscaled), **config.rope_parameters}
 
 
-def tri_mode_format(provider: TriModeModelProvider) -> dict[str, Any]:
+def tri_mode_format(provider: TriModeModelProvider) -> HFConfig:
     """Return the ``config.json`` of a directory whose own code decodes in every mode.
 
     Raises:
@@ -211,7 +210,7 @@ def own_format(provider: TriModeModelProvider) -> str:
     return "nemotron" if architecture(provider.hf_config) == NEMOTRON else "ar"
 
 
-def code_files(settings: dict[str, Any], directory: str) -> list[Path]:
+def code_files(settings: HFConfig, directory: str) -> list[Path]:
     """Return the Python files of a directory, which must have those that the ``auto_map`` of a model names.
 
     Raises:
@@ -230,7 +229,7 @@ def copy_code(files: list[Path], directory: Path) -> None:
         shutil.copy2(file, directory / file.name)
 
 
-def _in_dtype(settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _in_dtype(settings: HFConfig, dtype: torch.dtype) -> HFConfig:
     """Return settings that name the dtype of the weights, under the key that is there."""
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
     return {**settings, key: str(dtype).removeprefix("torch.")}

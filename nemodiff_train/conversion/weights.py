@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from nemodiff_train.conversion.headers import Stored, opened, read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.config_json import read_config
-from nemodiff_train.model.families import ar_settings, architecture, is_left_out, stored_name
+from nemodiff_train.model.families import HFConfig, ar_settings, architecture, is_left_out, stored_name
 from nemodiff_train.model.pretrained import build_reference, config_from
 from nemodiff_train.schema import checked, read_json
 
@@ -50,7 +49,7 @@ def check_weights(directory: Path) -> dict[str, Stored]:
     return stored
 
 
-def expected_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(settings: HFConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that a ``config.json`` asks for, by their names in the files.
 
     A tied output layer is not among them.
@@ -64,7 +63,7 @@ def expected_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {stored_name(architecture(settings), name): shape for name, shape in shapes.items()}
 
 
-def _check_against_model(directory: Path, settings: dict[str, Any], stored: dict[str, Stored]) -> None:
+def _check_against_model(directory: Path, settings: HFConfig, stored: dict[str, Stored]) -> None:
     """Refuse tensors that are missing, of another shape, or not the model's; a tied output layer may be written."""
     layers = int(ar_settings(settings).get("num_hidden_layers") or 0)
     if layers > len(stored):  # before a model of so many is built
@@ -91,7 +90,7 @@ def _check_against_model(directory: Path, settings: dict[str, Any], stored: dict
             )
 
 
-def _check_mappings(directory: Path, settings: dict[str, Any], stored: dict[str, Stored]) -> None:
+def _check_mappings(directory: Path, settings: HFConfig, stored: dict[str, Stored]) -> None:
     """Refuse a model with a tensor that Bridge would leave out, such as the biases of ``attention_bias``."""
     mappings = auto_bridge(config_from(settings))._model_bridge.mapping_registry()
     for name in stored:

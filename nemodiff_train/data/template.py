@@ -5,11 +5,13 @@ from running for ever or filling the memory; the limits of the process do.
 """
 
 import json
+import os
 import resource
 import select
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -128,6 +130,7 @@ def _serve() -> None:
     """Answer each line of standard input; the first request is empty, and its answer says that the limits are set."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -137,8 +140,16 @@ def _serve() -> None:
         print(json.dumps(response), flush=True)
 
 
+def _end_with_parent() -> None:
+    """Wait until the parent's end of the pipe is closed, and end whatever is being rendered."""
+    parent = select.poll()
+    parent.register(sys.stdin, 0)  # a hang-up is reported without being asked for
+    parent.poll()
+    os._exit(1)
+
+
 def _render(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, str]:
-    # The alarm is not caught, so it ends the process even if the parent has been killed meanwhile.
+    # The alarm is not caught, so it ends the process even inside one endless operation of a killed parent.
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _ORPHAN_SECONDS)
     try:
         texts, _ = render(

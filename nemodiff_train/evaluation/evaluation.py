@@ -4,7 +4,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 
 from pydantic import BaseModel, Field
 
@@ -14,6 +13,7 @@ from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
 from nemodiff_train.evaluation.pareto import Areas, Point, areas
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
+from nemodiff_train.runtime.versions import installed
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,9 @@ class Run:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"nemodiff-train": __version__, "python": platform.python_version()}
-    for package in ("megatron-bridge", "megatron-core", "torch", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: installed(name) for name in ("megatron-bridge", "megatron-core", "torch", "transformers")}
+    own = {"nemodiff-train": __version__, "python": platform.python_version()}
+    return own | {name: version for name, version in found.items() if version}
 
 
 class Evaluation(BaseModel):

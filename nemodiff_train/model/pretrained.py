@@ -28,7 +28,7 @@ from nemodiff_train.model.config_json import (
     read_config,
     read_generation_config,
 )
-from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, HFConfig, ar_settings, architecture
 from nemodiff_train.model.origin import origin_of
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 from nemodiff_train.schema import check_type
@@ -111,7 +111,7 @@ def _unusable(name: str, error: Exception) -> UserError:
     return UserError(f"config.json of {name}: {kind}{reason}")
 
 
-def stored_settings(source: str) -> dict[str, Any]:
+def stored_settings(source: str) -> HFConfig:
     """Return the ``config.json`` of a Hugging Face directory or name, as it is written there.
 
     Raises:
@@ -123,7 +123,7 @@ def stored_settings(source: str) -> dict[str, Any]:
     return read_config(Path(local_copy(source)))
 
 
-def config_from(settings: dict[str, Any]) -> PretrainedConfig:
+def config_from(settings: HFConfig) -> PretrainedConfig:
     """Return a ``config.json`` as Transformers understands it, with the defaults of keys that are left out.
 
     For a tri-mode or SDAR model, return the configuration of its AR family.

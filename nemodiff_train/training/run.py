@@ -8,7 +8,10 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
+
+import yaml
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
@@ -36,11 +39,12 @@ from nemodiff_train.validation.dry_run import dry_run
 from nemodiff_train.validation.resume import description, samples_ahead
 
 
-def check_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
+def check_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, gpu_memory: float) -> int:
     """Check a run on any machine without starting it, and print one page.
 
     Args:
         config: The run.
+        defaults: The settings that its recipe has by itself.
         gpus: GPUs of the run; None for the fewest that its layout takes.
         gpu_memory: GB (1e9 bytes) of one GPU.
 
@@ -49,7 +53,19 @@ def check_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int
     """
     config.given = config.settings()
     _fit_to_host(config)
-    return dry_run(config, gpus, gpu_memory)
+    return dry_run(config, defaults, gpus, gpu_memory)
+
+
+def resolved_yaml(config: TriModeConfig) -> str:
+    """Return the whole configuration of a run as YAML, as this machine would train it.
+
+    Raises:
+        UserError: There is no usable mask token.
+    """
+    _fit_to_host(config)
+    config.mixed_precision = precision_of(config, init_runtime().cuda)
+    config.propagate()
+    return yaml.safe_dump(config.sections(), sort_keys=False)
 
 
 def train(config: TriModeConfig) -> None:

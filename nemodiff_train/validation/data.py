@@ -9,6 +9,7 @@ from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig,
 from nemodiff_train.console import warn
 from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.index_file import read_index
+from nemodiff_train.data.mock import MOCK
 from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
 from nemodiff_train.errors import UserError
 from nemodiff_train.validation.refusal import refusal
@@ -34,6 +35,8 @@ def _blend_problems(config: TriModeConfig) -> Iterator[str]:
 
 def _kind_problems(config: TriModeConfig) -> Iterator[str]:
     dataset, objective = config.dataset, config.objective
+    if MOCK in dataset.data and not (dataset.is_mock and isinstance(dataset, TextDatasetConfig)):
+        yield "data=mock is text, and the only data of a run; a recipe of conversations takes data of its own"
     if isinstance(dataset, TextDatasetConfig) and dataset.reset_position_ids and not dataset.reset_attention_mask:
         yield "dataset.reset_position_ids=true takes dataset.reset_attention_mask=true as well"
     block_causal = objective.stage == "joint" and objective.clean_attention == "block_causal"
@@ -45,10 +48,12 @@ def _kind_problems(config: TriModeConfig) -> Iterator[str]:
 
 
 def _check_files(config: TriModeConfig) -> None:
-    prefixes = config.dataset.prefixes
-    if not prefixes:
+    prefixes, mock = config.dataset.prefixes, config.dataset.is_mock
+    if not prefixes and not mock:
         raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
     mask_token = config.find_mask_token() if config.objective.stage == "joint" else None
+    if mock:
+        return
     tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
     rows = config.model.vocab_size
     if line := tokens_without_row(tokenizer, rows):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.config import Changes, TriModeConfig, differences, flattened
 from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.console import quiet
 from nemodiff_train.errors import UserError
@@ -31,11 +32,12 @@ from nemodiff_train.validation.resume import description
 from nemodiff_train.validation.settings import check_sizes
 
 
-def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
+def dry_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, gpu_memory: float) -> int:
     """Check a run without starting it, and print one page.
 
     Args:
-        config: The run.
+        config: The run, fitted to this machine.
+        defaults: The settings that its recipe has by itself, by their dotted keys.
         gpus: Number of processes; None for one replica of its layout.
         gpu_memory: Memory of one GPU in GB (1e9 bytes).
 
@@ -55,6 +57,9 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
     page.add_row("precision", f"{precision_of(config, True)} on a GPU, {precision_of(config, False)} on a CPU")
+    given = config.settings()
+    _add_changes(page, "not as in the recipe", differences(defaults, given))
+    _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         page.add_row("resume", escape(description(saved, config)))
     if not layout.problems(config, world_size):
@@ -66,6 +71,12 @@ def dry_run(config: TriModeConfig, gpus: int | None, gpu_memory: float) -> int:
     page.add_row("result", f"[red]{len(lines)} problems[/red]" if lines else "[green]ready[/green]")
     Console().print(page)
     return 2 if lines else 0
+
+
+def _add_changes(page: Table, name: str, changes: Changes) -> None:
+    """Add a row with a line per setting that differs, if one does."""
+    if changes:
+        page.add_row(name, escape("\n".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())))
 
 
 def _memory_problems(

@@ -48,9 +48,14 @@ def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) 
     return [*lines, *_flash_problems(model, positions, cuda)] if kernel == "flash" else lines
 
 
+def c_compiler() -> str | None:
+    """Return the C compiler that Triton would take."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+
+
 def _compiler_problems() -> Iterator[str]:
     """Yield a line where FlexAttention's kernels cannot be built: Triton compiles their launcher in C."""
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
+    if not c_compiler():
         yield "there is no C compiler, which Triton needs for FlexAttention; install gcc, or name one in CC"
 
 

@@ -1,10 +1,8 @@
 """A run that goes on: its settings are compared with those that it was saved with, as a whole."""
 
-from typing import Any
-
 import torch
 
-from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.config import Changes, TriModeConfig, differences
 from nemodiff_train.model.checkpoint import Checkpoint
 
 _FIXED = (
@@ -26,17 +24,11 @@ _ARCHITECTURE = (
 """The same of the section ``model``: what the model computes."""
 _SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "optimizer.min_lr", "scheduler")
 
-Changes = dict[str, tuple[Any, Any]]
-"""Old and new value of each setting that differs, by its dotted key."""
-
 
 def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     """Return the settings that differ from those that a run was saved with; none for a run from elsewhere."""
-    before, now = saved.run_config.get("given") or {}, config.settings()
-    if not before:
-        return {}
-    keys = sorted({*before, *now})
-    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+    before = saved.run_config.get("given")
+    return differences(before, config.settings()) if before else {}
 
 
 def problems(config: TriModeConfig) -> list[str]:

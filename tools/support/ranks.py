@@ -384,6 +384,9 @@ def _preload() -> None:
     for module in pkgutil.walk_packages(nemodiff_train.__path__, "nemodiff_train."):
         if not module.name.endswith(NOT_PRELOADED):
             importlib.import_module(module.name)
+    # Torch imports its compiler and defines operators at the first use of these.
+    torch.empty(2, device="meta").normal_()
+    torch.optim.Adam([torch.zeros(1)]).step()
     gc.collect()
     gc.freeze()  # what is imported stays as it is in every fork
 

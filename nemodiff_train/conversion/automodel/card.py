@@ -54,7 +54,7 @@ def read_results(folder: str) -> dict[str, Any]:
     return results
 
 
-def write_card(directory: Path, settings: dict[str, Any], origin: HFConfig, results: dict[str, Any] | None) -> None:
+def write_card(directory: Path, settings: HFConfig, origin: HFConfig, results: dict[str, Any] | None) -> None:
     """Write ``README.md``.
 
     Args:

@@ -2,10 +2,9 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import TRI_MODE
+from nemodiff_train.model.families import TRI_MODE, HFConfig
 from nemodiff_train.model.provider import TriModeModelProvider
 
 _FOLDER = Path(__file__).parent
@@ -18,7 +17,7 @@ _AUTO_MAP = {
 }
 
 
-def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) -> dict[str, Any]:
+def tri_mode_settings(provider: TriModeModelProvider, family: HFConfig) -> HFConfig:
     """Return the ``config.json`` of such a directory.
 
     Args:
@@ -45,13 +44,13 @@ def tri_mode_settings(provider: TriModeModelProvider, family: dict[str, Any]) ->
     }
 
 
-def add_sdar_configuration(directory: Path, settings: dict[str, Any]) -> None:
+def add_sdar_configuration(directory: Path, settings: HFConfig) -> None:
     """Add the class that ``config.json`` names, without which ``rope_theta`` would be lost; see the file."""
     name = "configuration_sdar.py"
     shutil.copyfile(_FOLDER / name, directory / name)
 
 
-def add_code(directory: Path, settings: dict[str, Any]) -> None:
+def add_code(directory: Path, settings: HFConfig) -> None:
     """Add the code to weights, tokenizer and configuration; see :func:`tri_mode_settings`."""
     for name in _CODE:
         shutil.copyfile(_FOLDER / name, directory / name)

@@ -1,0 +1,124 @@
+"""Training samples as text, for people: a line per block, the same with and without colour."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.bridge.data.base import DatasetBuildContext
+from megatron.bridge.data.loaders import get_train_valid_test_num_samples
+from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.console import quiet
+from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.errors import UserError
+from nemodiff_train.objective.sample import Sample
+from nemodiff_train.report.display import span, visible
+from nemodiff_train.validation import data, objective
+from nemodiff_train.validation.settings import check_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEGEND = "⟦masked⟧  ¶ ends a document or an answer  ° without an AR loss of the next token  ░ padding"
+PADDING = "░"
+COLOURS = ("on #dbe7fb", "on #fbe6d4")
+"""Backgrounds of the blocks, in turn."""
+
+
+def show_samples(config: TriModeConfig, count: int) -> None:
+    """Print the first training samples of a run to standard output, as its loader makes them.
+
+    Raises:
+        UserError: The objective or the data cannot be used.
+    """
+    check_sizes(config)
+    if lines := [*objective.problems(config), *data.problems(config)]:
+        raise UserError("; ".join(lines))
+    config.propagate()
+    output, tokenizer = Console(highlight=False), load_tokenizer(str(config.tokenizer.tokenizer_model))
+    output.print(Text(LEGEND, "dim"))
+    for number, sample in enumerate(first_samples(config, count)):
+        _print_sample(number, sample, config, tokenizer, output)
+
+
+def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
+    """Return the first training samples of a run; its folder is not made, but what it has there is used."""
+    dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        if not Path(dataset.run_cache).is_dir():
+            dataset.run_cache = folder
+        context = DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))
+        train, *_ = dataset.build_datasets(context)
+        return [train[index] for index in range(min(count, len(train)))]
+
+
+def _print_sample(
+    number: int, sample: Sample, config: TriModeConfig, tokenizer: "PreTrainedTokenizerBase", output: Console
+) -> None:
+    """Print one sample: a heading, then a line per block of each noisy view."""
+    length = len(sample["maskable"])
+    views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
+    counts = f"{length} tokens, {int(sample['maskable'].sum())} that may be masked, {ar_targets} AR targets"
+    output.print(f"\n[bold]sample {number}[/bold]: {counts}", soft_wrap=True)
+    end = config.dataset.stored_end()
+    end = tokenizer.eos_token_id if end is None else end
+    for view in range(max(views, 1)):
+        here = slice(view * length, (view + 1) * length)
+        weights = sample["loss_mask"][here] if views else sample["loss_mask"].new_zeros(length)
+        hidden = sample["tokens"][here] != sample["tokens"][-length:]
+        if views:
+            masked, weighted = int(hidden.sum()), int((weights > 0).sum())
+            output.print(f"view {view}: {masked} masked, {weighted} with a loss", soft_wrap=True)
+        for line in _blocks(sample, hidden, weights, int(end if end is not None else -1), tokenizer):
+            output.print(line, soft_wrap=True)
+
+
+def _blocks(
+    sample: Sample, hidden: Tensor, weights: Tensor, end: int, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Text]:
+    """Yield a line per block: its number, its document, what it is, the weights of its losses, and its text.
+
+    Args:
+        sample: The training sample.
+        hidden: [L] bool: masked in this view.
+        weights: [L] fp32: weight of the loss at each position of the view.
+        end: Token that ends a document.
+        tokenizer: Turns ids into text.
+    """
+    maskable, length = sample["maskable"], len(sample["maskable"])
+    clean, learned = sample["tokens"][-length:].tolist(), (sample["loss_mask"][-length:] > 0).tolist()
+    documents, blocks, _ = sample["segment_ids"].tolist()
+    predicting = weights.tolist()
+    for block in dict.fromkeys(blocks):
+        inside = [index for index in range(length) if blocks[index] == block]
+        first = inside[0]
+        learns = bool(maskable[inside].any())
+        kind = "padding" if documents[first] < 0 else "learned" if learns else "context"
+        counted = [predicting[index] for index in inside if predicting[index] > 0]
+        weight = f"w {span(counted)}" if counted else ""
+        line = Text(
+            f"{block:>5} document {max(documents[first], -1 - documents[first]):<3} {kind:<8}{weight:<12}|", "dim"
+        )
+        for index in inside:
+            shade = f"{COLOURS[block % 2]} {'black' if learns else 'bright_black'}"
+            if documents[index] < 0:
+                line.append(PADDING, shade)
+                continue
+            written = _in_a_line(str(tokenizer.decode([clean[index]])))
+            marks = "¶" * (clean[index] == end) + "°" * (learns and not learned[index])
+            line.append(
+                f"⟦{written}⟧{marks}" if hidden[index] else f"{written}{marks}",
+                f"{shade}{' bold reverse' if hidden[index] else ''}",
+            )
+        line.append("|", "dim")
+        yield line
+
+
+def _in_a_line(text: str) -> str:
+    """Return a text with its line breaks and control codes spelled out."""
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in visible(text))
