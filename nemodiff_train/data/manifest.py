@@ -19,6 +19,8 @@ from nemodiff_train.schema import first_problem
 
 _CHUNK_TOKENS = 1 << 22
 
+TokenType = Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -85,7 +87,7 @@ class Manifest(Provenance):
     """Number of tokens, ends of documents included."""
     bytes: int = Field(ge=0)
     """UTF-8 bytes of text."""
-    dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
+    dtype: TokenType
     """NumPy name of the token type in ``.bin``."""
     bin_sha256: str
     idx_sha256: str
