@@ -11,10 +11,14 @@ enter_site() {
   fi
 }
 
-step() { # srun in the container, if there is one
-  local options=()
-  if [[ -n $CONTAINER ]]; then
-    options=(--container-image="$CONTAINER" --container-mounts="$MOUNTS" --container-workdir="$WORK")
+# Start a program inside the site's environment, on every node of the job. A step gets GPUs only if it asks for them.
+step() {
+  local options=() inside=()
+  [[ -z $STEP_GPUS ]] || read -r -a options <<<"$STEP_GPUS"
+  if [[ -n $CONTAINER && $CONTAINER == *.sif ]]; then
+    inside=(apptainer exec --nv --bind "$MOUNTS" --pwd "$WORK" "$CONTAINER")
+  elif [[ -n $CONTAINER ]]; then
+    options+=(--container-image="$CONTAINER" --container-mounts="$MOUNTS" --container-workdir="$WORK")
   fi
-  srun --kill-on-bad-exit=1 "${options[@]}" "$@"
+  srun --kill-on-bad-exit=1 "${options[@]}" "${inside[@]}" "$@"
 }

@@ -1,11 +1,16 @@
 #!/bin/bash
-# Turn a folder of files into one data set: slurm/data.sh FOLDER TOKENIZER PREFIX [option of sbatch ...]
+# Turn a folder of files into one data set: slurm/data.sh [--chat] FOLDER TOKENIZER PREFIX [option of sbatch ...]
 # An array prepares one file per task, as PREFIX-0, PREFIX-1, ...; a job that waits for it merges them into PREFIX.
-# Prints the number of the merging job, for --dependency and 'nemodiff launch --after'.
+# --chat takes conversations. Prints the number of the merging job, for --dependency and 'nemodiff launch --after'.
 set -euo pipefail
 
+chat=()
+if [[ ${1:-} == --chat ]]; then
+  chat=(--chat)
+  shift
+fi
 if (($# < 3)); then
-  echo "usage: slurm/data.sh FOLDER TOKENIZER PREFIX [option of sbatch ...]" >&2
+  echo "usage: slurm/data.sh [--chat] FOLDER TOKENIZER PREFIX [option of sbatch ...]" >&2
   exit 2
 fi
 SCRIPTS=${SCRIPTS:-$(dirname "$0")}
@@ -21,7 +26,8 @@ if ((count == 0)); then
   exit 2
 fi
 
-array=$(sbatch --parsable "$@" --array="0-$((count - 1))" "$SCRIPTS/data.sbatch" "$folder" "$tokenizer" "$prefix")
+array=$(sbatch --parsable "$@" --array="0-$((count - 1))" "$SCRIPTS/data.sbatch" "$folder" "$tokenizer" "$prefix" \
+  "${chat[@]}")
 shards=()
 for ((number = 0; number < count; number++)); do
   shards+=("$prefix-$number")

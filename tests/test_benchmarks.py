@@ -99,6 +99,16 @@ def test_refusals(data: Path, name: str, source: str | None, run_code: bool, wor
         ("\\boxed{10{,}000}", "10,\\!000"),
         ("\\boxed 7$ is it", "7"),
         ("\\fbox{3/4}", "\\frac34"),
+        ("\\boxed{\\frac 12}", "\\frac{1}{2}"),
+        ("\\boxed{\\frac1{72}}", "\\frac{1}{72}"),
+        ("\\boxed{\\frac{\\sqrt 3}2}", "\\frac{\\sqrt{3}}{2}"),
+        ("\\boxed{\\frac ab}", "\\frac{a}{b}"),
+        ("\\boxed{2516_{8}+x^{2}}", "2516_8+x^2"),
+        ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+        ("\\boxed{42\\ \\text{cm}}", "42"),
+        ("\\boxed{\\bigl(3, \\mathbf{x} \\ge 90\\degree\\bigr)}", "(3,x\\geq 90^\\circ)"),
+        ("\\boxed{+5}", "5"),
+        ("\\boxed{\u22125}", "-5"),
     ],
 )
 def test_equal_answers_of_math(found: str, answer: str) -> None:
@@ -119,6 +129,8 @@ UNEQUAL = [
     ("\\sqrt{12}", "12"),
     ("12!", "12"),
     ("7/0", "7"),
+    ("x^{12}", "x^12"),
+    ("\\frac{1}{23}", "\\frac123"),
 ]
 
 

@@ -147,6 +147,26 @@ def test_the_end_of_turn_stops_conversations(tokenizer_dir: str) -> None:
     assert settings.stopping_at(plain.stop_token_ids) == settings
 
 
+def test_conversations_that_are_too_long_are_counted(
+    tmp_path: Path, tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tokenizer"
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    lengths = (("a", "b"), ("a", "b" * 99), ("a" * 99, "b"), ("a" * 99, "b"))
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in lengths
+    ]
+    assert run(write_jsonl(tmp_path / "rows.jsonl", rows), str(folder), tmp_path / "data", "--chat") == 0
+    capsys.readouterr()
+    context: Any = Context(None, 4)
+    ChatDatasetConfig(seq_length=LENGTH, data=[str(tmp_path / "data")], split="100,0,0").read(context)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"of 4 conversations 3 are longer than dataset.seq_length={LENGTH}: 1 are cut, 2 left out" in said
+
+
 def test_conversations_of_a_checkpoints_tokenizer(tmp_path: Path, tokenizer_dir: str) -> None:
     """``--tokenizer CHECKPOINT``, as the page on fine-tuning has it; such a blend has weights as well."""
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -117,6 +117,27 @@ def test_two_models_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "a Megatron checkpoint and a Hugging Face model" in one_line(capsys)
 
 
+def test_what_else_would_change_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adapters beside it, which Transformers adds to its weights; code of its own; no quantization is none."""
+    small.qwen3(tmp_path / "source", num_hidden_layers=2)
+    settings = json.loads(Path("source/config.json").read_text())
+    for content, said in (
+        ({**settings, "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, "names code of its own (auto_map)"),
+        ({**settings, "quantization_config": None}, "holds adapters beside the model"),
+    ):
+        Path("source/adapter_config.json").write_text("{}")
+        Path("source/config.json").write_text(json.dumps(content))
+        capsys.readouterr()
+        assert main(["convert", "import", "source", "imported"]) == 2
+        assert said in one_line(capsys)
+    Path("source/adapter_config.json").unlink()
+    Path("source/generation_config.json").write_text('{"repetition_penalty": 1.1, "num_beams": 1, "top_p": 0.8}')
+    assert main(["convert", "import", "source", "imported"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "imported", "the quick", "--mode", "ar", "--max-new-tokens", "2"]) == 0
+    assert "asks for repetition_penalty=1.1, which decoding here" in " ".join(capsys.readouterr().err.split())
+
+
 def test_more_tokens_than_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is said at import; text that holds such a token is refused, other text is not."""
     from transformers import AutoTokenizer

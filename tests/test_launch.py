@@ -15,6 +15,7 @@ from nemodiff_train.cli import main, parse
 ROOT = Path(__file__).parents[1]
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 WORDS = ["launch", "--slurm", "ministral3_8b_joint", "--nodes", "4", "--dry-run"]
+GIVEN = ["start_from=m", "data=d", "output=o"]
 
 
 def shellcheck(*files: Path) -> None:
@@ -27,16 +28,18 @@ def test_scripts_are_sound() -> None:
 
 
 def test_printed_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main([*WORDS, "--after", "17", "--time", "1-12", "data=a b;rm c"]) == 0
+    options = ["--after", "17", "--time", "1-12", "--partition", "gpu", "--account", "me", "--gres", "gpu:h100:8"]
+    assert main([*WORDS, *options, "data=a b;rm c", "start_from=m", "output=o"]) == 0
     text = capsys.readouterr().out
-    for line in ("--nodes=4", "--time=1-12", "--dependency=afterok:17", "--signal=B:USR1@300", "--requeue"):
+    lines = ("--nodes=4", "--time=1-12", "--dependency=afterok:17", "--signal=B:USR1@300", "--requeue")
+    for line in (*lines, "--partition=gpu", "--account=me", "--gres=gpu:h100:8"):
         assert f"\n#SBATCH {line}\n" in text
     script = tmp_path / "job.sbatch"
     script.write_text(text)
     shellcheck(script)
     words = text[: text.index("SCRIPTS=")] + "printf '%s\\n' \"$@\""
     told = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True).stdout
-    assert told.splitlines() == ["ministral3_8b_joint", "data=a b;rm c"]
+    assert told.splitlines() == ["ministral3_8b_joint", "data=a b;rm c", "start_from=m", "output=o"]
 
 
 HARD = ["data=it's here", 'name="a b"', "path=$HOME/`id`", "two=a\nb", "caf\u00e9=\\"]
@@ -68,10 +71,10 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_submitting_from_a_read_only_folder(read_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([word for word in WORDS if word != "--dry-run"]) == 2
+    assert main([*(word for word in WORDS if word != "--dry-run"), *GIVEN]) == 2
     said = capsys.readouterr().err
     assert str(read_only) in said and "cannot be written to" in said
-    assert main(WORDS) == 0  # printing needs no place
+    assert main([*WORDS, *GIVEN]) == 0  # printing needs no place
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,11 @@ def test_submitting_from_a_read_only_folder(read_only: Path, capsys: pytest.Capt
         ([*WORDS, "--name", "a\nb"], "--name"),
         ([*WORDS, "hello"], "key=value"),
         ([*WORDS, "--nods", "2"], "--nods"),
+        ([*WORDS, *GIVEN, "--partition", "a b"], "--partition a b"),
+        ([*WORDS, *GIVEN, "--gres", "gpu:8\n#SBATCH --qos=x"], "--gres"),
+        ([*WORDS, "data=d"], "needs start_from=..., output=..."),
+        ([*WORDS, *GIVEN, "mask_tokn=x"], "Did you mean 'mask_token'?"),
+        (["launch", "--slurm", "joint", "--dry-run", *GIVEN, "precison=fp32"], "Did you mean 'precision'?"),
         (["launch", "ministral3_8b_joint"], "--slurm"),
         (["train", "ministral3_8b_joint", "--gpus", "8"], "--dry-run"),
         (["train", "ministral3_8b_joint", "--dry-run", "--gpus", "0"], "above 0"),
@@ -94,3 +102,33 @@ def test_refusals(words: list[str], needle: str, capsys: pytest.CaptureFixture[s
 
 def test_settings_may_follow_options() -> None:
     assert parse(["train", "x", "a=1", "--gpus", "8", "b=2"]).settings == ["a=1", "b=2"]
+
+
+STEP = """
+source "$1/slurm/site.env"; source "$1/slurm/common.sh"
+srun() { printf '%s\\n' "$@"; }
+step python x
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "--kill-on-bad-exit=1|python|x"),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "--kill-on-bad-exit=1|--gres=gpu:4|python|x"),
+        ({"SLURM_GPUS_ON_NODE": "4", "STEP_GPUS": ""}, "--kill-on-bad-exit=1|python|x"),
+        (
+            {"STEP_GPUS": "--gpus-per-node=8", "CONTAINER": "a b.sif", "MOUNTS": "/data:/data"},
+            "--kill-on-bad-exit=1|--gpus-per-node=8|apptainer|exec|--nv|--bind|/data:/data|--pwd|/w|a b.sif|python|x",
+        ),
+        (
+            {"CONTAINER": "nemo+1"},
+            "--kill-on-bad-exit=1|--container-image=nemo+1|--container-mounts=/w:/w|--container-workdir=/w|python|x",
+        ),
+    ],
+)
+def test_step_asks_for_gpus_and_runs_in_the_container(given: dict[str, str], words: str) -> None:
+    environment = {"PATH": os.environ["PATH"], "WORK": "/w", **given}
+    command = ["bash", "-euo", "pipefail", "-c", STEP, "x", str(ROOT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == words.split("|"), done.stderr

@@ -242,6 +242,57 @@ def test_what_is_not_used_is_counted(
     assert told == {"keys of messages that the chat template does not read": {"tools (beside the messages)": 1}}
 
 
+def test_parts_that_a_template_names_and_does_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A role that it does not know, and a key that it reads of something else."""
+    known = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|user|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}"
+    )
+    folder = saved(tmp_path / "tokenizer", "bytes", known)
+    extra = {"role": "tool", "content": "rain"}
+    called = {**TALK[1], "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [{"messages": [{**TALK[0], "name": "Bob"}, called, extra, TALK[3]]}, {"messages": TALK}] * 30
+    assert run(write_jsonl(tmp_path / "rows.jsonl", rows), folder, tmp_path / "out", "--chat") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "does not read: name of role 'user' (30), content of role 'tool' (30);" in said
+
+
+def test_the_template_for_tools_and_answers_to_nothing(tmp_path: Path) -> None:
+    """Of several templates it is Transformers' choice; an answer with an empty prompt has nothing to follow from."""
+    named = [{"name": "default", "template": TURNS.replace("tools", "none")}, {"name": "tool_use", "template": TURNS}]
+    tokenizer = load_tokenizer(saved(tmp_path / "one", "bytes", named))  # type: ignore[arg-type]
+    (document,) = turns(tokenizer, *TALK, tools=[{"name": "f"}])
+    assert tokenizer.decode(document[0]).startswith('[{"name": "f"}]<|end|>')
+    assert turns(tokenizer, *TALK)[0][0] == asked(tokenizer, TALK[:1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, None))
+    assert encoder((Conversation(TALK[1:], "talk"),)).left_out == {"an answer with nothing before it": 1}
+
+
+def test_two_values_for_one_thing_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for name, text, columns in (
+        ("a.jsonl", '{"text": "a", "text": "b"}', TextColumn("text")),
+        ("b.json", '[{"text": "a", "text": "b"}]', TextColumn("text")),
+        ("c.jsonl", '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', None),
+    ):
+        (tmp_path / name).write_text(text + "\n")
+        with pytest.raises(UserError, match=rf"{name}.*stands there twice"):
+            read(tmp_path / name, columns=columns)
+    with pytest.raises(UserError, match="two system prompts"):
+        one(tmp_path, {"messages": TALK, "system": "a", "system_prompt": "b"})
+    assert one(tmp_path, {"messages": TALK, "system": "a", "system_prompt": "a"})[0].messages[0]["content"] == "a"
+    for mark in ("weight", "training", "loss_mask"):
+        row = {"messages": TALK, mark: 0}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+        for file in (tmp_path / "rows.parquet", write_jsonl(tmp_path / "rows.jsonl", [row])):
+            with pytest.raises(UserError, match=f"'{mark}' is 0"):
+                read(file)
+
+
 def test_an_answer_that_the_template_drops_is_left_out(tokenizers: dict[str, str]) -> None:
     tokenizer = load_tokenizer(tokenizers["bytes"])
     talk = [TALK[0], {"role": "assistant", "content": "", "reasoning_content": "hm"}]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemodiff_train.config.registry import check_recipe
+from nemodiff_train.config.registry import check_arguments, check_recipe
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError
 
@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
     parser.add_argument("--time", default="04:00:00", metavar="LIMIT", help="of one job, as SLURM writes it")
     parser.add_argument("--name", default="nemodiff", help="of the job and its log")
+    parser.add_argument("--partition", help="of the cluster (default: that of SBATCH_PARTITION or the site)")
+    parser.add_argument("--account", help="that pays (default: that of SBATCH_ACCOUNT or yours)")
+    parser.add_argument("--gres", help="what each node has to give, such as gpu:8 (default: all that it has)")
     parser.add_argument("--after", type=int, metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
@@ -59,10 +62,11 @@ def script(arguments: argparse.Namespace) -> str:
         raise UserError(f"--name {arguments.name}: use letters, digits, '.', '_' and '-'")
     if arguments.after is not None and arguments.after < 1:
         raise UserError(f"--after {arguments.after}: use the number of a job")
+    for option in ("partition", "account", "gres"):
+        if not re.fullmatch(r"[\w.:,=@-]+", value := getattr(arguments, option) or "none"):
+            raise UserError(f"--{option} {value}: use letters, digits and '.:,=@_-'")
     check_recipe(arguments.recipe)
-    for word in arguments.settings:
-        if "=" not in word:
-            raise UserError(f"'{word}' is not of the form key=value")
+    check_arguments(arguments.recipe, arguments.settings)
     check_no_secrets(dict(word.split("=", 1) for word in arguments.settings))
     import slurm
 
@@ -71,9 +75,12 @@ def script(arguments: argparse.Namespace) -> str:
     options = {"nodes": arguments.nodes, "time": arguments.time, "job-name": arguments.name}
     for option, value in options.items():
         text = re.sub(rf"(?m)^#SBATCH --{option}=.*$", f"#SBATCH --{option}={value}", text)
-    if arguments.after is not None:
-        dependency = f"#SBATCH --dependency=afterok:{arguments.after}\n"
-        text = text.replace("#SBATCH --requeue\n", dependency + "#SBATCH --requeue\n")
+    more = {
+        "dependency": arguments.after and f"afterok:{arguments.after}",
+        **{option: getattr(arguments, option) for option in ("partition", "account", "gres")},
+    }
+    lines = "".join(f"#SBATCH --{option}={value}\n" for option, value in more.items() if value)
+    text = text.replace("#SBATCH --requeue\n", lines + "#SBATCH --requeue\n")
     words = shlex.join([arguments.recipe, *arguments.settings])
     start = "set -euo pipefail\n"
     return text.replace(start, f"{start}set -- {words}\nSCRIPTS=${{SCRIPTS:-{shlex.quote(str(folder))}}}\n", 1)

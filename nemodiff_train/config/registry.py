@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import recipes
@@ -46,6 +46,57 @@ def split_file(name: str) -> tuple[Path, str] | None:
     """
     match = _FILE.fullmatch(name)
     return (Path(match["file"]), match["function"] or "recipe") if match else None
+
+
+def check_arguments(name: str, words: Sequence[str]) -> None:
+    """Refuse words that a recipe does not take, or the lack of one that it needs, without importing it.
+
+    The signature is read from the source of the recipe's function; one that is made another way, or whose file is on
+    another machine, is left to the start of the run.
+
+    Raises:
+        UserError: Names the argument, and the nearest one that there is.
+    """
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"'{word}' is not of the form key=value")
+    keys = [word.partition("=")[0] for word in words]
+    signature = _signature(name)
+    if signature is None:
+        return
+    known, required = signature
+    for key in keys:
+        if "." not in key and key not in known:
+            raise UserError(
+                f"recipe '{name}' takes no argument '{key}'; it takes {', '.join(known)}.{nearest(key, known)}"
+            )
+    if missing := [key for key in required if key not in keys]:
+        raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
+
+
+def _signature(name: str) -> tuple[list[str], list[str]] | None:
+    """Return the arguments of a recipe and those without a default, or None where the source does not show them."""
+    file, function = split_file(name) or (Path(recipes.__path__[0]) / f"{recipe_modules().get(name)}.py", name)
+    if not file.is_file():
+        return None
+    try:
+        module = ast.parse(file.read_text())
+    except (SyntaxError, ValueError):
+        return None
+    found = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not found and split_file(name) is None:  # two_stages() makes it of the function of its stage
+        stages = ast.parse((Path(__file__).parent / "published.py").read_text())
+        stage = name.rpartition("_")[2]
+        found = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
+    if not found:
+        return None
+    taken = found[-1].args
+    if taken.kwarg or taken.vararg:
+        return None
+    names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
+    required = names[: len(names) - len(taken.defaults)]
+    keyword = dict(zip((argument.arg for argument in taken.kwonlyargs), taken.kw_defaults, strict=True))
+    return [*names, *keyword], [*required, *(key for key, default in keyword.items() if default is None)]
 
 
 def check_recipe(name: str) -> None:

@@ -36,8 +36,13 @@ def check_weights(directory: Path) -> dict[str, Stored]:
     if not (directory / "config.json").is_file():
         return {}
     settings = read_config(directory)
-    if "quantization_config" in settings:
+    if settings.get("quantization_config"):
         raise UserError(f"'{directory}' holds quantized weights; take the directory of the model in bf16")
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"'{directory}' holds adapters beside the model (adapter_config.json), which Transformers would add to "
+            "its weights; merge them, or remove the file"
+        )
     stored = {
         name: tensor
         for name, tensor in read_headers(directory).items()

@@ -10,7 +10,7 @@ import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,13 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from nemodiff_train.data.encode import EncodedBatch, EncodedDocument
-from nemodiff_train.data.messages import Conversation
+from nemodiff_train.data.messages import Conversation, names
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import end_of_document_id
 from nemodiff_train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TRIES = 20
+"""Times that a part of messages is looked at in vain before it counts as not read without a look."""
 
 
 class Answer(NamedTuple):
@@ -53,15 +57,21 @@ class ChatEncoder:
 
     def __call__(self, conversations: tuple[Conversation, ...]) -> EncodedBatch:
         left_out: Counter[str] = Counter()
+        unread: Counter[str] = Counter()
         rendered: list[Rendered] = []
         for conversation in conversations:
             documents = list(self._documents(conversation))
-            if all(self._says_something(document) for document in documents):
-                rendered += documents
-            else:
+            if not all(self._says_something(document) for document in documents):
                 left_out["an answer that the chat template leaves empty"] += 1
+            elif not documents[0].answers[0].start:
+                left_out["an answer with nothing before it"] += 1
+            else:
+                rendered += documents
+                unread.update(self._unread(conversation))
         encoded = [document for each in rendered for document in self._encode(each)]
-        return EncodedBatch(len(conversations), encoded, sum(len(each.text.encode()) for each in rendered), left_out)
+        return EncodedBatch(
+            len(conversations), encoded, sum(len(each.text.encode()) for each in rendered), left_out, unread
+        )
 
     def _documents(self, conversation: Conversation) -> Iterator[Rendered]:
         """Yield one document if the template only ever appends to what it has rendered, else one per answer.
@@ -95,6 +105,43 @@ class ChatEncoder:
     def _says_something(self, document: Rendered) -> bool:
         texts = (document.text[answer.start : answer.end] for answer in document.answers)
         return all(text.removesuffix(self._end_of_turn).strip() for text in texts)
+
+    def _unread(self, conversation: Conversation) -> Iterator[str]:
+        """Yield the parts of messages that leave the text as it is, though the template names their keys.
+
+        Such as the content of a role that it does not know, or a ``name`` where it reads that of a tool.
+        """
+        for index, message in enumerate(conversation.messages):
+            for key, value in message.items():
+                part = (str(message["role"]), key, index == 0)
+                if key == "role" or not value or part in self._read or not names(self._template.source, key):
+                    continue
+                if self._misses[part] < _TRIES and self._acts(conversation, index, key):
+                    self._read.add(part)
+                else:
+                    self._misses[part] += 1
+                    yield f"{key} of role '{part[0]}'"
+
+    def _acts(self, conversation: Conversation, index: int, key: str) -> bool:
+        """Return whether the text changes with a part of a message, where an answer is the last one."""
+        messages = list(conversation.messages)
+        messages[index] = {name: value for name, value in messages[index].items() if name != key}
+        if key == "content":
+            messages[index]["content"] = ""
+        count = index + 1 if messages[index]["role"] == "assistant" else len(messages)
+        try:
+            before = self._render(conversation, count, False)
+            return before != self._render(replace(conversation, messages=messages), count, False)
+        except UserError:  # the template asks for it
+            return True
+
+    @cached_property
+    def _read(self) -> set[tuple[str, str, bool]]:
+        return set()  # roles and keys that were found to act, of the first message and of others
+
+    @cached_property
+    def _misses(self) -> Counter[tuple[str, str, bool]]:
+        return Counter()
 
     @cached_property
     def _end_of_turn(self) -> str:

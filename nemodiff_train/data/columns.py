@@ -11,7 +11,7 @@ from nemodiff_train.errors import UserError, nearest
 Document = str | Conversation
 
 _SYSTEM = ("system", "system_prompt")
-_RECORD_MARKS = ("weight", "train", "trainable")
+_RECORD_MARKS = ("weight", "train", "training", "trainable", "loss_mask")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _ChatColumns:
     notes: Notes = field(default_factory=Notes, kw_only=True)
     template: str | None = field(default=None, kw_only=True)
     """Source of the chat template; None to take it that it reads everything."""
-    optional: ClassVar[tuple[str, ...]] = ("tools", *_SYSTEM)
+    optional: ClassVar[tuple[str, ...]] = ("tools", *_SYSTEM, *_RECORD_MARKS)
 
     def _conversation(self, messages: object, row: Mapping[str, object], where: str) -> Conversation | None:
         for mark in _RECORD_MARKS:
@@ -58,7 +58,10 @@ class _ChatColumns:
                 raise UserError(f"{where}: '{mark}' is {row[mark]!r}; records are learned alike, so take it out")
         if row.get("tools") and self.template is not None and "tools" not in self.template:
             self.notes.add(UNREAD_KEYS, "tools (beside the messages)", where)
-        system = next((row[name] for name in _SYSTEM if row.get(name)), None)
+        systems = [row[name] for name in _SYSTEM if row.get(name)]
+        if systems[1:] and systems[0] != systems[1]:
+            raise UserError(f"{where}: '{_SYSTEM[0]}' and '{_SYSTEM[1]}' are two system prompts; take one out")
+        system = systems[0] if systems else None
         return read_conversation(messages, row.get("tools"), system, where, self.template, self.notes)
 
 

@@ -12,6 +12,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
+from nemodiff_train.console import warn
 from nemodiff_train.data.packing import pack
 from nemodiff_train.errors import UserError
 
@@ -52,6 +53,12 @@ class ConversationDataset(MegatronDataset):
             raise UserError(
                 f"{dataset_path}: no conversation's first answer begins within dataset.seq_length="
                 f"{config.sequence_length}; raise it"
+            )
+        cut = int((sizes > config.sequence_length).sum()) - (len(indices) - len(usable))
+        if lost := len(indices) - len(usable) + cut:
+            warn(
+                f"{dataset_path}, {index_split.name} split: of {len(indices)} conversations {lost} are longer than "
+                f"dataset.seq_length={config.sequence_length}: {cut} are cut, {lost - cut} left out"
             )
         usable_sizes = sizes[np.isin(indices, usable)].clip(max=config.sequence_length)
         bins = pack(usable_sizes, config.sequence_length, config.random_seed)

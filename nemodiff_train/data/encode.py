@@ -44,6 +44,8 @@ class EncodedBatch:
     """UTF-8 bytes of the text."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of inputs without a document, by reason."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Number of parts of messages that the chat template does not read, by what they are."""
 
     @property
     def tokens(self) -> int:

@@ -68,7 +68,7 @@ def read_conversation(
         return None
     if not isinstance(given, list) or not all(_is_message(message) for message in given):
         raise refuse("not a list of messages with 'role' and 'content'")
-    reads = partial(_reads, template)
+    reads = partial(names, template)
     cleaned = [_renamed(_without_nulls(message, notes, where)) for message in given]
     ignored = frozenset(index for index, message in enumerate(cleaned) if not _is_learned(message, refuse))
     try:
@@ -97,7 +97,7 @@ def _refuser(where: str) -> Callable[[str], UserError]:
 
 
 @cache
-def _reads(template: str | None, key: str) -> bool:
+def names(template: str | None, key: str) -> bool:
     """Return whether a template names a key."""
     return template is None or re.search(rf"\b{re.escape(key)}\b", template) is not None
 

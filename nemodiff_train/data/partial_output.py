@@ -51,6 +51,8 @@ class Chunk(BaseModel):
     size: Size
     left_out: dict[str, int] = {}
     """Number of inputs without a document, by reason."""
+    unread: dict[str, int] = {}
+    """Number of parts of messages that the chat template does not read."""
 
 
 class _State(BaseModel):
@@ -135,6 +137,11 @@ class PartialOutput:
         """Number of inputs of all finished chunks without a document, by reason."""
         return sum((Counter(chunk.left_out) for chunk in self._state.chunks), Counter())
 
+    @property
+    def unread(self) -> Counter[str]:
+        """Number of parts of messages in all finished chunks that the chat template does not read."""
+        return sum((Counter(chunk.unread) for chunk in self._state.chunks), Counter())
+
     def adopt(self, chunks: Sequence[Chunk]) -> None:
         """Use finished data sets as the chunks."""
         self._state.chunks = list(chunks)
@@ -149,9 +156,10 @@ class PartialOutput:
     def _write_chunk(self, batches: Iterator[EncodedBatch], progress: Callable[[Size], None]) -> Chunk:
         stem = f"{len(self._state.chunks):05d}"
         builder = self._builder(stem)
-        size, left_out = Size(), Counter[str]()
+        size, left_out, unread = Size(), Counter[str](), Counter[str]()
         for batch in batches:
             left_out.update(batch.left_out)
+            unread.update(batch.unread)
             for document in batch.documents:
                 builder.add_document(*document)
             written = Size(documents=batch.inputs, tokens=batch.tokens, bytes=batch.text_bytes)
@@ -160,7 +168,7 @@ class PartialOutput:
             if size.bytes >= CHUNK_BYTES:
                 break
         self._finalize(builder, stem)
-        return Chunk(stem=stem, size=size, left_out=left_out)
+        return Chunk(stem=stem, size=size, left_out=left_out, unread=unread)
 
     def publish(self) -> Manifest:
         """Join the chunks, move the result into place and remove the chunks."""

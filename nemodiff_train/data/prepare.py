@@ -14,7 +14,7 @@ from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_diges
 from nemodiff_train.data.columns import AnswerColumns, Columns, MessagesColumn, TextColumn
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenizerInfo
-from nemodiff_train.data.notes import LEFT_OUT, Notes
+from nemodiff_train.data.notes import LEFT_OUT, UNREAD_KEYS, Notes
 from nemodiff_train.data.partial_output import SUFFIXES, PartialOutput, Size
 from nemodiff_train.data.sources import Source, documents, resolve
 from nemodiff_train.data.template import ChatTemplate
@@ -180,8 +180,9 @@ def _continue(
         remaining = islice(documents(sources), done.documents, None)
         with _progress(done) as advance:
             partial.write(encode_in_order(remaining, encoder, options.workers), advance)
-        for reason, count in partial.left_out.items():
-            notes.add(LEFT_OUT, reason, ", ".join(options.inputs), count)
+        for kind, counts in ((LEFT_OUT, partial.left_out), (UNREAD_KEYS, partial.unread)):
+            for what, count in counts.items():
+                notes.add(kind, what, ", ".join(options.inputs), count)
         notes.print()
         if partial.size.tokens == 0:
             raise UserError(f"{', '.join(options.inputs)}: no documents with content in there")

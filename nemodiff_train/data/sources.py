@@ -180,11 +180,20 @@ def _read_json(path: Path, columns: Columns) -> Iterator[Document | None]:
             return
         file.seek(0)
         try:
-            records = json.loads(file.read())
+            records = json.loads(file.read(), object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: malformed JSON ({error}); correct it, or choose files with --glob") from error
     for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
         yield _read_object(record, columns, f"{path}, record {number}")
+
+
+def _object(entries: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of JSON; Python itself would keep the last of two values under one key."""
+    made = dict(entries)
+    if len(made) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands there twice")
+    return made
 
 
 def _json(text: str | bytes) -> object:
@@ -196,7 +205,7 @@ def _json(text: str | bytes) -> object:
 
 def _parse_record(line: bytes, columns: Columns, where: str) -> Document | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: malformed JSON ({error}); correct or remove the line") from error
     return _read_object(record, columns, where)

@@ -48,13 +48,15 @@ class ChatTemplate:
             )
         try:
             template = tokenizer.get_chat_template()
+            with_tools = tokenizer.get_chat_template(tools=[{}])  # another one, where there are several
         except ValueError as error:
             raise self._refusal(str(error).partition("\n")[0]) from None
         named = tokenizer.special_tokens_map.items()
         tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
-        self.source = template
-        """Text of the template."""
-        self._given = {"template": template, "tokens": tokens}
+        self.source = template if with_tools == template else f"{template}\n{with_tools}"
+        """Text of the template, with that for conversations with tools."""
+        self._templates = {False: template, True: with_tools}
+        self._tokens = tokens
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(
@@ -76,7 +78,8 @@ class ChatTemplate:
         if self._process is None:
             self._start()
         given = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
-        response = self._ask({**self._given, **given, "seconds": SECONDS}, SECONDS)
+        template = self._templates[bool(tools)]
+        response = self._ask({"template": template, "tokens": self._tokens, **given, "seconds": SECONDS}, SECONDS)
         if "text" not in response:
             raise self._refusal(response["problem"])
         return response["text"]

@@ -6,6 +6,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedTokenizerBase
 
+from nemodiff_train.console import warn
 from nemodiff_train.decoding.decode import check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
@@ -13,6 +14,14 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import computing_dtype, load_model, stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
+
+_NOT_APPLIED = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": 0, "guidance_scale": 1.0, "bad_words_ids": None,
+    "sequence_bias": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "stop_strings": None,
+}  # fmt: skip
+"""Keys of a generation_config.json that change what greedy decoding writes, with the value that changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,9 @@ def load_decoding_model(
         check_mode(provider, mode)
     if drafter is not None and modes and "linear" not in modes:
         raise UserError(f"--drafter acts in mode linear alone, not in {', '.join(modes)}; leave it out")
+    asked = provider.hf_generation_config
+    if named := [f"{key}={asked[key]}" for key, none in _NOT_APPLIED.items() if asked.get(key) not in (None, none)]:
+        warn(f"generation_config.json asks for {', '.join(named)}, which decoding here does not do")
     chosen = DecodingSettings(block_size=provider.block_size if block_size is None else block_size, **settings)
     loaded = load_model(
         checkpoint,

@@ -159,17 +159,21 @@ def boxed(text: str) -> str | None:
     return None
 
 
-# Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, units, text, fractions, separators.
+# Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, units, text, optional braces, separators.
 _LATEX = (
-    (r"\\(?:left|right|displaystyle|limits|,|!|;|:|quad|qquad)(?![a-zA-Z])", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|,|!|;|:|quad|qquad)(?![a-zA-Z])|(?<!\\)\\ ", ""),
+    ("\N{MINUS SIGN}", "-"),
     (r"\{,\}", ","),
-    (r"\\[dt]frac", r"\\frac"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\([dt]binom)", r"\\binom"),
+    (r"\\(le|ge|ne)q?(?![a-zA-Z])", r"\\\1q"),
     (r"(?<=[0-9}])\s*\\(?:text|mathrm|textbf|mbox)\{[^{}]*\}(?:\^[0-9]|\^\{[0-9]\})?$", ""),
-    (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
-    (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
-    (r"\\sqrt([0-9a-z])", r"\\sqrt{\1}"),
-    (r"\^\{?\\circ\}?|\\%|%|\\\$", ""),
-    (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))|\\ |\s", ""),
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\\(sqrt|frac|binom)(?:\s*(?=[0-9])|\s+)([0-9a-zA-Z])", r"\\\1{\2}"),
+    (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
+    (r"\^\{?\\circ\}?|\\degree|\\%|%|\\\$", ""),
+    (r"([\^_])\{([0-9a-zA-Z])\}", r"\1\2"),
+    (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))|\s", ""),
     (r"(?<![0-9])\.(?=[0-9])", "0."),
     (r"^[a-zA-Z]=", ""),
 )
@@ -199,7 +203,7 @@ def _number(text: str) -> Fraction | None:
     if match := _FRACTION.fullmatch(text):
         text = f"{match[1]}{match[2]}/{match[3]}".replace("--", "")
     try:
-        return Fraction(text) if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?", text) else None
+        return Fraction(text) if re.fullmatch(r"[-+]?[0-9]+(?:\.[0-9]+|/[0-9]+)?", text) else None
     except ZeroDivisionError:
         return None
 

@@ -30,6 +30,11 @@ def auto_bridge(config: PretrainedConfig) -> Any:
         UserError: Bridge does not know the architecture; names it and those that are known to work.
     """
     name = (config.architectures or ["no architecture"])[0]
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        raise UserError(
+            f"config.json of {name} names code of its own (auto_map), which never runs here; remove auto_map if the "
+            f"model computes what {name} of Transformers does"
+        )
     if not AutoBridge.supports(config):
         raise unsupported(name)
     _register(name)

@@ -69,10 +69,12 @@ def _refuse_broken_cuda() -> None:
     Raises:
         UserError: The machine has a GPU that CUDA cannot use; with CUDA's reason.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
+    # SLURM hides the GPUs that a step has not asked for as "NoDevFiles"; the others are a user's own words.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     given = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_JOB_GPUS")
     if hidden or os.environ.get("NEMODIFF_CPU") == "1" or not (given or Path("/dev/nvidia0").exists()):
         return
+    in_job = "SLURM_JOB_ID" in os.environ
     try:
         torch.cuda.init()
         reason = "torch finds none"
@@ -80,7 +82,8 @@ def _refuse_broken_cuda() -> None:
         reason = str(error).partition("\n")[0]
     raise UserError(
         f"this machine has a GPU, but CUDA does not work ({reason}); mend the driver, or install torch for its CUDA "
-        "version. NEMODIFF_CPU=1 computes on the CPU"
+        f"version{' (under SLURM: let the step ask for GPUs, STEP_GPUS in slurm/site.env)' if in_job else ''}. "
+        "NEMODIFF_CPU=1 computes on the CPU"
     )
 
 
