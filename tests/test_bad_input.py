@@ -208,7 +208,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "import: missing shard": (["convert", "import", "incomplete", "out"], ["model-00002-of-00002.safetensors"]),
     "import: an index of no names": (
         ["convert", "import", "nameless", "out"],
-        ["index.json", "not a file beside it"],
+        ["index.json", "weight_map.a"],
     ),
     "import: an index of paths": (["convert", "import", "outside", "out"], ["../model/", "not a file beside it"]),
     "import: unsupported": (["convert", "import", "gpt2", "out"], ["GPT2LMHeadModel", "Ministral3ForCausalLM"]),

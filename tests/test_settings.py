@@ -1,8 +1,11 @@
 """Settings that take effect, and those that are refused because something else decides them."""
 
 import ast
+import copy
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,51 @@ def test_every_setting_is_read_or_refused(config: Any) -> None:
     inert = [key for key, name in keys.items() if name not in read and without_effect(key) is None]
     # Core composes the names of these from that of the optimizer, which has to be installed.
     assert [key for key in inert if not key.startswith(EMERGING)] == []
+
+
+HOSTILE = ("0", "-1", "1000000000000000", "1e308", "nan", "inf", "''", "nonsense", "[]", "{}", "null", "true")
+
+
+def test_hostile_values_of_all_settings(config: Any) -> None:
+    """Values generated for every field: refused in one line, or at least a number that can be.
+
+    Every run tries the same part; ``NEMODIFF_HOSTILE=1`` tries all, and takes minutes.
+    """
+    sections = {field.name: getattr(config, field.name) for field in fields(config)}
+    settings = [(f"{n}.{f.name}", n, f.name) for n, s in sections.items() if is_dataclass(s) for f in fields(s)]
+    every = 1 if os.environ.get("NEMODIFF_HOSTILE") else 131
+    for (key, section, name), value in islice(product(settings, HOSTILE), 0, None, every):
+        changed = copy.deepcopy(config)
+        try:
+            override(changed, {key: value})
+            changed.fit_schedule()
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            continue
+        taken = getattr(getattr(changed, section), name)
+        if isinstance(taken, int | float) and not isinstance(taken, bool):
+            assert -1 <= taken <= 1e12 or key == "optimizer.grad_norm_skip_threshold", (key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("checkpoint.save_interval", "0"),
+        ("train.train_iters", "100000000000000"),
+        ("train.global_batch_size", "99999999"),
+        ("objective.views", "1000000000"),
+        ("ddp.bucket_size", "-5"),
+        ("optimizer.clip_grad", "-1"),
+        ("logger.log_interval", "inf"),
+    ],
+)
+def test_absurd_values_are_refused(config: Any, key: str, value: str) -> None:
+    from nemodiff_train.validation import size
+    from nemodiff_train.validation.settings import check_sizes
+
+    with pytest.raises(UserError, match=key.rpartition(".")[2]):
+        check_sizes(override(config, {key: value}))
+        raise UserError("; ".join(size.problems(config, 1)))
 
 
 @pytest.mark.parametrize("key", ["model.moe_router_topk", "model.mtp_num_layers"])

@@ -5,15 +5,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.schedule import SHARES
 from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.schema import check_type, declared_type
 
 _FROM_OBJECTIVE = "it follows from the section objective"
 _OURS = "every run needs it as it is"
@@ -60,7 +59,12 @@ _OF_OTHER_KINDS = {
 """Beginnings of settings that belong to kinds of models that are refused as such."""
 """Settings that something else decides, and what."""
 
-_ALLOW_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+
+_NONE_BELOW_0 = ("checkpoint.most_recent_k", "tokenizer.null_tokenizer_pad_id")
+"""Settings in which -1 stands for none."""
+_UNLIMITED = ("optimizer.grad_norm_skip_threshold",)
+_LARGEST = 1e12
+"""Of any setting: more steps, samples or bytes than there will be."""
 
 
 def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConfig:
@@ -90,6 +94,7 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
     for key, old in before.items():
         _check_kind(key, old, _look_up(config, key.lstrip("+~")))
         check_type(config, key.lstrip("+~"))
+        _check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
     return config
 
 
@@ -124,11 +129,21 @@ def _look_up(config: TriModeConfig, key: str) -> object:
     return node
 
 
+def _check_range(key: str, value: object) -> None:
+    """Refuse a number that no setting can have: counts, sizes, rates and seconds are finite and not below 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    lowest = -1 if key in _NONE_BELOW_0 else 0
+    unlimited = key in _UNLIMITED and value == math.inf
+    if not lowest <= value <= _LARGEST and not unlimited:
+        raise UserError(f"{key} is {value}; use a number from {lowest} to {_LARGEST:.0e}")
+
+
 def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
     """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
     section, _, name = key.lstrip("+~").rpartition(".")
     node = functools.reduce(lambda found, part: getattr(found, part, None), section.split("."), cast(object, config))
-    hint = _declared_type(type(node), name) if is_dataclass(node) else None
+    hint = declared_type(type(node), name) if is_dataclass(node) else None
     if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"[{":
         return value
     # In Hydra's quotes a backslash escapes a quote, and is written twice before one.
@@ -141,65 +156,3 @@ def _check_kind(key: str, old: object, new: object) -> None:
     if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
         expected = "true or false" if isinstance(old, bool) else "a number"
         raise UserError(f"{key}={new} is not {expected}; its value was {old}")
-
-
-def check_type(config: object, key: str) -> None:
-    """Refuse a value that does not have the declared type of its field, or is NaN.
-
-    Fields whose types only Megatron understands are left to it.
-
-    Args:
-        config: A dataclass of dataclasses.
-        key: Dotted path of a setting in it, which exists.
-
-    Raises:
-        UserError: Names the key, the value and what it should be.
-    """
-    *path, name = key.split(".")
-    section = functools.reduce(lambda node, part: getattr(node, part, None), path, config)
-    if not is_dataclass(section) or not hasattr(section, name):
-        return
-    hint, value = _declared_type(type(section), name), getattr(section, name)
-    _check_choice(key, value, hint)
-    if isinstance(value, float) and math.isnan(value):
-        raise UserError(f"{key}={value} is no number")
-    adapter = _type_adapter(hint)
-    if adapter is None or value is None:  # None means "not set" in many fields that do not declare it
-        return
-    try:
-        converted = adapter.validate_python(value)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
-    if isinstance(value, str) and isinstance(converted, bool | int | float):
-        raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
-    if isinstance(value, float) and isinstance(converted, bool | int):
-        raise UserError(f"{key}={value} is written as a fraction; write {converted}")
-
-
-def _check_choice(key: str, value: object, hint: object) -> None:
-    """Refuse a value outside the choices of a ``Literal``, or of a ``Literal | None``."""
-    literals = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
-    choices = [str(choice) for kind in literals for choice in get_args(kind)]
-    if choices and value is not None and str(value) not in choices:
-        known = "', '".join(choices)
-        raise UserError(f"{key} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
-
-
-def _declared_type(section: type, name: str) -> Any:
-    """Return the declared type of a field, or None where only Megatron can resolve it."""
-    try:
-        return get_type_hints(section).get(name)
-    except (NameError, TypeError):
-        return None
-
-
-def _type_adapter(hint: Any) -> TypeAdapter[Any] | None:
-    """Return a validator of a type, or None for Megatron's own types and for choices, which are checked before."""
-    if hint is None or get_origin(hint) is Literal:
-        return None
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if is_dataclass(hint) else _ALLOW_ANY_CLASS)
-        return adapter if adapter.pydantic_complete else None
-    except (NameError, TypeError, PydanticUserError):
-        return None

@@ -7,14 +7,14 @@ import torch
 from accelerate import init_empty_weights
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemodiff_train.conversion.headers import Stored, opened
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.distributed import from_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import HFConfig, ar_settings, architecture, stored_name
-from nemodiff_train.model.pretrained import config_from
+from nemodiff_train.model.pretrained import build_reference, config_from
 
 POSITIONS = 300
 """Tokens that a miniature reads, and never more than the model has positions."""
@@ -55,7 +55,7 @@ def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) 
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_from({**settings, **small})).float()
+        model = build_reference(config_from({**settings, **small})).float()
         for parameter in model.parameters():  # norms of ones and biases of zeros would hide what is left out
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
@@ -69,7 +69,7 @@ def reference(settings: HFConfig, stored: Mapping[str, Stored]) -> PreTrainedMod
         stored: Headers of the model's tensors by their names in the files.
     """
     with init_empty_weights():  # of parameters, not of the rotary frequencies, which no file holds
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config_from(ar_settings(settings)))
+        model = build_reference(config_from(ar_settings(settings)))
     weights = {}
     for name in model.state_dict():
         if tensor := stored.get(stored_name(architecture(settings), name)):

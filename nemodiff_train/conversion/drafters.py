@@ -13,7 +13,8 @@ from nemodiff_train.conversion.formats import FORMATS, own_format
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory
-from nemodiff_train.model.checkpoint import Checkpoint, read_json
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.draft_adapter import DraftLoRA, open_drafter
 from nemodiff_train.model.families import ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import start_model_parallel
@@ -93,7 +94,7 @@ def _kind_around(output: Path, provider: TriModeModelProvider) -> str | None:
     file = output.parent / "config.json"
     if not file.is_file():
         return None
-    settings = read_json(file)
+    settings = read_config(output.parent)
     config = config_from(ar_settings(settings))
     for name, expected in (
         ("num_hidden_layers", provider.num_layers),

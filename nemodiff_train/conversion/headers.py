@@ -1,22 +1,27 @@
 """Read the headers of the weights in a Hugging Face directory, without torch."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.schema import checked, read_json
 
 INDEX = "model.safetensors.index.json"
 
 _ITEM_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes per element of the dtypes that hold plain weights."""
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
 
 _LONGEST = 255  # bytes of a file's name
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -108,19 +113,15 @@ def _index(directory: Path) -> dict[str, str]:
     file = directory / INDEX
     if not file.is_file():
         return {}
-    try:
-        weight_map = json.loads(file.read_text())["weight_map"]
-        names = {str(name): shard for name, shard in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"'{file}' is not an index of safetensors; fetch it again") from None
+    names = checked(_Index, read_json(file), file)["weight_map"]
     if outside := [shard for shard in names.values() if not _is_file_name(shard)]:
         raise UserError(f"'{file}' names '{outside[0]!s:.200}', which is not a file beside it; fetch it again")
     return names
 
 
-def _is_file_name(shard: object) -> bool:
+def _is_file_name(shard: str) -> bool:
     """Return whether an index names what a file can be called, and not a path."""
-    return isinstance(shard, str) and Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST
+    return Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST
 
 
 def _check_siblings(file: Path) -> None:

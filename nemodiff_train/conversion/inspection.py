@@ -9,7 +9,8 @@ from rich.table import Table
 
 from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
+from nemodiff_train.model.checkpoint import Checkpoint, Kind
+from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import NEMOTRON, SDAR, TRI_MODE, ar_settings, architecture
 
 _SHAPE = {
@@ -42,7 +43,7 @@ def inspect(path: str) -> None:
 
 
 def _describe_hugging_face(folder: Path) -> dict[str, str]:
-    settings = read_json(folder / "config.json")
+    settings = read_config(folder)
     stored = read_headers(folder)
     files = {tensor.file for tensor in stored.values()}
     return {

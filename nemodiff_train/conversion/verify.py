@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nemodiff_train.console import console, quiet
 from nemodiff_train.conversion.exporting import full_tensors
@@ -29,7 +29,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import load_model, set_dtype, start_model_parallel
-from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
+from nemodiff_train.model.pretrained import build_reference, config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 ROUNDING = 128
@@ -200,10 +200,7 @@ class _HuggingFace(_Side):
     def _empty_model(self) -> PreTrainedModel:
         """Return Transformers' model in fp32 without weights, which takes no memory."""
         with init_empty_weights():  # rotary frequencies are computed: they are in no file
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config_from(self.ar_config), dtype=torch.float32
-            )
-        return model
+            return build_reference(config_from(self.ar_config), dtype=torch.float32)
 
 
 class _Files(Mapping[str, Tensor]):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from nemodiff_train.conversion.headers import Stored, opened, read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import auto_bridge
-from nemodiff_train.model.checkpoint import read_json
+from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import HFConfig, ar_settings, architecture, is_left_out, stored_name
-from nemodiff_train.model.pretrained import config_from
+from nemodiff_train.model.pretrained import build_reference, config_from
+from nemodiff_train.schema import checked, read_json
 
 CHECKSUMS = "tensor_checksums.json"
 """Name of the file, in a directory that this project has exported, with the CRC-32 of each tensor."""
@@ -35,7 +35,7 @@ def check_weights(directory: Path) -> dict[str, Stored]:
     """
     if not (directory / "config.json").is_file():
         return {}
-    settings = read_json(directory / "config.json")
+    settings = read_config(directory)
     if settings.get("quantization_config"):
         raise UserError(f"'{directory}' holds quantized weights; take the directory of the model in bf16")
     if (directory / "adapter_config.json").is_file():
@@ -61,7 +61,7 @@ def expected_shapes(settings: HFConfig) -> dict[str, tuple[int, ...]]:
     """
     config = config_from(ar_settings(settings))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = build_reference(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
@@ -70,6 +70,12 @@ def expected_shapes(settings: HFConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_against_model(directory: Path, settings: HFConfig, stored: dict[str, Stored]) -> None:
     """Refuse tensors that are missing, of another shape, or not the model's; a tied output layer may be written."""
+    layers = int(ar_settings(settings).get("num_hidden_layers") or 0)
+    if layers > len(stored):  # before a model of so many is built
+        raise UserError(
+            f"'{directory}/config.json': num_hidden_layers is {layers}, but there are {len(stored)} tensors; "
+            "take both from the same model"
+        )
     expected = expected_shapes(settings)
     tied = stored_name(architecture(settings), "lm_head.weight")
     embedding = stored_name(architecture(settings), "model.embed_tokens.weight")
@@ -134,7 +140,7 @@ def check_contents(
         One line per damaged tensor.
     """
     file = directory / CHECKSUMS
-    checksums = read_json(file) if file.is_file() else {}
+    checksums = checked(dict[str, str], read_json(file), file) if file.is_file() else {}
     problems = []
     for name, tensor in list(stored.items())[shard]:
         with opened(tensor.file) as content:

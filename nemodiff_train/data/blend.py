@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nemodiff_train.data.index_file import Index, read_index
-from nemodiff_train.data.manifest import Manifest, check_files, count_tokens
+from nemodiff_train.data.manifest import Manifest, check_files, count_tokens, read_counts
 from nemodiff_train.data.tokenizer import tokenizer_fingerprint, vocabulary_size
 from nemodiff_train.errors import UserError
 
@@ -81,9 +81,8 @@ def _check_tokens(
 ) -> None:
     """Refuse ids beyond the vocabulary and the model's rows, padding tokens in text, and the mask token."""
     vocab_size = vocabulary_size(tokenizer)
-    stored = Path(f"{prefix}.counts.npy")
-    if manifest is not None and stored.is_file():
-        counts = np.load(stored)
+    if manifest is not None and Path(f"{prefix}.counts.npy").is_file():
+        counts = read_counts(prefix, manifest)
     else:
         limit = SCAN_TOKENS if rows >= vocab_size else None
         counts = count_tokens(Path(f"{prefix}.bin"), index.dtype, vocab_size, limit)

@@ -12,15 +12,18 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.schema import first_problem
 
 _CHUNK_TOKENS = 1 << 22
 
+TokenType = Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
+
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TokenizerInfo(_Record):
@@ -28,7 +31,7 @@ class TokenizerInfo(_Record):
 
     name: str
     """Directory or Hugging Face name that it was loaded from."""
-    vocab_size: int
+    vocab_size: int = Field(gt=0, lt=2**31)
     """Token ids lie in ``[0, vocab_size)``."""
     fingerprint: str
     """See :func:`nemodiff_train.data.tokenizer.tokenizer_fingerprint`."""
@@ -41,9 +44,9 @@ class InputInfo(_Record):
     """As given on the command line."""
     split: str | None
     """Split of a Hugging Face data set, else None."""
-    files: int
+    files: int = Field(ge=0)
     """Number of files read, 0 for a hub data set."""
-    bytes: int
+    bytes: int = Field(ge=0)
     """Size of all files, 0 for a hub data set."""
     version: str
     """SHA-256 of the files' names, sizes and modification times; the commit of a hub data set."""
@@ -54,7 +57,7 @@ class Provenance(_Record):
 
     format_version: Literal[1] = 1
     tokenizer: TokenizerInfo
-    eod_token_id: int
+    eod_token_id: int = Field(ge=0, lt=2**31)
     """Ends every document of text, or every answer of conversations."""
     text_field: str
     chat_template: str | None = None
@@ -78,13 +81,13 @@ class Provenance(_Record):
 class Manifest(Provenance):
     """A finished data set."""
 
-    documents: int
+    documents: int = Field(gt=0)
     """Number of documents, empty ones left out."""
-    tokens: int
+    tokens: int = Field(gt=0)
     """Number of tokens, ends of documents included."""
-    bytes: int
+    bytes: int = Field(ge=0)
     """UTF-8 bytes of text."""
-    dtype: str
+    dtype: TokenType
     """NumPy name of the token type in ``.bin``."""
     bin_sha256: str
     idx_sha256: str
@@ -102,9 +105,7 @@ class Manifest(Provenance):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise UserError(f"{path}: not a data manifest ({where}: {first['msg']})") from error
+            raise UserError(f"{path}: not a data manifest ({first_problem(error)})") from error
 
     @classmethod
     def require(cls, prefix: str) -> Self:
@@ -128,6 +129,24 @@ class Manifest(Provenance):
         for suffix, expected in ((".bin", self.bin_sha256), (".idx", self.idx_sha256)):
             if sha256_of(Path(prefix + suffix)) != expected:
                 raise UserError(f"{prefix}{suffix}: its SHA-256 is not the manifest's; prepare it again")
+
+
+def read_counts(prefix: str, manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Return [vocab] int64: the occurrences of each token id, as ``PREFIX.counts.npy`` has them.
+
+    Raises:
+        UserError: The file is not the one that the manifest was written for.
+    """
+    path = Path(f"{prefix}.counts.npy")
+    try:
+        counts = np.load(path, mmap_mode="r")  # of objects, or longer than its file, it is refused
+    except (ValueError, EOFError, SyntaxError, OverflowError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split()):.200}); prepare the data again") from None
+    table = isinstance(counts, np.ndarray) and counts.dtype == np.int64 and counts.ndim == 1
+    long = table and len(counts) >= manifest.tokenizer.vocab_size
+    if not long or counts.min() < 0 or counts.sum() != manifest.tokens:
+        raise UserError(f"{path}: does not count the manifest's {manifest.tokens} tokens; prepare the data again")
+    return counts
 
 
 def check_files(prefix: str, manifest: Manifest | None) -> None:

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from nemodiff_train.data.encode import EncodedBatch
-from nemodiff_train.data.manifest import Manifest, Provenance, count_tokens, sha256_of
+from nemodiff_train.data.manifest import Manifest, Provenance, TokenType, count_tokens, sha256_of
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import replace_atomic, sync, write_atomic
 
@@ -192,7 +192,7 @@ class PartialOutput:
         manifest = Manifest(
             **dict(provenance),
             **dict(self.size),
-            dtype=self._dtype.name,
+            dtype=cast(TokenType, self._dtype.name),
             bin_sha256=sha256_of(Path(f"{joined}.bin")),
             idx_sha256=sha256_of(Path(f"{joined}.idx")),
         )

@@ -5,7 +5,7 @@ from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
-from megatron.bridge.utils.instantiate_utils import instantiate
+from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import MegatronModule
 
@@ -31,7 +31,10 @@ def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None
     Raises:
         UserError: They are not LoRA.
     """
-    adapters = instantiate(apply_run_config_backward_compat(checkpoint.run_config["peft"]))
+    try:
+        adapters = instantiate(apply_run_config_backward_compat(checkpoint.run_config["peft"]))
+    except (InstantiationException, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"'{checkpoint.iteration}' has unusable adapters: {str(error).splitlines()[0]}") from None
     if type(adapters) is not LoRA:
         raise UserError(f"'{checkpoint.iteration}' holds {type(adapters).__name__} adapters; only LoRA can be merged")
     adapters(models, training=False)

@@ -1,18 +1,20 @@
 """A Megatron checkpoint on disk, opened once per command; nothing large is imported to look at one."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, NotRequired, Required, Self, TypedDict
 
 import yaml
+from pydantic import Field, with_config
 
 from nemodiff_train.console import warn
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checksums import damage, identity, iterations, structure_damage
+from nemodiff_train.model.config_json import Rope, Size
+from nemodiff_train.schema import AS_WRITTEN, checked
 
 
 class Kind(StrEnum):
@@ -26,6 +28,76 @@ class Kind(StrEnum):
     """Adapters that act on drafts alone, beside the model that they were trained for."""
     LORA = "LoRA"
     """Adapters to be merged into the weights of the model that they were trained on."""
+
+
+@with_config(AS_WRITTEN)
+class _Model(TypedDict, total=False):
+    num_layers: Annotated[int, Field(gt=0, le=10_000)]
+    hidden_size: Size
+    ffn_hidden_size: Size | None
+    num_attention_heads: Size
+    num_query_groups: Size | None
+    kv_channels: Size | None
+    vocab_size: Size | None
+    seq_length: Size
+    block_size: Size
+    largest_block: Size
+    noisy_views: Annotated[int, Field(ge=0)]
+    clean_attention: Literal["causal", "block_causal"]
+    mask_token_id: Annotated[int, Field(ge=0)] | None
+    layernorm_epsilon: Annotated[float, Field(gt=0, lt=1)]
+    rotary_base: Annotated[float, Field(gt=0)]
+    rotary_percent: Annotated[float, Field(gt=0, le=1)]
+    rope_parameters: Rope
+    bf16: bool
+    fp16: bool
+    hf_config: dict[str, Any]
+    hf_generation_config: dict[str, Any]
+    origin: dict[str, Any]
+
+
+@with_config(AS_WRITTEN)
+class _Optimizer(TypedDict):
+    use_distributed_optimizer: bool
+    lr: NotRequired[float | None]
+    min_lr: NotRequired[float | None]
+
+
+@with_config(AS_WRITTEN)
+class _Saving(TypedDict):
+    dist_ckpt_optim_fully_reshardable: bool
+    pretrained_checkpoint: NotRequired[str | None]
+
+
+@with_config(AS_WRITTEN)
+class _Training(TypedDict):
+    global_batch_size: Size | None
+
+
+@with_config(AS_WRITTEN)
+class _Adapters(TypedDict):
+    dim: Size
+    alpha: Annotated[float, Field(gt=0)]
+
+
+@with_config(AS_WRITTEN)
+class _AdapterBase(TypedDict):
+    iteration: str
+    checksum: str
+
+
+@with_config(AS_WRITTEN)
+class _RunConfig(TypedDict, total=False):
+    """What is read of a ``run_config.yaml``; Bridge reads the model and the adapters as well."""
+
+    model: Required[_Model]
+    optimizer: _Optimizer | None
+    checkpoint: _Saving | None
+    train: _Training | None
+    peft: _Adapters | None
+    drafter: dict[str, Any] | None
+    adapter_base: _AdapterBase | None
+    given: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +165,7 @@ class Checkpoint:
             raise UserError(f"'{file}' is damaged ({reason}); take another iteration") from None
         if not isinstance(sections, dict) or not isinstance(sections.get("model"), dict):
             raise UserError(f"'{file}' describes no model; take another iteration")
+        checked(_RunConfig, sections, file, "take another iteration")
         return sections
 
     @property
@@ -123,7 +196,7 @@ class Checkpoint:
         Raises:
             UserError: That one is no longer there, no longer complete, or another one is in its place.
         """
-        path = Path(str(self.run_config["checkpoint"]["pretrained_checkpoint"]))
+        path = Path(str((self.run_config.get("checkpoint") or {}).get("pretrained_checkpoint")))
         known = self.run_config.get("adapter_base") or {}
         base = Checkpoint.find(path) if (path / "run_config.yaml").is_file() else None
         iteration = path / str(known.get("iteration"))
@@ -193,18 +266,3 @@ def _newest_complete(path: Path, find_damage: Callable[[Path], str | None]) -> P
     raise UserError(
         f"no checkpoint in '{path}' is complete ({first}); resume the run that makes it, or take another one"
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: The file holds something else.
-    """
-    try:
-        settings = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"'{file}' is not JSON ({error}); fetch it again") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"'{file}' holds no settings; fetch it again")
-    return settings

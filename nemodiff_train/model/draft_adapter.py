@@ -85,12 +85,15 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
     """
     run = checkpoint.require_drafter().run_config
     for name in ("num_layers", "hidden_size", "num_attention_heads", "shift"):
-        expected, actual = run["model"][name], getattr(model, name)
+        expected, actual = run["model"].get(name), getattr(model, name)
         if expected != actual:
             raise UserError(
                 f"the drafter '{checkpoint.path}' is for a model with {name}={expected}; this one has {actual}"
             )
-    return DraftLoRA(dim=run["peft"]["dim"], alpha=run["peft"]["alpha"])
+    adapters = run.get("peft")
+    if adapters is None:
+        raise UserError(f"'{checkpoint.iteration}' has no settings of its adapters; take another iteration")
+    return DraftLoRA(dim=adapters["dim"], alpha=adapters["alpha"])
 
 
 def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, lora: DraftLoRA) -> None:

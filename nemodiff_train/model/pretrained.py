@@ -2,22 +2,36 @@
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
-from transformers import CONFIG_MAPPING, AutoConfig, Ministral3Config, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Ministral3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from nemodiff_train.console import quiet
 from nemodiff_train.data.tokenizer_files import PATTERNS
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import Checkpoint, read_json
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.config_json import (
+    check_config,
+    check_generation_config,
+    read_config,
+    read_generation_config,
+)
 from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, HFConfig, ar_settings, architecture
 from nemodiff_train.model.origin import origin_of
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
+from nemodiff_train.schema import check_type
 
 
 class NemotronLabsDiffusionConfig(Ministral3Config):
@@ -49,17 +63,22 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     settings = stored_settings(source)
     provider = _provider(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
-    provider.hf_generation_config = _generation_config(source)
+    provider.hf_generation_config = read_generation_config(Path(local_copy(source)))
     provider.origin = origin_of(source, Path(local_copy(source)))
     if architecture(settings) == NEMOTRON:
         diffusion = config_from(settings).to_dict()  # with the defaults of keys that are left out
         provider.block_size = provider.largest_block = diffusion["block_size"]
-        provider.mask_token_id = diffusion["mask_token_id"] if diffusion["mask_token_id"] >= 0 else None
+        mask_token: int | None = diffusion["mask_token_id"]
+        provider.mask_token_id = mask_token if mask_token is not None and mask_token >= 0 else None
     if architecture(settings) in (TRI_MODE, SDAR):
         diffusion = {**OF_SDAR, **settings}
         provider.mask_token_id, provider.shift = diffusion["mask_token_id"], diffusion["shift"]
         provider.block_size = provider.largest_block = diffusion["block_size"]
         provider.clean_attention = diffusion["clean_attention"]
+    if (provider.mask_token_id or 0) >= provider.vocab_size:
+        raise UserError(
+            f"'{source}': mask_token_id is {provider.mask_token_id}, but config.json has {provider.vocab_size} tokens"
+        )
     return provider
 
 
@@ -80,9 +99,16 @@ def _provider(config: PretrainedConfig) -> TriModeModelProvider:
     bridge = auto_bridge(config)
     try:
         provider = bridge.to_megatron_provider(load_weights=False)
-    except ValueError as error:  # for example an activation that Megatron lacks
-        raise UserError(f"config.json of {architecture(config.to_dict())}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # for example an activation that Megatron lacks
+        raise _unusable(architecture(config.to_dict()), error) from None
     return tri_mode(provider, config.to_dict())
+
+
+def _unusable(name: str, error: Exception) -> UserError:
+    """Return the refusal of a ``config.json`` that Transformers or Bridge fails on, by whatever exception."""
+    reason = " ".join(str(error).split())[:300]
+    kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
+    return UserError(f"config.json of {name}: {kind}{reason}")
 
 
 def stored_settings(source: str) -> HFConfig:
@@ -94,7 +120,7 @@ def stored_settings(source: str) -> HFConfig:
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"'{source}' is not a checkpoint: it has neither config.json nor iter_* folders")
-    return read_json(Path(local_copy(source)) / "config.json")
+    return read_config(Path(local_copy(source)))
 
 
 def config_from(settings: HFConfig) -> PretrainedConfig:
@@ -114,8 +140,21 @@ def config_from(settings: HFConfig) -> PretrainedConfig:
         raise unsupported(architecture(settings))
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(settings))  # it writes into their dictionaries
-    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:  # a dtype is looked up in torch
-        raise UserError(f"config.json of {architecture(settings)}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a dtype, for example, is looked up in torch
+        raise _unusable(architecture(settings), error) from None
+
+
+def build_reference(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return Transformers' model of a configuration, on the device and with the weights that the context says.
+
+    Raises:
+        UserError: Transformers cannot build it.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:
+        raise _unusable((config.architectures or ["the model"])[0], error) from None
+    return model
 
 
 def hf_config(source: str) -> PretrainedConfig:
@@ -141,24 +180,26 @@ def local_copy(source: str) -> str:
         raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]})") from None
 
 
-def _generation_config(source: str) -> dict[str, Any]:
-    file = Path(local_copy(source)) / "generation_config.json"
-    return read_json(file) if file.is_file() else {}  # many models have none
-
-
 def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
     """Return the model that a run configuration describes; Bridge checks every class that is named there."""
     settings = {**checkpoint.run_config["model"], "pipeline_model_parallel_layout": None}  # of its own ranks
     model = apply_run_config_backward_compat(settings)
+    file = checkpoint.iteration / "run_config.yaml"
     try:
         with quiet():
             provider = instantiate(model)
-    except InstantiationException as error:
-        file = checkpoint.iteration / "run_config.yaml"
+    except (InstantiationException, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{file}' cannot be used: {str(error).splitlines()[0]}") from None
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(
             f"'{checkpoint.iteration}' was not made by this project; import the Hugging Face model instead"
         )
+    check_config(provider.hf_config, file)
+    check_generation_config(provider.hf_generation_config, file)
     reset_parallelism(provider)
+    try:
+        for setting in fields(provider):
+            check_type(provider, setting.name, as_written=False)
+    except UserError as error:
+        raise UserError(f"'{file}': model.{error}; take another iteration") from None
     return provider

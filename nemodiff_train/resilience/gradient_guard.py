@@ -1,12 +1,12 @@
 """Keep gradients that are not finite, or far too large, away from the weights."""
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import CheckpointLoadContext, DefaultCheckpointManager
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.core.distributed import DistributedDataParallel
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from nemodiff_train.config.context import StepContext, config_of
@@ -149,8 +150,19 @@ class GradientGuard(Callback):
 def recorded_norms(path: Path, count: int) -> list[float]:
     """Return the gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
     with path.open("rb") as file:
-        norms = (json.loads(line).get("grad_norm") for line in file)
-        return list(deque((norm for norm in norms if norm is not None), maxlen=count))
+        return list(deque((norm for line in file if (norm := _norm(line)) is not None), maxlen=count))
+
+
+class _Figures(BaseModel):
+    grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+def _norm(line: bytes) -> float | None:
+    """Return the gradient norm of a line; None where it has none, or is no line of this project's."""
+    try:
+        return _Figures.model_validate_json(line).grad_norm
+    except ValidationError:
+        return None
 
 
 def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Callable[[], None]) -> None:

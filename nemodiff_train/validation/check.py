@@ -13,6 +13,7 @@ from nemodiff_train.validation import (
     resume,
     schedule,
     settings,
+    size,
     start,
 )
 
@@ -35,7 +36,7 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     """Return what keeps a configuration from running on ``world_size`` processes, one line per problem."""
     if lines := settings.size_problems(config):
         return lines  # the other rules divide by these sizes
-    lines = layout.problems(config, world_size)
+    lines = layout.problems(config, world_size) or size.problems(config, world_size)
     for concern in (settings, schedule, objective, kernels, start, resume, adapters, drafter, data, output):
         lines += concern.problems(config)
     return lines

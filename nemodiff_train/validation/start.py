@@ -10,8 +10,9 @@ from nemodiff_train.config.precision import begun_precision
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import TESTED
-from nemodiff_train.model.checkpoint import Checkpoint, Kind, read_json
+from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.checksums import identity
+from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -48,7 +49,7 @@ def _check_pretrained(config: TriModeConfig) -> None:
     _check_shape(config, model_from(checkpoint or str(start)), start)
     if checkpoint or not (start / "config.json").is_file():
         return
-    name = architecture(read_json(start / "config.json"))
+    name = architecture(read_config(start))
     if name not in (*TESTED, SDAR, TRI_MODE):
         raise UserError(
             f"'{start}' is a {name}, whose computation is compared with Transformers' at import alone; make a "
@@ -98,6 +99,9 @@ def _check_base(saved: Checkpoint, config: TriModeConfig) -> None:
 def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     """Yield the changes that the saved optimizer state cannot follow."""
     before, iteration = saved.run_config, saved.iteration
+    if not (before.get("optimizer") and before.get("checkpoint")):
+        yield f"'{iteration}' was not saved by a run; give it as start_from, with another output"
+        return
     yield from refusal(lambda: _check_base(saved, config))
     was_sharded = bool(before["optimizer"]["use_distributed_optimizer"])
     if was_sharded != bool(config.optimizer.use_distributed_optimizer):
@@ -114,7 +118,7 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
                 f"'{iteration}' was saved by a run in {began}, whose optimizer state {config.mixed_precision} cannot "
                 f"load; set mixed_precision={began}, or name another output"
             )
-    moved = [name for name in _LAYOUT if before["model"][name] != getattr(config.model, name)]
+    moved = [name for name in _LAYOUT if before["model"].get(name) != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (
             f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or save "

@@ -1,14 +1,15 @@
 """The card of a directory that decodes itself: what it is, what it was made from, how good it is, how to use it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from jinja2 import StrictUndefined, Template
+from pydantic import with_config
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import read_json
 from nemodiff_train.model.families import HFConfig
+from nemodiff_train.schema import AS_WRITTEN, checked, read_json
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _FIGURES = {
@@ -19,6 +20,21 @@ _FIGURES = {
     "identical_to_ar": "identical to AR",
 }
 """Columns of the results, by their names in ``metrics.json``."""
+
+
+@with_config(AS_WRITTEN)
+class _Figures(TypedDict, total=False):
+    accuracy: float | None
+    tpf_all: float | None
+    tpf_no_prefill: float | None
+    acceptance_length: float | None
+    identical_to_ar: float | None
+
+
+@with_config(AS_WRITTEN)
+class _Results(TypedDict):
+    task: str
+    modes: dict[str, _Figures]
 
 
 def read_results(folder: str) -> dict[str, Any]:
@@ -34,8 +50,7 @@ def read_results(folder: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"--results: '{file}' is missing; name the --output of a 'nemodiff eval'")
     results = read_json(file)
-    if not isinstance(results.get("modes"), dict) or "task" not in results:
-        raise UserError(f"--results: '{file}' is not what 'nemodiff eval' writes")
+    checked(_Results, results, file, "name the --output of a 'nemodiff eval'")
     return results
 
 

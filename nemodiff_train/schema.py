@@ -1,0 +1,127 @@
+"""Content from outside, checked against a schema before any of it is used."""
+
+import functools
+import json
+import math
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from nemodiff_train.errors import UserError, nearest
+
+_ALLOW_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+
+AS_WRITTEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+"""Configuration of a schema for a file that others write: its types are not converted, and other keys are theirs."""
+
+
+def checked[Kind](schema: type[Kind], content: object, where: object, remedy: str = "fetch it again") -> Kind:
+    """Return content as what a schema makes of it.
+
+    Args:
+        schema: A type that pydantic knows.
+        content: JSON as ``bytes``, or what was read already.
+        where: Names the file, and the line, in the refusal.
+        remedy: What the user can do.
+
+    Raises:
+        UserError: Names the file, the field, its value, and what it should be.
+    """
+    adapter = TypeAdapter(schema)
+    try:
+        return adapter.validate_json(content) if isinstance(content, bytes) else adapter.validate_python(content)
+    except ValidationError as error:
+        raise UserError(f"'{where}': {first_problem(error)}; {remedy}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first field that does not fit, its value, and what it should be."""
+    first = error.errors(include_url=False)[0]
+    name, message = ".".join(map(str, first["loc"])), f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    if first["type"] in ("missing", "json_invalid") or not name:
+        return f"{name}: {message}" if name else message
+    return f"{name} is {first['input']!r:.100}: {message}"
+
+
+def read_json(file: Path, remedy: str = "fetch it again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{file}' is not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"'{file}' holds no settings; {remedy}")
+    return content
+
+
+def check_type(config: object, key: str, *, as_written: bool = True) -> None:
+    """Refuse a value that does not have the declared type of its field, or is NaN.
+
+    Fields whose types only Megatron understands are left to it.
+
+    Args:
+        config: A dataclass of dataclasses.
+        key: Dotted path of a setting in it, which exists.
+        as_written: Whether a whole number has to be written as one.
+
+    Raises:
+        UserError: Names the key, the value and what it should be.
+    """
+    *path, name = key.split(".")
+    section = functools.reduce(lambda node, part: getattr(node, part, None), path, config)
+    if not is_dataclass(section) or not hasattr(section, name):
+        return
+    hint, value = declared_type(type(section), name), getattr(section, name)
+    _check_choice(key, value, hint)
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{key}={value} is no number")
+    adapter = _type_adapter(hint)
+    if adapter is None or value is None:  # None means "not set" in many fields that do not declare it
+        return
+    try:
+        converted = adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+    if isinstance(value, str) and isinstance(converted, bool | int | float):
+        raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
+    if as_written and isinstance(value, float) and isinstance(converted, bool | int):
+        raise UserError(f"{key}={value} is written as a fraction; write {converted}")
+
+
+def _check_choice(key: str, value: object, hint: object) -> None:
+    """Refuse a value outside the choices of a ``Literal``, or of a ``Literal | None``."""
+    literals = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+    choices = [str(choice) for kind in literals for choice in get_args(kind)]
+    if choices and value is not None and str(value) not in choices:
+        known = "', '".join(choices)
+        raise UserError(f"{key} is '{value}'; use '{known}'.{nearest(str(value), choices)}")
+
+
+def declared_type(section: type, name: str) -> Any:
+    """Return the declared type of a field, or None where only Megatron can resolve it."""
+    try:
+        return _hints(section).get(name)
+    except (NameError, TypeError):
+        return None
+
+
+def _type_adapter(hint: Any) -> TypeAdapter[Any] | None:
+    """Return a validator of a type, or None for Megatron's own types and for choices, which are checked before."""
+    if hint is None or get_origin(hint) is Literal:
+        return None
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if is_dataclass(hint) else _ALLOW_ANY_CLASS)
+        return adapter if adapter.pydantic_complete else None
+    except (NameError, TypeError, PydanticUserError):
+        return None
+
+
+_hints = functools.cache(get_type_hints)

@@ -1,0 +1,38 @@
+"""The size of a step: where it is far beyond any machine, it is refused with its estimate."""
+
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.planning.layouts import layout_of
+from nemodiff_train.planning.memory import memory_of
+from nemodiff_train.planning.workload import workload_of
+from nemodiff_train.runtime import init_runtime
+from nemodiff_train.runtime.memory import GB
+
+_BEYOND = 4
+"""Multiple of a device's memory from which on the estimate, which is not exact, leaves no doubt."""
+_MOST_SAMPLES = 1 << 24
+"""Samples of a step: Megatron lists the micro-batches of a step, and those of a validation, in memory."""
+
+
+def problems(config: TriModeConfig, world_size: int) -> list[str]:
+    """Return what no device could hold, one line each; ``world_size`` ranks can have the layout."""
+    return [*_problems(config, world_size)]
+
+
+def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    if config.train.global_batch_size > _MOST_SAMPLES:
+        yield f"train.global_batch_size is {config.train.global_batch_size:,}; use {_MOST_SAMPLES:,} or fewer"
+    cuda = init_runtime().cuda
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
+    work = workload_of(config)
+    needed = memory_of(work, layout_of(config, world_size), "cuda" if cuda else "cpu").total
+    if needed > _BEYOND * max(memory, 80 * GB):
+        yield (
+            f"a step would take about {needed / GB:,.0f} GB on each device: {work.micro_batch} samples of "
+            f"{work.positions:,} positions (dataset.seq_length={work.length}, {work.views} views) through "
+            f"{work.layers} layers; lower train.micro_batch_size, dataset.seq_length or objective.views"
+        )
