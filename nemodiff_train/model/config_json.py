@@ -21,7 +21,7 @@ class Rope(TypedDict, total=False):
     rope_type: str
     type: str
     rope_theta: Positive
-    factor: Annotated[float, Field(ge=1, lt=1e9)] | None
+    factor: Annotated[float, Field(gt=0, lt=1e9)] | None
     original_max_position_embeddings: Size | None
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None
     attention_factor: Positive | None
