@@ -292,7 +292,7 @@ def _read_template(inputs: Inputs, template: str) -> None:
     from nemodiff_train.data import template as templates
 
     inputs.tokenizer.chat_template = template
-    inputs.renderer._given = templates.ChatTemplate(inputs.tokenizer)._given
+    inputs.renderer._templates = templates.ChatTemplate(inputs.tokenizer)._templates
     with patch.object(templates, "SECONDS", RENDERING):
         assert isinstance(inputs.renderer([{"role": "user", "content": "hello"}]), str)
 

@@ -66,8 +66,8 @@ def script(arguments: argparse.Namespace) -> str:
         if not re.fullmatch(r"[\w.:,=@-]+", value := getattr(arguments, option) or "none"):
             raise UserError(f"--{option} {value}: use letters, digits and '.:,=@_-'")
     check_recipe(arguments.recipe)
+    check_no_secrets(dict(word.partition("=")[::2] for word in arguments.settings))
     check_arguments(arguments.recipe, arguments.settings)
-    check_no_secrets(dict(word.split("=", 1) for word in arguments.settings))
     import slurm
 
     folder = Path(slurm.__path__[0])
