@@ -310,6 +310,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["train.micro_batch_size is 0"],
     ),
+    "train: nothing saved": (train("checkpoint.save_interval=0"), ["checkpoint.save_interval is 0"]),
     "train: no steps": (train("train.train_iters=0"), ["train.train_iters is 0"]),
     "train: no batch": (train("train.global_batch_size=-8"), ["train.global_batch_size is -8"]),
     "train: no micro-batch": (train("train.micro_batch_size=0"), ["train.micro_batch_size is 0"]),

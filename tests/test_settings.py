@@ -143,7 +143,6 @@ def test_hostile_values_of_all_settings(config: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("checkpoint.save_interval", "0"),
         ("train.train_iters", "100000000000000"),
         ("train.global_batch_size", "99999999"),
         ("objective.views", "1000000000"),

@@ -37,6 +37,8 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
     config = override(config, {key: value for key, value in pairs if "." in key})
     config.fit_schedule()
+    if config.checkpoint.save and config.checkpoint.save_interval == 0:  # trials in Python may keep nothing
+        raise UserError("checkpoint.save_interval is 0, so that nothing would be kept; use 1 or more")
     return config
 
 

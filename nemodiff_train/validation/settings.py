@@ -26,7 +26,7 @@ SIZES = {
     "model.num_layers": 1,
     "optimizer.lr": 0,
     "scheduler.lr_warmup_iters": 0,
-    "checkpoint.save_interval": 1,
+    "checkpoint.save_interval": 0,
     "logger.log_interval": 1,
     "rng.seed": 1,
 }
