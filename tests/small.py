@@ -34,7 +34,7 @@ from tools.support.small import (
 __all__ = [
     "EOD", "MASK", "QWEN3", "VOCABULARY", "YARN", "batch", "build", "built", "chat", "data", "dense", "documents",
     "drafter", "figures", "llama3", "loss", "ministral3", "ministral3_vision", "mistral", "nemotron", "of_preset",
-    "qwen2", "qwen3", "recipe", "same", "step", "tokenizer", "weights",
+    "qwen2", "qwen3", "recipe", "run_inputs", "same", "step", "tokenizer", "weights",
 ]  # fmt: skip
 
 
@@ -122,6 +122,14 @@ def nemotron(directory: Path, dtype: str = "float32", **changes: Any) -> None:
     (directory / "config.json").write_text(json.dumps(settings))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 11]}))
     (directory / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def run_inputs(folder: Path) -> Path:
+    """Write a model, data and a recipe of a run into a folder; return it."""
+    qwen3(folder / "model")
+    data(folder / "data", documents=20)
+    (folder / "recipe.py").write_text("from tests.small import recipe\n")
+    return folder
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -33,9 +33,7 @@ def recipe(start_from: str, data: str, output: str, precision: str = "bf16_mixed
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    small.qwen3(tmp_path / "model")
-    small.data(tmp_path / "data", documents=20)
-    (tmp_path / "recipe.py").write_text("from tests.small import recipe\n")
+    small.run_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -15,10 +15,7 @@ from tests import small
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("samples")
-    small.qwen3(folder / "model")
-    small.data(folder / "data", documents=20)
-    (folder / "recipe.py").write_text("from tests.small import recipe\n")
+    folder = small.run_inputs(tmp_path_factory.mktemp("samples"))
     (folder / "chat.py").write_text("from tests.small import chat as recipe\n")
     return folder
 

@@ -26,11 +26,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("secure")
-    small.qwen3(folder / "model")
-    small.data(folder / "data", documents=20)
-    (folder / "recipe.py").write_text("from tests.small import recipe\n")
-    return folder
+    return small.run_inputs(tmp_path_factory.mktemp("secure"))
 
 
 def test_a_run_writes_no_keys(model: Path, ranks: RankPool) -> None:

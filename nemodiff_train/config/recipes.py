@@ -10,9 +10,9 @@ from typing import Any
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.overrides import override
 from nemodiff_train.config.published import Recipe
-from nemodiff_train.config.registry import check_recipe, recipe_modules, split_file
+from nemodiff_train.config.registry import check_names, check_recipe, recipe_modules, split_file, split_word
 from nemodiff_train.credentials import check_no_secrets
-from nemodiff_train.errors import UserError, line_in, nearest
+from nemodiff_train.errors import UserError, line_in
 
 
 def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
@@ -29,7 +29,7 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
         UserError: Unknown recipe, argument or key, with the nearest match; or a word that holds a key or password.
     """
     recipe = _find(name)
-    pairs = [_split_word(word) for word in words]
+    pairs = [split_word(word) for word in words]
     check_no_secrets(dict(pairs))
     arguments = _convert_arguments(name, recipe, {key: value for key, value in pairs if "." not in key})
     config = _call(name, lambda: recipe(**arguments))
@@ -104,15 +104,6 @@ def _call[Result](name: str, call: Callable[[], Result]) -> Result:
         raise UserError(f"recipe '{file}', line {line}: {type(error).__name__}: {error}") from None
 
 
-def _split_word(word: str) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if not equals:
-        raise UserError(f"'{word}' is not of the form key=value")
-    if not value and "." not in key:
-        raise UserError(f"'{word}' gives nothing; name what {key or 'it'} is, or leave it out")
-    return key, value
-
-
 def _convert_arguments(name: str, recipe: Recipe, arguments: Mapping[str, str]) -> dict[str, str | int]:
     """Return the words as the arguments that a recipe takes, text or whole numbers.
 
@@ -120,15 +111,8 @@ def _convert_arguments(name: str, recipe: Recipe, arguments: Mapping[str, str]) 
         UserError: An argument is unknown, missing or not a number.
     """
     parameters = inspect.signature(recipe).parameters
-    for key in arguments:
-        if key not in parameters:
-            raise UserError(
-                f"recipe '{name}' takes no argument '{key}'; it takes {', '.join(parameters)} "
-                f"(fields of the configuration have a dot: section.field=value).{nearest(key, parameters)}"
-            )
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    if missing := [key for key in required if key not in arguments]:
-        raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
+    check_names(name, arguments, parameters, required)
     converted: dict[str, str | int] = dict(arguments)
     for key, value in arguments.items():
         if parameters[key].annotation is int:

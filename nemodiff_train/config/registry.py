@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import recipes
@@ -57,20 +57,44 @@ def check_arguments(name: str, words: Sequence[str]) -> None:
     Raises:
         UserError: Names the argument, and the nearest one that there is.
     """
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"'{word}' is not of the form key=value")
-    keys = [word.partition("=")[0] for word in words]
-    signature = _signature(name)
-    if signature is None:
-        return
-    known, required = signature
-    for key in keys:
-        if "." not in key and key not in known:
+    keys = [split_word(word)[0] for word in words]
+    if signature := _signature(name):
+        check_names(name, [key for key in keys if "." not in key], *signature)
+
+
+def split_word(word: str) -> tuple[str, str]:
+    """Return the key and the value of a ``key=value`` word.
+
+    Raises:
+        UserError: It is none, or gives an argument nothing.
+    """
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"'{word}' is not of the form key=value")
+    if not value and "." not in key:
+        raise UserError(f"'{word}' gives nothing; name what {key or 'it'} is, or leave it out")
+    return key, value
+
+
+def check_names(name: str, given: Collection[str], known: Collection[str], required: Collection[str]) -> None:
+    """Refuse arguments that a recipe does not take, or the lack of one that it needs.
+
+    Args:
+        name: The recipe.
+        given: Arguments that it is given.
+        known: Those that it takes.
+        required: Those of them that have no default.
+
+    Raises:
+        UserError: Names the argument, and the nearest one that there is.
+    """
+    for key in given:
+        if key not in known:
             raise UserError(
-                f"recipe '{name}' takes no argument '{key}'; it takes {', '.join(known)}.{nearest(key, known)}"
+                f"recipe '{name}' takes no argument '{key}'; it takes {', '.join(known)} "
+                f"(fields of the configuration have a dot: section.field=value).{nearest(key, known)}"
             )
-    if missing := [key for key in required if key not in keys]:
+    if missing := [key for key in required if key not in given]:
         raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
 
 
