@@ -92,6 +92,21 @@ def test_a_family_that_is_computed_otherwise(tmp_path: Path, capsys: pytest.Capt
     assert "compared with Transformers' at import alone" in page
 
 
+@pytest.mark.parametrize(("kind", "said"), [(None, "missing"), ("qwen33", "'qwen33'")])
+def test_a_family_without_its_model_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str | None, said: str
+) -> None:
+    """The architecture alone is not called unsupported, which it is not."""
+    small.qwen3(tmp_path / "source", num_hidden_layers=1)
+    settings = json.loads(Path("source/config.json").read_text())
+    del settings["model_type"]
+    Path("source/config.json").write_text(json.dumps(settings if kind is None else {**settings, "model_type": kind}))
+    capsys.readouterr()
+    assert main(["convert", "import", "source", "imported"]) == 2
+    assert f"config.json of Qwen3ForCausalLM: its model_type is {said}" in one_line(capsys)
+    assert not Path("imported").exists()
+
+
 def test_two_models_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights that an index names beside weights that it does not; a checkpoint beside a model."""
     from transformers import AutoModelForCausalLM

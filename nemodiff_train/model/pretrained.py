@@ -135,9 +135,12 @@ def config_from(settings: HFConfig) -> PretrainedConfig:
     settings = ar_settings(settings) if architecture(settings) in (TRI_MODE, SDAR) else settings
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        from nemodiff_train.model.bridges import unsupported
+        from nemodiff_train.model.bridges import TESTED, unsupported
 
-        raise unsupported(architecture(settings))
+        if (name := architecture(settings)) in TESTED:
+            known = f"'{kind}', which Transformers does not know" if "model_type" in settings else "missing"
+            raise UserError(f"config.json of {name}: its model_type is {known}; fetch it again")
+        raise unsupported(name)
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(settings))  # it writes into their dictionaries
     except Exception as error:  # a dtype, for example, is looked up in torch
