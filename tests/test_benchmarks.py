@@ -3,6 +3,9 @@
 import json
 import os
 import socket
+import sys
+import tempfile
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +252,13 @@ def test_no_program_is_run_without_a_sandbox(data: Path, monkeypatch: pytest.Mon
             load_task("humaneval", source=str(data / "humaneval.jsonl"), run_code=True)
     finally:
         check_sandbox.cache_clear()
+
+
+def test_a_python_below_the_scratch_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone in ``/tmp`` has its environment there, which the scratch folder covers; it is only read."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True)
+        monkeypatch.setattr(sys, "executable", f"{folder}/bin/python")
+        assert passes(f"import sys; assert sys.prefix == {folder!r}")
+        assert not passes("import sys; open(sys.prefix + '/written', 'w')")
+        assert not Path(folder, "written").exists()

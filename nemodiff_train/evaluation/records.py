@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from nemodiff_train.decoding.generation import Cycle, ForwardKind
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
-from nemodiff_train.schema import first_problem
 
 Settings = dict[str, JsonValue]
 
@@ -120,4 +119,6 @@ def _row[Row: BaseModel](where: str, line: bytes, model: type[Row]) -> Row:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from error
     except ValidationError as error:
-        raise UserError(f"{where}: {first_problem(error)}") from error
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {name + ': ' if name else ''}{first['msg']}") from error

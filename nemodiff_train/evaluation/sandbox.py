@@ -26,7 +26,7 @@ _NAMESPACES = (
 _WITHOUT_RIGHTS = ("setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
 
 # The root of the namespaces lays out the file system.  The scratch folder is `/tmp`; what has sockets of services,
-# processes or devices is empty, but for `/dev/null`.
+# processes or devices is empty, but for `/dev/null`.  A Python that is installed in `/tmp` stays there.
 _PREPARE = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -37,9 +37,13 @@ def mount(source, target, kind, flags, options=None):
     check(libc.mount(source, target, kind, flags, options))
 def change(path, on, off, below=0):  # mount_setattr
     check(libc.syscall(442, -100, path, below, (ctypes.c_uint64 * 4)(on, off, 0, 0), 32))
-BIND, MOVE, NO_SUID_NO_DEVICES = 4096, 8192, 6
+BIND, MOVE, RECURSIVE, NO_SUID_NO_DEVICES = 4096, 8192, 16384, 6
 READ_ONLY, NO_DEVICES, ALL_BELOW = 1, 4, 0x8000
+pythons = {path: os.open(path, os.O_PATH) for path in (sys.prefix, sys.base_prefix) if path.startswith("/tmp/")}
 mount(b"scratch", b"/tmp", b"tmpfs", NO_SUID_NO_DEVICES, b"mode=1777,nr_inodes=4096,size=" + sys.argv[1].encode())
+for path, descriptor in pythons.items():
+    os.makedirs(path, exist_ok=True)
+    mount(f"/proc/self/fd/{descriptor}".encode(), path.encode(), None, BIND | RECURSIVE)
 try:  # root outside is not held by a limit on its processes, but by one on their numbers, from Linux 6.14 on
     mount(b"proc", b"/proc", b"proc", NO_SUID_NO_DEVICES)
     with open("/proc/sys/kernel/pid_max", "w") as file:
