@@ -141,6 +141,7 @@ def test_unequal_answers_of_math() -> None:
     assert boxed("\\boxed{\\frac{1}{2}") is None and not math("the answer is 42", "42")
     assert [pair for pair in UNEQUAL if math(f"\\boxed{{{pair[0]}}}", pair[1])] == []
     assert latex("$\\frac12$") == "\\frac{1}{2}"
+    assert not math("\\boxed{12\\text{ million}}", "12")  # no unit, though the harness takes it for one
 
 
 def test_judgements_are_those_of_the_harness_where_it_has_the_task() -> None:

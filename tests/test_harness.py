@@ -41,6 +41,8 @@ metric_list: [{metric: exact_match}, {metric: bleu}]
 """,
 }
 
+REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
 
 class Harness:
     """A small random model as Hugging Face and Megatron have it, and the harness on both."""
@@ -111,6 +113,28 @@ def test_the_three_figures_are_those_of_the_harness_own_model(harness: Harness) 
     theirs, their_responses = harness.run(harness.theirs, *TASKS)
     assert len(ours) == 7 and ours == theirs
     assert our_responses["texts"] == their_responses["texts"]
+
+
+@pytest.mark.parametrize(("system", "turns"), [(True, True), (False, True), (True, False)])
+def test_conversations_are_those_of_the_harness_own_model(
+    harness: Harness, system: bool, turns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With examples as turns or in one message, and with a template that takes a system message or refuses it."""
+    template = REFUSES_SYSTEM * (not system) + (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    for model in (harness.ours, harness.theirs):
+        model.tokenizer.chat_template = template
+    harness.ours._chat = None
+    asked = {"num_fewshot": 1, "system_instruction": "be a fox", "apply_chat_template": True}
+    (ours, our_responses), (theirs, their_responses) = (
+        harness.run(model, "choices", "texts", **asked, fewshot_as_multiturn=turns)
+        for model in (harness.ours, harness.theirs)
+    )
+    assert ours == theirs and our_responses["texts"] == their_responses["texts"]
+    said = "the system message is left out" in " ".join(capsys.readouterr().err.split())
+    assert said == (not system)
 
 
 def test_sampling_keywords_act_or_are_refused(harness: Harness) -> None:

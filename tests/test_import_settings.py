@@ -147,9 +147,10 @@ def test_what_else_would_change_the_model(tmp_path: Path, capsys: pytest.Capture
         assert main(["convert", "import", "source", "imported"]) == 2
         assert said in one_line(capsys)
     Path("source/adapter_config.json").unlink()
+    Path("source/config.json").write_text(json.dumps({**settings, "attention_dropout": 0.1}))
     Path("source/generation_config.json").write_text('{"repetition_penalty": 1.1, "num_beams": 1, "top_p": 0.8}')
     assert main(["convert", "import", "source", "imported"]) == 0
-    capsys.readouterr()
+    assert "attention_dropout=0.1 is not used" in " ".join(capsys.readouterr().err.split())
     assert main(["generate", "imported", "the quick", "--mode", "ar", "--max-new-tokens", "2"]) == 0
     assert "asks for repetition_penalty=1.1, which decoding here" in " ".join(capsys.readouterr().err.split())
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from datetime import datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from nemodiff_train.cli import main
+from nemodiff_train.data import partial_output, prepare
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
 from nemodiff_train.data.columns import AnswerColumns, MessagesColumn, TextColumn
+from nemodiff_train.data.indexed import IndexedDataset
 from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.sources import documents, resolve
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -291,6 +296,32 @@ def test_two_values_for_one_thing_are_refused(tmp_path: Path) -> None:
         for file in (tmp_path / "rows.parquet", write_jsonl(tmp_path / "rows.jsonl", [row])):
             with pytest.raises(UserError, match=f"'{mark}' is 0"):
                 read(file)
+
+
+def test_an_end_that_is_not_read_behind_a_letter_is_refused(tokenizers: dict[str, str]) -> None:
+    tokenizer = load_tokenizer(tokenizers["bytes"])
+    assert end_of_turn_id(tokenizer, None) == tokenizer.convert_tokens_to_ids("<|end|>")
+    tokenizer.add_tokens([AddedToken("<|end|>", single_word=True)], special_tokens=True)
+    with pytest.raises(UserError, match="'<.end.>' ends an answer, .* remove its single_word"):
+        end_of_turn_id(tokenizer, None)
+
+
+def test_one_date_for_all_conversations_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the run that began it, however often it is continued."""
+    folder = saved(tmp_path / "dated", "bytes", "{{ strftime_now('%Y') + ' ' }}" + TURNS)
+    source = write_jsonl(tmp_path / "talks.jsonl", [{"messages": TALK[:2]}] * 100)
+    words = ["data", "prepare", str(source), "--chat", "--tokenizer", folder, "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(partial_output, "CHUNK_BYTES", 1)
+        patch.setattr(prepare, "documents", lambda sources: chain(islice(documents(sources), 70), [None]))
+        with pytest.raises(AttributeError):  # the None, after a chunk
+            main([*words, "--workers", "1"])
+    state = json.loads((tmp_path / "out.partial/state.json").read_text())
+    (tmp_path / "out.partial/state.json").write_text(json.dumps({**state, "started": "2001-02-03T04:05:06"}))
+    assert main([*words, "--workers", "1"]) == 0
+    tokenizer = load_tokenizer(folder)
+    prompts = [tokenizer.decode(tokens) for tokens in IndexedDataset(str(tmp_path / "out"))][::2]
+    assert prompts[0].startswith(str(datetime.now().year)) and prompts[-1].startswith("2001")
 
 
 def test_an_answer_that_the_template_drops_is_left_out(tokenizers: dict[str, str]) -> None:

@@ -95,6 +95,8 @@ def import_checkpoint(
     _tell(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
     if line := tokens_without_row(load_tokenizer(source), provider.vocab_size):
         warn(line)
+    if dropout := stored_settings(source).get("attention_dropout"):
+        warn(f"'{source}/config.json': attention_dropout={dropout} is not used; training here is without dropout")
     if left_out := read_headers(Path(source)).keys() - stored.keys():
         _tell(f"left out: {len(left_out)} tensors of {', '.join(sorted({name.split('.')[0] for name in left_out}))}")
 

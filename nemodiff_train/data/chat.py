@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,6 +55,8 @@ class ChatEncoder:
 
     tokenizer: "PreTrainedTokenizerBase"
     eod_token_id: int
+    now: datetime | None = None
+    """What a template that asks for the date gets; None for the time of each conversation."""
 
     def __call__(self, conversations: tuple[Conversation, ...]) -> EncodedBatch:
         left_out: Counter[str] = Counter()
@@ -153,7 +156,7 @@ class ChatEncoder:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer)  # has a process, so each worker needs one of its own
+        return ChatTemplate(self.tokenizer, self.now)  # has a process, so each worker needs one of its own
 
     def _render(self, conversation: Conversation, count: int, add_generation_prompt: bool) -> str:
         """Render the first ``count`` messages."""
@@ -226,13 +229,18 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
     Raises:
         UserError: ``token`` is not in the vocabulary, there is no template, or no token that could end an answer.
     """
+    end = None
     if token is None:
         template = ChatTemplate(tokenizer)
         end = template_end_of_turn(tokenizer, template)
         template.close()
-        if end is not None:
-            return end
-    return end_of_document_id(tokenizer, token)
+    end = end_of_document_id(tokenizer, token) if end is None else end
+    if (added := tokenizer.added_tokens_decoder.get(end)) and added.single_word:
+        raise UserError(
+            f"'{added.content}' ends an answer, but the tokenizer in '{tokenizer.name_or_path}' does not read it behind "
+            "a letter; remove its single_word"
+        )
+    return end
 
 
 def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:

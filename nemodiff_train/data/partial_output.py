@@ -10,11 +10,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from nemodiff_train.data.encode import EncodedBatch
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenType, count_tokens, sha256_of
@@ -57,6 +58,7 @@ class Chunk(BaseModel):
 
 class _State(BaseModel):
     provenance: Provenance
+    started: datetime = Field(default_factory=datetime.now)
     chunks: list[Chunk] = []
 
 
@@ -107,7 +109,7 @@ class PartialOutput:
         """
         stored = self._stored()
         if stored is not None and stored.provenance.same_output(self._state.provenance):
-            self._state.chunks = stored.chunks
+            self._state.chunks, self._state.started = stored.chunks, stored.started
         elif stored is not None and not overwrite:
             raise UserError(
                 f"{self._folder}: left by an interrupted run with other inputs, tokenizer or options; "
@@ -131,6 +133,11 @@ class PartialOutput:
     def size(self) -> Size:
         """The size of all finished chunks."""
         return sum((chunk.size for chunk in self._state.chunks), Size())
+
+    @property
+    def started(self) -> datetime:
+        """When the first chunk was begun, by whichever run."""
+        return self._state.started
 
     @property
     def left_out(self) -> Counter[str]:

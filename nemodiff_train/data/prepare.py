@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,8 @@ def _continue(
     done = partial.restore(options.overwrite)
     if done.documents:
         console.print(f"continuing after {done.documents:,} documents")
+    if isinstance(encoder, ChatEncoder):  # one date for all conversations, also of a run that is continued
+        encoder = replace(encoder, now=partial.started)
     try:
         remaining = islice(documents(sources), done.documents, None)
         with _progress(done) as advance:

@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from nemodiff_train.errors import UserError
@@ -34,13 +35,15 @@ class ChatTemplate:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
+        now: What the template's ``strftime_now`` writes; None for the time of each call.
 
     Raises:
         UserError: It has no chat template, or several without a default.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, now: datetime | None = None) -> None:
         self._where = tokenizer.name_or_path
+        self._now = now and now.isoformat()
         if not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer in '{self._where}' has no chat template; do without one, or put a "
@@ -79,7 +82,8 @@ class ChatTemplate:
             self._start()
         given = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._templates[bool(tools)]
-        response = self._ask({"template": template, "tokens": self._tokens, **given, "seconds": SECONDS}, SECONDS)
+        own = {"template": template, "tokens": self._tokens, "now": self._now}
+        response = self._ask({**own, **given, "seconds": SECONDS}, SECONDS)
         if "text" not in response:
             raise self._refusal(response["problem"])
         return response["text"]
@@ -154,6 +158,7 @@ def _end_with_parent() -> None:
 def _render(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, str]:
     # The alarm is not caught, so it ends the process even inside one endless operation of a killed parent.
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + _ORPHAN_SECONDS)
+    clock = {"strftime_now": datetime.fromisoformat(request["now"]).strftime} if request["now"] else {}
     try:
         texts, _ = render(
             [request["messages"]],
@@ -161,6 +166,7 @@ def _render(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, st
             chat_template=request["template"],
             add_generation_prompt=request["add_generation_prompt"],
             **request["tokens"],
+            **clock,
         )
     except MemoryError:
         return {"problem": "it took too much memory"}

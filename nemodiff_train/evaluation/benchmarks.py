@@ -159,6 +159,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
+_MULTIPLES = "(?:hundred|thousand|million|billion|trillion|dozen)"  # words behind a number that are no units
 # Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, units, text, optional braces, separators.
 _LATEX = (
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|,|!|;|:|quad|qquad)(?![a-zA-Z])|(?<!\\)\\ ", ""),
@@ -167,7 +168,7 @@ _LATEX = (
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\([dt]binom)", r"\\binom"),
     (r"\\(le|ge|ne)q?(?![a-zA-Z])", r"\\\1q"),
-    (r"(?<=[0-9}])\s*\\(?:text|mathrm|textbf|mbox)\{[^{}]*\}(?:\^[0-9]|\^\{[0-9]\})?$", ""),
+    (r"(?<=[0-9}])\s*\\(?:text|mathrm|textbf|mbox)\{(?!\s*" + _MULTIPLES + r")[^{}]*\}(?:\^[0-9]|\^\{[0-9]\})?$", ""),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}", r"\1"),
     (r"\\(sqrt|frac|binom)(?:\s*(?=[0-9])|\s+)([0-9a-zA-Z])", r"\\\1{\2}"),
     (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})\s*([0-9a-zA-Z])", r"\1{\2}"),

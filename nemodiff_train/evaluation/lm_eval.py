@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nemodiff_train.console import console
+from nemodiff_train.console import console, warn
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.generation import DecodingSettings
@@ -102,6 +102,7 @@ class NemodiffLM(HFLM):
         self.mode = mode
         self._limit = int(words["max_new_tokens"]) if "max_new_tokens" in words else super().max_gen_toks
         self._chat: ChatTemplate | None = None
+        self._warned: set[str] = set()
         self._decoded = 0
         self.forwards: Counter[str] = Counter()
         """Forwards of all generations so far, by kind."""
@@ -131,11 +132,23 @@ class NemodiffLM(HFLM):
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Write a conversation as the model's tokenizer does."""
+        """Write a conversation as the model's tokenizer does, and as the harness does where it takes no system."""
         if self.chat_template_args or not add_generation_prompt:
             return str(super().apply_chat_template(chat_history, add_generation_prompt))
         self._chat = self._chat or ChatTemplate(self.tokenizer)
-        return self._chat(chat_history, add_generation_prompt)
+        try:
+            return self._chat(chat_history, add_generation_prompt)
+        except UserError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            self._warn_once(f"{error}; the system message is left out, as --model hf does")
+            return self._chat(others, add_generation_prompt)
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            warn(line)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue every request until one of its stop strings; print tokens per forward at the end.
