@@ -302,7 +302,7 @@ def test_an_end_that_is_not_read_behind_a_letter_is_refused(tokenizers: dict[str
     tokenizer = load_tokenizer(tokenizers["bytes"])
     assert end_of_turn_id(tokenizer, None) == tokenizer.convert_tokens_to_ids("<|end|>")
     tokenizer.add_tokens([AddedToken("<|end|>", single_word=True)], special_tokens=True)
-    with pytest.raises(UserError, match="'<.end.>' ends an answer, .* remove its single_word"):
+    with pytest.raises(UserError, match=r"'<.end.>' ends an answer, .* remove its single_word"):
         end_of_turn_id(tokenizer, None)
 
 

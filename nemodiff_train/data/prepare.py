@@ -170,14 +170,14 @@ def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Man
 
 
 def _continue(
-    options: PrepareOptions, sources: list[Source], encoder: Encoder[Any], partial: PartialOutput, notes: Notes
+    options: PrepareOptions, sources: list[Source], made: Encoder[Any], partial: PartialOutput, notes: Notes
 ) -> Manifest:
     """Write the chunks that are missing, then publish and tell what was not used."""
     done = partial.restore(options.overwrite)
     if done.documents:
         console.print(f"continuing after {done.documents:,} documents")
-    if isinstance(encoder, ChatEncoder):  # one date for all conversations, also of a run that is continued
-        encoder = replace(encoder, now=partial.started)
+    # One date for all conversations, also of a run that is continued.
+    encoder: Encoder[Any] = replace(made, now=partial.started) if isinstance(made, ChatEncoder) else made
     try:
         remaining = islice(documents(sources), done.documents, None)
         with _progress(done) as advance:
