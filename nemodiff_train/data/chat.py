@@ -237,8 +237,8 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
     end = end_of_document_id(tokenizer, token) if end is None else end
     if (added := tokenizer.added_tokens_decoder.get(end)) and added.single_word:
         raise UserError(
-            f"'{added.content}' ends an answer, but the tokenizer in '{tokenizer.name_or_path}' does not read it after "
-            "a letter; remove its single_word"
+            f"'{added.content}' ends an answer, but the tokenizer in '{tokenizer.name_or_path}' does not read it "
+            "after a letter; remove its single_word"
         )
     return end
 
