@@ -1,4 +1,4 @@
-"""``nemodiff chat CHECKPOINT``: a conversation in the terminal, coloured by the forwards that committed its tokens."""
+"""``nemodiff chat CHECKPOINT``: a conversation in the terminal, its tokens coloured by their forwards."""
 
 import argparse
 import sys
