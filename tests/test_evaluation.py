@@ -216,8 +216,9 @@ def test_page_names_characters_that_turn_the_text_around(tmp_path: Path) -> None
     task = Task("one", [Prompt(prompt=turned, answer="7")], make_scorer("exact"))
     single = assemble(turned, task, [Run("linear", {}, [record])], lambda tokens: turned, settings={})
     html = write_report(tmp_path, single, lambda tokens: turned * len(tokens)).read_text()
-    assert "[U+202E]reversed[U+2066]" in html
-    assert not re.search("[\u202a-\u202e\u2066-\u2069]|u202e", html)
+    assert "\\u202ereversed\\u2066" in html
+    assert not re.search(r"[\u202a-\u202e\u2066-\u2069]|[^\\]\\u202e", html.split('id="traces">')[1])
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", html)
 
 
 def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:

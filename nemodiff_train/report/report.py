@@ -19,6 +19,7 @@ from nemodiff_train.evaluation.records import LoggedRecord, write_records
 from nemodiff_train.files import usable_directory, write_atomic
 from nemodiff_train.report import charts, display
 from nemodiff_train.report.trace import Decode, Trace, trace
+from nemodiff_train.shown import visible
 
 SAMPLES = 6
 """Maximum number of prompts whose outputs are replayed, from the first."""
@@ -84,13 +85,11 @@ def metrics_json(evaluation: Evaluation) -> str:
 
 
 def render(evaluation: Evaluation, decode: Decode) -> str:
-    """Return the page. It escapes all text from outside and loads nothing."""
+    """Return the page. It escapes all text from outside, controls of its direction included, and loads nothing."""
     script = _resource("report.js")
     samples = _samples(evaluation, decode)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
-    )
-    return environment.from_string(_resource("report.html.j2")).render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(_resource("report.html.j2")).render(
         evaluation=evaluation,
         prompts=max(metrics.prompts for metrics in evaluation.modes.values()),
         speedups=_speedups(evaluation),
@@ -107,11 +106,7 @@ def render(evaluation: Evaluation, decode: Decode) -> str:
         script=Markup(script),
         digest=_digest(script),
     )
-
-
-def _plain(value: object) -> object:
-    """Return what the template shows for a value: text from outside without characters that turn the text around."""
-    return display.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return visible(page)
 
 
 def _resource(name: str) -> str:
@@ -151,7 +146,7 @@ def _replay(trace: Trace) -> JsonValue:
         "steps": [piece.step for piece in trace.pieces],
         "positions": [piece.position for piece in trace.pieces],
         "drafts": [
-            {**draft.model_dump(), "texts": [display.visible(text) for text in draft.texts]} for draft in trace.drafts
+            {**draft.model_dump(), "texts": [visible(text) for text in draft.texts]} for draft in trace.drafts
         ],
         "frames": [frame.model_dump() for frame in trace.frames],
     }
