@@ -25,6 +25,7 @@ VERBS = {
     "lm-eval": ("nemodiff_train.cli.lm_eval", "lm-evaluation-harness with --model nemodiff"),
     "likelihood": ("nemodiff_train.cli.likelihood", "AR perplexity and diffusion bound of a text"),
     "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
+    "chat": ("nemodiff_train.cli.chat", "talk to a model, its tokens coloured by the forwards that made them"),
     "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),
     "demo": ("nemodiff_train.cli.demo", "the whole job on a small model, offline"),
     "env": ("nemodiff_train.cli.env", "what is installed here and what a run would use, for bug reports"),
