@@ -4,7 +4,6 @@ import io
 import json
 import re
 from collections import defaultdict
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
 from nemodiff_train.report.trace import pieces
 from tests import jobs
+from tests.browser import read_page
 from tools.support.ranks import RankPool
 
 AR = [
@@ -162,39 +162,6 @@ def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
         "records.jsonl",
         "report.html",
     ]
-
-
-class _Page(HTMLParser):
-    """Checks that tags nest, and keeps what a browser would load and show."""
-
-    VOID = frozenset({"meta", "br", "wbr", "input"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[str] = []
-        self.loads: list[str] = []
-        self.words = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.loads += [f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-def read_page(path: Path) -> _Page:
-    page = _Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    return page
 
 
 def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
