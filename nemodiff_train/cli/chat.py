@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
-from nemodiff_train.console import console
+from nemodiff_train.console import PlainConsole, console
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 COMMANDS = "/mode NAME, /reset, /exit; Ctrl-C ends an answer, Ctrl-D the conversation"
 COLOURS = ("cyan", "yellow", "magenta", "green", "bright_blue", "bright_red")
 """Tokens of one forward have one of these, those of the next forward the next one."""
-
-_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), *range(11, 32), *range(127, 160))}
-"""Characters that a terminal would obey."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = opened.settings.stopping_at(frozenset() if end is None else frozenset([end]))
     chat = Chat(replace(opened, settings=settings), template)
     chat.choose_mode(arguments.mode)
-    console.print(_legend(Console().is_terminal), highlight=False)
+    console.print(_legend(PlainConsole().is_terminal))
     _converse(chat)
 
 
@@ -89,7 +85,7 @@ def _converse(chat: "Chat") -> None:
         try:
             chat.command(line) if line.startswith("/") else chat.answer(line)
         except UserError as error:
-            console.print(f"[red]{error}[/red]", soft_wrap=True)
+            console.print(str(error), style="red", soft_wrap=True)
 
 
 @dataclass
@@ -147,7 +143,7 @@ class Chat:
             rate = len(shown.tokens) / forwards
             cost = f"{len(shown.tokens)} tokens in {forwards} forwards: {rate:.2f} tokens per forward"
         shown.end()
-        console.print(f"[dim]{self.mode} \N{MIDDLE DOT} {cost}[/dim]")
+        console.print(f"{self.mode} \N{MIDDLE DOT} {cost}", style="dim")
         if shown.tokens:
             said = self.opened.settings.text(shown.tokens).strip()
             self.messages = [*asked, {"role": "assistant", "content": said}]
@@ -164,7 +160,7 @@ class Answer:
         self.settings = settings
         self.tokens: Sequence[int] = ()
         self._printed, self._colour, self._step = "", -1, 0
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = PlainConsole()
 
     def __call__(self, generation: "Generation") -> None:
         """Print what has been committed since the last call."""
@@ -182,6 +178,6 @@ class Answer:
         self._console.print()
 
     def _print(self, text: str) -> None:
-        new, self._printed = text[len(self._printed) :].translate(_CONTROLS), text
-        self._console.print(Text(new, style=COLOURS[self._colour]), end="")
+        new, self._printed = text[len(self._printed) :], text
+        self._console.print(Text(new, style=COLOURS[self._colour]), end="", soft_wrap=True)
         self._console.file.flush()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from nemodiff_train.console import console
 from nemodiff_train.conversion.exporting import export_checkpoint
@@ -158,7 +157,7 @@ class Demo:
             chosen = reserved_token(tokenizer, provider.vocab_size, stop_tokens(provider, tokenizer))
             added = None if chosen else NEW_MASK_TOKEN
             console.print(
-                f"    mask token: {escape(chosen or NEW_MASK_TOKEN)}, "
+                f"    mask token: {chosen or NEW_MASK_TOKEN}, "
                 f"{'a reserved token of its tokenizer' if chosen else 'added to its vocabulary'}"
             )
         import_checkpoint(str(self.ar_model), str(self.start), mask_token=chosen, add_mask_token=added)
@@ -171,9 +170,9 @@ class Demo:
     def _announce(self, description: str) -> Iterator[None]:
         self.step += 1
         started = time.monotonic()
-        console.print(f"[bold]{self.step}/{STEPS}[/bold] {description}")
+        console.print(f"{self.step}/{STEPS} {description}", style="bold")
         yield
-        console.print(f"    [dim]{time.monotonic() - started:.0f} s[/dim]")
+        console.print(f"    {time.monotonic() - started:.0f} s", style="dim")
 
     def _prefix(self, name: str) -> str:
         return str(self.output / "data" / name)
@@ -253,7 +252,7 @@ class Demo:
         report = write_report(self.output / "report", evaluation, decode)
         print_table(evaluation)
         console.print(f"AR accuracy before the joint stage: {accuracy_before:.1%}")
-        console.print(f"report: [bold]{report}[/bold]")
+        console.print(f"report: {report}")
 
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]

@@ -163,7 +163,7 @@ class NemodiffLM(HFLM):
         texts: list[str] = super().generate_until(requests, disable_tqdm)
         console.print(
             f"{self.mode}: {self.tokens} tokens, forwards {dict(self.forwards)}: "
-            f"[bold]{self.tokens_per_forward:.2f} tokens per forward[/bold]"
+            f"{self.tokens_per_forward:.2f} tokens per forward"
         )
         return texts
 

@@ -17,6 +17,7 @@ from nemodiff_train.evaluation.metrics import ModeMetrics
 from nemodiff_train.evaluation.records import LoggedRecord
 from nemodiff_train.report import display
 from nemodiff_train.report.trace import Decode, Trace, trace
+from nemodiff_train.shown import visible
 
 SAMPLES = 6
 """Maximum number of prompts whose outputs are replayed, from the first."""
@@ -51,7 +52,7 @@ class Chart:
 
 
 def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetrics], **values: object) -> str:
-    """Return a page. It escapes all text from outside and loads nothing.
+    """Return a page. It escapes all text from outside, spells out what would turn it around, and loads nothing.
 
     Args:
         template: A file beside this module, made from ``base.html.j2``.
@@ -60,7 +61,7 @@ def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetric
         values: What else the template names.
     """
     script = _resource("report.js")
-    return (
+    page = (
         _environment()
         .get_template(template)
         .render(
@@ -78,6 +79,7 @@ def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetric
             digest=_digest(script),
         )
     )
+    return visible(page)
 
 
 @cache
@@ -88,13 +90,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_plain,
     )
-
-
-def _plain(value: object) -> object:
-    """Return what a template shows for a value: text from outside without characters that turn the text around."""
-    return display.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
@@ -135,7 +131,7 @@ def _replay(trace: Trace) -> JsonValue:
         "steps": [piece.step for piece in trace.pieces],
         "positions": [piece.position for piece in trace.pieces],
         "drafts": [
-            {**draft.model_dump(), "texts": [display.visible(text) for text in draft.texts]} for draft in trace.drafts
+            {**draft.model_dump(), "texts": [visible(text) for text in draft.texts]} for draft in trace.drafts
         ],
         "frames": [frame.model_dump() for frame in trace.frames],
     }

@@ -17,7 +17,7 @@ from megatron.bridge.training.state import GlobalState
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.console import console
+from nemodiff_train.console import warn
 from nemodiff_train.data.tokenizer_files import restore_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
@@ -315,9 +315,7 @@ def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, 
         iteration.rename(quarantined)
         if mark_of(iteration).exists():
             mark_of(iteration).rename(mark_of(quarantined))
-        console.print(
-            f"[yellow]checkpoint '{iteration}': {damage}; it is '{quarantined.name}' now[/yellow]", soft_wrap=True
-        )
+        warn(f"checkpoint '{iteration}': {damage}; it is '{quarantined.name}' now")
     for iteration in iterations(folder):
         if complete is not None and iteration < complete and mark_of(iteration).exists():
             shutil.rmtree(iteration)  # its removal had begun
@@ -329,7 +327,7 @@ def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, 
     elif damages:
         for tracker in (_TRACKED_STATE, _TRACKED_STEP):
             (folder / tracker).unlink(missing_ok=True)
-        console.print("[yellow]no checkpoint had been finished: the run starts from its beginning[/yellow]")
+        warn("no checkpoint had been finished: the run starts from its beginning")
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:

@@ -17,7 +17,7 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.config.precision import precision_of
 from nemodiff_train.config.run import AdapterBase
-from nemodiff_train.console import console
+from nemodiff_train.console import console, say
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import locked
@@ -90,8 +90,7 @@ def train(config: TriModeConfig) -> None:
     _record_base(config)
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         config.dataset.samples_ahead = samples_ahead(saved, config)
-        if is_main_process():
-            console.print(description(saved, config), soft_wrap=True, highlight=False, markup=False)
+        say(description(saved, config))
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:

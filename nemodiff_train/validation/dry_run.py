@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemodiff_train.config.config import Changes, TriModeConfig, differences, flattened
 from nemodiff_train.config.precision import is_mixed, precision_of
-from nemodiff_train.console import quiet
+from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.planning.hardware import USABLE_MEMORY
@@ -61,22 +60,22 @@ def dry_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, g
     _add_changes(page, "not as in the recipe", differences(defaults, given))
     _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
     if saved := Checkpoint.find_complete(config.checkpoint.load):
-        page.add_row("resume", escape(description(saved, config)))
+        page.add_row("resume", description(saved, config))
     if not layout.problems(config, world_size):
         stages = build_stages(config, world_size)
         lines += _memory_problems(config, world_size, stages, gpu_memory, page)
         lines += _disk_problems(config, stages, page)
     for number, line in enumerate(lines, start=1):
-        page.add_row(f"[red]problem {number}[/red]", line)
-    page.add_row("result", f"[red]{len(lines)} problems[/red]" if lines else "[green]ready[/green]")
-    Console().print(page)
+        page.add_row(Text(f"problem {number}", "red"), line)
+    page.add_row("result", Text(f"{len(lines)} problems", "red") if lines else Text("ready", "green"))
+    PlainConsole().print(page)
     return 2 if lines else 0
 
 
 def _add_changes(page: Table, name: str, changes: Changes) -> None:
     """Add a row with a line per setting that differs, if one does."""
     if changes:
-        page.add_row(name, escape("\n".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())))
+        page.add_row(name, "\n".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items()))
 
 
 def _memory_problems(

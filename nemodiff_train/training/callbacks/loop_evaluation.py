@@ -72,7 +72,7 @@ class LoopEvaluation(Callback):
         self.shared.evaluated = evaluation, self.decoding.text
         if is_main_process():
             modes = (f"{mode} {percent(m.accuracy)} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())
-            console.print(f"step {step}: {', '.join(modes)} [dim]({seconds:.0f} s)[/dim]")
+            console.print(f"step {step}: {', '.join(modes)} ({seconds:.0f} s)")
 
 
 def _figures(evaluation: Evaluation, seconds: float) -> dict[str, float]:
