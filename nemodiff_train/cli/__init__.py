@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from nemodiff_train import __version__
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
 from nemodiff_train.resilience.signals import INTERRUPTED
+from nemodiff_train.runtime import init_runtime
 
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
 # 20 seconds, so a module imports it inside `run`.
@@ -110,6 +112,14 @@ def _check_words(words: Sequence[str]) -> None:
             raise UserError(f"{word.rstrip('=') or before} is empty; name what it is, or leave it out")
 
 
+def _extend(file: Path) -> None:
+    """Let a file of the user's add modes, tasks and families of models."""
+    init_runtime()
+    from nemodiff_train.config.recipes import run_file
+
+    run_file(file)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -119,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
+        if file := getattr(parsed, "extend", None):
+            _extend(Path(file))
         return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
     except UserError as error:
         return _refuse(error)
