@@ -124,3 +124,42 @@ def test_a_collective_of_the_host_is_refused(devices: TwoDevices) -> None:
     with pytest.raises(Mixed, match="NCCL"):
         torch.distributed.all_reduce(values)
     mark(values)
+
+
+def test_kernels_of_decoding(model: Any) -> None:
+    """A prefill is causal without a mask, grouped heads with one are queries of one head, and cuDNN is left out."""
+    from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
+    from nemodiff_train.attention.kernels import attend_by_group, attend_cached
+
+    cache, rows = KeyValueCache(1, 3, 16, "cpu"), torch.arange(3)
+    prefill = DecodeBatch.consecutive(cache, rows, 5, 1)
+    assert prefill.causal and prefill.mask is None
+    cache.lengths += torch.tensor([2, 4, 3])
+    ragged = DecodeBatch.consecutive(cache, rows, 3, 1)
+    assert ragged.mask is not None and not ragged.causal
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=draw) for heads, n in ((6, 3), (2, 7), (2, 7)))
+    expected = attend_cached(query, key, value, ragged.mask)
+    torch.testing.assert_close(attend_by_group(query, key, value, ragged.mask, None), expected)
+    seen: list[bool] = []
+    hook = model.output_layer.register_forward_pre_hook(
+        lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    decoded(model, "ar")
+    hook.remove()
+    assert seen and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_decoding_takes_cores_layers_where_training_takes_transformer_engines(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemodiff_train.model import provider
+
+    monkeypatch.setattr(provider, "HAVE_TE", True)
+    monkeypatch.setattr(provider, "get_gpt_layer_with_transformer_engine_spec", lambda **options: None)
+    with pytest.raises(AttributeError):  # the specification of Transformer Engine was asked for
+        provider.tri_mode_layer_spec(model.config)
+    monkeypatch.setattr(model.config, "local_layers", True)
+    assert provider.tri_mode_layer_spec(model.config).layer_specs
+    provider.reset_parallelism(model.config)
+    assert model.config.local_layers is False
