@@ -1,10 +1,10 @@
-"""The console, and one style of progress bar."""
+"""The console, which text from outside cannot steer, and one style of progress bar."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -15,16 +15,41 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.shown import visible
 
-console = Console(stderr=True, highlight=False)
+
+class PlainConsole(Console):
+    """A console on which text is text: brackets are no markup, control codes are spelled out.
+
+    Args:
+        stderr: Whether it writes to standard error.
+        width: In characters; None for that of the terminal.
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Return the parts of what is printed; rich's own movements of the cursor are no text."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+console = PlainConsole(stderr=True)
+
+
+def say(line: str, style: str = "") -> None:
+    """Print one line from rank 0."""
+    if is_main_process():
+        console.print(line, style=style, soft_wrap=True)
 
 
 def warn(line: str) -> None:
     """Print one yellow line, from rank 0."""
-    if is_main_process():
-        console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
+    say(line, "yellow")
 
 
 @contextlib.contextmanager
@@ -45,7 +70,7 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
         shown: Whether this process shows it; by default only rank 0 does.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         *(TextColumn(column) for column in extra_columns),
@@ -62,7 +87,7 @@ def bytes_bar() -> Progress:
     It is shown on a terminal only: in a file it would leave one line per bar.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         DownloadColumn(),
         TransferSpeedColumn(),

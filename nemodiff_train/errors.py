@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+from nemodiff_train.shown import in_a_line
+
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong, where, and what to do.
@@ -15,12 +17,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(map(_shown, message)))
-
-
-def _shown(character: str) -> str:
-    """Escape a line break or a control code of the terminal, which a name from outside may hold."""
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+        super().__init__(in_a_line(message))
 
 
 class RunStopped(Exception):
@@ -34,7 +31,7 @@ class RunStopped(Exception):
     """
 
     def __init__(self, line: str, *, alone: bool = False) -> None:
-        super().__init__(line)
+        super().__init__(in_a_line(line))
         self.alone = alone
 
 

@@ -1,4 +1,4 @@
-"""Pages in a headless Chromium: what they look like, and what their scripts do."""
+"""Pages as they are written, and in a headless Chromium: what they look like, and what their scripts do."""
 
 import html
 import json
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,37 @@ def _run(page: Path, width: int, height: int, *words: str) -> str:
         command = [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", f"--window-size={width},{height}", *words]
         done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
+
+
+class _Page(HTMLParser):
+    """Checks that tags nest, and keeps what a browser would load and show."""
+
+    VOID = frozenset({"meta", "br", "wbr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.loads: list[str] = []
+        self.words = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.loads += [f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def read_page(path: Path) -> _Page:
+    """The page, whose tags nest."""
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page

@@ -76,6 +76,8 @@ def _more(made: Path) -> None:
     for name in ("empty.txt", "empty.jsonl"):
         (made / name).touch()
     (made / "loop.txt").symlink_to("loop.txt")
+    small.qwen3(made / "linked")
+    (made / "linked" / "chat_template.jinja").symlink_to("../text.txt")
     small.tokenizer(made / "listed")
     (made / "listed" / "tokenizer_config.json").write_text("[1]")
     for name, key, value in (("dtype", "dtype", "float99"), ("activation", "hidden_act", "nope")):
@@ -375,6 +377,15 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "data prepare: no such field": (
         prepare_data("good.jsonl", "--text-field", "txt"),
         ["'txt'", "Did you mean 'text'?"],
+    ),
+    "train: a tokenizer that links elsewhere": (train(model="linked"), ["chat_template.jinja", "text.txt", "remove"]),
+    "import: a tokenizer that links elsewhere": (
+        ["convert", "import", "linked", "out", "--mask-token", "a"],
+        ["chat_template.jinja", "text.txt"],
+    ),
+    "data prepare: a tokenizer that links elsewhere": (
+        ["data", "prepare", "text.txt", "--tokenizer", "linked", "--output", "out"],
+        ["chat_template.jinja", "text.txt"],
     ),
     "data prepare: no such token": (prepare_data("good.jsonl", "--eod-token", "<end>"), ["<end>"]),
     "data prepare: no workers": (prepare_data("good.jsonl", "--workers", "0"), ["--workers 0"]),

@@ -1,6 +1,8 @@
 """Fine-tuning: conversations through the chat template, packed samples, training, decoding behind a prompt."""
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -508,6 +510,67 @@ def test_decodes_a_conversation(one: str, capsys: pytest.CaptureFixture[str]) ->
     assert main(["generate", one, "from 3 on?", "--chat", "--max-new-tokens", "12"]) == 0
     assert capsys.readouterr().out
     assert main(["generate", one, "from 3 on?", "--max-new-tokens", "4"]) == 0
+
+
+def talk(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: str,
+    *lines: str,
+    mode: str = "ar",
+) -> tuple[str, str]:
+    """Return what ``nemodiff chat`` prints on both outputs for some lines of input."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
+    assert main(["chat", checkpoint, "--mode", mode, "--max-new-tokens", "12", "--block-size", "8"]) == 0
+    printed = capsys.readouterr()
+    return printed.out, printed.err
+
+
+def test_talks_in_the_terminal(one: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    question = "from 3 on?"
+    assert main(["generate", one, question, "--chat", "--max-new-tokens", "12"]) == 0
+    said = capsys.readouterr().out
+    lines = (question, "/mode linear", "/reset", question, "", "/mode nothing", "/mode oracle", "/what", question)
+    out, err = talk(monkeypatch, capsys, one, *lines, "/exit", question)
+    assert out.startswith(said * 2) and out.count("\n") == 3 and "\x1b" not in out + err
+    assert "ar \N{MIDDLE DOT} 12 tokens in 12 forwards: 1.00 tokens per forward" in err
+    assert err.count("linear \N{MIDDLE DOT} 12 tokens in ") == 2
+    assert "unknown mode 'nothing'" in err and "mode 'oracle' decodes" in err and "'/what' is no command" in err
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out, err = talk(monkeypatch, capsys, one, question)
+    assert "\x1b[36m" in out and "\x1b[33m" in out and "one colour" in err
+    assert re.sub("\x1b\\[[0-9;]*m", "", out) == said
+
+
+def test_an_answer_may_be_ended(
+    one: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemodiff_train.cli import chat
+
+    class Impatient(chat.Answer):
+        def __call__(self, generation: Any) -> None:
+            super().__call__(generation)
+            if len(generation.tokens) == 5 and len(asked) < 2:
+                asked.append(1)
+                raise KeyboardInterrupt
+
+    asked: list[int] = []
+    monkeypatch.setattr(chat, "Answer", Impatient)
+    out, err = talk(monkeypatch, capsys, one, "from 3 on?", "/reset", "from 3 on?", "from 4 on?")
+    first, second, third = out.splitlines()
+    assert first == second and third and err.count("ended after 5 tokens") == 2 and err.count("12 tokens in") == 1
+
+
+def test_what_cannot_be_talked_to_is_refused(one: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = tmp_path / Checkpoint.open(one).iteration.name
+    shutil.copytree(Checkpoint.open(one).iteration, silent)
+    (silent / "tokenizer" / "chat_template.jinja").unlink()
+    write_checksums(silent)
+    capsys.readouterr()
+    assert main(["chat", str(silent)]) == 2 and "has no chat template" in one_line(capsys)
+    assert main(["chat", one, "--tensor-parallel", "2"]) == 2 and "runs in one process" in one_line(capsys)
 
 
 def test_text_and_conversations_are_told_apart(

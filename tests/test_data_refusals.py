@@ -11,6 +11,7 @@ from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.partial_output import PartialOutput
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from nemodiff_train.data.tokenizer_files import copy_tokenizer
 from nemodiff_train.errors import UserError
 from tests.prepared import SUFFIXES, TEXTS, digests, one_line, read_back, run, save_tokenizer, write_jsonl
 
@@ -211,3 +212,37 @@ def test_check_blend(prepared: str, tokenizer_dir: str, tmp_path: Path) -> None:
     Path(f"{bare}.bin").write_bytes(Path(f"{prepared}.bin").read_bytes()[:-2])
     with pytest.raises(UserError, match="do not hold the manifest's"):
         check_blend([bare], tokenizer, mask)
+
+
+def test_links_of_a_tokenizer(tokenizer_dir: str, tmp_path: Path) -> None:
+    """Those of Hugging Face's cache and inside the directory are followed; no other file of the machine is copied."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0a"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(Path(tokenizer_dir).iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "SYSTEM_PROMPT.txt").symlink_to("tokenizer.json")
+    linked = tmp_path / "linked"
+    linked.symlink_to(snapshot)
+    for source in (snapshot, linked):
+        copy_tokenizer(source, tmp_path / f"copy of {source.name}")
+    for file in (tmp_path / "copy of linked").iterdir():
+        assert file.read_bytes() == (tmp_path / "copy of 0a" / file.name).read_bytes() and not file.is_symlink()
+    assert (tmp_path / "copy of 0a" / "SYSTEM_PROMPT.txt").stat().st_size > 0
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("a key")
+    links = {
+        "chat_template.jinja": secret / "key",
+        "additional_chat_templates": secret,
+        "vocab.txt": blobs / "by way",
+    }
+    (blobs / "by way").symlink_to(secret / "key")
+    for name, target in links.items():
+        (snapshot / name).symlink_to(target)
+        for use in (lambda: load_tokenizer(str(snapshot)), lambda: copy_tokenizer(snapshot, tmp_path / "none")):
+            with pytest.raises(UserError, match=f"{name}.*secret/key.*remove the link"):
+                use()
+        (snapshot / name).unlink()
+    assert not (tmp_path / "none").exists()

@@ -51,6 +51,18 @@ def tokens(model: Any, prompts: list[list[int]], mode: str, **settings: Any) -> 
     return [generation.tokens for generation in run(model, prompts, mode, **settings)[0]]
 
 
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "quadratic"])
+def test_a_row_can_be_watched(model: Any, mode: str) -> None:
+    """Tokens are told as forwards commit them, and nothing else changes."""
+    told: list[list[int]] = []
+    plain = run(model, PROMPTS[:1], mode)[0][0]
+    (row,), session = run(model, PROMPTS[:1], mode, watch=lambda generation: told.append(list(generation.tokens)))
+    assert row.tokens == plain.tokens == told[-1] and row.steps == plain.steps
+    assert all(told[-1][: len(tokens)] == tokens for tokens in told)
+    lengths = [len(tokens) for tokens in told]
+    assert lengths == sorted(set(lengths)) and 1 < len(told) <= session.calls(0)
+
+
 @pytest.mark.parametrize("block_size", [2, 5, 8, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> None:

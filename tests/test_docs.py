@@ -120,6 +120,9 @@ def defined_in(module: str) -> set[str]:
     path = ROOT / module.replace(".", "/")
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names | {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 

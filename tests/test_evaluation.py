@@ -4,13 +4,12 @@ import io
 import json
 import re
 from collections import defaultdict
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from nemodiff_train.console import PlainConsole
 from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
@@ -24,6 +23,7 @@ from nemodiff_train.report.report import write_report
 from nemodiff_train.report.table import print_table
 from nemodiff_train.report.trace import pieces
 from tests import jobs
+from tests.browser import read_page
 from tools.support.ranks import RankPool
 
 AR = [
@@ -164,39 +164,6 @@ def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
     ]
 
 
-class _Page(HTMLParser):
-    """Checks that tags nest, and keeps what a browser would load and show."""
-
-    VOID = frozenset({"meta", "br", "wbr", "input"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[str] = []
-        self.loads: list[str] = []
-        self.words = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        self.loads += [f"{key}={value}" for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-def read_page(path: Path) -> _Page:
-    page = _Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    return page
-
-
 def test_page_is_well_formed_escaped_and_loads_nothing(tmp_path: Path) -> None:
     page = read_page(write_report(tmp_path, evaluation(), decode))
     assert not page.loads and not {"link", "img", "iframe"} & set(page.seen) and page.seen.count("script") == 2
@@ -216,8 +183,9 @@ def test_page_names_characters_that_turn_the_text_around(tmp_path: Path) -> None
     task = Task("one", [Prompt(prompt=turned, answer="7")], make_scorer("exact"))
     single = assemble(turned, task, [Run("linear", {}, [record])], lambda tokens: turned, settings={})
     html = write_report(tmp_path, single, lambda tokens: turned * len(tokens)).read_text()
-    assert "[U+202E]reversed[U+2066]" in html
-    assert not re.search("[\u202a-\u202e\u2066-\u2069]|u202e", html)
+    assert "\\u202ereversed\\u2066" in html
+    assert not re.search(r"[\u202a-\u202e\u2066-\u2069]|[^\\]\\u202e", html.split('id="traces">')[1])
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", html)
 
 
 def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
@@ -231,9 +199,10 @@ def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
 
 
 def test_table_names_modes_and_rule() -> None:
-    console = Console(width=80, record=True, file=io.StringIO())
+    console = PlainConsole(width=80)
+    console.file = io.StringIO()
     print_table(evaluation(), console)
-    shown = console.export_text()
+    shown = console.file.getvalue()
     assert "[red]" in shown and "prefill" in shown and "…" not in shown
     row = next(line.split() for line in shown.splitlines() if line.strip().startswith("linear"))
     assert row == ["linear", "50.0%", "0.75", "1.00", "1.33", "20", "50.0%"]

@@ -1,11 +1,16 @@
-"""Ranks are asked for in distributed.py and files are synchronized in files.py, and nowhere else."""
+"""What each module of the ground floor does for all: ranks, files, consoles, and text from outside that is shown."""
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.table import Column, Table
 
 import nemodiff_train
+from nemodiff_train.console import PlainConsole, bytes_bar
+from nemodiff_train.errors import RunStopped, UserError
+from nemodiff_train.shown import in_a_line, visible
 
 PACKAGE = Path(nemodiff_train.__file__).parent
 EXPORTED = PACKAGE / "conversion" / "automodel"  # runs without this package
@@ -16,9 +21,40 @@ EXPORTED = PACKAGE / "conversion" / "automodel"  # runs without this package
     [
         ("distributed.py", r"\bget_rank\(|\bget_world_size\(|environ\S*[\[(]\"(?:RANK|WORLD_SIZE)\""),
         ("files.py", r"\bfsync\(|\bos\.replace\("),
+        ("console.py", r"\brich\.console\b"),
+        ("shown.py", r"unicode_escape"),
     ],
 )
 def test_one_home(home: str, pattern: str) -> None:
     files = [file for file in PACKAGE.rglob("*.py") if not file.is_relative_to(EXPORTED)]
     found = {str(file.relative_to(PACKAGE)) for file in files if re.search(pattern, file.read_text())}
     assert found == {home}
+
+
+TURNED, STEERING = "\u202eabc\u2066 \u061c\u200f", "a\x1b[31mb\x07\x9b1m\rc"
+
+
+def test_text_from_outside_is_spelled_out() -> None:
+    assert visible(TURNED) == r"\u202eabc\u2066 \u061c\u200f"
+    assert visible(STEERING) == r"a\x1b[31mb\x07\x9b1m\rc"
+    kept = "two\r\nlines\tof \N{NO-BREAK SPACE}text, \N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}, \u05d0"
+    assert visible(kept) == kept and visible("\ud800\u2028") == r"\ud800\u2028"
+    assert in_a_line("a\nb\u202e") == r"a\nb\u202e"
+    for error in (UserError, RunStopped):
+        assert str(error(f"{TURNED}\n")).isprintable()
+
+
+def test_a_console_shows_text_as_it_is() -> None:
+    """Also in tables and bars, where brackets would be rich's markup, and colons the names of its pictures."""
+    console, hostile = PlainConsole(width=200), f"runs/[/x] [red]:boom: {TURNED}\x1b[31m"
+    console.file = io.StringIO()
+    table = Table(Column(hostile, min_width=100), title=hostile)
+    table.add_row(hostile)
+    for shown in (hostile, table):
+        console.print(shown, soft_wrap=True)
+    with bytes_bar() as bar:
+        bar.add_task("[/x]\u202e")
+        console.print(bar)
+    written = console.file.getvalue()
+    assert written.count(visible(hostile)) == 4 and "\n[/x]" in written
+    assert all(character.isprintable() or character == "\n" for character in written)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import jobs, small
+from tests.browser import read_page
 from tools.support import layouts
 from tools.support.layouts import FIGURES, LAYOUTS, REFERENCES, SETTINGS, TOLERANCE, Steps
 from tools.support.ranks import Jobs, RankPool
@@ -185,6 +186,11 @@ def test_evaluation_in_the_loop_changes_nothing(runs: Runs, name: str) -> None:
             assert step[key] == pytest.approx(expected[key], rel=1e-6)
         assert step["eval/tpf/ar"] == 1
     assert "eval/seconds" not in steps[3]
+    page = read_page(runs.folder / f"evaluated_{name}" / "index.html")
+    assert not page.loads and page.seen.count("figure") == page.seen.count("svg") == 7
+    for words in ("Losses", "Learning rate", "Throughput", "Tokens per forward", "block_size: 16", "step 10 of 10"):
+        assert words in page.words
+    assert page.words.count("Block diffusion") == 7  # a tab, and six prompts
 
 
 def _evaluated(runs: Runs, name: str) -> Steps:

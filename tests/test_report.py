@@ -19,7 +19,9 @@ from nemodiff_train.evaluation.pareto import Point, areas, aup, front
 from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.evaluation.settings import EvaluationSettings, settings_of
 from nemodiff_train.report import charts, display
-from nemodiff_train.report.report import inline_json, write_report
+from nemodiff_train.report.page import inline_json
+from nemodiff_train.report.report import write_report
+from nemodiff_train.report.run_page import RunPage
 from nemodiff_train.report.trace import trace
 from tests import browser, evaluations
 
@@ -30,6 +32,23 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
     write_report(directory, evaluations.evaluation(), evaluations.text)
     return directory
+
+
+def test_the_page_of_a_run(tmp_path: Path) -> None:
+    """Long curves are means over steps, what cannot be drawn is left out, and text from outside is escaped."""
+    page = RunPage("runs/<b>x</b>", "joint", 2000, "a: <script>")
+    nothing = {"grad_norm": None, "learning_rate": 1e-5, "mfu": 0.25, "eval/tpf/own<i>": 2.0, "eval/accuracy/ar": 0.0}
+    for step in range(1, 1001):
+        page.add({"step": step, "tokens": 64 * step, "ar_loss": float(step), "diffusion_loss": math.nan, **nothing})
+    points = page.series["ar_loss"].shown
+    assert len(points) == 250 and points[0] == (4, 2.5) and points[-1] == (1000, 998.5)
+    page.add({"step": 1001, "tokens": 1, "ar_loss": 7.0, "diffusion_loss": math.inf})
+    assert page.series["ar_loss"].shown[-1] == (1001, 7.0)
+    page.show(evaluations.evaluation(), evaluations.text)
+    (tmp_path / "index.html").write_text(page.render())
+    read = browser.read_page(tmp_path / "index.html")
+    assert not read.loads and read.seen.count("svg") == 5
+    assert "runs/<b>x</b>" in read.words and "a: <script>" in read.words and "diffusion loss" not in read.words
 
 
 # Figures, recomputed from the lines of records.jsonl with nothing but arithmetic.

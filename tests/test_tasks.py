@@ -95,9 +95,9 @@ def test_bad_task_names(tmp_path: Path) -> None:
 
 
 def test_arithmetic_takes_test_problems() -> None:
-    expected = problems("test", 2, 9)
-    task = load_task("arithmetic", count=2, seed=9)
+    expected = problems("test", 2, 0)
+    task = load_task("arithmetic", count=2)
     assert [prompt.prompt for prompt in task.prompts] == [problem.prompt for problem in expected]
     assert task.score(1, f"that makes {expected[1].answer}.") and not task.score(1, "that makes 1000.")
-    asked = load_task("questions", count=2, seed=9)
+    asked = load_task("questions", count=2)
     assert [prompt.prompt for prompt in asked.prompts] == [problem.messages()[0]["content"] for problem in expected]

@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from nemodiff_train import __version__
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
 from nemodiff_train.resilience.signals import INTERRUPTED
+from nemodiff_train.runtime import init_runtime
 
 # Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
 # 20 seconds, so a module imports it inside `run`.
@@ -25,6 +27,7 @@ VERBS = {
     "lm-eval": ("nemodiff_train.cli.lm_eval", "lm-evaluation-harness with --model nemodiff"),
     "likelihood": ("nemodiff_train.cli.likelihood", "AR perplexity and diffusion bound of a text"),
     "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
+    "chat": ("nemodiff_train.cli.chat", "talk to a model, its tokens coloured by the forwards that made them"),
     "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),
     "demo": ("nemodiff_train.cli.demo", "the whole job on a small model, offline"),
     "env": ("nemodiff_train.cli.env", "what is installed here and what a run would use, for bug reports"),
@@ -109,6 +112,14 @@ def _check_words(words: Sequence[str]) -> None:
             raise UserError(f"{word.rstrip('=') or before} is empty; name what it is, or leave it out")
 
 
+def _extend(file: Path) -> None:
+    """Let a file of the user's add modes, tasks and families of models."""
+    init_runtime()
+    from nemodiff_train.config.recipes import run_file
+
+    run_file(file)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -118,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
+        if file := getattr(parsed, "extend", None):
+            _extend(Path(file))
         return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
     except UserError as error:
         return _refuse(error)

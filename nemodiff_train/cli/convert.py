@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import at_least_1
+from nemodiff_train.cli.decoding_options import add_extend, at_least_1
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
@@ -56,6 +56,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=0.0, help="largest difference of a weight (default: 0, bit for bit)"
     )
     parser.add_argument("--prompt", help="text whose logits are compared")
+    add_extend(parser)
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline-parallel", type=at_least_1, default=1, help="ranks that share the layers out (default: 1)"
     )
+    add_extend(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

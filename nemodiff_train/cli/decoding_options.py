@@ -28,6 +28,13 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
+def add_extend(parser: argparse.ArgumentParser) -> None:
+    """Add the option that :func:`nemodiff_train.cli.main` reads."""
+    parser.add_argument(
+        "--extend", metavar="FILE.py", help="a recipe's file that adds modes, tasks or model families"
+    )
+
+
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to a verb."""
     defaults = {f.name: f.default for f in fields(DecodingSettings)}
@@ -43,6 +50,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; drafts in mode linear")
     parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
     parser.add_argument("--pipeline-parallel", type=at_least_1, default=1, help="processes that share the layers out")
+    add_extend(parser)
 
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
-from nemodiff_train.console import console
+from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
             report = write_report(output, evaluation, opened.settings.text)
             unfinished.remove()
             print_table(evaluation)
-            console.print(f"report: [bold]{report}[/bold]")
+            say(f"report: {report}")
 
 
 def _numbers[Number: (int, float)](

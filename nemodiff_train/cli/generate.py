@@ -1,6 +1,7 @@
 """``nemodiff generate CHECKPOINT PROMPT``."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
@@ -8,6 +9,7 @@ from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.shown import visible
 
 if TYPE_CHECKING:
     from nemodiff_train.decoding.session import Session
@@ -56,9 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _print(text: str, tokens: int, session: "Session") -> None:
     if not is_main_process():
         return
-    print(text)
+    print(visible(text) if sys.stdout.isatty() else text)
     forwards = session.calls(0)
     console.print(
-        f"[dim]{tokens} tokens in {forwards} forwards ({dict(session.forwards[0])}): "
-        f"{tokens / forwards:.2f} tokens per forward[/dim]"
+        f"{tokens} tokens in {forwards} forwards ({dict(session.forwards[0])}): "
+        f"{tokens / forwards:.2f} tokens per forward",
+        style="dim",
     )

@@ -60,4 +60,4 @@ def run(arguments: argparse.Namespace) -> None:
         f"diffusion   {found.diffusion_loss:.4f} ± {found.diffusion_error:.4f} nats a token at most "
         f"({found.draws} draws), perplexity {found.diffusion_perplexity:.3f}"
     )
-    console.print(f"[dim]{found.tokens} tokens[/dim]")
+    console.print(f"{found.tokens} tokens", style="dim")

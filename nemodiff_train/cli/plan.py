@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from nemodiff_train.console import PlainConsole
 from nemodiff_train.errors import UserError
 from nemodiff_train.planning.hardware import GPUS
 from nemodiff_train.runtime import init_runtime
@@ -65,6 +65,6 @@ def _show(found: list["Candidate"], title: str) -> None:
             *(f"{part:.2f}" for part in seconds),
             f"{each.tokens_per_second:,.0f}",
         )
-    console = Console(width=150)
+    console = PlainConsole(width=150)
     console.print(table)
     console.print(f"The first: {found[0].layout.settings}", soft_wrap=True)

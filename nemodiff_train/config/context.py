@@ -8,6 +8,8 @@ from megatron.bridge.training.state import GlobalState
 from torch import Tensor
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.evaluation.evaluation import Evaluation
+from nemodiff_train.report.trace import Decode
 
 
 def config_of(state: GlobalState) -> TriModeConfig:
@@ -23,6 +25,8 @@ class StepContext:
     """Folder of the run."""
     figures: dict[str, float] = field(default_factory=dict)
     """More figures of the step that has just run: any callback adds some, the log writes those of the last rank."""
+    evaluated: tuple[Evaluation, Decode] | None = None
+    """What the evaluation after the step has decoded, and what turns its tokens into text."""
     data_wait: float = 0.0
     """Seconds spent waiting for the loader, since the straggler monitor last set this to 0."""
     sample_indices: Tensor | None = None

@@ -1,7 +1,6 @@
 """Overrides from the command line: ``section.field=value`` in Hydra's syntax, checked against the declared type."""
 
 import functools
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -10,6 +9,7 @@ from typing import Any, cast
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.ranges import check_range
 from nemodiff_train.config.schedule import SHARES
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.schema import check_type, declared_type
@@ -60,13 +60,6 @@ _OF_OTHER_KINDS = {
 """Settings that something else decides, and what."""
 
 
-_NONE_BELOW_0 = ("checkpoint.most_recent_k", "tokenizer.null_tokenizer_pad_id")
-"""Settings in which -1 stands for none."""
-_UNLIMITED = ("optimizer.grad_norm_skip_threshold",)
-_LARGEST = 1e12
-"""Of any setting: more steps, samples or bytes than there will be."""
-
-
 def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConfig:
     """Set fields of a configuration.
 
@@ -94,7 +87,7 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
     for key, old in before.items():
         _check_kind(key, old, _look_up(config, key.lstrip("+~")))
         check_type(config, key.lstrip("+~"))
-        _check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
+        check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
     return config
 
 
@@ -129,16 +122,6 @@ def _look_up(config: TriModeConfig, key: str) -> object:
     return node
 
 
-def _check_range(key: str, value: object) -> None:
-    """Refuse a number that no setting can have: counts, sizes, rates and seconds are finite and not below 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    lowest = -1 if key in _NONE_BELOW_0 else 0
-    unlimited = key in _UNLIMITED and value == math.inf
-    if not lowest <= value <= _LARGEST and not unlimited:
-        raise UserError(f"{key} is {value}; use a number from {lowest} to {_LARGEST:.0e}")
-
-
 def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
     """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
     section, _, name = key.lstrip("+~").rpartition(".")
@@ -152,7 +135,12 @@ def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
 
 
 def _check_kind(key: str, old: object, new: object) -> None:
-    """Refuse text where the recipe had a number or a truth value; Hydra accepts anything."""
+    """Refuse text where the recipe had a number or a truth value, and nothing where it had something.
+
+    Hydra accepts anything.
+    """
     if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
         expected = "true or false" if isinstance(old, bool) else "a number"
         raise UserError(f"{key}={new} is not {expected}; its value was {old}")
+    if new == "" and old != "":
+        raise UserError(f"{key} is empty; name what it is, or leave it out")

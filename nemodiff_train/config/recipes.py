@@ -4,6 +4,7 @@ import importlib
 import inspect
 import runpy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,29 @@ def _find(name: str) -> Recipe:
         recipe: Recipe = getattr(importlib.import_module(f"recipes.{module_name}"), name)
         return recipe
     file, function = split_file(name) or (Path(name), "recipe")
-    if not file.is_file():
-        raise UserError(f"no recipe file '{file}'")
-    # Not imported, which would leave compiled files in the user's folder.
-    namespace = _call(name, lambda: runpy.run_path(str(file), run_name=file.stem))
+    namespace = run_file(file)
     if not callable(namespace.get(function)):
         raise UserError(f"'{file}' has no function '{function}'; a recipe file defines one")
     recipe = namespace[function]
     return recipe
+
+
+def run_file(file: Path) -> dict[str, Any]:
+    """Run a recipe's file, once for a process and a version of the file, and return what it has defined.
+
+    Raises:
+        UserError: There is no such file, or it cannot be run; names the line.
+    """
+    if not file.is_file():
+        raise UserError(f"no recipe file '{file}'")
+    state = file.stat()
+    return _call(str(file), lambda: _run_file(file.resolve(), state.st_mtime_ns, state.st_size))
+
+
+@cache
+def _run_file(file: Path, *version: int) -> dict[str, Any]:
+    # Not imported, which would leave compiled files in the user's folder.
+    return runpy.run_path(str(file), run_name=file.stem)
 
 
 def _call[Result](name: str, call: Callable[[], Result]) -> Result:

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemodiff_train.console import console, quiet
+from nemodiff_train.console import quiet, say
 from nemodiff_train.conversion.formats import FORMATS, own_format
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
@@ -60,8 +60,7 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
     start_model_parallel(1)  # Megatron reads by collectives, even in a world of one
     with atomic_directory(Path(output)) as partial, quiet():
         write_drafter(source, lora, provider.num_layers, kind, partial)
-    if is_main_process():
-        console.print(f"exported the drafter [bold]{source.path}[/bold] to [bold]{output}[/bold]")
+    say(f"exported the drafter {source.path} to {output}")
 
 
 def write_drafter(source: Checkpoint, lora: DraftLoRA, layers: int, kind: str, directory: Path) -> None:

@@ -8,13 +8,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemodiff_train.console import bytes_bar, console, quiet
+from nemodiff_train.console import bytes_bar, quiet, say, warn
 from nemodiff_train.conversion.automodel.card import read_results, write_card
 from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, write_drafter
 from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, own_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
+from nemodiff_train.data.tokenizer import files_of_tokenizer
 from nemodiff_train.data.tokenizer_files import copy_tokenizer, rename_for_transformers_4
 from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
@@ -71,6 +72,7 @@ def export_checkpoint(
     lora = open_drafter(drafter, provider) if drafter else None
     figures = read_results(results) if results else None
     tokenizer = source.tokenizer_directory
+    files_of_tokenizer(tokenizer)
     writer = ShardWriter(Path(output), expected_shapes(settings), provider.params_dtype, max_shard_size)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
@@ -85,13 +87,12 @@ def export_checkpoint(
                 finish(partial, settings)
             if name == "tri-mode":
                 write_card(partial, settings, provider.origin, figures)
-    if is_main_process():
-        console.print(f"exported [bold]{source.path}[/bold] to [bold]{output}[/bold]")
-        if FORMATS[name].needs_code and not code:
-            console.print(
-                "[yellow]the directory is loaded by Python files of its publisher, which are not part of it; "
-                "copy them to it, or export with --remote-code[/yellow]"
-            )
+    say(f"exported {source.path} to {output}")
+    if FORMATS[name].needs_code and not code:
+        warn(
+            "the directory is loaded by Python files of its publisher, which are not part of it; copy them to it, or "
+            "export with --remote-code"
+        )
 
 
 def full_tensors(models: list[GPTModel], settings: HFConfig) -> Iterator[tuple[str, Tensor]]:

@@ -13,9 +13,10 @@ from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, S
 from megatron.bridge.training.model_load_save import save_megatron_model
 from megatron.core.models.gpt import GPTModel
 from rich.filesize import decimal
+from rich.text import Text
 from torch import Tensor
 
-from nemodiff_train.console import bytes_bar, console, quiet, warn
+from nemodiff_train.console import bytes_bar, console, quiet, say, warn
 from nemodiff_train.conversion.comparison import (
     COMPARED_TOKENS,
     POSITIONS,
@@ -29,7 +30,7 @@ from nemodiff_train.conversion.comparison import (
 from nemodiff_train.conversion.headers import Stored, read_headers
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
 from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights, expected_shapes
-from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.data.tokenizer import files_of_tokenizer, load_tokenizer, tokens_without_row
 from nemodiff_train.distributed import (
     all_gather_object,
     barrier,
@@ -78,6 +79,7 @@ def import_checkpoint(
     provider = model_from(source)
     check_stages(provider, pipeline_parallel)
     stored = check_weights(Path(source))
+    files_of_tokenizer(Path(source))
     token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     check_computation(source, tensor_parallel, pipeline_parallel)
@@ -89,16 +91,16 @@ def import_checkpoint(
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
         _compare_logits(models, source, stored, token)
-        with console.status(f"writing {output}"):
+        with console.status(Text(f"writing {output}")):
             _save(models, partial, source, token)
         model_from(Checkpoint.open(partial))  # an activation, for example, that Bridge saves but does not take back
-    _tell(f"imported [bold]{source}[/bold] to [bold]{output}[/bold]")
+    say(f"imported {source} to {output}")
     if line := tokens_without_row(load_tokenizer(source), provider.vocab_size):
         warn(line)
     if dropout := stored_settings(source).get("attention_dropout"):
         warn(f"'{source}/config.json': attention_dropout={dropout} is not used; training here is without dropout")
     if left_out := read_headers(Path(source)).keys() - stored.keys():
-        _tell(f"left out: {len(left_out)} tensors of {', '.join(sorted({name.split('.')[0] for name in left_out}))}")
+        say(f"left out: {len(left_out)} tensors of {', '.join(sorted({name.split('.')[0] for name in left_out}))}")
 
 
 def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[GPTModel]:
@@ -158,11 +160,6 @@ def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Store
             f"the imported model's logits are up to {difference:.2g} away from Transformers', of {largest:.2g}, "
             f"where rounding explains {allowed:.2g}; '{source}' is not supported"
         )
-
-
-def _tell(line: str) -> None:
-    if is_main_process():
-        console.print(line, soft_wrap=True)
 
 
 def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from nemodiff_train.console import PlainConsole
 from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
@@ -39,7 +39,7 @@ def inspect(path: str) -> None:
     table = Table(title=path, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _describe_hugging_face(folder: Path) -> dict[str, str]:

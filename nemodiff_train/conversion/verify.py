@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate import cpu_offload, init_empty_weights
 from megatron.core.models.gpt import GPTModel
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nemodiff_train.console import console, quiet
+from nemodiff_train.console import PlainConsole, console, quiet
 from nemodiff_train.conversion.exporting import full_tensors
 from nemodiff_train.conversion.headers import Stored, opened
 from nemodiff_train.conversion.importing import build, load_weights
@@ -73,7 +73,7 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> b
         masked = next((side.provider for side in sides if side.provider.mask_token_id is not None), None)
         logits = []
         for side in sides:
-            with console.status(f"computing the logits of {side.path}"):
+            with console.status(Text(f"computing the logits of {side.path}")):
                 ar = side.ar_logits(tokens, positions)
                 logits.append((ar, side.diffusion_logits(tokens, masked) if masked else None))
                 side.free()
@@ -307,7 +307,7 @@ def _print(rows: list[_Row], a: str, b: str) -> None:
     table = Table("what", "tensors", "largest difference", "equal", title=f"{a} and {b}", title_justify="left")
     for row in rows:
         table.add_row(row.name, str(row.count), f"{row.difference:.3g}", "yes" if row.equal else "no")
-    out = Console()
+    out = PlainConsole()
     out.print(table)
     for row in rows:
         if row.remark:

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from nemodiff_train.console import console
+from nemodiff_train.console import PlainConsole, say
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -31,17 +29,17 @@ def inspect(prefix: str, verify: bool) -> None:
     manifest = Manifest.require(prefix)
     if verify:
         manifest.verify_checksums(prefix)
-    output = Console(highlight=False)
+    output = PlainConsole()
     output.print(_table(prefix, manifest, verify))
     try:
         for name, text in _beginnings(prefix, manifest):
-            output.print(Text(f"{name}: {text!r}"), soft_wrap=True)
+            output.print(f"{name}: {text!r}", soft_wrap=True)
     except UserError as error:  # the tokenizer may be on another machine; the rest is still of use
-        console.print(Text(f"documents not shown: {error}"), soft_wrap=True)
+        say(f"documents not shown: {error}")
 
 
 def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
-    table = Table(title=Text(prefix), show_header=False)
+    table = Table(title=prefix, show_header=False)
     tokenizer = manifest.tokenizer
     rows = [
         ("documents", f"{manifest.documents:,}"),
@@ -55,7 +53,7 @@ def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
         split = f", split {source.split}" if source.split else ""
         rows.append(("input", f"{source.path} ({source.files:,} files, {source.bytes:,} bytes{split})"))
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from rich.markup import escape
+from rich.text import Text
 
 from nemodiff_train.console import console
 
@@ -37,4 +37,4 @@ class Notes:
         for kind, counts in self._counts.items():
             listed = ", ".join(f"{what} ({count:,})" for what, count in counts.most_common())
             first = f"; first in {self._first[kind]}"
-            console.print(f"[yellow]{kind}:[/yellow] {escape(listed + first)}", soft_wrap=True)
+            console.print(Text.assemble((f"{kind}:", "yellow"), f" {listed}{first}"), soft_wrap=True)

@@ -137,6 +137,7 @@ def _serve() -> None:
     """Answer each line of standard input; the first request is empty, and its answer says that the limits are set."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()

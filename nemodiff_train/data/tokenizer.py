@@ -12,6 +12,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILE = "tokenizer.json"
+PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "vocab*",
+    "merges*",
+    "bpe.codes",
+    "*.model",
+    "*.model.v*",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "*.jinja",
+    "additional_chat_templates/*",
+    "SYSTEM_PROMPT*",
+)
+"""Every name that a tokenizer, its templates or its publisher's system prompt have in Hugging Face directories."""
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -20,13 +39,14 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     Its token ids are those of ``tokenizer.json``, where there is one, whatever class ``tokenizer_config.json`` names.
 
     Raises:
-        UserError: There is no tokenizer, or it is damaged.
+        UserError: There is no tokenizer, it is damaged, or one of its files is a link that leads elsewhere.
     """
     from transformers import AutoTokenizer
 
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".")):
         raise UserError(f"{name}: no such tokenizer directory")
+    files_of_tokenizer(path)
     try:
         # Left unset, a terminal would be asked whether to run the tokenizer's own code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -37,6 +57,28 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     except Exception as error:  # damaged files raise any exception in Transformers
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: cannot load a tokenizer from it: {reason}") from error
+
+
+def files_of_tokenizer(source: Path) -> list[Path]:
+    """Return the files of a tokenizer in a Hugging Face directory, sorted; none if it is no directory.
+
+    A link is followed inside the directory alone, or from a snapshot in Hugging Face's cache to the files of the same
+    repository: a directory from elsewhere could name any file of this machine, and checkpoints would carry it away.
+
+    Raises:
+        UserError: Names a link that leads elsewhere, and its target.
+    """
+    files = sorted({file for pattern in PATTERNS for file in source.glob(pattern) if file.is_file()})
+    root = source.resolve()
+    stored = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    for file in files:
+        target = file.resolve()
+        if not (target.is_relative_to(root) or target.is_relative_to(stored)):
+            raise UserError(
+                f"'{file}' is a link to '{target}', outside the directory; put the file itself there if it belongs "
+                "to the tokenizer, else remove the link"
+            )
+    return files
 
 
 def use_tokenizer_file(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:

@@ -8,28 +8,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.data.tokenizer import files_of_tokenizer, load_tokenizer
 from nemodiff_train.errors import UserError
-
-PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "normalizer.json",
-    "vocab*",
-    "merges*",
-    "bpe.codes",
-    "*.model",
-    "*.model.v*",
-    "*.spm",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "*.jinja",
-    "additional_chat_templates/*",
-    "SYSTEM_PROMPT*",
-)
-"""Every name that a tokenizer, its templates or its publisher's system prompt have in Hugging Face directories."""
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
@@ -38,8 +18,11 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     Args:
         source: The directory, which may hold a model as well.
         directory: Where they go; created where it is not there.
+
+    Raises:
+        UserError: One of them is a link that leads elsewhere.
     """
-    for file in sorted({file for pattern in PATTERNS for file in source.glob(pattern) if file.is_file()}):
+    for file in files_of_tokenizer(source):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, copy)

@@ -71,6 +71,8 @@ class DecodingSettings:
     """Turns token ids into text, for ``stop_strings``."""
     spell: Callable[[list[int]], str] | None = None
     """The same with special tokens written out, which a stop string may hold; None where there are none."""
+    watch: Callable[["Generation"], None] | None = None
+    """Called with a row whenever tokens have been committed to it, after the forward that decided them."""
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -179,13 +181,16 @@ class Generation:
         Returns:
             Number of tokens that were appended; ``finished`` tells whether more may follow.
         """
-        for count, (token, step) in enumerate(zip(tokens, steps, strict=True), start=1):
+        before = len(self.tokens)
+        for token, step in zip(tokens, steps, strict=True):
             self.tokens.append(token)
             self.steps.append(step)
             self.finished = token in self.settings.stop_token_ids or self.room <= 0 or self._holds_stop_string()
             if self.finished:
-                return count
-        return len(tokens)
+                break
+        if self.settings.watch is not None:
+            self.settings.watch(self)
+        return len(self.tokens) - before
 
     def extend_by_cycle(
         self,

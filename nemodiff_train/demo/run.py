@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from nemodiff_train.console import console
 from nemodiff_train.conversion.exporting import export_checkpoint
@@ -110,6 +110,7 @@ class Demo:
         self.output = output
         self.ar_model = Path(start_from) if start_from else output / "ar-model"
         self.start = output / "ar-imported"
+        self.tri_mode_model = output / "tri-mode-model"
         self.trains_ar = start_from is None
         self.mask_token = mask_token
         self.budget = budget
@@ -141,10 +142,11 @@ class Demo:
                 tensor_parallel=str(tensor_parallel),
                 steps=str(self.budget.steps),
             )
-        with self._announce("export to Hugging Face"):
-            self._export("joint", self.output / "tri-mode-model")
         with self._announce(f"three modes on {self.budget.count} held-out problems"):
             self._evaluate_tri_mode(accuracy_before)
+        with self._announce("export to Hugging Face, with the code that decodes in every mode"):
+            self._export("joint", self.tri_mode_model, "tri-mode", self.output / "report")
+        self._invite()
 
     def _import(self) -> None:
         """Import the AR model with a mask token: its own, the named one, a reserved one, or a new one."""
@@ -155,7 +157,7 @@ class Demo:
             chosen = reserved_token(tokenizer, provider.vocab_size, stop_tokens(provider, tokenizer))
             added = None if chosen else NEW_MASK_TOKEN
             console.print(
-                f"    mask token: {escape(chosen or NEW_MASK_TOKEN)}, "
+                f"    mask token: {chosen or NEW_MASK_TOKEN}, "
                 f"{'a reserved token of its tokenizer' if chosen else 'added to its vocabulary'}"
             )
         import_checkpoint(str(self.ar_model), str(self.start), mask_token=chosen, add_mask_token=added)
@@ -168,9 +170,9 @@ class Demo:
     def _announce(self, description: str) -> Iterator[None]:
         self.step += 1
         started = time.monotonic()
-        console.print(f"[bold]{self.step}/{STEPS}[/bold] {description}")
+        console.print(f"{self.step}/{STEPS} {description}", style="bold")
         yield
-        console.print(f"    [dim]{time.monotonic() - started:.0f} s[/dim]")
+        console.print(f"    {time.monotonic() - started:.0f} s", style="dim")
 
     def _prefix(self, name: str) -> str:
         return str(self.output / "data" / name)
@@ -215,8 +217,24 @@ class Demo:
         if run_ranks([sys.executable, "-m", "nemodiff_train", "train", recipe, *words], self.processes):
             raise UserError(f"training {recipe} failed; see {self.output}/{run}/train.log")
 
-    def _export(self, run: str, directory: Path) -> None:
-        export_checkpoint(Checkpoint.open(self.output / run / "checkpoints"), str(directory))
+    def _export(self, run: str, directory: Path, format: str | None = None, results: Path | None = None) -> None:
+        source = Checkpoint.open(self.output / run / "checkpoints")
+        export_checkpoint(source, str(directory), format=format, results=str(results) if results else None)
+
+    def _invite(self) -> None:
+        """Say how to try the model here and in Transformers, with a problem that it has not seen."""
+        (problem,) = problems("test", 1, seed=1)
+        checkpoint, asked = shlex.quote(str(self.output / "joint" / "checkpoints")), f"Question: {problem.question}"
+        model, prompt = json.dumps(str(self.tri_mode_model)), json.dumps(problem.prompt)
+        program = (
+            f"from transformers import pipeline; tri_mode = pipeline(model={model}, trust_remote_code=True); "
+            f'print(tri_mode({prompt}, max_new_tokens={MAX_NEW_TOKENS})[0]["generated_text"])'
+        )
+        here = f"nemodiff generate {checkpoint} {shlex.quote(asked)}"
+        if self.trains_ar:  # its template writes conversations as the problems are written
+            here = f"nemodiff chat {checkpoint}    # and ask: {problem.question}"
+        for words, line in (("try it", here), ("without this package", f"python -c {shlex.quote(program)}")):
+            console.print(f"{words}: {line}", soft_wrap=True, markup=False)
 
     def _evaluate_ar(self) -> float:
         """Return the accuracy of the AR model before the joint stage."""
@@ -234,8 +252,7 @@ class Demo:
         report = write_report(self.output / "report", evaluation, decode)
         print_table(evaluation)
         console.print(f"AR accuracy before the joint stage: {accuracy_before:.1%}")
-        console.print(f"tri-mode model: [bold]{self.output / 'tri-mode-model'}[/bold]")
-        console.print(f"report: [bold]{report}[/bold]")
+        console.print(f"report: {report}")
 
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...]

@@ -10,10 +10,11 @@ from nemodiff_train.data.tokenizer_files import rename_for_transformers_4
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
+# Conversations read as the demo's problems do, so that its models can be talked to.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content }}\n"
-    "{% else %}Assistant: {{ message.content }}<|endoftext|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% for message in messages %}{% if message.role == 'user' %}Question: {{ message.content }}\n"
+    "{% else %}Answer: {{ message.content }}<|endoftext|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
 )
 
 

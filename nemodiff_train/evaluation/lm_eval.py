@@ -41,7 +41,7 @@ _OF_THE_HARNESS = (
     "add_bos_token", "prefix_token_id", "max_length", "softmax_dtype", "think_end_token", "enable_thinking",
     "chat_template_args",
 )  # fmt: skip
-_OF_REQUESTS = (*SAMPLING, "stop_strings", "stop_token_ids", "detokenize")
+_OF_REQUESTS = (*SAMPLING, "stop_strings", "stop_token_ids", "detokenize", "spell", "watch")
 _SETTINGS = tuple(field.name for field in fields(DecodingSettings) if field.name not in _OF_REQUESTS)
 _NUMBERS = {
     field.name: (int,) if field.type is int else (int, float)
@@ -163,7 +163,7 @@ class NemodiffLM(HFLM):
         texts: list[str] = super().generate_until(requests, disable_tqdm)
         console.print(
             f"{self.mode}: {self.tokens} tokens, forwards {dict(self.forwards)}: "
-            f"[bold]{self.tokens_per_forward:.2f} tokens per forward[/bold]"
+            f"{self.tokens_per_forward:.2f} tokens per forward"
         )
         return texts
 

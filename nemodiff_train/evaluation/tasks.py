@@ -1,5 +1,7 @@
 """Tasks by name: a JSONL file of the user's, a benchmark, or the built-in arithmetic problems."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field, field_validator
@@ -10,9 +12,6 @@ from nemodiff_train.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import read_jsonl
 from nemodiff_train.evaluation.scorers import last_number, make_scorer, numeric
-
-BUILT_IN = ("arithmetic", "questions")
-"""Held-out arithmetic problems; ``questions`` are the same without the words around them, for ``--chat``."""
 
 
 class _AnsweredPrompt(Prompt):
@@ -34,18 +33,16 @@ def load_task(
     scorer: str = "numeric",
     pattern: str | None = None,
     count: int | None = None,
-    seed: int = 0,
     source: str | None = None,
     run_code: bool = False,
 ) -> Task:
     """Load a task by the path of a JSONL file, or by the name of a built-in task or benchmark.
 
     Args:
-        name: A path that ends in ``.jsonl`` (or is a file), else a name in ``BUILT_IN`` or ``BENCHMARKS``.
+        name: A path that ends in ``.jsonl`` (or is a file), else a name in ``TASKS`` or ``BENCHMARKS``.
         scorer: How a file's prompts are scored; other tasks bring their own scorer.
         pattern: The regular expression of the scorer ``regex``.
         count: Number of prompts to take, from the first (default: all; 200 of a built-in task).
-        seed: Seed of the problems of a built-in task.
         source: Where a benchmark's rows are; see :func:`~nemodiff_train.evaluation.benchmarks.load_benchmark`.
         run_code: Whether programs that the model writes may be run.
 
@@ -59,9 +56,9 @@ def load_task(
         return task_from_file(path, scorer, pattern, count)
     if name in BENCHMARKS:
         return load_benchmark(name, source, count, run_code)
-    if name in BUILT_IN:
-        return _arithmetic(name, count or 200, seed)
-    known = [*BUILT_IN, *BENCHMARKS]
+    if name in TASKS:
+        return TASKS[name](count)
+    known = [*TASKS, *BENCHMARKS]
     raise UserError(f"unknown task '{name}'; known: {', '.join(known)}, or a .jsonl file.{nearest(name, known)}")
 
 
@@ -83,9 +80,18 @@ def task_from_file(path: Path, scorer: str, pattern: str | None = None, count: i
     return Task(path.stem, prompts[:count], score)
 
 
-def _arithmetic(name: str, count: int, seed: int) -> Task:
+def _arithmetic(name: str, count: int | None) -> Task:
     prompts = [
         Prompt(prompt=problem.prompt if name == "arithmetic" else problem.question, answer=problem.answer)
-        for problem in problems("test", count, seed)
+        for problem in problems("test", count or 200, seed=0)
     ]
     return Task(name, prompts, numeric)
+
+
+TASKS: dict[str, Callable[[int | None], Task]] = {
+    name: partial(_arithmetic, name) for name in ("arithmetic", "questions")
+}
+"""Tasks by name: functions of the number of prompts, None for as many as it likes; a recipe may add its own.
+
+Those here are held-out arithmetic problems; ``questions`` are without the words around them, for ``--chat``.
+"""

@@ -10,6 +10,7 @@ from megatron.bridge.training.model_load_save import build_and_load_model
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from rich.text import Text
 from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedTokenizerBase
 
@@ -68,7 +69,7 @@ def load_model(
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     if line := tokens_without_row(tokenizer, provider.vocab_size):
         warn(line)
-    with quiet(), console.status(f"loading {checkpoint.path}"):
+    with quiet(), console.status(Text(f"loading {checkpoint.path}")):
         checkpoint = checkpoint.verify_contents()
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from nemodiff_train.console import quiet
-from nemodiff_train.data.tokenizer_files import PATTERNS
+from nemodiff_train.data.tokenizer import PATTERNS
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.config_json import (

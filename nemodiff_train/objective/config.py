@@ -41,9 +41,10 @@ class ObjectiveConfig:
     ar_weight: float = 1.0
     """Weight of the AR loss. BD3-LM and Efficient-DLM train on the diffusion loss alone: 0."""
 
-    weighting: Literal["inverse", "effective", "none"] = "inverse"
-    """Weight w of a masked position. ``inverse``: 1/t. ``effective``: the inverse of the fraction that was in fact
-    masked, in the sample or block that t belongs to (SDAR-VL). ``none``: 1 (Set Block Decoding, TiDAR)."""
+    weighting: str = "inverse"
+    """Weight w of a masked position. ``inverse``: 1/t, the inverse of its inclusion probability. ``effective``: the
+    inverse of the fraction that was in fact masked, in the sample or block that t belongs to (SDAR-VL). ``none``: 1
+    (Set Block Decoding, TiDAR). Or one of a recipe's own (:data:`nemodiff_train.objective.noise.WEIGHTINGS`)."""
 
     reduction: Literal["global", "automodel", "bridge"] = "global"
     """What the sums are divided by. ``global``: the maskable tokens. ``automodel``: the AR sum by its tokens and
@@ -96,9 +97,10 @@ class ObjectiveConfig:
     """How levels of different samples relate. ``antithetic``: samples 2k and 2k + 1 mirror each other.
     ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic)."""
 
-    mask_sampling: Literal["bernoulli", "exact"] = "bernoulli"
+    mask_sampling: str = "bernoulli"
     """``bernoulli``: each position independently with probability t. ``exact``: t times the maskable positions,
-    rounded up or down at random so that the mean is exact."""
+    rounded up or down at random so that the mean is exact. Or one of a recipe's own
+    (:data:`nemodiff_train.objective.noise.MASK_SAMPLINGS`)."""
 
     position_bias_half_life: float | None = None
     """Position-dependent masking (Efficient-DLM, section 3.3; 0.1 is its best): later positions of a block are

@@ -9,6 +9,7 @@ sequence, or a block with ``noise_granularity=block``.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,30 @@ class Noise(NamedTuple):
     """[V, L] loss weight at masked positions, 0 elsewhere."""
     level: npt.NDArray[np.float32]
     """[V, L] noise level t of every position."""
+
+
+class Canvas(NamedTuple):
+    """What a view's masks are drawn on; arrays are [L]."""
+
+    levels: Floats
+    """Noise level t of each position, above 0 and at most 1."""
+    maskable: Bools
+    """Positions that may be masked."""
+    scopes: Ints
+    """Index of the scope of each position, 0, 1, ... without gaps; a scope has one level."""
+    blocks: Ints
+    """The same of the block."""
+    block_size: int
+    """Positions of a full block."""
+    objective: ObjectiveConfig
+
+
+MaskSampling = Callable[[np.random.Generator, Canvas], tuple[Bools, Floats]]
+"""Draws masks: [L] positions, of which the maskable ones are masked, and [L] the probability with which each maskable
+one is masked at its level. A function of its arguments alone."""
+
+Weighting = Callable[[Bools, Floats, Canvas], Floats]
+"""Returns [L] weights of masked positions, 0 elsewhere, from [L] masked positions and inclusion probabilities."""
 
 
 def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
@@ -88,18 +113,32 @@ def draw_noise(
     scopes = blocks if objective.noise_granularity == "block" else sequences
     fully_masked = (draw.random(int(sequences[-1]) + 1) < objective.fully_masked_fraction)[sequences]
     low, high = objective.min_noise_level, objective.max_noise_level
-    views: list[tuple[Bools, Floats, Floats]] = []
+    views: list[_View] = []
     for view in range(objective.views):
         if objective.complementary and view % 2:
             # The complement of the view before: masked where that shows the token, at level 1 - t.
-            masked, levels = maskable & ~views[-1][0], 1 - views[-1][2]
-        else:
-            uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.noise_level_sampling, batch_size)
-            levels = np.where(fully_masked, 1.0, (low + (high - low) * uniform)[scopes])
-            masked = _mask(draw, levels, maskable, scopes, blocks, objective, block_size) | (maskable & fully_masked)
-        views.append((masked, _weights(masked, levels, maskable, scopes, objective.weighting), levels))
-    masked, weight, level = (np.stack(arrays) for arrays in zip(*views, strict=True))
-    return Noise(masked, weight.astype(np.float32), level.astype(np.float32))
+            canvas, masked, probability = views[-1]
+            canvas = canvas._replace(levels=1 - canvas.levels)
+            views.append(_View(canvas, maskable & ~masked, 1 - probability))
+            continue
+        uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.noise_level_sampling, batch_size)
+        levels = np.where(fully_masked, 1.0, (low + (high - low) * uniform)[scopes])
+        canvas = Canvas(levels, maskable, scopes, blocks, block_size, objective)
+        masked, probability = MASK_SAMPLINGS[objective.mask_sampling](draw, canvas)
+        views.append(_View(canvas, maskable & (masked | fully_masked), np.where(fully_masked, 1.0, probability)))
+    weigh = WEIGHTINGS[objective.weighting]
+    return Noise(
+        np.stack([view.masked for view in views]),
+        np.stack([weigh(view.masked, view.probability, view.canvas) for view in views]).astype(np.float32),
+        np.stack([view.canvas.levels for view in views]).astype(np.float32),
+    )
+
+
+class _View(NamedTuple):
+    canvas: Canvas
+    masked: Bools
+    probability: Floats
+    """[L] with which each maskable position is masked at its level."""
 
 
 def _uniforms(key: Key, view: int, scopes: int, sampling: str, batch_size: int) -> Floats:
@@ -123,23 +162,21 @@ def _order_of_batch(step: Key, view: int, batch_size: int) -> Ints:
     return _generator(step, view, _ORDER, step.sample).permutation(batch_size)
 
 
-def _mask(
-    draw: np.random.Generator,
-    levels: Floats,
-    maskable: Bools,
-    scopes: Ints,
-    blocks: Ints,
-    objective: ObjectiveConfig,
-    block_size: int,
-) -> Bools:
-    """Return [L] positions masked at their levels."""
-    uniform = draw.random(len(levels))
-    if objective.mask_sampling == "bernoulli":
-        return (uniform < levels) & maskable
-    preference = -np.log(-np.log(uniform))  # Gumbel: the k largest are a draw of k without replacement
-    if objective.position_bias_half_life is not None:
-        preference += _slope(levels, objective.position_bias_half_life, block_size) * _index_within(blocks)
-    return _most_preferred(preference, maskable, scopes, _masked_counts(draw, levels, maskable, scopes))
+def _bernoulli(draw: np.random.Generator, canvas: Canvas) -> tuple[Bools, Floats]:
+    """Mask each position on its own."""
+    return draw.random(len(canvas.levels)) < canvas.levels, canvas.levels
+
+
+def _exact(draw: np.random.Generator, canvas: Canvas) -> tuple[Bools, Floats]:
+    """Mask t times the maskable positions of each scope, with a half-life late ones of a block more often."""
+    levels, maskable, scopes = canvas.levels, canvas.maskable, canvas.scopes
+    preference = -np.log(
+        -np.log(draw.random(len(levels)))
+    )  # Gumbel: the k largest are a draw of k without replacement
+    half_life = canvas.objective.position_bias_half_life
+    if half_life is not None:
+        preference += _slope(levels, half_life, canvas.block_size) * _index_within(canvas.blocks)
+    return _most_preferred(preference, maskable, scopes, _masked_counts(draw, levels, maskable, scopes)), levels
 
 
 def _slope(levels: Floats, half_life: float, block_size: int) -> Floats:
@@ -171,12 +208,22 @@ def _most_preferred(preference: Floats, maskable: Bools, scopes: Ints, counts: I
     return masked & maskable
 
 
-def _weights(masked: Bools, levels: Floats, maskable: Bools, scopes: Ints, weighting: str) -> Floats:
-    """Return [L] loss weights of masked positions, 0 elsewhere."""
-    if weighting == "none":
-        return masked.astype(np.float64)
-    if weighting == "inverse":
-        return masked / np.where(masked, levels, 1.0)
-    # effective: maskable over masked positions, counted in each scope
-    masked_counts = np.bincount(scopes, masked)
-    return masked * (np.bincount(scopes, maskable) / np.maximum(masked_counts, 1))[scopes]
+def _inverse(masked: Bools, probability: Floats, canvas: Canvas) -> Floats:
+    return masked / np.where(masked, probability, 1.0)
+
+
+def _effective(masked: Bools, probability: Floats, canvas: Canvas) -> Floats:
+    """Weigh by maskable over masked positions, counted in each scope."""
+    masked_counts = np.bincount(canvas.scopes, masked)
+    return masked * (np.bincount(canvas.scopes, canvas.maskable) / np.maximum(masked_counts, 1))[canvas.scopes]
+
+
+def _unweighted(masked: Bools, probability: Floats, canvas: Canvas) -> Floats:
+    return masked.astype(np.float64)
+
+
+MASK_SAMPLINGS: dict[str, MaskSampling] = {"bernoulli": _bernoulli, "exact": _exact}
+"""Ways to draw masks by ``objective.mask_sampling``; a recipe may add its own."""
+
+WEIGHTINGS: dict[str, Weighting] = {"inverse": _inverse, "effective": _effective, "none": _unweighted}
+"""Weights of the diffusion loss by ``objective.weighting``; a recipe may add its own."""

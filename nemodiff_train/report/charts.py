@@ -1,6 +1,7 @@
 """Charts of the report, drawn as inline SVG; colours come from the page's style sheet."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -192,12 +193,65 @@ def _acceptance_line(points: Sequence[tuple[int, float, int]], index: int, x: Sc
     return element("g", curve, *dots, class_=f"series-{index}")
 
 
-def _axes(x: Scale, y: Scale, below: str, above: str, x_ticks: Sequence[float] | None = None) -> Markup:
-    """Draw both axes; the vertical one is a share of 0 to 1, written in percent."""
+@dataclass(frozen=True)
+class Line:
+    """A figure over the steps of a run."""
+
+    name: str
+    colour: str
+    """Class that gives it its colour."""
+    points: Sequence[tuple[float, float]]
+    """(step, value), at least one."""
+
+
+def over_steps(lines: Sequence[Line], above: str, share: bool = False) -> Markup:
+    """Draw figures over the steps of a run, each named at its right end.
+
+    Args:
+        lines: At least one.
+        above: What they are.
+        share: Whether they are shares of 0 to 1.
+    """
+    steps = [step for each in lines for step, _ in each.points]
+    values = [value for each in lines for _, value in each.points]
+    margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
+    x = Scale(min(steps), max(*steps, min(steps) + 1), LEFT, RIGHT - 84)
+    y = Scale(min(values) - margin, max(values) + margin, BOTTOM, TOP)
+    ends = spread([y(each.points[-1][1]) for each in lines], 17, TOP, BOTTOM - 4)
+    drawn = [_over_steps(each, end, x, y) for each, end in zip(lines, ends, strict=True)]
+    whole = [tick for tick in ticks(x.low, x.high, 6) if tick == int(tick)]
+    axes = _axes(x, y, "step", above, whole, share)
+    return drawing(WIDTH, HEIGHT, f"{above} over the steps", axes, *drawn)
+
+
+def _over_steps(each: Line, end: float, x: Scale, y: Scale) -> Markup:
+    at = [(x(step), y(value)) for step, value in each.points]
+    few = [
+        dot(*place, 3, f"{each.name}, step {step:g}: {value:.4g}")
+        for place, (step, value) in zip(at, each.points, strict=True)
+        if len(at) <= FEW
+    ]
+    name = text(at[-1][0] + 10, end + 4, each.name, "label")
+    return element("g", path(at, "curve"), *few, name, class_=each.colour)
+
+
+def _axes(
+    x: Scale, y: Scale, below: str, above: str, x_ticks: Sequence[float] | None = None, share: bool = True
+) -> Markup:
+    """Draw both axes; a vertical one that is a share of 0 to 1 is written in percent."""
     parts = [text(2, 9, above, "small"), text(x.end, BOTTOM + 38, below, "small", "end")]
-    for tick in ticks(max(y.low, 0), min(y.high, 1), 5):
+    for tick in ticks(max(y.low, 0), min(y.high, 1), 5) if share else ticks(y.low, y.high, 5):
         parts.append(line(x.start, y(tick), x.end, y(tick), "grid"))
-        parts.append(text(x.start - 8, y(tick) + 4, f"{100 * tick:.4g}%", "small", "end"))
+        written = f"{100 * tick:.4g}%" if share else _short(tick)
+        parts.append(text(x.start - 8, y(tick) + 4, written, "small", "end"))
     for tick in x_ticks or ticks(x.low, x.high, 6):
-        parts.append(text(x(tick), BOTTOM + 18, f"{tick:.4g}", "small", "middle"))
+        parts.append(text(x(tick), BOTTOM + 18, _short(tick), "small", "middle"))
     return element("g", *parts)
+
+
+def _short(value: float) -> str:
+    """Return a number as an axis has room for: ``250``, ``12k``, ``1.5M``, ``5e-06``."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:.4g}"

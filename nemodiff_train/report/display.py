@@ -1,15 +1,11 @@
 """Names of modes and formats of figures, the same on the terminal and in the report."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nemodiff_train.evaluation.metrics import ModeMetrics
 
 NONE = "\N{EN DASH}"
-
-_TURNING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Characters without a shape that change the direction in which the text around them is shown."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,6 @@ def mode_colours(dark: bool) -> str:
     """Return the style sheet's rules for the classes of `mode_class`."""
     styles = {**MODE_STYLES, "other": OTHER}
     return "\n".join(f".mode-{name} {{ --c: {s.dark if dark else s.light}; }}" for name, s in styles.items())
-
-
-def visible(text: str) -> str:
-    """Return a text with the names of its bidirectional control characters, which could make it look like another."""
-    return _TURNING.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
 
 
 def percent(share: float | None) -> str:

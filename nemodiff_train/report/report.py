@@ -1,55 +1,16 @@
 """Write an evaluation: its figures and records as JSON, and a page to look at."""
 
-import base64
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from pydantic import JsonValue
 
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
 from nemodiff_train.evaluation.pareto import Area, varied_settings
-from nemodiff_train.evaluation.records import LoggedRecord, write_records
+from nemodiff_train.evaluation.records import write_records
 from nemodiff_train.files import usable_directory, write_atomic
-from nemodiff_train.report import charts, display
-from nemodiff_train.report.trace import Decode, Trace, trace
-
-SAMPLES = 6
-"""Maximum number of prompts whose outputs are replayed, from the first."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """One mode's output for a sample prompt."""
-
-    record: LoggedRecord
-    trace: Trace
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with every mode's output at its main settings."""
-
-    prompt: str
-    answer: str | None
-    outputs: list[Output]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One drawing of the page."""
-
-    heading: str
-    caption: str
-    drawing: Markup
-    modes: Sequence[str] = ()
-    """Modes to name by colour below the caption."""
+from nemodiff_train.report import charts, display, page
+from nemodiff_train.report.page import Chart
+from nemodiff_train.report.trace import Decode
 
 
 def write_report(directory: Path, evaluation: Evaluation, decode: Decode) -> Path:
@@ -85,81 +46,16 @@ def metrics_json(evaluation: Evaluation) -> str:
 
 def render(evaluation: Evaluation, decode: Decode) -> str:
     """Return the page. It escapes all text from outside and loads nothing."""
-    script = _resource("report.js")
-    samples = _samples(evaluation, decode)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
-    )
-    return environment.from_string(_resource("report.html.j2")).render(
+    return page.render(
+        "report.html.j2",
+        page.samples_of(evaluation, decode),
+        evaluation.modes,
         evaluation=evaluation,
         prompts=max(metrics.prompts for metrics in evaluation.modes.values()),
         speedups=_speedups(evaluation),
         charts=_charts(evaluation),
-        samples=samples,
-        shown_first=_shown_first(evaluation.modes),
-        traces=inline_json([[_replay(output.trace) for output in sample.outputs] for sample in samples]),
         rules=rules(),
-        display=display,
-        mode_class=display.mode_class,
-        style=Markup(_resource("report.css")),
-        light=Markup(display.mode_colours(dark=False)),
-        dark=Markup(display.mode_colours(dark=True)),
-        script=Markup(script),
-        digest=_digest(script),
     )
-
-
-def _plain(value: object) -> object:
-    """Return what the template shows for a value: text from outside without characters that turn the text around."""
-    return display.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _resource(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _digest(script: str) -> str:
-    """Return the hash by which the page's security policy admits this script and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def inline_json(value: JsonValue) -> Markup:
-    """Return JSON for a script element, without a character that means anything to HTML."""
-    written = json.dumps(value, separators=(",", ":"))  # ASCII only
-    for character in "<>&":
-        written = written.replace(character, f"\\u{ord(character):04x}")
-    return Markup(written)
-
-
-def _samples(evaluation: Evaluation, decode: Decode) -> list[Sample]:
-    """Collect the records of the first prompts, each mode's at its main settings."""
-    by_prompt: dict[int, list[LoggedRecord]] = {}
-    for mode, metrics in evaluation.modes.items():
-        for row in evaluation.records:
-            index = row.decoded.prompt_index
-            if row.mode == mode and row.settings == metrics.settings and index < SAMPLES:
-                by_prompt.setdefault(index, []).append(row)
-    return [
-        Sample(rows[0].prompt, rows[0].answer, [Output(row, trace(row.decoded, decode)) for row in rows])
-        for _, rows in sorted(by_prompt.items())
-    ]
-
-
-def _replay(trace: Trace) -> JsonValue:
-    """Return what the script needs of a trace; the text is on the page."""
-    return {
-        "steps": [piece.step for piece in trace.pieces],
-        "positions": [piece.position for piece in trace.pieces],
-        "drafts": [
-            {**draft.model_dump(), "texts": [display.visible(text) for text in draft.texts]} for draft in trace.drafts
-        ],
-        "frames": [frame.model_dump() for frame in trace.frames],
-    }
-
-
-def _shown_first(modes: dict[str, ModeMetrics]) -> str:
-    """Return the mode that the replay opens with: one that drafts, if there is one."""
-    return next((mode for mode, metrics in modes.items() if metrics.agreement), list(modes)[-1])
 
 
 def _speedups(evaluation: Evaluation) -> dict[str, float]:

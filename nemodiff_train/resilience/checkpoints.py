@@ -17,7 +17,7 @@ from megatron.bridge.training.state import GlobalState
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.console import console
+from nemodiff_train.console import warn
 from nemodiff_train.data.tokenizer_files import restore_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
@@ -265,6 +265,19 @@ def latest_complete(folder: Path, step: int | None = None) -> Path | None:
     Raises:
         UserError: None is complete, and not all were merely unfinished; nothing is renamed then.
     """
+    complete, damages = find_complete(folder, step)
+    if is_main_process():
+        quarantine_damaged(folder, complete, damages)
+    barrier()
+    return complete
+
+
+def find_complete(folder: Path, step: int | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest complete checkpoint of a run, and the damage of those after it; changes nothing.
+
+    Raises:
+        UserError: None is complete, and not all were merely unfinished.
+    """
     candidates = from_main_process(lambda: [i for i in iterations(folder) if step is None or step_of(i) == step])
     damages: dict[Path, str] = {}
     for iteration in candidates:
@@ -274,10 +287,7 @@ def latest_complete(folder: Path, step: int | None = None) -> Path | None:
     complete = candidates[len(damages)] if len(damages) < len(candidates) else None
     if complete is None:
         _refuse_to_start_anew(folder, damages)
-    if is_main_process():
-        quarantine_damaged(folder, complete, damages)
-    barrier()
-    return complete
+    return complete, damages
 
 
 _REMEDY = "put a copy in its place, or name another output to start anew"
@@ -315,9 +325,7 @@ def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, 
         iteration.rename(quarantined)
         if mark_of(iteration).exists():
             mark_of(iteration).rename(mark_of(quarantined))
-        console.print(
-            f"[yellow]checkpoint '{iteration}': {damage}; it is '{quarantined.name}' now[/yellow]", soft_wrap=True
-        )
+        warn(f"checkpoint '{iteration}': {damage}; it is '{quarantined.name}' now")
     for iteration in iterations(folder):
         if complete is not None and iteration < complete and mark_of(iteration).exists():
             shutil.rmtree(iteration)  # its removal had begun
@@ -329,7 +337,7 @@ def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, 
     elif damages:
         for tracker in (_TRACKED_STATE, _TRACKED_STEP):
             (folder / tracker).unlink(missing_ok=True)
-        console.print("[yellow]no checkpoint had been finished: the run starts from its beginning[/yellow]")
+        warn("no checkpoint had been finished: the run starts from its beginning")
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:

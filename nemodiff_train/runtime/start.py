@@ -90,7 +90,7 @@ def _refuse_broken_cuda() -> None:
 def announce(host: Host) -> None:
     """Print one line that says what this machine has, from rank 0."""
     if is_main_process():
-        console.print(f"[dim]{host}[/dim]")
+        console.print(str(host), style="dim")
 
 
 @functools.cache

@@ -17,14 +17,14 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.config.precision import precision_of
 from nemodiff_train.config.run import AdapterBase
-from nemodiff_train.console import console
+from nemodiff_train.console import console, say
 from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.provider import fit_to_host
-from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
+from nemodiff_train.resilience.checkpoints import MANAGER, causes_of, find_complete
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.signals import SIGNALS, ToldToEnd, end_as_ever, end_at_once
 from nemodiff_train.resilience.watchdog import Watchdog
@@ -36,6 +36,7 @@ from nemodiff_train.training.callbacks.run_log import RunLog
 from nemodiff_train.training.step import ForwardStep
 from nemodiff_train.validation.check import check
 from nemodiff_train.validation.dry_run import dry_run
+from nemodiff_train.validation.refusal import refusal
 from nemodiff_train.validation.resume import description, samples_ahead
 
 
@@ -53,7 +54,9 @@ def check_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None,
     """
     config.given = config.settings()
     _fit_to_host(config)
-    return dry_run(config, defaults, gpus, gpu_memory)
+    load = config.checkpoint.load
+    found = refusal(lambda: find_complete(Path(load), config.checkpoint.ckpt_step)) if load else []
+    return dry_run(config, defaults, gpus, gpu_memory, found)
 
 
 def resolved_yaml(config: TriModeConfig) -> str:
@@ -90,8 +93,7 @@ def train(config: TriModeConfig) -> None:
     _record_base(config)
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         config.dataset.samples_ahead = samples_ahead(saved, config)
-        if is_main_process():
-            console.print(description(saved, config), soft_wrap=True, highlight=False, markup=False)
+        say(description(saved, config))
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:

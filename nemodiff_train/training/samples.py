@@ -1,24 +1,20 @@
 """Training samples as text, for people: a line per block, the same with and without colour."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.bridge.data.base import DatasetBuildContext
-from megatron.bridge.data.loaders import get_train_valid_test_num_samples
-from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.console import quiet
+from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective.sample import Sample
-from nemodiff_train.report.display import span, visible
+from nemodiff_train.report.display import span
+from nemodiff_train.shown import in_a_line
 from nemodiff_train.validation import data, objective
+from nemodiff_train.validation.rehearsal import datasets
 from nemodiff_train.validation.settings import check_sizes
 
 if TYPE_CHECKING:
@@ -40,7 +36,7 @@ def show_samples(config: TriModeConfig, count: int) -> None:
     if lines := [*objective.problems(config), *data.problems(config)]:
         raise UserError("; ".join(lines))
     config.propagate()
-    output, tokenizer = Console(highlight=False), load_tokenizer(str(config.tokenizer.tokenizer_model))
+    output, tokenizer = PlainConsole(), load_tokenizer(str(config.tokenizer.tokenizer_model))
     output.print(Text(LEGEND, "dim"))
     for number, sample in enumerate(first_samples(config, count)):
         _print_sample(number, sample, config, tokenizer, output)
@@ -48,23 +44,18 @@ def show_samples(config: TriModeConfig, count: int) -> None:
 
 def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
     """Return the first training samples of a run; its folder is not made, but what it has there is used."""
-    dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        if not Path(dataset.run_cache).is_dir():
-            dataset.run_cache = folder
-        context = DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))
-        train, *_ = dataset.build_datasets(context)
+    with quiet(), datasets(config) as (train, *_):
         return [train[index] for index in range(min(count, len(train)))]
 
 
 def _print_sample(
-    number: int, sample: Sample, config: TriModeConfig, tokenizer: "PreTrainedTokenizerBase", output: Console
+    number: int, sample: Sample, config: TriModeConfig, tokenizer: "PreTrainedTokenizerBase", output: PlainConsole
 ) -> None:
     """Print one sample: a heading, then a line per block of each noisy view."""
     length = len(sample["maskable"])
     views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
     counts = f"{length} tokens, {int(sample['maskable'].sum())} that may be masked, {ar_targets} AR targets"
-    output.print(f"\n[bold]sample {number}[/bold]: {counts}", soft_wrap=True)
+    output.print(Text.assemble("\n", (f"sample {number}", "bold"), f": {counts}"), soft_wrap=True)
     end = config.dataset.stored_end()
     end = tokenizer.eos_token_id if end is None else end
     for view in range(max(views, 1)):
@@ -109,7 +100,7 @@ def _blocks(
             if documents[index] < 0:
                 line.append(PADDING, shade)
                 continue
-            written = _in_a_line(str(tokenizer.decode([clean[index]])))
+            written = in_a_line(str(tokenizer.decode([clean[index]])))
             marks = "¶" * (clean[index] == end) + "°" * (learns and not learned[index])
             line.append(
                 f"⟦{written}⟧{marks}" if hidden[index] else f"{written}{marks}",
@@ -117,8 +108,3 @@ def _blocks(
             )
         line.append("|", "dim")
         yield line
-
-
-def _in_a_line(text: str) -> str:
-    """Return a text with its line breaks and control codes spelled out."""
-    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in visible(text))

@@ -3,10 +3,16 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nemodiff_train.objective import ObjectiveConfig
+import numpy as np
+
+from nemodiff_train.errors import nearest
+from nemodiff_train.objective import ObjectiveConfig, noise
+from nemodiff_train.objective.noise import MASK_SAMPLINGS, WEIGHTINGS, Canvas
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
+
+_DRAWS, _STANDARD_ERRORS, _LOWEST = 2000, 6.0, 0.05
 
 
 def problems(config: "TriModeConfig") -> list[str]:
@@ -16,7 +22,14 @@ def problems(config: "TriModeConfig") -> list[str]:
 
 def objective_problems(objective: ObjectiveConfig, seq_length: int) -> list[str]:
     """Return what is wrong with an objective for samples of ``seq_length`` clean tokens, one line each."""
-    return [*_noise_problems(objective), *_block_problems(objective, seq_length), *_conflicts(objective)]
+    found = [*_names(objective), *_noise_problems(objective), *_block_problems(objective, seq_length)]
+    return [*found, *_conflicts(objective)] or [*_sampling_problems(objective)]
+
+
+def _names(objective: ObjectiveConfig) -> Iterator[str]:
+    for field, known in (("mask_sampling", MASK_SAMPLINGS), ("weighting", WEIGHTINGS)):
+        if (name := getattr(objective, field)) not in known:
+            yield f"objective.{field} is '{name}'; use '{"', '".join(known)}'.{nearest(name, known)}"
 
 
 def _noise_problems(objective: ObjectiveConfig) -> Iterator[str]:
@@ -74,3 +87,49 @@ def _conflicts(objective: ObjectiveConfig) -> Iterator[str]:
         )
     if objective.stage == "joint" and objective.alpha == 0 and objective.ar_weight == 0:
         yield "objective.alpha and ar_weight are both 0, so that there is nothing to train; set one of them"
+
+
+def _sampling_problems(objective: ObjectiveConfig) -> Iterator[str]:
+    """Yield what is wrong with a recipe's own way to draw masks, found by drawing.
+
+    Over many draws at a low, a middle and a high level, each position of two blocks must be masked as often as its
+    inclusion probability says, since that is what ``weighting=inverse`` divides by.
+    """
+    name = objective.mask_sampling
+    if MASK_SAMPLINGS[name].__module__ == noise.__name__ or objective.stage == "ar":
+        return
+    try:
+        problem = next(filter(None, (_problem_at(objective, level) for level in _levels(objective))), None)
+    except Exception as error:  # a recipe's function can raise anything
+        problem = f"fails: {type(error).__name__}: {error}"
+    if problem:
+        yield f"objective.mask_sampling={name} {problem}"
+
+
+def _levels(objective: ObjectiveConfig) -> list[float]:
+    low, high = max(objective.min_noise_level, _LOWEST), objective.max_noise_level
+    return [low, (low + high) / 2, high]
+
+
+def _problem_at(objective: ObjectiveConfig, level: float) -> str | None:
+    sample, size = MASK_SAMPLINGS[objective.mask_sampling], objective.block_size
+    blocks = np.arange(2 * size) // size
+    scopes = blocks if objective.noise_granularity == "block" else np.zeros_like(blocks)
+    canvas = Canvas(np.full(2 * size, level), np.full(2 * size, True), scopes, blocks, size, objective)
+    first, again = (sample(noise.generator(0, 0, 0), canvas) for _ in range(2))
+    if not all(np.array_equal(*pair) for pair in zip(first, again, strict=True)):
+        return "draws something else from the same generator; draw from the one that it is given alone"
+    if first[0].dtype != np.bool_ or not first[0].shape == first[1].shape == blocks.shape:
+        return "has to return booleans and probabilities, one for each level"
+    draws = [sample(noise.generator(0, 0, number), canvas) for number in range(_DRAWS)]
+    found, said = (np.mean([each[index] for each in draws], axis=0) for index in range(2))
+    if not ((said > 0) & (said <= 1)).all():
+        return f"gives inclusion probabilities that are not above 0 and at most 1 at level {level:.3g}"
+    far = np.abs(found - said) > _STANDARD_ERRORS * np.sqrt(said * (1 - said) / _DRAWS) + 1e-9
+    if not far.any():
+        return None
+    place = int(far.argmax())
+    return (
+        f"masks position {place} of two blocks in {found[place]:.1%} of {_DRAWS} draws at level {level:.3g}, but "
+        f"says {said[place]:.1%}; return the probability with which it is masked"
+    )

@@ -16,8 +16,9 @@ def problems(config: TriModeConfig) -> list[str]:
 
 
 def _check_folder(config: TriModeConfig) -> None:
-    if config.checkpoint.save:
-        check_can_be_made(Path(config.checkpoint.save))
+    if not config.checkpoint.save:
+        raise UserError("checkpoint.save is not set; name the folder for the checkpoints")
+    check_can_be_made(Path(config.checkpoint.save))
 
 
 def _check_evaluation(config: TriModeConfig) -> None:

@@ -69,9 +69,10 @@ class LoopEvaluation(Callback):
             )
         seconds = time.perf_counter() - started
         self.shared.figures.update(_figures(evaluation, seconds))
+        self.shared.evaluated = evaluation, self.decoding.text
         if is_main_process():
             modes = (f"{mode} {percent(m.accuracy)} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())
-            console.print(f"step {step}: {', '.join(modes)} [dim]({seconds:.0f} s)[/dim]")
+            console.print(f"step {step}: {', '.join(modes)} ({seconds:.0f} s)")
 
 
 def _figures(evaluation: Evaluation, seconds: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext, config_of
-from nemodiff_train.console import console
+from nemodiff_train.console import warn
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.noise import EMBEDDINGS, generator
@@ -41,10 +41,10 @@ class MaskEmbedding(Callback):
         embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
         mask, others = root_mean_squares(embedding, mask_id, config.model.vocab_size)
         if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
-            console.print(
-                f"[yellow]the embedding of mask token {mask_id} is {mask / others:.1%} of the "
+            warn(
+                f"the embedding of mask token {mask_id} is {mask / others:.1%} of the "
                 "other rows' size, which can make gradients large at high noise levels; "
-                "objective.mask_embedding_noise=1 adds noise to it early in training[/yellow]"
+                "objective.mask_embedding_noise=1 adds noise to it early in training"
             )
         if config.objective.mask_embedding_noise:
             self._add_noise(context, embedding, first.attention_state.shard, others)

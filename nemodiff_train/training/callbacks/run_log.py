@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.state import GlobalState
 from rich.progress import Progress
@@ -17,12 +18,16 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.distributed import global_rank, world_size
+from nemodiff_train.files import write_atomic
 from nemodiff_train.planning.hardware import gpu_named
 from nemodiff_train.planning.workload import workload_of
+from nemodiff_train.report.run_page import RunPage
 from nemodiff_train.runtime import init_runtime
 
 HEADLINE = {"ar_loss": "AR", "diffusion_loss": "diffusion", "draft_loss": "draft", "expected_tpf": "TPF"}
 """Figures of the progress line, and what it calls them."""
+
+PAGE_SECONDS = 10.0
 
 
 class RunLog(Callback):
@@ -33,7 +38,8 @@ class RunLog(Callback):
     ``step``, ``tokens`` (clean ones, since the run began), the reported losses (nats), ``learning_rate``,
     ``grad_norm``, ``tokens_per_second``, ``seconds``, ``mfu`` on a GPU whose peak is known, and the figures in
     ``shared``.  Where the console is not a terminal, the progress line is a line every ``diagnostics.line_interval``
-    steps.
+    steps.  ``index.html`` shows all of it, and what the evaluation in the loop has decoded; it is rewritten after
+    each evaluation, at the end, and otherwise every :data:`PAGE_SECONDS`.
 
     MFU is the share of the GPUs' peak that the operations of the model take, those of attention counted by the pairs
     that its rule allows.
@@ -46,6 +52,7 @@ class RunLog(Callback):
         self.shared = shared
         self.file: IO[str] | None = None
         self.progress: Progress | None = None
+        self.page: RunPage | None = None
 
     def on_train_start(self, context: CallbackContext) -> None:
         config, step = config_of(context.state), context.state.train_state.step
@@ -64,13 +71,14 @@ class RunLog(Callback):
         drop_after(path, step)
         _hide_after(context.state, step)
         self.file = path.open("a")
+        stage = "drafter" if config.drafter else config.objective.stage
+        settings = yaml.safe_dump(config.sections(), sort_keys=False)
+        self.page, self.page_written = RunPage(self.shared.output.name, stage, self.steps, settings), time.monotonic()
+        with path.open() as earlier:
+            for line in earlier:
+                self.page.add(json.loads(line))
         self.progress.start()
-        self.task = self.progress.add_task(
-            f"training ({'drafter' if config.drafter else config.objective.stage})",
-            total=self.steps,
-            completed=step,
-            figures="",
-        )
+        self.task = self.progress.add_task(f"training ({stage})", total=self.steps, completed=step, figures="")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         self.started = time.perf_counter()
@@ -100,6 +108,22 @@ class RunLog(Callback):
         due = self.line_interval and (step % self.line_interval == 0 or step == self.steps)
         if due and not console.is_terminal:
             self._print_line(record)
+        self._show(record)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        """Add a step to the page, and write it where it is time."""
+        assert self.page is not None
+        self.page.add(record)
+        evaluated, self.shared.evaluated = self.shared.evaluated, None
+        if evaluated is not None:
+            self.page.show(*evaluated)
+        if evaluated or time.monotonic() - self.page_written >= PAGE_SECONDS:
+            self._write_page()
+
+    def _write_page(self) -> None:
+        if self.page is not None and self.page.last:
+            write_atomic(self.shared.output / "index.html", self.page.render())
+            self.page_written = time.monotonic()
 
     def _print_line(self, record: Mapping[str, Any]) -> None:
         """Print one line for a log file; speeds are means since the line before, pauses included."""
@@ -124,8 +148,9 @@ class RunLog(Callback):
         """End the progress line and the file; Bridge does not call ``on_train_end`` when a run is stopped."""
         if self.progress is not None:
             self.progress.stop()
-        if self.file is not None:
+        if self.file is not None and not self.file.closed:
             self.file.close()
+            self._write_page()
 
 
 def drop_after(path: Path, step: int) -> None:
