@@ -142,7 +142,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             publish(iteration)
             if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
-        barrier()
+            barrier()  # Bridge asks at every step, in most of which there is nothing to wait for
 
 
 def last_published(state: GlobalState) -> Path | None:
