@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,7 +30,7 @@ def checked[Kind](schema: type[Kind], content: object, where: object, remedy: st
     Raises:
         UserError: Names the file, the field, its value, and what it should be.
     """
-    adapter = TypeAdapter(schema)
+    adapter = _adapter(schema)
     try:
         return adapter.validate_json(content) if isinstance(content, bytes) else adapter.validate_python(content)
     except ValidationError as error:
@@ -83,7 +83,11 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"{key}={value} is no number")
     adapter = _type_adapter(hint)
-    if adapter is None or value is None:  # None means "not set" in many fields that do not declare it
+    if adapter is None:
+        return
+    if value is None:
+        if as_written and not _may_be_unset(type(section), name, adapter):
+            raise UserError(f"{key} cannot be null; leave it out")
         return
     try:
         converted = adapter.validate_python(value)
@@ -92,8 +96,19 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
         raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
     if isinstance(value, str) and isinstance(converted, bool | int | float):
         raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
+    if as_written and isinstance(value, bool) != isinstance(converted, bool):
+        raise UserError(f"{key}={value} is {'no number' if isinstance(value, bool) else 'neither true nor false'}")
     if as_written and isinstance(value, float) and isinstance(converted, bool | int):
         raise UserError(f"{key}={value} is written as a fraction; write {converted}")
+
+
+def _may_be_unset(section: type, name: str, adapter: TypeAdapter[Any]) -> bool:
+    """Return whether None is a value of a field: by its type, or as the default of one that does not declare it."""
+    default = next(field.default for field in fields(section) if field.name == name)
+    try:
+        return default is None or adapter.validate_python(None) is None
+    except ValidationError:
+        return False
 
 
 def _check_choice(key: str, value: object, hint: object) -> None:
@@ -125,3 +140,8 @@ def _type_adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 _hints = functools.cache(get_type_hints)
+
+
+@functools.cache
+def _adapter[Kind](schema: type[Kind]) -> TypeAdapter[Kind]:
+    return TypeAdapter(schema)

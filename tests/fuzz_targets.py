@@ -35,8 +35,6 @@ class Inputs:
     """A folder with good inputs, which the targets damage."""
 
     folder: Path
-    renderer: Any = None
-    """A chat template whose process, which takes seconds to start, renders every one."""
 
     def __post_init__(self) -> None:
         from nemodiff_train.runtime import init_runtime
@@ -281,20 +279,16 @@ RENDERING = 2.0
 def _start_renderer(inputs: Inputs) -> None:
     from nemodiff_train.data.template import ChatTemplate
 
-    if inputs.renderer is None:
-        inputs.tokenizer.chat_template = "{{ messages }}"
-        inputs.renderer = ChatTemplate(inputs.tokenizer)
-    if inputs.renderer._process is None:
-        inputs.renderer._start()
+    inputs.tokenizer.chat_template = "{{ messages }}"
+    ChatTemplate(inputs.tokenizer)([])
 
 
 def _read_template(inputs: Inputs, template: str) -> None:
     from nemodiff_train.data import template as templates
 
     inputs.tokenizer.chat_template = template
-    inputs.renderer._templates = templates.ChatTemplate(inputs.tokenizer)._templates
     with patch.object(templates, "SECONDS", RENDERING):
-        assert isinstance(inputs.renderer([{"role": "user", "content": "hello"}]), str)
+        assert isinstance(templates.ChatTemplate(inputs.tokenizer)([{"role": "user", "content": "hello"}]), str)
 
 
 TARGETS = {

@@ -94,3 +94,22 @@ def test_the_host_never_waits_for_the_device(group: torch.distributed.ProcessGro
         labels, indices = torch.zeros(3, 12).long(), torch.zeros(20).long()
         token_losses(states, labels, indices, torch.zeros(3, 12), 50, layer).sum().backward()
         assert states.grad is not None and weight.grad is not None
+
+
+def test_what_a_gpu_does_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight's gradient is added up in fp32, and norms are PyTorch's kernel; on tensors without values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.overrides import _pop_mode_temporarily
+
+    from nemodiff_train.model import head
+    from nemodiff_train.model.norm import RMSNorm
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch would start CUDA
+    with FakeTensorMode(), _pop_mode_temporarily():  # the CPU in the place of CUDA would turn the name back
+        total = torch.zeros(50, 8, device="cuda")
+        left, right = (torch.zeros(12, n, device="cuda", dtype=torch.bfloat16) for n in (50, 8))
+        head._add_product(total, left.T, right)
+        assert total.dtype == torch.float32 and total.shape == (50, 8)
+        norm = RMSNorm(8, device="cuda")
+        out = norm(torch.zeros(3, 8, device="cuda", requires_grad=True))
+        assert "FusedRmsNorm" in type(out.grad_fn).__name__

@@ -76,31 +76,37 @@ def reference(bench: Bench) -> list[dict[str, Any]]:
 BACKGROUND = "checkpoint.async_save=true"
 
 
-@pytest.mark.parametrize("saving", ["checkpoint.async_save=false", BACKGROUND])
-@pytest.mark.parametrize(
-    ("fault", "rank", "step"),
-    [
-        ("before shard", 0, 4),
-        ("mid-shard", 1, 4),
-        ("before manifest", 0, 4),
-        ("before publication", 0, 4),
-        ("before tracker", 0, 4),
-        ("before cleanup", 0, 6),
-        ("mid-cleanup", 0, 2),
+KILLS: dict[str, list[tuple[str, int, int, int]]] = {
+    "of a run that goes on": [
+        ("before shard", 0, 4, 2),
+        ("mid-shard", 1, 4, 2),
+        ("before manifest", 0, 4, 2),
+        ("before publication", 0, 4, 2),
+        ("before tracker", 0, 4, 4),
+        ("before cleanup", 0, 6, 6),
     ],
-)
+    "in a cleanup": [("mid-cleanup", 0, 2, 6)],
+}
+"""Moments of a save, each in a start that goes on from the one before: the rank that is killed, the step of the
+checkpoint, and the step of the newest one that is whole then."""
+
+
+@pytest.mark.parametrize("saving", ["checkpoint.async_save=false", BACKGROUND])
+@pytest.mark.parametrize("kills", KILLS)
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(
-    bench: Bench, reference: list[dict[str, Any]], fault: str, rank: int, step: int, saving: str
+    bench: Bench, reference: list[dict[str, Any]], kills: str, saving: str
 ) -> None:
-    name = f"{fault} {saving}"
-    codes, _ = bench.train(name, saving, fault=fault, rank=rank, step=step)
-    assert codes[rank] == -signal.SIGKILL
+    name = f"{kills} {saving}"
     folder = bench.checkpoints(name)
-    newest = {"before cleanup": 6, "mid-cleanup": 6, "before tracker": 4}.get(fault, 2)
-    assert Checkpoint.open(folder).verify_contents().iteration.name == f"iter_{newest:07d}"
+    unfinished = False
+    for fault, rank, step, newest in KILLS[kills]:
+        codes, output = bench.train(name, saving, "resilience.restarts=9", fault=fault, rank=rank, step=step)
+        assert codes[rank] == -signal.SIGKILL, (fault, output)
+        assert ("damaged-iter_" in output) == unfinished, fault
+        assert Checkpoint.open(folder).verify_contents().iteration.name == f"iter_{newest:07d}", fault
+        unfinished = newest < step
     codes, output = bench.train(name, saving)
     assert codes == [0, 0], output
-    assert ("damaged-iter_" in output) == (newest == 2)
     assert (folder / "iter_0000002").exists() == (fault == "before cleanup")  # nothing is saved any more
     assert bench.steps(name) == reference
     assert damage(Checkpoint.open(folder).iteration) is None

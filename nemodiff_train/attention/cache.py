@@ -19,17 +19,22 @@ class KeyValueCache:
         layers: Number of layers on this process.
         rows: Number of sequences decoded together.
         capacity: Maximum number of positions per row, the draft included.
-        device: Where ``lengths`` is kept.
+        device: Where the keys and values are.
     """
 
     def __init__(self, layers: int, rows: int, capacity: int, device: torch.device | str) -> None:
         self.layers = layers
         self.rows = rows
         self.capacity = capacity
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        """[rows] number of committed tokens."""
+        self.device = torch.device(device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device="cpu")
+        """[rows] number of committed tokens; on the host, which lays out every forward without asking the device."""
         self._states: Tensor | None = None  # one allocation, so that no gaps are left between its parts
         self._layer_index: dict[int, int] = {}
+
+    def moved(self, values: Tensor) -> Tensor:
+        """Move a small tensor of the host to the device of the cache, without waiting for it."""
+        return values.to(self.device, non_blocking=True)
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of one layer, each [rows, kv_heads, capacity, head_dim].
@@ -66,11 +71,13 @@ class DecodeBatch:
     visible: int
     """Number of positions of the cache that any query of this forward may see."""
     mask: Tensor | None
-    """[batch, 1, new, visible] True where attention is allowed; None where it is everywhere."""
+    """[batch, 1, new, visible] True where attention is allowed; None where it is everywhere, or causal."""
     slots: Tensor
     """[batch, new] index in the cache of each new token; its position, unless several share one."""
     reach: int
     """Number that every position is below."""
+    causal: bool = False
+    """Whether attention is causal over new tokens that nothing precedes."""
     is_draft: bool = False
     """Whether the new tokens are a draft, for which a drafter's adapters act."""
 
@@ -80,35 +87,40 @@ class DecodeBatch:
 
         Args:
             cache: The committed tokens, all of which are visible.
-            rows: [batch] row of each sequence.
+            rows: [batch] row of each sequence, on the host.
             new: Number of new tokens per sequence.
             block_size: New tokens per block, counted from the first one: 1 for causal attention, ``new`` for one
                 bidirectional block.
         """
         starts = cache.lengths[rows]
-        step = torch.arange(new, device=starts.device)
+        step = torch.arange(new, device="cpu")
         positions = starts[:, None] + step
         visible = int(starts.max()) + new
         # [batch, new] position of the last token that each new one sees.
         last_seen = positions if block_size == 1 else starts[:, None] + (step // block_size + 1) * block_size - 1
-        if bool((last_seen >= visible - 1).all()):
-            return cls(cache, rows, positions, visible, None, positions, visible)
-        mask = torch.arange(visible, device=starts.device) <= last_seen[:, None, :, None]
-        return cls(cache, rows, positions, visible, mask, positions, visible)
+        causal, mask = block_size == 1 < new == visible, None
+        if not causal and not bool((last_seen >= visible - 1).all()):
+            last_seen = cache.moved(last_seen)
+            mask = torch.arange(visible, device=cache.device) <= last_seen[:, None, :, None]
+        positions = cache.moved(positions)
+        return cls(cache, cache.moved(rows), positions, visible, mask, positions, visible, causal)
 
     @classmethod
-    def from_layout(cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor) -> "DecodeBatch":
+    def from_layout(
+        cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor, span: int
+    ) -> "DecodeBatch":
         """Lay out new tokens with positions and attention of their own.
 
         Args:
             cache: The committed tokens, all of which are visible.
-            rows: [batch] row of each sequence.
+            rows: [batch] row of each sequence, on the host.
             offsets: [batch or 1, new] position of each new token, counted from the first one after the committed.
             sees: [batch or 1, new, new] boolean: whether each new token sees each other.
+            span: Number that every offset is below.
         """
-        starts = cache.lengths[rows]
+        longest, starts = int(cache.lengths[rows].max()), cache.moved(cache.lengths[rows])
         new = sees.shape[-1]
-        visible = int(starts.max()) + new
+        visible = longest + new
         # [batch, visible] which new token each cache index holds: below 0 a committed one, from ``new`` on none.
         key = torch.arange(visible, device=starts.device) - starts[:, None]
         # [batch, new, visible] ``sees`` of these, and every committed token.
@@ -116,7 +128,7 @@ class DecodeBatch:
         mask = (key < 0)[:, None, :] | (sees.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :])
         slots = starts[:, None] + torch.arange(new, device=starts.device)
         positions = starts[:, None] + offsets
-        return cls(cache, rows, positions, visible, mask[:, None], slots, int(positions.max()) + 1)
+        return cls(cache, cache.moved(rows), positions, visible, mask[:, None], slots, longest + span)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values after the cached ones and return all that is visible.

@@ -5,12 +5,14 @@ Keys and values keep their own, smaller number of heads (grouped-query attention
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from nemodiff_train.attention.plan import AttentionPlan
@@ -134,8 +136,13 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
+def kernels_for_any_length() -> AbstractContextManager[object]:
+    """Leave out cuDNN's kernel, which is planned anew for each number of cached tokens: for every token decoded."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """Compute the attention of new tokens to a cache and to themselves.
 
@@ -143,10 +150,38 @@ def attend_cached(
         query: [batch, heads, new, head_dim].
         key: [batch, kv_heads, visible, head_dim].
         value: Likewise.
-        mask: [batch, 1, new, visible], True where allowed; None allows all.
+        mask: [batch, 1, new, visible], True where allowed; None allows all, or what is causal.
+        causal: Whether each new token sees those before it, and nothing is cached.
         scale: Softmax scale; None for 1/sqrt(head_dim).
 
     Returns:
         [batch, heads, new, head_dim].
     """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    if mask is not None and query.is_cuda:
+        return attend_by_group(query, key, value, mask, scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+
+
+def attend_by_group(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attend under a mask with the heads of a key head as further queries of it.
+
+    CUDA's kernels that take a mask take as many key heads as heads; the one that is left materializes all scores.
+
+    Args:
+        query: [batch, heads, new, head_dim].
+        key: [batch, kv_heads, visible, head_dim].
+        value: Likewise.
+        mask: [batch, 1, new, visible], True where allowed.
+        scale: Softmax scale; None for 1/sqrt(head_dim).
+
+    Returns:
+        [batch, heads, new, head_dim].
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))  # [batch, kv_heads, group, new, head_dim]
+    group = grouped.shape[2]
+    out = F.scaled_dot_product_attention(
+        grouped.flatten(2, 3), key, value, attn_mask=mask.repeat(1, 1, group, 1), scale=scale
+    )
+    return out.unflatten(2, (group, -1)).flatten(1, 2)

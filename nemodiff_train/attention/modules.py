@@ -83,7 +83,7 @@ class TriModeAttention(MegatronModule):
         assert batch is not None
         q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
         k, v = batch.extend(self.layer_number, k, v)
-        return kernels.attend_cached(q, k, v, batch.mask, self.softmax_scale)
+        return kernels.attend_cached(q, k, v, batch.mask, batch.causal, self.softmax_scale)
 
     def _scale_by_position(self, query: Tensor, segment_ids: Tensor | None) -> Tensor:
         """Apply Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).

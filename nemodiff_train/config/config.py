@@ -1,5 +1,6 @@
 """The configuration of a run: Bridge's container with the objective, the data and the settings of this project."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +43,9 @@ class TriModeConfig(ConfigContainer):
     def sections(self) -> dict[str, Any]:
         """Return the configuration as it is now: plain values by section, as YAML can hold them."""
         with safe_yaml_representers():
-            sections: dict[str, Any] = yaml.safe_load(yaml.safe_dump(self.to_dict()))
+            # As if it had been written and read, without the text in between.
+            node = yaml.SafeDumper(io.StringIO()).represent_data(self.to_dict())
+        sections: dict[str, Any] = yaml.constructor.SafeConstructor().construct_document(node)
         del sections["given"]
         return sections
 

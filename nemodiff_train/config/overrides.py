@@ -1,7 +1,6 @@
 """Overrides from the command line: ``section.field=value`` in Hydra's syntax, checked against the declared type."""
 
 import functools
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -10,14 +9,18 @@ from typing import Any, cast
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.ranges import check_range
 from nemodiff_train.config.schedule import SHARES
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.schema import check_type, declared_type
 
 _FROM_OBJECTIVE = "it follows from the section objective"
 _OURS = "every run needs it as it is"
+_BY_PRECISION = "set mixed_precision in the recipe, which decides on all of these"
+_OWN_ATTENTION = "the attention is this package's, which communicates in its own way"
 _BY_BRIDGE = "Bridge computes it from the schedule's steps"
 _WITHOUT_EFFECT = {
+    # Settings that something else decides, and what.
     "train.rampup_batch_size": "Megatron-Core no longer ramps batches up; use train.global_batch_size alone",
     "model.seq_length": "it follows from dataset.seq_length and the objective's views",
     "model.noisy_views": _FROM_OBJECTIVE,
@@ -34,6 +37,14 @@ _WITHOUT_EFFECT = {
     "train.exit_signal": "SIGTERM and SIGUSR1 end every run",
     "train.exit_signal_handler": "SIGTERM and SIGUSR1 end every run",
     "checkpoint.custom_manager_class": _OURS,
+    "checkpoint.also_save_hf_checkpoint": "use 'nemodiff convert export'",
+    "dist.lazy_mpu_init": _OURS,
+    "model.fp8": _BY_PRECISION,
+    "model.fp4": _BY_PRECISION,
+    "optimizer.fp8_recipe": _BY_PRECISION,
+    "model.cp_comm_type": _OWN_ATTENTION,
+    "model.hierarchical_context_parallel_sizes": _OWN_ATTENTION,
+    "model.restore_modelopt_state": "models that ModelOpt has quantized are not trained",
     "dist.distributed_backend": "it follows from the machine",
     "scheduler.lr_warmup_steps": _BY_BRIDGE,
     "scheduler.lr_decay_steps": _BY_BRIDGE,
@@ -47,24 +58,35 @@ _WITHOUT_EFFECT = {
             "ddp.use_custom_fsdp",
             "tokenizer.vocab_extra_ids",
             "checkpoint.dist_ckpt_save_pre_mcore_014",
+            "train.step_batch_size_schedule",
+            "train.gpu_sniff_test_interval",
         ),
         "no code of this version of Megatron and Bridge reads it",
     ),
 }
 _OF_OTHER_KINDS = {
-    "model.moe_": "the model has no experts",
+    **dict.fromkeys(("model.moe_", "model.num_moe_", "model.expert_"), "the model has no experts"),
+    **dict.fromkeys(("model.mamba_", "model.linear_"), "the model has attention layers alone"),
+    **dict.fromkeys(("model.heterogeneous_", "model.hetereogenous_"), "the layers of the model are alike"),
+    **dict.fromkeys(
+        (
+            "model.window_", "model.dsa_", "model.experimental_attention_variant", "model.multi_latent_attention",
+            "model.softmax_scale", "model.softmax_type", "model.no_rope_freq", "model.mrope_", "model.rope_scal",
+            "model.yarn_", "model.rotary_scaling", "model.seq_len_interpolation_factor", "model.qk_clip",
+            "model.use_mup", "model.mup_",
+        ),
+        "the checkpoint's config.json decides what is computed",
+    ),
     "model.mtp_": "the model predicts one token per position",
-    "model.mamba_": "the model has attention layers alone",
-}
-"""Beginnings of settings that belong to kinds of models that are refused as such."""
-"""Settings that something else decides, and what."""
-
-
-_NONE_BELOW_0 = ("checkpoint.most_recent_k", "tokenizer.null_tokenizer_pad_id")
-"""Settings in which -1 stands for none."""
-_UNLIMITED = ("optimizer.grad_norm_skip_threshold",)
-_LARGEST = 1e12
-"""Of any setting: more steps, samples or bytes than there will be."""
+    **dict.fromkeys(
+        ("tokenizer.vocab_size", "tokenizer.padded_vocab_", "tokenizer.use_tokenizer_vocab_"),
+        "the checkpoint decides on its rows",
+    ),
+    **dict.fromkeys(
+        ("checkpoint.non_persistent_", "checkpoint.replication"), "checkpoints are of one kind here"
+    ),
+}  # fmt: skip
+"""Beginnings of settings that belong to kinds of models, or of checkpoints, that there are none of here."""
 
 
 def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConfig:
@@ -94,7 +116,7 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
     for key, old in before.items():
         _check_kind(key, old, _look_up(config, key.lstrip("+~")))
         check_type(config, key.lstrip("+~"))
-        _check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
+        check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
     return config
 
 
@@ -129,16 +151,6 @@ def _look_up(config: TriModeConfig, key: str) -> object:
     return node
 
 
-def _check_range(key: str, value: object) -> None:
-    """Refuse a number that no setting can have: counts, sizes, rates and seconds are finite and not below 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    lowest = -1 if key in _NONE_BELOW_0 else 0
-    unlimited = key in _UNLIMITED and value == math.inf
-    if not lowest <= value <= _LARGEST and not unlimited:
-        raise UserError(f"{key} is {value}; use a number from {lowest} to {_LARGEST:.0e}")
-
-
 def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
     """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
     section, _, name = key.lstrip("+~").rpartition(".")
@@ -152,7 +164,12 @@ def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
 
 
 def _check_kind(key: str, old: object, new: object) -> None:
-    """Refuse text where the recipe had a number or a truth value; Hydra accepts anything."""
+    """Refuse text where the recipe had a number or a truth value, and nothing where it had something.
+
+    Hydra accepts anything.
+    """
     if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
         expected = "true or false" if isinstance(old, bool) else "a number"
         raise UserError(f"{key}={new} is not {expected}; its value was {old}")
+    if new == "" and old != "":
+        raise UserError(f"{key} is empty; name what it is, or leave it out")

@@ -94,8 +94,7 @@ def logits_differ(
     ids = torch.tensor([token for token in range(model.config.vocab_size) if token != but])
     tokens = ids[torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))]
     session = Session(chunks, 1, length, None)
-    row = torch.zeros(1, dtype=torch.long, device=session.device)
-    found = session.forward(tokens.to(session.device), row, "verify", causal=True).cpu()
+    found = session.forward(tokens.to(session.device), torch.arange(1), "verify", causal=True).cpu()
 
     def compare() -> tuple[float, float]:
         expected = _logits(model, tokens)[..., ids]

@@ -127,9 +127,8 @@ class _Side(ABC):
         """Return the fp32 logits [1, n, vocabulary] of a causal forward over tokens [1, n] at positions [1, n]."""
         session = Session(self.chunks, 1, tokens.shape[1], None)
         causal = torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=session.device).tril()
-        layout = Layout(positions.to(session.device), causal)
-        row = torch.zeros(1, dtype=torch.long, device=session.device)
-        return session.forward(tokens.to(session.device), row, "verify", layout=layout).cpu()
+        layout = Layout(positions.to(session.device), causal, int(positions.max()) + 1)
+        return session.forward(tokens.to(session.device), torch.arange(1), "verify", layout=layout).cpu()
 
     def diffusion_logits(self, tokens: Tensor, masked: TriModeModelProvider) -> Tensor:
         """Return the fp32 logits [1, k, vocabulary] of a block of mask tokens after tokens [1, n].
@@ -142,7 +141,7 @@ class _Side(ABC):
         session = Session(self.chunks, 1, tokens.shape[1] + masked.block_size, None)
         session.prefill(tokens.tolist())
         block = torch.full((1, masked.block_size), masked.mask_token_id, device=session.device)
-        return session.forward(block, torch.zeros(1, dtype=torch.long, device=session.device), "denoise").cpu()
+        return session.forward(block, torch.arange(1), "denoise").cpu()
 
     def free(self) -> None:
         """Free the model; the other one is next."""

@@ -156,7 +156,7 @@ class ChatEncoder:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.now)  # has a process, so each worker needs one of its own
+        return ChatTemplate(self.tokenizer, self.now)
 
     def _render(self, conversation: Conversation, count: int, add_generation_prompt: bool) -> str:
         """Render the first ``count`` messages."""
@@ -233,7 +233,6 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
     if token is None:
         template = ChatTemplate(tokenizer)
         end = template_end_of_turn(tokenizer, template)
-        template.close()
     end = end_of_document_id(tokenizer, token) if end is None else end
     if (added := tokenizer.added_tokens_decoder.get(end)) and added.single_word:
         raise UserError(

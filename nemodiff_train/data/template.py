@@ -4,6 +4,7 @@ A chat template is a program that comes with a model. Jinja's sandbox keeps it f
 from running for ever or filling the memory; the limits of the process do.
 """
 
+import functools
 import json
 import os
 import resource
@@ -12,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -27,11 +27,12 @@ CHARACTERS = 1 << 24
 """Maximum length of one rendered conversation."""
 
 _START_SECONDS = 300.0  # a busy machine imports slowly
+_MEMORY_PROBLEM = "it took too much memory"
 _ORPHAN_SECONDS = 5.0  # after the limit; only a process whose parent has died reaches them
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with a process that renders it.
+    """The chat template of a tokenizer, rendered in a process of its own.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -60,7 +61,6 @@ class ChatTemplate:
         """Text of the template, with that for conversations with tools."""
         self._templates = {False: template, True: with_tools}
         self._tokens = tokens
-        self._process: subprocess.Popen[str] | None = None
 
     def __call__(
         self,
@@ -78,59 +78,72 @@ class ChatTemplate:
         Raises:
             UserError: The template is malformed, refuses the conversation, or takes too much time or memory.
         """
-        if self._process is None:
-            self._start()
         given = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._templates[bool(tools)]
         own = {"template": template, "tokens": self._tokens, "now": self._now}
-        response = self._ask({**own, **given, "seconds": SECONDS}, SECONDS)
+        response = _renderer(os.getpid()).ask({**own, **given})
         if "text" not in response:
             raise self._refusal(response["problem"])
         return response["text"]
-
-    def close(self) -> None:
-        """End the process; the next call starts another."""
-        if self._process is not None:
-            self._finish()
-            self._process = None
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        # Python keeps a process that has not been waited for, and its pipes, after this object is gone.
-        self._finish = weakref.finalize(self, _end, self._process)
-        self._ask({}, _START_SECONDS)
-
-    def _ask(self, request: dict[str, object], seconds: float) -> dict[str, str]:
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        line = ""
-        try:
-            self._process.stdin.write(json.dumps(request, default=str) + "\n")  # columns of Arrow hold dates
-            self._process.stdin.flush()
-            in_time = bool(select.select([self._process.stdout], [], [], seconds)[0])
-            line = self._process.stdout.readline() if in_time else ""
-            problem = "it ended the process" if in_time else f"it took more than {seconds:.0f} seconds"
-        except BrokenPipeError:
-            problem = "it ended the process"
-        if not line:
-            self.close()
-            raise self._refusal(problem)
-        response: dict[str, str] = json.loads(line)
-        return response
 
     def _refusal(self, problem: str) -> UserError:
         return UserError(f"the chat template in '{self._where}' cannot be used: {problem}")
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    process.communicate()
+class _Renderer:
+    """The process that renders all templates: begun with the first request, and anew after one that has ended it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, str]:
+        """Return the ``text`` of a request, or the ``problem`` that it has."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+            started = self._exchange(self._process, {}, _START_SECONDS)
+            if "problem" in started or self._process is None:
+                return started
+        return self._exchange(self._process, {**request, "seconds": SECONDS}, SECONDS)
+
+    def _exchange(
+        self, process: "subprocess.Popen[str]", request: Mapping[str, object], seconds: float
+    ) -> dict[str, str]:
+        assert process.stdin is not None and process.stdout is not None
+        response = {"problem": "it ended the process"}
+        try:
+            process.stdin.write(json.dumps(request, default=str) + "\n")  # columns of Arrow hold dates
+            process.stdin.flush()
+            if not select.select([process.stdout], [], [], seconds)[0]:
+                response = {"problem": f"it took more than {seconds:.0f} seconds"}
+            elif line := process.stdout.readline():
+                response = json.loads(line)
+                if response.get("problem") != _MEMORY_PROBLEM:  # what it took is not given back
+                    return response
+        except BrokenPipeError:
+            pass
+        except KeyboardInterrupt:  # an answer to nobody would be taken for that to the next request
+            self._stop(process)
+            raise
+        self._stop(process)
+        return response
+
+    def _stop(self, process: "subprocess.Popen[str]") -> None:
+        self._process = None
+        process.kill()
+        process.communicate()
+
+
+@functools.cache
+def _renderer(process: int) -> _Renderer:
+    """Return the renderer of a process, which its forks cannot share."""
+    return _Renderer()
 
 
 def _serve() -> None:
@@ -170,7 +183,7 @@ def _render(render: Callable[..., Any], request: dict[str, Any]) -> dict[str, st
             **clock,
         )
     except MemoryError:
-        return {"problem": "it took too much memory"}
+        return {"problem": _MEMORY_PROBLEM}
     except Exception as error:  # a program can raise anything
         return {"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:

@@ -23,12 +23,12 @@ def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampl
         One generation per prompt.
     """
     rows = [Generation(sampler.settings) for _ in prompts]
-    active = torch.arange(len(rows), device=session.device)
+    active = torch.arange(len(rows))
     tokens = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     while True:
         for row, token in zip(active.tolist(), tokens[:, 0].tolist(), strict=True):
             rows[row].extend([token], [session.calls(row)])
-        running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
+        running = torch.tensor([not rows[row].finished for row in active.tolist()])
         active, tokens = active[running], tokens[running]
         if not len(active):
             return rows

@@ -36,16 +36,15 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
     on_grid = session.model.config.clean_attention == "block_causal"
     # blocks [batch, block]; of each row's first block, the leading ``known`` tokens belong to the prompt.
     blocks, known = (_blocks_on_grid if on_grid else _blocks_after_prompts)(session, prompts, sampler)
-    active = torch.arange(len(rows), device=session.device)
+    active = torch.arange(len(rows))
     while True:
-        starts = torch.tensor([known[row] for row in active.tolist()], device=session.device)
-        ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()], device=session.device)
+        starts = torch.tensor([known[row] for row in active.tolist()])
+        ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()])
         steps = denoise(session, active, blocks, sampler, starts, ends)
-        for index, row in enumerate(active.tolist()):
-            new = slice(known[row], int(ends[index]))
-            rows[row].extend(blocks[index, new].tolist(), steps[index, new].tolist())
+        for row, start, end, *made in zip(active, starts, ends, blocks.tolist(), steps.tolist(), strict=True):
+            rows[row].extend(*(each[start:end] for each in made))
         known = [0] * len(rows)
-        running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
+        running = torch.tensor([not rows[row].finished for row in active.tolist()])
         active, blocks = active[running], blocks[running]
         if not len(active):
             return rows
@@ -68,8 +67,7 @@ def _blocks_after_prompts(
 ) -> tuple[Tensor, list[int]]:
     """Return first blocks that start after the prompts, and how many of their tokens are the prompt's: none."""
     blocks = session.masks(len(prompts), sampler.settings.block_size)
-    rows = torch.arange(len(prompts), device=blocks.device)
-    blocks[:, :1] = sampler.sample_tokens(session.prefill(prompts)[:, None], rows)
+    blocks[:, :1] = sampler.sample_tokens(session.prefill(prompts)[:, None], torch.arange(len(prompts)))
     return blocks, [0] * len(prompts)
 
 
@@ -81,7 +79,7 @@ def _blocks_on_grid(session: Session, prompts: Sequence[Sequence[int]], sampler:
     if any(ends):
         logits = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
         if _has_seeds(session):
-            committed = torch.tensor(ends, device=blocks.device).nonzero()[:, 0]  # only these rows have a seed
+            committed = torch.tensor(ends).nonzero()[:, 0]  # only these rows have a seed
             blocks[committed, :1] = sampler.sample_tokens(logits[committed, None], committed)
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
         blocks[row, : len(prompt) - end] = torch.tensor(prompt[end:], device=blocks.device)
@@ -101,11 +99,12 @@ def denoise(
 
     Args:
         session: The rows' cache.
-        rows: [batch] rows of the session.
+        rows: [batch] rows of the session, on the host.
         blocks: [batch, block] tokens, masks where they are to be found.
         sampler: Chooses tokens; its settings give the policy.
-        starts: [batch] index in the block from which tokens are new; a stop token before it ends nothing.
-        ends: [batch] index in the block from which nothing is asked for.
+        starts: [batch] index in the block from which tokens are new, on the host; a stop token before it ends
+            nothing.
+        ends: [batch] index in the block from which nothing is asked for, on the host.
         stops: Whether a row is finished once no mask precedes its first stop token.
 
     Returns:
@@ -115,13 +114,13 @@ def denoise(
     assert mask_token_id is not None  # decode() refuses models without one
     calls = torch.tensor([session.calls(row) for row in rows.tolist()], device=blocks.device)
     steps = calls[:, None].repeat(1, blocks.shape[1])
-    index = torch.arange(blocks.shape[1], device=blocks.device)
-    wanted = (index >= starts[:, None]) & (index < ends[:, None])  # [batch, block]
+    index = torch.arange(blocks.shape[1])
+    wanted = ((index >= starts[:, None]) & (index < ends[:, None])).to(blocks.device)  # [batch, block]
     stop_token_ids = sampler.settings.stop_token_ids if stops else frozenset()
     step = 0
     while True:
         # Rows [open] that still have something to unmask, and their blocks [open, block].
-        unfinished = rows_with_masks(blocks, wanted, mask_token_id, stop_token_ids).nonzero()[:, 0]
+        unfinished = rows_with_masks(blocks, wanted, mask_token_id, stop_token_ids).cpu().nonzero()[:, 0]
         if not len(unfinished):
             return steps
         before = blocks[unfinished]

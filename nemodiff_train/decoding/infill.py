@@ -45,7 +45,7 @@ def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
     if masked[0] == 0:
         raise UserError("the text begins with a mask token; give at least one token before it")
     tokens, steps, committed = list(text), dict.fromkeys(masked, 0), 0
-    row = torch.arange(1, device=session.device)
+    row = torch.arange(1)
     for position in masked:
         if tokens[position] != mask_token_id:
             continue  # an earlier block has filled it
@@ -57,7 +57,7 @@ def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
             session.commit(row, start - committed)
             committed = start
         block = torch.tensor([tokens[start : start + size]], device=session.device)
-        bounds = torch.tensor([[0], [size]], device=session.device)
+        bounds = torch.tensor([[0], [size]])
         block_steps = denoise(session, row, block, sampler, bounds[0], bounds[1], stops=False)
         for offset, (token, step) in enumerate(zip(block[0].tolist(), block_steps[0].tolist(), strict=True)):
             if tokens[start + offset] == mask_token_id:
@@ -80,7 +80,7 @@ def revise(session: Session, text: Sequence[int], start: int, min_probability: f
     """
     if not 0 < min_probability <= 1:
         raise UserError(f"the minimum probability is {min_probability}; it must be above 0 and at most 1")
-    row = torch.arange(1, device=session.device)
+    row = torch.arange(1)
     tokens = torch.tensor([list(text)], device=session.device)
     # [1, draft, vocab] logits that predict the draft, and [draft] the probability of its tokens.
     logits = session.forward(tokens, row, "verify", causal=True)[:, start - 1 : -1]

@@ -27,12 +27,12 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
         One generation per prompt.
     """
     rows = [Generation(sampler.settings) for _ in prompts]
-    active = torch.arange(len(rows), device=session.device)
+    active = torch.arange(len(rows))
     last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     for row, token in enumerate(last[:, 0].tolist()):
         rows[row].extend([token], [session.calls(row)])
     while True:
-        running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
+        running = torch.tensor([not rows[row].finished for row in active.tolist()])
         active, last = active[running], last[running]
         if not len(active):
             return rows
@@ -43,32 +43,30 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
         # Verify: the same k + 1 positions, causally; logits of index i predict the token at i + 1.
         target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
         verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
-        last = commit_accepted(session, rows, active, draft_tokens, verification)
+        last = commit_accepted(session, rows, active, verification)
 
 
-def commit_accepted(
-    session: Session, rows: list[Generation], active: Tensor, draft_tokens: Tensor, verification: Verification
-) -> Tensor:
+def commit_accepted(session: Session, rows: list[Generation], active: Tensor, verification: Verification) -> Tensor:
     """Commit the token before each draft and the accepted draft tokens, and append the cycle to the generations.
 
     Args:
         session: Its last forward verified the drafts.
         rows: All generations of the batch.
-        active: [batch] rows of this cycle.
-        draft_tokens: [batch, k].
+        active: [batch] rows of this cycle, on the host.
         verification: Result of the verification.
 
     Returns:
         [batch, 1] the recovered or bonus token of each row, which is emitted and not in the cache yet.
     """
-    emitted = verification.accepted + 1  # [batch]
+    host = verification.on_host()
+    emitted = host.accepted + 1  # [batch]
     session.commit(active, emitted)
     for index, row in enumerate(active.tolist()):
         rows[row].extend_by_cycle(
-            verification.tokens[index, : emitted[index]].tolist(),
+            host.tokens[index, : emitted[index]].tolist(),
             session.calls(row),
-            draft_tokens[index].tolist(),
-            verification.accept_mask[index].tolist(),
-            verification.accept_probs[index].tolist(),
+            host.draft_tokens[index].tolist(),
+            host.accept_mask[index].tolist(),
+            host.accept_probs[index].tolist(),
         )
     return verification.tokens.gather(1, verification.accepted[:, None])

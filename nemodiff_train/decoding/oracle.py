@@ -73,11 +73,10 @@ def _along_path(sampler: Sampler, target: list[int], gains: list[list[int]]) -> 
 
 def _cache_targets(session: Session, targets: list[list[int]]) -> None:
     """Write the AR output to the cache after the prompts, so that a block can follow any of its tokens."""
-    rows = torch.arange(len(targets), device=session.device)
-    padded = torch.zeros(len(targets), max(map(len, targets)), dtype=torch.long, device=session.device)
+    padded = torch.zeros(len(targets), max(map(len, targets)), dtype=torch.long)
     for row, target in enumerate(targets):
         padded[row, : len(target)] = torch.tensor(target)
-    session.forward(padded, rows, "search", causal=True)
+    session.forward(session.cache.moved(padded), torch.arange(len(targets)), "search", causal=True)
 
 
 def _gains(
@@ -88,7 +87,7 @@ def _gains(
     Args:
         session: Holds prompts and outputs in its cache.
         targets: The AR output of each row.
-        prompt_lengths: [rows].
+        prompt_lengths: [rows], on the host.
         block_size: Positions of a block, its known first token included.
         depth: Maximum number of forwards over one block.
     """
@@ -96,13 +95,14 @@ def _gains(
     longest = max(map(len, targets))
     for anchor in range(longest - 2, -1, -1):  # from the end: a block overwrites the cache after its anchor
         rows = [row for row, target in enumerate(targets) if anchor < len(target) - 1]
-        index = torch.tensor(rows, device=session.device)
+        index = torch.tensor(rows)
         session.cache.lengths[index] = prompt_lengths[index] + anchor
         # [batch, block] the tokens to reveal, from the anchor on; -1 after the end of an output.
-        block = torch.full((len(rows), block_size), -1, device=session.device)
+        block = torch.full((len(rows), block_size), -1)
         for at, row in enumerate(rows):
             tokens = targets[row][anchor : anchor + block_size]
             block[at, : len(tokens)] = torch.tensor(tokens)
+        block = session.cache.moved(block)
         fused = _gained_by_fused_cycle(session, index, block)
         revealed = _reveal(session, index, block, depth)
         for row, by_forwards, by_fused in zip(rows, revealed, fused, strict=True):
@@ -116,7 +116,7 @@ def _gained_by_fused_cycle(session: Session, rows: Tensor, target: Tensor) -> li
 
     Args:
         session: Its cache ends before the block.
-        rows: [batch] rows of the session.
+        rows: [batch] rows of the session, on the host.
         target: [batch, block] as for :func:`_reveal`.
     """
     masks = session.masks(len(rows), target.shape[1] - 1)
@@ -131,7 +131,7 @@ def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[
 
     Args:
         session: Its cache ends before the block.
-        rows: [batch] rows of the session.
+        rows: [batch] rows of the session, on the host.
         target: [batch, block] the right tokens, the known first one included; -1 after the end of the output.
         depth: Maximum number of forwards.
 
@@ -142,7 +142,7 @@ def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[
     known = torch.zeros_like(target, dtype=torch.bool)  # [batch, block]
     known[:, 0] = True
     gains: list[list[int]] = [[] for _ in rows]
-    unfinished = torch.arange(len(rows), device=rows.device)
+    unfinished = torch.arange(len(rows))
     for _ in range(depth):
         # One forward over the known tokens and masks; every right choice [open, block] becomes known.
         block = torch.where(known, target, session.mask_token_id)[unfinished]
@@ -153,7 +153,7 @@ def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[
         gained = known[unfinished].long().cumprod(1).sum(1)
         for row, gain in zip(unfinished.tolist(), gained.tolist(), strict=True):
             gains[row].append(gain)
-        unfinished = unfinished[(known[unfinished] != before).any(1) & ~known[unfinished].all(1)]
+        unfinished = unfinished[((known[unfinished] != before).any(1) & ~known[unfinished].all(1)).cpu()]
         if not len(unfinished):
             break
     return gains

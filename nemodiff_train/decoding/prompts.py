@@ -35,6 +35,5 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], cha
         template = ChatTemplate(tokenizer)
         texts = [template([{"role": "user", "content": text}]) for text in texts]
         end = template_end_of_turn(tokenizer, template)
-        template.close()
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return Prompts(tokens, frozenset() if end is None else frozenset([end]))

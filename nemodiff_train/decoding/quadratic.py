@@ -29,7 +29,7 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
         One generation per prompt, equal to AR decoding's at temperature 0 and distributed as that above it.
     """
     rows = [Generation(sampler.settings) for _ in prompts]
-    active = torch.arange(len(rows), device=session.device)
+    active = torch.arange(len(rows))
     masks = sampler.settings.block_size - 1  # length of the chain and of each group; drafts have one token less
     logits, draft_logits = _prefill(session, prompts, masks)
     last = sampler.sample_tokens(logits[:, None], active)  # [batch, 1]
@@ -37,7 +37,7 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
         rows[row].extend([token], [session.calls(row)])
     layout = _chain_and_groups(masks, session.device)
     while True:
-        running = torch.tensor([not rows[row].finished for row in active.tolist()], device=session.device)
+        running = torch.tensor([not rows[row].finished for row in active.tolist()])
         active, last, draft_logits = active[running], last[running], draft_logits[running]
         if not len(active):
             return rows
@@ -47,7 +47,7 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
         logits = session.forward(tokens, active, "fused", layout=layout)
         # The chain's logits verify the draft.
         verification = rejection_sample(sampler, draft_tokens, draft_logits, logits[:, :masks], active)
-        last = commit_accepted(session, rows, active, draft_tokens, verification)
+        last = commit_accepted(session, rows, active, verification)
         # Of the groups' logits [batch, group, mask, vocab], those on the last accepted token hold the next draft.
         groups = logits[:, masks:].unflatten(1, (masks, masks))
         draft_logits = _drafting(session, groups[torch.arange(len(active)), verification.accepted])
@@ -72,8 +72,8 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> 
     Returns:
         Logits after each prompt's last token [rows, vocab], and of the first draft [rows, masks - 1, vocab].
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=session.device)
-    width = int(lengths.max())
+    counts = torch.tensor([len(prompt) for prompt in prompts])
+    width, lengths = int(counts.max()), session.cache.moved(counts)
     # Each row is its prompt, padded to ``width``, then the group of masks.
     tokens = session.masks(len(prompts), width + masks)
     for row, prompt in enumerate(prompts):
@@ -86,10 +86,10 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> 
     in_prompt = index < lengths[:, None]
     causal = (index[None, :] <= index[:, None]) & ~is_mask[None, :]
     sees = torch.where(is_mask[:, None], (in_prompt | is_mask)[:, None, :], causal)
-    rows = torch.arange(len(prompts), device=session.device)
+    rows = torch.arange(len(prompts))
     indices = torch.cat([lengths[:, None] - 1, index[None, width:].expand(len(prompts), -1)], dim=1)
-    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees), indices=indices)
-    session.commit(rows, lengths)
+    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees, width + masks), indices=indices)
+    session.commit(rows, counts)
     return logits[:, 0], _drafting(session, logits[:, 1:])
 
 
@@ -110,4 +110,4 @@ def _chain_and_groups(masks: int, device: torch.device) -> Layout:
     # [query, key]: the chain up to the query's anchor, and within one group everything.
     same_group = (anchor[:, None] == anchor[None, :]) & ~in_chain[:, None] & ~in_chain[None, :]
     sees = (in_chain[None, :] & (anchor[None, :] <= anchor[:, None])) | same_group
-    return Layout((anchor + depth)[None], sees[None])
+    return Layout((anchor + depth)[None], sees[None], 2 * masks)

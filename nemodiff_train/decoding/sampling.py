@@ -33,7 +33,7 @@ class Sampler:
 
         Args:
             logits: [batch, positions, vocab] fp32.
-            rows: [batch] rows of the batch that they belong to.
+            rows: [batch] rows of the batch that they belong to, on the host.
 
         Returns:
             [batch, positions] token ids.
@@ -69,25 +69,27 @@ class Sampler:
 
         Args:
             weights: [batch, positions, vocab], not negative, none all zero.
-            rows: [batch] rows of the batch that they belong to.
+            rows: [batch] rows of the batch that they belong to, on the host.
 
         Returns:
             [batch, positions] token ids.
         """
         # Invert the cumulative distribution in fp64: the first token whose cumulative weight exceeds u * total.
         cumulative = weights.double().cumsum(-1)
-        threshold = self.uniform(rows, weights.shape[1])[..., None] * cumulative[..., -1:]
+        threshold = self.uniform(rows, weights.shape[1], weights.device)[..., None] * cumulative[..., -1:]
         return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
-    def uniform(self, rows: Tensor, positions: int) -> Tensor:
+    def uniform(self, rows: Tensor, positions: int, device: torch.device) -> Tensor:
         """Return [batch, positions] fp64 numbers in [0, 1), from each row's own generator."""
         numbers = [self._generators[row].random(positions) for row in rows.tolist()]
-        return torch.from_numpy(np.stack(numbers)).to(rows.device)
+        return torch.from_numpy(np.stack(numbers)).to(device)
 
 
 class Verification(NamedTuple):
     """Result of rejection sampling over one draft per row."""
 
+    draft_tokens: Tensor
+    """[batch, k] what was verified."""
     accept_mask: Tensor
     """[batch, k] boolean: whether each draft token passed the test; positions after a rejection are tested too."""
     accepted: Tensor
@@ -97,6 +99,12 @@ class Verification(NamedTuple):
     not valid."""
     accept_probs: Tensor
     """[batch, k] min(1, p/q) of each draft token at temperature 1: introspective acceptance."""
+
+    def on_host(self) -> "Verification":
+        """Return a copy on the host, for which the device is waited for once."""
+        columns = [each.unflatten(0, (len(each), -1)).flatten(1).double() for each in self]  # ids are exact in it
+        parts = torch.cat(columns, dim=1).cpu().split([part.shape[1] for part in columns], dim=1)
+        return Verification(*(part.to(of.dtype).view(of.shape) for part, of in zip(parts, self, strict=True)))
 
 
 def rejection_sample(
@@ -114,7 +122,7 @@ def rejection_sample(
         draft_tokens: [batch, k] tokens drawn from q.
         draft_logits: [batch, k, vocab] of q.
         target_logits: [batch, k + 1, vocab] of p, at each draft token and after the last.
-        rows: [batch] rows of the batch.
+        rows: [batch] rows of the batch, on the host.
 
     Returns:
         The tokens to emit, and what was accepted.
@@ -123,12 +131,12 @@ def rejection_sample(
     if sampler.greedy:
         tokens = target_logits.argmax(-1)
         accept_mask = tokens[:, :-1] == draft_tokens
-        return Verification(accept_mask, _leading(accept_mask), tokens, accept_probs)
+        return Verification(draft_tokens, accept_mask, _leading(accept_mask), tokens, accept_probs)
     target_probs, draft_probs = sampler.distribution(target_logits), sampler.distribution(draft_logits)
     bonus_probs, target_probs = target_probs[:, -1:], target_probs[:, :-1]
     # Accept with probability min(1, p/q): [batch, k].
     ratio = _accept_probs(target_probs, draft_probs, draft_tokens)
-    accept_mask = sampler.uniform(rows, ratio.shape[1]) < ratio
+    accept_mask = sampler.uniform(rows, ratio.shape[1], ratio.device) < ratio
     # Residual distribution [batch, k, vocab]; where p = q it is empty, but there every token is accepted.
     recovered_probs = (target_probs - draft_probs).clamp(min=0)
     recovered_probs = torch.where(recovered_probs.sum(-1, keepdim=True) > 0, recovered_probs, target_probs)
@@ -136,7 +144,7 @@ def rejection_sample(
     verifier_tokens = sampler.draw(torch.cat([recovered_probs, bonus_probs], dim=1), rows)
     accepted_or_recovered = torch.where(accept_mask, draft_tokens, verifier_tokens[:, :-1])
     tokens = torch.cat([accepted_or_recovered, verifier_tokens[:, -1:]], dim=1)
-    return Verification(accept_mask, _leading(accept_mask), tokens, accept_probs)
+    return Verification(draft_tokens, accept_mask, _leading(accept_mask), tokens, accept_probs)
 
 
 def _accept_probs(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:

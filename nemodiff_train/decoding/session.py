@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
+from nemodiff_train.attention.kernels import kernels_for_any_length
 from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.generation import ForwardKind
 from nemodiff_train.decoding.pipeline import PipelineRunner
@@ -30,6 +31,8 @@ class Layout(NamedTuple):
     """[batch or 1, new] position of each, counted from the first one after the committed tokens."""
     sees: Tensor
     """[batch or 1, new, new] boolean: which new tokens (last dimension) each of them attends to."""
+    span: int
+    """Number that every offset is below."""
 
 
 class Session:
@@ -72,7 +75,7 @@ class Session:
 
         Args:
             tokens: [batch, new] token ids.
-            rows: [batch] rows of the session they belong to, ascending.
+            rows: [batch] rows of the session they belong to, ascending; on the host.
             kind: Purpose that the call is counted under.
             causal: Causal attention among the new tokens; otherwise they see their whole block.
             block_size: Positions of a block; None where all new tokens are one block.
@@ -97,7 +100,8 @@ class Session:
             batch = DecodeBatch.from_layout(self.cache, rows, *layout)
         if kind == "draft":
             batch = replace(batch, is_draft=True)
-        logits = self.model(tokens, batch, indices)[..., : self.vocab_size].float()
+        with kernels_for_any_length():
+            logits = self.model(tokens, batch, indices)[..., : self.vocab_size].float()
         check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
         if kind in MASK_FILLING and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
@@ -126,8 +130,8 @@ class Session:
         """Keep the first tokens of each row's last forward in the cache.
 
         Args:
-            rows: [batch] rows.
-            counts: [batch] tokens to keep, or one number for all.
+            rows: [batch] rows, on the host.
+            counts: [batch] tokens to keep, on the host, or one number for all.
         """
         self.cache.lengths[rows] += counts
 
@@ -144,19 +148,19 @@ class Session:
         Returns:
             [rows, vocab] logits after each prompt's last token.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         last_logits: dict[int, Tensor] = {}
         waiting = lengths.argsort(descending=True, stable=True)
         while len(waiting):
             longest = int(lengths[waiting[0]])
             count = max(1, PREFILL_TOKENS // max(longest, 1))
             rows, waiting = waiting[:count].sort().values, waiting[count:]
-            padded = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+            padded = torch.zeros(len(rows), longest, dtype=torch.long)
             for index, row in enumerate(rows.tolist()):
                 padded[index, : lengths[row]] = torch.tensor(prompts[row])
-            last = (lengths[rows] - 1).clamp(min=0)[:, None]
+            tokens, last = (self.cache.moved(each) for each in (padded, (lengths[rows] - 1).clamp(min=0)[:, None]))
             logits = self.forward(
-                padded, rows, "prefill", causal=block_size is None, block_size=block_size, indices=last
+                tokens, rows, "prefill", causal=block_size is None, block_size=block_size, indices=last
             )
             self.commit(rows, lengths[rows])
             last_logits.update(zip(rows.tolist(), logits[:, 0], strict=True))

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import NEVER, Slots, judge, slot_losses
-from nemodiff_train.model.head import LOGIT_CHUNK, gather_hidden_states
+from nemodiff_train.model.head import DRAFT_CHUNK, gather_hidden_states
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.loss import Report
 from nemodiff_train.objective.sample import Sample
@@ -70,7 +70,7 @@ class DraftLoss:
 
         learns = torch.is_grad_enabled()
         total, gradients = torch.zeros((), device=drafts.device), []
-        drafts_at_once = max(1, LOGIT_CHUNK[drafts.device.type] // drafts.shape[1])
+        drafts_at_once = max(1, DRAFT_CHUNK[drafts.device.type] // drafts.shape[1])
         chunks = (values.split(drafts_at_once) for values in (drafts, verifiers, usable, uniform))
         for draft, verifier, use, draw in zip(*chunks, strict=True):
             # Logits of the draft q and of the verifier p, [drafts, B - 1, vocabulary], and which slots count.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import check_prompts
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.head import LOGIT_CHUNK, token_losses
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums
@@ -104,10 +106,11 @@ def likelihood(
     if not samples:
         raise UserError("there is no text to score: every document is shorter than 2 tokens")
     rows = min(batch_size, len(samples))
-    require_memory(  # logits and their log-softmax in fp32, and a layer's activations, at both halves' positions
-        rows * 2 * length * (config.vocab_size * 8 + config.hidden_size * 32),
-        next(model[0].parameters()).device,
-        f"the logits of {rows:,} samples of {length:,} tokens",
+    device = next(model[0].parameters()).device
+    require_memory(  # a layer's activations at both halves' positions, and some of their logits twice, in fp32
+        rows * 2 * length * config.hidden_size * 32 + LOGIT_CHUNK[device.type] * config.vocab_size * 8,
+        device,
+        f"the states of {rows:,} samples of {length:,} tokens",
         "use a smaller --batch-size or --length",
     )
     bounds = torch.zeros(draws, dtype=torch.float64)
@@ -175,10 +178,20 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
     device = next(chunk.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
 
+    labels = batch["labels"]
+    everywhere = torch.arange(labels.numel(), device=device)
+
+    def losses_of(
+        *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **context: Any
+    ) -> Tensor:
+        size = chunk.config.vocab_size
+        return token_losses(hidden_states, labels, everywhere, batch["loss_mask"], size, output_layer, output_weight)
+
     def forward() -> Tensor:
         """Return [batch, 2L] cross-entropies: the noisy half, then the clean half."""
         with torch.inference_mode():
-            return chunk(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]).double()
+            losses: Tensor = chunk(batch["tokens"], batch["position_ids"], None, output_processor=losses_of)
+            return losses.double()
 
     losses = forward()
     check_finite(losses, [chunk], batch["position_ids"], forward, "losses")

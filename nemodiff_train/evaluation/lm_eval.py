@@ -213,7 +213,7 @@ class NemodiffLM(HFLM):
         """Return causal logits [texts, longest, vocab] of texts that are padded on the right."""
         session = Session(self.loaded.model, len(inps), inps.shape[1], None)
         check_prompts(inps.tolist(), session.vocab_size)
-        return session.forward(inps, torch.arange(len(inps), device=session.device), "prefill", causal=True)
+        return session.forward(inps, torch.arange(len(inps)), "prefill", causal=True)
 
 
 @contextlib.contextmanager

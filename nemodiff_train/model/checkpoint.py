@@ -159,7 +159,7 @@ class Checkpoint:
         """
         file = self.iteration / "run_config.yaml"
         try:
-            sections = yaml.safe_load(file.read_text())
+            sections = yaml.CSafeLoader(file.read_text()).get_single_data()
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"'{file}' is damaged ({reason}); take another iteration") from None

@@ -10,8 +10,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-LOGIT_CHUNK = {"cuda": 512, "cpu": 128}
+LOGIT_CHUNK = {"cuda": 2048, "cpu": 128}
 """Positions whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache."""
+DRAFT_CHUNK = {"cuda": 512, "cpu": 128}
+"""The same where a drafter's logits are compared with the verifier's, which takes six times the memory."""
 
 
 def token_losses(
@@ -50,7 +52,9 @@ def token_losses(
     first_token = layer.tp_group.rank() * len(weight)  # of this rank's rows
     targets = labels.flatten()[loss_indices] - first_token
     scales = loss_weights.flatten()[loss_indices] if torch.is_grad_enabled() else None
-    losses: Tensor = _CrossEntropy.apply(states, weight[: vocab_size - first_token], targets, scales, layer.tp_group)
+    if len(weight) > vocab_size - first_token:  # a slice has a gradient of its own to be copied
+        weight = weight[: vocab_size - first_token]
+    losses: Tensor = _CrossEntropy.apply(states, weight, targets, scales, layer.tp_group)
     return torch.zeros(labels.numel(), device=labels.device).index_put((loss_indices,), losses).view(labels.shape)
 
 
@@ -132,12 +136,8 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits = d_logits.to(weight.dtype)
             # [c, hidden] gradient of the states; [v, hidden] of the weight, added up over chunks in fp32.
             torch.mm(d_logits, weight, out=d_state)
-            if d_weight is None:
-                continue
-            if weight.dtype == torch.float32:
-                d_weight.addmm_(d_logits.T, state)
-            else:
-                d_weight += d_logits.T @ state
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.T, state)
         if loss_weights is not None:
             ctx.save_for_backward(d_states, d_weight, loss_weights)  # type: ignore[arg-type]  # None is allowed
         ctx.dtype = weight.dtype
@@ -153,6 +153,16 @@ class _CrossEntropy(torch.autograd.Function):
         # In place, since these are large for a large vocabulary; autograd refuses a second backward pass.
         scaled = None if d_weight is None else d_weight.mul_(factor).to(ctx.dtype)
         return d_states.mul_(factor.to(d_states.dtype)), scaled, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a total in fp32, in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:  # no product of 16 bits in between
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _logits(states: Tensor, weight: Tensor) -> Tensor:

@@ -35,13 +35,14 @@ def tri_mode_layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the family's transformer layer with :class:`TriModeAttention` as its core attention.
 
-    The layers are Transformer Engine's where it is installed, else Megatron-Core's own with this package's norms.
+    The layers are Transformer Engine's where it is installed and wanted, else Megatron-Core's own with this package's
+    norms.
 
     Args:
         config: The model's configuration.
         vp_stage: Index of the model chunk on this rank, with virtual pipeline stages.
     """
-    if HAVE_TE:
+    if HAVE_TE and not config.local_layers:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = TriModeAttention
         return spec
@@ -92,6 +93,9 @@ class TriModeModelProvider(GPTModelProvider):
     :func:`~nemodiff_train.attention.selection.select_kernel`. Belongs to a run, like the next two fields."""
     attention_tile: int = 0
     """Number of queries, and of keys, per tile of FlexAttention's block mask; 0 for the kernel's default."""
+    local_layers: bool = False
+    """Take Megatron-Core's own layers, with the same names, also where Transformer Engine is installed: for decoding,
+    which runs their weights without the modules (:func:`~nemodiff_train.decoding.forward.fast_forward`)."""
     attention_options: dict[str, Any] = field(default_factory=dict)
     """More ``kernel_options`` for FlexAttention, such as ``{"fwd_BLOCK_N": 64}``."""
     mask_token_id: int | None = None
@@ -224,7 +228,7 @@ PARALLELISM = (
     "pipeline_model_parallel_layout",
 )
 KERNEL = ("attention_kernel", "attention_tile", "attention_options")
-HOST = ("perform_initialization", "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker")
+HOST = ("local_layers", "perform_initialization", "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker")
 HOST_PREFIXES = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
 """Fields, and beginnings of fields, that belong to a machine and a run: precision helpers, overlap, recomputation."""
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 def recompute_activations(model: GPTModel) -> None:
     """Let every layer of a model free the inputs of its linear layers that it can compute again.
 
-    It does so while ``config.recompute_elementwise`` holds. Values and gradients stay the same to the bit. Norms that
-    Transformer Engine computes inside a linear layer, and feed-forwards other than SwiGLU, are left out.
+    It does so while ``config.recompute_elementwise`` holds, unless Megatron recomputes whole layers. Values and
+    gradients stay the same to the bit. Norms that Transformer Engine computes inside a linear layer, and
+    feed-forwards other than SwiGLU, are left out.
     """
     for layer in model.decoder.layers:
         for norm, linear in (
@@ -68,7 +69,8 @@ class _RecomputedInput:
         self, source: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
     ) -> None:
         """Remember what the input of the linear layer is computed from."""
-        if self.config.recompute_elementwise and torch.is_grad_enabled():
+        whole_layers = self.config.recompute_granularity == "full" and self.config.recompute_method == "uniform"
+        if self.config.recompute_elementwise and not whole_layers and torch.is_grad_enabled():
             kept = output[0] if self.from_output else inputs[0]
             # Under LoRA, Transformer Engine's layer returns the output of its norm as well.
             self.kept = (kept[0] if isinstance(kept, tuple) else kept).detach()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemodiff_train.model.head import LOGIT_CHUNK
+from nemodiff_train.model.head import DRAFT_CHUNK, LOGIT_CHUNK
 from nemodiff_train.planning.layouts import Layout
 from nemodiff_train.planning.workload import Workload
 
@@ -51,7 +51,8 @@ def memory_of(work: Workload, layout: Layout, device: str = "cuda") -> Memory:
     Args:
         work: Sizes of the model and its sample.
         layout: Sizes of the parallel groups.
-        device: ``cuda`` or ``cpu``, which decides how many positions have logits at once.
+        device: ``cuda`` or ``cpu``, which decides how many positions have logits at once; on a GPU, Transformer
+            Engine is assumed.
     """
     stages = {0, layout.pipeline - 1}
     candidates = (stage_memory(work, layout, estimated_stage(work, layout, index), device) for index in stages)
@@ -75,7 +76,8 @@ def stage_memory(work: Workload, layout: Layout, stage: Stage, device: str = "cu
         work: Sizes of the model and its sample.
         layout: Sizes of the parallel groups.
         stage: What the GPU holds.
-        device: ``cuda`` or ``cpu``, which decides how many positions have logits at once.
+        device: ``cuda`` or ``cpu``, which decides how many positions have logits at once; on a GPU, Transformer
+            Engine is assumed.
     """
     shards = layout.data * layout.context if work.sharded else 1
     last = stage.index == layout.pipeline - 1
@@ -83,37 +85,39 @@ def stage_memory(work: Workload, layout: Layout, stage: Stage, device: str = "cu
         weights=work.width * stage.parameters,
         gradients=GRADIENT_BYTES * stage.trained,
         optimizer=optimizer_bytes(work.mixed) * stage.trained / shards,
-        activations=_activations(work, layout, stage),
-        logits=_logits(work, layout, LOGIT_CHUNK[device]) if last else 0.0,
+        activations=_activations(work, layout, stage, device),
+        logits=_logits(work, layout, device) if last else 0.0,
     )
 
 
-def _activations(work: Workload, layout: Layout, stage: Stage) -> float:
+def _activations(work: Workload, layout: Layout, stage: Stage, device: str) -> float:
     """Return what the backward pass needs of every micro-batch in flight (1F1B), and the peak inside one layer."""
     in_flight = min(layout.pipeline - stage.index, layout.micro_batches)
     positions = work.micro_batch * work.positions / layout.context
     # hidden: the input of a layer.  full: all that one layer saves.  working: its temporaries in the backward pass.
     hidden = positions * work.hidden * work.width / (layout.tensor if layout.sequence else 1)
-    full = _saved_by_layer(work, layout)
+    full = _saved_by_layer(work, layout, device)
     working = positions * work.width * (3 * work.feed_forward / layout.tensor + 2 * work.hidden)
     if layout.recompute:
         return in_flight * (stage.layers * hidden + 2 * hidden) + working + full
     return in_flight * (stage.layers * full + 2 * hidden) + working
 
 
-def _saved_by_layer(work: Workload, layout: Layout) -> float:
+def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
     """Return the bytes that one layer saves per micro-batch; after Korthikanti et al. (2205.05198), section 4.
 
     Without dropout and scores: inputs and outputs of both norms; queries, keys and values, once more before head
     norms; the output of attention; and the two products of the feed-forward layer.  The outputs of the norms and of a
-    gated activation may be recomputed instead.  A context-parallel rank keeps the clean keys and values of the whole
-    sample.
+    gated activation may be recomputed instead, but for those of norms inside Transformer Engine's linear layers, and
+    under full recomputation, which holds one layer at a time.  A context-parallel rank keeps the clean keys and
+    values of the whole sample.
     """
     positions = work.positions / layout.context
     # Autograd does not save the input of a frozen matrix.
-    dropped = work.recompute_elementwise or work.layer_adapters
+    dropped = (work.recompute_elementwise and not layout.recompute) or work.layer_adapters
+    norms = 2 if work.layer_adapters or (dropped and device != "cuda") else 4
     # Elements per position: over the hidden size, and over the sizes that tensor parallelism splits.
-    shared = (2 if dropped else 4) * work.hidden / (layout.tensor if layout.sequence else 1)
+    shared = norms * work.hidden / (layout.tensor if layout.sequence else 1)
     before_norms = work.queries + work.keys if work.head_norms else 0
     inner = (2 if dropped else 3) if work.gated else 2
     split = 2 * work.queries + before_norms + inner * work.feed_forward
@@ -121,13 +125,13 @@ def _saved_by_layer(work: Workload, layout: Layout) -> float:
     return work.micro_batch * work.width * (positions * (shared + split / layout.tensor) + keys / layout.tensor)
 
 
-def _logits(work: Workload, layout: Layout, rows: int) -> float:
+def _logits(work: Workload, layout: Layout, device: str) -> float:
     """Return the bytes of the output layer and its loss if every noisy position is masked; see model/head.py."""
     states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.width
     if work.drafts:
         # Logits of drafts and verifiers, their distributions and the drafts' gradient, of all tokens in fp32.
-        return states + 6 * 4 * rows * work.vocabulary
-    chunk = rows * work.vocabulary / layout.tensor
+        return states + 6 * 4 * DRAFT_CHUNK[device] * work.vocabulary
+    chunk = LOGIT_CHUNK[device] * work.vocabulary / layout.tensor
     # The gradient of the weight, accumulated in fp32 and scaled into another; a frozen weight has none.
     weight = 0 if work.layer_adapters else work.table / layout.tensor * (4 + 4 + work.width)
     return states + chunk * (4 + work.width) + weight

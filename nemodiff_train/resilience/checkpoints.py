@@ -144,7 +144,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             publish(iteration)
             if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
-        barrier()
+            barrier()  # Bridge asks at every step, in most of which there is nothing to wait for
 
 
 def last_published(state: GlobalState) -> Path | None:
@@ -267,6 +267,19 @@ def latest_complete(folder: Path, step: int | None = None) -> Path | None:
     Raises:
         UserError: None is complete, and not all were merely unfinished; nothing is renamed then.
     """
+    complete, damages = find_complete(folder, step)
+    if is_main_process():
+        quarantine_damaged(folder, complete, damages)
+    barrier()
+    return complete
+
+
+def find_complete(folder: Path, step: int | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest complete checkpoint of a run, and the damage of those after it; changes nothing.
+
+    Raises:
+        UserError: None is complete, and not all were merely unfinished.
+    """
     candidates = from_main_process(lambda: [i for i in iterations(folder) if step is None or step_of(i) == step])
     damages: dict[Path, str] = {}
     for iteration in candidates:
@@ -276,10 +289,7 @@ def latest_complete(folder: Path, step: int | None = None) -> Path | None:
     complete = candidates[len(damages)] if len(damages) < len(candidates) else None
     if complete is None:
         _refuse_to_start_anew(folder, damages)
-    if is_main_process():
-        quarantine_damaged(folder, complete, damages)
-    barrier()
-    return complete
+    return complete, damages
 
 
 _REMEDY = "put a copy in its place, or name another output to start anew"

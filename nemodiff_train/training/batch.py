@@ -13,6 +13,7 @@ from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective.sample import Sample
+from nemodiff_train.runtime import init_runtime
 
 _UNSHARDED = ("segment_ids",)  # every context-parallel rank needs all of it
 _ON_HOST = ("index",)  # seeds generators
@@ -71,6 +72,8 @@ def to_device(samples: Sample, shard: ContextParallelShard) -> Sample:
 
     loss_indices = shard.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
     batch = {name: moved(name, values) for name, values in samples.items()}
+    if init_runtime().cuda:
+        loss_indices = loss_indices.pin_memory()  # a copy from other memory would wait for the device
     return {**batch, "loss_indices": loss_indices.cuda(non_blocking=True)}
 
 

@@ -25,7 +25,7 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.provider import fit_to_host
 from nemodiff_train.processes import ENDING
-from nemodiff_train.resilience.checkpoints import MANAGER, causes_of
+from nemodiff_train.resilience.checkpoints import MANAGER, causes_of, find_complete
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.signals import ToldToEnd, end_as_ever, end_at_once
 from nemodiff_train.resilience.watchdog import Watchdog
@@ -37,6 +37,7 @@ from nemodiff_train.training.callbacks.run_log import RunLog
 from nemodiff_train.training.step import ForwardStep
 from nemodiff_train.validation.check import check
 from nemodiff_train.validation.dry_run import dry_run
+from nemodiff_train.validation.refusal import refusal
 from nemodiff_train.validation.resume import description, samples_ahead
 
 
@@ -54,7 +55,9 @@ def check_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None,
     """
     config.given = config.settings()
     _fit_to_host(config)
-    return dry_run(config, defaults, gpus, gpu_memory)
+    load = config.checkpoint.load
+    found = refusal(lambda: find_complete(Path(load), config.checkpoint.ckpt_step)) if load else []
+    return dry_run(config, defaults, gpus, gpu_memory, found)
 
 
 def resolved_yaml(config: TriModeConfig) -> str:

@@ -1,13 +1,8 @@
 """Training samples as text, for people: a line per block, the same with and without colour."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.bridge.data.base import DatasetBuildContext
-from megatron.bridge.data.loaders import get_train_valid_test_num_samples
-from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 from rich.text import Text
 from torch import Tensor
 
@@ -19,6 +14,7 @@ from nemodiff_train.objective.sample import Sample
 from nemodiff_train.report.display import span
 from nemodiff_train.shown import in_a_line
 from nemodiff_train.validation import data, objective
+from nemodiff_train.validation.rehearsal import datasets
 from nemodiff_train.validation.settings import check_sizes
 
 if TYPE_CHECKING:
@@ -48,12 +44,7 @@ def show_samples(config: TriModeConfig, count: int) -> None:
 
 def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
     """Return the first training samples of a run; its folder is not made, but what it has there is used."""
-    dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        if not Path(dataset.run_cache).is_dir():
-            dataset.run_cache = folder
-        context = DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))
-        train, *_ = dataset.build_datasets(context)
+    with quiet(), datasets(config) as (train, *_):
         return [train[index] for index in range(min(count, len(train)))]
 
 

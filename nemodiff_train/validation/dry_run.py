@@ -1,19 +1,15 @@
 """``nemodiff train RECIPE --dry-run``: check everything that a run needs on any machine, and print one page."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from rich.table import Table
 from rich.text import Text
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemodiff_train.config.config import Changes, TriModeConfig, differences, flattened
 from nemodiff_train.config.precision import is_mixed, precision_of
@@ -25,13 +21,16 @@ from nemodiff_train.planning.layouts import layout_of
 from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage_memory
 from nemodiff_train.planning.workload import workload_of
 from nemodiff_train.runtime.memory import GB
-from nemodiff_train.validation import layout
+from nemodiff_train.validation import layout, rehearsal
 from nemodiff_train.validation.check import problems
+from nemodiff_train.validation.rehearsal import as_rank, failures
 from nemodiff_train.validation.resume import description
 from nemodiff_train.validation.settings import check_sizes
 
 
-def dry_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, gpu_memory: float) -> int:
+def dry_run(
+    config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, gpu_memory: float, found: Sequence[str] = ()
+) -> int:
     """Check a run without starting it, and print one page.
 
     Args:
@@ -39,6 +38,7 @@ def dry_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, g
         defaults: The settings that its recipe has by itself, by their dotted keys.
         gpus: Number of processes; None for one replica of its layout.
         gpu_memory: Memory of one GPU in GB (1e9 bytes).
+        found: Problems that are known already.
 
     Returns:
         0 if there are no problems, else 2.
@@ -50,7 +50,8 @@ def dry_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, g
     model = config.model
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     world_size = gpus or replica
-    lines = problems(config, world_size)
+    lines = [*found, *problems(config, world_size)]
+    failed = [] if lines else rehearsal.problems(config, world_size)
     page = Table("", "", title="Dry run", show_header=False)
     page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
@@ -61,15 +62,22 @@ def dry_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, g
     _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         page.add_row("resume", description(saved, config))
-    if not layout.problems(config, world_size):
-        stages = build_stages(config, world_size)
-        lines += _memory_problems(config, world_size, stages, gpu_memory, page)
-        lines += _disk_problems(config, stages, page)
+    if not failed and not layout.problems(config, world_size):
+        measure = partial(_measure, config, world_size, gpu_memory, page, lines)
+        failed = failures("Megatron cannot build the model", measure)
+    lines += failed
     for number, line in enumerate(lines, start=1):
         page.add_row(Text(f"problem {number}", "red"), line)
     page.add_row("result", Text(f"{len(lines)} problems", "red") if lines else Text("ready", "green"))
     PlainConsole().print(page)
     return 2 if lines else 0
+
+
+def _measure(config: TriModeConfig, world_size: int, gpu_memory: float, page: Table, lines: list[str]) -> None:
+    """Build the model on the meta device; add its memory and checkpoints to the page, what does not fit to lines."""
+    stages = build_stages(config, world_size)
+    lines += _memory_problems(config, world_size, stages, gpu_memory, page)
+    lines += _disk_problems(config, stages, page)
 
 
 def _add_changes(page: Table, name: str, changes: Changes) -> None:
@@ -139,7 +147,7 @@ def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
 
 
 def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) -> Stage:
-    with quiet(), _as_rank(config, world_size, rank):
+    with quiet(), as_rank(config, world_size, rank):
         config.model.finalize()
         config.model.use_cpu_initialization = False
         config.model.perform_initialization = False
@@ -154,22 +162,3 @@ def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) 
             parameters=sum(parameter.numel() for parameter in parameters),
             trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         )
-
-
-@contextmanager
-def _as_rank(config: TriModeConfig, world_size: int, rank: int) -> Iterator[None]:
-    """Act as one rank of a world without the other processes: torch's fake backend sends nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.model.tensor_model_parallel_size,
-            pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=config.model.virtual_pipeline_model_parallel_size,
-            context_parallel_size=config.model.context_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(1)  # adapters are made under Megatron's random state, even without values
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()

@@ -16,6 +16,13 @@ _BEYOND = 4
 """Multiple of a device's memory from which on the estimate, which is not exact, leaves no doubt."""
 _MOST_SAMPLES = 1 << 24
 """Samples of a step: Megatron lists the micro-batches of a step, and those of a validation, in memory."""
+_BYTES_OF_A_SAMPLE = 16
+"""Of the order of the samples, which every rank holds: Megatron's document, offset and place in the shuffle."""
+_FASTEST = 100
+"""Steps per second beyond those of any run."""
+_YEAR = 365 * 24 * 3600
+_LONGEST = _YEAR
+"""Seconds of a run that nobody waits for."""
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -23,9 +30,26 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     return [*_problems(config, world_size)]
 
 
+def _validation_steps(config: TriModeConfig) -> int:
+    """Return the steps of all validations of a run."""
+    settings = config.validation
+    times = config.train.train_iters // settings.eval_interval + 1 if settings.eval_interval else 1
+    return (settings.eval_iters or 0) * times
+
+
 def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
-    if config.train.global_batch_size > _MOST_SAMPLES:
-        yield f"train.global_batch_size is {config.train.global_batch_size:,}; use {_MOST_SAMPLES:,} or fewer"
+    batch, steps = config.train.global_batch_size, config.train.train_iters
+    if batch > _MOST_SAMPLES:
+        yield f"train.global_batch_size is {batch:,}; use {_MOST_SAMPLES:,} or fewer"
+    if steps > _LONGEST * _FASTEST:
+        years = steps / _FASTEST / _YEAR
+        yield f"train.train_iters is {steps:,}: {years:,.0f} years at {_FASTEST} steps per second; use fewer"
+    for name, count in (("train.train_iters", steps), ("validation.eval_iters", _validation_steps(config))):
+        if (order := count * batch * _BYTES_OF_A_SAMPLE) > psutil.virtual_memory().total:
+            yield (
+                f"{name} makes {count:,} steps of train.global_batch_size={batch:,} samples, whose order alone takes "
+                f"about {order / GB:,.0f} GB of memory; lower one of them"
+            )
     cuda = init_runtime().cuda
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
     work = workload_of(config)

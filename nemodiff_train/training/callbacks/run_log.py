@@ -72,7 +72,7 @@ class RunLog(Callback):
         _hide_after(context.state, step)
         self.file = path.open("a")
         stage = "drafter" if config.drafter else config.objective.stage
-        settings = yaml.safe_dump(config.sections(), sort_keys=False)
+        settings = yaml.dump(config.sections(), Dumper=yaml.CSafeDumper, sort_keys=False)
         self.page, self.page_written = RunPage(self.shared.output.name, stage, self.steps, settings), time.monotonic()
         with path.open() as earlier:
             for line in earlier:
