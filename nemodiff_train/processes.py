@@ -10,14 +10,39 @@ from collections.abc import Sequence
 from multiprocessing import parent_process
 from types import FrameType
 
+import psutil
+
 from nemodiff_train.distributed import free_port
+from nemodiff_train.errors import UserError
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 3.0
 """Seconds that the other ranks have after one has failed, which may be about to say why as well."""
+_LEAST_MEMORY = 200e6
+"""Bytes that a rank or a worker takes at the least: what it imports."""
 _POLL = 0.05
 """Seconds between looks at the ranks."""
+
+
+def check_processes(option: str, count: int) -> None:
+    """Refuse more processes than this machine's memory holds.
+
+    Args:
+        option: What asks for them, for the message.
+        count: Number of them.
+
+    Raises:
+        UserError: There are none, or they would take more memory than there is.
+    """
+    if count < 1:
+        raise UserError(f"{option} is {count}; it must be at least 1")
+    memory = psutil.virtual_memory().total
+    if count * _LEAST_MEMORY > memory:
+        raise UserError(
+            f"{option} {count}: these processes take {count * _LEAST_MEMORY / 1e9:,.0f} GB of memory or more; this "
+            f"machine has {memory / 1e9:,.0f}; use fewer"
+        )
 
 
 def run_ranks(command: Sequence[str], count: int) -> int:
