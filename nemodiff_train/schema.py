@@ -96,6 +96,8 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
         raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
     if isinstance(value, str) and isinstance(converted, bool | int | float):
         raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
+    if as_written and isinstance(value, bool) != isinstance(converted, bool):
+        raise UserError(f"{key}={value} is {'no number' if isinstance(value, bool) else 'neither true nor false'}")
     if as_written and isinstance(value, float) and isinstance(converted, bool | int):
         raise UserError(f"{key}={value} is written as a fraction; write {converted}")
 

@@ -109,10 +109,24 @@ def test_failure_keeps_the_chunks(
     assert run(jsonl, tokenizer_dir, tmp_path / "out") == code
     assert message in one_line(capsys)
     state = tmp_path / "out.partial" / "state.json"
-    assert json.loads(state.read_bytes())["chunks"][0]["size"]["documents"] == len(TEXTS)
-    state.write_text("{")
-    assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
-    assert "state.json: damaged" in one_line(capsys)
+    stored = json.loads(state.read_bytes())
+    assert stored["chunks"][0]["size"]["documents"] == len(TEXTS)
+    for damaged in ("{", "[1]", "[" * 100_000, json.dumps({**stored, "chunks": [{"stem": 1}]})):
+        state.write_text(damaged)
+        assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
+        assert "state.json: damaged" in one_line(capsys)
+    whole = {path: path.read_bytes() for path in (tmp_path / "out.partial").glob("00000.*")}
+    for change in ({"stem": "../00000"}, {"size": {**stored["chunks"][0]["size"], "tokens": 1}}, {"stem": "00001"}):
+        state.write_text(json.dumps({**stored, "chunks": [{**stored["chunks"][0], **change}]}))
+        assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
+        assert "state.json" in (line := one_line(capsys)) and f"remove the directory {state.parent}" in line
+    state.write_text(json.dumps(stored))
+    for path, content in whole.items():
+        for change in (lambda path: path.write_bytes(content[:-1]), Path.unlink):  # noqa: B023
+            change(path)
+            assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
+            assert "00000" in (line := one_line(capsys)) and "start afresh" in line
+        path.write_bytes(content)
 
 
 def test_one_process_at_a_time(

@@ -290,3 +290,20 @@ def test_results_and_records(folder: Path) -> None:
     log = folder / "records.jsonl"
     log.write_text("")
     sweep(log, {**record, "decoded": decoded}, lambda: read_records(log))
+
+
+def test_adapters_of_an_exported_directory(folder: Path) -> None:
+    """The code that goes with an export stands alone: its refusals are ValueErrors of one line."""
+    from nemodiff_train.conversion.automodel.modeling_tri_mode import _adapter_size
+
+    file = folder / "adapter_config.json"
+    trees = (json.dumps(tree) for _, tree in variants({"r": 4, "lora_alpha": 8}))
+    for content in ("", "{", "[1]", "[" * 100_000, *trees):
+        file.write_text(content)
+        try:
+            rank, scale = _adapter_size(file)
+            assert 0 < rank < 2**31 and 0 < scale < 2**31
+        except ValueError as error:
+            assert "adapter_config.json" in str(error) and len(str(error).splitlines()) == 1
+    file.write_text('{"r": 4, "lora_alpha": 8}')
+    assert _adapter_size(file) == (4, 2.0)

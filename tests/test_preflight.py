@@ -52,6 +52,63 @@ def test_ready(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(os.listdir(folder)) == before
 
 
+BROKEN = """
+import tests.small
+
+
+class Broken(tests.small.recipe("model", "data", "out").dataset.__class__):
+    def build_datasets(self, context: object) -> object:
+        raise IndexError("no sample")
+
+
+def recipe(start_from: str, data: str, output: str) -> object:
+    config = tests.small.recipe(start_from, data, output)
+    config.dataset.__class__ = Broken
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "needle"),
+    [
+        (
+            ["validation.eval_global_batch_size=7"],
+            "Bridge refuses the configuration: AssertionError: eval_global_batch",
+        ),
+        (["model.recompute_granularity=full"], "recompute_method must be"),
+        (["model.cpu_offloading=true"], "cannot build the model and its optimizer: AssertionError: CPU Offloading"),
+        (["ddp.num_distributed_optimizer_instances=3"], "cannot build the model and its optimizer: AssertionError"),
+        (["tokenizer.chat_template_path=nowhere"], "the data cannot be loaded: FileNotFoundError"),
+        (["logger.tensorboard_dir=/proc/x"], "'/proc' cannot be written to"),
+    ],
+)
+def test_what_ends_a_run_before_its_first_step(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], needle: str
+) -> None:
+    """Each of these once ended in a traceback of the run, after a dry run that said ready."""
+    before = sorted(os.listdir(folder))
+    assert dry_run(*words) == 2
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert needle in page and "ready" not in page and sorted(os.listdir(folder)) == before
+
+
+def test_data_sets_are_built_and_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "recipe.py").write_text(BROKEN)
+    assert dry_run() == 2
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "the data cannot be loaded: IndexError: no sample" in page
+
+
+def test_the_checkpoint_to_go_on_from_is_opened(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    iteration = folder / "out" / "checkpoints" / "iter_0000005"
+    iteration.mkdir(parents=True)
+    (iteration / "run_config.yaml").write_text("model: {}")
+    assert dry_run() == 2
+    assert "iter_0000005" in (page := capsys.readouterr().out) and "ready" not in page
+    (iteration.parent / ".iter_0000005.unfinished").touch()  # a run would start from its beginning
+    assert dry_run() == 0
+
+
 def test_what_differs_from_the_recipe_and_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run() == 0
     page = capsys.readouterr().out

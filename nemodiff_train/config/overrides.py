@@ -16,8 +16,11 @@ from nemodiff_train.schema import check_type, declared_type
 
 _FROM_OBJECTIVE = "it follows from the section objective"
 _OURS = "every run needs it as it is"
+_BY_PRECISION = "set mixed_precision in the recipe, which decides on all of these"
+_OWN_ATTENTION = "the attention is this package's, which communicates in its own way"
 _BY_BRIDGE = "Bridge computes it from the schedule's steps"
 _WITHOUT_EFFECT = {
+    # Settings that something else decides, and what.
     "train.rampup_batch_size": "Megatron-Core no longer ramps batches up; use train.global_batch_size alone",
     "model.seq_length": "it follows from dataset.seq_length and the objective's views",
     "model.noisy_views": _FROM_OBJECTIVE,
@@ -34,6 +37,14 @@ _WITHOUT_EFFECT = {
     "train.exit_signal": "SIGTERM and SIGUSR1 end every run",
     "train.exit_signal_handler": "SIGTERM and SIGUSR1 end every run",
     "checkpoint.custom_manager_class": _OURS,
+    "checkpoint.also_save_hf_checkpoint": "use 'nemodiff convert export'",
+    "dist.lazy_mpu_init": _OURS,
+    "model.fp8": _BY_PRECISION,
+    "model.fp4": _BY_PRECISION,
+    "optimizer.fp8_recipe": _BY_PRECISION,
+    "model.cp_comm_type": _OWN_ATTENTION,
+    "model.hierarchical_context_parallel_sizes": _OWN_ATTENTION,
+    "model.restore_modelopt_state": "models that ModelOpt has quantized are not trained",
     "dist.distributed_backend": "it follows from the machine",
     "scheduler.lr_warmup_steps": _BY_BRIDGE,
     "scheduler.lr_decay_steps": _BY_BRIDGE,
@@ -47,17 +58,35 @@ _WITHOUT_EFFECT = {
             "ddp.use_custom_fsdp",
             "tokenizer.vocab_extra_ids",
             "checkpoint.dist_ckpt_save_pre_mcore_014",
+            "train.step_batch_size_schedule",
+            "train.gpu_sniff_test_interval",
         ),
         "no code of this version of Megatron and Bridge reads it",
     ),
 }
 _OF_OTHER_KINDS = {
-    "model.moe_": "the model has no experts",
+    **dict.fromkeys(("model.moe_", "model.num_moe_", "model.expert_"), "the model has no experts"),
+    **dict.fromkeys(("model.mamba_", "model.linear_"), "the model has attention layers alone"),
+    **dict.fromkeys(("model.heterogeneous_", "model.hetereogenous_"), "the layers of the model are alike"),
+    **dict.fromkeys(
+        (
+            "model.window_", "model.dsa_", "model.experimental_attention_variant", "model.multi_latent_attention",
+            "model.softmax_scale", "model.softmax_type", "model.no_rope_freq", "model.mrope_", "model.rope_scal",
+            "model.yarn_", "model.rotary_scaling", "model.seq_len_interpolation_factor", "model.qk_clip",
+            "model.use_mup", "model.mup_",
+        ),
+        "the checkpoint's config.json decides what is computed",
+    ),
     "model.mtp_": "the model predicts one token per position",
-    "model.mamba_": "the model has attention layers alone",
-}
-"""Beginnings of settings that belong to kinds of models that are refused as such."""
-"""Settings that something else decides, and what."""
+    **dict.fromkeys(
+        ("tokenizer.vocab_size", "tokenizer.padded_vocab_", "tokenizer.use_tokenizer_vocab_"),
+        "the checkpoint decides on its rows",
+    ),
+    **dict.fromkeys(
+        ("checkpoint.non_persistent_", "checkpoint.replication"), "checkpoints are of one kind here"
+    ),
+}  # fmt: skip
+"""Beginnings of settings that belong to kinds of models, or of checkpoints, that there are none of here."""
 
 
 def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConfig:

@@ -36,6 +36,7 @@ _RANGES = (
     _Range(r"checkpoint\.async_ckpt_cpu_priority", 0, 19),
     _Range(r"checkpoint\.async_ckpt_io_priority", 0, 3),
     _Range(r"logger\.logging_level", 0, 100),
+    _Range(r"evaluation\.(count|max_new_tokens)|resilience\.spike_window", 1, 1e7),
     # By kind.
     _Range(r".*seed", 0, 2**31 - 1),
     _Range(r".*(_workers|_per_rank)", 0, 1024),
@@ -45,7 +46,7 @@ _RANGES = (
     _Range(r".*[._]lr|.*weight_decay|.*lr_warmup_init", 0, 100),
     _Range(r".*(_timeout|_grace|timeout_minutes.*|timeout_seconds.*|_in_mins)", 0, 1e8),
     _Range(r".*(_buffer_size|_queue_size|_window_size)", 1, 1e8),
-    _Range(r".*(_size|_interval|_freq|_frequency|_by|_len|_dim|_heads|_groups|_channels|_buckets|_instances)", 1),
+    _Range(r".*(_sizes?|_interval|_freq|_frequency|_by|_len|_dim|_heads|_groups|_channels|_buckets|_instances)", 1),
     _Range(r".*(_shards|_n_ranks|_iters_per_.*|_num_layers|_chunks_for_.*)", 0),
     _Range(r".*", 0),
 )

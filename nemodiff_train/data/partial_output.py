@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from nemodiff_train.data.encode import EncodedBatch
+from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenType, count_tokens, sha256_of
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import replace_atomic, sync, write_atomic
+from nemodiff_train.schema import first_problem
 
 if TYPE_CHECKING:
     from nemodiff_train.data.indexed import IndexedDatasetBuilder
@@ -32,9 +34,9 @@ SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")  # the manifest last: it vou
 class Size(BaseModel):
     """Number of documents, of tokens, and of UTF-8 bytes of text."""
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
+    documents: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    bytes: NonNegativeInt = 0
 
     def __add__(self, other: "Size") -> "Size":
         return Size(
@@ -50,9 +52,9 @@ class Chunk(BaseModel):
     stem: str
     """Path of its files without ``.bin``, absolute or relative to ``PREFIX.partial/``."""
     size: Size
-    left_out: dict[str, int] = {}
+    left_out: dict[str, NonNegativeInt] = {}
     """Number of inputs without a document, by reason."""
-    unread: dict[str, int] = {}
+    unread: dict[str, NonNegativeInt] = {}
     """Number of parts of messages that the chat template does not read."""
 
 
@@ -105,10 +107,12 @@ class PartialOutput:
             The size of all finished chunks.
 
         Raises:
-            UserError: They were made from other inputs or with another tokenizer.
+            UserError: They were made from other inputs or with another tokenizer, or one is damaged.
         """
         stored = self._stored()
         if stored is not None and stored.provenance.same_output(self._state.provenance):
+            for number, chunk in enumerate(stored.chunks):
+                self._check_chunk(number, chunk)
             self._state.chunks, self._state.started = stored.chunks, stored.started
         elif stored is not None and not overwrite:
             raise UserError(
@@ -116,6 +120,25 @@ class PartialOutput:
                 "repeat that command, or start afresh with --overwrite"
             )
         return self.size
+
+    def _check_chunk(self, number: int, chunk: Chunk) -> None:
+        """Refuse a finished chunk whose files are not those that the state describes."""
+        prefix = self._folder / chunk.stem
+        try:
+            if Path(chunk.stem).is_absolute():
+                return  # a data set that is merged, which its manifest vouches for
+            if chunk.stem != f"{number:05d}":
+                raise UserError(f"state.json names '{chunk.stem}' as chunk {number}")
+            if int(read_index(str(prefix)).lengths.sum()) != chunk.size.tokens:
+                raise UserError(f"'{prefix}.idx' does not hold the {chunk.size.tokens} tokens of state.json")
+        except OSError as error:
+            raise UserError(f"'{error.filename}': {error.strerror}; {self._afresh}") from None
+        except UserError as error:
+            raise UserError(f"{error}; {self._afresh}") from None
+
+    @property
+    def _afresh(self) -> str:
+        return f"remove the directory {self._folder} to start afresh"
 
     def resumable(self) -> bool:
         """Return whether an interrupted run of the same output left its state."""
@@ -127,7 +150,7 @@ class PartialOutput:
         try:
             return _State.model_validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
-            raise UserError(f"{path}: damaged; remove the directory {self._folder} to start afresh") from error
+            raise UserError(f"{path}: damaged ({first_problem(error)}); {self._afresh}") from error
 
     @property
     def size(self) -> Size:

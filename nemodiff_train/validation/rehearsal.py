@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -57,7 +58,8 @@ def failures(what: str, call: Callable[[], object]) -> list[str]:
     except UserError as error:
         return [str(error)]
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = next(iter(str(error).strip().splitlines()), f"{frame.line} ({frame.filename}:{frame.lineno})")
         return [f"{what}: {type(error).__name__}: {reason}"]
     return []
 

@@ -61,6 +61,18 @@ FRACTIONS = ("objective.fully_masked_fraction", "drafter.sampled_share")
 """Settings between 0 and 1, both included."""
 
 
+CHOICES = {
+    "checkpoint.ckpt_format": ("torch_dist",),
+    "checkpoint.async_strategy": ("mcore", "nvrx"),
+    "checkpoint.async_write_results_mp_mode": ("fork", "forkserver", "spawn"),
+    "dataset.dataloader_type": ("single", "cyclic"),
+    "ddp.data_parallel_sharding_strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
+    "ddp.outer_dp_sharding_strategy": ("no_shard", "optim"),
+    "logger.runtime_time_unit": ("seconds", "minutes", "hours", "days"),
+}
+"""Choices of Bridge's text settings that do not declare them."""
+
+
 def problems(config: "TriModeConfig") -> list[str]:
     """Return the settings with an unknown choice or a value out of range, one line each."""
     sections = ("objective", "drafter", "diagnostics", "evaluation")
@@ -137,11 +149,13 @@ def _too_small(limits: dict[str, int], owners: dict[str, object]) -> Iterator[st
 def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
     if config.train.rampup_batch_size is not None:
         yield "train.rampup_batch_size has no effect: Megatron-Core no longer ramps batches up; leave it out"
-    optimizer, format_name = config.optimizer.optimizer, config.checkpoint.ckpt_format
+    optimizer = config.optimizer.optimizer
     if optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
         yield f"optimizer.optimizer is '{optimizer}'; use 'adam' or 'sgd', or install emerging-optimizers"
-    if format_name != "torch_dist":
-        yield f"checkpoint.ckpt_format is '{format_name}'; use 'torch_dist'"
+    for key, choices in CHOICES.items():
+        section, _, name = key.partition(".")
+        if (value := getattr(getattr(config, section), name)) not in choices:
+            yield f"{key} is '{value}'; use '{"' or '".join(choices)}'.{nearest(str(value), choices)}"
 
 
 def _bridge_refusals(config: "TriModeConfig") -> Iterator[str]:

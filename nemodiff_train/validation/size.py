@@ -30,6 +30,13 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     return [*_problems(config, world_size)]
 
 
+def _validation_steps(config: TriModeConfig) -> int:
+    """Return the steps of all validations of a run."""
+    settings = config.validation
+    times = config.train.train_iters // settings.eval_interval + 1 if settings.eval_interval else 1
+    return (settings.eval_iters or 0) * times
+
+
 def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     batch, steps = config.train.global_batch_size, config.train.train_iters
     if batch > _MOST_SAMPLES:
@@ -37,11 +44,12 @@ def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     if steps > _LONGEST * _FASTEST:
         years = steps / _FASTEST / _YEAR
         yield f"train.train_iters is {steps:,}: {years:,.0f} years at {_FASTEST} steps per second; use fewer"
-    elif (order := steps * batch * _BYTES_OF_A_SAMPLE) > psutil.virtual_memory().total:
-        yield (
-            f"train.train_iters={steps:,} steps of train.global_batch_size={batch:,} are {steps * batch:,} samples, "
-            f"whose order alone takes about {order / GB:,.0f} GB of memory; lower one of them"
-        )
+    for name, count in (("train.train_iters", steps), ("validation.eval_iters", _validation_steps(config))):
+        if (order := count * batch * _BYTES_OF_A_SAMPLE) > psutil.virtual_memory().total:
+            yield (
+                f"{name} makes {count:,} steps of train.global_batch_size={batch:,} samples, whose order alone takes "
+                f"about {order / GB:,.0f} GB of memory; lower one of them"
+            )
     cuda = init_runtime().cuda
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
     work = workload_of(config)

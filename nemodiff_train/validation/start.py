@@ -72,6 +72,8 @@ def _check_shape(config: TriModeConfig, stored: TriModeModelProvider, start: Pat
 
 def _resume_problems(config: TriModeConfig) -> Iterator[str]:
     load, step = config.checkpoint.load, config.checkpoint.ckpt_step
+    if not load:
+        yield "checkpoint.load is not set: no start would go on from the checkpoints of the one before; leave it out"
     try:
         saved = Checkpoint.find(load) if load else None
     except UserError:

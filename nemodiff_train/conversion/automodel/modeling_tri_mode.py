@@ -77,14 +77,14 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         name = "adapter_model.safetensors"
         own = self.config._name_or_path if directory is None else None
         file = str(cached_file(own, name, subfolder=DRAFTER_FOLDER)) if own else str(Path(directory or ".") / name)
-        settings = json.loads(Path(file).with_name("adapter_config.json").read_text())
-        scale = settings["lora_alpha"] / settings["r"]
+        rank, scale = _adapter_size(Path(file).with_name("adapter_config.json"))
         factors = load_file(file)
         for number, layer in enumerate(self.model.layers):
             projection = layer.self_attn.o_proj
             prefix = f"base_model.model.model.layers.{number}.self_attn.o_proj"
             a, b = (factors.pop(f"{prefix}.lora_{part}.weight", None) for part in "AB")
-            if a is None or b is None or (len(b), a.shape[1]) != tuple(projection.weight.shape):
+            rows, columns = projection.weight.shape
+            if a is None or b is None or (tuple(a.shape), tuple(b.shape)) != ((rank, columns), (rows, rank)):
                 raise ValueError(f"{file} is not a drafter of this model: '{prefix}' is missing or of another shape")
             first = not hasattr(projection, "draft_a")
             projection.register_buffer("draft_a", a.to(projection.weight.device), persistent=False)
@@ -625,6 +625,24 @@ class _Criteria:
             if done.all():
                 return length
         return None
+
+
+def _adapter_size(file: Path) -> tuple[int, float]:
+    """Return the rank and the scale of the adapters that an ``adapter_config.json`` describes.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from None
+    settings: dict[str, Any] = content if isinstance(content, dict) else {}
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    numbers = type(rank) is int and isinstance(alpha, int | float)
+    if rank is None or alpha is None or not (numbers and 0 < rank < 2**31 and 0 < alpha < 2**31):
+        raise ValueError(f"{file} has r={rank!r} and lora_alpha={alpha!r}; both are numbers above 0")
+    return rank, alpha / rank
 
 
 def _settled(defaults: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
