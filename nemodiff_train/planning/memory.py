@@ -108,7 +108,7 @@ def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
 
     Without dropout and scores: inputs and outputs of both norms; the projection to queries, keys and values, of which
     the values are a view; rotated queries and keys; queries before head norms; the output of attention, on a CPU in
-    two orders; and the two products of the feed-forward layer.  The outputs of the norms and of a gated activation may
+    two orders; and the two products of the feed-forward layer.  The outputs of norms and of a gated activation may
     be recomputed instead, but for those of norms inside Transformer Engine's linear layers, and under full
     recomputation, which holds one layer at a time.  A context-parallel rank keeps copies of its keys and values, with
     the clean ones of the whole sample.
