@@ -1,13 +1,14 @@
 """Start processes that end together: the ranks of one machine, and the helpers of a rank."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from multiprocessing import parent_process
+from collections.abc import Iterator, Sequence
+from multiprocessing import parent_process, resource_tracker
 from types import FrameType
 
 import psutil
@@ -15,6 +16,8 @@ import psutil
 from nemodiff_train.distributed import free_port
 from nemodiff_train.errors import UserError
 
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals to end a training: from a scheduler, from ``slurm/train.sbatch`` before the time limit, and Ctrl-C."""
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 3.0
@@ -114,6 +117,31 @@ def follow_parent() -> None:
     """
     os.setpgid(0, 0)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def serve_parent_alone() -> None:
+    """Follow the parent, and let the signals that tell a training to end be for it alone.
+
+    A scheduler sends them to every process of a step, helpers that write its last checkpoint included.
+    """
+    follow_parent()
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # of helpers_held()
+
+
+@contextlib.contextmanager
+def helpers_held() -> Iterator[None]:
+    """Hold the signals back in what this thread starts, which may call :func:`serve_parent_alone` seconds later.
+
+    A signal to this process is taken by another thread, or when the block ends.
+    """
+    resource_tracker.ensure_running()  # it would lift the mask when a helper is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_parent() -> None:

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nemodiff_train.cli import main
+from nemodiff_train.config.defaults import checkpoints
 from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -348,6 +350,26 @@ def once_trained(output: Path, steps: int, rank: int, number: int) -> Any:
     return watch
 
 
+def test_a_signal_to_every_process_of_a_step_saves(bench: Bench) -> None:
+    """As a scheduler sends it: those that write the checkpoints get it too, and write the last one."""
+    long = ("train.train_iters=100000", "checkpoint.save_interval=2", BACKGROUND)
+    sent: list[int] = []
+
+    def to_all(world: World) -> None:
+        if not sent and iterations(bench.checkpoints("step")):
+            helpers = [child.pid for pid in world.pids for child in psutil.Process(pid).children(recursive=True)]
+            sent.extend(helpers)
+            for pid in (*helpers, *world.pids):
+                os.kill(pid, signal.SIGTERM)
+
+    world = bench.start("step", *long)
+    assert bench.ranks.wait(world, during=to_all) == [0, 0], world.output()
+    assert len(sent) >= 2 * len(world.pids)  # of each rank, what writes, and what holds the results
+    last = bench.steps("step")[-1]["step"]
+    assert Checkpoint.open(bench.checkpoints("step")).verify_contents().iteration.name == f"iter_{last:07d}"
+    assert "Traceback" not in world.output()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_is_no_failed_start(bench: Bench, number: int) -> None:
     """The ranks wait for each other in set-up; what tells them to end is told to both."""
@@ -450,7 +472,11 @@ SHARDED = (*layouts.SHARDED, "checkpoint.dist_ckpt_optim_fully_reshardable=true"
 JOURNEYS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
     "tp2_pp2_one": [(2, (*layouts.TP2,)), (2, (*layouts.PP2,)), (1, ())],
     "one_cp2_dp2": [(1, ()), (2, (*layouts.CP2,)), (2, ())],
-    "sharded_tp2_dp2_pp2": [(2, (*layouts.TP2, *SHARDED)), (2, SHARDED), (2, (*layouts.PP2, *SHARDED))],
+    "sharded_tp2_dp2_pp2": [
+        (2, (*layouts.TP2, *SHARDED, BACKGROUND)),
+        (2, (*SHARDED, BACKGROUND)),
+        (2, (*layouts.PP2, *SHARDED)),
+    ],
     "sharded_dp2_sp2pp2_one": [
         (2, SHARDED),
         (4, (*layouts.SP2, *layouts.PP2, *SHARDED)),
@@ -478,16 +504,20 @@ def test_a_run_goes_on_under_other_layouts(bench: Bench, alone: list[dict[str, A
         assert mine == pytest.approx(expected, rel=layouts.TOLERANCE)
 
 
+def test_recipes_save_for_any_layout() -> None:
+    assert checkpoints("runs/a", None, every=10).dist_ckpt_optim_fully_reshardable
+
+
 @pytest.mark.parametrize(
     ("before", "after", "needles"),
     [
         (
             (*layouts.TP2, *layouts.SHARDED),
             (*layouts.PP2, *layouts.SHARDED),
-            ["tensor_model", "fully_reshardable=true"],
+            ["tensor_model", "fully_reshardable=true", "start_from="],
         ),
-        (SHARDED, (), ["optimizer.use_distributed_optimizer=true"]),
-        ((), SHARDED, ["optimizer.use_distributed_optimizer=false"]),
+        (SHARDED, (), ["optimizer.use_distributed_optimizer=true", "output=NEW"]),
+        ((), SHARDED, ["optimizer.use_distributed_optimizer=false", "output=NEW"]),
     ],
     ids=["not_reshardable", "sharded_then_plain", "plain_then_sharded"],
 )

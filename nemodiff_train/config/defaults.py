@@ -136,6 +136,8 @@ def schedule(warmup: float, *, style: str = "WSD", decay: float | None = None) -
 def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointConfig:
     """Save under ``output``, resume from its newest checkpoint, and start from a pretrained model if there is none.
 
+    The state of a distributed optimizer is saved so that any layout can go on with it.
+
     Args:
         output: Folder of the run.
         start_from: Hugging Face directory or name, or Megatron checkpoint; None for random weights.
@@ -148,6 +150,7 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
         pretrained_checkpoint=None if start_from is None else local_copy(start_from),
         save_interval=every,
         ckpt_format="torch_dist",
+        dist_ckpt_optim_fully_reshardable=True,
     )
 
 

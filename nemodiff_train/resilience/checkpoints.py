@@ -40,6 +40,7 @@ from nemodiff_train.model.checksums import (
     structure_damage,
     write_checksums,
 )
+from nemodiff_train.processes import helpers_held
 
 MANAGER = f"{__name__}.AtomicCheckpointManager"
 """The class below, as Bridge takes it."""
@@ -91,7 +92,8 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         self.checkpoint_config.most_recent_k = -1  # Bridge would remove older ones before this one is published
         try:
             _begin(iteration)
-            super().save(ctx, callback_manager)
+            with helpers_held():
+                super().save(ctx, callback_manager)
             self.saving.append(iteration)
             self._publish_finished(ctx.state)
         except (Exception, CheckpointException) as error:

@@ -6,9 +6,7 @@ import sys
 from types import FrameType
 
 from nemodiff_train.distributed import is_main_process
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""From a scheduler, from ``slurm/train.sbatch`` before the time limit, and Ctrl-C."""
+from nemodiff_train.processes import ENDING
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a command that Ctrl-C has ended."""
@@ -24,7 +22,7 @@ def end_at_once(*numbers: int) -> None:
     The handler raises :class:`ToldToEnd`, with exit code 0, or that of an interruption after Ctrl-C.
 
     Args:
-        numbers: SIGUSR1 and SIGINT before anything that takes time is imported; all ``SIGNALS`` when the settings
+        numbers: SIGUSR1 and SIGINT before anything that takes time is imported; all ``ENDING`` when the settings
             have been checked: until then SIGTERM ends a rank as a launcher expects, whose first one may refuse them.
     """
     for number in numbers:
@@ -33,12 +31,12 @@ def end_at_once(*numbers: int) -> None:
 
 def end_as_ever() -> None:
     """Give the signals their usual handlers back, when the training is over."""
-    for number in SIGNALS:
+    for number in ENDING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    for each in SIGNALS:
+    for each in ENDING:
         signal.signal(each, signal.SIG_IGN)  # while the process cleans up
     announce(number)
     raise ToldToEnd(code_after(number))

@@ -18,8 +18,9 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.distributed import global_rank
 from nemodiff_train.files import write_atomic
+from nemodiff_train.processes import ENDING
 from nemodiff_train.resilience.restarts import TOLD_TO_END
-from nemodiff_train.resilience.signals import INTERRUPTED, SIGNALS, announce, code_after
+from nemodiff_train.resilience.signals import INTERRUPTED, announce, code_after
 
 _STATUS_INTERVAL = 5.0
 """Seconds between status files."""
@@ -90,7 +91,7 @@ class Watchdog(Callback):
         self.step = context.state.train_state.step
         # Bridge listens to one signal, train.exit_signal; its handler takes the others too.
         bridge_handler = signal.getsignal(signal.SIGUSR1)
-        self.handlers = {number: signal.signal(number, bridge_handler) for number in SIGNALS}
+        self.handlers = {number: signal.signal(number, bridge_handler) for number in ENDING}
         self._enter("after a step")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
@@ -140,7 +141,7 @@ class Watchdog(Callback):
 
     def _take_signals(self, numbers: bytes) -> None:
         """Start the time in which the run has to end; a second Ctrl-C ends the process at once."""
-        told = [number for number in numbers if number in SIGNALS]
+        told = [number for number in numbers if number in ENDING]
         if told and not self.signalled_at:
             self.signalled_at, self.told = time.monotonic(), told.pop(0)
             if self.told == signal.SIGINT and self.rank == 0 and self.phase != "setup":

@@ -32,7 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch import Tensor
 
-from nemodiff_train.processes import follow_parent
+from nemodiff_train.processes import helpers_held, serve_parent_alone
 from nemodiff_train.runtime.replace import REPLACED, replace
 
 
@@ -213,7 +213,8 @@ def write_results_queue(mp_mode: str = "spawn") -> Any:
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        manager.start(initializer=follow_parent)
+        with helpers_held():
+            manager.start(initializer=serve_parent_alone)
         filesystem_async._results_queue = manager.Queue()
     return filesystem_async._results_queue
 

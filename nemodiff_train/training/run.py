@@ -24,9 +24,10 @@ from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.provider import fit_to_host
+from nemodiff_train.processes import ENDING
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of, find_complete
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
-from nemodiff_train.resilience.signals import SIGNALS, ToldToEnd, end_as_ever, end_at_once
+from nemodiff_train.resilience.signals import ToldToEnd, end_as_ever, end_at_once
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import let_tokenizers_be_larger
@@ -114,7 +115,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
         stack.callback(end_as_ever)
-        end_at_once(*SIGNALS)
+        end_at_once(*ENDING)
         stack.enter_context(locked(output))
         ending = stack.enter_context(record_start(output, config.resilience.restarts))
         if config.logger.wandb_project:

@@ -109,8 +109,8 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     if was_sharded != bool(config.optimizer.use_distributed_optimizer):
         yield (
             f"'{iteration}' was saved with optimizer.use_distributed_optimizer={str(was_sharded).lower()}, whose "
-            "state the other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or name another "
-            "output"
+            "state the other optimizer cannot load; set it so (and ddp.use_distributed_optimizer), or start another "
+            f"run with start_from={saved.path} output=NEW"
         )
         return
     if config.mixed_precision is not None and (began := begun_precision(config)):
@@ -118,11 +118,12 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
         if named and named().params_dtype != MIXED_PRECISION_RECIPES[began]().params_dtype:
             yield (
                 f"'{iteration}' was saved by a run in {began}, whose optimizer state {config.mixed_precision} cannot "
-                f"load; set mixed_precision={began}, or name another output"
+                f"load; set mixed_precision={began}, or start another run with start_from={saved.path} output=NEW"
             )
     moved = [name for name in _LAYOUT if before["model"].get(name) != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (
-            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, or save "
-            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it"
+            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, save "
+            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it, or start another run with "
+            f"start_from={saved.path} output=NEW"
         )
