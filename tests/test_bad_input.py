@@ -141,7 +141,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "positions restart without documents": (train("dataset.reset_position_ids=true"), ["reset_attention_mask"]),
     "another optimizer than the run began with": (
         train(output="sharded"),
-        ["iter_0000005", "optimizer.use_distributed_optimizer=true", "another output"],
+        ["iter_0000005", "optimizer.use_distributed_optimizer=true", "output=NEW"],
     ),
     "another layout than the optimizer state was saved for": (
         train("optimizer.use_distributed_optimizer=true", output="sharded"),
