@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import parent_process, resource_tracker
 from types import FrameType
 
+import psutil
+
 from nemodiff_train.distributed import free_port
+from nemodiff_train.errors import UserError
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals to end a training: from a scheduler, from ``slurm/train.sbatch`` before the time limit, and Ctrl-C."""
@@ -19,8 +22,30 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 3.0
 """Seconds that the other ranks have after one has failed, which may be about to say why as well."""
+_LEAST_MEMORY = 200e6
+"""Bytes that a rank or a worker takes at the least: what it imports."""
 _POLL = 0.05
 """Seconds between looks at the ranks."""
+
+
+def check_processes(option: str, count: int) -> None:
+    """Refuse more processes than this machine's memory holds.
+
+    Args:
+        option: What asks for them, for the message.
+        count: Number of them.
+
+    Raises:
+        UserError: There are none, or they would take more memory than there is.
+    """
+    if count < 1:
+        raise UserError(f"{option} is {count}; it must be at least 1")
+    memory = psutil.virtual_memory().total
+    if count * _LEAST_MEMORY > memory:
+        raise UserError(
+            f"{option} {count}: these processes take {count * _LEAST_MEMORY / 1e9:,.0f} GB of memory or more; this "
+            f"machine has {memory / 1e9:,.0f}; use fewer"
+        )
 
 
 def run_ranks(command: Sequence[str], count: int) -> int:

@@ -141,7 +141,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "positions restart without documents": (train("dataset.reset_position_ids=true"), ["reset_attention_mask"]),
     "another optimizer than the run began with": (
         train(output="sharded"),
-        ["iter_0000005", "optimizer.use_distributed_optimizer=true", "another output"],
+        ["iter_0000005", "optimizer.use_distributed_optimizer=true", "output=NEW"],
     ),
     "another layout than the optimizer state was saved for": (
         train("optimizer.use_distributed_optimizer=true", output="sharded"),
@@ -267,6 +267,13 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "eval: an output that is a file": (["eval", "empty", "--output", "text.txt"], ["text.txt", "is a file"]),
     "generate: bytes that are no text": (["generate", "empty", "a\udcffb"], ["'a\\udcffb'", "not valid UTF-8"]),
     "train: no ranks": (["train", "joint", "--nproc", "0"], ["--nproc is 0"]),
+    "train: more ranks than memory": (["train", "joint", "--nproc", "1000000"], ["--nproc 1000000", "GB"]),
+    "train: GPUs beyond any run": (train("--dry-run", "--gpus", "1000000000000"), ["--gpus", "100,000"]),
+    "data prepare: more workers than memory": (prepare_data("text.txt", "--workers", "1000000"), ["--workers", "GB"]),
+    "eval: more problems than there are": (
+        ["eval", "empty", "--task", "arithmetic", "--count", "1000000000000", "--output", "out"],
+        ["1,000,000,000,000", "100,000"],
+    ),
     "train: ranks of a dry run": (["train", "joint", "--nproc", "2", "--dry-run"], ["--nproc", "--gpus"]),
     "eval: no prompts": (evaluate("--count", "0"), ["at least 1"]),
     "eval: unknown scorer": (evaluate("--scorer", "numerc"), ["numerc", "numeric"]),
@@ -388,7 +395,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["chat_template.jinja", "text.txt"],
     ),
     "data prepare: no such token": (prepare_data("good.jsonl", "--eod-token", "<end>"), ["<end>"]),
-    "data prepare: no workers": (prepare_data("good.jsonl", "--workers", "0"), ["--workers 0"]),
+    "data prepare: no workers": (prepare_data("good.jsonl", "--workers", "0"), ["--workers is 0"]),
     "data prepare: no tokenizer": (["data", "prepare", "text.txt", "--output", "out"], ["--tokenizer"]),
     "data prepare: a damaged tokenizer": (
         ["data", "prepare", "text.txt", "--tokenizer", "listed", "--output", "out"],

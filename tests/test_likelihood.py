@@ -94,6 +94,11 @@ def test_refusals(opened: tuple[Any, Path]) -> None:
     from nemodiff_train.errors import UserError
     from nemodiff_train.evaluation.likelihood import likelihood
 
-    for length, draws, texts, words in ((15, 1, [TEXT], "15"), (16, 0, [TEXT], "draws"), (16, 1, [[5]], "no text")):
+    for length, draws, texts, words in (
+        (15, 1, [TEXT], "15"),
+        (16, 0, [TEXT], "draws"),
+        (16, 10**12, [TEXT], "draws"),
+        (16, 1, [[5]], "no text"),
+    ):
         with pytest.raises(UserError, match=words):
             likelihood([opened[0]], texts, length=length, draws=draws)

@@ -111,6 +111,40 @@ def test_adapters_take_gradients_and_optimizer_state_alone() -> None:
     assert trains.logits - tuned.logits == whole.table * (4 + 4 + whole.width)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_a_layer_keeps_is_as_planned(recompute: bool) -> None:
+    """Within 5%: what two more layers keep from the forward to the backward pass of a joint step."""
+    from nemodiff_train.planning.layouts import Layout
+    from nemodiff_train.planning.memory import _saved_by_layer
+
+    sizes = {**small.sizes(128), "intermediate_size": 384, "head_dim": 32}
+    kept = [_kept_by_a_step({**sizes, "num_hidden_layers": layers}, recompute) for layers in (4, 2)]
+    heads, keys = sizes["num_attention_heads"] * 32, sizes["num_key_value_heads"] * 32
+    work = workload(
+        hidden=128, queries=heads, keys=keys, feed_forward=384, length=256, recompute_elementwise=recompute
+    )
+    planned = _saved_by_layer(work, Layout(1, 1, 1, 1, 1, False), "cpu")
+    assert (kept[0] - kept[1]) / 2 == pytest.approx(planned, rel=0.05)
+
+
+def _kept_by_a_step(settings: dict[str, Any], recompute: bool) -> int:
+    """Return the bytes that autograd holds after a forward pass, beside the parameters."""
+    model = small.built(settings)
+    model.config.recompute_elementwise = recompute
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def hold(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr() or id(tensor)] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        loss = small.loss(model, small.batch(model, 256))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert loss.requires_grad
+    return sum(storage.nbytes() for address, storage in held.items() if address not in own)
+
+
 def _kernels_of_the_cpu() -> dict[Any, Any]:
     """What FlopCounterMode does not know: the keys that a flash call visits, and a product added in place."""
 

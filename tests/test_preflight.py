@@ -80,6 +80,9 @@ def recipe(start_from: str, data: str, output: str) -> object:
         (["ddp.num_distributed_optimizer_instances=3"], "cannot build the model and its optimizer: AssertionError"),
         (["tokenizer.chat_template_path=nowhere"], "the data cannot be loaded: FileNotFoundError"),
         (["logger.tensorboard_dir=/proc/x"], "'/proc' cannot be written to"),
+        (["dist.nccl_communicator_config_path=nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["optimizer.muon_tp_mode=nonsense"], "has no effect with optimizer.optimizer=adam"),
+        (["logger.mlflow_experiment=a", "logger.mlflow_run_name=b"], "logger: MLFlow logging is configured, but"),
     ],
 )
 def test_what_ends_a_run_before_its_first_step(

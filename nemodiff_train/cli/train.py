@@ -1,6 +1,7 @@
 """``nemodiff train RECIPE [key=value ...]``: one process, several with ``--nproc``, or the ranks of a launcher."""
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,12 @@ from typing import NoReturn
 from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
-from nemodiff_train.processes import run_ranks
+from nemodiff_train.processes import check_processes, run_ranks
 from nemodiff_train.resilience.signals import end_as_ever, end_at_once
 from nemodiff_train.runtime import init_runtime
+
+MOST_GPUS = 100_000
+"""More than one run has had; the groups of a layout list every rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.dry_run and (arguments.gpus is not None or arguments.yaml):
         raise UserError("--gpus and --yaml go with --dry-run; a run has the processes that torchrun starts")
-    if (arguments.gpus is not None and arguments.gpus < 1) or not arguments.gpu_memory > 0:
-        raise UserError("--gpus and --gpu-memory take a number above 0")
+    if not 1 <= (arguments.gpus or 1) <= MOST_GPUS or arguments.gpus == 0 or not 0 < arguments.gpu_memory < math.inf:
+        raise UserError(f"--gpus takes a number from 1 to {MOST_GPUS:,}, --gpu-memory a number above 0")
     if arguments.nproc is not None:
         return _start_ranks(arguments)
     if not arguments.dry_run:
@@ -95,8 +99,7 @@ def _start_ranks(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code of the first rank that failed, else 0; that of a shell for a rank that a signal ended.
     """
-    if arguments.nproc < 1:
-        raise UserError(f"--nproc is {arguments.nproc}; it must be at least 1")
+    check_processes("--nproc", arguments.nproc)
     if arguments.dry_run:
         raise UserError("--nproc goes with a run; --dry-run takes the number of GPUs as --gpus")
     if world_size() > 1:

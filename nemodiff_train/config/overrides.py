@@ -17,6 +17,7 @@ from nemodiff_train.schema import check_type, declared_type
 _FROM_OBJECTIVE = "it follows from the section objective"
 _OURS = "every run needs it as it is"
 _BY_PRECISION = "set mixed_precision in the recipe, which decides on all of these"
+_SAVED = "run_config.yaml of every checkpoint holds the configuration"
 _OWN_ATTENTION = "the attention is this package's, which communicates in its own way"
 _BY_BRIDGE = "Bridge computes it from the schedule's steps"
 _WITHOUT_EFFECT = {
@@ -38,7 +39,10 @@ _WITHOUT_EFFECT = {
     "train.exit_signal_handler": "SIGTERM and SIGUSR1 end every run",
     "checkpoint.custom_manager_class": _OURS,
     "checkpoint.also_save_hf_checkpoint": "use 'nemodiff convert export'",
+    "checkpoint.save_retain_interval": "set resilience.keep_every",
     "dist.lazy_mpu_init": _OURS,
+    "model.config_logger_dir": _SAVED,
+    "optimizer.config_logger_dir": _SAVED,
     "model.fp8": _BY_PRECISION,
     "model.fp4": _BY_PRECISION,
     "optimizer.fp8_recipe": _BY_PRECISION,
@@ -60,6 +64,11 @@ _WITHOUT_EFFECT = {
             "checkpoint.dist_ckpt_save_pre_mcore_014",
             "train.step_batch_size_schedule",
             "train.gpu_sniff_test_interval",
+            "checkpoint.save_params_interval",
+            "checkpoint.save_activations_interval",
+            "checkpoint.save_tokens_per_expert_interval",
+            "checkpoint.save_wgrads_interval",
+            "checkpoint.save_dgrads_interval",
         ),
         "no code of this version of Megatron and Bridge reads it",
     ),
@@ -77,6 +86,7 @@ _OF_OTHER_KINDS = {
         ),
         "the checkpoint's config.json decides what is computed",
     ),
+    "checkpoint.hf_": "use 'nemodiff convert export'",
     "model.mtp_": "the model predicts one token per position",
     **dict.fromkeys(
         ("tokenizer.vocab_size", "tokenizer.padded_vocab_", "tokenizer.use_tokenizer_vocab_"),

@@ -25,6 +25,7 @@ from nemodiff_train.data.tokenizer import (
     vocabulary_size,
 )
 from nemodiff_train.errors import UserError
+from nemodiff_train.processes import check_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,7 @@ class PrepareOptions:
         Raises:
             UserError: Names the option.
         """
-        if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: at least 1 is needed")
+        check_processes("--workers", self.workers)
         if (self.prompt_field is None) != (self.answer_field is None):
             raise UserError("--prompt-field and --answer-field go together")
         if (self.prompt_field or self.messages_field) is not None and not self.chat:

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from nemodiff_train.errors import UserError
+
 Split = Literal["train", "test"]
 Sign = Literal["+", "-"]
 
@@ -144,8 +146,18 @@ _TEMPLATES: tuple[Callable[[random.Random, Split], Problem], ...] = (
 )
 
 
+_MOST = 100_000
+"""Problems of a split that are drawn without meeting the same ones again and again."""
+
+
 def problems(split: Split, count: int, seed: int) -> list[Problem]:
-    """Draw `count` different problems of one split; the same arguments always give the same list."""
+    """Draw `count` different problems of one split; the same arguments always give the same list.
+
+    Raises:
+        UserError: There are not as many.
+    """
+    if count > _MOST:
+        raise UserError(f"{count:,} arithmetic problems are too many to be different; ask for {_MOST:,} or fewer")
     draw = random.Random(f"{split} {seed}")
     drawn: dict[Problem, None] = {}
     while len(drawn) < count:

@@ -89,7 +89,7 @@ def likelihood(
         UserError: No text, no draws, a length that does not fit, or a model without a joint stage.
     """
     config = PipelineRunner(model).config
-    _check(config, length, draws)
+    _check(config, length, draws, seed)
     objective = ObjectiveConfig(
         block_size=config.block_size,
         shift=config.shift,
@@ -137,11 +137,17 @@ def likelihood(
     )
 
 
-def _check(config: TriModeModelProvider, length: int, draws: int) -> None:
+_MOST_DRAWS = 1_000_000
+"""Each scores the whole text once more; a thousand give three digits."""
+
+
+def _check(config: TriModeModelProvider, length: int, draws: int, seed: int) -> None:
     if config.mask_token_id is None:
         raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
-    if draws < 1:
-        raise UserError(f"the number of draws must be at least 1, not {draws}")
+    if not 1 <= draws <= _MOST_DRAWS:
+        raise UserError(f"the number of draws must be from 1 to {_MOST_DRAWS:,}, not {draws}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed {seed} is not between 0 and 2**32 - 1")
     if length < 2 or length % config.block_size:
         raise UserError(f"the length {length} is not a multiple of the model's block size {config.block_size}")
 

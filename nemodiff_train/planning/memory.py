@@ -106,11 +106,12 @@ def _activations(work: Workload, layout: Layout, stage: Stage, device: str) -> f
 def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
     """Return the bytes that one layer saves per micro-batch; after Korthikanti et al. (2205.05198), section 4.
 
-    Without dropout and scores: inputs and outputs of both norms; queries, keys and values, once more before head
-    norms; the output of attention; and the two products of the feed-forward layer.  The outputs of the norms and of a
-    gated activation may be recomputed instead, but for those of norms inside Transformer Engine's linear layers, and
-    under full recomputation, which holds one layer at a time.  A context-parallel rank keeps the clean keys and
-    values of the whole sample.
+    Without dropout and scores: inputs and outputs of both norms; the projection to queries, keys and values, of which
+    the values are a view; rotated queries and keys; queries before head norms; the output of attention, on a CPU in
+    two orders; and the two products of the feed-forward layer.  The outputs of norms and of a gated activation may
+    be recomputed instead, but for those of norms inside Transformer Engine's linear layers, and under full
+    recomputation, which holds one layer at a time.  A context-parallel rank keeps copies of its keys and values, with
+    the clean ones of the whole sample.
     """
     positions = work.positions / layout.context
     # Autograd does not save the input of a frozen matrix.
@@ -118,10 +119,12 @@ def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
     norms = 2 if work.layer_adapters or (dropped and device != "cuda") else 4
     # Elements per position: over the hidden size, and over the sizes that tensor parallelism splits.
     shared = norms * work.hidden / (layout.tensor if layout.sequence else 1)
-    before_norms = work.queries + work.keys if work.head_norms else 0
+    whole = layout.context == 1
+    projected = work.queries + 2 * work.keys if whole or work.head_norms else 0
     inner = (2 if dropped else 3) if work.gated else 2
-    split = 2 * work.queries + before_norms + inner * work.feed_forward
-    keys = 2 * work.keys * (positions + work.length * (1 - 1 / layout.context))
+    queries = 2 + (1 if work.head_norms else 0) + (1 if device == "cpu" else 0)
+    split = projected + queries * work.queries + inner * work.feed_forward
+    keys = work.keys * (positions if whole else 2 * (positions + work.length * (1 - 1 / layout.context)))
     return work.micro_batch * work.width * (positions * (shared + split / layout.tensor) + keys / layout.tensor)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nemodiff_train.config.config import Changes, TriModeConfig, differences, flattened
@@ -52,7 +52,7 @@ def dry_run(
     world_size = gpus or replica
     lines = [*found, *problems(config, world_size)]
     failed = [] if lines else rehearsal.problems(config, world_size)
-    page = Table("", "", title="Dry run", show_header=False)
+    page = Table(Column(), Column(overflow="fold"), title="Dry run", show_header=False)
     page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")

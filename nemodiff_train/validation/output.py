@@ -11,10 +11,13 @@ from nemodiff_train.files import check_can_be_made
 from nemodiff_train.validation.refusal import refusal
 
 _WRITTEN = (
-    "logger.tensorboard_dir", "logger.wandb_save_dir", "logger.save_config_filepath", "dataset.path_to_cache",
-    "dataset.dataloader_save", "dist.flight_recorder_dump_path", "model.config_logger_dir",
-    "optimizer.config_logger_dir",
-)  # fmt: skip
+    "logger.tensorboard_dir",
+    "logger.wandb_save_dir",
+    "logger.save_config_filepath",
+    "dataset.path_to_cache",
+    "dataset.dataloader_save",
+    "dist.flight_recorder_dump_path",
+)
 """Files and folders that a run writes besides its own."""
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from nemodiff_train.config.run import ResilienceConfig
@@ -71,6 +72,10 @@ CHOICES = {
     "logger.runtime_time_unit": ("seconds", "minutes", "hours", "days"),
 }
 """Choices of Bridge's text settings that do not declare them."""
+_OPTIMIZERS = ("muon", "adaptive_muon", "soap", "lion")
+"""Beginnings of settings that one optimizer alone reads."""
+_READ = ("dist.nccl_communicator_config_path", "dataset.dataloader_load")
+"""Files that a run reads besides its own."""
 
 
 def problems(config: "TriModeConfig") -> list[str]:
@@ -152,6 +157,14 @@ def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
     optimizer = config.optimizer.optimizer
     if optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
         yield f"optimizer.optimizer is '{optimizer}'; use 'adam' or 'sgd', or install emerging-optimizers"
+    for field in fields(config.optimizer):
+        kind = next((kind for kind in _OPTIMIZERS if field.name.startswith(f"{kind}_")), "")
+        if kind and kind not in optimizer and getattr(config.optimizer, field.name) != field.default:
+            yield f"optimizer.{field.name} has no effect with optimizer.optimizer={optimizer}; leave it out"
+    for key in _READ:
+        section, _, name = key.partition(".")
+        if (file := getattr(getattr(config, section), name, None)) and not Path(file).exists():
+            yield f"{key}={file}: no such file"
     for key, choices in CHOICES.items():
         section, _, name = key.partition(".")
         if (value := getattr(getattr(config, section), name)) not in choices:
@@ -163,5 +176,5 @@ def _bridge_refusals(config: "TriModeConfig") -> Iterator[str]:
     for name in ("optimizer", "logger", "train", "scheduler", "checkpoint"):
         try:
             copy.deepcopy(getattr(config, name)).finalize()
-        except (AssertionError, ValueError) as error:
-            yield f"{name}: {error}"
+        except Exception as error:  # a value of another type, or a logger whose package is missing
+            yield f"{name}: {str(error).partition(chr(10))[0]}"
