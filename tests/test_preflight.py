@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_ready(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run("--gpus", "8", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2") == 0
     assert "8, 2 replicas of 4" in capsys.readouterr().out
     assert sorted(os.listdir(folder)) == before
+
+
+def test_a_published_model_in_low_precision_is_ready(folder: Path) -> None:
+    """Its rope scaling, and what Megatron wraps such a model in, need no memory either."""
+    shutil.rmtree(folder / "model")
+    small.ministral3(folder / "model", dtype="bfloat16")
+    (folder / "recipe.py").write_text(WITH_PRECISION)
+    assert dry_run("--gpus", "8", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2") == 0
 
 
 BROKEN = """

@@ -159,7 +159,8 @@ class TriModeModelProvider(GPTModelProvider):
     def _scale_rotary(self, model: GPTModel) -> None:
         """Give a model the frequencies and the factor of its rope scaling."""
         rotary = model.rotary_pos_emb
-        frequencies, rotary.factor = scaled_frequencies(self.rope_parameters, self.kv_channels)
+        with torch.device("cpu"):  # a dry run builds the model without memory, where nothing can be copied from
+            frequencies, rotary.factor = scaled_frequencies(self.rope_parameters, self.kv_channels)
         rotary.rotary.inv_freq = frequencies.to(rotary.rotary.inv_freq.device)
         for layer in model.decoder.layers:
             layer.self_attention._yarn_concentration_factor = rotary.factor  # what Core multiplies angles by

@@ -151,6 +151,7 @@ def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) 
         config.model.finalize()
         config.model.use_cpu_initialization = False
         config.model.perform_initialization = False
+        config.model.bf16 = config.model.fp16 = False  # the wrappers of a low precision have no parameters
         chunks = config.model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
         if config.peft:
             with torch.device("meta"):
