@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available()
 init_runtime()  # test modules import what needs it
 
 
-LONG = ("test_slurm.py", "test_layouts.py", "test_chat.py", "test_drafter.py", "test_survival.py")
+LONG = ("test_slurm.py", "test_layouts.py", "test_walk.py", "test_chat.py", "test_drafter.py", "test_survival.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
