@@ -44,7 +44,7 @@ class Exported:
         getattr(small, self.family)(source, num_hidden_layers=2, tie_word_embeddings=self.tied)
         (self.folder / "family").mkdir()
         for file in source.iterdir():
-            (self.folder / "family" / file.name).symlink_to(file)
+            shutil.copy2(file, self.folder / "family" / file.name)
         (self.folder / "family" / "config.json").unlink()
         config = (source / "config.json").rename(self.folder / "family" / "config.json")
         settings = {

@@ -193,11 +193,11 @@ def test_generate_opens_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.
 
         monkeypatch.setattr(module, name, counted)
 
-    count(yaml, "safe_load")
+    count(yaml, "CSafeLoader")
     count(checkpoint, "structure_damage")  # which iteration is the newest, by names and sizes
     count(checkpoint, "damage")  # and again by all bytes, before they are loaded
     assert main(["generate", "imported", "a b c", "--max-new-tokens", "4"]) == 0
-    assert calls == {"safe_load": 1, "structure_damage": 1, "damage": 1}
+    assert calls == {"CSafeLoader": 1, "structure_damage": 1, "damage": 1}
 
 
 def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
