@@ -107,7 +107,8 @@ def _graphs(
     states = [torch.randn(n, rows, h, width, dtype=torch.bfloat16, requires_grad=True) for n, h in shapes]
     query, key, value = (state.permute(1, 2, 0, 3) for state in states)
     mask = plan.block_mask(kernel.tile)
-    out = attend(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=dict(kernel.options))
+    options: Any = dict(kernel.options)
+    out = attend(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options)
     out.permute(2, 0, 1, 3).flatten(2).sum().backward()
     return graphs
 
@@ -120,7 +121,8 @@ def _lower(graph: torch.fx.GraphModule, inputs: list[Any], is_backward: bool) ->
         sources.append((kernel_name, source_code))
         return SimpleNamespace(run=lambda *arguments, **named: None)
 
-    async_compile.AsyncCompile.triton = capture
+    compiler: Any = async_compile.AsyncCompile
+    compiler.triton = capture
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for part in graph.modules():
         if isinstance(part, torch.fx.GraphModule):
@@ -208,7 +210,7 @@ def _pretend(capability: int) -> None:
     triton.runtime.driver.set_active(_Driver(capability))
     inductor_config.compile_threads, inductor_config.fx_graph_cache = 1, False
     functorch_config.enable_autograd_cache = False
-    functorch_config.force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
+    functorch_config.force_non_lazy_backward_lowering = True
 
 
 def _returning(answer: object) -> Callable[..., Any]:
