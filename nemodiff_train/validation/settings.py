@@ -5,6 +5,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -166,8 +167,7 @@ def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
         if (file := getattr(getattr(config, section), name, None)) and not Path(file).exists():
             yield f"{key}={file}: no such file"
     for key, choices in CHOICES.items():
-        section, _, name = key.partition(".")
-        if (value := getattr(getattr(config, section), name)) not in choices:
+        if (value := attrgetter(key)(config)) not in choices:
             yield f"{key} is '{value}'; use '{"' or '".join(choices)}'.{nearest(str(value), choices)}"
 
 

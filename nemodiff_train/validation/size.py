@@ -21,8 +21,7 @@ _BYTES_OF_A_SAMPLE = 16
 _FASTEST = 100
 """Steps per second beyond those of any run."""
 _YEAR = 365 * 24 * 3600
-_LONGEST = _YEAR
-"""Seconds of a run that nobody waits for."""
+"""Seconds: a run that nobody waits for."""
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -41,7 +40,7 @@ def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     batch, steps = config.train.global_batch_size, config.train.train_iters
     if batch > _MOST_SAMPLES:
         yield f"train.global_batch_size is {batch:,}; use {_MOST_SAMPLES:,} or fewer"
-    if steps > _LONGEST * _FASTEST:
+    if steps > _YEAR * _FASTEST:
         years = steps / _FASTEST / _YEAR
         yield f"train.train_iters is {steps:,}: {years:,.0f} years at {_FASTEST} steps per second; use fewer"
     for name, count in (("train.train_iters", steps), ("validation.eval_iters", _validation_steps(config))):
