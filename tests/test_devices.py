@@ -155,11 +155,9 @@ def test_decoding_takes_cores_layers_where_training_takes_transformer_engines(
 ) -> None:
     from nemodiff_train.model import provider
 
-    monkeypatch.setattr(provider, "HAVE_TE", True)
+    monkeypatch.setattr(model.config, "transformer_impl", "transformer_engine")
     monkeypatch.setattr(provider, "get_gpt_layer_with_transformer_engine_spec", lambda **options: None)
     with pytest.raises(AttributeError):  # the specification of Transformer Engine was asked for
         provider.tri_mode_layer_spec(model.config)
-    monkeypatch.setattr(model.config, "local_layers", True)
+    monkeypatch.setattr(model.config, "transformer_impl", "local")
     assert provider.tri_mode_layer_spec(model.config).layer_specs
-    provider.reset_parallelism(model.config)
-    assert model.config.local_layers is False

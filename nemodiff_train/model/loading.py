@@ -74,7 +74,7 @@ def load_model(
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
-        provider.local_layers = True  # nothing is trained
+        provider.transformer_impl = "local"  # nothing is trained
         set_dtype(provider, dtype or provider.params_dtype)
         with halves_joined_in_place():
             built: Any = build_and_load_model(str(weights.iteration.absolute()), provider)
