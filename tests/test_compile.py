@@ -1,4 +1,4 @@
-"""Attention compiles to machine code for Hopper, once per run, fits its shared memory and spills little; without a GPU."""
+"""Attention compiles to machine code for Hopper, once per run, and fits its shared memory; no GPU is needed."""
 
 import json
 import os
