@@ -184,22 +184,23 @@ class Wave:
         self.codes: dict[str, int] = {}
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *words: str, **environment: str) -> None:
+    def start(self, name: str, *words: str, ranks: int = 1, **environment: str) -> None:
         """Start a verb of ``nemodiff``."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with (self.folder / f"{name}.log").open("w") as log:
             self._started[name] = subprocess.Popen(
-                [sys.executable, "-m", "nemodiff_train", *words],
+                [sys.executable, *(launcher if ranks > 1 else []), "-m", "nemodiff_train", *words],
                 cwd=self.folder,
                 env={**os.environ, "PYTHONPATH": path, **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
-    def train(self, name: str, *words: str, start_from: str = "model", **environment: str) -> None:
+    def train(self, name: str, *words: str, start_from: str = "model", ranks: int = 1, **environment: str) -> None:
         """Start ten steps of the recipe."""
         named = [f"start_from={start_from}", "data=data", f"output={name}"]
-        self.start(name, "train", "recipe.py", *words, *named, **environment)
+        self.start(name, "train", "recipe.py", *words, *named, ranks=ranks, **environment)
 
     def join(self) -> None:
         """Wait for all of them."""
@@ -262,17 +263,17 @@ def verbs(trained: Wave) -> Wave:
     wave.train("lora", "rank=8", start_from="fp32/checkpoints")
     wave.train("fp8", "precision=bf16_with_fp8_current_scaling_mixed")
     if RANKS > 1:
-        wave.train("parts", "--nproc", str(RANKS), *FIRST, *SHARDED, "train.exit_interval=5")
+        wave.train("parts", *FIRST, *SHARDED, "train.exit_interval=5", ranks=RANKS)
     wave.join()
     wave.start("verify", "convert", "verify", "imported", "model")
     wave.start("generate", "generate", "lora/checkpoints", "the", "--max-new-tokens", "8", "--mode", "linear")
     if RANKS > 1:
-        words = ["--task", "task.jsonl", "--max-new-tokens", "8", "--output", "evaluated", "--nproc", "2"]
+        words = ["--task", "task.jsonl", "--max-new-tokens", "8", "--output", "evaluated"]
         (wave.folder / "task.jsonl").write_text('{"prompt": "the", "answer": "0"}\n' * 4)
-        wave.start("eval", "eval", "fp32/checkpoints", *words, "--tensor-parallel", "2")
+        wave.start("eval", "eval", "fp32/checkpoints", *words, "--tensor-parallel", "2", ranks=2)
     wave.join()
     if wave.codes.get("parts") == 0:
-        wave.train("parts", "--nproc", str(RANKS), *SECOND, *SHARDED, *FULL_RECOMPUTE)
+        wave.train("parts", *SECOND, *SHARDED, *FULL_RECOMPUTE, ranks=RANKS)
         wave.join()
     return wave
 
