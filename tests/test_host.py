@@ -22,6 +22,7 @@ from nemodiff_train.model.norm import RMSNorm  # noqa: E402
 from nemodiff_train.runtime import start  # noqa: E402
 from nemodiff_train.runtime.start import Host  # noqa: E402
 from nemodiff_train.training import run  # noqa: E402
+from nemodiff_train.training.callbacks.fused_optimizer import fuse  # noqa: E402
 from nemodiff_train.validation import kernels  # noqa: E402
 
 
@@ -155,6 +156,31 @@ def test_recomputation_reads_a_layer_that_returns_its_norm_too(model: Any) -> No
     out = torch.ones(2, requires_grad=True)
     kept._after_source(nn.Identity(), (), ((out, torch.zeros(2)), None))  # type: ignore[arg-type]
     assert kept.kept is not None and torch.equal(kept.kept, out)
+
+
+def test_a_gpu_updates_all_parameters_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's Adam goes on as a fused one, whatever a CPU's checkpoint says, and counts its steps on the device."""
+
+    def updated(fused_after: int, steps: int = 6) -> tuple[torch.optim.AdamW, list[torch.Tensor]]:
+        weights = [nn.Parameter(torch.ones(3, 5) * (n + 1)) for n in range(2)]
+        adam = torch.optim.AdamW(weights, lr=0.01)
+        for step in range(steps):
+            if step == fused_after:
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.Tensor, "is_cuda", True)
+                    fuse(SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)]))  # type: ignore[arg-type]
+            for weight in weights:
+                weight.grad = (weight.detach() * (step + 1)).sin()
+            adam.step()
+        return adam, weights
+
+    (adam, mine), (_, expected) = updated(3), updated(99)
+    assert adam.param_groups[0]["fused"] is True and adam.param_groups[0]["foreach"] is False
+    assert [int(adam.state[weight]["step"]) for weight in mine] == [6, 6]
+    torch.testing.assert_close(mine, expected)
+    fuse(SimpleNamespace(optimizer=adam))  # type: ignore[arg-type]  # on a CPU
+    assert adam.param_groups[0]["fused"] is False
+    fuse(SimpleNamespace(optimizer=torch.optim.SGD(mine)))  # type: ignore[arg-type]
 
 
 def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
