@@ -20,6 +20,7 @@ def test_kernels_of_the_recipes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["compilations"].pop("ten lengths") == 20  # more than torch's limit of 8 for one function
     # One kernel for training and one for validation, whatever documents and blocks the samples have.
     assert len(found["compilations"]) == 3 and max(found["compilations"].values()) <= 2, found["compilations"]
     kernels = found["kernels"]

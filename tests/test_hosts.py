@@ -155,6 +155,25 @@ def test_recomputation_with_layers_of_transformer_engine(
         assert losses == started["te"]["fp32"]
 
 
+def keep() -> float:
+    """Return the bytes that a layer keeps over those planned for a GPU and one more copy of attention's output."""
+    from nemodiff_train.planning.layouts import Layout
+    from nemodiff_train.planning.memory import _saved_by_layer
+    from tests.test_plan import _kept_by_a_step, workload
+
+    sizes = {**small.sizes(128), "intermediate_size": 384, "head_dim": 32}
+    kept = [_kept_by_a_step({**sizes, "num_hidden_layers": layers}, recompute=True) for layers in (4, 2)]
+    heads, keys = sizes["num_attention_heads"] * 32, sizes["num_key_value_heads"] * 32
+    work = workload(hidden=128, queries=heads, keys=keys, feed_forward=384, length=256)
+    planned = _saved_by_layer(work, Layout(1, 1, 1, 1, 1, False), "cuda") + work.positions * heads * work.width
+    return (kept[0] - kept[1]) / 2 / planned
+
+
+def test_what_a_layer_of_transformer_engine_keeps_is_as_planned(folder: Path, engine: RankPool) -> None:
+    """Its linear layers keep what their norms put out."""
+    assert engine.call("keep", 1, keep, logs=folder / "logs") == pytest.approx(1, rel=0.05)
+
+
 def adapt(folder: str, host: str) -> list[float]:
     """Train LoRA on what was trained without Transformer Engine; return the losses."""
     from nemodiff_train.config.overrides import override

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fused import FusedAdam, apply, norm, scale
 from torch import Tensor, nn
 
@@ -148,6 +147,12 @@ class TransformerEngineBaseModule(nn.Module):
             self.steps = pickle.loads(state.numpy().tobytes())["steps"]
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from nemodiff_train.model.norm import _RMSNorm
+
+    return _RMSNorm.apply(x, weight, eps)  # keeps its input alone, as the real one does
+
+
 class RMSNorm(TransformerEngineBaseModule):
     """The norm alone."""
 
@@ -162,7 +167,7 @@ class RMSNorm(TransformerEngineBaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., hidden]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _normed(x, self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
@@ -242,7 +247,7 @@ class LayerNormLinear(Linear):
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         """Normalise [positions, batch, in] and multiply by the weight."""
-        normed = F.rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
+        normed = _normed(x, self.layer_norm_weight, self.eps)
         gathered = self._gathered(normed)
         out = self._multiplied(gathered)
         returned = [out, self.bias] if self.return_bias else [out]
