@@ -19,11 +19,11 @@ from pyarrow import parquet
 from nemodiff_train.cli import VERBS
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.demo.tokenizer import train_tokenizer
-from tests import jobs, small
+from tests import small
 from tests.prepared import write_jsonl
 from tests.test_chat import CHATML
 from tests.test_docs import ROOT, blocks
-from tools.support.ranks import Jobs, RankPool
+from tools.support.ranks import Jobs, RankPool, run_commands
 
 PAGES = (
     "training", "data", "conversion", "drafter", "evaluation", "finetuning", "objectives", "serving", "cluster",
@@ -180,7 +180,7 @@ class Walk(Jobs):
         if not block:
             return
         words = [each.made_small()[1] for each in block]
-        self.add(name, ranks, jobs.tell, folder=str(self.folder), commands=words)
+        self.add(name, ranks, run_commands, folder=str(self.folder), commands=words)
         codes = self[name]
         assert codes == [2 if each.refused else 0 for each in block], (words, self.pool_output(name))
 
