@@ -141,6 +141,17 @@ def test_every_machine_lays_a_model_out(
     assert found == pytest.approx(started["none"]["fp32"], rel=1e-5)
 
 
+def test_conversion_with_layers_of_transformer_engine(folder: Path, engine: RankPool) -> None:
+    imported, model = str(folder / "te-imported"), str(folder / "model")
+    commands = [
+        ["import", model, imported, "--mask-token", small.MASK],
+        ["verify", imported, model],
+        ["export", imported, str(folder / "te-exported"), "--format", "ar"],
+        ["verify", str(folder / "te-exported"), model],
+    ]
+    assert engine.call("convert", 1, jobs.convert, logs=folder / "logs", commands=commands)["codes"] == [0] * 4
+
+
 def recompute(folder: str) -> dict[str, list[float]]:
     """Train with all activations kept, and with none."""
     kept = ["model.recompute_elementwise=false"]
