@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -144,7 +143,7 @@ def is_absurd(section: Any, key: str, taken: Any) -> bool:
     interval = "interval" in name and key.partition(".")[0] not in OURS and key not in NEVER
     share = re.search("fraction|dropout|momentum|beta|percent|_rate", name) and "float" in hint
     lowest = -1 if taken == default or "pad_id" in name or name == "most_recent_k" else 1 if interval else 0
-    unlimited = key == "optimizer.grad_norm_skip_threshold" and taken == math.inf
+    unlimited = key == "optimizer.grad_norm_skip_threshold" and taken > 1
     return not (lowest <= taken <= (1 if share else 1e12) or unlimited) or ("seed" in name and taken >= 2**32)
 
 

@@ -26,7 +26,7 @@ from tests.test_docs import ROOT, blocks
 from tools.support.ranks import Jobs, RankPool, run_commands
 
 PAGES = (
-    "training", "data", "conversion", "drafter", "evaluation", "finetuning", "objectives", "serving", "cluster",
+    "training", "data", "conversion", "drafter", "evaluation", "finetuning", "objectives", "cluster",
     "performance", "install",
 )  # fmt: skip
 

@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "show":
         _show(arguments)
         return 0
-    init_without_device()
     if arguments.action == "merge":
+        init_without_device()
         from nemodiff_train.data.merge import merge
 
         _tell(arguments.output, merge(arguments.shards, arguments.output, arguments.overwrite))
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    init_without_device()
     from nemodiff_train.data.prepare import PrepareOptions, prepare
 
     fields = {name: getattr(arguments, name) for name in PrepareOptions.__dataclass_fields__}

@@ -71,6 +71,8 @@ def _check_split(prefix: str, split: str) -> None:
     """
     documents = len(read_index(prefix).document_ends) - 1
     shares = [parse_number(share) for share in split.split(",")]
+    if not all(map(math.isfinite, shares)):
+        return  # refused above
     if math.isnan(sum(shares)) or not sum(shares):
         return  # among the problems already
     ends = [round(end / sum(shares) * documents) for end in accumulate(shares, initial=0.0)]
