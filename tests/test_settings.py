@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -143,7 +144,7 @@ def is_absurd(section: Any, key: str, taken: Any) -> bool:
     interval = "interval" in name and key.partition(".")[0] not in OURS and key not in NEVER
     share = re.search("fraction|dropout|momentum|beta|percent|_rate", name) and "float" in hint
     lowest = -1 if taken == default or "pad_id" in name or name == "most_recent_k" else 1 if interval else 0
-    unlimited = key == "optimizer.grad_norm_skip_threshold" and taken > 1
+    unlimited = key == "optimizer.grad_norm_skip_threshold" and taken == math.inf
     return not (lowest <= taken <= (1 if share else 1e12) or unlimited) or ("seed" in name and taken >= 2**32)
 
 
@@ -193,6 +194,7 @@ def test_hostile_values_of_all_settings(
         ("objective.views", "1000000000"),
         ("ddp.bucket_size", "-5"),
         ("optimizer.clip_grad", "-1"),
+        ("optimizer.grad_norm_skip_threshold", "1e15"),
         ("logger.log_interval", "inf"),
         ("logger.tensorboard_log_interval", "0"),
         ("validation.eval_interval", "0"),
@@ -215,6 +217,37 @@ def test_absurd_values_are_refused(config: Any, key: str, value: str) -> None:
     with pytest.raises(UserError, match=key.rpartition(".")[2]):
         check_sizes(override(config, {key: value}))
         raise UserError("; ".join(size.problems(config, 1)))
+
+
+def test_the_optimizer_of_a_recipe_can_be_exchanged(config: Any) -> None:
+    """Recipes set what Adam reads, which is none of the user's settings."""
+    from nemodiff_train.config.defaults import adamw
+    from nemodiff_train.validation import settings
+
+    config.optimizer = adamw()
+    assert settings.problems(override(config, {"optimizer.optimizer": "sgd"})) == []
+
+
+def test_adapters_are_not_overridden(config: Any) -> None:
+    with pytest.raises(UserError, match=r"peft\.dim cannot be overridden; the recipe's arguments"):
+        override(config, {"peft.dim": "4"})
+
+
+def test_a_dry_run_makes_no_folder_for_its_index(config: Any, folder: Path) -> None:
+    from nemodiff_train.training.run import check_run
+
+    changed = override(copy.deepcopy(config), {"dataset.path_to_cache": str(folder / "index")})
+    changed.fit_schedule()
+    assert check_run(changed, config.settings(), None, 80.0) == 0
+    assert not (folder / "index").exists()
+
+
+@pytest.mark.parametrize("split", ["inf", "inf,1,1", "nan"])
+def test_a_split_that_is_no_number_is_a_line(config: Any, split: str) -> None:
+    from nemodiff_train.validation import data
+
+    config.dataset.split = split
+    assert [line for line in data.problems(config) if "dataset.split" in line]
 
 
 @pytest.mark.parametrize("key", ["rerun_state_machine.error_injection_type", "rerun_state_machine.rerun_mode"])

@@ -57,6 +57,15 @@ class IndexedDatasetConfig(DatasetProvider):
     holds_conversations: ClassVar[bool] = False
 
     @property
+    def index_folder(self) -> str:
+        """Return the folder of the sample index, which need not be there yet."""
+        return self.run_cache
+
+    def keep_index_in(self, folder: str) -> None:
+        """Keep the sample index in another folder."""
+        self.run_cache = folder
+
+    @property
     def prefixes(self) -> list[str]:
         """Return the data sets without their weights; none for mock text."""
         return [] if self.is_mock else self._named
@@ -144,6 +153,15 @@ class TextDatasetConfig(IndexedDatasetConfig):
     """Leave the end-of-document tokens out of both losses: they are neither predicted nor masked."""
 
     @property
+    def index_folder(self) -> str:
+        """Return the named folder, or that of the run."""
+        return self.path_to_cache or self.run_cache
+
+    def keep_index_in(self, folder: str) -> None:
+        """Keep the sample index in another folder, also where one was named."""
+        self.path_to_cache = folder
+
+    @property
     def needs_segment_ids(self) -> bool:
         """Return whether the block boundaries differ between samples."""
         return self.reset_attention_mask or super().needs_segment_ids
@@ -154,7 +172,7 @@ class TextDatasetConfig(IndexedDatasetConfig):
             return self._read_mock(context)
         config = GPTDatasetConfig(
             **self._megatron_settings(context),
-            path_to_cache=f"{self.path_to_cache or self.run_cache}/{contents_digest(self.prefixes)}",
+            path_to_cache=f"{self.index_folder}/{contents_digest(self.prefixes)}",
             eod_mask_loss=False,  # SampleMaker does this as well, by the token that the data end documents with
         )
         config.finalize()

@@ -15,9 +15,13 @@ class _Range:
     highest: float = 1e12
     ends: bool = True
     """Whether the lowest and the highest number are possible themselves, where they are not counts."""
+    unlimited: bool = False
+    """Whether infinity is possible as well, for no limit."""
 
     def holds(self, value: float) -> bool:
         """Return whether a value is in it; not a number never is."""
+        if self.unlimited and value == math.inf:
+            return True
         if self.ends:
             return self.lowest <= value <= self.highest
         return self.lowest < value < self.highest
@@ -31,7 +35,7 @@ _SECTIONS_OF_OURS = "objective|drafter|diagnostics|evaluation|resilience"
 _RANGES = (
     # What differs from its kind: -1 for none, 0 for never, infinity for no limit.
     _Range(r"checkpoint\.most_recent_k|tokenizer\.null_tokenizer_pad_id", -1),
-    _Range(r"optimizer\.grad_norm_skip_threshold", 0, math.inf),
+    _Range(r"optimizer\.grad_norm_skip_threshold", 0, unlimited=True),
     _Range(rf"train\.(exit|manual_gc)_interval|checkpoint\.save_interval|({_SECTIONS_OF_OURS})\..*_?interval", 0),
     _Range(r"checkpoint\.async_ckpt_cpu_priority", 0, 19),
     _Range(r"checkpoint\.async_ckpt_io_priority", 0, 3),

@@ -71,9 +71,7 @@ def _check_split(prefix: str, split: str) -> None:
     """
     documents = len(read_index(prefix).document_ends) - 1
     shares = [parse_number(share) for share in split.split(",")]
-    if not all(map(math.isfinite, shares)):
-        return  # refused above
-    if math.isnan(sum(shares)) or not sum(shares):
+    if not math.isfinite(sum(shares)) or not sum(shares):
         return  # among the problems already
     ends = [round(end / sum(shares) * documents) for end in accumulate(shares, initial=0.0)]
     for name, share, (first, last) in zip(("training", "validation", "test"), shares, pairwise(ends), strict=False):

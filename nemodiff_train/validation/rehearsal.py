@@ -120,10 +120,8 @@ def datasets(config: TriModeConfig, most: float = math.inf) -> Iterator[tuple[An
     """
     dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
     with tempfile.TemporaryDirectory() as folder:
-        if max(sizes) > most or not Path(dataset.run_cache).is_dir():
-            dataset.run_cache = folder
-        if (named := getattr(dataset, "path_to_cache", None)) and not Path(named).is_dir():
-            setattr(dataset, "path_to_cache", folder)  # noqa: B010 - a data set of conversations has none
+        if max(sizes) > most or not Path(dataset.index_folder).is_dir():
+            dataset.keep_index_in(folder)
         sizes = [min(size, most) for size in sizes]
         yield tuple(dataset.build_datasets(DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))))
 

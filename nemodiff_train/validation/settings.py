@@ -74,13 +74,17 @@ CHOICES = {
     "logger.runtime_time_unit": ("seconds", "minutes", "hours", "days"),
 }
 """Choices of Bridge's text settings that do not declare them."""
-_OPTIMIZERS = ("muon", "adaptive_muon", "soap", "lion", "adam", "sgd")
+_OPTIMIZERS = ("muon", "adaptive_muon", "soap", "lion", "sgd")
 """Beginnings of settings that one optimizer alone reads."""
 _ONLY_WITH = {
-    "profiling": ("profiling.use_nsys_profiler", "profiling.use_pytorch_profiler", "profiling.record_memory_history"),
+    "profiling": (
+        "profiling.use_nsys_profiler", "profiling.use_pytorch_profiler", "profiling.record_memory_history",
+        "profiling.nvtx_ranges",
+    ),
     "ddp.(fsdp_|megatron_fsdp_|outer_dp_|data_parallel_sharding|keep_fp8_|disable_symm)": ("ddp.use_megatron_fsdp",),
-    "dist.flight_recorder_": ("dist.flight_recorder_dump_path",),
-    "logger.tensorboard_|logger.log_.*_to_tensorboard": ("logger.tensorboard_dir", "logger.wandb_project"),
+    "logger.tensorboard_|logger.log_.*_to_tensorboard": (
+        "logger.tensorboard_dir", "logger.wandb_project", "logger.mlflow_experiment", "logger.comet_project",
+    ),
     "logger.wandb_": ("logger.wandb_project",),
     "logger.mlflow_": ("logger.mlflow_experiment",),
     "logger.comet_": ("logger.comet_project",),
@@ -94,7 +98,7 @@ _ONLY_WITH = {
     "optimizer.optimizer_offload_|optimizer.overlap_cpu_|optimizer.pin_cpu_": ("optimizer.optimizer_cpu_offload",),
     "rerun_state_machine.error_injection_type": ("rerun_state_machine.error_injection_rate",),
     "rerun_state_machine.spiky_loss_factor": ("rerun_state_machine.check_for_spiky_loss",),
-}
+}  # fmt: skip
 """Settings, by the beginning of their name, and the ones without all of which nothing reads them."""
 _READ = ("dist.nccl_communicator_config_path", "dataset.dataloader_load")
 """Files that a run reads besides its own."""
