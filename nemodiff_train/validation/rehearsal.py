@@ -29,8 +29,8 @@ from nemodiff_train.runtime import init_runtime
 
 _WIDTH = 16
 """Hidden size of the miniature on a tensor-parallel rank."""
-_MOST_SAMPLES = 1 << 22
-"""Of a data set of the rehearsal: the order of more takes minutes."""
+_FEW_SAMPLES = 1 << 12
+"""Of a data set of the rehearsal: the order of a run's, over many epochs of little data, takes minutes."""
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -92,7 +92,7 @@ def _build(config: TriModeConfig) -> None:
 
 def _load_batch(config: TriModeConfig) -> None:
     """Read a micro-batch as the first rank's loader does."""
-    with datasets(config, _MOST_SAMPLES) as (train, *_):
+    with datasets(config, max(_FEW_SAMPLES, config.train.global_batch_size)) as (train, *_):
         loader = build_pretraining_data_loader(
             train,
             0,
