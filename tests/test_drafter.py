@@ -12,6 +12,8 @@ from torch import Tensor
 from nemodiff_train.cli import main
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import judge, slot_losses
+from nemodiff_train.drafter.slots import Slots, Verdict
+from nemodiff_train.objective.drafts import DRAFT_KINDS
 from nemodiff_train.validation.settings import section_problems
 from tests import jobs, small
 from tools.support import layouts
@@ -20,7 +22,8 @@ from tools.support.ranks import Jobs, RankPool
 
 def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
     """One slot's loss, token by token, as section 3.3 has it."""
-    support = {int(i) for logits in (draft, verifier) for i in logits.topk(min(config.support, len(logits))).indices}
+    size = min(config.support or len(draft), len(draft))
+    support = {int(i) for logits in (draft, verifier) for i in logits.topk(size).indices}
     tokens = sorted(support)
 
     def probabilities(logits: Tensor, temperature: float) -> list[Tensor]:
@@ -30,20 +33,23 @@ def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
     p, q = probabilities(verifier, config.temperature), probabilities(draft, config.temperature)
     choice = max(range(len(tokens)), key=lambda index: float(verifier[tokens[index]]))
     of_choice = -probabilities(draft, 1.0)[choice].log()
-    if config.loss == "cross_entropy":
-        return of_choice
     divergence = torch.stack([a * (a / b).log() for a, b in zip(p, q, strict=True)]).sum()
     variation = torch.stack([(a - b).abs() for a, b in zip(p, q, strict=True)]).sum() / 2
     acceptance = sum(min(float(a), float(b)) for a, b in zip(p, q, strict=True))
     share = math.exp(-0.5 * acceptance)
-    return share * divergence + (1 - share) * variation + of_choice
+    return {
+        "lk_hybrid": share * divergence + (1 - share) * variation + of_choice,
+        "total_variation": variation,
+        "cross_entropy": of_choice,
+        "kl": divergence,
+    }[config.loss]
 
 
-@pytest.mark.parametrize("support", [3, 200])
-@pytest.mark.parametrize("loss", ["lk_hybrid", "cross_entropy"])
-def test_loss_and_gradient_are_the_papers(loss: Any, support: int) -> None:
+@pytest.mark.parametrize(("support", "temperature"), [(3, 3.0), (200, 3.0), (0, 1.0)])
+@pytest.mark.parametrize("loss", ["lk_hybrid", "total_variation", "cross_entropy", "kl"])
+def test_loss_and_gradient_are_the_papers(loss: Any, support: int, temperature: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    config = DrafterConfig(loss=loss, support=support)
+    config = DrafterConfig(loss=loss, support=support, temperature=temperature)
     draft, verifier = (torch.randn(6, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2))
     found, expected = draft.clone().requires_grad_(), draft.clone().requires_grad_()
     ours = slot_losses(found, verifier, config)
@@ -54,55 +60,113 @@ def test_loss_and_gradient_are_the_papers(loss: Any, support: int) -> None:
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
+def verdict(
+    draft: Tensor, verifier: Tensor, usable: Tensor, uniform: Tensor, config: DrafterConfig | None = None
+) -> Verdict:
+    """What becomes of one draft after a known token: of [1, k + 1] positions, the first is that token."""
+    config = config or DrafterConfig()
+    slots = Slots.of(torch.zeros(1, 3, draft.shape[1], dtype=torch.int32), DRAFT_KINDS["nemotron"], shifted=False)
+    return Verdict.of(slots, usable, *judge(draft, verifier, uniform, config), config)
+
+
 def test_the_accepted_prefix_and_the_first_rejected_slot_count() -> None:
-    verifier = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 1, 2]]), 5) * 9.0
-    draft = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 1, 2]]), 5) * 9.0
-    usable, greedy = torch.ones(1, 5, dtype=torch.bool), torch.full((1, 5, 2), 0.999)
-    assert judge(draft, verifier, usable, greedy, DrafterConfig()).counted.tolist() == [[True] * 3 + [False] * 2]
-    every = judge(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
-    assert every.counted.all() and every.accepted.tolist() == [[True, True, False, False, False]]
-    unlucky = torch.tensor([0.0, 0.9999]).expand(1, 5, 2)  # every slot drawn; none of the draws is the choice
-    assert judge(draft, verifier, usable, unlucky, DrafterConfig()).counted.tolist() == [[True] + [False] * 4]
-    ended = torch.tensor([[True, False, True, True, True]])
-    assert judge(draft, verifier, ended, greedy, DrafterConfig()).counted.sum() == 1
-    weights = judge(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
-    assert weights[0, :3].tolist() == pytest.approx([1, math.exp(-1 / 4), math.exp(-2 / 4)])
+    verifier = torch.nn.functional.one_hot(torch.tensor([[0, 1, 2, 3, 1, 2]]), 5) * 9.0
+    draft = torch.nn.functional.one_hot(torch.tensor([[4, 1, 2, 0, 1, 2]]), 5) * 9.0
+    usable, greedy = torch.ones(1, 6, dtype=torch.bool), torch.full((1, 6, 2), 0.999)
+    assert verdict(draft, verifier, usable, greedy).counted.tolist() == [[False] + [True] * 3 + [False] * 2]
+    every = verdict(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
+    assert every.counted[:, 1:].all() and every.accepted.tolist() == [[False, True, True, False, False, False]]
+    unlucky = torch.tensor([0.0, 0.9999]).expand(1, 6, 2)  # every slot drawn; none of the draws is the choice
+    assert verdict(draft, verifier, usable, unlucky).counted.nonzero().tolist() == [[0, 1]]
+    ended = torch.tensor([[True, True, False, True, True, True]])
+    assert verdict(draft, verifier, ended, greedy).counted.sum() == 1
+    weights = verdict(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
+    assert weights[0, 1:4].tolist() == pytest.approx([1, math.exp(-1 / 4), math.exp(-2 / 4)])
 
 
 def test_as_many_slots_are_accepted_as_q_gives_the_choice() -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, generator=draw)
-    draft, verifier = (each.expand(100_000, 1, 4) for each in logits)
-    uniform = torch.rand(100_000, 1, 2, generator=draw)
-    slots = judge(
-        draft.expand(-1, 2, -1), verifier.expand(-1, 2, -1), torch.ones(100_000, 2, dtype=torch.bool),
-        uniform.expand(-1, 2, -1), DrafterConfig(sampled_share=1.0),
-    )  # fmt: skip
+    draft, verifier = (each.expand(100_000, 4) for each in logits)
+    uniform = torch.rand(100_000, 2, generator=draw)
+    _, accepted = judge(draft, verifier, uniform, DrafterConfig(sampled_share=1.0))
     of_choice = float(logits[0].softmax(-1)[logits[1].argmax()])
-    assert float(slots.counted[:, 1].float().mean()) == pytest.approx(of_choice, abs=0.005)
+    assert float(accepted.float().mean()) == pytest.approx(of_choice, abs=0.005)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("kind", DRAFT_KINDS)
+def test_slots_of_documents_and_blocks_of_any_size(kind: str, shift: bool) -> None:
+    """Found by walking over every block: which positions draft, their numbers, and where a draft ends."""
+    choices, draw = DRAFT_KINDS[kind], torch.Generator().manual_seed(3)
+    for block in (2, 3, 7, 16):
+        segment_ids = torch.stack([small.documents(draw, 90, block, average=25) for _ in range(3)])
+        documents, blocks = segment_ids[:, 0].tolist(), segment_ids[:, 1].tolist()
+        slots = Slots.of(segment_ids, choices, choices.shifted(shift))
+        passed = torch.rand(3, 90, generator=draw) < 0.7
+        reached = slots.reached(passed)
+        for row in range(3):
+            for number in range(blocks[row][-1] + 1):
+                places = [place for place in range(90) if blocks[row][place] == number]
+                if kind == "uno":
+                    before = places[0] - 1
+                    drafts = places if before >= 0 and documents[row][before] == documents[row][places[0]] else []
+                else:
+                    drafts = places[:-1] if shift else places[1:]
+                assert [place for place in places if slots.exists[row, place]] == drafts
+                assert [int(slots.number[row, place]) for place in drafts] == list(range(1, len(drafts) + 1))
+                open_ = True
+                for place in drafts:
+                    assert bool(reached[row, place]) == open_
+                    open_ = open_ and bool(passed[row, place])
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"loss": "kl"}, "lk_hybrid"), ({"temperature": 0}, "temperature"), ({"sampled_share": 2}, "sampled_share")],
+    [
+        ({"loss": "kt"}, "lk_hybrid"),
+        ({"kind": "unos"}, "uno"),
+        ({"temperature": 0}, "temperature"),
+        ({"sampled_share": 2}, "sampled_share"),
+        ({"support": -1}, "support"),
+    ],
 )
 def test_switches_are_checked(changes: dict[str, Any], said: str) -> None:
     (line,) = section_problems("drafter", DrafterConfig(**changes))
     assert said in line
 
 
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "micro1": (1, ["train.micro_batch_size=1"]),
-    "sp2": (2, layouts.SP2),
-    "pp2": (2, layouts.PP2),
-    "dp2": (2, []),
+CURRICULUM = [
+    "dataset.reset_attention_mask=true",
+    "objective.block_schedule=curriculum",
+    "objective.block_sizes=[2,4,6,8,12,16]",
+    "objective.block_steps=2",
+]
+"""The blocks of Uno, with documents: blocks begin anywhere and reach across context-parallel chunks."""
+
+REFERENCES: dict[str, tuple[str, str, list[str]]] = {
+    "one": ("drafter", "base", []),
+    "documents": ("drafter", "base", layouts.DOCUMENTS),
+    "uno": ("uno", "ar", CURRICULUM),
 }
-HALF_WAY = 2
+"""Recipe, start and settings of the drafters that are trained on one rank."""
+
+LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
+    "micro1": ("one", 1, ["train.micro_batch_size=1"]),
+    "sp2": ("one", 2, layouts.SP2),
+    "cp2": ("one", 2, layouts.CP2),
+    "pp2_dp2": ("one", 4, layouts.PP2),
+    "documents_cp2": ("documents", 2, layouts.CP2),
+    "uno_sp2_cp2": ("uno", 4, [*layouts.SP2, *layouts.CP2]),
+    "uno_pp2_dp2": ("uno", 4, layouts.PP2),
+}
+"""What each continues after the first steps, the number of ranks, and the layout."""
+HALF_WAY, STEPS = 2, 10
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
-    """A tri-mode model, its drafter on one rank, and that drafter continued under other layouts."""
+    """A tri-mode and an AR model, drafters for them on one rank, and those drafters continued under other layouts."""
     folder = tmp_path_factory.mktemp("drafter")
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
@@ -110,19 +174,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
     data = str(folder / "data")
     base = {"start_from": str(folder / "qwen3"), "data": data, "output": str(folder / "base")}
     runs.add("base", 1, jobs.train, **base, settings=["train.train_iters=5", "checkpoint.save_interval=5"])
+    plain = str(folder / "ar" / "checkpoints")
+    runs.add("ar", 1, jobs.convert, commands=[["import", str(folder / "qwen3"), plain]])
 
-    def arguments(name: str, *settings: str) -> dict[str, Any]:
-        shared = [f"train.train_iters={2 * HALF_WAY}", "train.micro_batch_size=4", *settings]
-        start_from = str(folder / "base" / "checkpoints")
-        output = str(folder / name)
-        return {"recipe": "drafter", "start_from": start_from, "data": data, "output": output, "settings": shared}
+    def arguments(name: str, reference: str, *settings: str) -> dict[str, Any]:
+        recipe, start, shared = REFERENCES[reference]
+        steps = [f"train.train_iters={STEPS}", "train.micro_batch_size=4"]
+        start_from, output = str(folder / start / "checkpoints"), str(folder / name)
+        settings = (*steps, *shared, *settings)
+        return {"recipe": recipe, "start_from": start_from, "data": data, "output": output, "settings": settings}
 
-    saved = f"checkpoint.save_interval={HALF_WAY}"
-    runs.add("one", 1, jobs.train, after="base", **arguments("one", saved))
-    stopped = {"stopped": str(folder / "one"), "step": HALF_WAY}
-    for name, (world_size, settings) in LAYOUTS.items():
-        runs.add(name, world_size, jobs.resume, after="one", **stopped, **arguments(name, *settings))
-    for name, world_size, options in (("one", 1, []), ("sp2", 2, ["--tensor-parallel", "2"])):
+    for name, (_, start, _) in REFERENCES.items():
+        saved = f"checkpoint.save_interval={HALF_WAY}"
+        runs.add(name, 1, jobs.train, after=start, **arguments(name, name, saved, "checkpoint.most_recent_k=-1"))
+    for name, (reference, world_size, settings) in LAYOUTS.items():
+        stopped = {"stopped": str(folder / reference), "step": HALF_WAY}
+        runs.add(name, world_size, jobs.resume, after=reference, **stopped, **arguments(name, reference, *settings))
+    for name, world_size, options in (
+        ("one", 1, []), ("sp2", 2, ["--tensor-parallel", "2"]), ("uno", 1, []), ("uno_sp2_cp2", 1, []),
+    ):  # fmt: skip
         export = ["export", str(folder / name / "checkpoints"), str(folder / f"{name}-peft"), *options]
         runs.add(f"export_{name}", world_size, jobs.convert, after=name, commands=[export])
     return runs
@@ -144,7 +214,7 @@ def drafter(runs: Jobs) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_the_same_drafter(runs: Jobs, layout: str) -> None:
-    expected, steps = runs["one"]["steps"][HALF_WAY:], runs[layout]["steps"]
+    expected, steps = runs[LAYOUTS[layout][0]]["steps"][HALF_WAY:], runs[layout]["steps"]
     assert [step["step"] for step in steps] == [step["step"] for step in expected] != []
     for name in ("draft_loss", "grad_norm", "counted_slots", "acceptance_length/7", "expected_tpf"):
         for mine, other in zip(steps, expected, strict=True):
