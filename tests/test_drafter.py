@@ -146,7 +146,7 @@ CURRICULUM = [
 
 REFERENCES: dict[str, tuple[str, str, list[str]]] = {
     "one": ("drafter", "base", []),
-    "documents": ("drafter", "base", layouts.DOCUMENTS),
+    "documents": ("drafter", "base", [word for word in layouts.DOCUMENTS if "alpha" not in word]),
     "uno": ("uno", "ar", CURRICULUM),
 }
 """Recipe, start and settings of the drafters that are trained on one rank."""
@@ -162,6 +162,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
 }
 """What each continues after the first steps, the number of ranks, and the layout."""
 HALF_WAY, STEPS = 2, 10
+FILE = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +258,101 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def uno(runs: Jobs) -> tuple[str, str]:
+    """The checkpoints of an AR model and of its ``uno`` drafter on one rank."""
+    assert runs["uno"]
+    return str(runs.folder / "ar" / "checkpoints"), str(runs.folder / "uno" / "checkpoints")
+
+
+def opened(model: str, drafter: str | None) -> Any:
+    """A model that is ready to decode."""
+    from nemodiff_train.decoding.loading import load_decoding_model
+    from nemodiff_train.model.checkpoint import Checkpoint
+
+    options = {"drafter": Checkpoint.open(drafter)} if drafter else {}
+    return load_decoding_model(Checkpoint.open(model), max_new_tokens=30, **options)  # type: ignore[arg-type]
+
+
+def test_an_ar_model_drafts_for_itself(uno: tuple[str, str]) -> None:
+    """Token for token AR, for batches and alone, with limits and stop tokens anywhere in a draft."""
+    from collections import Counter
+    from dataclasses import replace
+
+    from nemodiff_train.decoding.decode import decode
+
+    model = opened(*uno)
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 40, (48,), generator=draw).tolist()
+    prompts = [torch.randint(20, 220, (length,), generator=draw).tolist() for length in lengths]
+
+    def tokens(mode: str, **settings: Any) -> list[list[int]]:
+        rows = decode(model.model, prompts, mode, replace(model.settings, **settings))[0]
+        assert all(len(row.tokens) - 1 == sum(cycle.committed for cycle in row.cycles) for row in rows if row.cycles)
+        return [row.tokens for row in rows]
+
+    free = tokens("ar")
+    stop = frozenset([Counter(token for row in free for token in row).most_common(1)[0][0]])
+    ended = tokens("ar", stop_token_ids=stop)
+    for mode in ("linear", "tree"):
+        for block_size in (2, 7, 16):
+            assert tokens(mode, block_size=block_size, tree_nodes=24) == free
+            assert tokens(mode, block_size=block_size, stop_token_ids=stop) == ended
+        for limit in range(1, 6):
+            assert tokens(mode, block_size=8, max_new_tokens=limit) == [row[:limit] for row in free]
+        alone = [decode(model.model, [prompt], mode, model.settings, [number])[0][0].tokens for number, prompt in
+                 enumerate(prompts[:6])]  # fmt: skip
+        assert alone == free[:6]
+
+
+@torch.inference_mode()
+def test_its_draft_is_the_exported_adapters_on_noise_alone(runs: Jobs, uno: tuple[str, str], tmp_path: Path) -> None:
+    """What SGLang computes: the base model for the text and the known token, the adapters for what follows it.
+
+    The directory follows its loader: PEFT's two files, ``base_model.model.model.layers.N.`` and the name of a
+    projection before ``lora_A.weight`` or ``lora_B.weight``, all projections of a fused layer at once, one rank for
+    all, and no tensor besides.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from nemodiff_train.decoding.session import Session
+
+    assert runs["export_uno"]["codes"] == runs["export_uno_sp2_cp2"]["codes"] == [0]
+    folder = runs.folder / "uno-peft"
+    settings, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / FILE)
+    assert {"adapter_config.json", FILE} <= {path.name for path in folder.iterdir()}
+    blocks = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
+    expected = {
+        f"base_model.model.model.layers.{layer}.{block}.{name}.lora_{factor}.weight"
+        for layer in range(4) for block, names in blocks.items() for name in names for factor in "AB"
+    }  # fmt: skip
+    assert set(tensors) == expected
+    assert set(settings["target_modules"]) == set().union(*blocks.values()) and settings["peft_type"] == "LORA"
+    assert (settings["r"], settings["lora_alpha"], settings["bias"], settings["use_dora"]) == (8, 128, "none", False)
+    assert not settings["modules_to_save"] and not settings["rank_pattern"] and not settings["use_rslora"]
+    for name, values in tensors.items():
+        assert values.dtype == torch.float32 and values.shape[0 if "lora_A" in name else 1] == 8
+    for name, values in load_file(runs.folder / "uno_sp2_cp2-peft" / FILE).items():  # trained under another layout
+        torch.testing.assert_close(values, tensors[name], rtol=1e-3, atol=1e-5)
+
+    model, prompt, known, noise = opened(*uno), [30, 31, 40, 52, 77], 90, [7, 300, 150, 22, 219, 64, 5]
+    session = Session(model.model, 1, 40, None)
+    session.prefill([prompt])
+    drafted = session.forward(torch.tensor([[known, *noise]]), torch.arange(1), "draft", causal=True)[0]
+    plain = session.forward(torch.tensor([[known, *noise]]), torch.arange(1), "verify", causal=True)[0]
+    assert torch.equal(drafted[0], plain[0]) and not torch.allclose(drafted[1:], plain[1:], atol=1e-3)
+
+    base = AutoModelForCausalLM.from_pretrained(runs.folder / "qwen3", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+    for name, module in adapted.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, inputs: inputs[0] * (torch.arange(13) > 5)[:, None])
+    logits = adapted(torch.tensor([[*prompt, known, *noise]])).logits[0, 5:]
+    torch.testing.assert_close(drafted, logits, rtol=1e-4, atol=1e-4)
+
+
 def test_exported_as_peft_writes_it(runs: Jobs, base: str, tmp_path: Path) -> None:
     """The adapters that PEFT reads do to the exported model what ours do to the checkpoint."""
     from peft import PeftModel
@@ -283,25 +379,44 @@ def test_exported_as_peft_writes_it(runs: Jobs, base: str, tmp_path: Path) -> No
 
 
 def test_refused_in_one_line(
-    runs: Jobs, base: str, drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Jobs, base: str, drafter: str, uno: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = runs.folder
-    output = tmp_path / "output"
+    output, (plain, own) = tmp_path / "output", uno
     train = ["train", "drafter", f"start_from={base}", f"data={folder / 'data'}", f"output={output}"]
+    train_uno = ["train", "drafter_uno", f"start_from={plain}", *train[3:]]
+    other = tmp_path / "other"
+    small.qwen3(other, num_hidden_layers=2)
+    assert main(["convert", "import", str(other), str(tmp_path / "two")]) == 0
     capsys.readouterr()
     for words, said in (
         (["generate", drafter, "a"], "is a drafter"),
         (["generate", base, "a", "--drafter", base], "is not a drafter"),
-        (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "mode linear alone"),
+        (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "modes linear and tree"),
+        (["generate", plain, "a"], "or a drafter of kind uno"),
+        (["generate", plain, "a", "--mode", "tree"], "or a drafter of kind uno"),
+        (["generate", plain, "a", "--drafter", drafter], "drafts with a mask token"),
+        (["generate", plain, "a", "--mode", "quadratic", "--drafter", own], "needs a mask token"),
+        (["generate", str(tmp_path / "two"), "a", "--drafter", own], "num_layers=4; this one has 2"),
+        (["generate", plain, "a", "--mode", "tree", "--drafter", own, "--tree-nodes", "1"], "tree nodes is 1"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
+        ([*train[:2], f"start_from={plain}", *train[3:]], "has no mask token"),
         ([*train, "lora_rank=many"], "lora_rank=many is not a whole number"),
         ([*train, "lora_rank=0"], "have rank 0"),
+        ([*train, "objective.block_schedule=random", "objective.block_sizes=[1,8]"], "a block of 1 has no token"),
+        ([*train, "objective.alpha=0.5"], "objective.alpha has no effect on a drafter"),
+        ([*train_uno, "objective.mask_embedding_noise=1"], "objective.mask_embedding_noise has no effect"),
+        ([*train_uno, "targets=some"], "use all or o_proj"),
+        ([*train_uno, "peft.target_modules=['linear_q']"], "peft.target_modules="),
+        ([*train_uno, "drafter.kind=uni"], "drafter.kind is 'uni'"),
         (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
+        (["convert", "export", own, str(output), "--format", "tri-mode"], "holds drafters of kind nemotron"),
+        (["convert", "export", plain, str(output), "--drafter", own], "holds drafters of kind nemotron"),
     ):
         assert main(words) == 2, words
         said_so = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nemodiff: error:")]
-        assert len(said_so) == 1 and said in said_so[0]
+        assert len(said_so) == 1 and said in said_so[0], (words, said_so)
         assert not output.exists()
 
 

@@ -117,6 +117,8 @@ class Drafter:
 
     kind: DraftKind
     lora: DraftLoRA
+    block_size: int
+    """Positions of the last blocks that it was trained on."""
 
 
 def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Drafter:
@@ -150,7 +152,7 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
     if adapters is None:
         raise UserError(f"'{checkpoint.iteration}' has no settings of its adapters; take another iteration")
     lora = DraftLoRA(dim=adapters["dim"], alpha=adapters["alpha"], target_modules=list(adapters["target_modules"]))
-    return Drafter(kind, lora)
+    return Drafter(kind, lora, run["model"]["block_size"])
 
 
 def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: Drafter) -> None:

@@ -10,7 +10,8 @@ from nemodiff_train.objective import ObjectiveConfig
 
 _OF_MASKS = {"mask_token", "mask_embedding_noise", "mask_embedding_noise_steps"}
 _USED = _OF_MASKS | {
-    "stage", "seed", "block_size", "block_schedule", "block_sizes", "block_steps", "clean_attention", "shift", "views",
+    "stage", "seed", "block_size", "block_schedule", "block_sizes", "block_steps", "clean_attention", "shift",
+    "views",
 }  # fmt: skip
 """Settings of the objective that a drafter's training follows or that are refused by themselves."""
 
