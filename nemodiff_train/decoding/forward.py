@@ -1,5 +1,7 @@
 """One model chunk as plain functions of its weights, for decoding."""
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -140,9 +142,10 @@ def _row_parallel(linear: nn.Module, states: Tensor) -> Tensor:
     return _corrected(linear, states, out)
 
 
-def _base(linear: nn.Module) -> nn.Module:
+def _base(linear: nn.Module) -> ColumnParallelLinear | RowParallelLinear:
     """Return a linear layer without its drafter's adapters."""
-    return linear.to_wrap if isinstance(linear, DraftLinear) else linear
+    base = linear.to_wrap if isinstance(linear, DraftLinear) else linear
+    return cast(ColumnParallelLinear | RowParallelLinear, base)
 
 
 def _corrected(linear: nn.Module, states: Tensor, out: Tensor) -> Tensor:

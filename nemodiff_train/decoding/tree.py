@@ -102,25 +102,41 @@ def _verify_tree(
     matches = choices.gather(1, tree.parents) == tokens
     matches[:, 0] = True
     on_branch = ~(sees & ~matches[:, None, :]).any(-1)
-    accepted_probs = _mass_of_children(logits, tokens, tree.parents)
+    proposed = _mass_of_children(logits, tokens, tree.parents)
 
-    host = [each.cpu() for each in (on_branch, tokens, tree.parents, choices, accepted_probs)]
+    host = [each.cpu() for each in (on_branch, tokens, tree.parents, choices, proposed)]
     branches = []
     for index, row in enumerate(active.tolist()):
-        branch, nodes, parents, chosen, probs = (each[index] for each in host)
-        path = branch.nonzero()[:, 0]
-        branches.append(path)
-        end = int(path[-1])
-        draft = nodes[path[1:]].tolist()
-        # What the cycle is recorded by: the branch, and where it ended at a node with children, the first of these.
-        refused = (parents == end).nonzero()[:, 0]
-        refused = nodes[refused[refused != end][:1]].tolist()
-        tests = probs[path[: len(draft) + len(refused)]].tolist()
-        accepts = [True] * len(draft) + [False] * len(refused)
-        emitted, own = [*draft, int(chosen[end])], not session.draft_kind.seed_in_block
-        rows[row].extend_by_cycle(emitted, session.calls(row), draft + refused, accepts, tests, own)
+        branch, *of_nodes = (each[index] for each in host)
+        branches.append(branch.nonzero()[:, 0])
+        drafted, chosen, accepts, tests = _as_cycle(branches[-1].tolist(), *(each.tolist() for each in of_nodes))
+        own = not session.draft_kind.seed_in_block
+        rows[row].extend_by_cycle(chosen, session.calls(row), drafted, accepts, tests, own)
     session.commit_nodes(active, branches)
-    return choices.gather(1, torch.stack([path[-1:] for path in branches]).to(choices.device))
+    ends = torch.stack([branch[-1:] for branch in branches])
+    return choices.gather(1, session.cache.moved(ends))
+
+
+def _as_cycle(
+    branch: list[int], tokens: list[int], parents: list[int], choices: list[int], proposed: list[float]
+) -> tuple[list[int], list[int], list[bool], list[float]]:
+    """Return what a cycle is recorded by: the branch, and where it ended at a node with children, the first of these.
+
+    Args:
+        branch: Nodes that are kept, the root first.
+        tokens: Token of each node.
+        parents: Parent of each node.
+        choices: What the verifier has chosen to follow each node.
+        proposed: Probability that it chooses one of a node's children.
+
+    Returns:
+        The recorded draft; the tokens that are emitted; whether each of the draft is accepted; and its probability.
+    """
+    accepted, end = [tokens[node] for node in branch[1:]], branch[-1]
+    refused = [tokens[node] for node in range(1, len(parents)) if parents[node] == end][:1]
+    drafted = accepted + refused
+    accepts = [True] * len(accepted) + [False] * len(refused)
+    return drafted, [*accepted, choices[end]], accepts, [proposed[node] for node in branch[: len(drafted)]]
 
 
 def _mass_of_children(logits: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:

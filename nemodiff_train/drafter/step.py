@@ -108,7 +108,8 @@ class DraftLoss:
         losses, gradients, agrees, accepted = self._judged(head, drafts, verifiers, uniform)
         passed = torch.stack([usable, self._at(index, agrees), self._at(index, accepted)], dim=2)  # [batch, n, 3]
         passed = self.state.shard.gather(passed, length, self.state.context_group)
-        verdict = Verdict.of(slots, *passed.unbind(2), self.settings)
+        usable, agrees, accepted = passed.unbind(2)
+        verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
         weights = self._own(verdict.weights).flatten()[index]
         total = (losses * weights).sum()
         self.report.update(self._figures(slots, verdict))
