@@ -129,8 +129,8 @@ def declared_type(section: type, name: str) -> Any:
 
 
 def _type_adapter(hint: Any) -> TypeAdapter[Any] | None:
-    """Return a validator of a type, or None for Megatron's own types and for choices, which are checked before."""
-    if hint is None or get_origin(hint) is Literal:
+    """Return a validator of a type, or None for Megatron's own types."""
+    if hint is None:
         return None
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if is_dataclass(hint) else _ALLOW_ANY_CLASS)

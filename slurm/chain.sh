@@ -8,6 +8,10 @@ if (($# != 1)); then
   echo "usage: slurm/chain.sh FILE" >&2
   exit 2
 fi
+if ! command -v sbatch >/dev/null; then
+  echo "slurm/chain.sh: error: no sbatch on this machine; run it where jobs are submitted" >&2
+  exit 2
+fi
 before=()
 while read -r -a words || ((${#words[@]})); do
   if ((${#words[@]} == 0)) || [[ ${words[0]} == \#* ]]; then

@@ -13,6 +13,10 @@ if (($# < 3)); then
   echo "usage: slurm/data.sh [--chat] FOLDER TOKENIZER PREFIX [option of sbatch ...]" >&2
   exit 2
 fi
+if ! command -v sbatch >/dev/null; then
+  echo "slurm/data.sh: error: no sbatch on this machine; run it where jobs are submitted" >&2
+  exit 2
+fi
 SCRIPTS=${SCRIPTS:-$(dirname "$0")}
 export SCRIPTS
 folder=$1 tokenizer=$2 prefix=$3

@@ -192,14 +192,6 @@ def train_as_told(folder: str, words: list[str], environment: dict[str, str]) ->
     return main(["train", *words])
 
 
-def tell(folder: str, commands: list[list[str]]) -> list[int]:
-    """Run commands of ``nemodiff`` in a folder, one after another; return their exit codes."""
-    from nemodiff_train.cli import main
-
-    os.chdir(folder)
-    return [main(words) for words in commands]
-
-
 def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     """Evaluate undisturbed; then with a disk that is full after a few prompts; then again, as a user would.
 

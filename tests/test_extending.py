@@ -12,9 +12,9 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.noise import MASK_SAMPLINGS, WEIGHTINGS, Canvas, Key, draw_noise
 from nemodiff_train.validation.objective import objective_problems
-from tests import jobs, small
+from tests import small
 from tests.test_docs import ROOT, blocks
-from tools.support.ranks import Jobs, RankPool
+from tools.support.ranks import Jobs, RankPool, run_commands
 
 PAGE = ROOT / "docs" / "extending.md"
 SETTINGS = [
@@ -51,7 +51,7 @@ JOBS = {
 def test_a_file_adds_a_schedule_a_mode_a_task_and_a_family(folder: Path, ranks: RankPool) -> None:
     runs, before = Jobs(ranks, folder), None
     for name, commands in JOBS.items():
-        runs.add(name, 1, jobs.tell, after=before, folder=str(folder), commands=commands)
+        runs.add(name, 1, run_commands, after=before, folder=str(folder), commands=commands)
         before = name
     assert [code for name in JOBS for code in runs[name]] == [0] * 4
     steps = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -27,6 +27,16 @@ def test_scripts_are_sound() -> None:
     shellcheck(*sorted((ROOT / "slurm").glob("*.s*")))
 
 
+@pytest.mark.parametrize("words", [["chain.sh", "README.md"], ["data.sh", "docs", "model", "data"]])
+def test_scripts_without_slurm_say_so(words: list[str], tmp_path: Path) -> None:
+    for program in ("bash", "dirname"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    command = [shutil.which("bash") or "bash", f"slurm/{words[0]}", *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    line = f"slurm/{words[0]}: error: no sbatch on this machine; run it where jobs are submitted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
 def test_printed_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ["--after", "17", "--time", "1-12", "--partition", "gpu", "--account", "me", "--gres", "gpu:h100:8"]
     assert main([*WORDS, *options, "data=a b;rm c", "start_from=m", "output=o"]) == 0

@@ -190,6 +190,7 @@ def test_hostile_values_of_all_settings(
         ("train.train_iters", "4000000000"),
         ("train.train_iters", "1000000000"),
         ("train.global_batch_size", "99999999"),
+        ("train.global_batch_size", "1000000"),
         ("objective.views", "1000000000"),
         ("ddp.bucket_size", "-5"),
         ("optimizer.clip_grad", "-1"),
@@ -217,7 +218,40 @@ def test_absurd_values_are_refused(config: Any, key: str, value: str) -> None:
         raise UserError("; ".join(size.problems(config, 1)))
 
 
-@pytest.mark.parametrize("key", ["model.moe_router_topk", "model.mtp_num_layers"])
+@pytest.mark.parametrize("key", ["rerun_state_machine.error_injection_type", "rerun_state_machine.rerun_mode"])
+def test_a_choice_cannot_be_unset(config: Any, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} cannot be null"):
+        override(config, {key: "null"})
+
+
+@pytest.mark.parametrize("key", ["model.fp8_margin", "optimizer.initial_loss_scale", "ddp.grad_reduce_in_fp32"])
+def test_what_the_precision_decides_is_refused(config: Any, key: str) -> None:
+    """Bridge copies every field of the precision over its namesakes."""
+    with pytest.raises(UserError, match=f"{key} has no effect here: set mixed_precision"):
+        override(config, {key: "1"})
+
+
+def test_settings_that_nothing_reads_while_another_is_off(config: Any) -> None:
+    """Each group of them is refused by name without its switch, and taken with it."""
+    from nemodiff_train.validation.settings import _ONLY_WITH, _switched_off
+
+    assert list(_switched_off(config)) == []
+    for start, switches in _ONLY_WITH.items():
+        changed, section = copy.deepcopy(config), start.partition(".")[0]
+        part = getattr(changed, section)
+        key = next(
+            f"{section}.{field.name}"
+            for field in fields(part)
+            if re.match(start, f"{section}.{field.name}") and f"{section}.{field.name}" not in switches
+        )
+        setattr(part, key.partition(".")[2], "changed")
+        assert [line.partition(" has no effect")[0] for line in _switched_off(changed)] == [key], start
+        owner, _, switch = switches[0].partition(".")
+        setattr(getattr(changed, owner), switch, True)
+        assert not any(line.startswith(f"{key} ") for line in _switched_off(changed))
+
+
+@pytest.mark.parametrize("key", ["model.moe_router_topk", "model.mtp_num_layers", "tokenizer.vocab_file"])
 def test_settings_of_other_kinds_are_refused(config: Any, key: str) -> None:
     with pytest.raises(UserError, match=f"{key} has no effect here: "):
         override(config, {key: "1"})

@@ -19,14 +19,15 @@ from pyarrow import parquet
 from nemodiff_train.cli import VERBS
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.demo.tokenizer import train_tokenizer
-from tests import jobs, small
+from tests import small
 from tests.prepared import write_jsonl
 from tests.test_chat import CHATML
 from tests.test_docs import ROOT, blocks
-from tools.support.ranks import Jobs, RankPool
+from tools.support.ranks import Jobs, RankPool, run_commands
 
 PAGES = (
-    "training", "data", "conversion", "drafter", "evaluation", "finetuning", "objectives",
+    "training", "data", "conversion", "drafter", "evaluation", "finetuning", "objectives", "serving", "cluster",
+    "performance", "install",
 )  # fmt: skip
 
 ELSEWHERE = {
@@ -37,8 +38,6 @@ ELSEWHERE = {
 NOT_HERE = {
     ("lm-eval",): "tests/test_harness.py",
     ("demo",): "tests/test_demo.py",
-    ("launch",): "tests/test_launch.py",
-    ("plan",): "tests/test_plan.py",
 }
 """Commands that other tests run."""
 
@@ -181,7 +180,7 @@ class Walk(Jobs):
         if not block:
             return
         words = [each.made_small()[1] for each in block]
-        self.add(name, ranks, jobs.tell, folder=str(self.folder), commands=words)
+        self.add(name, ranks, run_commands, folder=str(self.folder), commands=words)
         codes = self[name]
         assert codes == [2 if each.refused else 0 for each in block], (words, self.pool_output(name))
 
@@ -224,7 +223,7 @@ def test_the_commands_of_the_documents_run(folder: Path, ranks: RankPool) -> Non
 
 
 def test_every_verb_is_walked_or_tested_elsewhere() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES), ROOT / "docs" / "install.md"]
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
     walked = {each.words[0] for page in pages for block in commands(page) for each in block}
     assert walked | {name for (name,) in NOT_HERE} == set(VERBS)
     assert all((ROOT / file).is_file() for file in NOT_HERE.values())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nemodiff_train.console import console
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.runtime import init_runtime
+from nemodiff_train.runtime import init_runtime, init_without_device
 
 if TYPE_CHECKING:
     from nemodiff_train.data.manifest import Manifest
@@ -70,6 +70,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sub-command; 130 after Ctrl-C."""
+    if arguments.action == "show":
+        _show(arguments)
+        return 0
+    init_without_device()
     if arguments.action == "merge":
         from nemodiff_train.data.merge import merge
 
@@ -79,9 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         from nemodiff_train.data.inspection import inspect
 
         inspect(arguments.prefix, arguments.verify)
-        return 0
-    if arguments.action == "show":
-        _show(arguments)
         return 0
     return _prepare(arguments)
 

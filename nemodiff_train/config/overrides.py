@@ -3,9 +3,10 @@
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
 from nemodiff_train.config.config import TriModeConfig
@@ -43,9 +44,6 @@ _WITHOUT_EFFECT = {
     "dist.lazy_mpu_init": _OURS,
     "model.config_logger_dir": _SAVED,
     "optimizer.config_logger_dir": _SAVED,
-    "model.fp8": _BY_PRECISION,
-    "model.fp4": _BY_PRECISION,
-    "optimizer.fp8_recipe": _BY_PRECISION,
     "model.cp_comm_type": _OWN_ATTENTION,
     "model.hierarchical_context_parallel_sizes": _OWN_ATTENTION,
     "model.restore_modelopt_state": "models that ModelOpt has quantized are not trained",
@@ -73,6 +71,7 @@ _WITHOUT_EFFECT = {
         "no code of this version of Megatron and Bridge reads it",
     ),
 }
+_PRECISION = {field.name for field in fields(MixedPrecisionConfig)}
 _OF_OTHER_KINDS = {
     **dict.fromkeys(("model.moe_", "model.num_moe_", "model.expert_"), "the model has no experts"),
     **dict.fromkeys(("model.mamba_", "model.linear_"), "the model has attention layers alone"),
@@ -94,6 +93,16 @@ _OF_OTHER_KINDS = {
     ),
     **dict.fromkeys(
         ("checkpoint.non_persistent_", "checkpoint.replication"), "checkpoints are of one kind here"
+    ),
+    **dict.fromkeys(
+        (
+            "tokenizer.vocab_file", "tokenizer.merge_file", "tokenizer.metadata_path", "tokenizer.special_tokens",
+            "tokenizer.tiktoken_", "tokenizer.null_tokenizer_", "tokenizer.sp_tokenizer_", "tokenizer.image_tag_",
+            "tokenizer.tokenizer_sentencepiece_", "tokenizer.tokenizer_prompt_format",
+            "tokenizer.force_system_message", "tokenizer.make_vocab_size_divisible_by",
+            "tokenizer.tensor_model_parallel_size", "tokenizer.rank",
+        ),
+        "the tokenizer is a Hugging Face directory",
     ),
 }  # fmt: skip
 """Beginnings of settings that belong to kinds of models, or of checkpoints, that there are none of here."""
@@ -138,6 +147,9 @@ def without_effect(key: str) -> str | None:
     """
     if reason := _WITHOUT_EFFECT.get(key):
         return reason
+    section, _, name = key.partition(".")
+    if section in ("model", "optimizer", "ddp") and name in _PRECISION:  # Bridge copies each over its namesake
+        return _BY_PRECISION
     return next((reason for start, reason in _OF_OTHER_KINDS.items() if key.startswith(start)), None)
 
 

@@ -27,3 +27,10 @@ def init_runtime() -> "Host":
     host = init_quietly()
     announce(host)
     return host
+
+
+def init_without_device() -> None:
+    """Spare a process that only reads and writes data the imports of a run; after :func:`init_runtime` do nothing."""
+    from nemodiff_train.runtime.start import init_without_device as init
+
+    init()

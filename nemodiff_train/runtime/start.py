@@ -128,6 +128,15 @@ def init_quietly() -> Host:
     return Host(cuda=cuda, missing_packages=(*missing, *large))
 
 
+@functools.cache
+def init_without_device() -> None:
+    """Prepare a process that runs no model: what it does not use is not imported, and nothing is compiled."""
+    if not init_quietly.cache_info().currsize:
+        _quiet_third_parties()
+        defer_imports(compiles=False)
+        compile_nothing()
+
+
 def save_worker(*arguments: Any) -> None:
     """Run Core's loop for asynchronous saves, in a process that Core has just started and nothing has prepared."""
     serve_parent_alone()

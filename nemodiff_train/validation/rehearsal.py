@@ -1,6 +1,7 @@
 """What a run does before its first step, in one process: its model in miniature, its optimizer, its data."""
 
 import copy
+import math
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from nemodiff_train.runtime import init_runtime
 
 _WIDTH = 16
 """Hidden size of the miniature on a tensor-parallel rank."""
+_MOST_SAMPLES = 1 << 22
+"""Of a data set of the rehearsal: the order of more takes minutes."""
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -89,7 +92,7 @@ def _build(config: TriModeConfig) -> None:
 
 def _load_batch(config: TriModeConfig) -> None:
     """Read a micro-batch as the first rank's loader does."""
-    with datasets(config) as (train, *_):
+    with datasets(config, _MOST_SAMPLES) as (train, *_):
         loader = build_pretraining_data_loader(
             train,
             0,
@@ -103,21 +106,23 @@ def _load_batch(config: TriModeConfig) -> None:
 
 
 @contextmanager
-def datasets(config: TriModeConfig) -> Iterator[tuple[Any, ...]]:
+def datasets(config: TriModeConfig, most: float = math.inf) -> Iterator[tuple[Any, ...]]:
     """Build the data sets of a run.
 
     The run's folder is not made, but what it has there is used.
 
     Args:
         config: After :meth:`TriModeConfig.propagate`.
+        most: Samples of each data set; fewer than the run's come in another order.
 
     Yields:
         The training, validation and test set; None for one without samples.
     """
     dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
     with tempfile.TemporaryDirectory() as folder:
-        if not Path(dataset.run_cache).is_dir():
+        if max(sizes) > most or not Path(dataset.run_cache).is_dir():
             dataset.run_cache = folder
+        sizes = [min(size, most) for size in sizes]
         yield tuple(dataset.build_datasets(DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))))
 
 

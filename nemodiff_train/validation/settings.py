@@ -3,8 +3,9 @@
 import copy
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
@@ -73,8 +74,28 @@ CHOICES = {
     "logger.runtime_time_unit": ("seconds", "minutes", "hours", "days"),
 }
 """Choices of Bridge's text settings that do not declare them."""
-_OPTIMIZERS = ("muon", "adaptive_muon", "soap", "lion")
+_OPTIMIZERS = ("muon", "adaptive_muon", "soap", "lion", "adam", "sgd")
 """Beginnings of settings that one optimizer alone reads."""
+_ONLY_WITH = {
+    "profiling": ("profiling.use_nsys_profiler", "profiling.use_pytorch_profiler", "profiling.record_memory_history"),
+    "ddp.(fsdp_|megatron_fsdp_|outer_dp_|data_parallel_sharding|keep_fp8_|disable_symm)": ("ddp.use_megatron_fsdp",),
+    "dist.flight_recorder_": ("dist.flight_recorder_dump_path",),
+    "logger.tensorboard_|logger.log_.*_to_tensorboard": ("logger.tensorboard_dir", "logger.wandb_project"),
+    "logger.wandb_": ("logger.wandb_project",),
+    "logger.mlflow_": ("logger.mlflow_experiment",),
+    "logger.comet_": ("logger.comet_project",),
+    "logger.moe_": ("model.num_moe_experts",),
+    "model.cpu_offloading_": ("model.cpu_offloading",),
+    "model.tp_comm_": ("model.tp_comm_overlap",),
+    "model.recompute_(method|num_layers|modules)": ("model.recompute_granularity",),
+    "model.(offload_modules|.*_offload_|fine_grained_offloading_|.*offloaded_)": (
+        "model.fine_grained_activation_offloading",
+    ),
+    "optimizer.optimizer_offload_|optimizer.overlap_cpu_|optimizer.pin_cpu_": ("optimizer.optimizer_cpu_offload",),
+    "rerun_state_machine.error_injection_type": ("rerun_state_machine.error_injection_rate",),
+    "rerun_state_machine.spiky_loss_factor": ("rerun_state_machine.check_for_spiky_loss",),
+}
+"""Settings, by the beginning of their name, and the ones without all of which nothing reads them."""
 _READ = ("dist.nccl_communicator_config_path", "dataset.dataloader_load")
 """Files that a run reads besides its own."""
 
@@ -162,6 +183,7 @@ def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
         kind = next((kind for kind in _OPTIMIZERS if field.name.startswith(f"{kind}_")), "")
         if kind and kind not in optimizer and getattr(config.optimizer, field.name) != field.default:
             yield f"optimizer.{field.name} has no effect with optimizer.optimizer={optimizer}; leave it out"
+    yield from _switched_off(config)
     for key in _READ:
         section, _, name = key.partition(".")
         if (file := getattr(getattr(config, section), name, None)) and not Path(file).exists():
@@ -169,6 +191,19 @@ def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
     for key, choices in CHOICES.items():
         if (value := attrgetter(key)(config)) not in choices:
             yield f"{key} is '{value}'; use '{"' or '".join(choices)}'.{nearest(str(value), choices)}"
+
+
+def _switched_off(config: "TriModeConfig") -> Iterator[str]:
+    """Yield the settings that were changed though nothing reads them as long as another is off."""
+    for start, switches in _ONLY_WITH.items():
+        if any(attrgetter(switch)(config) for switch in switches):
+            continue
+        section = getattr(config, start.partition(".")[0])
+        for field in fields(section):
+            key = f"{start.partition('.')[0]}.{field.name}"
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if re.match(start, key) and key not in switches and getattr(section, field.name) != default:
+                yield f"{key} has no effect without {' or '.join(switches)}; set that too, or leave it out"
 
 
 def _bridge_refusals(config: "TriModeConfig") -> Iterator[str]:

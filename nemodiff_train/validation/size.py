@@ -18,6 +18,8 @@ _MOST_SAMPLES = 1 << 24
 """Samples of a step: Megatron lists the micro-batches of a step, and those of a validation, in memory."""
 _BYTES_OF_A_SAMPLE = 16
 """Of the order of the samples, which every rank holds: Megatron's document, offset and place in the shuffle."""
+_SHARE_OF_THE_ORDER = 0.25
+"""Of a machine's memory: making the order takes copies of it."""
 _FASTEST = 100
 """Steps per second beyond those of any run."""
 _YEAR = 365 * 24 * 3600
@@ -44,7 +46,7 @@ def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
         years = steps / _FASTEST / _YEAR
         yield f"train.train_iters is {steps:,}: {years:,.0f} years at {_FASTEST} steps per second; use fewer"
     for name, count in (("train.train_iters", steps), ("validation.eval_iters", _validation_steps(config))):
-        if (order := count * batch * _BYTES_OF_A_SAMPLE) > psutil.virtual_memory().total:
+        if (order := count * batch * _BYTES_OF_A_SAMPLE) > _SHARE_OF_THE_ORDER * psutil.virtual_memory().total:
             yield (
                 f"{name} makes {count:,} steps of train.global_batch_size={batch:,} samples, whose order alone takes "
                 f"about {order / GB:,.0f} GB of memory; lower one of them"

@@ -185,14 +185,16 @@ class RankPool:
         world = self.start(name, world_size, function, **options)
         return self.wait(world), world.output()
 
-    def call(self, name: str, world_size: int, function: Callable[..., Any], **options: Any) -> Any:
-        """Start a job and wait for it; return what the function returned on rank 0.
+    def call(
+        self, name: str, world_size: int, function: Callable[..., Any], *, timeout: float = 300.0, **options: Any
+    ) -> Any:
+        """Start a job and wait for it, ``timeout`` seconds at most; return what the function returned on rank 0.
 
         Raises:
             RankError: A rank failed.
         """
         world = self.start(name, world_size, function, **options)
-        codes = self.wait(world)
+        codes = self.wait(world, timeout)
         if any(codes):
             raise RankError(f"job '{name}': exit codes {codes}\n{world.output()[-6000:]}")
         return world.result()
@@ -267,6 +269,14 @@ class Jobs:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._jobs)
+
+
+def run_commands(folder: str, commands: list[list[str]]) -> list[int]:
+    """Run commands of ``nemodiff`` in a folder, one after another; return their exit codes."""
+    from nemodiff_train.cli import main
+
+    os.chdir(folder)
+    return [main(words) for words in commands]
 
 
 @dataclass(frozen=True)
