@@ -411,7 +411,7 @@ def test_refused_in_one_line(
         ([*train_uno, "peft.target_modules=['linear_q']"], "peft.target_modules="),
         ([*train_uno, "drafter.kind=uni"], "drafter.kind is 'uni'"),
         (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
-        (["convert", "export", own, str(output), "--format", "tri-mode"], "holds drafters of kind nemotron"),
+        (["convert", "export", own, str(output), "--format", "tri-mode"], "use --format ar"),
         (["convert", "export", plain, str(output), "--drafter", own], "holds drafters of kind nemotron"),
     ):
         assert main(words) == 2, words
