@@ -8,9 +8,8 @@ for models that are autoregressive alone, with the paper's run for an 8B model.
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule, set_tensor_parallel
-from nemodiff_train.drafter.config import DrafterConfig, uno
-from nemodiff_train.errors import UserError
-from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
+from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
+from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 
@@ -68,17 +67,14 @@ def drafter_uno(
         targets: Linear layers with adapters: all seven projections ('all'), or the attention output ('o_proj').
         steps: Training steps.
     """
-    if targets not in ("all", "o_proj"):
-        raise UserError(f"recipe 'drafter_uno': targets={targets}; use all or o_proj")
     model = set_tensor_parallel(model_from(start_from), tensor_parallel)
-    sizes = [2, 4, 6, 8, 12, 16]
     config = base_config(
         model,
         ObjectiveConfig(
-            block_size=sizes[-1],
+            block_size=UNO_BLOCKS[-1],
             block_schedule="curriculum",
-            block_sizes=sizes,
-            block_steps=-(-steps // len(sizes)),
+            block_sizes=UNO_BLOCKS,
+            block_steps=-(-steps // len(UNO_BLOCKS)),
             shift=model.shift,
         ),
         TextDatasetConfig(seq_length=4096, data=[data], split="100,0,0"),
@@ -90,6 +86,6 @@ def drafter_uno(
         scheduler=schedule(0.02, style="constant"),
     )
     config.optimizer.weight_decay = config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = 0.0
-    layers = list(PROJECTIONS) if targets == "all" else ["linear_proj"]
-    config.drafter, config.peft = uno(), DraftLoRA(dim=lora_rank, alpha=lora_alpha, target_modules=layers)
+    config.drafter = uno()
+    config.peft = DraftLoRA(dim=lora_rank, alpha=lora_alpha, target_modules=adapted_layers(targets))
     return config

@@ -420,6 +420,7 @@ def test_refused_in_one_line(
         assert not output.exists()
 
 
-def test_inspected_as_what_it_is(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "inspect", drafter]) == 0
-    assert "Megatron checkpoint: drafter" in capsys.readouterr().out
+def test_inspected_as_what_it_is(drafter: str, uno: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for checkpoint, kind in ((drafter, "nemotron"), (uno[1], "uno")):
+        assert main(["convert", "inspect", checkpoint]) == 0
+        assert f"Megatron checkpoint: drafter, {kind}" in capsys.readouterr().out

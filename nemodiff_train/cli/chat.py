@@ -116,7 +116,8 @@ class Chat:
         from nemodiff_train.decoding.decode import check_mode
         from nemodiff_train.decoding.pipeline import PipelineRunner
 
-        check_mode(PipelineRunner(self.opened.model).config, mode)
+        runner = PipelineRunner(self.opened.model)
+        check_mode(runner.config, mode, runner.draft_kind)
         if mode == "oracle":
             raise UserError("mode 'oracle' decodes an answer before it looks for the way to it; use another one")
         self.mode = mode

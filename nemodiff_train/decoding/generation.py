@@ -140,8 +140,6 @@ class Cycle:
 
     accepted: int
     """Draft tokens that were committed."""
-    own: int = 0
-    """Tokens that the draft's forward gave as the verifier's own, before the draft (``uno`` drafters: 1)."""
     recovered: bool = False
     """Whether the verifier's own token at the first rejected position was committed after them."""
     bonus: bool = False
@@ -153,6 +151,8 @@ class Cycle:
     accept_probs: list[float] = field(default_factory=list)
     """For each draft token, min(1, p/q) at temperature 1, with p of the verifier and q of the drafter; in a tree, p
     of all that it proposes for the position."""
+    own: int = 0
+    """Tokens that the draft's forward gave as the verifier's own, before the draft (``uno`` drafters: 1)."""
 
     @property
     def committed(self) -> int:

@@ -5,6 +5,9 @@ from typing import Literal
 
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
+UNO_BLOCKS = [2, 4, 6, 8, 12, 16]
+"""Block sizes that Uno (arXiv 2609.04010) trains on, one after another, for equally many steps."""
+
 
 @dataclass(kw_only=True)
 class DrafterConfig:

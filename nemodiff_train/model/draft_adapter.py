@@ -26,6 +26,17 @@ PROJECTIONS = {
 """Hugging Face's names of the linear layers that an adapter may act on, by those of Megatron Bridge."""
 
 
+def adapted_layers(targets: str) -> list[str]:
+    """Return the linear layers that ``targets`` stands for: ``all`` projections, or the attention output, ``o_proj``.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if targets not in ("all", "o_proj"):
+        raise UserError(f"targets={targets}; use all or o_proj")
+    return list(PROJECTIONS) if targets == "all" else ["linear_proj"]
+
+
 class DraftLinear(AdapterWrapper):
     """A linear layer with adapters that act on drafts.
 
