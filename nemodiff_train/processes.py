@@ -5,8 +5,10 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 from multiprocessing import parent_process, resource_tracker
 from types import FrameType
@@ -142,6 +144,17 @@ def helpers_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def program_unseen() -> Iterator[None]:
+    """Let processes that are spawned meanwhile not run this process's program as a module, as they do by default."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 def _exit_with_parent() -> None:

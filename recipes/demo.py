@@ -38,7 +38,7 @@ def demo_joint(
     code: str,
     output: str,
     mask_token: str | None = None,
-    tensor_parallel: int = 2,
+    tensor_parallel: int = 1,
     steps: int = 700,
 ) -> TriModeConfig:
     """Turn an AR model into a tri-mode model.
@@ -57,7 +57,7 @@ def demo_joint(
     peak = 5e-3 * min(1.0, 128 / model.hidden_size) ** 1.5  # wider models take smaller steps
     # Two departures from the paper, for a training of minutes: a one-shot draft starts from fully masked samples, and
     # the shift lets the noisy half reuse the sums that the AR model can do already.
-    objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.2, shift=True)
+    objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.5, shift=True)
     config = _demo(
         model,
         objective,

@@ -1,11 +1,13 @@
 """What a command has started ends with it, even where it is killed and can end nothing itself."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,3 +121,70 @@ def test_nothing_is_left_of_a_killed_command(program: str, processes: int, model
         command.kill()
         command.wait()
     assert wait(lambda: not any(map(lives, started)), SECONDS), [words(pid) for pid in started if lives(pid)]
+
+
+UNGUARDED = """
+print("begun")
+import multiprocessing, os
+from nemodiff_train.processes import program_unseen
+with program_unseen():
+    started = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    started.start()
+started.join()
+print(started.exitcode)
+"""
+
+
+def test_a_helper_does_not_run_its_program_again(tmp_path: Path) -> None:
+    """A script without a guard would begin once more in every process that Python spawns."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command, environment = [sys.executable, "script.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("begun\n0\n", 0), done.stderr
+
+
+def test_a_save_does_not_wait_for_a_dead_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may end before it has taken over what is to be written: for want of memory, for example."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    for name in ("process", "queue", "preload_q", "comp_q"):
+        monkeypatch.setattr(PersistentAsyncCaller, f"_persistent_{name}", None)
+    writer = PersistentAsyncCaller._get_process(0)
+    waiting: Any = PersistentAsyncCaller._persistent_preload_q
+    waiting.put(0)
+    writer.kill()
+    waiting.join()
+    assert not writer.is_alive()
+
+
+DROPPED = """
+import os, signal, time
+from nemodiff_train.resilience.signals import end_at_once
+end_at_once(signal.SIGUSR1)
+class Callback:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.1)
+Callback()
+time.sleep(60)
+print("went on")
+"""
+
+
+def test_a_signal_is_not_lost_in_a_callback() -> None:
+    """What is raised while Python collects an object, or forks, is dropped with a traceback."""
+    done = subprocess.run([sys.executable, "-c", DROPPED], cwd=ROOT, capture_output=True, text=True)
+    line = "nemodiff: SIGUSR1 before the first step; repeat the command to go on\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", line)
+
+
+def test_a_signal_prints_nothing_while_something_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python's writers refuse to be entered by a handler that has interrupted them."""
+    from megatron.bridge.training.utils import sig_utils
+
+    from nemodiff_train.runtime import patches
+
+    patches.take_signals_in_silence(sig_utils)
+    with sig_utils.DistributedSignalHandler(signal.SIGUSR1) as handler:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert handler._signal_received and capsys.readouterr().out == ""

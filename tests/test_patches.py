@@ -23,6 +23,8 @@ from nemodiff_train.runtime.replace import REPLACED
 import nemodiff_train.model.adapters
 from megatron.bridge.training import setup
 patches.let_tokenizers_be_larger(setup)
+from megatron.bridge.training.utils import sig_utils
+patches.take_signals_in_silence(sig_utils)
 before = patches.serialization.apply_factory_merges
 with patches.halves_joined_in_place():
     assert patches.serialization.apply_factory_merges is not before

@@ -151,6 +151,7 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
         save_interval=every,
         ckpt_format="torch_dist",
         dist_ckpt_optim_fully_reshardable=True,
+        async_write_results_mp_mode="spawn",  # a fork of a process with threads may stand still, and is as large
     )
 
 

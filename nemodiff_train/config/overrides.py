@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from itertools import groupby
 from typing import Any, cast
 
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
@@ -127,16 +128,30 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
         if f"scheduler.{share}" in overrides and f"scheduler.{steps}" not in overrides:
             setattr(config.scheduler, steps, 0 if steps == "lr_warmup_iters" else None)
     before = {key: _look_up(config, key.lstrip("+~")) for key in overrides}
-    words = [f"{key}={_as_hydra_reads_it(config, key, value)}" for key, value in overrides.items()]
-    try:
-        process_config_with_overrides(config, cli_overrides=words)
-    except (OverridesError, TypeError, ValueError) as error:
-        raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
+    for section, keys in groupby(sorted(overrides, key=_section_of), _section_of):
+        node = getattr(config, section, None)
+        # Only the sections that change: Hydra takes a third of a second for all.
+        part, start = (node, len(section) + 1) if is_dataclass(node) else (config, 0)
+        words = [f"{_cut(key, start)}={_as_hydra_reads_it(config, key, overrides[key])}" for key in keys]
+        try:
+            process_config_with_overrides(cast(Any, part), cli_overrides=words)
+        except (OverridesError, TypeError, ValueError) as error:
+            raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
     for key, old in before.items():
         _check_kind(key, old, _look_up(config, key.lstrip("+~")))
         check_type(config, key.lstrip("+~"))
         check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
     return config
+
+
+def _section_of(key: str) -> str:
+    return key.lstrip("+~").partition(".")[0]
+
+
+def _cut(key: str, start: int) -> str:
+    """Return a key without the ``start`` characters of its section, but with Hydra's signs before it."""
+    name = key.lstrip("+~")
+    return key[: len(key) - len(name)] + name[start:]
 
 
 def without_effect(key: str) -> str | None:

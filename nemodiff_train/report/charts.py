@@ -215,7 +215,7 @@ def over_steps(lines: Sequence[Line], above: str, share: bool = False) -> Markup
     steps = [step for each in lines for step, _ in each.points]
     values = [value for each in lines for _, value in each.points]
     margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
-    x = Scale(min(steps), max(*steps, min(steps) + 1), LEFT, RIGHT - 84)
+    x = Scale(min(steps), max(*steps, min(steps) + 1), LEFT, RIGHT - (84 if any(each.name for each in lines) else 0))
     y = Scale(min(values) - margin, max(values) + margin, BOTTOM, TOP)
     ends = spread([y(each.points[-1][1]) for each in lines], 17, TOP, BOTTOM - 4)
     drawn = [_over_steps(each, end, x, y) for each, end in zip(lines, ends, strict=True)]

@@ -1,12 +1,18 @@
 """The signals that tell a training to end, and what they do until the first step."""
 
 import functools
+import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.processes import ENDING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a command that Ctrl-C has ended."""
@@ -39,7 +45,22 @@ def _leave(number: int, frame: FrameType | None) -> None:
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)  # while the process cleans up
     announce(number)
-    raise ToldToEnd(code_after(number))
+    told = ToldToEnd(code_after(number))
+    sys.unraisablehook = functools.partial(_again, told, sys.unraisablehook)
+    raise told
+
+
+def _again(told: ToldToEnd, otherwise: Callable[["UnraisableHookArgs"], object], lost: "UnraisableHookArgs") -> None:
+    """Raise once more, moments later, what came while Python ran a callback that may not raise, and was dropped."""
+    if lost.exc_value is not told:
+        otherwise(lost)
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise told
+
+    signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 @functools.cache
@@ -47,7 +68,8 @@ def announce(number: int) -> None:
     """Say once, on rank 0, that a signal ends the training before its first step."""
     if is_main_process():
         name = signal.Signals(number).name
-        print(f"nemodiff: {name} before the first step; repeat the command to go on", file=sys.__stderr__, flush=True)
+        # Not by print, which fails where the signal has interrupted one.
+        os.write(2, f"nemodiff: {name} before the first step; repeat the command to go on\n".encode())
 
 
 def code_after(number: int) -> int:

@@ -9,10 +9,12 @@ stand-in for Transformer Engine can be found.
 
 import importlib
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +34,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch import Tensor
 
-from nemodiff_train.processes import helpers_held, serve_parent_alone
+from nemodiff_train.processes import helpers_held, program_unseen, serve_parent_alone
 from nemodiff_train.runtime.replace import REPLACED, replace
 
 
@@ -205,6 +207,48 @@ def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
     replace(PersistentAsyncCaller, "async_loop", staticmethod(worker), takes=parameters)
 
 
+def take_signals_in_silence(sig_utils: ModuleType) -> None:
+    """Let Bridge's signal handlers print nothing: printing fails where the signal has interrupted printing.
+
+    Args:
+        sig_utils: ``megatron.bridge.training.utils.sig_utils``, which is imported late.
+
+    Until: Bridge's handler only sets its flag (not in 0.6.2).
+    """
+    replace(sig_utils, "print_rank_0", _say_nothing, takes="message")
+
+
+def _say_nothing(message: str) -> None:
+    """Leave it to the watchdog to say what a signal does."""
+
+
+def start_writer_alone() -> None:
+    """Start the process that writes saves without the program that started this one, and wait for it while it lives.
+
+    A new process would run that program's file again, and a script may do anything there.  A save that waits until
+    its writer has taken over the tensors goes on if the writer ends before; the next look at it stops the run.
+
+    Until: Core's wait looks whether the writer is alive (not in 0.19.2).
+    """
+
+    def start(cls: type[PersistentAsyncCaller], *arguments: Any, **named: Any) -> Any:
+        with program_unseen():
+            process, queue = original(*arguments, **named), cls._persistent_preload_q
+        if "join" not in vars(queue):
+            queue.join = partial(_join_while_alive, queue.join, process)
+        return process
+
+    takes = "rank, mp_mode, cpu_priority, io_priority"
+    original = replace(PersistentAsyncCaller, "_get_process", classmethod(start), takes=takes)
+
+
+def _join_while_alive(join: Callable[[], None], process: BaseProcess) -> None:
+    waiting = threading.Thread(target=join, daemon=True)
+    waiting.start()
+    while waiting.is_alive() and process.is_alive():
+        waiting.join(0.2)
+
+
 def write_results_queue(mp_mode: str = "spawn") -> Any:
     """Return Core's queue of the results of writing, whose process ends with this one.
 
@@ -213,7 +257,7 @@ def write_results_queue(mp_mode: str = "spawn") -> Any:
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        with helpers_held():
+        with helpers_held(), program_unseen():
             manager.start(initializer=serve_parent_alone)
         filesystem_async._results_queue = manager.Queue()
     return filesystem_async._results_queue

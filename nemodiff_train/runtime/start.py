@@ -117,6 +117,7 @@ def init_quietly() -> Host:
     missing = stand_in_for(OPTIONAL_PACKAGES)
     patches.keep_compiled_dataset_helpers()
     patches.end_save_helpers_with_rank(save_worker)
+    patches.start_writer_alone()
     if not cuda:
         patches.keep_random_states_on_cpu()
         patches.copy_what_is_saved()

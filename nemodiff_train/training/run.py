@@ -30,7 +30,7 @@ from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.signals import ToldToEnd, end_as_ever, end_at_once
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
-from nemodiff_train.runtime.patches import let_tokenizers_be_larger
+from nemodiff_train.runtime.patches import let_tokenizers_be_larger, take_signals_in_silence
 from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
 from nemodiff_train.training.callbacks.order import callbacks_in_order
 from nemodiff_train.training.callbacks.run_log import RunLog
@@ -109,8 +109,10 @@ def train(config: TriModeConfig) -> None:
 def _run(config: TriModeConfig, output: Path) -> None:
     from megatron.bridge.training import setup
     from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
+    from megatron.bridge.training.utils import sig_utils
 
     let_tokenizers_be_larger(setup)
+    take_signals_in_silence(sig_utils)
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
