@@ -408,7 +408,7 @@ def test_refused_in_one_line(
         ([*train, "objective.alpha=0.5"], "objective.alpha has no effect on a drafter"),
         ([*train_uno, "objective.mask_embedding_noise=1"], "objective.mask_embedding_noise has no effect"),
         ([*train_uno, "targets=some"], "use all or o_proj"),
-        ([*train_uno, "peft.target_modules=['linear_q']"], "peft.target_modules="),
+        ([*train_uno, "peft.target_modules=['linear_q']"], "peft.target_modules cannot be overridden"),
         ([*train_uno, "drafter.kind=uni"], "drafter.kind is 'uni'"),
         (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
         (["convert", "export", own, str(output), "--format", "tri-mode"], "use --format ar"),

@@ -122,6 +122,8 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
     for key in overrides:
         if (remedy := without_effect(key.lstrip("+~"))) is not None:
             raise UserError(f"{key} has no effect here: {remedy}")
+        if _section_of(key) == "peft":  # an object that can be called, which Hydra leaves out
+            raise UserError(f"{key} cannot be overridden; the recipe's arguments, such as lora_rank, say what adapts")
     for steps, share in SHARES.items():  # steps on the command line take the place of a recipe's share
         if f"scheduler.{steps}" in overrides and f"scheduler.{share}" not in overrides:
             setattr(config.scheduler, share, None)
