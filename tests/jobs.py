@@ -112,9 +112,12 @@ def loggers(output: str, settings: list[str], **arguments: Any) -> dict[str, Any
     logged = [f"logger.{key}={value}" for key, value in names.items()]
     printed = warnings(
         output=output,
-        settings=[*settings, *logged, f"logger.tensorboard_dir={output}/tensorboard", "train.train_iters=2"],
+        settings=[
+            *settings, *logged, f"logger.tensorboard_dir={output}/tensorboard", "logger.log_params_norm=true",
+            "train.train_iters=2",
+        ],
         **arguments,
-    )
+    )  # fmt: skip
     events = EventAccumulator(f"{output}/tensorboard").Reload()
     return {
         **printed,

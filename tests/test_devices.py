@@ -1,13 +1,14 @@
 """Tensors of the host and of the device never mix, and decoding waits for the device a stated number of times."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import small
-from tests.two_devices import Mixed, TwoDevices, mark, mark_model, two_devices
+from tests.two_devices import Mixed, TwoDevices, is_marked, mark, mark_model, two_devices
 
 MASK = 1
 PROMPTS = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
@@ -107,6 +108,36 @@ def test_comparison_with_transformers(model: Any, devices: TwoDevices) -> None:
     logits_differ(other, [model], 16)
 
 
+def test_verification(model: Any, devices: TwoDevices) -> None:
+    """What 'convert verify' computes of a Megatron model comes back to the host, where it is compared."""
+    from nemodiff_train.conversion.verify import _Megatron
+
+    side = _Megatron("", model.config, Path(), torch.float32, checkpoint=None)  # type: ignore[arg-type]
+    vars(side)["chunks"], tokens = [model], torch.tensor(PROMPTS[2:])
+    for logits in (side.ar_logits(tokens, torch.arange(7)[None]), side.diffusion_logits(tokens, model.config)):
+        assert not is_marked(logits) and logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_drafter(devices: TwoDevices) -> None:
+    """Its loss, forward and backward, and drafts that are verified."""
+    from nemodiff_train.drafter.config import DrafterConfig
+    from nemodiff_train.drafter.step import DraftLoss, draft_tokens
+    from nemodiff_train.model.draft_adapter import DraftLoRA
+
+    built = small.built({})
+    DraftLoRA(dim=4, alpha=16)(built)
+    mark_model(built)
+    batch = small.batch(built, 64)
+    batch["tokens"] = draft_tokens(batch, built.config)
+    for _ in range(2):  # the first one makes the plan
+        before = devices.waits.copy()
+        loss = DraftLoss(batch, DrafterConfig(), built.config, seed=0)
+        total = built(batch["tokens"], batch["position_ids"], None, output_processor=loss.from_hidden_states)
+        total.backward()
+    assert devices.waits == before and all(map(is_marked, loss.report.values()))
+    decoded(built.eval(), "linear")
+
+
 def test_a_training_step(model: Any, devices: TwoDevices) -> None:
     """Forward, losses and backward: no wait at all, once there is a plan of this shape."""
     micro_batch = small.batch(model, 64)
@@ -155,11 +186,9 @@ def test_decoding_takes_cores_layers_where_training_takes_transformer_engines(
 ) -> None:
     from nemodiff_train.model import provider
 
-    monkeypatch.setattr(provider, "HAVE_TE", True)
+    monkeypatch.setattr(model.config, "transformer_impl", "transformer_engine")
     monkeypatch.setattr(provider, "get_gpt_layer_with_transformer_engine_spec", lambda **options: None)
     with pytest.raises(AttributeError):  # the specification of Transformer Engine was asked for
         provider.tri_mode_layer_spec(model.config)
-    monkeypatch.setattr(model.config, "local_layers", True)
+    monkeypatch.setattr(model.config, "transformer_impl", "local")
     assert provider.tri_mode_layer_spec(model.config).layer_specs
-    provider.reset_parallelism(model.config)
-    assert model.config.local_layers is False

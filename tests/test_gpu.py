@@ -1,4 +1,4 @@
-"""What only a GPU runs: kernels against the rule, training against the CPU's, decoding.
+"""What only a GPU runs: kernels against the rule, training against the CPU's, layouts of several GPUs, decoding.
 
 Skipped where there is none.  ``NEMODIFF_REHEARSE=1`` runs it all on a CPU, with the CPU's kernels;
 ``tools/gpu_check`` uses both.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import small
+from tests import jobs, small
 from tests.conftest import GPU
 
 pytestmark = pytest.mark.skipif(not (GPU or os.environ.get("NEMODIFF_REHEARSE")), reason="there is no GPU")
@@ -146,52 +146,100 @@ def test_head_in_chunks(dtype: torch.dtype) -> None:
 
 
 RECIPE = """
+from nemodiff_train.model.adapters import lora
 from tests import small
 
 
-def recipe(start_from: str, data: str, output: str, precision: str = "") -> object:
+def recipe(start_from: str, data: str, output: str, precision: str = "", rank: int = 0) -> object:
     config = small.recipe(start_from, data, output)
     config.mixed_precision, config.checkpoint.save_interval = precision or None, 10
+    config.peft = lora(rank)
     return config
 """
 
+RANKS = min(torch.cuda.device_count(), 8) if GPU else 2
+SHARDED = ["ddp.use_distributed_optimizer=true", "optimizer.use_distributed_optimizer=true",
+           "ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true", "checkpoint.async_save=true",
+           "checkpoint.async_strategy=mcore", "checkpoint.dist_ckpt_optim_fully_reshardable=true"]  # fmt: skip
+TENSOR = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
+STAGES = ["model.pipeline_model_parallel_size=2"]
+INTERLEAVED = [*STAGES, "model.virtual_pipeline_model_parallel_size=2"]
+CONTEXT = ["model.context_parallel_size=2"]
+FULL_RECOMPUTE = ["model.recompute_granularity=full", "model.recompute_method=uniform",
+                  "model.recompute_num_layers=1"]  # fmt: skip
+FIRST = TENSOR if RANKS < 4 else [*TENSOR, *STAGES]
+SECOND = INTERLEAVED if RANKS < 4 else [*INTERLEAVED, *CONTEXT]
+"""Layouts of a run until its fifth step and after it: four kinds of parallelism where there are four GPUs or more."""
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten steps of a small model: on the CPU, here in fp32 with a checkpoint, and here in bf16."""
-    folder = tmp_path_factory.mktemp("gpu")
-    small.qwen3(folder / "model")
-    small.data(folder / "data")
-    (folder / "recipe.py").write_text(RECIPE)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    runs = {
-        "cpu": ({"CUDA_VISIBLE_DEVICES": ""}, []),
-        "fp32": ({}, []),
-        "bf16": ({}, ["precision=bf16_mixed"]),
-    }
-    started = {}
-    for name, (settings, words) in runs.items():
-        command = [sys.executable, "-m", "nemodiff_train", "train", "recipe.py", "start_from=model", "data=data"]
-        with (folder / f"{name}.log").open("w") as log:
-            started[name] = subprocess.Popen(
-                [*command, f"output={name}", *words],
-                cwd=folder,
-                env={**environment, **settings},
+
+class Wave:
+    """Processes that run at the same time, since most of what each does is to import Megatron.
+
+    Args:
+        folder: Where they run, and leave ``NAME.log``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.codes: dict[str, int] = {}
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *words: str, ranks: int = 1, **environment: str) -> None:
+        """Start a verb of ``nemodiff``."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        with (self.folder / f"{name}.log").open("w") as log:
+            self._started[name] = subprocess.Popen(
+                [sys.executable, *(launcher if ranks > 1 else []), "-m", "nemodiff_train", *words],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": path, **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-    for name, process in started.items():
-        assert process.wait(timeout=400) == 0, (folder / f"{name}.log").read_text()[-3000:]
-    return folder
+
+    def train(self, name: str, *words: str, start_from: str = "model", ranks: int = 1, **environment: str) -> None:
+        """Start ten steps of the recipe."""
+        named = [f"start_from={start_from}", "data=data", f"output={name}"]
+        self.start(name, "train", "recipe.py", *words, *named, ranks=ranks, **environment)
+
+    def join(self) -> None:
+        """Wait for all of them."""
+        self.codes |= {name: process.wait(timeout=400) for name, process in self._started.items()}
+
+    def check(self, name: str) -> str:
+        """Return what a process has printed, after a look at its exit code."""
+        printed = (self.folder / f"{name}.log").read_text()
+        assert self.codes[name] == 0, f"{name}: exit code {self.codes[name]}\n{printed[-3000:]}"
+        return printed
+
+    def steps(self, name: str) -> list[dict[str, float]]:
+        """Return the steps that a process has trained."""
+        self.check(name)
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Wave:
+    """Ten steps of a small model: on the CPU, here in fp32 with a checkpoint, and here in bf16."""
+    wave = Wave(tmp_path_factory.mktemp("gpu"))
+    small.qwen3(wave.folder / "model")
+    small.data(wave.folder / "data")
+    (wave.folder / "recipe.py").write_text(RECIPE)
+    wave.train("cpu", CUDA_VISIBLE_DEVICES="")
+    wave.train("fp32")
+    wave.train("bf16", "precision=bf16_mixed")
+    wave.join()
+    return wave
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
-def test_training_is_the_cpus(trained: Path, name: str, tolerance: float) -> None:
+def test_training_is_the_cpus(trained: Wave, name: str, tolerance: float) -> None:
     """The same noise and, within the type's rounding, the same losses and gradient norms over ten steps."""
-    found, expected = (
-        [json.loads(line) for line in (trained / run / "metrics.jsonl").read_text().splitlines()]
-        for run in (name, "cpu")
-    )
+    same(trained.steps(name), trained.steps("cpu"), tolerance)
+
+
+def same(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
+    """Compare two runs of ten steps."""
     assert len(found) == len(expected) == 10
     for mine, other in zip(found, expected, strict=True):
         assert mine["masked_fraction"] == pytest.approx(other["masked_fraction"], abs=1e-6)
@@ -199,10 +247,61 @@ def test_training_is_the_cpus(trained: Path, name: str, tolerance: float) -> Non
             assert mine[figure] == pytest.approx(other[figure], rel=tolerance), figure
 
 
-def test_self_speculation_is_ar_decoding(trained: Path) -> None:
+def test_self_speculation_is_ar_decoding(trained: Wave) -> None:
     """Every mode decodes what was trained here, and the lossless ones say the same."""
-    from tests import jobs
-
-    found = jobs.decode(str(trained / "fp32" / "checkpoints"))
+    trained.check("fp32")
+    found = jobs.decode(str(trained.folder / "fp32" / "checkpoints"))
     assert all(len(tokens) == 24 for tokens in found["diffusion"])
     assert found["linear"] == found["quadratic"] == found["oracle"] == found["ar"]
+
+
+@pytest.fixture(scope="module")
+def verbs(trained: Wave) -> Wave:
+    """What else users do with a model and a checkpoint; on several GPUs also half of a run in parts."""
+    wave = Wave(trained.folder)
+    wave.start("import", "convert", "import", "model", "imported", "--mask-token", small.MASK)
+    wave.train("lora", "rank=8", start_from="fp32/checkpoints")
+    wave.train("fp8", "precision=bf16_with_fp8_current_scaling_mixed")
+    if RANKS > 1:
+        wave.train("parts", *FIRST, *SHARDED, "train.exit_interval=5", ranks=RANKS)
+    wave.join()
+    wave.start("verify", "convert", "verify", "imported", "model")
+    wave.start("generate", "generate", "lora/checkpoints", "the", "--max-new-tokens", "8", "--mode", "linear")
+    if RANKS > 1:
+        words = ["--task", "task.jsonl", "--max-new-tokens", "8", "--output", "evaluated"]
+        (wave.folder / "task.jsonl").write_text('{"prompt": "the", "answer": "0"}\n' * 4)
+        wave.start("eval", "eval", "fp32/checkpoints", *words, "--tensor-parallel", "2", ranks=2)
+    wave.join()
+    if wave.codes.get("parts") == 0:
+        wave.train("parts", *SECOND, *SHARDED, *FULL_RECOMPUTE, ranks=RANKS)
+        wave.join()
+    return wave
+
+
+def test_an_imported_model_is_verified(verbs: Wave) -> None:
+    """On the device of this machine, against Transformers on the CPU."""
+    verbs.check("import")
+    verbs.check("verify")
+
+
+def test_adapters_are_trained_and_decoded(verbs: Wave) -> None:
+    assert len(verbs.steps("lora")) == 10
+    verbs.check("generate")
+
+
+def test_fp8_trains_or_is_refused(verbs: Wave) -> None:
+    """In one line."""
+    printed = (verbs.folder / "fp8.log").read_text()
+    assert verbs.codes["fp8"] == 0 or (verbs.codes["fp8"] == 2 and "fp8 needs" in printed), printed[-3000:]
+
+
+@pytest.mark.skipif(RANKS < 2, reason="there is one GPU")
+def test_layouts_train_the_same_model(trained: Wave, verbs: Wave) -> None:
+    """A run in parts, with communication hidden and saves in the background, that changes its layout half way."""
+    same(verbs.steps("parts"), trained.steps("fp32"), 1e-3)
+
+
+@pytest.mark.skipif(RANKS < 2, reason="there is one GPU")
+def test_evaluation_on_two_ranks(verbs: Wave) -> None:
+    verbs.check("eval")
+    assert (verbs.folder / "evaluated").is_dir()

@@ -1,6 +1,9 @@
 """What only a machine with a GPU or Transformer Engine does, as far as one without can show it."""
 
 import copy
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +23,10 @@ from nemodiff_train.attention.selection import select_kernel  # noqa: E402
 from nemodiff_train.model import adapters, loading, provider, recompute  # noqa: E402
 from nemodiff_train.model.norm import RMSNorm  # noqa: E402
 from nemodiff_train.runtime import start  # noqa: E402
+from nemodiff_train.runtime.packages import without_stand_ins  # noqa: E402
 from nemodiff_train.runtime.start import Host  # noqa: E402
-from nemodiff_train.training import run  # noqa: E402
+from nemodiff_train.training import batch, run  # noqa: E402
+from nemodiff_train.training.callbacks.fused_optimizer import fuse  # noqa: E402
 from nemodiff_train.validation import kernels  # noqa: E402
 
 
@@ -155,6 +160,83 @@ def test_recomputation_reads_a_layer_that_returns_its_norm_too(model: Any) -> No
     out = torch.ones(2, requires_grad=True)
     kept._after_source(nn.Identity(), (), ((out, torch.zeros(2)), None))  # type: ignore[arg-type]
     assert kept.kept is not None and torch.equal(kept.kept, out)
+
+
+def test_a_gpu_updates_all_parameters_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's Adam goes on as a fused one, whatever a CPU's checkpoint says, and counts its steps on the device."""
+
+    def updated(fused_after: int, steps: int = 6) -> tuple[torch.optim.AdamW, list[torch.Tensor]]:
+        weights = [nn.Parameter(torch.ones(3, 5) * (n + 1)) for n in range(2)]
+        adam = torch.optim.AdamW(weights, lr=0.01)
+        for step in range(steps):
+            if step == fused_after:
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.Tensor, "is_cuda", True)
+                    fuse(SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)]))  # type: ignore[arg-type]
+            for weight in weights:
+                weight.grad = (weight.detach() * (step + 1)).sin()
+            adam.step()
+        return adam, weights
+
+    (adam, mine), (_, expected) = updated(3), updated(99)
+    assert adam.param_groups[0]["fused"] is True and adam.param_groups[0]["foreach"] is False
+    assert [int(adam.state[weight]["step"]) for weight in mine] == [6, 6]
+    torch.testing.assert_close(mine, expected)
+    fuse(SimpleNamespace(optimizer=adam))  # type: ignore[arg-type]  # on a CPU
+    assert adam.param_groups[0]["fused"] is False
+    fuse(SimpleNamespace(optimizer=torch.optim.SGD(mine)))  # type: ignore[arg-type]
+
+
+def test_a_norm_is_one_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = RMSNorm(8), torch.ones(2, 8, requires_grad=True)
+    assert "_RMSNorm" in norm(x).grad_fn.name()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert "_RMSNorm" not in norm(x).grad_fn.name()
+
+
+def test_indices_are_copied_from_pinned_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From other memory the copy would wait for the device."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(batch, "init_runtime", lambda: Host(cuda=True, missing_packages=()))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    made = small.batch(model, 64)
+    assert len(pinned) == 1 and torch.equal(pinned[0], made["loss_indices"])
+
+
+def test_whole_layers_are_not_computed_twice(model: Any) -> None:
+    settings = copy.copy(model.config)
+    settings.recompute_granularity, settings.recompute_method = "full", "uniform"
+    kept = object.__new__(recompute._RecomputedInput)
+    kept.config, kept.from_output, kept.kept = settings, True, None
+    kept._after_source(nn.Identity(), (), (torch.ones(2, requires_grad=True), None))  # type: ignore[arg-type]
+    assert kept.kept is None
+
+
+def test_what_cuda_and_transformer_engine_read_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core asserts values of variables for an attention that is not used, which a site may have set."""
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    start._prepare_cuda()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert not {"NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN"} & set(os.environ)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    start._prepare_cuda()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_a_transformer_engine_of_another_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    with without_stand_ins():
+        start._refuse_broken_engine()  # there is none
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(
+            UserError, match=r"OSError: undefined symbol: _ZN3c10\); install the one that was built for"
+        ):
+            start._refuse_broken_engine()
 
 
 def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def logged(runs: Runs) -> Runs:
 
 
 def test_what_a_run_logs(logged: Runs) -> None:
-    wanted = {"loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad-norm", "learning-rate"}
+    wanted = {"loss", "ar_loss", "diffusion_loss", "masked_fraction", "grad-norm", "params-norm", "learning-rate"}
     wanted |= {"tokens_per_second", "diffusion_loss_by_position/1", "diffusion_loss_by_position/9-16"}
     assert wanted <= set(logged["loggers"]["tags"])
     assert logged["loggers"]["wandb"] == 1

@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,11 +15,19 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.runtime import init_runtime
 from tests import small
 
-FAMILIES = {
-    "ministral3": {"3b": (26, 3072), "8b": (34, 4096), "14b": (40, 5120)},
-    "qwen3": {"4b": (36, 2560), "8b": (36, 4096), "14b": (40, 5120)},
+FAMILIES: dict[str, dict[str, tuple[int, int, int, int, float]]] = {
+    "ministral3": {
+        "3b": (26, 3072, 32, 9216, 3.4e9),
+        "8b": (34, 4096, 32, 14336, 8.4e9),
+        "14b": (40, 5120, 32, 16384, 13.5e9),
+    },
+    "qwen3": {
+        "4b": (36, 2560, 32, 9728, 4.0e9),
+        "8b": (36, 4096, 32, 12288, 8.2e9),
+        "14b": (40, 5120, 40, 17408, 14.8e9),
+    },
 }
-"""Layers and hidden size of each published size."""
+"""Layers, hidden size, heads, feed-forward size and parameters of each published size."""
 
 
 WITH_PRECISION = """
@@ -227,8 +236,8 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
     from nemodiff_train.validation import layout
 
     recipes = importlib.import_module(f"recipes.{family}")
-    for size, (layers, hidden) in FAMILIES[family].items():
-        save_config(family, tmp_path / size, layers, hidden)
+    for size in FAMILIES[family]:
+        save_config(family, size, tmp_path / size)
         for stage, tokens in (("ar", 10**12), ("joint", 3 * 10**11)):
             run = getattr(recipes, f"{family}_{size}_{stage}")(f"{tmp_path}/{size}", "data", "out")
             for gpus in (8, 16, 32, 64, 128, 256):
@@ -246,17 +255,78 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
         getattr(recipes, f"{family}_14b_ar")(f"{tmp_path}/8b", "data", "out")
 
 
-def save_config(family: str, folder: Path, layers: int, hidden: int) -> None:
+def save_config(family: str, size: str, folder: Path) -> None:
     kind, rope = (Ministral3Config, {"rope_parameters": small.YARN}) if family == "ministral3" else (Qwen3Config, {})
+    layers, hidden, heads, feed_forward, _ = FAMILIES[family][size]
     kind(
         architectures=[f"{family.capitalize()}ForCausalLM"],
         num_hidden_layers=layers,
         hidden_size=hidden,
-        num_attention_heads=32,
+        num_attention_heads=heads,
         num_key_value_heads=8,
         head_dim=128,
+        intermediate_size=feed_forward,
+        tie_word_embeddings=size in ("3b", "4b"),
         **rope,
     ).save_pretrained(folder)
+
+
+FOUR_SPLITS = {
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "context_parallel_size": 2,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_sizes_are_built_as_planned(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank of each stage, in the recipe's layout and in one of all kinds: shapes, sizes and hooks; no memory."""
+    init_runtime()
+    from nemodiff_train.model.provider import TriModeModelProvider, fit_to_host
+    from nemodiff_train.planning.layouts import layout_of
+    from nemodiff_train.planning.memory import estimated_stage
+    from nemodiff_train.planning.workload import workload_of
+    from nemodiff_train.validation.dry_run import build_stages
+
+    chunks: list[Any] = []
+    provide = TriModeModelProvider.provide
+
+    def kept(self: Any, *arguments: Any, **named: Any) -> Any:
+        chunks.append(provide(self, *arguments, **named))
+        return chunks[-1]
+
+    monkeypatch.setattr(TriModeModelProvider, "provide", kept)
+    recipes = importlib.import_module(f"recipes.{family}")
+    for size, (layers, hidden, heads, feed_forward, total) in FAMILIES[family].items():
+        save_config(family, size, tmp_path / size)
+        for layout in ({}, FOUR_SPLITS):
+            config = getattr(recipes, f"{family}_{size}_joint")(f"{tmp_path}/{size}", "data", "out")
+            vars(config.model).update(layout)
+            if layers % 4:
+                config.model.virtual_pipeline_model_parallel_size = None
+            fit_to_host(config.model)
+            chunks.clear()
+            tensor, work = config.model.tensor_model_parallel_size, workload_of(config)
+            for built in build_stages(config, 8):
+                planned = estimated_stage(work, layout_of(config, 8), built.index)
+                assert (built.layers, built.parameters) == (
+                    planned.layers,
+                    pytest.approx(planned.parameters, rel=1e-4),
+                )
+            shapes = {
+                "linear_qkv": ((heads + 16) * 128 // tensor, hidden),
+                "linear_proj": (hidden, heads * 128 // tensor),
+                "linear_fc1": (2 * feed_forward // tensor, hidden),
+                "linear_fc2": (hidden, feed_forward // tensor),
+            }
+            for name, module in ((name, module) for chunk in chunks for name, module in chunk.named_modules()):
+                if (shape := shapes.get(name.rpartition(".")[2])) is not None:
+                    assert module.weight.shape == shape and module.weight.is_meta
+                    assert module._forward_hooks or name.endswith("linear_proj")  # frees its input
+            assert sum(len(chunk.decoder.layers) for chunk in chunks) == layers
+            assert work.parameters == pytest.approx(total, rel=0.02)
 
 
 def test_names_of_recipes() -> None:

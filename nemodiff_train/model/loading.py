@@ -74,7 +74,6 @@ def load_model(
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
-        provider.local_layers = True  # nothing is trained
         set_dtype(provider, dtype or provider.params_dtype)
         with halves_joined_in_place():
             built: Any = build_and_load_model(str(weights.iteration.absolute()), provider)
@@ -125,6 +124,7 @@ def set_parallelism(provider: TriModeModelProvider, tensor_parallel: int = 1, pi
     if not init_runtime().cuda:
         provider.use_cpu_initialization = True
     fit_to_host(provider)
+    provider.transformer_impl = "local"  # the same on every machine, to the bit
     provider.gradient_accumulation_fusion = False  # adds to buffers that only training has
     # FP8 takes a multiple of 8 tokens, and a decoded row is one.
     provider.fp8 = provider.fp4 = None

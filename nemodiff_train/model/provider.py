@@ -2,7 +2,7 @@
 
 import importlib.util
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from nemodiff_train.model.norm import head_norm, replicated_norm
 from nemodiff_train.model.recompute import recompute_activations
 from nemodiff_train.model.rotary import SCALINGS, scaled_frequencies
 
+LAYERS: Literal["local", "transformer_engine"] = "transformer_engine" if HAVE_TE else "local"
+"""Whose layers a model is trained with on this machine; both have weights of the same names."""
+
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
 
@@ -35,14 +38,14 @@ def tri_mode_layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the family's transformer layer with :class:`TriModeAttention` as its core attention.
 
-    The layers are Transformer Engine's where it is installed and wanted, else Megatron-Core's own with this package's
-    norms.
+    The layers are Transformer Engine's or, with ``config.transformer_impl`` ``local``, Megatron-Core's own with this
+    package's norms.
 
     Args:
         config: The model's configuration.
         vp_stage: Index of the model chunk on this rank, with virtual pipeline stages.
     """
-    if HAVE_TE and not config.local_layers:
+    if config.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = TriModeAttention
         return spec
@@ -73,6 +76,9 @@ class TriModeModelProvider(GPTModelProvider):
 
     transformer_layer_spec: Any = tri_mode_layer_spec
 
+    transformer_impl: Literal["local", "transformer_engine", "inference_optimized"] = LAYERS
+    """Whose layers: ``local`` for decoding, which runs the weights without the modules
+    (:func:`~nemodiff_train.decoding.forward.fast_forward`)."""
     pipeline_dtype: torch.dtype | None = None
     """Format in which pipeline stages exchange activations; None for that of the parameters."""
     noisy_views: int = 0
@@ -95,9 +101,6 @@ class TriModeModelProvider(GPTModelProvider):
     :func:`~nemodiff_train.attention.selection.select_kernel`. Belongs to a run, like the next two fields."""
     attention_tile: int = 0
     """Number of queries, and of keys, per tile of FlexAttention's block mask; 0 for the kernel's default."""
-    local_layers: bool = False
-    """Take Megatron-Core's own layers, with the same names, also where Transformer Engine is installed: for decoding,
-    which runs their weights without the modules (:func:`~nemodiff_train.decoding.forward.fast_forward`)."""
     attention_options: dict[str, Any] = field(default_factory=dict)
     """More ``kernel_options`` for FlexAttention, such as ``{"fwd_BLOCK_N": 64}``."""
     mask_token_id: int | None = None
@@ -179,7 +182,8 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
         UserError: The family has attention or layers that are not supported.
     """
     _refuse_unsupported(source, hf_config)
-    copied = {f.name for f in fields(TriModeModelProvider) if f.init} - {"transformer_layer_spec", "hf_config"}
+    copied = {f.name for f in fields(TriModeModelProvider) if f.init}
+    copied -= {"transformer_layer_spec", "transformer_impl", "hf_config"}
     values = {f.name: getattr(source, f.name) for f in fields(source) if f.name in copied}
     provider = TriModeModelProvider(**values)
     rope = hf_config.get("rope_parameters") or {}
@@ -231,7 +235,13 @@ PARALLELISM = (
     "pipeline_model_parallel_layout",
 )
 KERNEL = ("attention_kernel", "attention_tile", "attention_options")
-HOST = ("local_layers", "perform_initialization", "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker")
+HOST = (
+    "transformer_impl",
+    "perform_initialization",
+    "use_cpu_initialization",
+    "enable_cuda_graph",
+    "use_te_rng_tracker",
+)
 HOST_PREFIXES = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
 """Fields, and beginnings of fields, that belong to a machine and a run: precision helpers, overlap, recomputation."""
 
@@ -270,6 +280,7 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
 
 def fit_to_host(provider: TriModeModelProvider) -> None:
     """Set the fused kernels that this machine has, at every start: what a checkpoint says of them is not asked."""
+    provider.transformer_impl = LAYERS
     # Megatron's SwiGLU is one function in plain torch, which keeps only its input for the backward pass.
     swiglu = provider.gated_linear_unit and provider.activation_func is F.silu
     provider.bias_activation_fusion = swiglu and not provider.add_bias_linear

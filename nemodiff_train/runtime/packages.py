@@ -23,6 +23,9 @@ OPTIONAL_PACKAGES = ("megatron.energon", "nvidia_resiliency_ext", "transformer_e
 # Installed with this project; tools/gpu_check leaves them out, since what it brings along has to be small.
 LARGE_PACKAGES = ("datasets", "multistorageclient", "pulp", "scipy", "wandb")
 
+# Below them: what Megatron imports with a guard, to take something of its own where it is missing.
+GUARDED = ("transformer_engine.pytorch.optimizers",)
+
 
 def _placeholder(name: str) -> Any:
     """Return an attribute of a stand-in: a class for ``CamelCase``, else a module of placeholders."""
@@ -44,6 +47,8 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Any = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if name in GUARDED:
+            return None
         if any(name == package or name.startswith(package + ".") for package in self.packages):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None

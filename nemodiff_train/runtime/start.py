@@ -1,6 +1,8 @@
 """Decide once what this machine lacks, and fill it in."""
 
 import functools
+import importlib
+import importlib.util
 import logging
 import os
 import warnings
@@ -87,6 +89,24 @@ def _refuse_broken_cuda() -> None:
     )
 
 
+def _refuse_broken_engine() -> None:
+    """Refuse a Transformer Engine that is installed but cannot be imported, as one that was built for another torch.
+
+    Raises:
+        UserError: With the reason.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # of the loader, of CUDA, or its own
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"Transformer Engine is installed but cannot be imported ({type(error).__name__}: {reason}); install the "
+            f"one that was built for torch {torch.__version__}, or remove it: Megatron-Core's layers take its place"
+        ) from error
+
+
 def announce(host: Host) -> None:
     """Print one line that says what this machine has, from rank 0."""
     if is_main_process():
@@ -102,6 +122,7 @@ def init_quietly() -> Host:
     else:
         _refuse_broken_cuda()
     _quiet_third_parties()
+    _refuse_broken_engine()
     defer_imports(compiles=cuda)
     if not cuda:
         compile_nothing()

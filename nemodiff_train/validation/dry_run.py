@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 from rich.text import Text
+from torch.overrides import TorchFunctionMode
 
 from nemodiff_train.config.config import Changes, TriModeConfig, differences, flattened
 from nemodiff_train.config.precision import is_mixed, precision_of
@@ -146,8 +147,16 @@ def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
     return [_build_stage(config, world_size, index, index * (world_size // stages)) for index in range(stages)]
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Makes tensors on the meta device also where Megatron names the GPU, of which a dry run would take gigabytes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs)
+
+
 def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) -> Stage:
-    with quiet(), as_rank(config, world_size, rank):
+    with quiet(), as_rank(config, world_size, rank), _WithoutMemory():
         config.model.finalize()
         config.model.use_cpu_initialization = False
         config.model.perform_initialization = False

@@ -24,7 +24,8 @@ _SHAPE = (
     "normalization", "qk_layernorm", "add_qkv_bias", "gated_linear_unit", "share_embeddings_and_output_weights",
 )  # fmt: skip
 """Settings of a model that its ``config.json`` fixes: with others, what is trained is not what is exported."""
-_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "transformer_impl")
+"""Settings that decide in which order a rank's optimizer holds the parameters."""
 
 
 def problems(config: TriModeConfig) -> list[str]:
@@ -123,7 +124,8 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
     moved = [name for name in _LAYOUT if before["model"].get(name) != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (
-            f"'{iteration}' was saved for its own layout, but model.{moved[0]} has changed; keep the layout, save "
-            "with checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it, or start another run with "
+            f"'{iteration}' was saved for its own layout and layers, but model.{moved[0]} is now "
+            f"{getattr(config.model, moved[0])}, not {before['model'].get(moved[0])}; keep that, save with "
+            "checkpoint.dist_ckpt_optim_fully_reshardable=true before changing it, or start another run with "
             f"start_from={saved.path} output=NEW"
         )

@@ -9,8 +9,9 @@ Use it in a process of its own: torch believes in that GPU afterwards.
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ import triton
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor_config
@@ -35,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nemodiff_train.attention import kernels
 from nemodiff_train.attention.plan import AttentionPlan
 from nemodiff_train.attention.selection import select_kernel
 
@@ -78,6 +81,38 @@ def compiled(plan: AttentionPlan, rows: int, heads: int, kv_heads: int, width: i
         if name.startswith("triton_tem")  # from FlexAttention's template; others are sums beside it
         for kernel in [_compile(direction, name, source, capability)]
     ]
+
+
+def compilations(micro_batches: Sequence[tuple[AttentionPlan, bool]], rows: int) -> int:
+    """Return how often a run compiles attention; nothing is lowered, and plain torch computes it.
+
+    Args:
+        micro_batches: Plans of a run, and whether each is trained on, or validated.
+        rows: Samples of a micro-batch.
+    """
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compile_, validate = torch.compile, flex._validate_device
+    setattr(torch, "compile", partial(compile_, backend=counter))  # noqa: B010  (what training calls)
+    flex._validate_device = _returning(None)  # there is no backward pass on a CPU
+    kernels._flex.cache_clear()
+    try:
+        attend = kernels._flex(True)
+        for plan, trained in micro_batches:
+            kernel = select_kernel(GPU, plan.causal)
+            query, key, value = (
+                torch.zeros(rows, heads, len(positions.view), 16, requires_grad=True)
+                for heads, positions in ((4, plan.queries), (2, plan.keys), (2, plan.keys))
+            )
+            options: Any = dict(kernel.options)
+            with torch.set_grad_enabled(trained):
+                mask = plan.block_mask(kernel.tile)
+                attend(query, key, value, block_mask=mask, scale=None, enable_gqa=True, kernel_options=options)
+    finally:
+        setattr(torch, "compile", compile_)  # noqa: B010
+        flex._validate_device = validate
+        kernels._flex.cache_clear()
+    return int(counter.frame_count)
 
 
 def _graphs(

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -86,17 +86,19 @@ class RankPool:
 
     Args:
         logs: Folder for the logs of jobs that name no other, ``JOB.rankN.log``, and for the pool's own log.
+        packages: Folders of packages that are to be found as if they were installed.
     """
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, packages: Sequence[Path] = ()) -> None:
         self.logs = logs.absolute()
+        self._path = os.pathsep.join(map(str, (ROOT, *packages)))
         self._running: dict[int, tuple[World, int]] = {}
         self._started: queue.Queue[list[int]] = queue.Queue()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "RankPool":
         self.logs.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": self._path, "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tools.support.ranks"],
             env=environment,

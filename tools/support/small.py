@@ -96,10 +96,12 @@ def build(config: Any) -> Any:
 
     from nemodiff_train.model.loading import set_parallelism, start_model_parallel
     from nemodiff_train.model.pretrained import model_like
+    from nemodiff_train.model.provider import LAYERS
 
     start_model_parallel(1)
     provider = model_like(config)
     set_parallelism(provider)
+    provider.transformer_impl = LAYERS  # those of training
     provider.perform_initialization, provider.noisy_views, provider.mask_token_id = True, 1, 1
     provider.finalize()
     return unwrap_model(provider.provide_distributed_model(wrap_with_ddp=False)[0]).train()
