@@ -1,4 +1,4 @@
-"""The demo's runs, in minutes on two cores: an AR model, its joint stage, a drafter for it, and conversations."""
+"""The demo's runs, in minutes on two cores: an AR model, its joint stage, drafters for both, and conversations."""
 
 from transformers import Qwen3Config
 
@@ -6,9 +6,9 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, IndexedDatasetConfig, TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule, tokenizer_of
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
-from nemodiff_train.drafter.config import DrafterConfig
+from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
 from nemodiff_train.model.adapters import lora
-from nemodiff_train.model.draft_adapter import DraftLoRA
+from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers
 from nemodiff_train.model.pretrained import model_from, model_like
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
@@ -86,6 +86,25 @@ def demo_drafter(start_from: str, problems: str, output: str) -> TriModeConfig:
     config = _demo(model, objective, _text(problems), start_from, output, steps=600, warmup=10, peak=4e-3)
     config.train.global_batch_size = 16
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=128, alpha=512)
+    return config
+
+
+def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 600) -> TriModeConfig:
+    """Train adapters with which the demo's AR model drafts for itself.
+
+    Args:
+        start_from: Checkpoints of the demo's AR stage.
+        problems: Prefix of the arithmetic problems.
+        output: Folder of the run.
+        steps: Training steps; blocks of every size have an equal share.
+    """
+    model = model_from(start_from)
+    objective = ObjectiveConfig(
+        block_size=16, block_schedule="curriculum", block_sizes=UNO_BLOCKS, block_steps=-(-steps // len(UNO_BLOCKS))
+    )
+    config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=1e-3)
+    config.train.global_batch_size = 16
+    config.drafter, config.peft = uno(), DraftLoRA(dim=128, alpha=2048, target_modules=adapted_layers("all"))
     return config
 
 

@@ -1,14 +1,15 @@
-"""A drafter for linear self-speculation: adapters on a tri-mode model that act while it drafts, and only then.
+"""Drafters for self-speculation: adapters that act while a model drafts, and only then.
 
-The loss and the adapters are Nemotron-Labs-Diffusion's (arXiv 2607.05722, section 3.3).  The paper does not give its
-data, steps or learning rate; those here are a start.
+The loss and the adapters of ``drafter`` are Nemotron-Labs-Diffusion's (arXiv 2607.05722, section 3.3).  The paper
+does not give its data, steps or learning rate; those here are a start.  ``drafter_uno`` is Uno (arXiv 2609.04010),
+for models that are autoregressive alone, with the paper's run for an 8B model.
 """
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule, set_tensor_parallel
-from nemodiff_train.drafter.config import DrafterConfig
-from nemodiff_train.model.draft_adapter import DraftLoRA
+from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
+from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 
@@ -39,4 +40,52 @@ def drafter(
         scheduler=schedule(0.025, style="cosine"),
     )
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=lora_rank, alpha=lora_alpha)
+    return config
+
+
+def drafter_uno(
+    start_from: str,
+    data: str,
+    output: str,
+    tensor_parallel: int = 1,
+    lora_rank: int = 128,
+    lora_alpha: int = 2048,
+    targets: str = "all",
+    steps: int = 28125,
+) -> TriModeConfig:
+    """Train adapters with which an autoregressive model drafts for itself, everything else frozen.
+
+    Blocks grow from 2 to 16 tokens, each size for an equal share of the steps.
+
+    Args:
+        start_from: Megatron checkpoint of the model, as 'nemodiff convert import' writes it.
+        data: Prefix of prepared text; best text that the model itself has written.
+        output: Folder of the run.
+        tensor_parallel: Tensor-parallel size.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Scale of the adapters' output, as a multiple of 1 / rank.
+        targets: Linear layers with adapters: all seven projections ('all'), or the attention output ('o_proj').
+        steps: Training steps.
+    """
+    model = set_tensor_parallel(model_from(start_from), tensor_parallel)
+    config = base_config(
+        model,
+        ObjectiveConfig(
+            block_size=UNO_BLOCKS[-1],
+            block_schedule="curriculum",
+            block_sizes=UNO_BLOCKS,
+            block_steps=-(-steps // len(UNO_BLOCKS)),
+            shift=model.shift,
+        ),
+        TextDatasetConfig(seq_length=4096, data=[data], split="100,0,0"),
+        start_from=start_from,
+        output=output,
+        steps=steps,
+        batch_size=128,
+        optimizer=adamw(1e-5, 1e-5, sharded=True),
+        scheduler=schedule(0.02, style="constant"),
+    )
+    config.optimizer.weight_decay = config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = 0.0
+    config.drafter = uno()
+    config.peft = DraftLoRA(dim=lora_rank, alpha=lora_alpha, target_modules=adapted_layers(targets))
     return config

@@ -147,7 +147,7 @@ def exchange(size: int) -> dict[str, Any]:
     group = parallel_state.get_context_parallel_group()
     config: Any = SimpleNamespace(
         noisy_views=1, block_size=32, largest_block=32, clean_attention="causal", query_scale_beta=0.0,
-        attention_kernel="auto", attention_tile=0, attention_options={},
+        causal_noise=False, attention_kernel="auto", attention_tile=0, attention_options={},
     )  # fmt: skip
     attention = TriModeAttention(config, layer_number=1)
     draw = torch.Generator().manual_seed(0)

@@ -29,12 +29,13 @@ from tools.support.small import (
     sizes,
     step,
     tokenizer,
+    uno,
 )
 
 __all__ = [
     "EOD", "MASK", "QWEN3", "VOCABULARY", "YARN", "batch", "build", "built", "chat", "data", "dense", "documents",
     "drafter", "figures", "llama3", "loss", "ministral3", "ministral3_vision", "mistral", "nemotron", "of_preset",
-    "qwen2", "qwen3", "recipe", "run_inputs", "same", "step", "tokenizer", "weights",
+    "qwen2", "qwen3", "recipe", "run_inputs", "same", "step", "tokenizer", "uno", "weights",
 ]  # fmt: skip
 
 

@@ -39,9 +39,13 @@ def build(directory: Path, family: Callable[[Path], None]) -> Any:
 
 
 def run(model: Any, prompts: list[list[int]], mode: str, numbers: list[int] | None = None, **settings: Any) -> Any:
+    """Decode in a mode; after "uno ", with drafts as a drafter of that kind makes them, and without its adapters."""
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.objective.drafts import DRAFT_KINDS
 
+    kind, _, mode = mode.rpartition(" ")
+    getattr(model, "module", model).attention_state.draft_kind = DRAFT_KINDS[kind or "nemotron"]
     return decode(
         model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}), numbers
     )
@@ -51,7 +55,7 @@ def tokens(model: Any, prompts: list[list[int]], mode: str, **settings: Any) -> 
     return [generation.tokens for generation in run(model, prompts, mode, **settings)[0]]
 
 
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "quadratic"])
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "tree", "uno linear", "uno tree", "quadratic"])
 def test_a_row_can_be_watched(model: Any, mode: str) -> None:
     """Tokens are told as forwards commit them, and nothing else changes."""
     told: list[list[int]] = []
@@ -63,6 +67,9 @@ def test_a_row_can_be_watched(model: Any, mode: str) -> None:
     assert lengths == sorted(set(lengths)) and 1 < len(told) <= session.calls(0)
 
 
+LOSSLESS = ("linear", "tree", "uno linear", "uno tree", "quadratic")
+
+
 @pytest.mark.parametrize("block_size", [2, 5, 8, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> None:
@@ -71,17 +78,17 @@ def test_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> N
     lengths = torch.randint(1, 20, (5,), generator=generator).tolist()
     prompts = [torch.randint(20, 220, (length,), generator=generator).tolist() for length in lengths]
     free = tokens(model, prompts, "ar")
-    for mode in ("linear", "quadratic"):
-        assert tokens(model, prompts, mode, block_size=block_size) == free
+    for mode in LOSSLESS:
+        assert tokens(model, prompts, mode, block_size=block_size, tree_nodes=20) == free
     stop = frozenset({Counter(token for row in free for token in row).most_common(1)[0][0]})
     ended = tokens(model, prompts, "ar", stop_token_ids=stop)
-    for mode in ("linear", "quadratic"):
-        assert tokens(model, prompts, mode, block_size=block_size, stop_token_ids=stop) == ended
+    for mode in LOSSLESS:
+        assert tokens(model, prompts, mode, block_size=block_size, tree_nodes=20, stop_token_ids=stop) == ended
     assert any(row[-1] in stop and len(row) < 30 for row in ended)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "quadratic"])
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "uno linear", "uno tree", "quadratic"])
 def test_rows_of_a_batch_do_not_see_each_other(model: Any, mode: str, temperature: float) -> None:
     settings = {"threshold": 0.02, "temperature": temperature, "seed": 3}
     together = tokens(model, PROMPTS, mode, **settings)
@@ -136,6 +143,9 @@ KINDS = {
     "ar": {"decode"},
     "diffusion": {"denoise", "commit"},
     "linear": {"draft", "verify"},
+    "tree": {"draft", "verify"},
+    "uno linear": {"draft", "verify"},
+    "uno tree": {"draft", "verify"},
     "quadratic": {"fused"},
     "oracle": {"search"},
 }
@@ -149,9 +159,10 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     hook.remove()
     assert session.calls(0) == len(seen)
     assert set(session.forwards[0]) == {"prefill", *KINDS[mode]}
-    if mode in ("linear", "quadratic"):
+    if mode in LOSSLESS:
         assert sum(cycle.committed for cycle in generations[0].cycles) + 1 == len(generations[0].tokens)
-        assert len(generations[0].cycles) == session.forwards[0]["draft" if mode == "linear" else "fused"]
+        assert len(generations[0].cycles) == session.forwards[0]["fused" if mode == "quadratic" else "draft"]
+        assert all(cycle.own == mode.startswith("uno") for cycle in generations[0].cycles)
 
 
 def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -249,8 +260,16 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("mode", ["linear", "quadratic"])
+DEEP = {"temperature": 0.7, "top_k": 3, "max_new_tokens": 5, "block_size": 3, "tree_nodes": 5, "tree_width": 2}
+
+
+@pytest.mark.parametrize(
+    ("mode", "filters"),
+    [
+        *((mode, filters) for mode in ("linear", "quadratic") for filters in FILTERS),
+        *((mode, filters) for mode in ("tree", "uno linear", "uno tree") for filters in (FILTERS[2], DEEP)),
+    ],
+)
 def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mode: str, filters: dict) -> None:
     """Chi-square of the first tokens of 3000 rows against the exact AR probabilities (p = 1e-6)."""
     rows, prompt = 3000, PROMPTS[0]
@@ -286,6 +305,37 @@ def exact(model: Any, prompt: list[int], positions: int, settings: dict[str, Any
                 longer[(*text, token)] = probability * float(p[token])
         probabilities = longer
     return probabilities
+
+
+def test_a_tree_has_the_most_probable_continuations() -> None:
+    """Against all of them, enumerated; with equal probabilities and impossible tokens among them."""
+    from itertools import product
+
+    from nemodiff_train.decoding.tree import DraftTree
+
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, generator=draw)
+    logits[1] = logits[1].round()
+    logits[1, 2, 3:] = -torch.inf
+    log_probs = logits.log_softmax(-1)
+    for nodes, width in ((2, 1), (6, 2), (17, 3), (40, 9), (200, 5)):
+        tree = DraftTree.most_probable(log_probs, nodes, width)
+        for row in range(2):
+            tokens, parents, depths = (each[row].tolist() for each in (tree.tokens, tree.parents, tree.depths))
+            paths: list[tuple[int, ...]] = [()]
+            for node in range(1, len(tokens)):
+                assert parents[node] < node and depths[node] == depths[parents[node]] + 1
+                paths.append((*paths[parents[node]], tokens[node]))
+            assert len(set(paths)) == len(paths)
+            above = [
+                {other for other in range(len(paths)) if path[: len(paths[other])] == paths[other]} for path in paths
+            ]
+            assert [set(line.nonzero()[:, 0].tolist()) for line in tree.ancestors()[row]] == above
+            candidates = [log_probs[row, depth].topk(min(width, 5)).indices.tolist() for depth in range(3)]
+            every = [path for depth in range(4) for path in product(*candidates[:depth])]
+            mass = {path: sum(float(log_probs[row, at, token]) for at, token in enumerate(path)) for path in every}
+            best = sorted(mass.values(), reverse=True)[:nodes]
+            assert sorted((mass[path] for path in paths), reverse=True) == pytest.approx(best, abs=1e-5)
 
 
 def test_settings_of_the_draw() -> None:
@@ -338,7 +388,7 @@ def test_stop_strings_end_a_row_and_cut_its_text(model: Any) -> None:
 
     free = tokens(model, PROMPTS, "ar")
     stop = f"{free[0][6]}><{free[0][7]}"
-    for mode in ("ar", "linear", "quadratic"):
+    for mode in ("ar", *LOSSLESS):
         ended = run(model, PROMPTS, mode, stop_strings=(stop,), detokenize=spell)[0]
         position = spell(free[0]).index(stop)
         assert ended[0].settings.text(ended[0].tokens) == spell(free[0])[:position]

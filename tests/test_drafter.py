@@ -12,6 +12,8 @@ from torch import Tensor
 from nemodiff_train.cli import main
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import judge, slot_losses
+from nemodiff_train.drafter.slots import Slots, Verdict
+from nemodiff_train.objective.drafts import DRAFT_KINDS
 from nemodiff_train.validation.settings import section_problems
 from tests import jobs, small
 from tools.support import layouts
@@ -20,7 +22,8 @@ from tools.support.ranks import Jobs, RankPool
 
 def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
     """One slot's loss, token by token, as section 3.3 has it."""
-    support = {int(i) for logits in (draft, verifier) for i in logits.topk(min(config.support, len(logits))).indices}
+    size = min(config.support or len(draft), len(draft))
+    support = {int(i) for logits in (draft, verifier) for i in logits.topk(size).indices}
     tokens = sorted(support)
 
     def probabilities(logits: Tensor, temperature: float) -> list[Tensor]:
@@ -30,20 +33,23 @@ def stated(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tensor:
     p, q = probabilities(verifier, config.temperature), probabilities(draft, config.temperature)
     choice = max(range(len(tokens)), key=lambda index: float(verifier[tokens[index]]))
     of_choice = -probabilities(draft, 1.0)[choice].log()
-    if config.loss == "cross_entropy":
-        return of_choice
     divergence = torch.stack([a * (a / b).log() for a, b in zip(p, q, strict=True)]).sum()
     variation = torch.stack([(a - b).abs() for a, b in zip(p, q, strict=True)]).sum() / 2
     acceptance = sum(min(float(a), float(b)) for a, b in zip(p, q, strict=True))
     share = math.exp(-0.5 * acceptance)
-    return share * divergence + (1 - share) * variation + of_choice
+    return {
+        "lk_hybrid": share * divergence + (1 - share) * variation + of_choice,
+        "total_variation": variation,
+        "cross_entropy": of_choice,
+        "kl": divergence,
+    }[config.loss]
 
 
-@pytest.mark.parametrize("support", [3, 200])
-@pytest.mark.parametrize("loss", ["lk_hybrid", "cross_entropy"])
-def test_loss_and_gradient_are_the_papers(loss: Any, support: int) -> None:
+@pytest.mark.parametrize(("support", "temperature"), [(3, 3.0), (200, 3.0), (0, 1.0)])
+@pytest.mark.parametrize("loss", ["lk_hybrid", "total_variation", "cross_entropy", "kl"])
+def test_loss_and_gradient_are_the_papers(loss: Any, support: int, temperature: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    config = DrafterConfig(loss=loss, support=support)
+    config = DrafterConfig(loss=loss, support=support, temperature=temperature)
     draft, verifier = (torch.randn(6, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2))
     found, expected = draft.clone().requires_grad_(), draft.clone().requires_grad_()
     ours = slot_losses(found, verifier, config)
@@ -54,55 +60,114 @@ def test_loss_and_gradient_are_the_papers(loss: Any, support: int) -> None:
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
+def verdict(
+    draft: Tensor, verifier: Tensor, usable: Tensor, uniform: Tensor, config: DrafterConfig | None = None
+) -> Verdict:
+    """What becomes of one draft after a known token: of [1, k + 1] positions, the first is that token."""
+    config = config or DrafterConfig()
+    slots = Slots.of(torch.zeros(1, 3, draft.shape[1], dtype=torch.int32), DRAFT_KINDS["nemotron"], shifted=False)
+    return Verdict.of(slots, usable, *judge(draft, verifier, uniform, config), config)
+
+
 def test_the_accepted_prefix_and_the_first_rejected_slot_count() -> None:
-    verifier = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 1, 2]]), 5) * 9.0
-    draft = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0, 1, 2]]), 5) * 9.0
-    usable, greedy = torch.ones(1, 5, dtype=torch.bool), torch.full((1, 5, 2), 0.999)
-    assert judge(draft, verifier, usable, greedy, DrafterConfig()).counted.tolist() == [[True] * 3 + [False] * 2]
-    every = judge(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
-    assert every.counted.all() and every.accepted.tolist() == [[True, True, False, False, False]]
-    unlucky = torch.tensor([0.0, 0.9999]).expand(1, 5, 2)  # every slot drawn; none of the draws is the choice
-    assert judge(draft, verifier, usable, unlucky, DrafterConfig()).counted.tolist() == [[True] + [False] * 4]
-    ended = torch.tensor([[True, False, True, True, True]])
-    assert judge(draft, verifier, ended, greedy, DrafterConfig()).counted.sum() == 1
-    weights = judge(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
-    assert weights[0, :3].tolist() == pytest.approx([1, math.exp(-1 / 4), math.exp(-2 / 4)])
+    verifier = torch.nn.functional.one_hot(torch.tensor([[0, 1, 2, 3, 1, 2]]), 5) * 9.0
+    draft = torch.nn.functional.one_hot(torch.tensor([[4, 1, 2, 0, 1, 2]]), 5) * 9.0
+    usable, greedy = torch.ones(1, 6, dtype=torch.bool), torch.full((1, 6, 2), 0.999)
+    assert verdict(draft, verifier, usable, greedy).counted.tolist() == [[False] + [True] * 3 + [False] * 2]
+    every = verdict(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
+    assert every.counted[:, 1:].all() and every.accepted.tolist() == [[False, True, True, False, False, False]]
+    unlucky = torch.tensor([0.0, 0.9999]).expand(1, 6, 2)  # every slot drawn; none of the draws is the choice
+    assert verdict(draft, verifier, usable, unlucky).counted.nonzero().tolist() == [[0, 1]]
+    ended = torch.tensor([[True, True, False, True, True, True]])
+    assert verdict(draft, verifier, ended, greedy).counted.sum() == 1
+    weights = verdict(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
+    assert weights[0, 1:4].tolist() == pytest.approx([1, math.exp(-1 / 4), math.exp(-2 / 4)])
 
 
 def test_as_many_slots_are_accepted_as_q_gives_the_choice() -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, generator=draw)
-    draft, verifier = (each.expand(100_000, 1, 4) for each in logits)
-    uniform = torch.rand(100_000, 1, 2, generator=draw)
-    slots = judge(
-        draft.expand(-1, 2, -1), verifier.expand(-1, 2, -1), torch.ones(100_000, 2, dtype=torch.bool),
-        uniform.expand(-1, 2, -1), DrafterConfig(sampled_share=1.0),
-    )  # fmt: skip
+    draft, verifier = (each.expand(100_000, 4) for each in logits)
+    uniform = torch.rand(100_000, 2, generator=draw)
+    _, accepted = judge(draft, verifier, uniform, DrafterConfig(sampled_share=1.0))
     of_choice = float(logits[0].softmax(-1)[logits[1].argmax()])
-    assert float(slots.counted[:, 1].float().mean()) == pytest.approx(of_choice, abs=0.005)
+    assert float(accepted.float().mean()) == pytest.approx(of_choice, abs=0.005)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("kind", DRAFT_KINDS)
+def test_slots_of_documents_and_blocks_of_any_size(kind: str, shift: bool) -> None:
+    """Found by walking over every block: which positions draft, their numbers, and where a draft ends."""
+    choices, draw = DRAFT_KINDS[kind], torch.Generator().manual_seed(3)
+    for block in (2, 3, 7, 16):
+        segment_ids = torch.stack([small.documents(draw, 90, block, average=25) for _ in range(3)])
+        documents, blocks = segment_ids[:, 0].tolist(), segment_ids[:, 1].tolist()
+        slots = Slots.of(segment_ids, choices, choices.shifted(shift))
+        passed = torch.rand(3, 90, generator=draw) < 0.7
+        reached = slots.reached(passed)
+        for row in range(3):
+            for number in range(blocks[row][-1] + 1):
+                places = [place for place in range(90) if blocks[row][place] == number]
+                if kind == "uno":
+                    before = places[0] - 1
+                    drafts = places if before >= 0 and documents[row][before] == documents[row][places[0]] else []
+                else:
+                    drafts = places[:-1] if shift else places[1:]
+                assert [place for place in places if slots.exists[row, place]] == drafts
+                assert [int(slots.number[row, place]) for place in drafts] == list(range(1, len(drafts) + 1))
+                open_ = True
+                for place in drafts:
+                    assert bool(reached[row, place]) == open_
+                    open_ = open_ and bool(passed[row, place])
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"loss": "kl"}, "lk_hybrid"), ({"temperature": 0}, "temperature"), ({"sampled_share": 2}, "sampled_share")],
+    [
+        ({"loss": "kt"}, "lk_hybrid"),
+        ({"kind": "unos"}, "uno"),
+        ({"temperature": 0}, "temperature"),
+        ({"sampled_share": 2}, "sampled_share"),
+        ({"support": -1}, "support"),
+    ],
 )
 def test_switches_are_checked(changes: dict[str, Any], said: str) -> None:
     (line,) = section_problems("drafter", DrafterConfig(**changes))
     assert said in line
 
 
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "micro1": (1, ["train.micro_batch_size=1"]),
-    "sp2": (2, layouts.SP2),
-    "pp2": (2, layouts.PP2),
-    "dp2": (2, []),
+CURRICULUM = [
+    "dataset.reset_attention_mask=true",
+    "objective.block_schedule=curriculum",
+    "objective.block_sizes=[2,4,6,8,12,16]",
+    "objective.block_steps=2",
+]
+"""The blocks of Uno, with documents: blocks begin anywhere and reach across context-parallel chunks."""
+
+REFERENCES: dict[str, tuple[str, str, list[str]]] = {
+    "one": ("drafter", "base", []),
+    "documents": ("drafter", "base", [word for word in layouts.DOCUMENTS if "alpha" not in word]),
+    "uno": ("uno", "ar", CURRICULUM),
 }
-HALF_WAY = 2
+"""Recipe, start and settings of the drafters that are trained on one rank."""
+
+LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
+    "micro1": ("one", 1, ["train.micro_batch_size=1"]),
+    "sp2": ("one", 2, layouts.SP2),
+    "cp2": ("one", 2, layouts.CP2),
+    "pp2_dp2": ("one", 4, layouts.PP2),
+    "documents_cp2": ("documents", 2, layouts.CP2),
+    "uno_sp2_cp2": ("uno", 4, [*layouts.SP2, *layouts.CP2]),
+    "uno_pp2_dp2": ("uno", 4, layouts.PP2),
+}
+"""What each continues after the first steps, the number of ranks, and the layout."""
+HALF_WAY, STEPS = 2, 10
+FILE = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
-    """A tri-mode model, its drafter on one rank, and that drafter continued under other layouts."""
+    """A tri-mode and an AR model, drafters for them on one rank, and those drafters continued under other layouts."""
     folder = tmp_path_factory.mktemp("drafter")
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
@@ -110,19 +175,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
     data = str(folder / "data")
     base = {"start_from": str(folder / "qwen3"), "data": data, "output": str(folder / "base")}
     runs.add("base", 1, jobs.train, **base, settings=["train.train_iters=5", "checkpoint.save_interval=5"])
+    plain = str(folder / "ar" / "checkpoints")
+    runs.add("ar", 1, jobs.convert, commands=[["import", str(folder / "qwen3"), plain]])
 
-    def arguments(name: str, *settings: str) -> dict[str, Any]:
-        shared = [f"train.train_iters={2 * HALF_WAY}", "train.micro_batch_size=4", *settings]
-        start_from = str(folder / "base" / "checkpoints")
-        output = str(folder / name)
-        return {"recipe": "drafter", "start_from": start_from, "data": data, "output": output, "settings": shared}
+    def arguments(name: str, reference: str, *settings: str) -> dict[str, Any]:
+        recipe, start, shared = REFERENCES[reference]
+        steps = [f"train.train_iters={STEPS}", "train.micro_batch_size=4"]
+        start_from, output = str(folder / start / "checkpoints"), str(folder / name)
+        settings = (*steps, *shared, *settings)
+        return {"recipe": recipe, "start_from": start_from, "data": data, "output": output, "settings": settings}
 
-    saved = f"checkpoint.save_interval={HALF_WAY}"
-    runs.add("one", 1, jobs.train, after="base", **arguments("one", saved))
-    stopped = {"stopped": str(folder / "one"), "step": HALF_WAY}
-    for name, (world_size, settings) in LAYOUTS.items():
-        runs.add(name, world_size, jobs.resume, after="one", **stopped, **arguments(name, *settings))
-    for name, world_size, options in (("one", 1, []), ("sp2", 2, ["--tensor-parallel", "2"])):
+    for name, (_, start, _) in REFERENCES.items():
+        saved = f"checkpoint.save_interval={HALF_WAY}"
+        runs.add(name, 1, jobs.train, after=start, **arguments(name, name, saved, "checkpoint.most_recent_k=-1"))
+    for name, (reference, world_size, settings) in LAYOUTS.items():
+        stopped = {"stopped": str(folder / reference), "step": HALF_WAY}
+        runs.add(name, world_size, jobs.resume, after=reference, **stopped, **arguments(name, reference, *settings))
+    for name, world_size, options in (
+        ("one", 1, []), ("sp2", 2, ["--tensor-parallel", "2"]), ("uno", 1, []), ("uno_sp2_cp2", 1, []),
+    ):  # fmt: skip
         export = ["export", str(folder / name / "checkpoints"), str(folder / f"{name}-peft"), *options]
         runs.add(f"export_{name}", world_size, jobs.convert, after=name, commands=[export])
     return runs
@@ -144,7 +215,7 @@ def drafter(runs: Jobs) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_the_same_drafter(runs: Jobs, layout: str) -> None:
-    expected, steps = runs["one"]["steps"][HALF_WAY:], runs[layout]["steps"]
+    expected, steps = runs[LAYOUTS[layout][0]]["steps"][HALF_WAY:], runs[layout]["steps"]
     assert [step["step"] for step in steps] == [step["step"] for step in expected] != []
     for name in ("draft_loss", "grad_norm", "counted_slots", "acceptance_length/7", "expected_tpf"):
         for mine, other in zip(steps, expected, strict=True):
@@ -187,6 +258,101 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
         torch.testing.assert_close(values, after[kind], rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def uno(runs: Jobs) -> tuple[str, str]:
+    """The checkpoints of an AR model and of its ``uno`` drafter on one rank."""
+    assert runs["uno"]
+    return str(runs.folder / "ar" / "checkpoints"), str(runs.folder / "uno" / "checkpoints")
+
+
+def opened(model: str, drafter: str | None) -> Any:
+    """A model that is ready to decode."""
+    from nemodiff_train.decoding.loading import load_decoding_model
+    from nemodiff_train.model.checkpoint import Checkpoint
+
+    options = {"drafter": Checkpoint.open(drafter)} if drafter else {}
+    return load_decoding_model(Checkpoint.open(model), max_new_tokens=30, **options)  # type: ignore[arg-type]
+
+
+def test_an_ar_model_drafts_for_itself(uno: tuple[str, str]) -> None:
+    """Token for token AR, for batches and alone, with limits and stop tokens anywhere in a draft."""
+    from collections import Counter
+    from dataclasses import replace
+
+    from nemodiff_train.decoding.decode import decode
+
+    model = opened(*uno)
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 40, (48,), generator=draw).tolist()
+    prompts = [torch.randint(20, 220, (length,), generator=draw).tolist() for length in lengths]
+
+    def tokens(mode: str, **settings: Any) -> list[list[int]]:
+        rows = decode(model.model, prompts, mode, replace(model.settings, **settings))[0]
+        assert all(len(row.tokens) - 1 == sum(cycle.committed for cycle in row.cycles) for row in rows if row.cycles)
+        return [row.tokens for row in rows]
+
+    free = tokens("ar")
+    stop = frozenset([Counter(token for row in free for token in row).most_common(1)[0][0]])
+    ended = tokens("ar", stop_token_ids=stop)
+    for mode in ("linear", "tree"):
+        for block_size in (2, 7, 16):
+            assert tokens(mode, block_size=block_size, tree_nodes=24) == free
+            assert tokens(mode, block_size=block_size, stop_token_ids=stop) == ended
+        for limit in range(1, 6):
+            assert tokens(mode, block_size=8, max_new_tokens=limit) == [row[:limit] for row in free]
+        alone = [decode(model.model, [prompt], mode, model.settings, [number])[0][0].tokens for number, prompt in
+                 enumerate(prompts[:6])]  # fmt: skip
+        assert alone == free[:6]
+
+
+@torch.inference_mode()
+def test_its_draft_is_the_exported_adapters_on_noise_alone(runs: Jobs, uno: tuple[str, str], tmp_path: Path) -> None:
+    """What SGLang computes: the base model for the text and the known token, the adapters for what follows it.
+
+    The directory follows its loader: PEFT's two files, ``base_model.model.model.layers.N.`` and the name of a
+    projection before ``lora_A.weight`` or ``lora_B.weight``, all projections of a fused layer at once, one rank for
+    all, and no tensor besides.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from nemodiff_train.decoding.session import Session
+
+    assert runs["export_uno"]["codes"] == runs["export_uno_sp2_cp2"]["codes"] == [0]
+    folder = runs.folder / "uno-peft"
+    settings, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / FILE)
+    assert {"adapter_config.json", FILE} <= {path.name for path in folder.iterdir()}
+    blocks = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
+    expected = {
+        f"base_model.model.model.layers.{layer}.{block}.{name}.lora_{factor}.weight"
+        for layer in range(4) for block, names in blocks.items() for name in names for factor in "AB"
+    }  # fmt: skip
+    assert set(tensors) == expected
+    assert set(settings["target_modules"]) == set().union(*blocks.values()) and settings["peft_type"] == "LORA"
+    assert (settings["r"], settings["lora_alpha"], settings["bias"], settings["use_dora"]) == (8, 128, "none", False)
+    assert not settings["modules_to_save"] and not settings["rank_pattern"] and not settings["use_rslora"]
+    for name, values in tensors.items():
+        assert values.dtype == torch.float32 and values.shape[0 if "lora_A" in name else 1] == 8
+    for name, values in load_file(runs.folder / "uno_sp2_cp2-peft" / FILE).items():  # trained under another layout
+        torch.testing.assert_close(values, tensors[name], rtol=1e-3, atol=1e-5)
+
+    model, prompt, known, noise = opened(*uno), [30, 31, 40, 52, 77], 90, [7, 300, 150, 22, 219, 64, 5]
+    session = Session(model.model, 1, 40, None)
+    session.prefill([prompt])
+    drafted = session.forward(torch.tensor([[known, *noise]]), torch.arange(1), "draft", causal=True)[0]
+    plain = session.forward(torch.tensor([[known, *noise]]), torch.arange(1), "verify", causal=True)[0]
+    assert torch.equal(drafted[0], plain[0]) and not torch.allclose(drafted[1:], plain[1:], atol=1e-3)
+
+    base = AutoModelForCausalLM.from_pretrained(runs.folder / "qwen3", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+    for name, module in adapted.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, inputs: inputs[0] * (torch.arange(13) > 5)[:, None])
+    logits = adapted(torch.tensor([[*prompt, known, *noise]])).logits[0, 5:]
+    torch.testing.assert_close(drafted, logits, rtol=1e-4, atol=1e-4)
+
+
 def test_exported_as_peft_writes_it(runs: Jobs, base: str, tmp_path: Path) -> None:
     """The adapters that PEFT reads do to the exported model what ours do to the checkpoint."""
     from peft import PeftModel
@@ -213,28 +379,48 @@ def test_exported_as_peft_writes_it(runs: Jobs, base: str, tmp_path: Path) -> No
 
 
 def test_refused_in_one_line(
-    runs: Jobs, base: str, drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Jobs, base: str, drafter: str, uno: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = runs.folder
-    output = tmp_path / "output"
+    output, (plain, own) = tmp_path / "output", uno
     train = ["train", "drafter", f"start_from={base}", f"data={folder / 'data'}", f"output={output}"]
+    train_uno = ["train", "drafter_uno", f"start_from={plain}", *train[3:]]
+    other = tmp_path / "other"
+    small.qwen3(other, num_hidden_layers=2)
+    assert main(["convert", "import", str(other), str(tmp_path / "two")]) == 0
     capsys.readouterr()
     for words, said in (
         (["generate", drafter, "a"], "is a drafter"),
         (["generate", base, "a", "--drafter", base], "is not a drafter"),
-        (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "mode linear alone"),
+        (["generate", base, "a", "--mode", "ar", "--drafter", drafter], "modes linear and tree"),
+        (["generate", plain, "a"], "or a drafter of kind uno"),
+        (["generate", plain, "a", "--mode", "tree"], "or a drafter of kind uno"),
+        (["generate", plain, "a", "--drafter", drafter], "drafts with a mask token"),
+        (["generate", plain, "a", "--mode", "quadratic", "--drafter", own], "needs a mask token"),
+        (["generate", str(tmp_path / "two"), "a", "--drafter", own], "num_layers=4; this one has 2"),
+        (["generate", plain, "a", "--mode", "tree", "--drafter", own, "--tree-nodes", "1"], "tree nodes is 1"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
+        ([*train[:2], f"start_from={plain}", *train[3:]], "has no mask token"),
         ([*train, "lora_rank=many"], "lora_rank=many is not a whole number"),
         ([*train, "lora_rank=0"], "have rank 0"),
+        ([*train, "objective.block_schedule=random", "objective.block_sizes=[1,8]"], "a block of 1 has no token"),
+        ([*train, "objective.alpha=0.5"], "objective.alpha has no effect on a drafter"),
+        ([*train_uno, "objective.mask_embedding_noise=1"], "objective.mask_embedding_noise has no effect"),
+        ([*train_uno, "targets=some"], "use all or o_proj"),
+        ([*train_uno, "peft.target_modules=['linear_q']"], "peft.target_modules cannot be overridden"),
+        ([*train_uno, "drafter.kind=uni"], "drafter.kind is 'uni'"),
         (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
+        (["convert", "export", own, str(output), "--format", "tri-mode"], "use --format ar"),
+        (["convert", "export", plain, str(output), "--drafter", own], "holds drafters of kind nemotron"),
     ):
         assert main(words) == 2, words
         said_so = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nemodiff: error:")]
-        assert len(said_so) == 1 and said in said_so[0]
+        assert len(said_so) == 1 and said in said_so[0], (words, said_so)
         assert not output.exists()
 
 
-def test_inspected_as_what_it_is(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "inspect", drafter]) == 0
-    assert "Megatron checkpoint: drafter" in capsys.readouterr().out
+def test_inspected_as_what_it_is(drafter: str, uno: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for checkpoint, kind in ((drafter, "nemotron"), (uno[1], "uno")):
+        assert main(["convert", "inspect", checkpoint]) == 0
+        assert f"Megatron checkpoint: drafter, {kind}" in capsys.readouterr().out

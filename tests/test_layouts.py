@@ -137,7 +137,7 @@ def test_decoding_does_not_depend_on_the_layout(decoded: Runs, name: str) -> Non
 
 def test_lossless_modes_decode_as_ar(decoded: Runs) -> None:
     modes = decoded["decode_tp1_pp1"]
-    assert modes["linear"] == modes["quadratic"] == modes["oracle"] == modes["ar"]
+    assert modes["linear"] == modes["tree"] == modes["quadratic"] == modes["oracle"] == modes["ar"]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,12 @@ SHAPES = [(16, 16), (8, 1), (96, 32), (256, 32), (320, 64), (256, 256)]
 
 
 def brute_force(
-    length: int, block: list[int], document: list[int], views: int = 1, block_causal: bool = False
+    length: int,
+    block: list[int],
+    document: list[int],
+    views: int = 1,
+    block_causal: bool = False,
+    causal_noise: bool = False,
 ) -> torch.Tensor:
     """The rule in plain words, position by position."""
     table = [[False] * (views + 1) * length for _ in range((views + 1) * length)]
@@ -30,7 +35,8 @@ def brute_force(
             together = document[q] == document[k]
             for view in range(views):
                 own = view * length
-                table[own + q][own + k] = block[q] == block[k]  # noisy sees its own noisy block in its own view
+                # Noisy sees its own noisy block in its own view, or what of it is not later.
+                table[own + q][own + k] = block[q] == block[k] and (k <= q or not causal_noise)
                 table[own + q][clean + k] = together and block[k] < block[q]  # noisy sees earlier clean blocks
             up_to = block[k] <= block[q] if block_causal else k <= q
             table[clean + q][clean + k] = together and up_to  # clean never sees noisy
@@ -117,14 +123,15 @@ def test_the_kernel_with_documents(views: int, block_causal: bool) -> None:
 
 
 @pytest.mark.parametrize("irregular", [False, True])
-def test_the_gpu_kernel_follows_the_rule(irregular: bool) -> None:
+@pytest.mark.parametrize("causal_noise", [False, True])
+def test_the_gpu_kernel_follows_the_rule(irregular: bool, causal_noise: bool) -> None:
     rows = [documents(128, 32, [40]), documents(128, 32, [])]
     segment_ids = torch.tensor([[numbers, blocks, [0] * 128] for blocks, numbers in rows])
-    plan = uniform_plan(1, 128, 32, False, ContextParallelShard(), CPU)
-    table = grid(128, 32)
+    plan = uniform_plan(1, 128, 32, False, ContextParallelShard(), CPU, causal_noise)
     if irregular:
-        plan = segmented_plan(1, segment_ids, False, 32, ContextParallelShard())
-        table = torch.stack([brute_force(128, *row) for row in rows])[:, None]
+        plan = segmented_plan(1, segment_ids, False, 32, ContextParallelShard(), causal_noise)
+    rows = rows if irregular else [documents(128, 32, [])] * 2
+    table = torch.stack([brute_force(128, *row, causal_noise=causal_noise) for row in rows])[:, None]
     q, k, v = (s.detach().float() for s in states(256, 256))
     found = kernels.attend_flex(q, k, v, plan, None, Kernel("flex"))
     torch.testing.assert_close(found, small.dense(q, k, v, table), rtol=1e-4, atol=1e-5)
@@ -132,23 +139,24 @@ def test_the_gpu_kernel_follows_the_rule(irregular: bool) -> None:
 
 @pytest.mark.parametrize("irregular", [False, True])
 @pytest.mark.parametrize(
-    ("size", "views", "block_causal"), [(2, 1, False), (4, 2, False), (2, 1, True), (2, 0, False)]
+    ("size", "views", "block_causal", "causal_noise"),
+    [(2, 1, False, False), (4, 2, False, False), (2, 1, True, False), (2, 0, False, False), (2, 1, False, True)],
 )
 def test_a_context_parallel_rank_computes_its_part(
-    size: int, views: int, block_causal: bool, irregular: bool
+    size: int, views: int, block_causal: bool, causal_noise: bool, irregular: bool
 ) -> None:
     """Every rank's plan in turn, given what the exchange would bring it; blocks reach across chunks."""
     length, block = 96, 9 if irregular else 12
     blocks, numbers = documents(length, block, [20, 50] if irregular else [])
-    table = brute_force(length, blocks, numbers, views, block_causal)
+    table = brute_force(length, blocks, numbers, views, block_causal, causal_noise)
     q, k, v = (s.detach()[:1] for s in states((views + 1) * length, (views + 1) * length))
     expected = small.dense(q, k, v, table)
     segment_ids = torch.tensor([[numbers, blocks, [0] * length]])
     shares = [ContextParallelShard(rank, size) for rank in range(size)]
     plans = [
-        segmented_plan(views, segment_ids, block_causal, block, shard)
+        segmented_plan(views, segment_ids, block_causal, block, shard, causal_noise)
         if irregular
-        else uniform_plan(views, length, block, block_causal, shard, CPU)
+        else uniform_plan(views, length, block, block_causal, shard, CPU, causal_noise)
         for shard in shares
     ]
     own = [torch.cat([s * length + shard.positions(length) for s in range(views + 1)]) for shard in shares]

@@ -337,7 +337,15 @@ def test_names_of_recipes() -> None:
     models = [f"{family}_{size}" for family in FAMILIES for size in FAMILIES[family]]
     sizes = {f"{model}_{stage}" for model in models for stage in ("ar", "joint")}
     demo = {f"demo_{stage}" for stage in ("ar", "joint", "sft", "drafter")}
-    assert names == sizes | demo | {"joint", "sft", "drafter", "smollm2_joint", "smollm2_drafter"}
+    assert names == sizes | demo | {
+        "joint",
+        "sft",
+        "drafter",
+        "smollm2_joint",
+        "smollm2_drafter",
+        "drafter_uno",
+        "demo_drafter_uno",
+    }
     assert split_file("a b.py") == (Path("a b.py"), "recipe") and split_file("x/y.py:run") == (Path("x/y.py"), "run")
     assert split_file("joint") is None
     with pytest.raises(UserError, match="Did you mean 'ministral3_8b_joint'"):

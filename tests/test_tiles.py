@@ -47,14 +47,14 @@ def plans(draw: Any) -> AttentionPlan:
     shard = ContextParallelShard(draw(st.integers(0, size - 1)), size)
     length = 2 * size * draw(st.integers(1, 240 // (2 * size)))
     block, views = draw(st.sampled_from([1, 4, 8, 12, 32])), draw(st.integers(0, 2))
-    block_causal = draw(st.booleans())
+    block_causal, causal_noise = draw(st.booleans()), draw(st.booleans())
     kind = draw(st.sampled_from(["regular", "text", "conversations"]))
     if kind == "regular":
-        return uniform_plan(views, length, block, block_causal, shard, CPU)
+        return uniform_plan(views, length, block, block_causal, shard, CPU, causal_noise)
     make, seed = {"text": small.documents, "conversations": conversations}[kind], draw(st.integers(0, 2**32))
     generator = torch.Generator().manual_seed(seed)
     segment_ids = torch.stack([make(generator, length, block) for _ in range(draw(st.integers(1, 2)))])
-    return segmented_plan(views, segment_ids, block_causal, block, shard)
+    return segmented_plan(views, segment_ids, block_causal, block, shard, causal_noise)
 
 
 TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
@@ -65,7 +65,8 @@ TILES = [(16, 16), (32, 16), (64, 64), (128, 128)]
 def test_tiles_are_those_of_the_pairs(plan: AttentionPlan, tile: tuple[int, int]) -> None:
     """No tile with an allowed pair is missing, full tiles are the same, and without documents all tiles are."""
     ours = plan.block_mask(tile)
-    allowed = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+    rule = plan.block_causal, plan.causal_noise
+    allowed = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), *rule)
     queries, keys = allowed.shape[-2:]
     rows = 1 if allowed.dim() == 2 else len(allowed)
     assert torch.equal(

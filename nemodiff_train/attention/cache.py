@@ -1,6 +1,7 @@
 """Attention state of decoding: the cache of committed tokens, and one forward of new tokens after it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,21 @@ class KeyValueCache:
             self._states = like.new_zeros(shape)
         keys, values = self._states[self._layer_index.setdefault(number, len(self._layer_index))]
         return keys, values
+
+    def compact(self, rows: Tensor, kept: Sequence[Tensor]) -> None:
+        """Move some of what lies after the committed tokens of rows together.
+
+        Args:
+            rows: [batch] rows, on the host.
+            kept: For each, the indices to keep, ascending, counted from the first one after the committed tokens.
+        """
+        assert self._states is not None  # what is to be kept was written by a forward
+        counts = torch.tensor([len(indices) for indices in kept])
+        row, start = rows.repeat_interleave(counts), self.lengths[rows].repeat_interleave(counts)
+        source = start + torch.cat(list(kept))
+        target = start + torch.cat([torch.arange(int(count)) for count in counts])
+        row, source, target = (self.moved(each) for each in (row, source, target))
+        self._states[:, :, row, :, target] = self._states[:, :, row, :, source]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -57,6 +58,35 @@ class ContextParallelShard:
             return values
         copies = values.view(len(values), -1, length)
         return copies[:, :, self.positions(length, values.device)].flatten(1)
+
+    def gather(self, values: Tensor, length: int, group: ProcessGroup | None) -> Tensor:
+        """Return the values of all ranks by position: [batch, length, ...]; no gradient passes.
+
+        Args:
+            values: [batch, length / size, ...] this rank's.
+            length: Number of positions; as many chunks as :meth:`chunks` cuts, or whole chunks of them.
+            group: The context-parallel process group.
+        """
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous(), group=group)
+        positions = torch.cat([ContextParallelShard(rank, self.size).positions(length) for rank in range(self.size)])
+        return torch.cat(parts, dim=1)[:, positions.argsort().to(values.device)]
+
+    def before(self, values: Tensor, group: ProcessGroup | None) -> Tensor:
+        """Return for each of this rank's positions the value of the one before it; what the first gets has no use.
+
+        Args:
+            values: [batch, L / size, ...] this rank's; no gradient passes.
+            group: The context-parallel process group.
+        """
+        rolled = values.roll(1, dims=1)
+        if self.size > 1:
+            ends = values.unflatten(1, (2, -1))[:, :, -1]  # [batch, 2, ...] of each chunk
+            ends = self.gather(ends, 2 * self.size, group)
+            rolled.unflatten(1, (2, -1))[:, :, 0] = ends[:, self.positions(2 * self.size) - 1]
+        return rolled
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,7 @@ class AttentionPlan:
         halo: Number of positions by which a block may extend beyond a chunk or a query tile; 0 where both hold whole
             blocks.
         tile_size: Maximum number of queries per query tile.
+        causal_noise: What a noisy position sees of its block; see the same.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class AttentionPlan:
         shard: ContextParallelShard,
         halo: int,
         tile_size: int,
+        causal_noise: bool = False,
     ) -> None:
-        self.views, self.block_causal, self.shard = views, block_causal, shard
+        self.views, self.block_causal, self.causal_noise, self.shard = views, block_causal, causal_noise, shard
         self.halo, self.tile_size = halo, tile_size
         self.length, self.device = blocks.shape[-1], blocks.device
         self.layout = key_query_layout(views, self.length, shard, halo, self.device)
@@ -124,7 +126,8 @@ class AttentionPlan:
         key_index = torch.arange(clean_keys.start, clean_keys.stop, device=self.device)
         keys = self.keys.at(key_index if noisy_keys is None else torch.cat([noisy_keys, key_index]))
         query_index = torch.arange(queries.start, queries.stop, device=self.device)
-        allowed = can_attend(self.queries.at(query_index).as_queries(), keys.as_keys(), self.block_causal)
+        queries_here = self.queries.at(query_index).as_queries()
+        allowed = can_attend(queries_here, keys.as_keys(), self.block_causal, self.causal_noise)
         mask = torch.zeros(allowed.shape, device=self.device).masked_fill(~allowed, -torch.inf)
         return QueryTile(queries, noisy_keys, clean_keys, mask.view(-1, 1, *mask.shape[-2:]))
 
@@ -135,8 +138,8 @@ class AttentionPlan:
             tile: Number of queries and of keys per tile.
         """
         if tile not in self._block_masks:
-            segments = _cut(self.layout, tile)
-            self._block_masks[tile] = block_mask(self.queries, self.keys, self.block_causal, *segments, tile)
+            rule = self.block_causal, self.causal_noise
+            self._block_masks[tile] = block_mask(self.queries, self.keys, rule, *_cut(self.layout, tile), tile)
         return self._block_masks[tile]
 
 
@@ -151,7 +154,13 @@ def _cut(layout: KeyQueryLayout, tile: tuple[int, int]) -> tuple[Segments, Segme
 
 @functools.lru_cache(maxsize=16)
 def uniform_plan(
-    views: int, length: int, block_size: int, block_causal: bool, shard: ContextParallelShard, device: torch.device
+    views: int,
+    length: int,
+    block_size: int,
+    block_causal: bool,
+    shard: ContextParallelShard,
+    device: torch.device,
+    causal_noise: bool = False,
 ) -> AttentionPlan:
     """Return the plan of samples that are one document, cut into blocks of one size.
 
@@ -162,16 +171,22 @@ def uniform_plan(
         block_causal: What a clean position sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
         shard: The rank.
         device: Where the plan is needed.
+        causal_noise: What a noisy position sees of its block; see the same.
     """
     blocks = torch.arange(length, device=device) // block_size
     chunk = length // (2 * shard.size) if shard.size > 1 else length
     halo = 0 if chunk % block_size == 0 else block_size - 1
     tile_size = max(block_size, QUERY_TILE // block_size * block_size)
-    return AttentionPlan(views, blocks, torch.zeros_like(blocks), block_causal, shard, halo, tile_size)
+    return AttentionPlan(views, blocks, torch.zeros_like(blocks), block_causal, shard, halo, tile_size, causal_noise)
 
 
 def segmented_plan(
-    views: int, segment_ids: Tensor, block_causal: bool, largest_block: int, shard: ContextParallelShard
+    views: int,
+    segment_ids: Tensor,
+    block_causal: bool,
+    largest_block: int,
+    shard: ContextParallelShard,
+    causal_noise: bool = False,
 ) -> AttentionPlan:
     """Return the plan of samples with documents, or with blocks of changing size.
 
@@ -181,6 +196,8 @@ def segmented_plan(
         block_causal: What a clean position sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
         largest_block: Maximum number of positions per block.
         shard: The rank.
+        causal_noise: What a noisy position sees of its block; see the same.
     """
     documents, blocks = segment_ids[:, 0], segment_ids[:, 1]
-    return AttentionPlan(views, blocks, documents, block_causal, shard, largest_block - 1, QUERY_TILE)
+    halo = largest_block - 1
+    return AttentionPlan(views, blocks, documents, block_causal, shard, halo, QUERY_TILE, causal_noise)

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from nemodiff_train.attention.cache import DecodeBatch
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
+from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 if TYPE_CHECKING:
     from nemodiff_train.model.provider import TriModeModelProvider
@@ -36,19 +37,23 @@ class AttentionState:
     """Rotary angles by number of positions, as the model's own embedding returns them."""
     rotary_segment_ids: Tensor | None = None
     """The segment ids of the micro-batch that is about to run forward, for the rotary embedding."""
+    draft_kind: DraftKind = DRAFT_KINDS["nemotron"]
+    """What the drafts of the model's drafter look like, and those of a model without one."""
     plans: dict[tuple[int, ...], tuple[Tensor, AttentionPlan]] = field(default_factory=dict)
     """Plans of the last few micro-batches, by the address and shape of their segment ids."""
 
-    def drafted(self, positions: int, views: int) -> int:
-        """Return how many of a forward's positions, from the first, are drafts: the noisy views, or a draft forward.
+    def drafted(self, positions: int, views: int) -> tuple[int, int]:
+        """Return the first and the end of a forward's positions that are drafts: the noisy views, or a draft forward.
 
         Args:
             positions: Number of positions of the forward.
             views: Noisy views of a training sample.
         """
         if self.decode_batch is None:
-            return positions * views // (views + 1)
-        return positions if self.decode_batch.is_draft else 0
+            return 0, positions * views // (views + 1)
+        if not self.decode_batch.is_draft:
+            return 0, 0
+        return int(not self.draft_kind.seed_in_block), positions
 
     def plan(
         self, config: "TriModeModelProvider", queries: int, segment_ids: Tensor | None, device: torch.device
@@ -66,12 +71,15 @@ class AttentionState:
         block_causal = config.clean_attention == "block_causal" and views > 0
         if segment_ids is None:
             length = queries * self.shard.size // (views + 1)
-            return uniform_plan(views, length, config.block_size, block_causal, self.shard, device)
+            return uniform_plan(
+                views, length, config.block_size, block_causal, self.shard, device, config.causal_noise
+            )
         key = (segment_ids.data_ptr(), *segment_ids.shape)
         if key not in self.plans:
             while len(self.plans) >= PLANS_KEPT:
                 self.plans.pop(next(iter(self.plans)))
-            plan = segmented_plan(views, segment_ids, block_causal, config.largest_block, self.shard)
+            largest, causal_noise = config.largest_block, config.causal_noise
+            plan = segmented_plan(views, segment_ids, block_causal, largest, self.shard, causal_noise)
             self.plans[key] = (segment_ids, plan)  # holding the tensor keeps its address from being used again
         return self.plans[key][1]
 

@@ -106,7 +106,7 @@ class _Bounds(NamedTuple):
 def block_mask(
     queries: Positions,
     keys: Positions,
-    block_causal: bool,
+    rule: tuple[bool, bool],
     query_segments: Segments,
     key_segments: Segments,
     tile: tuple[int, int],
@@ -119,19 +119,23 @@ def block_mask(
     Args:
         queries: Positions whose ``block`` and ``document`` are [positions] or [rows, positions].
         keys: Likewise.
-        block_causal: What a clean position sees; see :func:`~nemodiff_train.objective.rule.can_attend`.
+        rule: ``block_causal`` and ``causal_noise`` of :func:`~nemodiff_train.objective.rule.can_attend`.
         query_segments: The queries, cut by ``tile[0]``.
         key_segments: The keys, cut by ``tile[1]``.
         tile: Number of queries and of keys per tile.
     """
-    any_allowed, all_allowed = _tiles(queries, keys, block_causal, query_segments, key_segments)
+    any_allowed, all_allowed = _tiles(queries, keys, rule, query_segments, key_segments)
     partial, full = _kv_blocks(any_allowed & ~all_allowed), _kv_blocks(all_allowed)
     lengths = len(query_segments.segment), len(key_segments.segment)
-    return BlockMask.from_kv_blocks(*partial, *full, tile, _mask_mod(queries, keys, block_causal), lengths)
+    return BlockMask.from_kv_blocks(*partial, *full, tile, _mask_mod(queries, keys, rule), lengths)
 
 
 def _tiles(
-    queries: Positions, keys: Positions, block_causal: bool, query_segments: Segments, key_segments: Segments
+    queries: Positions,
+    keys: Positions,
+    rule: tuple[bool, bool],
+    query_segments: Segments,
+    key_segments: Segments,
 ) -> tuple[Tensor, Tensor]:
     """Return whether any pair of a tile is allowed, and whether all are: [rows, query tiles, key tiles] each."""
     query = _Bounds(
@@ -141,17 +145,19 @@ def _tiles(
     # nothing else never at all.
     key = _Bounds(key_segments.view, *map(key_segments.interval, (keys.position, keys.block, keys.document)))
     # [rows, query tiles, key tiles] number of pairs of segments with any allowed pair, and with no other.
-    some = _count_by_tile(_allowed(query, key, block_causal), query_segments, key_segments)
-    full = _count_by_tile(_allowed(query.swapped(), key.swapped(), block_causal), query_segments, key_segments)
+    some = _count_by_tile(_allowed(query, key, *rule), query_segments, key_segments)
+    full = _count_by_tile(_allowed(query.swapped(), key.swapped(), *rule), query_segments, key_segments)
     complete = query_segments.full_tile[:, None] & key_segments.full_tile
     return some > 0, complete & (full == query_segments.per_tile[:, None] * key_segments.per_tile)
 
 
-def _allowed(query: _Bounds, key: _Bounds, block_causal: bool) -> Tensor:
+def _allowed(query: _Bounds, key: _Bounds, block_causal: bool, causal_noise: bool) -> Tensor:
     """State :func:`~nemodiff_train.objective.rule.can_attend` for segments: [rows, query segments, key segments]."""
     before = query.block.any_ge(key.block) if block_causal else query.position.any_ge(key.position)
     visible_text = torch.where((query.view == CLEAN)[:, None], before, query.block.any_gt(key.block))
     same_block = (query.view[:, None] == key.view) & query.block.overlaps(key.block)
+    if causal_noise:
+        same_block = same_block & query.position.any_ge(key.position)
     return torch.where(key.view == CLEAN, visible_text & query.document.overlaps(key.document), same_block)
 
 
@@ -179,14 +185,14 @@ def _kv_blocks(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(
-    queries: Positions, keys: Positions, block_causal: bool
+    queries: Positions, keys: Positions, rule: tuple[bool, bool]
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the rule for single pairs, which FlexAttention evaluates in tiles that are not full."""
     # 32 bits: the kernel reads these for every pair of such a tile.
     queries, keys = (Positions(*(values.int() for values in positions)) for positions in (queries, keys))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return can_attend(_pick(queries, batch, query), _pick(keys, batch, key), block_causal)
+        return can_attend(_pick(queries, batch, query), _pick(keys, batch, key), *rule)
 
     return mask_mod
 

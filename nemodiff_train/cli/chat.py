@@ -28,7 +28,7 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "bright_blue", "bright_red")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project, whose tokenizer has a chat template")
-    parser.add_argument("--mode", default="linear", help="ar, diffusion, linear or quadratic (%(default)s)")
+    parser.add_argument("--mode", default="linear", help="ar, diffusion, linear, tree or quadratic (%(default)s)")
     add_decoding_arguments(parser)
 
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     template = ChatTemplate(tokenizer)  # refused before any weight is read
     end = template_end_of_turn(tokenizer, template)
-    modes = dict.fromkeys((arguments.mode, *(["linear"] if arguments.drafter else [])))
+    modes = dict.fromkeys((arguments.mode, *(["linear"] if arguments.drafter and arguments.mode != "tree" else [])))
     opened = load_decoding_model(checkpoint, modes=tuple(modes), **decoding_options(arguments))
     settings = opened.settings.stopping_at(frozenset() if end is None else frozenset([end]))
     chat = Chat(replace(opened, settings=settings), template)
@@ -116,7 +116,8 @@ class Chat:
         from nemodiff_train.decoding.decode import check_mode
         from nemodiff_train.decoding.pipeline import PipelineRunner
 
-        check_mode(PipelineRunner(self.opened.model).config, mode)
+        runner = PipelineRunner(self.opened.model)
+        check_mode(runner.config, mode, runner.draft_kind)
         if mode == "oracle":
             raise UserError("mode 'oracle' decodes an answer before it looks for the way to it; use another one")
         self.mode = mode

@@ -17,6 +17,8 @@ _HELP: dict[str, str] = {
     "threshold": "probability from which block diffusion unmasks a position",
     "entropy_bound": "nats, for --policy entropy",
     "steps": "forwards per block, for --policy fixed",
+    "tree_nodes": "positions that mode tree verifies at once",
+    "tree_width": "candidates per position, for mode tree",
     "search_budget": "forwards the oracle may spend on a prompt",
 }
 
@@ -47,7 +49,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
-    parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; drafts in mode linear")
+    parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; for modes linear, tree")
     parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
     parser.add_argument("--pipeline-parallel", type=at_least_1, default=1, help="processes that share the layers out")
     add_extend(parser)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     parser.add_argument("prompt", help="text to continue")
-    parser.add_argument("--mode", default="linear", help="ar, diffusion, linear or quadratic (%(default)s)")
+    parser.add_argument("--mode", default="linear", help="ar, diffusion, linear, tree or quadratic (%(default)s)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument(
         "--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it"

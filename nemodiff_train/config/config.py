@@ -75,6 +75,7 @@ class TriModeConfig(ConfigContainer):
         model.block_size = objective.block_size
         model.largest_block = objective.largest_block
         model.clean_attention = objective.clean_attention
+        model.causal_noise = self.drafter is not None and self.drafter.draft_kind.causal
         model.shift = objective.shift
         model.seq_length = data.seq_length * (objective.noisy_views + 1)
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
@@ -83,8 +84,13 @@ class TriModeConfig(ConfigContainer):
         data.rows, data.run_cache = model.vocab_size, f"{Path(str(self.checkpoint.save)).parent}/sample_index"
         if data.holds_conversations:
             model.add_stop_token(data.stored_end())
-        if objective.stage == "joint":
+        if self.has_masks:
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
+
+    @property
+    def has_masks(self) -> bool:
+        """Return whether samples have masked positions; those of some drafters have other noise."""
+        return self.objective.stage == "joint" and not (self.drafter and self.drafter.draft_kind.uniform_noise)
 
     def fit_schedule(self) -> None:
         """Turn the schedule's shares of the run into steps."""

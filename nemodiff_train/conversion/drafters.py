@@ -15,8 +15,8 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.config_json import read_config
-from nemodiff_train.model.draft_adapter import DraftLoRA, open_drafter
-from nemodiff_train.model.families import ar_settings, architecture, stored_name
+from nemodiff_train.model.draft_adapter import PROJECTIONS, Drafter, DraftLoRA, open_drafter
+from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import start_model_parallel
 from nemodiff_train.model.pretrained import config_from, model_from
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -24,13 +24,23 @@ from nemodiff_train.model.provider import TriModeModelProvider
 PEFT_NAMES = {"linear_in": "lora_A", "linear_out": "lora_B"}
 """PEFT's names of the two factors by those of Megatron Bridge."""
 
-_STORED = "decoder.layers.self_attention.linear_proj.adapter.{}.weight"
+_STORED = {
+    "linear_q": "self_attention.linear_qkv.adapter.adapter_q",
+    "linear_k": "self_attention.linear_qkv.adapter.adapter_k",
+    "linear_v": "self_attention.linear_qkv.adapter.adapter_v",
+    "linear_proj": "self_attention.linear_proj.adapter",
+    "linear_fc1_gate": "mlp.linear_fc1.adapter.adapter_gate",
+    "linear_fc1_up": "mlp.linear_fc1.adapter.adapter_up",
+    "linear_fc2": "mlp.linear_fc2.adapter",
+}
+"""Where a checkpoint has the adapter of each projection, stacked over the layers."""
 
 DRAFTER_FOLDER = "linear_spec_lora"
 """Folder of the drafter in a model's directory, as in the released models."""
 
 SCALE = 4.0
-"""``lora_alpha / r`` of every exported drafter: that of the released ones, and what mlx-vlm has in its code."""
+"""``lora_alpha / r`` of every exported ``nemotron`` drafter: that of the released ones, which mlx-vlm has in its
+code.  Engines read that of ``uno`` from the file."""
 
 
 def export_drafter(source: Checkpoint, output: str, format: str | None = None) -> None:
@@ -50,37 +60,59 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
             the output is another model's.
     """
     provider = model_from(source)
-    lora = open_drafter(source, provider)
+    drafter = open_drafter(source, provider)
     kind = _kind_around(Path(output), provider)
     if format or kind is None:
         named = architecture(FORMATS[format or own_format(provider)].settings(provider))
         if kind not in (None, named):
             raise UserError(f"--format {format} does not fit '{Path(output).parent}', a {kind}; leave it out")
         kind = named
+    check_engine(source, drafter, kind, Path(output).name == DRAFTER_FOLDER)
     start_model_parallel(1)  # Megatron reads by collectives, even in a world of one
     with atomic_directory(Path(output)) as partial, quiet():
-        write_drafter(source, lora, provider.num_layers, kind, partial)
+        write_drafter(source, drafter, provider.num_layers, kind, partial)
     say(f"exported the drafter {source.path} to {output}")
 
 
-def write_drafter(source: Checkpoint, lora: DraftLoRA, layers: int, kind: str, directory: Path) -> None:
+def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: bool) -> None:
+    """Refuse to write a drafter where engines would take it for another kind, and draft badly with it.
+
+    Args:
+        source: Its checkpoint.
+        drafter: What it is.
+        kind: Architecture of the model's directory.
+        in_folder: Whether it is to be the ``linear_spec_lora`` of that directory.
+
+    Raises:
+        UserError: It is a ``uno``, which engines load beside an AR model's directory.
+    """
+    if drafter.kind.uniform_noise and (in_folder or kind in (NEMOTRON, TRI_MODE)):
+        raise UserError(
+            f"the drafter '{source.path}' is of kind uno, for a plain AR model's directory (--format ar) and a "
+            f"folder of its own; {kind}'s {DRAFTER_FOLDER} holds drafters of kind nemotron"
+        )
+
+
+def write_drafter(source: Checkpoint, drafter: Drafter, layers: int, kind: str, directory: Path) -> None:
     """Write the two files of a drafter; called on all ranks, which read together.
 
     Args:
         source: The drafter's checkpoint.
-        lora: Its settings.
+        drafter: What it is.
         layers: Layers of its model.
         kind: Architecture of the directory whose names the tensors get.
         directory: Where they go.
     """
+    lora = drafter.lora
+    alpha = lora.alpha if drafter.kind.uniform_noise else SCALE * lora.dim
     with torch.no_grad():
-        adapters = _adapters(source.iteration, layers, scale=lora.alpha / lora.dim / SCALE)
+        adapters = _adapters(source.iteration, layers, lora, scale=lora.alpha / alpha)
     if is_main_process():
         directory.mkdir(exist_ok=True)
         tensors = {f"base_model.model.{stored_name(kind, name)}": values for name, values in adapters.items()}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        alpha = int(SCALE * lora.dim)
-        config = LoraConfig(r=lora.dim, lora_alpha=alpha, target_modules=["o_proj"], inference_mode=True)
+        targets = [PROJECTIONS[name] for name in lora.target_modules]
+        config = LoraConfig(r=lora.dim, lora_alpha=int(alpha), target_modules=targets, inference_mode=True)
         config.save_pretrained(str(directory))
 
 
@@ -105,20 +137,25 @@ def _kind_around(output: Path, provider: TriModeModelProvider) -> str | None:
     return architecture(settings)
 
 
-def _adapters(iteration: Path, layers: int, scale: float) -> dict[str, Tensor]:
+def _adapters(iteration: Path, layers: int, lora: DraftLoRA, scale: float) -> dict[str, Tensor]:
     """Return both factors of every layer by their names in an AR model's directory.
 
-    ``lora_A`` is [rank, heads * head_dim], ``lora_B`` [hidden, rank], times the scale.
+    ``lora_A`` is [rank, inputs], ``lora_B`` [outputs, rank], times the scale.
     """
     folder = str(iteration.absolute())
     stored = dist_checkpointing.load_tensors_metadata(folder)
-    names = {_STORED.format(part): PEFT_NAMES[part] for part in PEFT_NAMES}
-    # Every rank reads both in full, which Core would take for a mistake in the layout.
-    factors = dist_checkpointing.load({n: stored[n] for n in names}, folder, validate_access_integrity=False)
-    factors = {name: factors[name].float() for name in names}
-    factors[_STORED.format("linear_out")] *= scale
-    return {
-        f"model.layers.{layer}.self_attn.o_proj.{part}.weight": values
-        for name, part in names.items()
-        for layer, values in zip(range(layers), factors[name], strict=True)
+    names = {
+        f"decoder.layers.{_STORED[target]}.{part}.weight": (target, part)
+        for target in lora.target_modules
+        for part in PEFT_NAMES
     }
+    # Every rank reads all in full, which Core would take for a mistake in the layout.
+    factors = dist_checkpointing.load({n: stored[n] for n in names}, folder, validate_access_integrity=False)
+    adapters = {}
+    for name, (target, part) in names.items():
+        block = "self_attn" if _STORED[target].startswith("self_attention") else "mlp"
+        values = factors[name].float() * (scale if part == "linear_out" else 1.0)
+        for layer, matrix in zip(range(layers), values, strict=True):
+            key = f"model.layers.{layer}.{block}.{PROJECTIONS[target]}.{PEFT_NAMES[part]}.weight"
+            adapters[key] = matrix.contiguous()
+    return adapters

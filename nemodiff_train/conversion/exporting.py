@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, quiet, say, warn
 from nemodiff_train.conversion.automodel.card import read_results, write_card
-from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, write_drafter
+from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, check_engine, write_drafter
 from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, own_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
@@ -69,7 +69,9 @@ def export_checkpoint(
     code = code_files(settings, remote_code) if remote_code else []
     if FORMATS[name].needs_code and not code:
         settings.pop("auto_map")  # Transformers would stop at the first file that is not there
-    lora = open_drafter(drafter, provider) if drafter else None
+    opened = open_drafter(drafter, provider) if drafter else None
+    if drafter and opened:
+        check_engine(drafter, opened, architecture(settings), in_folder=True)
     figures = read_results(results) if results else None
     tokenizer = source.tokenizer_directory
     files_of_tokenizer(tokenizer)
@@ -78,8 +80,8 @@ def export_checkpoint(
         loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
         writer.directory = partial
         _write_weights(loaded.chunks, settings, writer, f"exporting {source.path}")
-        if drafter and lora:
-            write_drafter(drafter, lora, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
+        if drafter and opened:
+            write_drafter(drafter, opened, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             copy_code(code, partial)

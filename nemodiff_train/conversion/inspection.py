@@ -66,8 +66,9 @@ def _describe_megatron(checkpoint: Checkpoint) -> dict[str, str]:
         if f"{name}_model_parallel_size" in model
     )
     settings = model.get("hf_config") or {}
+    kind = f", {checkpoint.run_config['drafter'].get('kind')}" if checkpoint.kind is Kind.DRAFTER else ""
     return {
-        "kind": f"Megatron checkpoint: {checkpoint.kind}",
+        "kind": f"Megatron checkpoint: {checkpoint.kind}{kind}",
         "architecture": architecture(settings),
         "model": _shape(ar_settings(settings)),
         "weights": _size(set(checkpoint.iteration.rglob("*.distcp"))),

@@ -14,8 +14,10 @@ from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.quadratic import decode_quadratic
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session, check_prompts
+from nemodiff_train.decoding.tree import decode_tree
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 from nemodiff_train.runtime import init_runtime
 
 Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
@@ -24,25 +26,35 @@ MODES: dict[str, Decoder] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear": decode_linear,
+    "tree": decode_tree,
     "quadratic": decode_quadratic,
     "oracle": decode_oracle,
 }
 
 
-def check_mode(config: TriModeModelProvider, mode: str) -> None:
+DRAFTED = ("linear", "tree")
+"""Modes in which a drafter drafts."""
+
+
+def check_mode(config: TriModeModelProvider, mode: str, kind: DraftKind = DRAFT_KINDS["nemotron"]) -> None:
     """Refuse a mode that does not exist, or in which a model cannot decode.
 
     Args:
         config: The model's configuration.
         mode: Name of the mode.
+        kind: What the drafts of its drafter look like.
 
     Raises:
         UserError: Names the mode and what to do.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode '{mode}'; known: {', '.join(MODES)}.{nearest(mode, MODES)}")
-    if mode != "ar" and config.mask_token_id is None:
-        raise UserError(f"mode '{mode}' needs a mask token, and this checkpoint has had no joint stage; use ar")
+    needs_mask = mode != "ar" and not (mode in DRAFTED and kind.uniform_noise)
+    if needs_mask and config.mask_token_id is None:
+        drafted = " or a drafter of kind uno" if mode in DRAFTED else ""
+        raise UserError(
+            f"mode '{mode}' needs a mask token{drafted}, and this checkpoint has had no joint stage; use ar"
+        )
     if mode != "diffusion" and config.clean_attention == "block_causal":
         raise UserError(
             f"mode '{mode}' needs a causal clean half, and this checkpoint was trained with "
@@ -73,12 +85,15 @@ def decode(
     Raises:
         UserError: Unknown mode, no prompts, or a model that cannot decode in this mode.
     """
-    config = PipelineRunner(model).config
-    check_mode(config, mode)
+    runner = PipelineRunner(model)
+    config = runner.config
+    check_mode(config, mode, runner.draft_kind)
     check_prompts(prompts, config.vocab_size)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     _check_positions(config, longest)
-    extra = settings.block_size ** (2 if mode == "quadratic" else 1)
+    extra = {"quadratic": settings.block_size**2, "tree": max(settings.block_size, settings.tree_nodes)}.get(
+        mode, settings.block_size
+    )
     session = Session(model, len(prompts), longest + extra, config.mask_token_id)
     sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
     with init_runtime().without_device_rewriting():

@@ -1,5 +1,7 @@
 """One model chunk as plain functions of its weights, for decoding."""
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
-from nemodiff_train.model.draft_adapter import DraftProjection
+from nemodiff_train.model.draft_adapter import DraftLinear
 
 
 def can_fast_forward(chunk: GPTModel) -> bool:
@@ -22,7 +24,7 @@ def can_fast_forward(chunk: GPTModel) -> bool:
     linears = [
         (
             layer.self_attention.linear_qkv,
-            _without_drafter(layer.self_attention.linear_proj),
+            layer.self_attention.linear_proj,
             layer.mlp.linear_fc1,
             layer.mlp.linear_fc2,
         )
@@ -30,7 +32,7 @@ def can_fast_forward(chunk: GPTModel) -> bool:
     ]
     known = (ColumnParallelLinear, RowParallelLinear) * 2
     return (
-        all(type(linear) is kind for of_layer in linears for linear, kind in zip(of_layer, known, strict=True))
+        all(type(_base(linear)) is kind for of_layer in linears for linear, kind in zip(of_layer, known, strict=True))
         and config.num_query_groups >= config.tensor_model_parallel_size
         and not config.rotary_interleaved
         and not config.fp32_residual_connection
@@ -95,26 +97,14 @@ def _attention(attention: SelfAttention, states: Tensor, rotary: tuple[Tensor, T
     """Return the attention output [new, batch, hidden] of normalised states [new, batch, hidden]."""
     projection = attention.linear_qkv
     groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-    mixed = F.linear(states, projection.weight, projection.bias)
+    mixed = _column_parallel(projection, states)
     # [new, batch, group, heads, head_dim]: the queries of a key head, then its key and its value.
     mixed = mixed.view(*mixed.shape[:2], groups, -1, width)
     query, key, value = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
     if attention.q_layernorm is not None:
         query, key = attention.q_layernorm(query), attention.k_layernorm(key)
     out = attention.core_attention(_rotate(query, *rotary), _rotate(key, *rotary), value)
-    return _attention_output(attention.linear_proj, out)
-
-
-def _attention_output(projection: nn.Module, states: Tensor) -> Tensor:
-    """Project [new, batch, heads * head_dim / ranks] to [new, batch, hidden], with a drafter's correction."""
-    if not isinstance(projection, DraftProjection):
-        return _row_parallel(projection, states)
-    out, correction = _row_parallel(projection.to_wrap, states), projection.correction(states)
-    return out if correction is None else out + correction
-
-
-def _without_drafter(projection: nn.Module) -> nn.Module:
-    return projection.to_wrap if isinstance(projection, DraftProjection) else projection
+    return _row_parallel(attention.linear_proj, out)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,7 +118,7 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _feed_forward(mlp: MLP, states: Tensor) -> Tensor:
     """Return the feed-forward output [new, batch, hidden] of normalised states [new, batch, hidden]."""
-    inner = F.linear(states, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+    inner = _column_parallel(mlp.linear_fc1, states)
     if mlp.config.gated_linear_unit:  # the gate's rows, then the up projection's
         gate, up = inner.chunk(2, dim=-1)
         inner = mlp.activation_func(gate).mul_(up)
@@ -137,9 +127,28 @@ def _feed_forward(mlp: MLP, states: Tensor) -> Tensor:
     return _row_parallel(mlp.linear_fc2, inner)
 
 
-def _row_parallel(linear: RowParallelLinear, states: Tensor) -> Tensor:
+def _column_parallel(linear: nn.Module, states: Tensor) -> Tensor:
+    """Project [new, batch, inputs] to this tensor-parallel rank's part of the outputs."""
+    base = _base(linear)
+    return _corrected(linear, states, F.linear(states, base.weight, base.bias))
+
+
+def _row_parallel(linear: nn.Module, states: Tensor) -> Tensor:
     """Project states whose last dimension is split over the tensor-parallel ranks, and sum over the ranks."""
-    out = F.linear(states, linear.weight)
-    if linear.tp_group.size() > 1:
-        dist.all_reduce(out, group=linear.tp_group)
-    return out
+    base = _base(linear)
+    out = F.linear(states, base.weight)
+    if base.tp_group.size() > 1:
+        dist.all_reduce(out, group=base.tp_group)
+    return _corrected(linear, states, out)
+
+
+def _base(linear: nn.Module) -> ColumnParallelLinear | RowParallelLinear:
+    """Return a linear layer without its drafter's adapters."""
+    base = linear.to_wrap if isinstance(linear, DraftLinear) else linear
+    return cast(ColumnParallelLinear | RowParallelLinear, base)
+
+
+def _corrected(linear: nn.Module, states: Tensor, out: Tensor) -> Tensor:
+    """Return a linear layer's output, with what its drafter's adapters add."""
+    correction = linear.correction(states, len(states)) if isinstance(linear, DraftLinear) else None
+    return out if correction is None else out + correction

@@ -9,9 +9,9 @@ from nemodiff_train.errors import UserError, nearest
 
 ForwardKind = Literal["prefill", "decode", "draft", "verify", "denoise", "commit", "fused", "search"]
 """Purpose of a call of the model. ``prefill``: the prompt, once. ``decode``: one autoregressive step. ``draft`` and
-``verify``: linear self-speculation. ``denoise``: one forward over a masked block. ``commit``: the forward that writes
-a finished block to the cache. ``fused``: verification and the next drafts in one. ``search``: spent by an oracle to
-find its path, never part of TPF."""
+``verify``: linear and tree self-speculation. ``denoise``: one forward over a masked block. ``commit``: the forward
+that writes a finished block to the cache. ``fused``: verification and the next drafts in one. ``search``: spent by an
+oracle to find its path, never part of TPF."""
 
 Policy = Literal["threshold", "entropy", "fixed", "leftmost"]
 
@@ -23,6 +23,8 @@ _MINIMUM = {
     "block_size": 2,
     "steps": 1,
     "search_budget": 1,
+    "tree_nodes": 2,
+    "tree_width": 1,
     "top_k": 0,
     "temperature": 0,
     "entropy_bound": 0,
@@ -61,6 +63,10 @@ class DecodingSettings:
     """Nats, for ``policy=entropy``."""
     steps: int = 8
     """Denoising forwards per block, for ``policy=fixed``."""
+    tree_nodes: int = 64
+    """Positions that a forward of mode ``tree`` verifies, the last known token included."""
+    tree_width: int = 8
+    """Candidates for each position of the tree: the most probable tokens of the draft."""
     search_budget: int = 5000
     """Maximum number of forwards that ``oracle`` may spend per row; at least three per new token."""
     stop_token_ids: frozenset[int] = frozenset()
@@ -139,16 +145,19 @@ class Cycle:
     bonus: bool = False
     """Whether the verifier's token after a wholly accepted draft was committed."""
     draft_tokens: list[int] = field(default_factory=list)
-    """Token ids of the draft, rejected ones included."""
+    """Token ids of the draft, rejected ones included; of a tree, the accepted branch and one rejected token."""
     accept_mask: list[bool] = field(default_factory=list)
     """For each draft token, whether it passed the test; positions after the first rejection are tested too."""
     accept_probs: list[float] = field(default_factory=list)
-    """For each draft token, min(1, p/q) at temperature 1, with p of the verifier and q of the drafter."""
+    """For each draft token, min(1, p/q) at temperature 1, with p of the verifier and q of the drafter; in a tree, p
+    of all that it proposes for the position."""
+    own: int = 0
+    """Tokens that the draft's forward gave as the verifier's own, before the draft (``uno`` drafters: 1)."""
 
     @property
     def committed(self) -> int:
         """Return the number of tokens that the cycle added to the output."""
-        return self.accepted + self.recovered + self.bonus
+        return self.own + self.accepted + self.recovered + self.bonus
 
 
 @dataclass
@@ -199,6 +208,7 @@ class Generation:
         draft_tokens: list[int],
         accept_mask: list[bool],
         accept_probs: list[float],
+        own: bool = False,
     ) -> None:
         """Append the tokens of one draft + verify cycle, and the cycle itself.
 
@@ -208,6 +218,7 @@ class Generation:
             draft_tokens: See :class:`Cycle`.
             accept_mask: See :class:`Cycle`.
             accept_probs: See :class:`Cycle`.
+            own: Whether the draft's forward has given the token before the draft.
         """
         committed = self.extend(tokens, [step] * len(tokens))
         accepted = min(committed, len(tokens) - 1)  # a stop or the limit may cut the accepted tokens
@@ -215,6 +226,7 @@ class Generation:
         self.cycles.append(
             Cycle(
                 accepted=accepted,
+                own=int(own),
                 recovered=verifier_token and not whole,
                 bonus=verifier_token and whole,
                 draft_tokens=draft_tokens,

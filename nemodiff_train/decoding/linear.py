@@ -1,13 +1,18 @@
-"""Linear self-speculation: one bidirectional forward drafts a block, one causal forward verifies it."""
+"""Linear self-speculation: one forward drafts a block, one causal forward verifies it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from nemodiff_train.decoding.generation import Generation
+from nemodiff_train.decoding.generation import Cycle, Generation
 from nemodiff_train.decoding.sampling import Sampler, Verification, rejection_sample
 from nemodiff_train.decoding.session import Session
+
+Verify = Callable[[Session, list[Generation], Tensor, Tensor, Tensor, Sampler], Tensor]
+"""Verifies a draft after a known token and commits what it accepts.  Takes the session, all generations, the rows
+[batch] on the host, the token [batch, 1], the draft's logits [batch, k, vocab] and the sampler; returns the next
+known token [batch, 1]."""
 
 
 def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
@@ -26,27 +31,91 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     Returns:
         One generation per prompt.
     """
+    return speculate(session, prompts, sampler, _verify_chain)
+
+
+def speculate(
+    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, verify: Verify
+) -> list[Generation]:
+    """Draft by one forward and verify by another until every row has ended.
+
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Chooses tokens.
+        verify: Verifies drafts.
+
+    Returns:
+        One generation per prompt.
+    """
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows))
     last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     for row, token in enumerate(last[:, 0].tolist()):
         rows[row].extend([token], [session.calls(row)])
     while True:
-        running = torch.tensor([not rows[row].finished for row in active.tolist()])
-        active, last = active[running], last[running]
+        active, last = _running(rows, active, last)
         if not len(active):
             return rows
-        # Draft: the last committed token and k = block - 1 masks, all of which see each other.
-        masks = session.masks(len(active), sampler.settings.block_size - 1)
-        draft_logits = session.forward(torch.cat([last, masks], dim=1), active, "draft", causal=False)[:, 1:]
-        draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, k]
-        # Verify: the same k + 1 positions, causally; logits of index i predict the token at i + 1.
-        target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
-        verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
-        last = commit_accepted(session, rows, active, verification)
+        active, last, draft_logits = _draft(session, rows, active, last, sampler)
+        if len(active):
+            last = verify(session, rows, active, last, draft_logits, sampler)
 
 
-def commit_accepted(session: Session, rows: list[Generation], active: Tensor, verification: Verification) -> Tensor:
+def _running(rows: list[Generation], active: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows that have not ended, and their part of [batch, ...] values."""
+    running = torch.tensor([not rows[row].finished for row in active.tolist()], dtype=torch.bool)
+    return tuple(each[running] for each in (active, *values))
+
+
+def _draft(
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, sampler: Sampler
+) -> tuple[Tensor, ...]:
+    """Draft k = block - 1 tokens after the last committed one, as the model's drafter does.
+
+    Where that token is outside the drafter's block, the forward has computed it as the model itself: it is kept, and
+    so is the token that its logits give, which the draft then follows.
+
+    Returns:
+        The rows [batch] that the draft is for; their last known token [batch, 1]; logits [batch, k, vocab].
+    """
+    kind, unknown = session.draft_kind, sampler.settings.block_size - 1
+    if kind.uniform_noise:
+        noise = sampler.uniform(active, unknown, session.device)
+        filling = (noise * session.vocab_size).long()
+    else:
+        filling = session.masks(len(active), unknown)
+    logits = session.forward(torch.cat([last, filling], dim=1), active, "draft", causal=kind.causal)
+    if kind.seed_in_block:
+        return active, last, logits[:, 1:]
+    session.commit(active, 1)
+    own = sampler.sample_tokens(logits[:, :1], active)
+    for row, token in zip(active.tolist(), own[:, 0].tolist(), strict=True):
+        rows[row].extend([token], [session.calls(row)])
+        if rows[row].finished:
+            rows[row].cycles.append(Cycle(accepted=0, own=1))
+    return _running(rows, active, own, logits[:, 1:])
+
+
+def _verify_chain(
+    session: Session,
+    rows: list[Generation],
+    active: Tensor,
+    last: Tensor,
+    draft_logits: Tensor,
+    sampler: Sampler,
+) -> Tensor:
+    """Verify one token per drafted position, drawn from the draft's logits."""
+    draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, k]
+    # The known token and the draft, causally; logits of index i predict the token at i + 1.
+    target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
+    verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
+    return commit_accepted(session, rows, active, verification, own=not session.draft_kind.seed_in_block)
+
+
+def commit_accepted(
+    session: Session, rows: list[Generation], active: Tensor, verification: Verification, own: bool = False
+) -> Tensor:
     """Commit the token before each draft and the accepted draft tokens, and append the cycle to the generations.
 
     Args:
@@ -54,6 +123,7 @@ def commit_accepted(session: Session, rows: list[Generation], active: Tensor, ve
         rows: All generations of the batch.
         active: [batch] rows of this cycle, on the host.
         verification: Result of the verification.
+        own: Whether the draft's forward has given the token before it.
 
     Returns:
         [batch, 1] the recovered or bonus token of each row, which is emitted and not in the cache yet.
@@ -68,5 +138,6 @@ def commit_accepted(session: Session, rows: list[Generation], active: Tensor, ve
             host.draft_tokens[index].tolist(),
             host.accept_mask[index].tolist(),
             host.accept_probs[index].tolist(),
+            own,
         )
     return verification.tokens.gather(1, verification.accepted[:, None])

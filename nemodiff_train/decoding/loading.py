@@ -7,10 +7,11 @@ from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import warn
-from nemodiff_train.decoding.decode import check_mode
+from nemodiff_train.decoding.decode import DRAFTED, check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.draft_adapter import open_drafter
 from nemodiff_train.model.loading import computing_dtype, load_model, stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -49,10 +50,10 @@ def load_decoding_model(
     Args:
         checkpoint: A model's.
         modes: Modes that are going to be used.
-        block_size: Positions per block; None for what the model was trained with.
+        block_size: Positions per block; None for what the model was trained with, or its ``uno`` drafter.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out; where there are more ranks, replicas share the prompts.
-        drafter: A drafter that was trained for this model; it drafts in linear self-speculation.
+        drafter: A drafter that was trained for this model; it drafts in linear and tree self-speculation.
         settings: Further fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`.
 
     Raises:
@@ -60,14 +61,17 @@ def load_decoding_model(
             :func:`~nemodiff_train.model.loading.load_model`.
     """
     provider = model_from(checkpoint.require_model())
+    opened = open_drafter(drafter, provider) if drafter else None
     for mode in modes:
-        check_mode(provider, mode)
-    if drafter is not None and modes and "linear" not in modes:
-        raise UserError(f"--drafter acts in mode linear alone, not in {', '.join(modes)}; leave it out")
+        check_mode(provider, mode, *([opened.kind] if opened else []))
+    if drafter is not None and modes and not set(DRAFTED) & set(modes):
+        raise UserError(f"--drafter acts in modes linear and tree, not in {', '.join(modes)}; leave it out")
     asked = provider.hf_generation_config
     if named := [f"{key}={asked[key]}" for key, none in _NOT_APPLIED.items() if asked.get(key) not in (None, none)]:
         warn(f"generation_config.json asks for {', '.join(named)}, which decoding here does not do")
-    chosen = DecodingSettings(block_size=provider.block_size if block_size is None else block_size, **settings)
+    if block_size is None:
+        block_size = opened.block_size if opened and not opened.kind.seed_in_block else provider.block_size
+    chosen = DecodingSettings(block_size=block_size, **settings)
     loaded = load_model(
         checkpoint,
         tensor_parallel=tensor_parallel,

@@ -9,6 +9,7 @@ from torch import Tensor
 from nemodiff_train.attention.cache import DecodeBatch
 from nemodiff_train.decoding.forward import can_fast_forward, fast_forward, logits_at
 from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.objective.drafts import DraftKind
 
 
 class PipelineRunner:
@@ -26,6 +27,7 @@ class PipelineRunner:
         ]
         self.config: TriModeModelProvider = self.chunks[0].config
         self.device: torch.device = next(self.chunks[0].parameters()).device
+        self.draft_kind: DraftKind = self.chunks[0].attention_state.draft_kind
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
         self._fast = all(can_fast_forward(chunk) for chunk in self.chunks)
         self._group: dist.ProcessGroup = self.chunks[0].pg_collection.pp

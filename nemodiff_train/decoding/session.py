@@ -16,6 +16,7 @@ from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.generation import ForwardKind
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
+from nemodiff_train.objective.drafts import DraftKind
 
 # Forwards that fill masks: index i predicts the token at i, which a model trained with the shift says at i - 1.
 MASK_FILLING: tuple[ForwardKind, ...] = ("denoise", "draft", "search")
@@ -112,6 +113,11 @@ class Session:
             self.forwards[row][kind] += 1
         return logits
 
+    @property
+    def draft_kind(self) -> DraftKind:
+        """Return what the drafts of the model's drafter look like; without one, those of a tri-mode model."""
+        return self.model.draft_kind
+
     def calls(self, row: int) -> int:
         """Return the number of forwards that a row has taken part in so far."""
         return self.forwards[row].total()
@@ -134,6 +140,17 @@ class Session:
             counts: [batch] tokens to keep, on the host, or one number for all.
         """
         self.cache.lengths[rows] += counts
+
+    @torch.inference_mode()
+    def commit_nodes(self, rows: Tensor, kept: Sequence[Tensor]) -> None:
+        """Keep some tokens of each row's last forward, one after another, and drop those between them.
+
+        Args:
+            rows: [batch] rows, on the host.
+            kept: For each, the indices of its new tokens to keep, ascending; on the host.
+        """
+        self.cache.compact(rows, kept)
+        self.commit(rows, torch.tensor([len(indices) for indices in kept]))
 
     def prefill(self, prompts: Sequence[Sequence[int]], block_size: int | None = None) -> Tensor:
         """Commit every row's prompt, each in one forward.

@@ -1,8 +1,8 @@
 """What the forward step trains a drafter on: drafts from the noisy half, their verification from the clean half.
 
-Every block of a sample is a draft: its first token is known, all others are masked.  The noisy half has the adapters
-and drafts; the clean half has none and is what AR decoding would say of the same text.  So one forward gives both, of
-many drafts at once.
+Every block of a sample is a draft, of tokens that it does not know.  The noisy half has the adapters and drafts; the
+clean half has none and is what AR decoding would say of the same text.  So one forward gives both, of many drafts at
+once.
 """
 
 from dataclasses import dataclass, field
@@ -13,11 +13,16 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.drafter.config import DrafterConfig
-from nemodiff_train.drafter.loss import NEVER, Slots, judge, slot_losses
+from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
+from nemodiff_train.drafter.slots import Slots, Verdict
 from nemodiff_train.model.head import DRAFT_CHUNK, gather_hidden_states
 from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.objective.drafts import DraftKind
 from nemodiff_train.objective.loss import Report
+from nemodiff_train.objective.noise import DRAFTS, generator
 from nemodiff_train.objective.sample import Sample
 
 DRAFT_LENGTHS = (7, 15, 31)
@@ -26,19 +31,39 @@ POSITIONS = (1, 2, 4, 8, 16)
 """Positions in a draft, from 1, whose acceptance is reported."""
 
 
-def draft_tokens(batch: Sample, model: TriModeModelProvider) -> Tensor:
-    """Return [batch, 2L] ids: in the noisy half all but the first token of each block masked; then the clean half."""
-    assert model.mask_token_id is not None  # a drafter is refused for a model that has none
+def draft_tokens(
+    batch: Sample, model: TriModeModelProvider, kind: DraftKind, seed: int, shard: ContextParallelShard
+) -> Tensor:
+    """Return the ids [batch, 2L / size] of a rank: what stands for the tokens that drafts do not know, then the text.
+
+    Args:
+        batch: A micro-batch, this rank's positions of it.
+        model: Its vocabulary, mask token and noise.
+        kind: What drafts look like.
+        seed: Seed of uniform noise, which follows from the samples' indices.
+        shard: The rank.
+    """
     clean = batch["tokens"][:, batch["maskable"].shape[1] :]
-    first_in_block = torch.arange(clean.shape[1], device=clean.device) % model.block_size == 0
-    return torch.cat([clean.where(first_in_block, model.mask_token_id), clean], dim=1)
+    blocks = batch["segment_ids"][:, 1]
+    if kind.uniform_noise:
+        draws = [generator(seed, DRAFTS, int(index)) for index in batch["index"].tolist()]
+        noise = [torch.from_numpy(draw.integers(0, model.vocab_size, blocks.shape[1])) for draw in draws]
+        noisy = shard.take(torch.stack(noise), blocks.shape[1]).to(clean.device, non_blocking=True)
+    else:
+        assert model.mask_token_id is not None  # such a drafter is refused for a model that has none
+        noisy = torch.full_like(clean, model.mask_token_id)
+    if kind.seed_in_block:
+        first = torch.ones_like(blocks, dtype=torch.bool)
+        first[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
+        noisy = clean.where(shard.take(first, blocks.shape[1]), noisy)
+    return torch.cat([noisy, clean], dim=1)
 
 
 @dataclass(frozen=True)
 class DraftLoss:
     """The drafter's loss of a micro-batch; a :class:`~nemodiff_train.objective.loss.MicroBatchLoss`.
 
-    There are D = batch * L / B drafts of B - 1 slots, for blocks of B tokens.
+    A context-parallel rank has n = L / size of the positions and S of the slots of its samples.
     """
 
     batch: Sample
@@ -46,6 +71,8 @@ class DraftLoss:
     model: TriModeModelProvider
     seed: int
     """Seed of the draws that find the accepted prefix of a draft."""
+    state: AttentionState
+    """The rank's positions, and its group."""
     report: Report = field(default_factory=dict)
     """[sum, count] per figure; the count of ``draft_loss`` is the denominator."""
 
@@ -59,57 +86,114 @@ class DraftLoss:
     ) -> Tensor:
         """Return the sum of the slots' losses, a scalar, and fill in the report.
 
-        The logits of a few drafts exist at once, with their gradient, which is all that is kept of them.
+        The logits of a few slots exist at once, with their gradient, which is all that is kept of them: whether a
+        slot counts depends on earlier ones, which other ranks may have, and is known when all have been judged.
         """
         weight = output_layer.weight if output_weight is None else output_weight
         head = _Head(weight, self.model, output_layer.tp_group)
-        drafts, verifiers = self._slots(gather_hidden_states(hidden_states, output_layer))  # [D, B - 1, hidden] each
-        targets = self.batch["loss_mask"][:, self.batch["maskable"].shape[1] :] > 0
-        usable = targets.unflatten(1, (-1, self.model.block_size))[:, :, :-1].flatten(0, 1)  # [D, B - 1]
-        uniform = self._uniform().to(drafts.device, non_blocking=True)  # [D, B - 1, 2]
+        kind, length = self.settings.draft_kind, self.batch["segment_ids"].shape[2]
+        shifted = kind.shifted(self.model.shift)
+        slots = Slots.of(self.batch["segment_ids"], kind, shifted)
+        index = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
 
-        learns = torch.is_grad_enabled()
-        total, gradients = torch.zeros((), device=drafts.device), []
-        drafts_at_once = max(1, DRAFT_CHUNK[drafts.device.type] // drafts.shape[1])
-        chunks = (values.split(drafts_at_once) for values in (drafts, verifiers, usable, uniform))
-        for draft, verifier, use, draw in zip(*chunks, strict=True):
-            # Logits of the draft q and of the verifier p, [drafts, B - 1, vocabulary], and which slots count.
-            with torch.no_grad():
-                q, p = head.logits(draft), head.logits(verifier)
-                slots = judge(q, p, use, draw, self.settings)
-            with torch.set_grad_enabled(learns):
-                q.requires_grad_(learns)
-                loss = (slot_losses(q, p, self.settings) * slots.weights).sum()
-            if learns:
-                gradients.append(head.gradient_of_states(torch.autograd.grad(loss, q)[0]).to(draft.dtype))
-            total += loss.detach()
-            for name, pair in _figures(slots, use).items():
-                self.report[name] = self.report.get(name, torch.zeros_like(pair)) + pair
+        # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
+        states = gather_hidden_states(hidden_states, output_layer).transpose(0, 1)
+        noisy, clean = states.chunk(2, dim=1)
+        clean, usable = clean.detach(), self.batch["loss_mask"][:, -clean.shape[1] :] > 0
+        if not shifted:
+            clean, usable = (self.state.shard.before(each, self.state.context_group) for each in (clean, usable))
+        drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each
+        uniform = self._own(self._uniform(slots.exists)).flatten(0, 1)[index]  # [S, 2]
+
+        losses, gradients, agrees, accepted = self._judged(head, drafts, verifiers, uniform)
+        passed = torch.stack([usable, self._at(index, agrees), self._at(index, accepted)], dim=2)  # [batch, n, 3]
+        passed = self.state.shard.gather(passed, length, self.state.context_group)
+        usable, agrees, accepted = passed.unbind(2)
+        verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
+        weights = self._own(verdict.weights).flatten()[index]
+        total = (losses * weights).sum()
+        self.report.update(self._figures(slots, verdict))
         self.report["draft_loss"] = torch.stack([total, self.report["counted_slots"][0]])
-        return _WithGradient.apply(drafts, total, torch.cat(gradients)) if learns else total
+        if gradients is None:
+            return total
+        return _WithGradient.apply(drafts, total, gradients * weights[:, None].to(gradients.dtype))
 
     def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Return the sum of the losses, the number of slots that count, and the report."""
         return losses, self.report["draft_loss"][1].to(torch.int32), self.report
 
-    def _slots(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states that draft and those that verify, [D, B - 1, hidden] each.
+    def _judged(
+        self, head: "_Head", drafts: Tensor, verifiers: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return each slot's loss [S], its gradient by the draft's state [S, hidden], and what ``judge`` says of it.
 
         Args:
-            states: [2L, batch, hidden].
+            head: The output layer.
+            drafts: [S, hidden] states that draft.
+            verifiers: [S, hidden] states that verify.
+            uniform: [S, 2] draws.
         """
-        size, length = self.model.block_size, self.batch["maskable"].shape[1]
-        blocks = states.transpose(0, 1).unflatten(1, (2, length // size, size))  # [batch, half, L / B, B, hidden]
-        # A clean position i predicts token i + 1; so does a noisy one under the shift, else it predicts token i.
-        drafts = blocks[:, 0, :, :-1] if self.model.shift else blocks[:, 0, :, 1:]
-        return drafts.flatten(0, 1), blocks[:, 1, :, :-1].flatten(0, 1).detach()
+        learns = torch.is_grad_enabled()
+        found: list[tuple[Tensor, ...]] = []
+        chunks = (values.split(DRAFT_CHUNK[drafts.device.type]) for values in (drafts, verifiers, uniform))
+        for draft, verifier, draw in zip(*chunks, strict=True):
+            # Logits of the draft q and of the verifier p, [slots, vocabulary].
+            with torch.no_grad():
+                q, p = head.logits(draft), head.logits(verifier)
+                outcome = judge(q, p, draw, self.settings)
+            with torch.set_grad_enabled(learns):
+                q.requires_grad_(learns)
+                loss = slot_losses(q, p, self.settings)
+            gradient = draft
+            if learns:
+                gradient = head.gradient_of_states(torch.autograd.grad(loss.sum(), q)[0]).to(draft.dtype)
+            found.append((loss.detach(), gradient.detach(), *outcome))
+        losses, gradients, agrees, accepted = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return losses, gradients if learns else None, agrees, accepted
 
-    def _uniform(self) -> Tensor:
-        """Return [D, B - 1, 2] numbers in [0, 1) that follow from the samples' indices, whatever the layout."""
-        size = self.model.block_size
-        shape = (self.batch["maskable"].shape[1] // size, size - 1, 2)
-        draws = [torch.Generator().manual_seed((self.seed << 32) + int(i)) for i in self.batch["index"].tolist()]
-        return torch.cat([torch.rand(shape, generator=draw) for draw in draws])
+    def _own(self, values: Tensor) -> Tensor:
+        """Return this rank's positions of [batch, L, ...] values."""
+        return values[:, self.state.shard.positions(values.shape[1], values.device)]
+
+    def _at(self, index: Tensor, values: Tensor) -> Tensor:
+        """Return [batch, n] values, those of the slots at ``index`` and False elsewhere."""
+        spread = torch.zeros(self.batch["maskable"].shape, dtype=torch.bool, device=values.device)
+        return spread.flatten().index_put((index,), values).view_as(spread)
+
+    def _uniform(self, exists: Tensor) -> Tensor:
+        """Return [batch, L, 2] numbers in [0, 1), one pair per slot, that follow from the samples' indices.
+
+        Args:
+            exists: [batch, L] whether a position is a slot.
+        """
+        seeds = [(self.seed << 32) + index for index in self.batch["index"].tolist()]
+        counts = exists.sum(1).tolist()
+        draws = [
+            torch.rand((count, 2), generator=torch.Generator().manual_seed(seed))
+            for seed, count in zip(seeds, counts, strict=True)
+        ]
+        numbers = torch.zeros(*exists.shape, 2, device=exists.device)
+        numbers[exists] = torch.cat(draws).to(exists.device, non_blocking=True)
+        return numbers
+
+    def _figures(self, slots: Slots, verdict: Verdict) -> Report:
+        """Return [sum, count] of the figures that say how good greedy drafts are, over this rank's positions."""
+        number, accepted, usable = (self._own(each) for each in (slots.number, verdict.accepted, verdict.usable))
+        drafts = (usable & (number == 1)).sum().float()
+        kind = self.settings.draft_kind
+        longest = self.model.largest_block - int(kind.seed_in_block)
+        figures = {"counted_slots": _pair(self._own(verdict.counted).sum(), usable.sum())}
+        sure = kind.sure_tokens * drafts  # the verifier's own tokens of each cycle
+        for length in {*(length for length in DRAFT_LENGTHS if length < longest), longest}:
+            figures[f"acceptance_length/{length}"] = _pair((accepted & (number <= length)).sum() + sure, drafts)
+        for position in (position for position in POSITIONS if position <= longest):
+            figures[f"acceptance_by_position/{position}"] = _pair((accepted & (number == position)).sum(), drafts)
+        figures["expected_tpf"] = _pair(accepted.sum() + sure, 2 * drafts)  # one forward drafts, one verifies
+        return figures
+
+
+def _pair(total: Tensor, count: Tensor) -> Tensor:
+    return torch.stack([total.float(), count.float()])
 
 
 class _WithGradient(torch.autograd.Function):
@@ -144,7 +228,8 @@ class _Head:
             dist.all_gather(shards, logits, group=self.group)
             logits = torch.cat(shards, dim=-1)
         logits = logits[..., : self.model.vocab_size].contiguous()
-        logits[..., self.model.mask_token_id] = NEVER
+        if self.model.mask_token_id is not None:
+            logits[..., self.model.mask_token_id] = NEVER
         return logits
 
     def gradient_of_states(self, gradient: Tensor) -> Tensor:
@@ -152,23 +237,3 @@ class _Head:
         first = self.group.rank() * len(self.weight)
         local = gradient[..., first : first + len(self.weight)]
         return local.to(self.weight.dtype) @ self.weight[: local.shape[-1]]
-
-
-def _figures(slots: Slots, usable: Tensor) -> Report:
-    """Return [sum, count] of the figures that say how good greedy drafts are.
-
-    Args:
-        slots: The outcome of some drafts.
-        usable: [drafts, B - 1] whether the data have a target there.
-    """
-    drafts = usable[:, 0].sum().float()
-    accepted = slots.accepted.float()
-    longest = accepted.shape[1]
-    figures = {"counted_slots": torch.stack([slots.counted.sum().float(), usable.sum().float()])}
-    for length in {*(length for length in DRAFT_LENGTHS if length < longest), longest}:
-        tokens = accepted[:, :length].sum() + drafts  # with the verifier's own token after each draft
-        figures[f"acceptance_length/{length}"] = torch.stack([tokens, drafts])
-    for position in (position for position in POSITIONS if position <= longest):
-        figures[f"acceptance_by_position/{position}"] = torch.stack([accepted[:, position - 1].sum(), drafts])
-    figures["expected_tpf"] = torch.stack([accepted.sum() + drafts, 2 * drafts])  # one forward drafts, one verifies
-    return figures

@@ -60,7 +60,7 @@ class ModeMetrics(BaseModel):
         "there was nothing but prefill."
     )
     acceptance_length: float | None = Field(
-        description="Mean tokens committed per draft + verify cycle, its recovered or bonus token included (NLD, "
+        description="Mean tokens committed per draft + verify cycle, the verifier's own included (NLD, "
         "section 4.2). A cycle is at least two forwards: half of this is NLD's real TPF. None in modes without them."
     )
     agreement: list[PositionAgreement] = Field(description="Agreement of verifier and draft by position.")

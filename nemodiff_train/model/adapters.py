@@ -1,6 +1,7 @@
 """LoRA on all linear layers, by Bridge: trained separately, merged into the model's weights wherever it is loaded."""
 
 import megatron.bridge.peft.utils as peft_utils
+from megatron.bridge.peft.base import PEFT
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRALinear
 from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
@@ -51,7 +52,7 @@ def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None
                             setattr(child.to_wrap, returned, False)
 
 
-def load_adapters(models: list[MegatronModule], checkpoint: Checkpoint, adapters: LoRA) -> None:
+def load_adapters(models: list[MegatronModule], checkpoint: Checkpoint, adapters: PEFT) -> None:
     """Load the weights of adapters that a model already has.
 
     Args:

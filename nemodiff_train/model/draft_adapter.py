@@ -1,10 +1,11 @@
-"""Low-rank adapters on the attention outputs that act only on drafts."""
+"""Low-rank adapters on linear layers that act only on drafts."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from megatron.bridge.peft.lora import LoRA
-from megatron.bridge.peft.lora_layers import LoRALinear
+import torch
+from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
+from megatron.bridge.peft.canonical_lora import CanonicalLoRA
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -13,46 +14,85 @@ from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import load_adapters
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 if TYPE_CHECKING:
     from nemodiff_train.model.provider import TriModeModelProvider
 
+PROJECTIONS = {
+    "linear_q": "q_proj", "linear_k": "k_proj", "linear_v": "v_proj", "linear_proj": "o_proj",
+    "linear_fc1_gate": "gate_proj", "linear_fc1_up": "up_proj", "linear_fc2": "down_proj",
+}  # fmt: skip
+"""Hugging Face's names of the linear layers that an adapter may act on, by those of Megatron Bridge."""
 
-class DraftProjection(LoRALinear):
-    """An attention's output projection, with an adapter that acts on drafts.
 
-    In training these are the noisy positions; with a cache, a draft forward. Everything else is the projection's own
-    output, so that what a model verifies and commits does not depend on its drafter.
+def adapted_layers(targets: str) -> list[str]:
+    """Return the linear layers that ``targets`` stands for: ``all`` projections, or the attention output, ``o_proj``.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if targets not in ("all", "o_proj"):
+        raise UserError(f"targets={targets}; use all or o_proj")
+    return list(PROJECTIONS) if targets == "all" else ["linear_proj"]
+
+
+class DraftLinear(AdapterWrapper):
+    """A linear layer with adapters that act on drafts.
+
+    In training these are the noisy positions; with a cache, those of a draft forward.  Everything else is the layer's
+    own output, so that what a model verifies and commits does not depend on its drafter.
+
+    Args:
+        to_wrap: The linear layer.
+        adapter: Its adapter, or several where it is several projections in one: queries, keys and values, or gate
+            and up.
     """
 
     state: AttentionState
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
-        """Project [positions, batch, heads * head_dim / tensor-parallel size].
+        """Project [positions, batch, inputs].
 
         Returns:
-            (output [positions, batch, hidden], bias or None).
+            (output [positions, batch, outputs], bias or None).
         """
-        out, bias, _ = self.base_linear_forward(x, *args, **kwargs)
-        correction = self.correction(x)
+        out, bias, normed = self.base_linear_forward(x, *args, **kwargs)
+        correction = self.correction(normed, max(len(normed), len(out)))
         return (out if correction is None else out + correction), bias
 
-    def correction(self, x: Tensor) -> Tensor | None:
-        """Return what the adapter adds to the projection's output; None where nothing is drafted."""
-        drafted = self.state.drafted(len(x), self.to_wrap.config.noisy_views)
-        if not drafted:
+    def correction(self, x: Tensor, positions: int) -> Tensor | None:
+        """Return what the adapters add to the layer's output; None where nothing is drafted.
+
+        Args:
+            x: [positions, batch, inputs]; under sequence parallelism maybe this rank's part of the positions.
+            positions: Number of positions of the forward.
+        """
+        first, end = self.state.drafted(positions, self.to_wrap.config.noisy_views)
+        if first == end:
             return None
-        if drafted < len(x):  # zeros, which stay zeros, because sequence parallelism needs equal parts
-            x = nn.functional.pad(x[:drafted], (0, 0, 0, 0, 0, len(x) - drafted))
-        correction: Tensor = self.adapter(x)
-        return correction
+        if len(x) < positions:
+            offset = self.to_wrap.tp_group.rank() * len(x)
+            first, end = (min(max(at - offset, 0), len(x)) for at in (first, end))
+        if end - first < len(x):  # zeros, which stay zeros, because sequence parallelism needs equal parts
+            x = nn.functional.pad(x[first:end], (0, 0, 0, 0, first, len(x) - end))
+        if not isinstance(self.adapter, nn.ModuleDict):
+            correction: Tensor = self.adapter(x)
+            return correction
+        if "adapter_q" not in self.adapter:
+            return torch.cat([self.adapter[f"adapter_{name}"](x) for name in ("gate", "up")], dim=-1)
+        # Megatron has the queries of a key head, its key and its value one after another.
+        parts = [self.adapter[f"adapter_{name}"](x) for name in ("q", "k", "v")]
+        groups = parts[1].shape[-1] // self.to_wrap.config.kv_channels
+        return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
 
 
 @dataclass
-class DraftLoRA(LoRA):
-    """Bridge's LoRA on every attention output projection, as :class:`DraftProjection`; all else is frozen."""
+class DraftLoRA(CanonicalLoRA):
+    """Bridge's LoRA on linear layers of every block, as :class:`DraftLinear`; all else is frozen."""
 
     target_modules: list[str] = field(default_factory=lambda: ["linear_proj"])
+    """Some of :data:`PROJECTIONS`: the attention output alone, or all of them."""
     dim: int = 128
     alpha: int = 512
 
@@ -63,28 +103,57 @@ class DraftLoRA(LoRA):
         adapted = super().__call__(model, training)
         for chunk in adapted if isinstance(adapted, list) else [adapted]:
             for module in chunk.modules():
-                if isinstance(module, DraftProjection):
+                if isinstance(module, DraftLinear):
                     module.state = unwrap_model(chunk).attention_state
         return adapted
 
-    def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
-        """Return the module, or the :class:`DraftProjection` around it."""
-        adapted = super().transform(module, name, prefix)
-        return DraftProjection(adapted.to_wrap, adapted.adapter) if type(adapted) is LoRALinear else adapted
+    def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Return the module, or the :class:`DraftLinear` around it."""
+        if isinstance(m, DraftLinear):
+            return m
+        adapted = super().transform(m, name, prefix)
+        if not isinstance(adapted, AdapterWrapper):
+            return adapted
+        if "adapter_gate" in adapted.adapter._modules:
+            for part in adapted.adapter.values():
+                # By this name Bridge would store each of them as a gate and an up projection in one, whose halves
+                # other tensor-parallel sizes then put together in another order.
+                part.base_linear_name = part.base_linear_name.replace("linear_fc1", "linear")
+        return DraftLinear(adapted.to_wrap, adapted.adapter)
 
 
-def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> DraftLoRA:
-    """Return the settings of a drafter's adapters.
+@dataclass(frozen=True)
+class Drafter:
+    """What a drafter's checkpoint says of it."""
+
+    kind: DraftKind
+    lora: DraftLoRA
+    block_size: int
+    """Positions of the last blocks that it was trained on."""
+
+
+def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Drafter:
+    """Return a drafter's kind and the settings of its adapters.
 
     Args:
         checkpoint: The drafter's checkpoint.
         model: The configuration of the model that it drafts for.
 
     Raises:
-        UserError: It is not a drafter, or the drafter of a model of another shape.
+        UserError: It is not a drafter, of a kind that is not known, or the drafter of a model of another shape or
+            without what its kind needs.
     """
     run = checkpoint.require_drafter().run_config
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "shift"):
+    name = (run.get("drafter") or {}).get("kind")
+    if name not in DRAFT_KINDS:
+        raise UserError(f"the drafter '{checkpoint.path}' is of kind '{name}'; known: {', '.join(DRAFT_KINDS)}")
+    kind = DRAFT_KINDS[name]
+    if not kind.uniform_noise and model.mask_token_id is None:
+        raise UserError(
+            f"the drafter '{checkpoint.path}' is of kind {name}, which drafts with a mask token, and the model has "
+            "none; take a model after its joint stage"
+        )
+    for name in ("num_layers", "hidden_size", "num_attention_heads", *(("shift",) if kind.seed_in_block else ())):
         expected, actual = run["model"].get(name), getattr(model, name)
         if expected != actual:
             raise UserError(
@@ -93,16 +162,19 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
     adapters = run.get("peft")
     if adapters is None:
         raise UserError(f"'{checkpoint.iteration}' has no settings of its adapters; take another iteration")
-    return DraftLoRA(dim=adapters["dim"], alpha=adapters["alpha"])
+    lora = DraftLoRA(dim=adapters["dim"], alpha=adapters["alpha"], target_modules=list(adapters["target_modules"]))
+    return Drafter(kind, lora, run["model"]["block_size"])
 
 
-def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, lora: DraftLoRA) -> None:
+def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: Drafter) -> None:
     """Add a drafter's adapters to a model that is ready to decode.
 
     Args:
         models: This rank's chunks.
         checkpoint: The drafter's checkpoint.
-        lora: What :func:`open_drafter` returned for it.
+        drafter: What :func:`open_drafter` returned for it.
     """
-    lora(models, training=False)
-    load_adapters(models, checkpoint.verify_contents(), lora)
+    drafter.lora(models, training=False)
+    load_adapters(models, checkpoint.verify_contents(), drafter.lora)
+    for chunk in models:
+        unwrap_model(chunk).attention_state.draft_kind = drafter.kind

@@ -65,7 +65,7 @@ def load_model(
             one of another model.
     """
     provider = model_from(checkpoint.require_model())
-    lora = open_drafter(drafter, provider) if drafter else None
+    opened = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     if line := tokens_without_row(tokenizer, provider.vocab_size):
         warn(line)
@@ -80,9 +80,9 @@ def load_model(
         chunks: list[GPTModel] = built if isinstance(built, list) else [built]
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
-        if drafter and lora:
+        if drafter and opened:
             _tell_other_base(drafter, weights)
-            load_drafter(chunks, drafter, lora)
+            load_drafter(chunks, drafter, opened)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
 
 

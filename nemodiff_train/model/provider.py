@@ -90,6 +90,8 @@ class TriModeModelProvider(GPTModelProvider):
     """Maximum number of positions per block in training, where the block size changes from step to step."""
     clean_attention: str = "causal"
     """What a clean position sees: ``causal`` or ``block_causal``."""
+    causal_noise: bool = False
+    """A noisy position sees its block up to itself alone, as the drafts of some drafters do."""
     shift: bool = False
     """Position i of a block predicts token i + 1."""
     recompute_elementwise: bool = True

@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 # The purpose of a generator; two purposes never share a stream.
-_MASKS, _LEVELS, _ORDER, BLOCK_SIZES, EMBEDDINGS = range(5)
+_MASKS, _LEVELS, _ORDER, BLOCK_SIZES, EMBEDDINGS, DRAFTS = range(6)
 
 
 class Key(NamedTuple):

@@ -39,21 +39,23 @@ class Positions(NamedTuple):
         return Positions(*(values[..., index] for values in self))
 
 
-def can_attend(query: Positions, key: Positions, block_causal: bool = False) -> Tensor:
+def can_attend(query: Positions, key: Positions, block_causal: bool = False, causal_noise: bool = False) -> Tensor:
     """Return whether each query may see each key (FlexAttention calls such a predicate a ``mask_mod``).
 
     ======= ======= ======================================================================
     query   key     allowed when
     ======= ======= ======================================================================
-    noisy   noisy   same view and same block
+    noisy   noisy   same view and same block; with ``causal_noise``, the key is at or
+                    before the query as well
     noisy   clean   same document, and the key's block is earlier than the query's
     clean   clean   same document, and the key is at or before the query; with
                     ``block_causal``, the key's block is the query's or earlier
     clean   noisy   never
     ======= ======= ======================================================================
 
-    (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 2.2; ``block_causal``: BD3-LM, arXiv 2503.09573.)  The causal
-    clean half is exactly an AR model's view, so the AR loss shares the forward pass without leaking.
+    (Nemotron-Labs-Diffusion, arXiv 2607.05722, section 2.2; ``block_causal``: BD3-LM, arXiv 2503.09573;
+    ``causal_noise``: Uno, arXiv 2609.04010.)  The causal clean half is exactly an AR model's view, so the AR loss
+    shares the forward pass without leaking.
 
     Returns:
         Boolean tensor of the broadcast shape.
@@ -62,6 +64,8 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False) -> 
     not_later = query.block >= key.block if block_causal else query.position >= key.position
     visible_text = torch.where(query_clean, not_later, query.block > key.block)
     same_block = (query.view == key.view) & (query.block == key.block)  # False for a clean query and a noisy key
+    if causal_noise:
+        same_block = same_block & (query.position >= key.position)
     return torch.where(key_clean, visible_text & (query.seen_document() == key.document), same_block)
 
 

@@ -65,8 +65,7 @@ def layouts(
     """
     layers = config.model.num_layers
     pipelines = [size for size in range(1, layers + 1) if layers % size == 0]
-    contexts = (1,) if config.drafter else _SIZES
-    for tensor, pipeline, context in product(_SIZES, pipelines, contexts):
+    for tensor, pipeline, context in product(_SIZES, pipelines, _SIZES):
         candidate = _with_layout(config, tensor, pipeline, context)
         if tensor > NODE or gpus % (tensor * pipeline * context) or problems(candidate, gpus):
             continue

@@ -163,5 +163,11 @@ def _layer_adapters(model: TriModeModelProvider, peft: PEFT | None) -> int:
         "linear_proj": queries + model.hidden_size,
         "linear_fc1": model.hidden_size + inner,
         "linear_fc2": model.ffn_hidden_size + model.hidden_size,
+        # The same one by one, as a drafter's adapters have them.
+        "linear_q": model.hidden_size + queries,
+        "linear_k": model.hidden_size + keys,
+        "linear_v": model.hidden_size + keys,
+        "linear_fc1_gate": model.hidden_size + model.ffn_hidden_size,
+        "linear_fc1_up": model.hidden_size + model.ffn_hidden_size,
     }
     return int(peft.dim * sum(width for name, width in widths.items() if name in peft.target_modules))

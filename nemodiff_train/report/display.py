@@ -21,6 +21,7 @@ MODE_STYLES = {
     "ar": ModeStyle("Autoregressive", "#5a6572", "#9ba7b5"),
     "diffusion": ModeStyle("Block diffusion", "#1c62c4", "#71aaff"),
     "linear": ModeStyle("Linear self-speculation", "#b8480b", "#ff9a5a"),
+    "tree": ModeStyle("Tree self-speculation", "#a3195b", "#ff85b3"),
     "quadratic": ModeStyle("Quadratic self-speculation", "#7a3fb0", "#c79bff"),
     "oracle": ModeStyle("Oracle (speed of light)", "#8a6a00", "#e0bb4f"),
 }

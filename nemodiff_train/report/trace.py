@@ -98,11 +98,12 @@ def _step_ranks(record: DecodeRecord) -> list[int]:
 
 
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
-    if not all(cycle.draft_tokens for cycle in record.cycles):
+    if not any(cycle.draft_tokens for cycle in record.cycles):
         return []
     committed = [cycle.committed for cycle in record.cycles]
     starts = accumulate(committed, initial=len(record.tokens) - sum(committed))
-    return [_draft(record, decode, start, cycle) for start, cycle in zip(starts, record.cycles, strict=False)]
+    cycles = zip(starts, record.cycles, strict=False)
+    return [_draft(record, decode, start + cycle.own, cycle) for start, cycle in cycles if cycle.draft_tokens]
 
 
 def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Draft:

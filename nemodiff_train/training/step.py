@@ -53,13 +53,14 @@ class ForwardStep:
         batch = self.reader.read(data_iterator, config, chunk)
         self.shared.sample_indices = None if batch is None else batch["index"]
         if batch is not None and config.drafter:
-            batch["tokens"] = draft_tokens(batch, config.model)
+            kind, shard = config.drafter.draft_kind, chunk.attention_state.shard
+            batch["tokens"] = draft_tokens(batch, config.model, kind, objective.seed, shard)
 
         # 2. The loss: the weight of every token's loss is known before the losses are; a drafter's need its logits.
         loss: MicroBatchLoss | None = None
         if batch is not None and chunk.post_process:
             if config.drafter:
-                loss = DraftLoss(batch, config.drafter, config.model, objective.seed)
+                loss = DraftLoss(batch, config.drafter, config.model, objective.seed, chunk.attention_state)
             else:
                 alpha = alpha_at(objective, state.train_state.step)
                 # A validation loss is a mean over counted tokens, whatever the micro-batch and the step before.

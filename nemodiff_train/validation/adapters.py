@@ -14,9 +14,9 @@ LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear
 
 def problems(config: TriModeConfig) -> list[str]:
     """Return what keeps adapters from being trained or merged, one line each; nothing for other runs."""
-    if config.peft is None:
+    if config.peft is None or type(config.peft) is DraftLoRA:  # those are drafter.py's
         return []
-    if type(config.peft) not in (LoRA, DraftLoRA):
+    if type(config.peft) is not LoRA:
         return [
             f"peft is {type(config.peft).__name__}, whose adapters cannot be merged into the model afterwards; use "
             "LoRA, as lora_rank does"

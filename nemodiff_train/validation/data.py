@@ -51,7 +51,7 @@ def _check_files(config: TriModeConfig) -> None:
     prefixes, mock = config.dataset.prefixes, config.dataset.is_mock
     if not prefixes and not mock:
         raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
-    mask_token = config.find_mask_token() if config.objective.stage == "joint" else None
+    mask_token = config.find_mask_token() if config.has_masks else None
     if mock:
         return
     tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))

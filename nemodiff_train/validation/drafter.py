@@ -1,10 +1,19 @@
 """The training of a drafter: its start, its adapters, and switches that belong to other runs."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.draft_adapter import DraftLoRA
+from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
+from nemodiff_train.objective import ObjectiveConfig
+
+_OF_MASKS = {"mask_token", "mask_embedding_noise", "mask_embedding_noise_steps"}
+_USED = _OF_MASKS | {
+    "stage", "seed", "block_size", "block_schedule", "block_sizes", "block_steps", "clean_attention", "shift",
+    "views",
+}  # fmt: skip
+"""Settings of the objective that a drafter's training follows or that are refused by themselves."""
 
 
 def problems(config: TriModeConfig) -> list[str]:
@@ -22,23 +31,43 @@ def _model_problems(config: TriModeConfig) -> Iterator[str]:
         yield "a drafter needs peft=DraftLoRA(...) in its recipe"
     elif min(adapters.dim, adapters.alpha) < 1:
         yield f"the adapters have rank {adapters.dim} and alpha {adapters.alpha}; both take at least 1"
+    else:
+        yield from _target_problems(config, adapters)
     if not start or not Checkpoint.find(start):
         yield f"a drafter starts from a Megatron checkpoint, which '{start}' is not; use 'nemodiff convert import'"
-    if config.model.mask_token_id is None:
+    if config.model.mask_token_id is None and config.has_masks:
         yield f"'{start}' has no mask token; a drafter is trained for a model after its joint stage"
+
+
+def _target_problems(config: TriModeConfig, adapters: DraftLoRA) -> Iterator[str]:
+    targets, model = set(adapters.target_modules), config.model
+    if targets not in ({"linear_proj"}, set(PROJECTIONS)):
+        yield f"peft.target_modules={adapters.target_modules}; use ['linear_proj'] or {list(PROJECTIONS)}"
+    elif len(targets) > 1 and not model.gated_linear_unit:
+        yield "the model has no gate_proj; train adapters of the attention outputs alone: targets=o_proj"
+    elif len(targets) > 1 and model.num_query_groups < model.tensor_model_parallel_size:
+        yield (
+            f"adapters of all projections take at most as many tensor-parallel ranks as the model has key heads, "
+            f"{model.num_query_groups}; lower model.tensor_model_parallel_size"
+        )
 
 
 def _switch_problems(config: TriModeConfig) -> Iterator[str]:
     model, objective, length = config.model, config.objective, config.dataset.seq_length
-    if objective.noisy_views != 1 or config.dataset.needs_segment_ids:
-        yield "a drafter is trained on text, one view and one document per sample; leave the objective's switches out"
+    if objective.noisy_views != 1 or config.dataset.holds_conversations:
+        yield "a drafter is trained on text and with one view per sample; leave the objective's switches out"
+    used = _USED if config.has_masks else _USED - _OF_MASKS
+    for field in fields(objective):
+        if field.name not in used and getattr(objective, field.name) != getattr(ObjectiveConfig(), field.name):
+            yield f"objective.{field.name} has no effect on a drafter; leave it out"
     for name in ("shift", "clean_attention"):
         trained, asked = getattr(model, name), getattr(objective, name)
         if trained != asked:
             yield f"objective.{name}={asked}, but the model was trained with {trained}; leave it out"
     if objective.clean_attention != "causal":
         yield "the model has a block-causal clean half, which cannot verify drafts; start from another model"
-    if length % objective.block_size:
+    smallest = min([objective.block_size, *(objective.block_sizes if objective.block_schedule != "fixed" else ())])
+    if config.drafter and config.drafter.draft_kind.seed_in_block and smallest < 2:
+        yield f"a block of {smallest} has no token to draft after its first; use blocks of 2 or more"
+    if objective.block_schedule == "fixed" and length % objective.block_size:
         yield f"dataset.seq_length={length} is not a multiple of objective.block_size={objective.block_size}"
-    if model.context_parallel_size > 1:
-        yield "a drafter is not trained under context parallelism; set model.context_parallel_size=1"

@@ -42,7 +42,7 @@ AT_LEAST = {
     "objective.mask_embedding_noise": 0,
     "objective.mask_embedding_noise_steps": 0,
     "objective.views": 1,
-    "drafter.support": 1,
+    "drafter.support": 0,
     "drafter.position_decay": 0,
     "diagnostics.loss_interval": 0,
     "diagnostics.line_interval": 0,

@@ -192,7 +192,8 @@ def train_plainly(**arguments: Any) -> dict[str, Any]:
         query: Any, key: Any, value: Any, plan: Any, scale: float | None = None, kernel: Any = None
     ) -> torch.Tensor:
         batch_sizes.append(len(query))
-        mask = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
+        rule = plan.block_causal, plan.causal_noise
+        mask = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), *rule)
         return small.dense(query, key, value, mask, scale)
 
     batch_sizes: list[int] = []

@@ -248,6 +248,16 @@ def drafter(start_from: str, data: str, output: str, rank: int = 16, alpha: int 
     return config
 
 
+def uno(start_from: str, data: str, output: str, rank: int = 8, alpha: int = 128) -> Any:
+    """Return the configuration of a ``uno`` drafter of all projections for an imported AR model."""
+    from nemodiff_train.drafter.config import uno as switches
+    from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
+
+    config = recipe(start_from, data, output)
+    config.drafter, config.peft = switches(), DraftLoRA(dim=rank, alpha=alpha, target_modules=list(PROJECTIONS))
+    return config
+
+
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
     from nemodiff_train.config.datasets import ChatDatasetConfig

@@ -36,7 +36,7 @@ class MaskEmbedding(Callback):
 
     def on_train_start(self, context: CallbackContext) -> None:
         config, first = config_of(context.state), unwrap_model(context.model[0])
-        if config.objective.stage != "joint" or not first.pre_process:
+        if not config.has_masks or not first.pre_process:
             return
         embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
         mask, others = root_mean_squares(embedding, mask_id, config.model.vocab_size)

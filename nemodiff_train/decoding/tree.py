@@ -1,0 +1,148 @@
+"""Tree self-speculation: one forward drafts, one verifies many continuations of the text at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemodiff_train.decoding.generation import Generation
+from nemodiff_train.decoding.linear import speculate
+from nemodiff_train.decoding.sampling import Sampler
+from nemodiff_train.decoding.session import Layout, Session
+
+
+def decode_tree(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+    """Draft as :func:`~nemodiff_train.decoding.linear.decode_linear` does; verify the most probable continuations.
+
+    They are a tree: its root is the last known token, and every other node a token for the position after its
+    parent's.  One forward lets each node see its ancestors (as in SpecInfer, arXiv 2305.09781), and the verifier
+    chooses the token that follows each.  The text goes on from the root as long as that token is one of the node's
+    children.  Every token is the verifier's own choice, so that at temperature 0 the output equals AR decoding's, and
+    above it is distributed as that: this is rejection sampling of a draft that is certain of what it proposes.
+
+    Args:
+        session: One row per prompt, nothing committed.
+        prompts: Token ids of each prompt.
+        sampler: Chooses tokens; its settings give block size, number of nodes, and candidates per position.
+
+    Returns:
+        One generation per prompt.
+    """
+    return speculate(session, prompts, sampler, _verify_tree)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """One tree per row, of n nodes; parents come before their children, and the root is first."""
+
+    tokens: Tensor
+    """[batch, n] token of each node; the root's is not set."""
+    parents: Tensor
+    """[batch, n] index of each node's parent; the root is its own."""
+    depths: Tensor
+    """[batch, n] distance from the root."""
+
+    @classmethod
+    def most_probable(cls, log_probs: Tensor, nodes: int, width: int) -> "DraftTree":
+        """Return the trees whose nodes have the largest products of probabilities from the root.
+
+        Args:
+            log_probs: [batch, k, vocab] of the drafted positions, each of which is drafted without the others.
+            nodes: Maximum number of nodes, the root included.
+            width: Candidates per position: the most probable tokens.
+        """
+        width = min(width, nodes - 1, log_probs.shape[-1])  # of more children of a node, none would be among so few
+        values, ids = log_probs.topk(width, dim=-1)  # [batch, k, candidates]
+        batch, candidates = len(values), values.shape[-1]
+        root = ids.new_zeros(batch, 1)
+        levels = [(values.new_zeros(batch, 1), root, root)]  # mass, token and parent of each node, by level
+        first, total = 0, 1  # index of the last level's first node, and of the first after it
+        for depth in range(values.shape[1]):
+            # The children of a level's nodes, the most probable first; of equal ones, those of earlier nodes.
+            masses = (levels[-1][0][:, :, None] + values[:, depth, None, :]).flatten(1)
+            masses, order = masses.sort(dim=-1, descending=True, stable=True)
+            masses, order = masses[:, : nodes - 1], order[:, : nodes - 1]
+            levels.append((masses, ids[:, depth].gather(1, order % candidates), first + order // candidates))
+            first, total = total, total + order.shape[1]
+        mass, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        depths = torch.cat([torch.full_like(level[1], depth) for depth, level in enumerate(levels)], dim=1)
+        # A node's mass is at most its parent's, which comes first: of the largest, no node is without its parent.
+        chosen = mass.sort(dim=-1, descending=True, stable=True).indices[:, :nodes].sort(dim=-1).values
+        new = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+        index = torch.zeros_like(parents).scatter(1, chosen, new)  # [batch, all nodes] index among the chosen
+        return cls(tokens.gather(1, chosen), index.gather(1, parents.gather(1, chosen)), depths.gather(1, chosen))
+
+    def ancestors(self) -> Tensor:
+        """Return [batch, n, n] whether the node of the last axis is an ancestor of a node, or that node."""
+        size = self.parents.shape[1]
+        reaches = torch.eye(size, device=self.parents.device).repeat(len(self.parents), 1, 1)
+        reaches.scatter_(2, self.parents[..., None], 1.0)
+        for _ in range((size - 1).bit_length()):  # each product doubles the distance
+            reaches = (reaches @ reaches).clamp(max=1)
+        return reaches.bool()
+
+
+def _verify_tree(
+    session: Session,
+    rows: list[Generation],
+    active: Tensor,
+    last: Tensor,
+    draft_logits: Tensor,
+    sampler: Sampler,
+) -> Tensor:
+    """Verify the most probable continuations and keep the branch that the verifier follows."""
+    settings, length = sampler.settings, draft_logits.shape[1]
+    log_probs = (draft_logits / (settings.temperature or 1.0)).log_softmax(-1)
+    tree = DraftTree.most_probable(log_probs, settings.tree_nodes, settings.tree_width)
+    tokens, sees = torch.cat([last, tree.tokens[:, 1:]], dim=1), tree.ancestors()
+    logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
+    choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
+    # A node is on the branch if it and all its ancestors are what the verifier has chosen after their parents.
+    matches = choices.gather(1, tree.parents) == tokens
+    matches[:, 0] = True
+    on_branch = ~(sees & ~matches[:, None, :]).any(-1)
+    proposed = _mass_of_children(logits, tokens, tree.parents)
+
+    host = [each.cpu() for each in (on_branch, tokens, tree.parents, choices, proposed)]
+    branches = []
+    for index, row in enumerate(active.tolist()):
+        branch, *of_nodes = (each[index] for each in host)
+        branches.append(branch.nonzero()[:, 0])
+        drafted, chosen, accepts, tests = _as_cycle(branches[-1].tolist(), *(each.tolist() for each in of_nodes))
+        own = not session.draft_kind.seed_in_block
+        rows[row].extend_by_cycle(chosen, session.calls(row), drafted, accepts, tests, own)
+    session.commit_nodes(active, branches)
+    ends = torch.stack([branch[-1:] for branch in branches])
+    return choices.gather(1, session.cache.moved(ends))
+
+
+def _as_cycle(
+    branch: list[int], tokens: list[int], parents: list[int], choices: list[int], proposed: list[float]
+) -> tuple[list[int], list[int], list[bool], list[float]]:
+    """Return what a cycle is recorded by: the branch, and where it ended at a node with children, the first of these.
+
+    Args:
+        branch: Nodes that are kept, the root first.
+        tokens: Token of each node.
+        parents: Parent of each node.
+        choices: What the verifier has chosen to follow each node.
+        proposed: Probability that it chooses one of a node's children.
+
+    Returns:
+        The recorded draft; the tokens that are emitted; whether each of the draft is accepted; and its probability.
+    """
+    accepted, end = [tokens[node] for node in branch[1:]], branch[-1]
+    refused = [tokens[node] for node in range(1, len(parents)) if parents[node] == end][:1]
+    drafted = accepted + refused
+    accepts = [True] * len(accepted) + [False] * len(refused)
+    return drafted, [*accepted, choices[end]], accepts, [proposed[node] for node in branch[: len(drafted)]]
+
+
+def _mass_of_children(logits: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
+    """Return [batch, n] the probability, at temperature 1, that what follows a node is one of its children."""
+    normalizers = logits.logsumexp(-1).gather(1, parents)  # of each node's parent
+    of_node = logits.flatten(1).gather(1, parents * logits.shape[-1] + tokens)
+    probs = (of_node - normalizers).exp()
+    probs[:, 0] = 0.0  # the root is nobody's child
+    return torch.zeros_like(probs).scatter_add(1, parents, probs)
