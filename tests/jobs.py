@@ -126,6 +126,27 @@ def loggers(output: str, settings: list[str], **arguments: Any) -> dict[str, Any
     }
 
 
+def barriers(**arguments: Any) -> dict[str, list[int]]:
+    """Train; return the steps after which saves were asked for, and those at which ranks waited for one another."""
+    from nemodiff_train.resilience import checkpoints
+
+    manager, barrier = checkpoints.AtomicCheckpointManager, checkpoints.barrier
+    finalize = manager.finalize_async_saves
+    asked, waited = [0], []
+
+    def count(self: Any, state: Any, *rest: Any, **more: Any) -> None:
+        asked.append(int(state.train_state.step))
+        finalize(self, state, *rest, **more)
+
+    def wait() -> None:
+        waited.append(asked[-1])
+        barrier()
+
+    manager.finalize_async_saves, checkpoints.barrier = count, wait
+    train(**arguments)
+    return {"asked": asked, "waited": waited}
+
+
 def exchange(size: int) -> dict[str, Any]:
     """Count what one attention layer exchanges at L = 4096 over ``size`` context-parallel ranks.
 

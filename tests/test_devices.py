@@ -13,7 +13,7 @@ from tests.two_devices import Mixed, TwoDevices, is_marked, mark, mark_model, tw
 MASK = 1
 PROMPTS = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
 
-WAITS = {"ar": 2, "diffusion": 2.5, "linear": 1.6, "quadratic": 2.1, "oracle": 2.3}
+WAITS = {"ar": 2, "diffusion": 2.5, "linear": 1.6, "quadratic": 2.1, "tree": 2.1, "oracle": 2.3}
 """Maximum number of waits per forward: for logits that are not finite, and for what a mode has to know."""
 
 
@@ -118,24 +118,27 @@ def test_verification(model: Any, devices: TwoDevices) -> None:
         assert not is_marked(logits) and logits.shape[-1] == model.config.vocab_size
 
 
-def test_a_drafter(devices: TwoDevices) -> None:
+@pytest.mark.parametrize("kind", ["nemotron", "uno"])
+def test_a_drafter(devices: TwoDevices, kind: Any) -> None:
     """Its loss, forward and backward, and drafts that are verified."""
     from nemodiff_train.drafter.config import DrafterConfig
     from nemodiff_train.drafter.step import DraftLoss, draft_tokens
-    from nemodiff_train.model.draft_adapter import DraftLoRA
+    from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
 
-    built = small.built({})
-    DraftLoRA(dim=4, alpha=16)(built)
+    config, built = DrafterConfig(kind=kind), small.built({})
+    DraftLoRA(target_modules=list(PROJECTIONS), dim=4, alpha=16)(built)
     mark_model(built)
-    batch = small.batch(built, 64)
-    batch["tokens"] = draft_tokens(batch, built.config)
+    state, batch = built.attention_state, small.batch(built, 64)
+    state.draft_kind = config.draft_kind
+    batch["tokens"] = draft_tokens(batch, built.config, config.draft_kind, 0, state.shard)
     for _ in range(2):  # the first one makes the plan
         before = devices.waits.copy()
-        loss = DraftLoss(batch, DrafterConfig(), built.config, seed=0)
+        loss = DraftLoss(batch, config, built.config, 0, state)
         total = built(batch["tokens"], batch["position_ids"], None, output_processor=loss.from_hidden_states)
         total.backward()
     assert devices.waits == before and all(map(is_marked, loss.report.values()))
-    decoded(built.eval(), "linear")
+    for mode in ("linear", "tree"):
+        decoded(built.eval(), mode)
 
 
 def test_a_training_step(model: Any, devices: TwoDevices) -> None:

@@ -154,6 +154,15 @@ def test_what_a_run_logs(logged: Runs) -> None:
     assert logged["loggers"]["wandb"] == 1
 
 
+def test_ranks_wait_for_one_another_only_where_a_checkpoint_is_published(runs: Runs) -> None:
+    """Bridge asks for finished saves at every step; a barrier there would wait for the device."""
+    settings = ("train.train_iters=6", "checkpoint.save_interval=4")
+    runs.add("barriers", 2, jobs.barriers, **runs.arguments("barriers", *settings))
+    counted = runs["barriers"]
+    assert set(counted["asked"]) == set(range(7))
+    assert set(counted["waited"]) - {0} == {4, 6}
+
+
 def test_a_decayed_mask_row_is_reported(logged: Runs) -> None:
     small.qwen3(logged.folder / "decayed", mask_row=0.01)
     decayed = logged.arguments("decayed_run", "train.train_iters=2", start_from=str(logged.folder / "decayed"))

@@ -104,10 +104,10 @@ def _verify_tree(
     on_branch = ~(sees & ~matches[:, None, :]).any(-1)
     proposed = _mass_of_children(logits, tokens, tree.parents)
 
-    host = [each.cpu() for each in (on_branch, tokens, tree.parents, choices, proposed)]
-    branches = []
+    told = torch.stack([on_branch.long(), tokens, tree.parents, choices]).cpu()  # each copy is a wait
+    tests_on_host, branches = proposed.cpu(), []
     for index, row in enumerate(active.tolist()):
-        branch, *of_nodes = (each[index] for each in host)
+        branch, *of_nodes = (*told[:, index], tests_on_host[index])
         branches.append(branch.nonzero()[:, 0])
         drafted, chosen, accepts, tests = _as_cycle(branches[-1].tolist(), *(each.tolist() for each in of_nodes))
         own = not session.draft_kind.seed_in_block

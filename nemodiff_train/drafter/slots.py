@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.objective.drafts import DraftKind
+from nemodiff_train.runtime.memory import copied_to
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Slots:
         else:
             exists = number > 0
         return cls(exists, number, start)
+
+    def copied_to(self, device: torch.device) -> "Slots":
+        """Return the same on a device, which the host does not wait for."""
+        return Slots(*(copied_to(device, each) for each in (self.exists, self.number, self.start)))
 
     def reached(self, passed: Tensor) -> Tensor:
         """Return whether every earlier slot of a slot's draft has passed: [batch, L].

@@ -24,6 +24,7 @@ from nemodiff_train.objective.drafts import DraftKind
 from nemodiff_train.objective.loss import Report
 from nemodiff_train.objective.noise import DRAFTS, generator
 from nemodiff_train.objective.sample import Sample
+from nemodiff_train.runtime.memory import copied_to
 
 DRAFT_LENGTHS = (7, 15, 31)
 """Lengths of drafts whose acceptance length is reported, besides that of a whole block."""
@@ -44,18 +45,18 @@ def draft_tokens(
         shard: The rank.
     """
     clean = batch["tokens"][:, batch["maskable"].shape[1] :]
-    blocks = batch["segment_ids"][:, 1]
+    blocks = batch["host_segment_ids"][:, 1]
     if kind.uniform_noise:
         draws = [generator(seed, DRAFTS, int(index)) for index in batch["index"].tolist()]
         noise = [torch.from_numpy(draw.integers(0, model.vocab_size, blocks.shape[1])) for draw in draws]
-        noisy = shard.take(torch.stack(noise), blocks.shape[1]).to(clean.device, non_blocking=True)
+        noisy = copied_to(clean.device, shard.take(torch.stack(noise), blocks.shape[1]))
     else:
         assert model.mask_token_id is not None  # such a drafter is refused for a model that has none
         noisy = torch.full_like(clean, model.mask_token_id)
     if kind.seed_in_block:
         first = torch.ones_like(blocks, dtype=torch.bool)
         first[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
-        noisy = clean.where(shard.take(first, blocks.shape[1]), noisy)
+        noisy = clean.where(copied_to(clean.device, shard.take(first, blocks.shape[1])), noisy)
     return torch.cat([noisy, clean], dim=1)
 
 
@@ -93,8 +94,11 @@ class DraftLoss:
         head = _Head(weight, self.model, output_layer.tp_group)
         kind, length = self.settings.draft_kind, self.batch["segment_ids"].shape[2]
         shifted = kind.shifted(self.model.shift)
-        slots = Slots.of(self.batch["segment_ids"], kind, shifted)
-        index = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
+        # The host finds the slots, in its own copy of the ids: it need not wait for the device to count them.
+        slots, device = Slots.of(self.batch["host_segment_ids"], kind, shifted), hidden_states.device
+        own = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
+        uniform = copied_to(device, self._own(self._uniform(slots.exists)).flatten(0, 1)[own])  # [S, 2]
+        index, slots = copied_to(device, own), slots.copied_to(device)
 
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
         states = gather_hidden_states(hidden_states, output_layer).transpose(0, 1)
@@ -103,7 +107,6 @@ class DraftLoss:
         if not shifted:
             clean, usable = (self.state.shard.before(each, self.state.context_group) for each in (clean, usable))
         drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each
-        uniform = self._own(self._uniform(slots.exists)).flatten(0, 1)[index]  # [S, 2]
 
         losses, gradients, agrees, accepted = self._judged(head, drafts, verifiers, uniform)
         passed = torch.stack([usable, self._at(index, agrees), self._at(index, accepted)], dim=2)  # [batch, n, 3]
@@ -164,7 +167,7 @@ class DraftLoss:
         """Return [batch, L, 2] numbers in [0, 1), one pair per slot, that follow from the samples' indices.
 
         Args:
-            exists: [batch, L] whether a position is a slot.
+            exists: [batch, L] whether a position is a slot; on the host, as the numbers are.
         """
         seeds = [(self.seed << 32) + index for index in self.batch["index"].tolist()]
         counts = exists.sum(1).tolist()
@@ -172,8 +175,8 @@ class DraftLoss:
             torch.rand((count, 2), generator=torch.Generator().manual_seed(seed))
             for seed, count in zip(seeds, counts, strict=True)
         ]
-        numbers = torch.zeros(*exists.shape, 2, device=exists.device)
-        numbers[exists] = torch.cat(draws).to(exists.device, non_blocking=True)
+        numbers = torch.zeros(*exists.shape, 2)
+        numbers[exists] = torch.cat(draws)
         return numbers
 
     def _figures(self, slots: Slots, verdict: Verdict) -> Report:

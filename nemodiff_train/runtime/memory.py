@@ -1,9 +1,11 @@
-"""Estimate before anything is allocated: what cannot fit is refused with its size."""
+"""Memory of host and device: what cannot fit is refused before it is allocated, and copies do not wait."""
 
 import psutil
 import torch
+from torch import Tensor
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.runtime import init_runtime
 
 GB = 1e9
 
@@ -28,3 +30,10 @@ def require_memory(needed: float, device: torch.device, what: str, remedy: str) 
     free = free_memory(device)
     if needed > free:
         raise UserError(f"{what} would take {needed / GB:,.1f} GB, and {free / GB:,.1f} GB are free; {remedy}")
+
+
+def copied_to(device: torch.device, values: Tensor) -> Tensor:
+    """Return a copy of a tensor of the host on the device, which the host does not wait for."""
+    if device.type == "cuda" and init_runtime().cuda:
+        values = values.pin_memory()  # a copy from other memory would wait for the device
+    return values.to(device, non_blocking=True)

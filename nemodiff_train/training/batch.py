@@ -13,7 +13,7 @@ from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective.sample import Sample
-from nemodiff_train.runtime import init_runtime
+from nemodiff_train.runtime.memory import copied_to
 
 _UNSHARDED = ("segment_ids",)  # every context-parallel rank needs all of it
 _ON_HOST = ("index",)  # seeds generators
@@ -56,7 +56,8 @@ def to_device(samples: Sample, shard: ContextParallelShard) -> Sample:
     """Move a micro-batch to the device and take this context-parallel rank's positions.
 
     ``loss_indices`` is added: [n] indices of what carries loss in the flattened ``loss_mask``.  They are computed
-    before the move, so that the host need not wait for the device; ``index`` stays on the host for the same reason.
+    before the move, so that the host need not wait for the device; ``index`` stays on the host for the same reason,
+    and so does a second ``segment_ids``, ``host_segment_ids``.
 
     Args:
         samples: The fields of :class:`~nemodiff_train.objective.sample.SampleMaker`, each with a batch axis in front.
@@ -72,9 +73,9 @@ def to_device(samples: Sample, shard: ContextParallelShard) -> Sample:
 
     loss_indices = shard.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
     batch = {name: moved(name, values) for name, values in samples.items()}
-    if init_runtime().cuda:
-        loss_indices = loss_indices.pin_memory()  # a copy from other memory would wait for the device
-    return {**batch, "loss_indices": loss_indices.cuda(non_blocking=True)}
+    batch["loss_indices"] = copied_to(batch["loss_mask"].device, loss_indices)
+    batch["host_segment_ids"] = samples["segment_ids"]
+    return batch
 
 
 def _targets_per_masked(batches: list[Sample], group: dist.ProcessGroup) -> Tensor:
