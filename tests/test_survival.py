@@ -391,6 +391,20 @@ def test_a_signal_before_the_first_step_is_no_failed_start(bench: Bench, number:
     assert start["ended"] == "told to end"
 
 
+def test_a_signal_between_setup_and_the_first_step(bench: Bench) -> None:
+    """One rank is still in set-up, where it may leave, when the other is about to begin the step."""
+    world = bench.start("handover", "resilience.restarts=1", fault="told at the last moment", rank=1)
+
+    def once_it_waits(world: World) -> None:
+        if faults.HANGS in world.output() and "handover" not in sent:
+            sent.append("handover")
+            world.send(0, signal.SIGTERM)
+
+    sent: list[str] = []
+    assert bench.ranks.wait(world, during=once_it_waits) == [0, 0]
+    assert "before the first step" in world.output() and "Traceback" not in world.output()
+
+
 def test_a_rank_that_stands_still_in_setup_is_noticed(bench: Bench) -> None:
     codes, output = bench.train("standing", "resilience.setup_timeout=8", fault="hang in set-up", rank=1)
     assert 1 in codes  # the clock of the other may have begun later: it is told to end

@@ -16,11 +16,11 @@ from typing import NoReturn
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from nemodiff_train.config.run import ResilienceConfig
-from nemodiff_train.distributed import global_rank
+from nemodiff_train.distributed import barrier, global_rank
 from nemodiff_train.files import write_atomic
 from nemodiff_train.processes import ENDING
 from nemodiff_train.resilience.restarts import TOLD_TO_END
-from nemodiff_train.resilience.signals import INTERRUPTED, announce, code_after
+from nemodiff_train.resilience.signals import INTERRUPTED, ToldToEnd, announce, code_after
 
 _STATUS_INTERVAL = 5.0
 """Seconds between status files."""
@@ -92,6 +92,14 @@ class Watchdog(Callback):
         # Bridge listens to one signal, train.exit_signal; its handler takes the others too.
         bridge_handler = signal.getsignal(signal.SIGUSR1)
         self.handlers = {number: signal.signal(number, bridge_handler) for number in ENDING}
+        try:
+            barrier()  # no rank ends as in set-up while another is in a step
+        except RuntimeError:
+            time.sleep(_SETUP_GRACE)  # for the signal that the other has followed
+            if not self.told:
+                raise
+            announce(self.told)
+            raise ToldToEnd(code_after(self.told)) from None
         self._enter("after a step")
 
     def on_train_step_start(self, context: CallbackContext) -> None:

@@ -230,6 +230,20 @@ def _hang_in_setup(step: int) -> None:
     setattr(RunLog, "on_data_init_start", on_data_init_start)  # noqa: B010
 
 
+def _told_at_the_last_moment(step: int) -> None:
+    from nemodiff_train.resilience.watchdog import Watchdog
+
+    start = Watchdog.on_train_start
+
+    def on_train_start(self: Watchdog, context: Any) -> None:
+        print(HANGS, file=sys.__stderr__, flush=True)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        start(self, context)
+
+    setattr(Watchdog, "on_train_start", on_train_start)  # noqa: B010
+
+
 def _crash(step: int) -> None:
     def fail(model: Any) -> None:
         raise RuntimeError("out of luck")
@@ -260,6 +274,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "spike while saving": _spike_while_saving,
     "hang": _hang,
     "hang in set-up": _hang_in_setup,
+    "told at the last moment": _told_at_the_last_moment,
     "crash": _crash,
     "flip": _flip,
 }
