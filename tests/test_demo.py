@@ -1,5 +1,8 @@
 """The demo started from a model of one's own: its mask token, its layout and its budget."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
 from tests import small
 
@@ -78,6 +82,17 @@ def test_a_model_of_three_key_value_heads_without_a_mask_token(
     assert "linear" in printed.out
     checkpoint = Checkpoint.open(tmp_path / "out" / "joint" / "checkpoints")
     assert checkpoint.run_config["model"]["mask_token_id"] == 1
+    assert main(printed_command(printed.err, "try it")[1:]) == 0
+    python, *words = printed_command(printed.err, "without this package")
+    alone = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert python == "python" and alone.returncode == 0, alone.stderr
+    assert "Answer:" in alone.stdout
+
+
+def printed_command(text: str, before: str) -> list[str]:
+    """Return the words of the command that the demo prints after some words."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{before}: ")]
+    return shlex.split(line.removeprefix(f"{before}: "), comments=True)
 
 
 def test_a_mask_token_goes_with_a_model(tmp_path: Path) -> None:

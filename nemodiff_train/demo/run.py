@@ -229,7 +229,8 @@ class Demo:
         checkpoint, asked = shlex.quote(str(self.output / "joint" / "checkpoints")), f"Question: {problem.question}"
         model, prompt = json.dumps(str(self.tri_mode_model)), json.dumps(problem.prompt)
         program = (
-            f"from transformers import pipeline; tri_mode = pipeline(model={model}, trust_remote_code=True); "
+            "from transformers import pipeline; "
+            f'tri_mode = pipeline("text-generation", model={model}, trust_remote_code=True); '
             f'print(tri_mode({prompt}, max_new_tokens={MAX_NEW_TOKENS})[0]["generated_text"])'
         )
         here = f"nemodiff generate {checkpoint} {shlex.quote(asked)}"
