@@ -240,10 +240,15 @@ def _written_in_ascii(model: Any) -> Iterator[tuple[str, str]]:
         yield from ((prompt, token) for token in written if token and token.isascii() and token not in prompt)
 
 
-def test_the_verb_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_hands_its_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", lambda self, parsed: seen.append(parsed))
     monkeypatch.setattr(sys, "argv", ["nemodiff"])
     assert main(["lm-eval", "--tasks", "gsm8k", "--model_args", "checkpoint=x"]) == 0
     (parsed,) = seen
     assert (parsed.model, parsed.tasks, parsed.model_args) == ("nemodiff", ["gsm8k"], {"checkpoint": "x"})
+    (tmp_path / "own.py").write_text("print('a mode of my own')")
+    assert main(["lm-eval", "--extend", str(tmp_path / "own.py"), "--tasks", "gsm8k"]) == 0
+    assert seen[1].tasks == ["gsm8k"] and "a mode of my own" in capsys.readouterr().out

@@ -90,8 +90,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-    if verb == "lm-eval":  # argparse would take the options after it for ours
-        words.insert(words.index(verb) + 1, "--")
+    if verb == "lm-eval":  # argparse would take the harness' options for ours
+        first = words.index(verb) + 1
+        words.insert(first + 2 * (words[first : first + 1] == ["--extend"]), "--")
     parser = build_parser(verb)
     parsed, rest = parser.parse_known_args(words)
     if hasattr(parsed, "settings") and not any(word.startswith("-") for word in rest):

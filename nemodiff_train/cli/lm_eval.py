@@ -5,12 +5,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from nemodiff_train.cli.decoding_options import add_extend
 from nemodiff_train.errors import UserError, line_in
 from nemodiff_train.runtime import init_runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's arguments; the harness parses them."""
+    """Add the verb's arguments; the harness parses all but ``--extend``, which comes first."""
+    add_extend(parser)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of lm_eval")
 
 
