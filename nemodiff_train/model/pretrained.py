@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
 from transformers import (
@@ -179,6 +180,8 @@ def local_copy(source: str) -> str:
         return source
     try:
         return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "README.md", *PATTERNS]))
+    except HFValidationError:  # a path, which cannot be a name
+        raise UserError(f"no checkpoint at '{source}'") from None
     except (OSError, ValueError) as error:
         raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]})") from None
 
