@@ -256,6 +256,17 @@ def test_a_full_disk_is_one_line_and_costs_nothing(
     assert bench.steps(name) == reference
 
 
+@pytest.mark.parametrize("saving", ["checkpoint.async_save=false", BACKGROUND])
+def test_a_folder_that_is_removed_costs_no_traceback(bench: Bench, saving: str) -> None:
+    """What is saved later makes the folder again; what is being saved is lost with it, which is said."""
+    codes, output = bench.train(f"removed {saving}", saving, fault="no folder", rank=0, step=3)
+    assert "Traceback" not in output
+    if saving == BACKGROUND:
+        assert 1 in codes and "its folder was removed; repeat the command" in output
+    else:
+        assert codes == [0, 0] and Checkpoint.open(bench.checkpoints(f"removed {saving}")).verify_contents()
+
+
 def test_a_disk_too_full_for_a_log_is_one_line(bench: Bench) -> None:
     (bench.folder / "no log").mkdir()
     (bench.folder / "no log" / "train.log").symlink_to("/dev/full")

@@ -372,7 +372,8 @@ def _not_saved(iteration: Path, error: BaseException, reason: str) -> RunStopped
         shutil.rmtree(iteration, ignore_errors=True)
     intact = [path.name for path in iterations(iteration.parent) if structure_damage(path) is None]
     last = f"'{intact[0]}' is intact" if intact else "there is none before it"
+    remedy = "make room and repeat" if iteration.parent.is_dir() else "its folder was removed; repeat"
     return RunStopped(
-        f"checkpoint '{iteration}' could not be saved: {reason} ({last}); make room and repeat the command",
+        f"checkpoint '{iteration}' could not be saved: {reason} ({last}); {remedy} the command",
         alone=not known_to_all,
     )

@@ -6,6 +6,7 @@ import math
 import netrc
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,12 @@ def _run(config: TriModeConfig, output: Path) -> None:
             pretrain(config, ForwardStep(shared, breakdown), callbacks=callbacks)
         except ToldToEnd:
             raise
+        except RuntimeError as error:
+            if not _another_rank_is_gone(error):
+                raise
+            time.sleep(_LAUNCHER)
+            line = f"rank {global_rank()}: the connection to another rank is gone; what that one said last tells why"
+            raise RunStopped(line, alone=True) from error
         except SystemExit as leaving:
             if not leaving.code and is_main_process():
                 console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
@@ -172,7 +179,19 @@ def _protect(config: TriModeConfig) -> None:
 def _needs_traceback(record: logging.LogRecord) -> bool:
     """Return whether a traceback says more than the one line that follows it."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error))
+    told = isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error)
+    return not (told or _another_rank_is_gone(error))
+
+
+_LAUNCHER = 5.0
+"""Seconds in which a launcher ends the other ranks of one that has failed, before they need to say anything."""
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What Gloo and NCCL say of a rank that has ended."""
+
+
+def _another_rank_is_gone(error: BaseException | None) -> bool:
+    """Return whether a collective failed because a rank has ended."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
 
 
 def _fit_to_host(config: TriModeConfig) -> None:

@@ -244,6 +244,19 @@ def _told_at_the_last_moment(step: int) -> None:
     setattr(Watchdog, "on_train_start", on_train_start)  # noqa: B010
 
 
+def _no_folder(step: int) -> None:
+    from nemodiff_train.resilience.watchdog import Watchdog
+
+    end = Watchdog.on_train_step_end
+
+    def on_train_step_end(self: Watchdog, context: Any) -> None:
+        end(self, context)
+        if self.step == step:
+            shutil.rmtree(self.output)
+
+    setattr(Watchdog, "on_train_step_end", on_train_step_end)  # noqa: B010
+
+
 def _crash(step: int) -> None:
     def fail(model: Any) -> None:
         raise RuntimeError("out of luck")
@@ -274,6 +287,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "spike while saving": _spike_while_saving,
     "hang": _hang,
     "hang in set-up": _hang_in_setup,
+    "no folder": _no_folder,
     "told at the last moment": _told_at_the_last_moment,
     "crash": _crash,
     "flip": _flip,

@@ -121,7 +121,7 @@ class RunLog(Callback):
             self._write_page()
 
     def _write_page(self) -> None:
-        if self.page is not None and self.page.last:
+        if self.page is not None and self.page.last and self.shared.output.is_dir():  # else it was removed
             write_atomic(self.shared.output / "index.html", self.page.render())
             self.page_written = time.monotonic()
 
