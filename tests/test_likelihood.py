@@ -42,8 +42,12 @@ def model(opened: tuple[Any, Path], request: pytest.FixtureRequest) -> Iterator[
     opened[0].config.shift = False
 
 
-def test_ar_loss_is_transformers(opened: tuple[Any, Path]) -> None:
+@pytest.mark.parametrize("trained_views", [0, 1, 2])
+def test_ar_loss_is_transformers(
+    opened: tuple[Any, Path], trained_views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parts of 16 tokens; each predicts its own next tokens, the one after its last included."""
+    monkeypatch.setattr(opened[0].config, "noisy_views", trained_views)
     from transformers import AutoModelForCausalLM
 
     from nemodiff_train.evaluation.likelihood import likelihood

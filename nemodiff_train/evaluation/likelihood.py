@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import batched
 from typing import Any
@@ -115,7 +116,7 @@ def likelihood(
     )
     bounds = torch.zeros(draws, dtype=torch.float64)
     ar_loss, ar_targets, tokens = 0.0, 0, 0
-    with progress_bar() as progress:
+    with _of_one_view(config), progress_bar() as progress:
         bar = progress.add_task("scoring", total=draws * len(samples))
         for draw in range(draws):
             for numbers in batched(range(len(samples)), batch_size):
@@ -135,6 +136,16 @@ def likelihood(
         diffusion_error=float(means.std() / math.sqrt(draws)) if draws > 1 else math.nan,
         draws=draws,
     )
+
+
+@contextmanager
+def _of_one_view(config: TriModeModelProvider) -> Iterator[None]:
+    """Let forwards be over [noisy | clean], whatever the model was trained on: no view yet, or several."""
+    trained, config.noisy_views = config.noisy_views, 1
+    try:
+        yield
+    finally:
+        config.noisy_views = trained
 
 
 _MOST_DRAWS = 1_000_000
