@@ -41,6 +41,44 @@ def test_layouts_best_first(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
+    ("recipe", "parameters"), [("ministral3_14b_joint", 13.5e9), ("qwen3_8b_joint", 8.2e9), ("qwen3_4b_ar", 4.0e9)]
+)
+def test_published_sizes_need_no_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    parameters: float,
+) -> None:
+    """What the whole run takes, by hand from the figures of one layout."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", recipe, "--gpus", "64", "--gpu", "h200", "--json", "plan.json"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    best = json.loads(Path("plan.json").read_text())[0]
+    tokens = 1e12 if recipe.endswith("_ar") else 3e11
+    assert best["days"] == pytest.approx(tokens / best["tokens_per_second"] / 86400, rel=1e-4)
+    assert f"take {best['days']:,.1f} days: {best['days'] * 24 * 64:,.0f} GPU hours" in printed
+    positions = 2 if recipe.endswith("_joint") else 1
+    least = 6 * parameters * positions * best["tokens_per_second"] / (64 * 989e12)  # of the matrices alone
+    assert least * 0.9 < best["mfu"] < least * 1.25
+
+
+def test_step_times_are_near_those_that_others_have_published(tmp_path: Path) -> None:
+    """A 14B model on 16 H200, 22,152 tokens/s at 64k and 9,301 at 256k (Turbo-dLLM, arXiv 2609.19242)."""
+    from nemodiff_train.planning.hardware import GPUS
+    from nemodiff_train.planning.layouts import Layout
+    from nemodiff_train.planning.time import time_of
+
+    for length, data, published in ((65_536, 8, 22_152), (262_144, 2, 9_301)):
+        work = workload(
+            layers=40, hidden=5120, queries=4096, keys=1024, feed_forward=16384, head_norms=False, vocabulary=131_072,
+            tied=False, length=length, global_batch=data, mixed=True, sharded=True,
+        )  # fmt: skip
+        seconds = time_of(work, Layout(1, 1, 16 // data, data, 1, recompute=True), GPUS["h200"]).total
+        assert 0.9 < data * length / seconds / published < 1.05
+
+
+@pytest.mark.parametrize(
     ("gpus", "setting", "needle"),
     [
         ("7", "dataset.seq_length=64", "no layout on 7 GPUs"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import Ministral3Config, Qwen3Config
 
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
@@ -256,19 +255,9 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
 
 
 def save_config(family: str, size: str, folder: Path) -> None:
-    kind, rope = (Ministral3Config, {"rope_parameters": small.YARN}) if family == "ministral3" else (Qwen3Config, {})
-    layers, hidden, heads, feed_forward, _ = FAMILIES[family][size]
-    kind(
-        architectures=[f"{family.capitalize()}ForCausalLM"],
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=feed_forward,
-        tie_word_embeddings=size in ("3b", "4b"),
-        **rope,
-    ).save_pretrained(folder)
+    from nemodiff_train.planning.published import write_config
+
+    assert write_config(f"{family}_{size}_joint", folder)
 
 
 FOUR_SPLITS = {

@@ -60,8 +60,8 @@ def _print(text: str, tokens: int, session: "Session") -> None:
         return
     print(visible(text) if sys.stdout.isatty() else text)
     forwards = session.calls(0)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in session.forwards[0].items())
     console.print(
-        f"{tokens} tokens in {forwards} forwards ({dict(session.forwards[0])}): "
-        f"{tokens / forwards:.2f} tokens per forward",
+        f"{tokens} tokens in {forwards} forwards ({kinds}): {tokens / forwards:.2f} tokens per forward",
         style="dim",
     )

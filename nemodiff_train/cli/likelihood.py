@@ -56,8 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
         write_atomic(Path(arguments.output), json.dumps(found.figures(), indent=2) + "\n")
     if found.ar_loss is not None:
         console.print(f"AR          {found.ar_loss:.4f} nats a token, perplexity {found.ar_perplexity:.3f}")
+    error = f" ± {found.diffusion_error:.4f}" if found.draws > 1 else ""
+    draws = f"{found.draws} draw{'s' if found.draws > 1 else ''}"
     console.print(
-        f"diffusion   {found.diffusion_loss:.4f} ± {found.diffusion_error:.4f} nats a token at most "
-        f"({found.draws} draws), perplexity {found.diffusion_perplexity:.3f}"
+        f"diffusion   {found.diffusion_loss:.4f}{error} nats a token at most ({draws}), "
+        f"perplexity {found.diffusion_perplexity:.3f}"
     )
     console.print(f"{found.tokens} tokens", style="dim")

@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from nemodiff_train.planning.hardware import GPUS
 from nemodiff_train.runtime import init_runtime
 
 if TYPE_CHECKING:
+    from nemodiff_train.config.config import TriModeConfig
     from nemodiff_train.planning.candidates import Candidate
 
 
@@ -32,12 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.gpus < 1 or arguments.top < 1:
         raise UserError("--gpus and --top take a number above 0")
     init_runtime()
-    from nemodiff_train.config.recipes import load_recipe
     from nemodiff_train.planning.candidates import plan
     from nemodiff_train.validation import layout
     from nemodiff_train.validation.settings import check_sizes
 
-    config = load_recipe(arguments.recipe, arguments.settings)
+    config = _load(arguments.recipe, arguments.settings)
     check_sizes(config)
     found = plan(config, arguments.gpus, arguments.gpu, layout.problems)
     if arguments.json:
@@ -47,12 +48,33 @@ def run(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"cannot write --json {arguments.json}: {error.strerror}; name another file") from None
     _show(found[: arguments.top], f"{len(found)} layouts fit {arguments.gpus} x {arguments.gpu}; estimates")
+    console, best = PlainConsole(width=150), found[0]
+    console.print(f"The first: {best.layout.settings}", soft_wrap=True)
+    tokens = config.train.train_iters * config.train.global_batch_size * config.dataset.seq_length
+    console.print(
+        f"Its {config.train.train_iters:,} steps of {tokens:,} tokens in all take {best.days:,.1f} days: "
+        f"{best.days * 24 * arguments.gpus:,.0f} GPU hours",
+        soft_wrap=True,
+    )
+
+
+def _load(recipe: str, settings: list[str]) -> "TriModeConfig":
+    """Return the run; a recipe of a published size needs no model, data or output to be planned."""
+    from nemodiff_train.config.recipes import load_recipe
+    from nemodiff_train.planning.published import write_config
+
+    given = {word.partition("=")[0] for word in settings}
+    with TemporaryDirectory() as folder:
+        if "start_from" not in given and write_config(recipe, Path(folder)):
+            assumed = {"start_from": folder, "data": "data", "output": "output"}
+            settings = [*settings, *(f"{name}={value}" for name, value in assumed.items() if name not in given)]
+        return load_recipe(recipe, settings)
 
 
 def _show(found: list["Candidate"], title: str) -> None:
     shape = ("tensor", "pipe", "context", "data", "recompute")
     memory = ("weights", "grads", "optim", "activ", "logits", "GB")
-    table = Table(*shape, *memory, "compute", "bubbles", "comm", "step, s", "tokens/s", title=title)
+    table = Table(*shape, *memory, "compute", "bubbles", "comm", "step, s", "tokens/s", "MFU", "days", title=title)
     for each in found:
         layout, bytes_, time = each.layout, each.memory, each.time
         sizes = (layout.tensor, layout.pipeline, layout.context, layout.data)
@@ -64,7 +86,7 @@ def _show(found: list["Candidate"], title: str) -> None:
             *(f"{part / 1e9:.1f}" for part in parts),
             *(f"{part:.2f}" for part in seconds),
             f"{each.tokens_per_second:,.0f}",
+            f"{each.mfu:.0%}",
+            f"{each.days:,.1f}",
         )
-    console = PlainConsole(width=150)
-    console.print(table)
-    console.print(f"The first: {found[0].layout.settings}", soft_wrap=True)
+    PlainConsole(width=160).print(table)

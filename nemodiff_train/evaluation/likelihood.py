@@ -56,9 +56,10 @@ class Likelihood:
         return math.exp(self.diffusion_loss)
 
     def figures(self) -> dict[str, float | None]:
-        """Return every field and both perplexities, for JSON."""
+        """Return every field and both perplexities, for JSON; the error of one draw is None."""
         return {
             **asdict(self),
+            "diffusion_error": None if math.isnan(self.diffusion_error) else self.diffusion_error,
             "ar_perplexity": self.ar_perplexity,
             "diffusion_perplexity": self.diffusion_perplexity,
         }

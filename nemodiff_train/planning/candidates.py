@@ -11,6 +11,9 @@ from nemodiff_train.planning.memory import Memory, memory_of
 from nemodiff_train.planning.time import StepTime, time_of
 from nemodiff_train.planning.workload import workload_of
 
+DAY = 86400.0
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -21,6 +24,10 @@ class Candidate:
     time: StepTime
     tokens_per_second: float
     """Clean tokens per second on all GPUs together."""
+    mfu: float
+    """Share of the GPUs' peak that goes into operations that training needs."""
+    days: float
+    """Time of all steps of the run, without validation and checkpoints."""
 
 
 def plan(
@@ -49,7 +56,10 @@ def plan(
     for layout, memory in memories.items():
         if memory.total <= usable:
             time = time_of(work, layout, gpu)
-            candidates.append(Candidate(layout, memory, time, work.global_batch * work.length / time.total))
+            samples = work.global_batch / time.total  # per second
+            mfu = samples * work.flops / (gpus * gpu.flops)
+            days = config.train.train_iters * time.total / DAY
+            candidates.append(Candidate(layout, memory, time, samples * work.length, mfu, days))
     if not candidates:
         least = min(memory.total for memory in memories.values())
         raise UserError(
