@@ -22,7 +22,7 @@ from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
 from nemodiff_train.attention.selection import select_kernel  # noqa: E402
 from nemodiff_train.model import adapters, loading, provider, recompute  # noqa: E402
 from nemodiff_train.model.norm import RMSNorm  # noqa: E402
-from nemodiff_train.runtime import start  # noqa: E402
+from nemodiff_train.runtime import memory, start  # noqa: E402
 from nemodiff_train.runtime.packages import without_stand_ins  # noqa: E402
 from nemodiff_train.runtime.start import Host  # noqa: E402
 from nemodiff_train.training import batch, run  # noqa: E402
@@ -196,11 +196,17 @@ def test_a_norm_is_one_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_indices_are_copied_from_pinned_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From other memory the copy would wait for the device."""
-    pinned: list[torch.Tensor] = []
-    monkeypatch.setattr(batch, "init_runtime", lambda: Host(cuda=True, missing_packages=()))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(batch, "copied_to", lambda device, values: copied.append(values) or values)
     made = small.batch(model, 64)
-    assert len(pinned) == 1 and torch.equal(pinned[0], made["loss_indices"])
+    assert len(copied) == 1 and torch.equal(copied[0], made["loss_indices"])
+
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(memory, "init_runtime", lambda: Host(cuda=True, missing_packages=()))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self if non_blocking else None)
+    for device, times in (("cpu", 0), ("cuda", 1)):
+        assert memory.copied_to(torch.device(device), copied[0]) is copied[0] and len(pinned) == times
 
 
 def test_whole_layers_are_not_computed_twice(model: Any) -> None:
