@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+HEAD_START = 5.0
+"""Seconds that one rank has to say what is wrong: a launcher ends all ranks as soon as one has ended."""
+
 
 def _initialized() -> Any:
     """Return ``torch.distributed`` where a process group exists, else None."""

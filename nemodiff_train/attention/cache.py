@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemodiff_train.runtime.memory import copied_to, require_memory
+from nemodiff_train.runtime.memory import require_memory
 
 
 class KeyValueCache:
@@ -35,7 +35,7 @@ class KeyValueCache:
 
     def moved(self, values: Tensor) -> Tensor:
         """Move a small tensor of the host to the device of the cache, without waiting for it."""
-        return copied_to(self.device, values)
+        return values.to(self.device, non_blocking=True)
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of one layer, each [rows, kv_heads, capacity, head_dim].

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemodiff_train import __version__
-from nemodiff_train.distributed import is_main_process
+from nemodiff_train.distributed import HEAD_START, is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
 from nemodiff_train.resilience.signals import INTERRUPTED
 from nemodiff_train.runtime import init_runtime
@@ -34,14 +34,10 @@ VERBS = {
 }
 
 
-_HEAD_START = 5.0
-"""Seconds that the first rank has to say what is wrong: a launcher ends all ranks as soon as one has ended."""
-
-
 def _refuse(error: UserError) -> int:
     """Say what is wrong; ranks that nobody ends meanwhile met it alone, and say it too."""
     if not is_main_process():
-        time.sleep(_HEAD_START)
+        time.sleep(HEAD_START)
     print(f"nemodiff: error: {error}", file=sys.stderr)
     return 2
 
@@ -149,5 +145,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)
         else:
-            time.sleep(_HEAD_START)
+            time.sleep(HEAD_START)
         return 1

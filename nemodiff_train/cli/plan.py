@@ -4,7 +4,6 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -15,7 +14,6 @@ from nemodiff_train.planning.hardware import GPUS
 from nemodiff_train.runtime import init_runtime
 
 if TYPE_CHECKING:
-    from nemodiff_train.config.config import TriModeConfig
     from nemodiff_train.planning.candidates import Candidate
 
 
@@ -35,10 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--gpus and --top take a number above 0")
     init_runtime()
     from nemodiff_train.planning.candidates import plan
+    from nemodiff_train.planning.published import load_planned
     from nemodiff_train.validation import layout
     from nemodiff_train.validation.settings import check_sizes
 
-    config = _load(arguments.recipe, arguments.settings)
+    config = load_planned(arguments.recipe, arguments.settings)
     check_sizes(config)
     found = plan(config, arguments.gpus, arguments.gpu, layout.problems)
     if arguments.json:
@@ -48,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"cannot write --json {arguments.json}: {error.strerror}; name another file") from None
     _show(found[: arguments.top], f"{len(found)} layouts fit {arguments.gpus} x {arguments.gpu}; estimates")
-    console, best = PlainConsole(width=150), found[0]
+    console, best = PlainConsole(), found[0]
     console.print(f"The first: {best.layout.settings}", soft_wrap=True)
     tokens = config.train.train_iters * config.train.global_batch_size * config.dataset.seq_length
     console.print(
@@ -56,19 +55,6 @@ def run(arguments: argparse.Namespace) -> None:
         f"{best.days * 24 * arguments.gpus:,.0f} GPU hours",
         soft_wrap=True,
     )
-
-
-def _load(recipe: str, settings: list[str]) -> "TriModeConfig":
-    """Return the run; a recipe of a published size needs no model, data or output to be planned."""
-    from nemodiff_train.config.recipes import load_recipe
-    from nemodiff_train.planning.published import write_config
-
-    given = {word.partition("=")[0] for word in settings}
-    with TemporaryDirectory() as folder:
-        if "start_from" not in given and write_config(recipe, Path(folder)):
-            assumed = {"start_from": folder, "data": "data", "output": "output"}
-            settings = [*settings, *(f"{name}={value}" for name, value in assumed.items() if name not in given)]
-        return load_recipe(recipe, settings)
 
 
 def _show(found: list["Candidate"], title: str) -> None:

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import Ministral3Config, PretrainedConfig, Qwen3Config
+
+from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.recipes import load_recipe
 
 _YARN = {
     "rope_type": "yarn",
@@ -73,3 +77,18 @@ def write_config(recipe: str, folder: Path) -> bool:
     if size is not None:
         size.config(family).save_pretrained(folder)
     return size is not None
+
+
+def load_planned(recipe: str, settings: list[str]) -> TriModeConfig:
+    """Return a run to plan; a recipe of a published size needs no model, data or output for it.
+
+    Args:
+        recipe: As :func:`~nemodiff_train.config.recipes.load_recipe` takes it.
+        settings: Likewise, ``key=value``.
+    """
+    given = {word.partition("=")[0] for word in settings}
+    with TemporaryDirectory() as folder:
+        if "start_from" not in given and recipe.isidentifier() and write_config(recipe, Path(folder)):
+            assumed = {"start_from": folder, "data": "data", "output": "output"}
+            settings = [*settings, *(f"{name}={value}" for name, value in assumed.items() if name not in given)]
+        return load_recipe(recipe, settings)

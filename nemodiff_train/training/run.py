@@ -19,7 +19,7 @@ from nemodiff_train.config.context import StepContext
 from nemodiff_train.config.precision import precision_of
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console, say
-from nemodiff_train.distributed import free_port, global_rank, is_main_process, world_size
+from nemodiff_train.distributed import HEAD_START, free_port, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
         except RuntimeError as error:
             if not _another_rank_is_gone(error):
                 raise
-            time.sleep(_LAUNCHER)
+            time.sleep(HEAD_START)
             line = f"rank {global_rank()}: the connection to another rank is gone; what that one said last tells why"
             raise RunStopped(line, alone=True) from error
         except SystemExit as leaving:
@@ -183,8 +183,6 @@ def _needs_traceback(record: logging.LogRecord) -> bool:
     return not (told or _another_rank_is_gone(error))
 
 
-_LAUNCHER = 5.0
-"""Seconds in which a launcher ends the other ranks of one that has failed, before they need to say anything."""
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What Gloo and NCCL say of a rank that has ended."""
 
