@@ -104,6 +104,25 @@ def test_every_machine_starts_or_says_why_not(started: dict[str, Any]) -> None:
             assert found[precision] == pytest.approx(started["none"][precision], rel=tolerance), (host, precision)
 
 
+def rotate(folder: str) -> dict[str, list[float] | int]:
+    """Train on text and on documents kept apart; return the losses, and how often the kernel for angles ran."""
+    sizes = sys.modules["transformer_engine"].sizes
+    found: dict[str, list[float] | int] = {}
+    apart = ["dataset.reset_attention_mask=true", "dataset.reset_position_ids=true"]
+    for name, settings in {"text": [], "documents": apart}.items():
+        sizes.clear()
+        found[name] = run(f"{folder}/te-rotated-{name}", [*settings, "mixed_precision=fp32"])
+        found[f"{name}, calls"] = len(sizes)
+    return found
+
+
+def test_angles_are_fused_where_rows_agree(folder: Path, started: dict[str, Any], engine: RankPool) -> None:
+    found = engine.call("rotate", 1, rotate, logs=folder / "logs", folder=str(folder))
+    assert found["text"] == pytest.approx(started["none"]["fp32"], rel=1e-5)
+    # Queries and keys of four layers in two micro-batches of four steps.
+    assert (found["text, calls"], found["documents, calls"]) == (2 * 4 * 2 * 4, 0)
+
+
 def exchange(folder: str, host: str, stopped: list[str], refused: str) -> dict[str, Any]:
     """Go on with the runs of machines; return the losses, and what is said of one that was saved for its layers."""
     found: dict[str, Any] = {name: continued(f"{folder}/{host}-{name}", f"{name}-fp32", "fp32") for name in stopped}

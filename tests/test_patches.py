@@ -53,7 +53,8 @@ def test_every_patch_finds_what_it_replaces() -> None:
         for call in calls
         if ast.unparse(call.func) == "replace" and isinstance(call.args[1], ast.Constant)
     }
-    assert cuda == "True" or names - {"compile_helpers"} <= {name.rpartition(".")[2] for name in replaced}
+    elsewhere = {"compile_helpers", "fused_apply_rotary_pos_emb"}  # where there is a Makefile, or Transformer Engine
+    assert cuda == "True" or names - elsewhere <= {name.rpartition(".")[2] for name in replaced}
 
 
 @pytest.mark.parametrize("function", patch_functions(), ids=lambda function: function.name)

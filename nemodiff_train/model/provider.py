@@ -196,7 +196,6 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     provider.rope_parameters, provider.position_embedding_type = rope, "rope"
     provider.seq_len_interpolation_factor, provider.rope_scaling = None, False
     provider.attention_dropout = provider.hidden_dropout = 0.0
-    provider.apply_rope_fusion = False  # the fused kernel takes one angle per position; here rows may differ
     return provider
 
 
@@ -287,5 +286,12 @@ def fit_to_host(provider: TriModeModelProvider) -> None:
     provider.bias_dropout_fusion = provider.persist_layer_norm = HAVE_TE
     # An extension of Apex's, which Core's output layer asks for even where Transformer Engine has one of its own.
     provider.gradient_accumulation_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    # The head, the attention and the angles are this package's.
-    provider.cross_entropy_loss_fusion = provider.masked_softmax_fusion = provider.apply_rope_fusion = False
+    # Transformer Engine's kernel knows no factor; a forward whose rows differ in angles is left to Core's own.
+    provider.apply_rope_fusion = HAVE_TE and _rope_factor(provider) == 1
+    # The head and the attention are this package's.
+    provider.cross_entropy_loss_fusion = provider.masked_softmax_fusion = False
+
+
+def _rope_factor(provider: TriModeModelProvider) -> float:
+    scaled = provider.rope_parameters.get("rope_type", "default") != "default"
+    return scaled_frequencies(provider.rope_parameters, provider.kv_channels)[1] if scaled else 1.0

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import megatron.core.datasets.utils as dataset_utils
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.tensor_parallel.random as tp_random
 import megatron.core.utils as core_utils
 import torch
@@ -99,6 +100,25 @@ def load_one_step_for_all_parameters() -> None:
 
     name = "_set_main_param_and_optimizer_states"
     original = replace(DistributedOptimizer, name, set_states, takes="self, model_param, tensors")
+
+
+def fuse_angles_where_rows_agree() -> None:
+    """Rotate by Transformer Engine's kernel only where all rows of a batch have the same angles, which it asks for.
+
+    Rows differ in packed samples, and in decoding.
+
+    Until: Core looks at the angles, as it does for angles of several axes (not in 0.19.2).
+    """
+
+    def rotate(t: Tensor, freqs: Tensor, transpose_output_memory: bool = False, interleaved: bool = False) -> Tensor:
+        if freqs.shape[1] > 1:
+            rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
+        else:
+            rotated = original(t, freqs, interleaved=interleaved)
+        return rotated
+
+    takes = "t, freqs, transpose_output_memory, interleaved"
+    original = replace(rope_utils, "fused_apply_rotary_pos_emb", rotate, takes=takes)
 
 
 def keep_compiled_dataset_helpers() -> None:

@@ -130,7 +130,9 @@ def init_quietly() -> Host:
     # Core is imported here: it is to see what is missing, before there are stand-ins for it.
     from nemodiff_train.runtime import patches
 
-    if not patches.HAVE_TE:
+    if patches.HAVE_TE:
+        patches.fuse_angles_where_rows_agree()
+    else:
         patches.show_absence_of_transformer_engine()
         patches.give_new_optimizer_a_step()
         patches.give_each_parameter_its_step()

@@ -61,7 +61,7 @@ def used() -> Iterator[Row]:
         ("gradient_accumulation_fusion", "needs Apex's fused_weight_gradient_mlp_cuda"),
         ("cross_entropy_loss_fusion", "never: the head is this package's"),
         ("masked_softmax_fusion", "never: the attention is this package's"),
-        ("apply_rope_fusion", "never: angles differ between rows"),
+        ("apply_rope_fusion", "needs Transformer Engine; where all rows have the same positions"),
     ):
         yield name, f"{'on' if getattr(config.model, name) else 'off'} ({reason})"
 

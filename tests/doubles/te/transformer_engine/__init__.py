@@ -7,6 +7,7 @@ matters of the real ones is kept, as Core's and Bridge's calls and comments show
 * every module has an extra state, empty without delayed scaling;
 * a linear layer with a norm returns the norm's output as well once ``return_layernorm_output`` is set;
 * with ``fuse_wgrad_accumulation`` the gradient of a weight is added to ``weight.main_grad``, which has to be there;
+* the kernel for rotary angles takes those of one row alone, in fp32;
 * under ``fp8_autocast`` a product takes a multiple of 8 rows and of 16 columns, and is one of rounded factors.
 
 Names that only other models ask for are absent, as they are in other versions.
@@ -256,6 +257,23 @@ class LayerNormLinear(Linear):
         return tuple(returned) if len(returned) > 1 else out
 
 
+def apply_rotary_pos_emb(
+    t: Tensor, freqs: Tensor, tensor_format: str, interleaved: bool = False, fused: bool = False
+) -> Tensor:
+    """Rotate queries or keys [positions, batch, heads, head size] by angles [positions, 1, 1, rotated]."""
+    assert fused and tensor_format == "sbhd" and not interleaved
+    assert freqs.shape == (len(t), 1, 1, freqs.shape[-1]) and freqs.dtype == torch.float32, freqs.shape
+    sizes.append(tuple(t.shape))
+    rotated, rest = t[..., : freqs.shape[-1]].float(), t[..., freqs.shape[-1] :]
+    low, high = rotated.chunk(2, dim=-1)
+    turned = rotated * freqs.cos() + torch.cat([-high, low], dim=-1) * freqs.sin()
+    return torch.cat([turned.to(t.dtype), rest], dim=-1)
+
+
+sizes: list[tuple[int, ...]] = []
+"""Shapes that the kernel for rotary angles has been called with."""
+
+
 class _Generators:
     """Random states by name."""
 
@@ -302,6 +320,8 @@ _module(
 )  # fmt: skip
 _module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, **_fp8)
 _module("pytorch.ops", _Unused)
+_module("pytorch.attention")
+_module("pytorch.attention.rope", apply_rotary_pos_emb=apply_rotary_pos_emb)
 _module("pytorch.module")
 _module(
     "pytorch.module.base", TransformerEngineBaseModule=TransformerEngineBaseModule,
