@@ -42,7 +42,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         UserError: There is no tokenizer, it is damaged, or one of its files is a link that leads elsewhere.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of settings in published files that change nothing
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".")):
         raise UserError(f"{name}: no such tokenizer directory")
