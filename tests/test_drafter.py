@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from nemodiff_train.objective.noise import DRAFTS, generator
 from nemodiff_train.training.samples import first_samples
 from nemodiff_train.validation.settings import section_problems
 from tests import jobs, small
-from tests.test_chat import give_template, prepare, talks
+from tests.test_chat import give_template, maker, packed, prepare, talks
 from tools.support import layouts
 from tools.support.ranks import Jobs, RankPool
 
@@ -125,6 +126,20 @@ def test_slots_of_documents_and_blocks_of_any_size(kind: str, shift: bool) -> No
                 for place in drafts:
                     assert bool(reached[row, place]) == open_
                     open_ = open_ and bool(passed[row, place])
+
+
+def test_slots_of_conversations() -> None:
+    """A block after nothing drafts nothing, as before; padding is part of its conversation."""
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        turns = [draw.integers(1, 9, 2 * draw.integers(1, 3)).tolist() for _ in range(draw.integers(1, 5))]
+        segment_ids = maker().make(packed(*turns), 0, 0)["segment_ids"]
+        document, block, _ = segment_ids.tolist()
+        whose = [number if number >= 0 else -1 - number for number in document]
+        exists = Slots.of(segment_ids[None], DRAFT_KINDS["uno"], shifted=True).exists[0].tolist()
+        for place, found in enumerate(exists):
+            start = block.index(block[place])
+            assert found == (start > whose.index(whose[place]))
 
 
 @pytest.mark.parametrize(
