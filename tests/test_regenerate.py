@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from nemodiff_train.cli import main
+from nemodiff_train.data.columns import Record
+from nemodiff_train.data.messages import Conversation
+from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding import regeneration
 from nemodiff_train.decoding.answers import Answer, AnswerLog, UnfinishedAnswers
+from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.rewriting import Asked, ChatRewriter
 from tests import small
 from tests.prepared import one_line, read_back, write_jsonl
 from tools.support.ranks import RankPool, World, run_commands
@@ -280,11 +285,34 @@ def test_interrupted_while_publishing(
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("written", "said", "content"),
+    [
+        ("{{ m.content }}", " fox ", " fox "),
+        (" {{ m.content }}", " fox ", "fox "),
+        ("{{ m.content | trim }}", "\nfox", "fox"),
+        ("{{ m.content }}", " \n", ""),
+    ],
+)
+def test_the_template_writes_what_the_model_has_written(folder: Path, written: str, said: str, content: str) -> None:
+    """A space that it puts before answers is not doubled."""
+    tokenizer = load_tokenizer(str(folder / "hf"))
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ m.role }}}}:{written}{small.EOD}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    rewriter = ChatRewriter(tokenizer, ChatTemplate(tokenizer), "messages", None)
+    record = Record({}, Conversation(asked("quick"), "here"))
+    settings = DecodingSettings(spell=lambda ids: str(tokenizer.decode(ids)), stop_token_ids=frozenset([0]))
+    ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], 0]
+    assert rewriter.text(Asked(0, record, [], rewriter.prompt(record, [])), ids, settings) == content
+
+
 def test_what_has_no_room_is_left_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_jsonl(folder / "long.jsonl", [{"text": "fox " * 400}, {"text": "the quick"}])
     assert main(words(folder, tmp_path / "o.jsonl", "--prompt-field", "text", source="long.jsonl", chat=False)) == 0
     assert len(rows(tmp_path / "o.jsonl")) == 1
-    assert "1 records with a prompt that is too long; 1 records left out" in capsys.readouterr().err
+    assert "1 records with a prompt that is empty or too long; 1 records left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

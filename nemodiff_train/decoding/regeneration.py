@@ -23,7 +23,7 @@ from nemodiff_train.decoding.answers import Answer, AnswerIndex, End, Settings, 
 from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.loading import DecodingModel, choose_mode, load_decoding_model
 from nemodiff_train.decoding.pipeline import PipelineRunner
-from nemodiff_train.decoding.rewriting import RewriteOptions, Rewriter
+from nemodiff_train.decoding.rewriting import Asked, RewriteOptions, Rewriter
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -129,23 +129,13 @@ def _count_answers(sources: Sequence[Source[Record[Any]]], rewriter: Rewriter[An
 
 
 @dataclass
-class _Asked[Item]:
-    """A record whose next answer is due."""
-
-    number: int
-    record: Record[Item]
-    answers: list[Answer]
-    prompt: list[int]
-
-
-@dataclass
 class Summary:
     """What a regeneration has written."""
 
     records: int = 0
     left_out: int = 0
-    too_long: int = 0
-    """Records in which a prompt and the new tokens are more than the model's positions."""
+    unfit: int = 0
+    """Records in which a prompt has no tokens, or is with the new ones more than the model's positions."""
     tokens: int = 0
     """New tokens, of answers that were not kept as well."""
     ends: Counter[End] = field(default_factory=Counter)
@@ -156,7 +146,7 @@ class Summary:
         counts = {
             f"answers cut after {max_new_tokens:,} tokens": self.ends["length"],
             "empty answers": self.ends["empty"],
-            "records with a prompt that is too long": self.too_long,
+            "records with a prompt that is empty or too long": self.unfit,
             "records left out": self.left_out,
         }
         first = f"{self.records:,} records, {self.ends.total():,} answers of {self.tokens:,} tokens"
@@ -187,6 +177,8 @@ class Regeneration[Item]:
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
         there = AnswerIndex(self.unfinished.logs())
+        if len(there):
+            say(f"continuing after {len(there):,} answers")
         records = islice(enumerate(documents(self.sources)), replica, None, replicas)
         writer = _Writer(loaded, self.rewriter, self.counts, mode, batch_size)
         total = len(range(replica, len(self.counts), replicas))
@@ -208,7 +200,7 @@ class Regeneration[Item]:
                 answers = index.of(number)
                 summary.ends.update(answer.end for answer in answers)
                 summary.tokens += sum(answer.tokens for answer in answers)
-                summary.too_long += len(answers) < self.counts[number] and _may_go_on(answers)
+                summary.unfit += len(answers) < self.counts[number] and _may_go_on(answers)
                 if (row := self.rewriter.rewritten(record, answers)) is None:
                     summary.left_out += 1
                 else:
@@ -244,7 +236,7 @@ class _Writer[Item]:
         Args:
             records: Number, record, and the answers that are there already.
         """
-        waiting: list[_Asked[Item]] = []
+        waiting: list[Asked[Item]] = []
         while True:
             for each in islice(records, self.batch_size * _WAITING_BATCHES - len(waiting)):
                 due = self._ask(*each)
@@ -259,17 +251,17 @@ class _Writer[Item]:
                 waiting += self._ask(asked.number, asked.record, [*asked.answers, answer])
             yield answers
 
-    def _ask(self, number: int, record: Record[Item], answers: list[Answer]) -> list[_Asked[Item]]:
-        """Return the record if another answer of it is due and has room in the model's positions."""
+    def _ask(self, number: int, record: Record[Item], answers: list[Answer]) -> list[Asked[Item]]:
+        """Return the record if another answer of it is due, and its prompt can be decoded."""
         if len(answers) < self.counts[number] and _may_go_on(answers):
             prompt = self.rewriter.prompt(record, answers)
             limit = position_limit(PipelineRunner(self.loaded.model).config)
-            if not limit or len(prompt) + self.loaded.settings.max_new_tokens <= limit:
-                return [_Asked(number, record, answers, prompt)]
+            if prompt and (not limit or len(prompt) + self.loaded.settings.max_new_tokens <= limit):
+                return [Asked(number, record, answers, prompt)]
         self.finished += 1
         return []
 
-    def _answer(self, batch: Sequence[_Asked[Item]]) -> list[Answer]:
+    def _answer(self, batch: Sequence[Asked[Item]]) -> list[Answer]:
         """Return the next answer of each record."""
         settings = self.loaded.settings
         numbers = [asked.number << _TURN_BITS | len(asked.answers) for asked in batch]
@@ -277,7 +269,7 @@ class _Writer[Item]:
         answers = []
         for asked, generation in zip(batch, generations, strict=True):
             tokens = generation.tokens
-            text = self.rewriter.text(asked.prompt, tokens, settings)
+            text = self.rewriter.text(asked, tokens, settings)
             stopped = tokens[-1] in settings.stop_token_ids or settings.holds_stop(tokens)
             end: End = "length" if not stopped else "stop" if text else "empty"
             turn = len(asked.answers)

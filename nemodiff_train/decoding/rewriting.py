@@ -17,6 +17,18 @@ from nemodiff_train.errors import UserError
 Row = Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class Asked[Item]:
+    """A record whose next answer is due."""
+
+    number: int
+    record: Record[Item]
+    answers: Sequence[Answer]
+    """Those before it."""
+    prompt: list[int]
+    """Token ids after which it is written."""
+
+
 class Rewriter[Item](Protocol):
     """Turns a record into prompts, and answers into a record."""
 
@@ -30,7 +42,7 @@ class Rewriter[Item](Protocol):
     def prompt(self, record: Record[Item], answers: Sequence[Answer]) -> list[int]:
         """Return the token ids after which the next answer is written, given those before it."""
 
-    def text(self, prompt: Sequence[int], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, asked: Asked[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text that new tokens stand for in the record; empty for no answer."""
 
     def rewritten(self, record: Record[Item], answers: Sequence[Answer]) -> Row | None:
@@ -97,9 +109,9 @@ class TextRewriter:
         ids: list[int] = self.tokenizer(record.document, add_special_tokens=False)["input_ids"]
         return ids[: self.prompt_tokens]
 
-    def text(self, prompt: Sequence[int], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, asked: Asked[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text from its beginning on: tokens that divide a character or a space are not cut apart."""
-        return _spelled(settings, prompt, tokens)
+        return _spelled(settings, asked.prompt, tokens)
 
     def rewritten(self, record: Record[str], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the whole text, and ``finish_reason``."""
@@ -134,15 +146,25 @@ class ChatRewriter:
 
     def prompt(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[int]:
         """Return the token ids of the template's text that asks for the next answer."""
-        before = _with_answers(record.document, answers)[: _places(record.document)[len(answers)]]
-        text = self._render(record.document, before)
+        text = self._render(record.document, self._before(record, answers))
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def text(self, prompt: Sequence[int], tokens: Sequence[int], settings: DecodingSettings) -> str:
-        """Return the answer, empty if it is only white space."""
-        said = _spelled(settings, [], tokens)
-        return said if said.strip() else ""
+    def text(self, asked: Asked[Conversation], tokens: Sequence[int], settings: DecodingSettings) -> str:
+        """Return the content that the template writes as what the model has written, empty if it is white space.
+
+        Some templates put a space before an answer themselves, or drop white space around it.
+        """
+        said, conversation = _spelled(settings, [], tokens), asked.record.document
+        if said == said.strip():
+            return said
+        before = self._before(asked.record, asked.answers)
+        written = self._render(conversation, before) + said
+        for content in (said, said.removeprefix(" ")) if said.strip() else ():
+            messages: list[Message] = [*before, {"role": "assistant", "content": content}]
+            if self._render(conversation, messages, add_generation_prompt=False).startswith(written):
+                return content
+        return said.strip()
 
     def rewritten(self, record: Record[Conversation], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the messages up to the last whole answer."""
@@ -159,9 +181,15 @@ class ChatRewriter:
         end = None if len(whole) == len(places) else places[len(whole) - 1] + 1
         return {**record.fields, self.messages_field: messages[:end]}
 
-    def _render(self, conversation: Conversation, messages: Sequence[Message]) -> str:
+    def _before(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[Message]:
+        """Return the messages before the next answer."""
+        return _with_answers(record.document, answers)[: _places(record.document)[len(answers)]]
+
+    def _render(
+        self, conversation: Conversation, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> str:
         try:
-            return self.template(messages, True, conversation.tools)
+            return self.template(messages, add_generation_prompt, conversation.tools)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}") from None
 
