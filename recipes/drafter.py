@@ -6,7 +6,7 @@ for models that are autoregressive alone, with the paper's run for an 8B model.
 """
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.config.datasets import TextDatasetConfig
+from nemodiff_train.config.datasets import indexed_dataset
 from nemodiff_train.config.defaults import adamw, base_config, schedule, set_tensor_parallel
 from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
 from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers
@@ -21,7 +21,7 @@ def drafter(
 
     Args:
         start_from: Megatron checkpoint of the tri-mode model.
-        data: Prefix of prepared text; best text that the model itself has written.
+        data: Prefix of prepared text or conversations; best what the model itself has written.
         output: Folder of the run.
         tensor_parallel: Tensor-parallel size.
         lora_rank: Rank of the adapters.
@@ -31,7 +31,7 @@ def drafter(
     config = base_config(
         model,
         ObjectiveConfig(block_size=model.block_size, shift=model.shift),
-        TextDatasetConfig(seq_length=4096, data=[data], split="100,0,0"),
+        indexed_dataset(data, seq_length=4096),
         start_from=start_from,
         output=output,
         steps=2000,
@@ -59,7 +59,7 @@ def drafter_uno(
 
     Args:
         start_from: Megatron checkpoint of the model, as 'nemodiff convert import' writes it.
-        data: Prefix of prepared text; best text that the model itself has written.
+        data: Prefix of prepared text or conversations; best what the model itself has written.
         output: Folder of the run.
         tensor_parallel: Tensor-parallel size.
         lora_rank: Rank of the adapters.
@@ -77,7 +77,7 @@ def drafter_uno(
             block_steps=-(-steps // len(UNO_BLOCKS)),
             shift=model.shift,
         ),
-        TextDatasetConfig(seq_length=4096, data=[data], split="100,0,0"),
+        indexed_dataset(data, seq_length=4096),
         start_from=start_from,
         output=output,
         steps=steps,

@@ -247,14 +247,19 @@ def talks(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def give_template(folder: Path) -> None:
+    """Give the tokenizer of a small model a chat template."""
+    made = load_tokenizer(str(folder))
+    made.chat_template = CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", small.EOD)
+    made.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen 3 whose tokenizer has a chat template."""
     folder = tmp_path_factory.mktemp("model") / "qwen3"
     small.qwen3(folder)
-    made = load_tokenizer(str(folder))
-    made.chat_template = CHATML.replace("<|im_start|>", "[").replace("<|im_end|>", small.EOD)
-    made.save_pretrained(folder)
+    give_template(folder)
     return folder
 
 

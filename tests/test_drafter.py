@@ -2,20 +2,27 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nemodiff_train.cli import main
+from nemodiff_train.config.overrides import override
+from nemodiff_train.decoding.session import Session
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import judge, slot_losses
 from nemodiff_train.drafter.slots import Slots, Verdict
 from nemodiff_train.objective.drafts import DRAFT_KINDS
+from nemodiff_train.objective.noise import DRAFTS, generator
+from nemodiff_train.training.samples import first_samples
 from nemodiff_train.validation.settings import section_problems
 from tests import jobs, small
+from tests.test_chat import give_template, maker, packed, prepare, talks
 from tools.support import layouts
 from tools.support.ranks import Jobs, RankPool
 
@@ -121,6 +128,20 @@ def test_slots_of_documents_and_blocks_of_any_size(kind: str, shift: bool) -> No
                     open_ = open_ and bool(passed[row, place])
 
 
+def test_slots_of_conversations() -> None:
+    """A block after nothing drafts nothing, as before; padding is part of its conversation."""
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        turns = [draw.integers(1, 9, 2 * draw.integers(1, 3)).tolist() for _ in range(draw.integers(1, 5))]
+        segment_ids = maker().make(packed(*turns), 0, 0)["segment_ids"]
+        document, block, _ = segment_ids.tolist()
+        whose = [number if number >= 0 else -1 - number for number in document]
+        exists = Slots.of(segment_ids[None], DRAFT_KINDS["uno"], shifted=True).exists[0].tolist()
+        for place, found in enumerate(exists):
+            start = block.index(block[place])
+            assert found == (start > whose.index(whose[place]))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -148,6 +169,8 @@ REFERENCES: dict[str, tuple[str, str, list[str]]] = {
     "one": ("drafter", "base", []),
     "documents": ("drafter", "base", [word for word in layouts.DOCUMENTS if "alpha" not in word]),
     "uno": ("uno", "ar", CURRICULUM),
+    "talks": ("drafter", "base", ["drafter.sampled_share=0"]),
+    "uno_talks": ("uno", "ar", CURRICULUM[1:]),
 }
 """Recipe, start and settings of the drafters that are trained on one rank."""
 
@@ -159,6 +182,9 @@ LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "documents_cp2": ("documents", 2, layouts.CP2),
     "uno_sp2_cp2": ("uno", 4, [*layouts.SP2, *layouts.CP2]),
     "uno_pp2_dp2": ("uno", 4, layouts.PP2),
+    "talks_sp2_cp2": ("talks", 4, [*layouts.SP2, *layouts.CP2]),
+    "talks_pp2_dp2": ("talks", 4, layouts.PP2),
+    "uno_talks_sp2_cp2": ("uno_talks", 4, [*layouts.SP2, *layouts.CP2]),
 }
 """What each continues after the first steps, the number of ranks, and the layout."""
 HALF_WAY, STEPS = 2, 10
@@ -170,7 +196,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
     """A tri-mode and an AR model, drafters for them on one rank, and those drafters continued under other layouts."""
     folder = tmp_path_factory.mktemp("drafter")
     small.qwen3(folder / "qwen3")
+    give_template(folder / "qwen3")
     small.data(folder / "data")
+    assert prepare(folder, talks(200), folder / "qwen3") == 0
     runs = Jobs(ranks, folder)
     data = str(folder / "data")
     base = {"start_from": str(folder / "qwen3"), "data": data, "output": str(folder / "base")}
@@ -183,7 +211,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
         steps = [f"train.train_iters={STEPS}", "train.micro_batch_size=4"]
         start_from, output = str(folder / start / "checkpoints"), str(folder / name)
         settings = (*steps, *shared, *settings)
-        return {"recipe": recipe, "start_from": start_from, "data": data, "output": output, "settings": settings}
+        source = str(folder / "chat") if "talks" in name else data
+        return {"recipe": recipe, "start_from": start_from, "data": source, "output": output, "settings": settings}
 
     for name, (_, start, _) in REFERENCES.items():
         saved = f"checkpoint.save_interval={HALF_WAY}"
@@ -222,6 +251,66 @@ def test_every_layout_trains_the_same_drafter(runs: Jobs, layout: str) -> None:
             assert mine[name] == pytest.approx(other[name], rel=layouts.TOLERANCE), name
 
 
+@pytest.mark.parametrize("name", ["talks", "uno_talks"])
+def test_answers_are_drafted_as_in_decoding(runs: Jobs, name: str) -> None:
+    """Slots and losses of a step, from forwards of decoding after each conversation's own text."""
+    expected = runs[name]["steps"][HALF_WAY]
+    recipe, start, settings = REFERENCES[name]
+    model, output = str(runs.folder / start / "checkpoints"), runs.folder / name
+    config = getattr(small, recipe)(model, str(runs.folder / "chat"), str(output))
+    config = override(config, dict(word.split("=", 1) for word in settings))
+    config.propagate()
+    first = HALF_WAY * config.train.global_batch_size
+    samples = first_samples(config, first + config.train.global_batch_size)[first:]
+    decoding = opened(model, str(output / "checkpoints" / f"iter_{HALF_WAY:07d}"))
+    losses, usable = [], 0
+    for sample in samples:
+        for draft, verifier in answer_drafts(decoding.model, sample, config):
+            usable += len(draft)
+            agrees = draft.argmax(-1) == verifier.argmax(-1)
+            reached = agrees.long().cumprod(0).roll(1)
+            reached[:1] = 1
+            counts = reached.bool() if config.drafter.slots == "visited" else torch.ones_like(agrees)
+            losses.append(slot_losses(draft, verifier, config.drafter)[counts])
+    counted = torch.cat(losses)
+    assert len(counted) and (len(counted) < usable) == (name == "talks")
+    assert float(counted.mean()) == pytest.approx(expected["draft_loss"], rel=1e-4)
+    assert len(counted) / usable == pytest.approx(expected["counted_slots"], rel=1e-6)
+
+
+def answer_drafts(model: Any, sample: dict[str, Tensor], config: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits of each draft inside an answer, and of its verification: [slots, vocabulary] each."""
+    kind, mask = config.drafter.draft_kind, config.model.mask_token_id
+    length = config.dataset.seq_length
+    tokens, (documents, blocks, _) = sample["tokens"][length:].tolist(), sample["segment_ids"].tolist()
+    noise = generator(config.objective.seed, DRAFTS, int(sample["index"])).integers(0, small.VOCABULARY, length)
+    answers = {blocks[place] for place in range(length) if sample["maskable"][place]}
+    for block in sorted(answers):
+        places = [place for place in range(length) if blocks[place] == block]
+        said = sum(bool(sample["maskable"][place]) for place in places)
+        before = [tokens[place] for place in range(places[0]) if documents[place] == documents[places[0]]]
+        text, rows = [*before, *(tokens[place] for place in places)], torch.arange(1)
+        if kind.seed_in_block:
+            known, filling = len(before), [mask] * (len(places) - 1)
+            targets = said - 1
+        else:
+            known, filling = len(before) - 1, noise[places].tolist()
+            following = places[0] + said
+            goes_on = following < length and bool(sample["maskable"][following])
+            targets = said if goes_on else said - 1
+        session = Session(model, 1, len(text) + 2, mask)
+        if known:
+            session.prefill([text[:known]])
+        drafted = session.forward(torch.tensor([[text[known], *filling]]), rows, "draft", causal=kind.causal)[0]
+        verified = session.forward(torch.tensor([text[known:]]), rows, "verify", causal=True)[0]
+        later = 0 if kind.seed_in_block else 1  # the verifier predicts the token after each, as such drafts do
+        if targets > 0:
+            yield (
+                drafted[1 : 1 + targets].clamp(min=-1e30),
+                verified[later : later + targets].clamp(min=-1e30),
+            )
+
+
 def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the adapters in place, what is prefilled, verified and denoised stays bit for bit as it was."""
     from nemodiff_train.runtime import init_runtime
@@ -229,7 +318,6 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
     init_runtime()
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.loading import load_decoding_model
-    from nemodiff_train.decoding.session import Session
     from nemodiff_train.model.checkpoint import Checkpoint
 
     prompts = [list(range(20, 33)), list(range(50, 55))]
@@ -316,8 +404,6 @@ def test_its_draft_is_the_exported_adapters_on_noise_alone(runs: Jobs, uno: tupl
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
-
-    from nemodiff_train.decoding.session import Session
 
     assert runs["export_uno"]["codes"] == runs["export_uno_sp2_cp2"]["codes"] == [0]
     folder = runs.folder / "uno-peft"

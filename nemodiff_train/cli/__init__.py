@@ -76,7 +76,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line.
+    """Parse a command line; ``words`` of the result are its words.
 
     Raises:
         UserError: Not a verb, not its arguments, or a word that cannot be one.
@@ -95,6 +95,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parsed.settings += rest  # key=value words after an option, which argparse does not put together
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.words = words
     return parsed
 
 

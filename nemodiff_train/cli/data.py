@@ -1,9 +1,11 @@
-"""``nemodiff data``: prepare a data set, merge several, look at one, or at the samples that a run makes."""
+"""``nemodiff data``: prepare a data set, or its text by a model, merge several, look at one or at a run's samples."""
 
 import argparse
 import os
 from typing import TYPE_CHECKING
 
+from nemodiff_train.cli import regenerate
+from nemodiff_train.cli.input_options import add_input_arguments
 from nemodiff_train.console import console
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -17,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_prepare(actions.add_parser("prepare", help="turn text into .bin/.idx; repeated, it continues"))
+    regenerate.add_arguments(
+        actions.add_parser("regenerate", help="write the answers of records again, in a model's own words")
+    )
     _add_merge(actions.add_parser("merge", help="make one data set of several that were prepared alike"))
     inspect = actions.add_parser("inspect", help="show what a prepared data set holds")
     inspect.add_argument("prefix", metavar="PREFIX", help="path of the data set without .bin")
@@ -28,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "inputs",
-        metavar="INPUT",
-        nargs="+",
-        help="text file (one document), .jsonl, .json, .parquet, a directory of these, or a Hugging Face data set "
-        "(owner/name or owner/name:config)",
-    )
+    add_input_arguments(parser)
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -42,13 +41,6 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face tokenizer, or a checkpoint",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
-    parser.add_argument("--text-field", metavar="NAME", help="field with the text (default text)")
-    parser.add_argument("--chat", action="store_true", help="records are conversations, for fine-tuning")
-    parser.add_argument("--messages-field", metavar="NAME", help="with --chat (default messages)")
-    parser.add_argument("--prompt-field", metavar="NAME", help="with --chat: the field with a single prompt")
-    parser.add_argument("--answer-field", metavar="NAME", help="with --prompt-field: the field with its answer")
-    parser.add_argument("--split", help="split of a Hugging Face data set (default train)")
-    parser.add_argument("--glob", metavar="PATTERN", help="files to take from directories (default all)")
     parser.add_argument(
         "--eod-token", metavar="TOKEN", help="ends documents (default: the EOS token), or answers (the template's)"
     )
@@ -73,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "show":
         _show(arguments)
         return 0
+    if arguments.action == "regenerate":
+        return regenerate.run(arguments)
     if arguments.action == "merge":
         init_without_device()
         from nemodiff_train.data.merge import merge

@@ -3,14 +3,12 @@
 import argparse
 import math
 import signal
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from nemodiff_train.cli.ranks import add_nproc, start_ranks
 from nemodiff_train.config.registry import recipe_files
-from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
-from nemodiff_train.processes import check_processes, run_ranks
 from nemodiff_train.resilience.signals import end_as_ever, end_at_once
 from nemodiff_train.runtime import init_runtime
 
@@ -24,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action=_Help, help="show this; after a recipe, its arguments too")
     parser.add_argument("--list", action=_List, help="show the names of all recipes")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
-    parser.add_argument("--nproc", type=int, help="start so many ranks on this machine, as torchrun does")
+    add_nproc(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
     parser.add_argument("--yaml", action="store_true", help="with --dry-run: print the whole configuration instead")
     parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
@@ -42,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not 1 <= (arguments.gpus or 1) <= MOST_GPUS or arguments.gpus == 0 or not 0 < arguments.gpu_memory < math.inf:
         raise UserError(f"--gpus takes a number from 1 to {MOST_GPUS:,}, --gpu-memory a number above 0")
     if arguments.nproc is not None:
-        return _start_ranks(arguments)
+        if arguments.dry_run:
+            raise UserError("--nproc goes with a run; --dry-run takes the number of GPUs as --gpus")
+        return start_ranks(arguments.words, arguments.nproc)
     if not arguments.dry_run:
         end_at_once(signal.SIGUSR1, signal.SIGINT)
     try:
@@ -91,19 +91,3 @@ class _List(_Help):
         for file, (summary, names) in recipe_files().items():
             print(f"recipes/{file}.py: {summary}\n    {'\n    '.join(names)}")
         parser.exit()
-
-
-def _start_ranks(arguments: argparse.Namespace) -> int:
-    """Run the same words as several ranks.
-
-    Returns:
-        The exit code of the first rank that failed, else 0; that of a shell for a rank that a signal ended.
-    """
-    check_processes("--nproc", arguments.nproc)
-    if arguments.dry_run:
-        raise UserError("--nproc goes with a run; --dry-run takes the number of GPUs as --gpus")
-    if world_size() > 1:
-        raise UserError("--nproc starts the ranks itself; leave it out under torchrun or srun")
-    words = [arguments.recipe, *arguments.settings]
-    code = run_ranks([sys.executable, "-m", "nemodiff_train", "train", *words], arguments.nproc)
-    return code if code >= 0 else 128 - code

@@ -226,3 +226,18 @@ class ChatDatasetConfig(IndexedDatasetConfig):
             length=self.seq_length,
             padding_id=tokenizer.eod,
         )
+
+
+def indexed_dataset(prefix: str, seq_length: int) -> IndexedDatasetConfig:
+    """Return all of a data set for training: conversations, if its manifest says so, else text.
+
+    Args:
+        prefix: Its path without ``.bin``, or ``mock``.
+        seq_length: Clean tokens per sample.
+
+    Raises:
+        UserError: The manifest is damaged.
+    """
+    manifest = Manifest.read(prefix)
+    kind = ChatDatasetConfig if manifest and manifest.chat_template else TextDatasetConfig
+    return kind(seq_length=seq_length, data=[prefix], split="100,0,0")

@@ -68,7 +68,7 @@ def check_blend(
 def _other_kind(prefix: str, conversations: bool) -> str:
     if conversations:
         return f"{prefix}: holds no conversations; prepare it with 'nemodiff data prepare --chat'"
-    return f"{prefix}: holds conversations, which recipes for text do not read; use sft, or prepare it without --chat"
+    return f"{prefix}: holds conversations, which this run does not read; use sft, or prepare it without --chat"
 
 
 def _check_tokens(

@@ -1,8 +1,9 @@
 """The fields of a record that make a document: a text, or a conversation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from nemodiff_train.data.messages import Conversation, check_text, read_conversation
 from nemodiff_train.data.notes import LEFT_OUT, UNREAD_FIELDS, UNREAD_KEYS, Notes
@@ -12,6 +13,38 @@ Document = str | Conversation
 
 _SYSTEM = ("system", "system_prompt")
 _RECORD_MARKS = ("weight", "train", "training", "trainable", "loss_mask")
+_UNWRITTEN = "?"
+"""Stands where an answer is yet to be written."""
+
+
+class Columns[Item](Protocol):
+    """What is read of a record, and what becomes of it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields that a record needs."""
+
+    @property
+    def option(self) -> str:
+        """The option that names the fields, for messages to the user."""
+
+    @property
+    def notes(self) -> Notes:
+        """Counts what is not used."""
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether the content of a file without records is such a field."""
+
+    def reads(self, name: str) -> bool:
+        """Return whether a field is used where it is there."""
+
+    def document(self, row: Mapping[str, object], where: str) -> Item | None:
+        """Return the document in a row that has the fields it needs, None where it is left out.
+
+        Raises:
+            UserError: A field is of another type.
+        """
 
 
 @dataclass(frozen=True)
@@ -20,23 +53,20 @@ class TextColumn:
 
     name: str
     notes: Notes = field(default_factory=Notes)
-    """Counts what is not used."""
-    option: ClassVar = "--text-field"
-    """The option that names the field, for messages to the user."""
-    optional: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields that are used where they are there."""
+    option: str = "--text-field"
+    of_texts: ClassVar = True
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the fields that a record needs."""
         return (self.name,)
 
-    def document(self, row: Mapping[str, object], where: str) -> str | None:
-        """Return the document in a row that has these fields, None where it is left out.
+    def reads(self, name: str) -> bool:
+        """Return whether a field is used."""
+        return name == self.name
 
-        Raises:
-            UserError: A field is of another type.
-        """
+    def document(self, row: Mapping[str, object], where: str) -> str | None:
+        """Return the text in a row; see :class:`Columns`."""
         text = _text(row[self.name], self.name, where, self.option)
         if not text:
             self.notes.add(LEFT_OUT, "no text", where)
@@ -44,13 +74,22 @@ class TextColumn:
 
 
 @dataclass(frozen=True)
-class _ChatColumns:
+class _ChatColumns(ABC):
     """What conversations of either kind have beside their messages: tools, and a system prompt."""
 
     notes: Notes = field(default_factory=Notes, kw_only=True)
     template: str | None = field(default=None, kw_only=True)
     """Source of the chat template; None to take it that it reads everything."""
-    optional: ClassVar[tuple[str, ...]] = ("tools", *_SYSTEM, *_RECORD_MARKS)
+    of_texts: ClassVar = False
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields that a record needs."""
+
+    def reads(self, name: str) -> bool:
+        """Return whether a field is used where it is there."""
+        return name in (*self.names, "tools", *_SYSTEM, *_RECORD_MARKS)
 
     def _conversation(self, messages: object, row: Mapping[str, object], where: str) -> Conversation | None:
         for mark in _RECORD_MARKS:
@@ -78,7 +117,7 @@ class MessagesColumn(_ChatColumns):
         return (self.name,)
 
     def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
-        """Return the conversation in a row; see :class:`TextColumn`."""
+        """Return the conversation in a row; see :class:`Columns`."""
         return self._conversation(row[self.name], row, where)
 
 
@@ -96,8 +135,8 @@ class AnswerColumns(_ChatColumns):
         return (self.prompt, self.answer)
 
     def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
-        """Return the conversation in a row; see :class:`TextColumn`."""
-        prompt, answer = (_text(row[name], name, where, self.option) for name in self.names)
+        """Return the conversation in a row; see :class:`Columns`."""
+        prompt, answer = (_text(row[name], name, where, self.option) for name in (self.prompt, self.answer))
         if not prompt or not answer:
             self.notes.add(LEFT_OUT, "no text", where)
             return None
@@ -105,10 +144,69 @@ class AnswerColumns(_ChatColumns):
         return self._conversation(messages, row, where)
 
 
-Columns = TextColumn | MessagesColumn | AnswerColumns
+@dataclass(frozen=True)
+class PromptColumn(AnswerColumns):
+    """A field that holds a prompt, and the name of one for the answer that it is to get."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields that a record needs."""
+        return (self.prompt,)
+
+    def reads(self, name: str) -> bool:
+        """Return whether a field is used where it is there."""
+        return name == self.answer or super().reads(name)
+
+    def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
+        """Return the conversation in a row, its answer yet to be written; see :class:`Columns`."""
+        return super().document({**row, self.answer: _UNWRITTEN}, where)
 
 
-def read_record(columns: Columns, row: Mapping[str, object], where: str) -> Document | None:
+@dataclass(frozen=True)
+class Record[Item]:
+    """A document beside the record that it was read from."""
+
+    fields: Mapping[str, object]
+    document: Item
+
+
+@dataclass(frozen=True)
+class WholeRecords[Item]:
+    """Read every field of the records in which other columns find a document, and keep them."""
+
+    columns: Columns[Item]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields that a record needs."""
+        return self.columns.names
+
+    @property
+    def option(self) -> str:
+        """The option that names the fields."""
+        return self.columns.option
+
+    @property
+    def notes(self) -> Notes:
+        """Counts what is not used."""
+        return self.columns.notes
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether the content of a file without records is such a field."""
+        return self.columns.of_texts
+
+    def reads(self, name: str) -> bool:
+        """Return True: every field is kept."""
+        return True
+
+    def document(self, row: Mapping[str, object], where: str) -> Record[Item] | None:
+        """Return a row with its document; see :class:`Columns`."""
+        document = self.columns.document(row, where)
+        return None if document is None else Record(row, document)
+
+
+def read_record[Item](columns: Columns[Item], row: Mapping[str, object], where: str) -> Item | None:
     """Return the document in a record, and count its fields that nothing reads.
 
     Raises:
@@ -116,7 +214,7 @@ def read_record(columns: Columns, row: Mapping[str, object], where: str) -> Docu
     """
     require(columns, list(row), where)
     for name, value in row.items():
-        if name not in columns.names and name not in columns.optional and value is not None:
+        if not columns.reads(name) and value is not None:
             columns.notes.add(UNREAD_FIELDS, name, where)
     try:
         return columns.document(row, where)
@@ -124,7 +222,7 @@ def read_record(columns: Columns, row: Mapping[str, object], where: str) -> Docu
         raise UserError(f"{where}: nested too deeply; correct or remove it") from error
 
 
-def require(columns: Columns, existing: Sequence[str], where: str) -> None:
+def require(columns: Columns[object], existing: Sequence[str], where: str) -> None:
     """Refuse records that lack a field.
 
     Raises:

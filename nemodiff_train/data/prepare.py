@@ -11,12 +11,13 @@ from typing import Any
 
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_digest
-from nemodiff_train.data.columns import AnswerColumns, Columns, MessagesColumn, TextColumn
+from nemodiff_train.data.columns import Document
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
+from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenizerInfo
 from nemodiff_train.data.notes import LEFT_OUT, UNREAD_KEYS, Notes
 from nemodiff_train.data.partial_output import SUFFIXES, PartialOutput, Size
-from nemodiff_train.data.sources import Source, documents, resolve
+from nemodiff_train.data.sources import Source, documents
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import (
     end_of_document_id,
@@ -29,34 +30,14 @@ from nemodiff_train.processes import check_processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
+class PrepareOptions(InputOptions):
     """The arguments of ``nemodiff data prepare``, which describes them in its help."""
 
-    inputs: list[str]
     tokenizer: str
     output: str
-    text_field: str | None = None
-    split: str | None = None
-    glob: str | None = None
     eod_token: str | None = None
     workers: int = 1
     overwrite: bool = False
-    chat: bool = False
-    messages_field: str | None = None
-    prompt_field: str | None = None
-    answer_field: str | None = None
-
-    def columns(self, template: str | None) -> Columns:
-        """Return the fields to take from a record.
-
-        Args:
-            template: Source of the chat template; None without ``chat``.
-        """
-        if not self.chat:
-            return TextColumn(self.text_field or "text")
-        if self.prompt_field and self.answer_field:
-            return AnswerColumns(self.prompt_field, self.answer_field, template=template)
-        return MessagesColumn(self.messages_field or "messages", template=template)
 
     def check(self) -> None:
         """Refuse options that contradict each other.
@@ -65,28 +46,10 @@ class PrepareOptions:
             UserError: Names the option.
         """
         check_processes("--workers", self.workers)
-        if (self.prompt_field is None) != (self.answer_field is None):
-            raise UserError("--prompt-field and --answer-field go together")
-        if (self.prompt_field or self.messages_field) is not None and not self.chat:
-            raise UserError("--messages-field, --prompt-field and --answer-field go with --chat")
-        if self.messages_field is not None and self.prompt_field is not None:
-            raise UserError("--messages-field and --prompt-field are two places for an answer; give one of them")
-        if self.text_field is not None and self.chat:
-            raise UserError("--text-field goes without --chat")
+        super().check()
+        if self.prompt_field is not None and not self.chat:
+            raise UserError("--prompt-field goes with --chat and --answer-field")
         check_output(self.output)
-
-    def check_effect(self, sources: Sequence[Source]) -> None:
-        """Refuse options that nothing in the inputs answers to.
-
-        Raises:
-            UserError: Names the option.
-        """
-        if self.text_field is not None and not any(source.has_records for source in sources):
-            raise UserError(f"--text-field {self.text_field}: the inputs are texts, without fields; leave it out")
-        if self.split is not None and not any(source.info.split for source in sources):
-            raise UserError(f"--split {self.split}: the inputs are files, without splits; leave it out")
-        if self.glob is not None and not any(Path(name).is_dir() for name in self.inputs):
-            raise UserError(f"--glob {self.glob}: no input is a directory; leave it out")
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -108,8 +71,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     else:
         encoder = TextEncoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
     columns = options.columns(ChatTemplate(tokenizer).source if options.chat else None)
-    sources = resolve(options.inputs, columns, options.split or "train", options.glob or "*")
-    options.check_effect(sources)
+    sources = options.sources(columns)
     provenance = Provenance(
         tokenizer=TokenizerInfo(
             name=options.tokenizer,
@@ -170,7 +132,11 @@ def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Man
 
 
 def _continue(
-    options: PrepareOptions, sources: list[Source], made: Encoder[Any], partial: PartialOutput, notes: Notes
+    options: PrepareOptions,
+    sources: Sequence[Source[Document]],
+    made: Encoder[Any],
+    partial: PartialOutput,
+    notes: Notes,
 ) -> Manifest:
     """Write the chunks that are missing, then publish and tell what was not used."""
     done = partial.restore(options.overwrite)

@@ -13,7 +13,7 @@ from typing import IO
 
 import fsspec
 
-from nemodiff_train.data.columns import Columns, Document, TextColumn, read_record, require
+from nemodiff_train.data.columns import Columns, read_record, require
 from nemodiff_train.data.manifest import InputInfo
 from nemodiff_train.data.notes import UNREAD_FIELDS
 from nemodiff_train.errors import UserError, nearest
@@ -26,18 +26,18 @@ _HUB_NAME = re.compile(r"(?P<owner>[\w.-]+)/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Source:
+class Source[Item]:
     """One INPUT."""
 
     info: InputInfo
-    read: Callable[[], Iterator[Document | None]]
+    read: Callable[[], Iterator[Item | None]]
     """Yields the documents in a fixed order, None for an empty record; raises UserError, naming file and line, at a
     record that is not a document."""
     has_records: bool
     """Whether fields of records are read at all."""
 
 
-def resolve(inputs: Sequence[str], columns: Columns, split: str, glob: str) -> list[Source]:
+def resolve[Item](inputs: Sequence[str], columns: Columns[Item], split: str, glob: str) -> list[Source[Item]]:
     """Find every INPUT, without reading documents.
 
     Raises:
@@ -46,12 +46,12 @@ def resolve(inputs: Sequence[str], columns: Columns, split: str, glob: str) -> l
     return [_resolve_one(name, columns, split, glob) for name in inputs]
 
 
-def documents(sources: Iterable[Source]) -> Iterator[Document]:
+def documents[Item](sources: Iterable[Source[Item]]) -> Iterator[Item]:
     """Return the documents that are not empty, in order."""
     return filter(None, chain.from_iterable(source.read() for source in sources))
 
 
-def _resolve_one(name: str, columns: Columns, split: str, glob: str) -> Source:
+def _resolve_one[Item](name: str, columns: Columns[Item], split: str, glob: str) -> Source[Item]:
     path = Path(name)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
@@ -104,7 +104,7 @@ def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputIn
     return InputInfo(path=name, split=split, files=len(files), bytes=total, version=version)
 
 
-def _local(name: str, files: Sequence[Path], columns: Columns) -> Source:
+def _local[Item](name: str, files: Sequence[Path], columns: Columns[Item]) -> Source[Item]:
     return Source(_info(name, files), partial(_read_files, files, columns), any(map(holds_records, files)))
 
 
@@ -118,7 +118,7 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
 
 
-def _read_files(files: Sequence[Path], columns: Columns) -> Iterator[Document | None]:
+def _read_files[Item](files: Sequence[Path], columns: Columns[Item]) -> Iterator[Item | None]:
     for path in files:
         match _suffix(path):
             case ".jsonl" | ".ndjson":
@@ -127,11 +127,11 @@ def _read_files(files: Sequence[Path], columns: Columns) -> Iterator[Document | 
                 yield from _read_json(path, columns)
             case ".parquet":
                 yield from _read_parquet(path, columns)
-            case suffix if suffix in _NOT_READ or not isinstance(columns, TextColumn):
+            case suffix if suffix in _NOT_READ or not columns.of_texts:
                 readable = f"{', '.join(_RECORDS)}, also compressed ({', '.join(_COMPRESSED)})"
                 raise UserError(f"{path}: records are read from {readable}; convert it, or choose files with --glob")
             case _:
-                yield _read_text(path)
+                yield columns.document({columns.names[0]: _read_text(path)}, str(path))
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document | None]:
+def _read_jsonl[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None]:
     # Not through `datasets`: it infers one schema per file, so it rejects records that differ in unused
     # fields, and it cannot name the line that is malformed.
     with _unpacked(path) as lines:
@@ -171,7 +171,7 @@ def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document | None]:
                 yield _parse_record(line, columns, f"{path}:{number}")
 
 
-def _read_json(path: Path, columns: Columns) -> Iterator[Document | None]:
+def _read_json[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None]:
     """Read a list of records, or a record per line as in .jsonl."""
     with _unpacked(path) as file:
         first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
@@ -203,7 +203,7 @@ def _json(text: str | bytes) -> object:
         return None
 
 
-def _parse_record(line: bytes, columns: Columns, where: str) -> Document | None:
+def _parse_record[Item](line: bytes, columns: Columns[Item], where: str) -> Item | None:
     try:
         record = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -211,13 +211,13 @@ def _parse_record(line: bytes, columns: Columns, where: str) -> Document | None:
     return _read_object(record, columns, where)
 
 
-def _read_object(record: object, columns: Columns, where: str) -> Document | None:
+def _read_object[Item](record: object, columns: Columns[Item], where: str) -> Item | None:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object with the field '{columns.names[0]}'")
     return read_record(columns, record, where)
 
 
-def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
+def _read_parquet[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None]:
     import pyarrow.parquet
     from pyarrow import ArrowInvalid
 
@@ -228,7 +228,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
     with table:
         existing = table.schema_arrow.names
         require(columns, existing, str(path))
-        read = [name for name in existing if name in (*columns.names, *columns.optional)]
+        read = [name for name in existing if columns.reads(name)]
         for name in existing:
             if name not in read:
                 columns.notes.add(UNREAD_FIELDS, name, str(path), table.metadata.num_rows)
@@ -237,7 +237,7 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Document | None]:
             yield read_record(columns, row, f"{path} row {number}")
 
 
-def _saved(path: Path, columns: Columns, split: str) -> Source:
+def _saved[Item](path: Path, columns: Columns[Item], split: str) -> Source[Item]:
     """Open a directory written by ``save_to_disk`` of the `datasets` library."""
     from datasets import DatasetDict, load_from_disk
 
@@ -250,7 +250,7 @@ def _saved(path: Path, columns: Columns, split: str) -> Source:
     return Source(info, partial(_read_rows, rows, columns, str(path)), True)
 
 
-def _hub(name: str, columns: Columns, split: str) -> Source:
+def _hub[Item](name: str, columns: Columns[Item], split: str) -> Source[Item]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from httpx import HTTPError
@@ -268,6 +268,6 @@ def _hub(name: str, columns: Columns, split: str) -> Source:
     return Source(info, partial(_read_rows, rows, columns, name), True)
 
 
-def _read_rows(rows: Iterable[dict[str, object]], columns: Columns, where: str) -> Iterator[Document | None]:
+def _read_rows[Item](rows: Iterable[dict[str, object]], columns: Columns[Item], where: str) -> Iterator[Item | None]:
     for number, row in enumerate(rows):
         yield read_record(columns, row, f"{where} row {number}")

@@ -135,8 +135,14 @@ def fill(
         return revise(session, text, start, min_probability, sampler), session
 
 
+def position_limit(config: TriModeModelProvider) -> int | None:
+    """Return the number of positions of a model; None where its configuration names none."""
+    limit: int | None = config.hf_config.get("max_position_embeddings")
+    return limit
+
+
 def _check_positions(config: TriModeModelProvider, longest: int) -> None:
-    limit = config.hf_config.get("max_position_embeddings")
+    limit = position_limit(config)
     if limit and longest > limit:
         raise UserError(
             f"the longest prompt and the new tokens are {longest} positions, but the model has {limit}; "

@@ -15,6 +15,7 @@ from nemodiff_train.model.draft_adapter import open_drafter
 from nemodiff_train.model.loading import computing_dtype, load_model, stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.objective.drafts import DRAFT_KINDS
 
 _NOT_APPLIED = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
@@ -33,6 +34,25 @@ class DecodingModel:
     """In evaluation mode: this pipeline rank's chunks, one without a pipeline."""
     tokenizer: PreTrainedTokenizerBase
     settings: DecodingSettings
+
+
+def choose_mode(checkpoint: Checkpoint, drafter: Checkpoint | None, asked: str | None) -> str:
+    """Return the mode that was asked for, or the one that writes what AR decoding would in the fewest forwards.
+
+    Args:
+        checkpoint: A model's.
+        drafter: A drafter that was trained for this model.
+        asked: Name of a mode; None for ``linear`` where the model or its drafter can draft, else ``ar``.
+
+    Raises:
+        UserError: The model cannot decode in the mode.
+    """
+    provider = model_from(checkpoint.require_model())
+    kind = open_drafter(drafter, provider).kind if drafter else DRAFT_KINDS["nemotron"]
+    if asked is None and (provider.mask_token_id is not None or kind.uniform_noise):
+        asked = "linear"
+    check_mode(provider, asked or "ar", kind)
+    return asked or "ar"
 
 
 def load_decoding_model(

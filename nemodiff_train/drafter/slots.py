@@ -26,13 +26,14 @@ class Slots:
         """Find the slots of some samples.
 
         Args:
-            segment_ids: [batch, 3, L] of :class:`~nemodiff_train.objective.sample.SampleMaker`.
+            segment_ids: [batch, 3, L] of :class:`~nemodiff_train.objective.sample.SampleMaker`, or of conversations.
             kind: What drafts look like.
             shifted: Whether a position predicts the next token.
         """
         documents, blocks = segment_ids[:, 0].contiguous(), segment_ids[:, 1].contiguous()
         start = torch.searchsorted(blocks, blocks)
         number = torch.arange(blocks.shape[1], device=blocks.device) - start + int(shifted)
+        documents = torch.where(documents < 0, -1 - documents, documents)  # an answer's padding belongs to its text
         if not kind.seed_in_block:  # a document's first block has no token before it to follow
             exists = start > torch.searchsorted(documents, documents)
         elif shifted:  # the block's last position would predict the next block's first token, which is known

@@ -103,7 +103,9 @@ class DraftLoss:
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
         states = gather_hidden_states(hidden_states, output_layer).transpose(0, 1)
         noisy, clean = states.chunk(2, dim=1)
-        clean, usable = clean.detach(), self.batch["loss_mask"][:, -clean.shape[1] :] > 0
+        # What follows a prompt is the verifier's own token: drafts begin in answers.
+        usable = (self.batch["loss_mask"][:, -clean.shape[1] :] > 0) & self.batch["maskable"]
+        clean = clean.detach()
         if not shifted:
             clean, usable = (self.state.shard.before(each, self.state.context_group) for each in (clean, usable))
         drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each

@@ -54,8 +54,8 @@ def _target_problems(config: TriModeConfig, adapters: DraftLoRA) -> Iterator[str
 
 def _switch_problems(config: TriModeConfig) -> Iterator[str]:
     model, objective, length = config.model, config.objective, config.dataset.seq_length
-    if objective.noisy_views != 1 or config.dataset.holds_conversations:
-        yield "a drafter is trained on text and with one view per sample; leave the objective's switches out"
+    if objective.noisy_views != 1:
+        yield "a drafter is trained with one view per sample; leave the objective's switches out"
     used = _USED if config.has_masks else _USED - _OF_MASKS
     for field in fields(objective):
         if field.name not in used and getattr(objective, field.name) != getattr(ObjectiveConfig(), field.name):

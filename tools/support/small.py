@@ -188,12 +188,12 @@ def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
 
 
 def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_length: int = 64) -> Any:
-    """Return the configuration of ten steps in fp32."""
+    """Return the configuration of ten steps in fp32, on text or conversations."""
     from megatron.bridge.training import config as bridge
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from nemodiff_train.config.config import TriModeConfig
-    from nemodiff_train.config.datasets import TextDatasetConfig
+    from nemodiff_train.config.datasets import indexed_dataset
     from nemodiff_train.config.defaults import tokenizer_of
     from nemodiff_train.model.pretrained import model_from
     from nemodiff_train.objective import ObjectiveConfig
@@ -202,7 +202,7 @@ def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_le
     return TriModeConfig(
         model=model_from(start_from),
         objective=ObjectiveConfig(stage=stage, block_size=16),
-        dataset=TextDatasetConfig(seq_length=seq_length, data=[data], split="100,0,0"),
+        dataset=indexed_dataset(data, seq_length),
         train=bridge.TrainingConfig(train_iters=10, global_batch_size=8, micro_batch_size=2),
         validation=bridge.ValidationConfig(eval_interval=1000, eval_iters=0),
         optimizer=bridge.OptimizerConfig(
@@ -260,10 +260,8 @@ def uno(start_from: str, data: str, output: str, rank: int = 8, alpha: int = 128
 
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
-    from nemodiff_train.config.datasets import ChatDatasetConfig
     from nemodiff_train.model.adapters import lora
 
     config = recipe(start_from, data, output)
-    config.dataset = ChatDatasetConfig(seq_length=64, data=[data], split="100,0,0")
     config.peft = lora(rank)
     return config

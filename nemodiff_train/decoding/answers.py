@@ -1,0 +1,205 @@
+"""The answers of a regeneration that has not finished: written as they are made, taken over by a repetition.
+
+A hidden folder beside the output holds ``state.json``, which says what the answers depend on, and one log per
+data-parallel replica.  A line that was cut short is decoded again.
+"""
+
+import shutil
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, JsonValue, NonNegativeInt, ValidationError
+
+from nemodiff_train.distributed import barrier, is_main_process
+from nemodiff_train.errors import UserError
+from nemodiff_train.files import replace_atomic, usable_directory, write_atomic
+from nemodiff_train.schema import first_problem
+
+Settings = dict[str, JsonValue]
+End = Literal["stop", "length", "empty"]
+"""How an answer ends: by a stop token or text, by the limit, or without a word."""
+
+
+class Answer(BaseModel):
+    """What the model has written at one place of a record."""
+
+    record: NonNegativeInt
+    """Number of the record among those of all inputs that are not left out."""
+    turn: NonNegativeInt
+    """Number of the answer in its record."""
+    text: str
+    tokens: NonNegativeInt
+    """New tokens, the stop token included."""
+    end: End
+
+
+class _State(BaseModel):
+    settings: Settings
+    started: datetime = Field(default_factory=datetime.now)
+    joined: bool = False
+    """Whether the output is complete, here or in its place."""
+
+
+class UnfinishedAnswers:
+    """The folder of one output.
+
+    Args:
+        output: The file that the answers are for.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output.with_name(f".{output.name}.partial")
+        self._output = output
+        self._joined = self.folder / "joined.jsonl"
+        self._state: _State | None = self._stored()
+
+    def _stored(self) -> _State | None:
+        path = self.folder / "state.json"
+        try:
+            return _State.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except ValidationError as error:
+            raise UserError(
+                f"{path}: damaged ({first_problem(error)}); remove the directory {self.folder} to start afresh"
+            ) from error
+
+    @property
+    def joined(self) -> bool:
+        """Whether all that is left to do is to move the output into place."""
+        return self._state is not None and self._state.joined
+
+    def check(self, settings: Settings, overwrite: bool) -> None:
+        """Refuse what another command has left.
+
+        Args:
+            settings: All that the answers depend on.
+            overwrite: Whether it is to be dropped instead.
+
+        Raises:
+            UserError: Names the folder.
+        """
+        if self._state is not None and self._state.settings != settings and not overwrite:
+            raise UserError(
+                f"{self.folder}: left by an interrupted command with another checkpoint, other inputs or other "
+                "options; repeat that command, or start afresh with --overwrite"
+            )
+
+    def begin(self, settings: Settings) -> datetime:
+        """Take over what an earlier start of this command has left, or drop that of another; every rank calls this.
+
+        Args:
+            settings: All that the answers depend on.
+
+        Returns:
+            When the command was started first.
+        """
+        barrier()  # every rank has read the state
+        if is_main_process() and (self._state is None or self._state.settings != settings):
+            self.discard()
+            self._save(_State(settings=settings))
+        barrier()
+        self._state = self._stored()
+        assert self._state is not None
+        return self._state.started
+
+    def logs(self) -> list[Path]:
+        """Return the logs of all replicas, of this start and of earlier ones."""
+        return sorted(self.folder.glob("answers-*.jsonl"))
+
+    def log(self, replica: int | None) -> "AnswerLog":
+        """Return the log of a replica, which no other process writes; None for a rank that writes nothing."""
+        return AnswerLog(None if replica is None else self.folder / f"answers-{replica}.jsonl")
+
+    def publish(self, lines: Iterable[str]) -> None:
+        """Write the lines of the output, move it into place and remove the folder."""
+        draft = self.folder / "draft.jsonl"
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        replace_atomic(draft, self._joined)
+        assert self._state is not None
+        self._save(self._state.model_copy(update={"joined": True}))
+        self.move()
+
+    def move(self) -> None:
+        """Move the finished output into place, if it is not there, and remove the folder."""
+        if self._joined.exists():
+            replace_atomic(self._joined, self._output)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _save(self, state: _State) -> None:
+        usable_directory(self.folder)
+        write_atomic(self.folder / "state.json", state.model_dump_json())
+
+
+class AnswerLog:
+    """Appends answers to a file; a context manager that closes it.
+
+    Args:
+        path: The file; None to write nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        torn = path is not None and path.exists() and not path.read_bytes().endswith(b"\n")
+        self._file = None if path is None else path.open("a", encoding="utf-8")
+        if self._file is not None and torn:
+            self._file.write("\n")  # a line that was cut short stays one of its own
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Write answers that have just been made."""
+        if self._file is not None:
+            self._file.writelines(answer.model_dump_json() + "\n" for answer in answers)
+            self._file.flush()
+
+
+class AnswerIndex:
+    """Finds a record's answers in the logs; their texts stay on the disk.
+
+    Args:
+        logs: Files that no process is writing.
+    """
+
+    def __init__(self, logs: Iterable[Path]) -> None:
+        self._files = [path.open("rb") for path in logs]
+        self._places: dict[int, dict[int, tuple[int, int]]] = {}  # record -> turn -> file and offset of the line
+        for number, file in enumerate(self._files):
+            offset = 0
+            for line in file:
+                if answer := _parsed(line):
+                    self._places.setdefault(answer.record, {})[answer.turn] = (number, offset)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        """Return the number of answers."""
+        return sum(map(len, self._places.values()))
+
+    def of(self, record: int) -> list[Answer]:
+        """Return the answers of a record, in their order, each once."""
+        places = self._places.get(record, {})
+        return [self._read(*places[turn]) for turn in sorted(places)]
+
+    def _read(self, number: int, offset: int) -> Answer:
+        self._files[number].seek(offset)
+        return Answer.model_validate_json(self._files[number].readline())
+
+
+def _parsed(line: bytes) -> Answer | None:
+    """Return the answer in a line, None for the rest of one that was cut short."""
+    try:
+        return Answer.model_validate_json(line)
+    except ValidationError:
+        return None

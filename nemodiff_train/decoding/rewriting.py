@@ -1,0 +1,215 @@
+"""Where a record's answers are written again: their prompts, and the record with the answers in their places."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn
+from nemodiff_train.data.inputs import InputOptions
+from nemodiff_train.data.messages import Conversation, Message
+from nemodiff_train.data.template import ChatTemplate
+from nemodiff_train.decoding.answers import Answer
+from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.errors import UserError
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Asked[Item]:
+    """A record whose next answer is due."""
+
+    number: int
+    record: Record[Item]
+    answers: Sequence[Answer]
+    """Those before it."""
+    prompt: list[int]
+    """Token ids after which it is written."""
+
+
+class Rewriter[Item](Protocol):
+    """Turns a record into prompts, and answers into a record."""
+
+    def count(self, record: Record[Item]) -> int:
+        """Return the number of answers that the record takes.
+
+        Raises:
+            UserError: It cannot be asked for them.
+        """
+
+    def prompt(self, record: Record[Item], answers: Sequence[Answer]) -> list[int]:
+        """Return the token ids after which the next answer is written, given those before it."""
+
+    def text(self, asked: Asked[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
+        """Return the text that new tokens stand for in the record; empty for no answer."""
+
+    def rewritten(self, record: Record[Item], answers: Sequence[Answer]) -> Row | None:
+        """Return the fields of the record with its answers, None where it is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteOptions(InputOptions):
+    """The arguments that say which parts of records are prompts, and which answers."""
+
+    prompt_tokens: int | None = None
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            UserError: Names the option.
+        """
+        super().check()
+        if self.chat and self.prompt_tokens is not None:
+            raise UserError("--prompt-tokens goes without --chat")
+        if not self.chat and (self.prompt_tokens is None) == (self.prompt_field is None):
+            raise UserError(
+                "say which part of a record is the prompt: --prompt-tokens N for the beginnings of texts, "
+                "--prompt-field NAME for a field, or --chat for conversations"
+            )
+
+    def columns(self, template: str | None) -> Columns[Document]:
+        """Return the fields to take from a record; an answer beside its prompt need not be there."""
+        if self.prompt_field and self.answer_field:
+            return PromptColumn(self.prompt_field, self.answer_field, template=template)
+        if self.prompt_field:
+            return TextColumn(self.prompt_field, option="--prompt-field")
+        return super().columns(template)
+
+    def rewriter(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Rewriter[Any]:
+        """Return what rewrites records.
+
+        Args:
+            tokenizer: The model's.
+            template: Its chat template; None for texts.
+        """
+        if template is None:
+            return TextRewriter(tokenizer, self.text_field or "text", self.prompt_tokens)
+        return ChatRewriter(tokenizer, template, self.messages_field or "messages", self.answer_field)
+
+
+@dataclass(frozen=True)
+class TextRewriter:
+    """Texts whose beginnings the model goes on from; what the limit has cut stays, up to whole characters, marked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    field: str
+    """Name of the field that gets the text."""
+    prompt_tokens: int | None
+    """Number of tokens of a text that are the prompt; None for all."""
+
+    def count(self, record: Record[str]) -> int:
+        """Return 1."""
+        return 1
+
+    def prompt(self, record: Record[str], answers: Sequence[Answer]) -> list[int]:
+        """Return the token ids of the beginning."""
+        ids: list[int] = self.tokenizer(record.document, add_special_tokens=False)["input_ids"]
+        return ids[: self.prompt_tokens]
+
+    def text(self, asked: Asked[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
+        """Return the text from its beginning on: tokens that divide a character or a space are not cut apart."""
+        return _spelled(settings, asked.prompt, tokens)
+
+    def rewritten(self, record: Record[str], answers: Sequence[Answer]) -> Row | None:
+        """Return the record with the whole text, and ``finish_reason``."""
+        if not answers:
+            return None
+        (answer,) = answers
+        text = answer.text.rstrip("\N{REPLACEMENT CHARACTER}") if answer.end == "length" else answer.text
+        return {**record.fields, self.field: text, "finish_reason": answer.end}
+
+
+@dataclass(frozen=True)
+class ChatRewriter:
+    """Conversations, each answer of which the model writes after its own earlier ones.
+
+    Answers that call tools stay as they are, as the tools' replies belong to them; they and those that were marked so
+    are not learned. A conversation ends before an answer that is cut or empty.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    messages_field: str
+    """Name of the field that gets the messages."""
+    answer_field: str | None
+    """Name of the field that gets the only answer instead, if any."""
+
+    def count(self, record: Record[Conversation]) -> int:
+        """Return the number of answers; the template must take all that is said before the last of them."""
+        places = _places(record.document)
+        if places:
+            self._render(record.document, record.document.messages[: places[-1]])
+        return len(places)
+
+    def prompt(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[int]:
+        """Return the token ids of the template's text that asks for the next answer."""
+        text = self._render(record.document, self._before(record, answers))
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def text(self, asked: Asked[Conversation], tokens: Sequence[int], settings: DecodingSettings) -> str:
+        """Return the content that the template writes as what the model has written, empty if it is white space.
+
+        Some templates put a space before an answer themselves, or drop white space around it.
+        """
+        said, conversation = _spelled(settings, [], tokens), asked.record.document
+        if said == said.strip():
+            return said
+        before = self._before(asked.record, asked.answers)
+        written = self._render(conversation, before) + said
+        for content in (said, said.removeprefix(" ")) if said.strip() else ():
+            messages: list[Message] = [*before, {"role": "assistant", "content": content}]
+            if self._render(conversation, messages, add_generation_prompt=False).startswith(written):
+                return content
+        return said.strip()
+
+    def rewritten(self, record: Record[Conversation], answers: Sequence[Answer]) -> Row | None:
+        """Return the record with the messages up to the last whole answer."""
+        whole = [answer for answer in answers if answer.end == "stop"]
+        if not whole:
+            return None
+        if self.answer_field is not None:
+            return {**record.fields, self.answer_field: whole[0].text}
+        places = _places(record.document)
+        messages = [
+            message if message["role"] != "assistant" or index in places else {**message, "weight": 0}
+            for index, message in enumerate(_with_answers(record.document, whole))
+        ]
+        end = None if len(whole) == len(places) else places[len(whole) - 1] + 1
+        return {**record.fields, self.messages_field: messages[:end]}
+
+    def _before(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[Message]:
+        """Return the messages before the next answer."""
+        return _with_answers(record.document, answers)[: _places(record.document)[len(answers)]]
+
+    def _render(
+        self, conversation: Conversation, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> str:
+        try:
+            return self.template(messages, add_generation_prompt, conversation.tools)
+        except UserError as error:
+            raise UserError(f"{conversation.where}: {error}") from None
+
+
+def _places(conversation: Conversation) -> list[int]:
+    """Return the indices of the messages that the model writes."""
+    return [index for index in conversation.answers if not conversation.messages[index].get("tool_calls")]
+
+
+def _with_answers(conversation: Conversation, answers: Sequence[Answer]) -> list[Message]:
+    """Return the messages, with as many answers in their places as there are."""
+    messages = list(conversation.messages)
+    for index, answer in zip(_places(conversation), answers, strict=False):
+        messages[index] = {"role": "assistant", "content": answer.text}
+    return messages
+
+
+def _spelled(settings: DecodingSettings, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Return prompt and answer as text, special tokens written out, up to the token or text that ended the answer."""
+    assert settings.spell is not None
+    written = tokens[:-1] if tokens[-1] in settings.stop_token_ids else tokens
+    text, start = settings.spell([*prompt, *written]), len(settings.spell(list(prompt)))
+    return text[: min((at for stop in settings.stop_strings if (at := text.find(stop, start)) >= 0), default=None)]

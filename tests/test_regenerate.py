@@ -1,0 +1,373 @@
+"""Data sets in a model's own words: against Transformers' greedy generation, in any batch and after any kill."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemodiff_train.cli import main
+from nemodiff_train.data.columns import Record
+from nemodiff_train.data.messages import Conversation
+from nemodiff_train.data.template import ChatTemplate
+from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.decoding import regeneration
+from nemodiff_train.decoding.answers import Answer, AnswerLog, UnfinishedAnswers
+from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.rewriting import Asked, ChatRewriter
+from tests import small
+from tests.prepared import one_line, read_back, write_jsonl
+from tools.support.ranks import RankPool, World, run_commands
+
+NEW = 16
+STOPS = ("r", "J", "z", "Q", "_")
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}\n{{ message.content }}{{ message.tool_calls or '' }}"
+    "<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}[assistant\n{% endif %}{{ tools or '' }}"
+).replace("<|endoftext|>", small.EOD)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "count"}]}
+
+
+def asked(text: str, count: int = 1) -> list[dict[str, Any]]:
+    """Turns whose answers are to be written again."""
+    turns = ({"role": "user", "content": f"{text} {turn}?"} for turn in range(count))
+    return [message for turn in turns for message in (turn, {"role": "assistant", "content": "old"})]
+
+
+TALKS: list[dict[str, Any]] = [
+    *({"id": number, "messages": asked(f"how {number}" * (1 + number % 4), 1 + number % 3)} for number in range(14)),
+    {"id": 14, "system": "be brief", "messages": asked("fox", 2), "tools": [{"name": "count"}]},
+    {"id": 15, "messages": [*asked("one")[:1], CALL, {"role": "tool", "content": "7"}, *asked("lazy", 2)]},
+    {"id": 16, "messages": [asked("dog")[0], {"role": "assistant", "content": "old", "weight": 0}, *asked("over")]},
+    {"id": 17, "messages": [{"from": "human", "value": "quick?"}, {"from": "gpt", "value": "old"}]},
+    {"id": 18, "messages": []},
+]
+
+
+class Greedy:
+    """What Transformers' greedy generation writes, up to the first stop."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.tokenizer = load_tokenizer(str(folder))
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def __call__(self, prompt: list[int]) -> tuple[str, bool]:
+        """Return the text of prompt and answer, the length of the former's, and whether the answer was ended."""
+        mask = self.tokenizer.mask_token_id
+        ids = self.model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, suppress_tokens=[mask], pad_token_id=0
+        )[0].tolist()
+        start = len(self.tokenizer.decode(prompt))
+        for end in range(len(prompt) + 1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:end])
+            cuts = [cut for stop in (*STOPS, small.EOD) if (cut := text.find(stop, start)) >= 0]
+            if cuts:
+                return text[: min(cuts)], True
+        return self.tokenizer.decode(ids), False
+
+    def talk(self, talk: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a conversation with answers of its own."""
+        given: list[dict[str, Any]] = [
+            {"role": {"human": "user", "gpt": "assistant"}[m["from"]], "content": m["value"]} if "from" in m else m
+            for m in talk["messages"]
+        ]
+        messages, answered = [{"role": "system", "content": "be brief"}] if "system" in talk else [], 0
+        for message in given:
+            if message["role"] != "assistant":
+                messages.append(message)
+            elif message is CALL or message.get("weight") == 0:
+                messages.append({**message, "weight": 0})
+            else:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, tools=talk.get("tools")
+                )
+                prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                said, ended = self(prompt)
+                said = said[len(self.tokenizer.decode(prompt)) :]
+                if not ended or not said.strip():
+                    while messages and (messages[-1]["role"] != "assistant" or "weight" in messages[-1]):
+                        messages.pop()
+                    break
+                messages.append({"role": "assistant", "content": said})
+                answered += 1
+        return {**talk, "messages": messages} if answered else None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen 3 with a chat template, as Hugging Face and Megatron have it, and conversations."""
+    folder = tmp_path_factory.mktemp("regenerate")
+    small.qwen3(folder / "hf", max_position_embeddings=256)
+    made = load_tokenizer(str(folder / "hf"))
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder / "hf")
+    assert main(["convert", "import", str(folder / "hf"), str(folder / "model"), "--mask-token", small.MASK]) == 0
+    write_jsonl(folder / "talks.jsonl", TALKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def greedy(folder: Path) -> Greedy:
+    return Greedy(folder / "hf")
+
+
+def words(folder: Path, output: Path, *options: str, source: str = "talks.jsonl", chat: bool = True) -> list[str]:
+    stops = [word for stop in STOPS for word in ("--stop", stop)]
+    given = ["data", "regenerate", str(folder / "model"), str(folder / source), "--output", str(output)]
+    return [
+        *given,
+        *(["--chat"] if chat else []),
+        "--max-new-tokens",
+        str(NEW),
+        "--block-size",
+        "8",
+        *stops,
+        *options,
+    ]
+
+
+@pytest.fixture(scope="module")
+def talked(folder: Path) -> Path:
+    """Conversations in the model's words, by an undisturbed command of one process."""
+    assert main(words(folder, folder / "talked.jsonl")) == 0
+    return folder / "talked.jsonl"
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_conversations_are_as_transformers_writes_them(talked: Path, greedy: Greedy) -> None:
+    """In order, each answer after the model's own earlier ones; what is cut or empty ends a conversation."""
+    expected = [talk for talk in map(greedy.talk, TALKS[:-1]) if talk is not None]
+    assert rows(talked) == expected
+    kept = {row["id"]: len(row["messages"]) for row in expected}
+    assert 0 < len(kept) < 18 and any(count < len(TALKS[number]["messages"]) for number, count in kept.items())
+
+
+def test_prepare_takes_them(folder: Path, talked: Path, tmp_path: Path) -> None:
+    """What the model has not written is not learned."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prepare = ["data", "prepare", str(talked), "--chat", "--tokenizer", str(folder / "hf"), "--workers", "1"]
+    assert main([*prepare, "--output", str(tmp_path / "own")]) == 0
+    sequences = IndexedDataset(str(tmp_path / "own"))
+    tokenizer = load_tokenizer(str(folder / "hf"))
+    learned = [tokenizer.decode(sequences[number].tolist()) for number in range(1, len(sequences), 2)]
+    written = [m["content"] for row in rows(talked) for m in row["messages"] if m["role"] == "assistant"]
+    assert learned == [f"{text}{small.EOD}" for text in written if text not in ("", "old")]
+
+
+def test_texts_go_on(folder: Path, greedy: Greedy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From their first tokens, or after a prompt in a field; what is cut is marked."""
+    texts = [{"text": f"the quick {number} caf\u00e9 \u2028 brown fox", "k": number} for number in range(8)]
+    write_jsonl(folder / "texts.jsonl", texts)
+    for name, options in (("texts", ("--prompt-tokens", "9")), ("prompts", ("--prompt-field", "text"))):
+        output = tmp_path / f"{name}.jsonl"
+        assert main(words(folder, output, *options, source="texts.jsonl", chat=False)) == 0
+        expected = []
+        for row in texts:
+            ids = greedy.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+            text, ended = greedy(ids[: 9 if name == "texts" else None])
+            text = text if ended else text.rstrip("\ufffd")
+            expected.append({**row, "text": text, "finish_reason": "stop" if ended else "length"})
+        assert rows(output) == expected
+        assert {row["finish_reason"] for row in expected} == {"stop", "length"}
+    told = capsys.readouterr().err.splitlines()[-1]
+    cut = sum(row["finish_reason"] == "length" for row in expected)
+    assert "prompts.jsonl: 8 records, 8 answers of" in told and f"; {cut} answers cut after {NEW} tokens" in told
+    prepare = ["data", "prepare", str(tmp_path / "texts.jsonl"), "--tokenizer", str(folder / "hf"), "--workers", "1"]
+    assert main([*prepare, "--output", str(tmp_path / "own")]) == 0
+    assert read_back(tmp_path / "own", str(folder / "hf")) == [row["text"] for row in rows(tmp_path / "texts.jsonl")]
+
+
+def test_pairs_get_their_answers(folder: Path, greedy: Greedy, tmp_path: Path) -> None:
+    """A prompt needs no answer beforehand; its record keeps the rest."""
+    pairs = [{"q": f"how {number}?", "n": [number]} for number in range(8)]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    fields = "--prompt-field", "q", "--answer-field", "a"
+    assert main(words(folder, tmp_path / "pairs.jsonl", *fields, source="pairs.jsonl")) == 0
+    talks = [
+        greedy.talk({"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant"}]}) for row in pairs
+    ]
+    expected = [{**row, "a": talk["messages"][1]["content"]} for row, talk in zip(pairs, talks, strict=True) if talk]
+    assert rows(tmp_path / "pairs.jsonl") == expected and 0 < len(expected) < len(pairs)
+
+
+def test_batches_and_processes_change_nothing(folder: Path, talked: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """At temperature 0 in any mode, and above it in one."""
+    assert main(words(folder, tmp_path / "ar.jsonl", "--batch-size", "3", "--mode", "ar")) == 0
+    hot = "--temperature", "1", "--seed", "5"
+    assert main(words(folder, tmp_path / "hot.jsonl", "--batch-size", "4", *hot)) == 0
+    commands = [words(folder, tmp_path / "two.jsonl"), words(folder, tmp_path / "two-hot.jsonl", *hot)]
+    assert ranks.call("two", 2, run_commands, logs=tmp_path, folder=str(tmp_path), commands=commands) == [0, 0]
+    contents = {path.stem: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    assert contents["ar"] == contents["two"] == talked.read_bytes()
+    assert contents["hot"] == contents["two-hot"] != talked.read_bytes()
+
+
+def test_killed_and_resumed(folder: Path, talked: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """By SIGKILL to one of two processes, and with a line cut short; what is there is not written again."""
+    output = tmp_path / "out.jsonl"
+    partial = UnfinishedAnswers(output).folder
+
+    def answers() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in partial.glob("answers-*"))
+
+    def kill(world: World) -> None:
+        if answers() > 3:
+            world.send(1, signal.SIGKILL)
+
+    arguments = {"folder": str(tmp_path), "commands": [words(folder, output, "--batch-size", "1")]}
+    world = ranks.start("killed", 2, run_commands, logs=tmp_path, **arguments)
+    assert -signal.SIGKILL in ranks.wait(world, during=kill)
+    assert not output.exists() and answers() > 3
+    log = next(path for path in sorted(partial.glob("answers-*")) if path.stat().st_size)
+    os.truncate(log, log.stat().st_size - 5)
+    before = answers()
+    with pytest.MonkeyPatch.context() as patch:
+        added = counted(patch)
+        assert main(words(folder, output, "--batch-size", "4")) == 0
+    assert output.read_bytes() == talked.read_bytes() and not partial.exists()
+    assert added and before + len(added) == total(folder, tmp_path)
+
+
+def counted(patch: pytest.MonkeyPatch) -> list[Answer]:
+    """Return a list that gets every answer that is written from now on."""
+    added: list[Answer] = []
+    write: Callable[..., None] = AnswerLog.add
+
+    def add(log: AnswerLog, answers: list[Answer]) -> None:
+        added.extend(answers)
+        write(log, answers)
+
+    patch.setattr(AnswerLog, "add", add)
+    return added
+
+
+def total(folder: Path, tmp_path: Path) -> int:
+    """Return the number of answers that an undisturbed command writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        added = counted(patch)
+        assert main(words(folder, tmp_path / "again.jsonl")) == 0
+    return len(added)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_interrupted_while_publishing(
+    folder: Path, talked: Path, tmp_path: Path, moves: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the output is whole, before it is marked, and before it is moved."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("old\n")
+    left = [moves + 1]  # the first is that of state.json
+
+    def replace(path: Path, target: Path) -> Path:
+        if not left[0]:
+            raise SystemError
+        left[0] -= 1
+        return Path(os.replace(path, target) or target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(Path, "replace", replace)
+        main(words(folder, output, "--overwrite"))
+    assert output.read_text() == "old\n"
+    with pytest.MonkeyPatch.context() as patch:
+        added = counted(patch)
+        assert main(words(folder, output, "--overwrite")) == 0
+    assert not added and output.read_bytes() == talked.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("written", "said", "content"),
+    [
+        ("{{ m.content }}", " fox ", " fox "),
+        (" {{ m.content }}", " fox ", "fox "),
+        ("{{ m.content | trim }}", "\nfox", "fox"),
+        ("{{ m.content }}", " \n", ""),
+    ],
+)
+def test_the_template_writes_what_the_model_has_written(folder: Path, written: str, said: str, content: str) -> None:
+    """A space that it puts before answers is not doubled."""
+    tokenizer = load_tokenizer(str(folder / "hf"))
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ m.role }}}}:{written}{small.EOD}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    rewriter = ChatRewriter(tokenizer, ChatTemplate(tokenizer), "messages", None)
+    record = Record({}, Conversation(asked("quick"), "here"))
+    settings = DecodingSettings(spell=lambda ids: str(tokenizer.decode(ids)), stop_token_ids=frozenset([0]))
+    ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], 0]
+    assert rewriter.text(Asked(0, record, [], rewriter.prompt(record, [])), ids, settings) == content
+
+
+def test_what_has_no_room_is_left_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder / "long.jsonl", [{"text": "fox " * 400}, {"text": "the quick"}])
+    assert main(words(folder, tmp_path / "o.jsonl", "--prompt-field", "text", source="long.jsonl", chat=False)) == 0
+    assert len(rows(tmp_path / "o.jsonl")) == 1
+    assert "1 records with a prompt that is empty or too long; 1 records left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--output", "old.jsonl"), "exists already; name another --output, or replace it with --overwrite"),
+        (("--output", "out.json"), "ends in .jsonl"),
+        (("--prompt-tokens", "3"), "--prompt-tokens goes without --chat"),
+        (("--prompt-field", "q"), "go together"),
+        (("--messages-field", "talk"), "no field 'talk'"),
+        (("--mode", "linaer"), "unknown mode 'linaer'"),
+        (("--batch-size", "0"), "'0' is not a whole number above 0"),
+        (("--nproc", "0"), "--nproc is 0"),
+        (("--max-new-tokens", "0"), "max new tokens is 0"),
+    ],
+)
+def test_refused_in_one_line(
+    folder: Path, tmp_path: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.chdir(tmp_path)
+    (tmp_path / "old.jsonl").write_text("{}\n")
+    assert main(words(folder, Path("out.jsonl"), *options)) == 2
+    assert said in one_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
+
+
+def test_texts_need_a_prompt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(folder, tmp_path / "out.jsonl", chat=False)) == 2
+    assert "say which part of a record is the prompt" in one_line(capsys)
+
+
+def test_bad_records_are_refused_before_anything_is_decoded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(regeneration, "load_decoding_model", load)
+    write_jsonl(folder / "bad.jsonl", [TALKS[0], {"messages": "hi"}])
+    assert main(words(folder, tmp_path / "out.jsonl", source="bad.jsonl")) == 2
+    assert "bad.jsonl:2: not a list of messages" in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_of_another_command_are_refused(
+    folder: Path, talked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(UnfinishedAnswers, "publish", broken)
+        main(words(folder, output, "--seed", "3"))
+    capsys.readouterr()
+    assert main(words(folder, output)) == 2 and "left by an interrupted command" in one_line(capsys)
+    assert main(words(folder, output, "--overwrite")) == 0 and output.read_bytes() == talked.read_bytes()
+
+
+def broken(*arguments: Any) -> None:
+    raise SystemError
