@@ -1,6 +1,6 @@
 """From prompts to a trained sampler: references, trajectories, two rounds of training, and the choice of its cut."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import batched
 
@@ -83,12 +83,11 @@ def train_sampler(
     judge: Judge = confidence
     states: list[States] = []
     for number, steps in enumerate((options.steps // 2, options.steps), 1):
-        found = recorder.drawn(f"trajectories, round {number}", taught, options.trajectories // 2, judge)
-        states += [part.states for part in found]
+        states.append(recorder.drawn(f"trajectories, round {number}", taught, options.trajectories // 2, judge))
         _train(network, States.joined(states), steps, options, f"training, round {number}")
         judge = lambda features: network(features).sigmoid()  # noqa: E731
-    trained = [recorder.point(f"trained sampler at {cut}", held_out, judge, cut) for cut in CUTS]
-    threshold = [recorder.point(f"threshold {cut}", held_out, confidence, cut) for cut in CUTS]
+    trained = recorder.points("held-out blocks, trained", held_out, judge)
+    threshold = recorder.points("held-out blocks, threshold", held_out, confidence)
     description = Description(
         block_size=network.block_size,
         layers=network.layers,
@@ -143,35 +142,35 @@ class _Recorder:
         self._opened, self._batch_size = opened, options.batch_size
         self._draw = torch.Generator().manual_seed(options.seed)
 
-    def drawn(
-        self, description: str, blocks: Sequence[ReferenceBlock], count: int, judge: Judge
-    ) -> list[Trajectories]:
-        """Decode so many blocks, each as often as any other, at cuts that are drawn for each."""
+    def drawn(self, description: str, blocks: Sequence[ReferenceBlock], count: int, judge: Judge) -> States:
+        """Return the states of so many blocks, each decoded as often as any other, at cuts that are drawn."""
         order: list[int] = []
         while len(order) < count:
             order += torch.randperm(len(blocks), generator=self._draw).tolist()
         cuts = (_HIGHEST * torch.rand(count, generator=self._draw)).sigmoid()
-        return self._decoded(description, [blocks[index] for index in order[:count]], judge, cuts)
+        with told_progress(description, count) as advance:
+            found = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
+        return States.joined([part.states for part in found])
 
-    def point(self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge, cut: float) -> Point:
-        """Decode blocks at one cut, and sum up."""
-        found = self._decoded(description, blocks, judge, torch.full((len(blocks),), cut))
-        tokens = sum(part.tokens for part in found)
-        return Point(
-            cut=cut,
-            tokens_per_forward=tokens / sum(part.forwards for part in found),
-            wrong=sum(part.wrong for part in found) / tokens,
-        )
+    def points(self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge) -> list[Point]:
+        """Decode blocks at every cut of :data:`CUTS`, and sum up."""
+        points = []
+        with told_progress(description, len(CUTS) * len(blocks)) as advance:
+            for cut in CUTS:
+                found = self._decoded(blocks, judge, torch.full((len(blocks),), cut), advance)
+                tokens, forwards = sum(part.tokens for part in found), sum(part.forwards for part in found)
+                wrong = sum(part.wrong for part in found)
+                points.append(Point(cut=cut, tokens_per_forward=tokens / forwards, wrong=wrong / tokens))
+        return points
 
     def _decoded(
-        self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge, cuts: Tensor
+        self, blocks: Sequence[ReferenceBlock], judge: Judge, cuts: Tensor, advance: Callable[[int], None]
     ) -> list[Trajectories]:
-        found, size = [], self._opened.settings.block_size
-        with told_progress(description, len(blocks)) as advance:
-            for batch in batched(zip(blocks, cuts, strict=True), self._batch_size):
-                some, cut = zip(*batch, strict=True)
-                found.append(record(self._opened.model, some, size, judge, torch.stack(cut)))
-                advance(len(batch))
+        found = []
+        for batch in batched(range(len(blocks)), self._batch_size):
+            some, cut = [blocks[index] for index in batch], cuts[list(batch)]
+            found.append(record(self._opened.model, some, self._opened.settings.block_size, judge, cut))
+            advance(len(batch))
         return found
 
 

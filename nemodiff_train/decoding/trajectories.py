@@ -69,7 +69,7 @@ def reference_blocks(
     return blocks
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def record(
     model: list[GPTModel], blocks: Sequence[ReferenceBlock], block_size: int, judge: Judge, cuts: Tensor
 ) -> Trajectories:

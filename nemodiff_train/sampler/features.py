@@ -117,7 +117,7 @@ def _agreement(log_probs: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor
 
 
 def _distance(masked: Tensor) -> Tensor:
-    """Return how many slots [rows, block] lie from each one back to the last unmasked one; all where there is none."""
+    """Return how many slots [rows, block] back the last unmasked one is; the block's length where there is none."""
     index = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape)
     last = torch.where(masked, -1, index).cummax(1).values
     return torch.where(last < 0, masked.shape[1], index - last)
