@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trajectories", type=at_least_1, default=2000, help="blocks to decode for training (%(default)s)"
     )
-    parser.add_argument("--steps", type=at_least_1, default=600, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=at_least_1, default=500, help="optimizer steps (%(default)s)")
     parser.add_argument("--layers", type=at_least_1, default=4, help="of the network (%(default)s)")
     parser.add_argument("--width", type=at_least_1, default=384, help="of the network (%(default)s)")
     parser.add_argument("--batch-size", type=at_least_1, default=64, help="blocks decoded together (%(default)s)")

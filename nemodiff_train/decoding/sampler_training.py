@@ -10,7 +10,6 @@ from torch import Tensor
 from nemodiff_train.console import told_progress
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.diffusion import has_seeds
-from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.trajectories import Judge, ReferenceBlock, Trajectories, record, reference_blocks
@@ -27,7 +26,7 @@ from nemodiff_train.sampler.training import fit
 
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Probabilities that the finished sampler is tried at, and the policy ``threshold`` beside it."""
-HELD_OUT = 10
+HELD_OUT = 5
 """One prompt in so many teaches nothing and judges the result."""
 _HIGHEST = 5.0
 """Log-odds up to which the cuts of training trajectories are drawn, from 0: probabilities of 0.5 to 0.993."""
@@ -39,12 +38,12 @@ class SamplerOptions:
 
     trajectories: int = 2000
     """Blocks to decode for training, those of both rounds together."""
-    steps: int = 600
+    steps: int = 500
     """Optimizer steps of the second round; the first has half as many."""
     layers: int = 4
     width: int = 384
-    learning_rate: float = 5e-4
-    states_per_step: int = 64
+    learning_rate: float = 1e-3
+    states_per_step: int = 32
     batch_size: int = 64
     """Blocks decoded together."""
     seed: int = 0
@@ -125,9 +124,9 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
 
 
 def choose_cut(trained: Sequence[Point], threshold: Sequence[Point]) -> float:
-    """Return the lowest cut that gets no larger share wrong than the policy ``threshold`` does at its default."""
-    default = min(threshold, key=lambda point: abs(point.cut - DecodingSettings.threshold))
-    return next((point.cut for point in trained if point.wrong <= default.wrong), trained[-1].cut)
+    """Return the lowest cut with no larger share of wrong tokens than the policy ``threshold`` has at its best."""
+    best = min(point.wrong for point in threshold)
+    return next((point.cut for point in trained if point.wrong <= best), trained[-1].cut)
 
 
 class _Recorder:
