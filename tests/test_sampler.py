@@ -10,7 +10,6 @@ import torch
 
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
-from nemodiff_train.sampler.description import Description
 from nemodiff_train.sampler.features import FEATURES, TOP, SlotHistory
 from nemodiff_train.sampler.network import SlotNetwork
 from nemodiff_train.sampler.storage import TrainedSampler, read_sampler, write_sampler
@@ -22,31 +21,9 @@ __all__ = ["model"]
 BLOCK = 8
 
 
-def described(network: SlotNetwork, **changes: Any) -> TrainedSampler:
-    """A sampler of a network, with a description that fits."""
-    settings = {
-        "block_size": network.block_size,
-        "layers": network.layers,
-        "width": network.width,
-        "features": list(FEATURES),
-        "cut": 0.6,
-        "checkpoint": "iter_0000001",
-        "checksum": "0",
-        "task": "arithmetic",
-        "trajectories": 1,
-        "trained": [],
-        "threshold": [],
-    }
-    return TrainedSampler(network.eval(), Description(**{**settings, **changes}))
-
-
 @pytest.fixture(scope="module")
 def sampler() -> TrainedSampler:
-    """One that corrects the model's confidence at random."""
-    torch.manual_seed(0)
-    network = SlotNetwork(BLOCK, layers=2, width=64)
-    torch.nn.init.normal_(network.correction.weight, std=0.3)
-    return described(network)
+    return small.sampler(BLOCK, 0.3)
 
 
 def test_the_default_network_has_the_size_of_the_papers() -> None:
@@ -142,7 +119,7 @@ def stated(past: list[Any], slot: int) -> dict[str, float]:
 
 def test_before_training_it_is_the_threshold(model: Any) -> None:
     """The same tokens from the same forwards, and others once it corrects."""
-    untrained = described(SlotNetwork(BLOCK, 1, 64))
+    untrained = small.sampler(BLOCK, 0.0)
     for threshold in (0.02, 0.5):
         plain = run(model, PROMPTS, "diffusion", threshold=threshold)[0]
         trained = run(model, PROMPTS, "diffusion", policy="trained", trained_sampler=untrained, threshold=threshold)[
@@ -266,7 +243,7 @@ def test_a_sampler_is_what_was_written(tmp_path: Path, sampler: TrainedSampler) 
     read = read_sampler(tmp_path / "sampler")
     assert read.description == sampler.description
     features = torch.rand(3, BLOCK, len(FEATURES))
-    assert torch.equal(read.probabilities(features), sampler.probabilities(features))
+    assert torch.equal(read(features), sampler(features))
     assert sorted(file.name for file in (tmp_path / "sampler").iterdir()) == ["sampler.json", "sampler.safetensors"]
 
 

@@ -131,7 +131,7 @@ def denoise(
         tokens = sampler.sample_tokens(logits, rows[unfinished])
         confidence = None
         if trained is not None:
-            confidence = trained.probabilities(history.observe(unfinished, logits, tokens, before, masked))
+            confidence = trained(history.observe(unfinished, logits, tokens, before, masked))
         may_unmask = masked & wanted[unfinished]
         unmask = select_positions_to_unmask(logits, tokens, may_unmask, sampler.settings, step, confidence)
         blocks[unfinished] = torch.where(unmask, tokens, before)

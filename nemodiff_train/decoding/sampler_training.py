@@ -79,13 +79,16 @@ def train_sampler(
     device = PipelineRunner(opened.model).device
     torch.manual_seed(options.seed)
     network = SlotNetwork(opened.settings.block_size, options.layers, options.width).to(device)
-    judge: Judge = confidence
+
+    def trained_judge(features: Tensor) -> Tensor:
+        return network(features).sigmoid()
+
     states: list[States] = []
-    for number, steps in enumerate((options.steps // 2, options.steps), 1):
-        states.append(recorder.drawn(f"trajectories, round {number}", taught, options.trajectories // 2, judge))
+    rounds: tuple[tuple[Judge, int], ...] = ((confidence, (options.steps + 1) // 2), (trained_judge, options.steps))
+    for number, (judge, steps) in enumerate(rounds, 1):
+        states.append(recorder.drawn(f"trajectories, round {number}", taught, (options.trajectories + 1) // 2, judge))
         _train(network, States.joined(states), steps, options, f"training, round {number}")
-        judge = lambda features: network(features).sigmoid()  # noqa: E731
-    trained = recorder.points("held-out blocks, trained", held_out, judge)
+    trained = recorder.points("held-out blocks, trained", held_out, trained_judge)
     threshold = recorder.points("held-out blocks, threshold", held_out, confidence)
     description = Description(
         block_size=network.block_size,

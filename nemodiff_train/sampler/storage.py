@@ -26,7 +26,7 @@ class TrainedSampler:
     description: Description
 
     @torch.inference_mode()
-    def probabilities(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor) -> Tensor:
         """Return the probability [rows, block] that each slot's token is right.
 
         Args:
