@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, points in (("trained", trained.description.trained), ("threshold", trained.description.threshold)):
         for point in points:
             say(f"  {name:9} {point.cut:<5g} {point.tokens_per_forward:6.2f} {point.wrong:8.3%}")
+    say(f"  oracle          {trained.description.oracle:6.2f} {0:8.3%}")
     say(f"sampler: {output}, unmasks from {trained.description.cut:g} on unless --threshold says otherwise")
 
 

@@ -88,8 +88,9 @@ def train_sampler(
     for number, (judge, steps) in enumerate(rounds, 1):
         states.append(recorder.drawn(f"trajectories, round {number}", taught, (options.trajectories + 1) // 2, judge))
         _train(network, States.joined(states), steps, options, f"training, round {number}")
-    trained = recorder.points("held-out blocks, trained", held_out, trained_judge)
-    threshold = recorder.points("held-out blocks, threshold", held_out, confidence)
+    trained = recorder.points("held-out blocks, trained", held_out, trained_judge, CUTS)
+    threshold = recorder.points("held-out blocks, threshold", held_out, confidence, CUTS)
+    (oracle,) = recorder.points("held-out blocks, oracle", held_out, None, (0.5,))
     description = Description(
         block_size=network.block_size,
         layers=network.layers,
@@ -102,6 +103,7 @@ def train_sampler(
         trajectories=options.trajectories,
         trained=trained,
         threshold=threshold,
+        oracle=oracle.tokens_per_forward,
     )
     return TrainedSampler(network, description)
 
@@ -154,11 +156,13 @@ class _Recorder:
             found = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
         return States.joined([part.states for part in found])
 
-    def points(self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge) -> list[Point]:
-        """Decode blocks at every cut of :data:`CUTS`, and sum up."""
+    def points(
+        self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Sequence[float]
+    ) -> list[Point]:
+        """Decode blocks at every cut, and sum up."""
         points = []
-        with told_progress(description, len(CUTS) * len(blocks)) as advance:
-            for cut in CUTS:
+        with told_progress(description, len(cuts) * len(blocks)) as advance:
+            for cut in cuts:
                 found = self._decoded(blocks, judge, torch.full((len(blocks),), cut), advance)
                 tokens, forwards = sum(part.tokens for part in found), sum(part.forwards for part in found)
                 wrong = sum(part.wrong for part in found)
@@ -166,7 +170,7 @@ class _Recorder:
         return points
 
     def _decoded(
-        self, blocks: Sequence[ReferenceBlock], judge: Judge, cuts: Tensor, advance: Callable[[int], None]
+        self, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Tensor, advance: Callable[[int], None]
     ) -> list[Trajectories]:
         found = []
         for batch in batched(range(len(blocks)), self._batch_size):

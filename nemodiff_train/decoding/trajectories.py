@@ -71,7 +71,7 @@ def reference_blocks(
 
 @torch.no_grad()
 def record(
-    model: list[GPTModel], blocks: Sequence[ReferenceBlock], block_size: int, judge: Judge, cuts: Tensor
+    model: list[GPTModel], blocks: Sequence[ReferenceBlock], block_size: int, judge: Judge | None, cuts: Tensor
 ) -> Trajectories:
     """Decode blocks under a sampler's decisions, with its mistakes put right.
 
@@ -83,7 +83,8 @@ def record(
         model: In evaluation mode: this pipeline rank's chunks.
         blocks: At least one.
         block_size: Positions of a block.
-        judge: Says how probably each slot's token is right; the best slot of a row is always unmasked.
+        judge: Says how probably each slot's token is right; the best slot of a row is always unmasked. None for an
+            oracle, which unmasks every right token and no other.
         cuts: [blocks] probability from which a slot is unmasked.
     """
     longest = max(len(block.context) for block in blocks)
@@ -106,7 +107,8 @@ def record(
         guess = logits.argmax(-1)
         features = history.observe(rows, logits, guess, before, masked)
         states.append(States(features.cpu(), masked.cpu(), (guess == target).cpu()))
-        unmask = reaching(judge(features), masked, cuts[rows, None])
+        probability = (guess == target).float() if judge is None else judge(features)
+        unmask = reaching(probability, masked, cuts[rows, None])
         wrong += int((unmask & (guess != target) & (target >= 0)).sum())
         forwards += len(rows)
         # Of a row that would unmask nothing but what lies after the end, the first slot.

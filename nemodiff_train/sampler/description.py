@@ -40,6 +40,9 @@ class Description(BaseModel):
     trajectories: int = Field(description="Blocks that were decoded to train it.")
     trained: list[Point] = Field(description="On held-out blocks, by cut.")
     threshold: list[Point] = Field(description="The policy ``threshold`` on the same blocks.")
+    oracle: float = Field(
+        description="Tokens per denoise forward there if every right token is unmasked, and no other."
+    )
 
 
 def check_sampler(policy: str | None, folder: str | None) -> None:
