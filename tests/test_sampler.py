@@ -234,8 +234,21 @@ def test_what_is_visible_in_a_state_is_right(model: Any) -> None:
     for cut, forwards in ((0.0, 1), (1.0, BLOCK - 1)):
         found = record([model], blocks, BLOCK, confidence, torch.full((len(blocks),), cut))
         assert found.forwards == forwards * len(blocks)
+    oracle = record([model], blocks, BLOCK, None, torch.full((len(blocks),), 0.5))
+    assert len(blocks) <= oracle.forwards <= oracle.tokens
     first = found.states[torch.arange(len(blocks))]
     assert first.masked.sum(1).tolist() == [BLOCK - 1] * len(blocks)
+
+
+def test_the_cut_is_as_careful_as_the_threshold() -> None:
+    from nemodiff_train.decoding.sampler_training import choose_cut
+    from nemodiff_train.sampler.description import Point
+
+    def points(*wrong: float) -> list[Point]:
+        return [Point(cut=0.5 + index / 10, tokens_per_forward=2, wrong=share) for index, share in enumerate(wrong)]
+
+    assert choose_cut(points(0.03, 0.02, 0.01, 0.0), points(0.05, 0.02, 0.03)) == 0.6
+    assert choose_cut(points(0.03, 0.02, 0.01, 0.01), points(0.05, 0.0)) == 0.7
 
 
 def test_a_sampler_is_what_was_written(tmp_path: Path, sampler: TrainedSampler) -> None:

@@ -129,9 +129,12 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
 
 
 def choose_cut(trained: Sequence[Point], threshold: Sequence[Point]) -> float:
-    """Return the lowest cut with no larger share of wrong tokens than the policy ``threshold`` has at its best."""
-    best = min(point.wrong for point in threshold)
-    return next((point.cut for point in trained if point.wrong <= best), trained[-1].cut)
+    """Return the lowest cut with no larger share of wrong tokens than the policy ``threshold`` has at its best.
+
+    Where no cut is as good, the lowest of the sampler's own best.
+    """
+    bound = max(min(point.wrong for point in points) for points in (trained, threshold))
+    return next(point.cut for point in trained if point.wrong <= bound)
 
 
 class _Recorder:
