@@ -240,6 +240,26 @@ def test_what_is_visible_in_a_state_is_right(model: Any) -> None:
     assert first.masked.sum(1).tolist() == [BLOCK - 1] * len(blocks)
 
 
+@pytest.mark.parametrize("clean_attention", ["causal", "block_causal"])
+def test_trajectories_go_as_decoding_does(model: Any, monkeypatch: pytest.MonkeyPatch, clean_attention: str) -> None:
+    """What block diffusion decodes one position a forward, a trajectory finds again without one mistake."""
+    from nemodiff_train.decoding.diffusion import has_seeds
+    from nemodiff_train.decoding.sampler_training import confidence
+    from nemodiff_train.decoding.trajectories import record, reference_blocks
+
+    monkeypatch.setattr(model.config, "clean_attention", clean_attention)
+    on_grid = clean_attention == "block_causal"
+    answers = run(model, PROMPTS, "diffusion", policy="fixed", steps=BLOCK, max_new_tokens=24)[0]
+    blocks = [
+        block
+        for prompt, answer in zip(PROMPTS, answers, strict=True)
+        for block in reference_blocks(prompt, answer, BLOCK, on_grid=on_grid, seeds=has_seeds(model.config))
+    ]
+    found = record([model], blocks, BLOCK, confidence, torch.full((len(blocks),), 1.0))
+    assert found.wrong == 0 and found.forwards == found.tokens == sum(BLOCK - block.known for block in blocks)
+    assert len(blocks) >= 11 and (on_grid or found.tokens == 7 * 12)
+
+
 def test_the_cut_is_as_careful_as_the_threshold() -> None:
     from nemodiff_train.decoding.sampler_training import choose_cut
     from nemodiff_train.sampler.description import Point
