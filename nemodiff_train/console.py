@@ -2,7 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
@@ -79,6 +81,38 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
         console=console,
         disable=not (is_main_process() if shown is None else shown),
     )
+
+
+LINE_SECONDS = 30.0
+"""Between two lines of a loop where there is no terminal."""
+
+
+@contextlib.contextmanager
+def told_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far a loop is and how long it will take: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        description: What is counted.
+        total: Number of it.
+
+    Yields:
+        A function that takes how many more are done.
+    """
+    done, started = 0, time.monotonic()
+    told = started
+    with progress_bar(shown=is_main_process() and console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done, now = done + count, time.monotonic()
+            bar.advance(task, count)
+            if not console.is_terminal and (now - told >= LINE_SECONDS or done >= total):
+                spent, told = now - started, now
+                left = timedelta(seconds=round(spent / done * (total - done)))
+                say(f"{description}: {done}/{total} in {timedelta(seconds=round(spent))}, {left} left")
+
+        yield advance
 
 
 def bytes_bar() -> Progress:

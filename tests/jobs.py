@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _difference(
 
 
 def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
-    """Return the tokens of every mode for three prompts."""
+    """Return the tokens of every mode for three prompts, and those that a trained sampler's decisions give."""
     from nemodiff_train.decoding.decode import MODES, decode
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.model.checkpoint import Checkpoint
@@ -89,9 +90,11 @@ def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any
     model = Checkpoint.open(checkpoint)
     opened = load_decoding_model(model, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
+    trained = replace(opened.settings, policy="trained", trained_sampler=small.sampler(8, 0.3))
+    runs = {mode: (mode, opened.settings) for mode in MODES} | {"trained": ("diffusion", trained)}
     return {
-        mode: [generation.tokens for generation in decode(opened.model, prompts, mode, opened.settings)[0]]
-        for mode in MODES
+        name: [generation.tokens for generation in decode(opened.model, prompts, *run)[0]]
+        for name, run in runs.items()
     }
 
 

@@ -25,6 +25,7 @@ from tools.support.small import (
     of_preset,
     qwen3,
     recipe,
+    sampler,
     save,
     sizes,
     step,
@@ -35,7 +36,8 @@ from tools.support.small import (
 __all__ = [
     "EOD", "MASK", "QWEN3", "VOCABULARY", "YARN", "batch", "build", "built", "chat", "data", "dense", "documents",
     "drafter", "figures", "llama3", "loss", "ministral3", "ministral3_vision", "mistral", "nemotron", "of_preset",
-    "qwen2", "qwen3", "recipe", "run_inputs", "same", "step", "tokenizer", "uno", "weights",
+    "qwen2", "qwen3", "recipe", "run_inputs", "same", "sampler", "step",
+    "tokenizer", "uno", "weights",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"evaluation"},
     {"conversion"},
     {"decoding"},
-    {"drafter"},
+    {"drafter", "sampler"},
     {"model"},
     {"attention"},
     {"data"},

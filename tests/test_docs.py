@@ -82,7 +82,13 @@ def test_every_verb_is_shown() -> None:
 
 @pytest.mark.parametrize(
     ("verb", "page"),
-    [("data", "data.md"), ("eval", "evaluation.md"), ("generate", "evaluation.md"), ("convert", "conversion.md")],
+    [
+        ("data", "data.md"),
+        ("eval", "evaluation.md"),
+        ("generate", "evaluation.md"),
+        ("sampler", "evaluation.md"),
+        ("convert", "conversion.md"),
+    ],
 )
 def test_every_option_is_described(verb: str, page: str) -> None:
     described = set(re.findall(r"`(--[\w-]+)", (ROOT / "docs" / page).read_text()))

@@ -49,6 +49,7 @@ FEW = {
     ],
     "eval": ["--count", "1", "--max-new-tokens", "4"],
     "generate": ["--max-new-tokens", "4"],
+    "sampler": ["--count", "10", "--max-new-tokens", "32", "--trajectories", "2", "--steps", "2"],
     "likelihood": ["--draws", "1", "--length", "64"],
 }  # fmt: skip
 """What is added to the words of a verb."""

@@ -26,6 +26,7 @@ VERBS = {
     "eval": ("nemodiff_train.cli.eval", "score accuracy and tokens per forward in every mode"),
     "lm-eval": ("nemodiff_train.cli.lm_eval", "lm-evaluation-harness with --model nemodiff"),
     "likelihood": ("nemodiff_train.cli.likelihood", "AR perplexity and diffusion bound of a text"),
+    "sampler": ("nemodiff_train.cli.sampler", "train what decides which positions block diffusion unmasks"),
     "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
     "chat": ("nemodiff_train.cli.chat", "talk to a model, its tokens coloured by the forwards that made them"),
     "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),

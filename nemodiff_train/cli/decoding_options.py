@@ -6,6 +6,7 @@ from typing import Any
 
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.sampler.description import check_sampler
 
 _HELP: dict[str, str] = {
     "max_new_tokens": "exact limit on new tokens",
@@ -13,8 +14,7 @@ _HELP: dict[str, str] = {
     "top_k": "draw from the k most probable tokens; 0 for all",
     "top_p": "draw from the most probable tokens that reach this probability",
     "seed": "seed of the draws",
-    "policy": "which positions block diffusion unmasks: threshold, leftmost, entropy or fixed",
-    "threshold": "probability from which block diffusion unmasks a position",
+    "policy": "which positions block diffusion unmasks: threshold, leftmost, entropy, fixed or trained",
     "entropy_bound": "nats, for --policy entropy",
     "steps": "forwards per block, for --policy fixed",
     "tree_nodes": "positions that mode tree verifies at once",
@@ -45,6 +45,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text} (%(default)s)"
         )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help=f"probability from which block diffusion unmasks a position ({defaults['threshold']}, or the sampler's)",
+    )
+    parser.add_argument("--sampler", metavar="DIR", help="trained for this model; for --policy trained")
     parser.add_argument("--block-size", type=int, help="positions of a block or draft (default: as trained)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
@@ -57,10 +63,11 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options as arguments of :func:`~nemodiff_train.decoding.loading.load_decoding_model`."""
-    names = [*_HELP, "block_size", "tensor_parallel", "pipeline_parallel"]
+    names = [*_HELP, "sampler", "block_size", "tensor_parallel", "pipeline_parallel"]
     drafter = Checkpoint.open(arguments.drafter).require_drafter() if arguments.drafter else None
     return {
         **{name: getattr(arguments, name) for name in names},
+        **_given(arguments, "threshold"),
         "stop_strings": tuple(arguments.stop),
         "drafter": drafter,
     }
@@ -72,7 +79,11 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: Names the value.
     """
-    chosen = {name: getattr(arguments, name) for name in _HELP}
-    if arguments.block_size is not None:
-        chosen["block_size"] = arguments.block_size
+    check_sampler(arguments.policy, arguments.sampler)
+    chosen = {name: getattr(arguments, name) for name in _HELP} | _given(arguments, "threshold", "block_size")
     DecodingSettings(**chosen, stop_strings=tuple(arguments.stop))
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options among some that stand on the command line."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

@@ -76,7 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         chat=arguments.chat,
     )
-    weights = "\n".join(str(part.iteration.resolve()) for part in (checkpoint, options["drafter"]) if part)
+    parts = [str(part.iteration.resolve()) for part in (checkpoint, options["drafter"]) if part]
+    parts += [str(Path(arguments.sampler).resolve())] if arguments.sampler else []
+    weights = "\n".join(parts)
     with locked(output), open_log(output, opened, task, plan, weights) as unfinished:
         evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():

@@ -8,6 +8,8 @@ from torch import Tensor
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Session
+from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.sampler.features import SlotHistory
 
 
 def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
@@ -52,13 +54,12 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
         logits = session.forward(blocks, active, "commit", causal=not on_grid)
         session.commit(active, blocks.shape[1])
         blocks = session.masks(len(active), settings.block_size)
-        if _has_seeds(session):
+        if has_seeds(session.model.config):
             blocks[:, :1] = sampler.sample_tokens(logits[:, -1:], active)
 
 
-def _has_seeds(session: Session) -> bool:
+def has_seeds(config: TriModeModelProvider) -> bool:
     """Return whether the last position of the committed text predicts the next token."""
-    config = session.model.config
     return bool(config.clean_attention == "causal" or config.shift)
 
 
@@ -78,7 +79,7 @@ def _blocks_on_grid(session: Session, prompts: Sequence[Sequence[int]], sampler:
     ends = [len(prompt) // block_size * block_size for prompt in prompts]
     if any(ends):
         logits = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
-        if _has_seeds(session):
+        if has_seeds(session.model.config):
             committed = torch.tensor(ends).nonzero()[:, 0]  # only these rows have a seed
             blocks[committed, :1] = sampler.sample_tokens(logits[committed, None], committed)
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
@@ -117,7 +118,7 @@ def denoise(
     index = torch.arange(blocks.shape[1])
     wanted = ((index >= starts[:, None]) & (index < ends[:, None])).to(blocks.device)  # [batch, block]
     stop_token_ids = sampler.settings.stop_token_ids if stops else frozenset()
-    step = 0
+    trained, history, step = sampler.settings.trained_sampler, SlotHistory(blocks), 0
     while True:
         # Rows [open] that still have something to unmask, and their blocks [open, block].
         unfinished = rows_with_masks(blocks, wanted, mask_token_id, stop_token_ids).cpu().nonzero()[:, 0]
@@ -128,7 +129,11 @@ def denoise(
         # A token for every position, [open, block], of which the policy takes some of the masked ones.
         logits = session.forward(before, rows[unfinished], "denoise", causal=False)
         tokens = sampler.sample_tokens(logits, rows[unfinished])
-        unmask = select_positions_to_unmask(logits, tokens, masked & wanted[unfinished], sampler.settings, step)
+        confidence = None
+        if trained is not None:
+            confidence = trained(history.observe(unfinished, logits, tokens, before, masked))
+        may_unmask = masked & wanted[unfinished]
+        unmask = select_positions_to_unmask(logits, tokens, may_unmask, sampler.settings, step, confidence)
         blocks[unfinished] = torch.where(unmask, tokens, before)
         # A position's step is that of the last forward that began with it masked.
         calls[unfinished] += 1
@@ -155,7 +160,12 @@ def rows_with_masks(blocks: Tensor, wanted: Tensor, mask_token_id: int, stop_tok
 
 
 def select_positions_to_unmask(
-    logits: Tensor, tokens: Tensor, masked: Tensor, settings: DecodingSettings, step: int
+    logits: Tensor,
+    tokens: Tensor,
+    masked: Tensor,
+    settings: DecodingSettings,
+    step: int,
+    confidence: Tensor | None = None,
 ) -> Tensor:
     """Select the masked positions that a denoising forward unmasks under the settings' policy; at least one per row.
 
@@ -165,20 +175,16 @@ def select_positions_to_unmask(
         masked: [batch, block] boolean: positions that may be unmasked; every row has one.
         settings: Policy and its parameter.
         step: Number of forwards that the block has had before.
+        confidence: [batch, block] of a trained sampler; None where the logits give it.
 
     Returns:
         [batch, block] boolean.
     """
-    log_probs = logits.log_softmax(-1)
-    if settings.policy == "entropy":  # confidence is minus the entropy; 0 x -inf is 0 here
-        confidence = (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
-    else:
-        confidence = log_probs.gather(-1, tokens[..., None])[..., 0].exp()
-    # order [batch, block]: indices by falling confidence, masked positions first; rank: its inverse.
-    order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(1)
-    if settings.policy == "threshold":
-        return masked & ((confidence >= settings.threshold) | (rank == 0))
+    if confidence is None:
+        confidence = _confidence(logits, tokens, settings)
+    if settings.policy in ("threshold", "trained"):
+        return reaching(confidence, masked, settings.threshold)
+    order, rank = _by_confidence(confidence, masked)
     if settings.policy == "fixed":
         # An even share of the masks that are left, over the forwards that are left, rounded up.
         forwards_left = max(settings.steps - step, 1)
@@ -193,3 +199,29 @@ def select_positions_to_unmask(
     # leftmost: the run of confident or known positions from the left, and always the first masked one.
     run = (~masked | (confidence >= settings.threshold)).long().cumprod(1).bool()
     return masked & (run | (masked.cumsum(1) == 1))
+
+
+def reaching(confidence: Tensor, masked: Tensor, threshold: float | Tensor) -> Tensor:
+    """Return the masked positions [batch, block] whose confidence reaches a threshold, and the best one of each row.
+
+    Args:
+        confidence: [batch, block].
+        masked: [batch, block] boolean: positions that may be unmasked.
+        threshold: One for all rows, or [batch, 1].
+    """
+    _, rank = _by_confidence(confidence, masked)
+    return masked & ((confidence >= threshold) | (rank == 0))
+
+
+def _confidence(logits: Tensor, tokens: Tensor, settings: DecodingSettings) -> Tensor:
+    """Return the probability [batch, block] of each token; for the policy ``entropy`` minus the entropy in nats."""
+    log_probs = logits.log_softmax(-1)
+    if settings.policy == "entropy":  # 0 x -inf is 0 here
+        return (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
+    return log_probs.gather(-1, tokens[..., None])[..., 0].exp()
+
+
+def _by_confidence(confidence: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the indices [batch, block] by falling confidence, masked positions first, and their inverse: ranks."""
+    order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return order, order.argsort(1)

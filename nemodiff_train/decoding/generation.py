@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from nemodiff_train.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from nemodiff_train.sampler.storage import TrainedSampler
 
 ForwardKind = Literal["prefill", "decode", "draft", "verify", "denoise", "commit", "fused", "search"]
 """Purpose of a call of the model. ``prefill``: the prompt, once. ``decode``: one autoregressive step. ``draft`` and
@@ -13,7 +16,7 @@ ForwardKind = Literal["prefill", "decode", "draft", "verify", "denoise", "commit
 that writes a finished block to the cache. ``fused``: verification and the next drafts in one. ``search``: spent by an
 oracle to find its path, never part of TPF."""
 
-Policy = Literal["threshold", "entropy", "fixed", "leftmost"]
+Policy = Literal["threshold", "entropy", "fixed", "leftmost", "trained"]
 
 MIN_TEMPERATURE = 1e-4
 """Lowest temperature above 0; below it logits / temperature leaves the range of fp32."""
@@ -56,9 +59,12 @@ class DecodingSettings:
     """Positions of a block that a denoising forward unmasks, at least one. ``threshold``: those whose token reaches
     ``threshold``. ``leftmost``: the run of such positions from the left. ``entropy``: by rising entropy, as long as
     the entropies except the largest sum to at most ``entropy_bound`` (EB-Sampler, arXiv 2505.24857). ``fixed``: an
-    even share, so that a block takes ``steps`` forwards."""
+    even share, so that a block takes ``steps`` forwards. ``trained``: those that reach ``threshold`` in the judgement
+    of ``trained_sampler``."""
     threshold: float = 0.9
     """Probability from which a position is unmasked."""
+    trained_sampler: "TrainedSampler | None" = None
+    """For ``policy=trained``, and only for it."""
     entropy_bound: float = 0.1
     """Nats, for ``policy=entropy``."""
     steps: int = 8
@@ -86,6 +92,8 @@ class DecodingSettings:
             raise UserError(
                 f"unknown policy '{self.policy}'; known: {known}.{nearest(self.policy, get_args(Policy))}"
             )
+        if self.trained_sampler is not None:
+            self.trained_sampler.check_block_size(self.block_size)
         for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
             if not minimum <= value < math.inf:

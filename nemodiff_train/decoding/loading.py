@@ -1,6 +1,7 @@
 """Load a model together with the settings that it decodes with."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -9,13 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from nemodiff_train.console import warn
 from nemodiff_train.decoding.decode import DRAFTED, check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.draft_adapter import open_drafter
 from nemodiff_train.model.loading import computing_dtype, load_model, stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DRAFT_KINDS
+from nemodiff_train.sampler.description import check_sampler
+from nemodiff_train.sampler.storage import TrainedSampler, read_sampler
 
 _NOT_APPLIED = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
@@ -63,6 +68,7 @@ def load_decoding_model(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     drafter: Checkpoint | None = None,
+    sampler: str | None = None,
     **settings: Any,
 ) -> DecodingModel:
     """Load a checkpoint of this project for decoding; settings are refused before any weight is read.
@@ -74,6 +80,7 @@ def load_decoding_model(
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out; where there are more ranks, replicas share the prompts.
         drafter: A drafter that was trained for this model; it drafts in linear and tree self-speculation.
+        sampler: Folder of a trained sampler, for ``policy=trained``: its block size and cut are the defaults.
         settings: Further fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`.
 
     Raises:
@@ -89,6 +96,10 @@ def load_decoding_model(
     asked = provider.hf_generation_config
     if named := [f"{key}={asked[key]}" for key, none in _NOT_APPLIED.items() if asked.get(key) not in (None, none)]:
         warn(f"generation_config.json asks for {', '.join(named)}, which decoding here does not do")
+    trained = open_sampler(checkpoint, settings.get("policy"), sampler)
+    if trained is not None:
+        block_size = block_size or trained.description.block_size
+        settings = {"threshold": trained.description.cut, **settings, "trained_sampler": trained}
     if block_size is None:
         block_size = opened.block_size if opened and not opened.kind.seed_in_block else provider.block_size
     chosen = DecodingSettings(block_size=block_size, **settings)
@@ -99,7 +110,27 @@ def load_decoding_model(
         drafter=drafter,
         dtype=computing_dtype(),
     )
+    if trained is not None:
+        trained.network.to(PipelineRunner(loaded.chunks).device)
     return DecodingModel(loaded.chunks, loaded.tokenizer, for_tokenizer(chosen, loaded.provider, loaded.tokenizer))
+
+
+def open_sampler(checkpoint: Checkpoint, policy: str | None, folder: str | None) -> TrainedSampler | None:
+    """Read the trained sampler that a policy decides with; None for the policies that need none.
+
+    One that was trained for other weights is taken, with a warning: it may be wrong more often than it says.
+
+    Raises:
+        UserError: There is a sampler without the policy or the reverse, or it cannot be used.
+    """
+    check_sampler(policy, folder)
+    if folder is None:
+        return None
+    trained = read_sampler(Path(folder))
+    if trained.description.checksum != identity(checkpoint.iteration):
+        line = f"'{folder}' was trained for {trained.description.checkpoint}, not for '{checkpoint.iteration}'"
+        warn(f"{line}; it may be wrong more often")
+    return trained
 
 
 def for_tokenizer(

@@ -42,13 +42,17 @@ _OF_THE_HARNESS = (
     "chat_template_args",
 )  # fmt: skip
 _OF_REQUESTS = (*SAMPLING, "stop_strings", "stop_token_ids", "detokenize", "spell", "watch")
-_SETTINGS = tuple(field.name for field in fields(DecodingSettings) if field.name not in _OF_REQUESTS)
+_SETTINGS = tuple(
+    field.name for field in fields(DecodingSettings) if field.name not in (*_OF_REQUESTS, "trained_sampler")
+)
 _NUMBERS = {
     field.name: (int,) if field.type is int else (int, float)
     for field in fields(DecodingSettings)
     if field.type in (int, float)
 } | dict.fromkeys(("tensor_parallel", "pipeline_parallel", "max_length", "prefix_token_id"), (int,))
-MODEL_ARGS = ("checkpoint", "mode", "drafter", "tensor_parallel", "pipeline_parallel", *_SETTINGS, *_OF_THE_HARNESS)
+MODEL_ARGS = (
+    "checkpoint", "mode", "drafter", "sampler", "tensor_parallel", "pipeline_parallel", *_SETTINGS, *_OF_THE_HARNESS,
+)  # fmt: skip
 """Words of ``--model_args``."""
 
 

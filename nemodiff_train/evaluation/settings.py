@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from nemodiff_train.decoding.generation import DecodingSettings
 
 # The parameter that each policy of block diffusion depends on.
-POLICY_PARAMETER = {"threshold": "threshold", "leftmost": "threshold", "entropy": "entropy_bound", "fixed": "steps"}
+POLICY_PARAMETER = {
+    "threshold": "threshold",
+    "leftmost": "threshold",
+    "trained": "threshold",
+    "entropy": "entropy_bound",
+    "fixed": "steps",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

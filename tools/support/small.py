@@ -265,3 +265,18 @@ def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     config = recipe(start_from, data, output)
     config.peft = lora(rank)
     return config
+
+
+def sampler(block_size: int, correction: float) -> Any:
+    """Return a trained sampler that corrects the model's log-odds at random, with weights of this deviation."""
+    from nemodiff_train.sampler.description import Description
+    from nemodiff_train.sampler.features import FEATURES
+    from nemodiff_train.sampler.network import SlotNetwork
+    from nemodiff_train.sampler.storage import TrainedSampler
+
+    torch.manual_seed(0)
+    network = SlotNetwork(block_size, layers=2, width=64)
+    torch.nn.init.normal_(network.correction.weight, std=correction)
+    sizes = {"block_size": block_size, "layers": 2, "width": 64, "features": list(FEATURES), "cut": 0.6}
+    source = {"checkpoint": "iter_0000001", "checksum": "0", "task": "arithmetic", "trajectories": 1}
+    return TrainedSampler(network.eval(), Description(**sizes, **source, trained=[], threshold=[], oracle=2.0))  # type: ignore[arg-type]

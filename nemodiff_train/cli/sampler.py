@@ -1,0 +1,105 @@
+"""``nemodiff sampler CHECKPOINT --task TASK --output DIR``."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from nemodiff_train.cli.decoding_options import at_least_1
+from nemodiff_train.console import say
+from nemodiff_train.distributed import world_size
+from nemodiff_train.errors import UserError
+from nemodiff_train.files import check_free
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.runtime import init_runtime
+
+BUILT_IN = ("arithmetic", "questions")
+SEED = 2
+"""Of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
+COUNT = 500
+"""Prompts of the built-in task."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("checkpoint", help="Megatron checkpoint of this project that has had a joint stage")
+    parser.add_argument("--task", default="arithmetic", help="arithmetic, questions, or a JSONL file of prompts")
+    parser.add_argument("--count", type=at_least_1, help=f"prompts to take (a built-in task: {COUNT})")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    parser.add_argument("--output", required=True, help="folder for the sampler; must not exist")
+    parser.add_argument("--block-size", type=at_least_1, help="positions of a block (default: as trained)")
+    parser.add_argument("--max-new-tokens", type=at_least_1, default=512, help="limit of an answer (%(default)s)")
+    parser.add_argument(
+        "--trajectories", type=at_least_1, default=2000, help="blocks to decode for training (%(default)s)"
+    )
+    parser.add_argument("--steps", type=at_least_1, default=500, help="optimizer steps (%(default)s)")
+    parser.add_argument("--layers", type=at_least_1, default=4, help="of the network (%(default)s)")
+    parser.add_argument("--width", type=at_least_1, default=384, help="of the network (%(default)s)")
+    parser.add_argument("--batch-size", type=at_least_1, default=64, help="blocks decoded together (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws and of the network (%(default)s)")
+    parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
+    parser.add_argument("--pipeline-parallel", type=at_least_1, default=1, help="processes that share the layers out")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train a sampler, say what it does on held-out blocks, and write it."""
+    output = Path(arguments.output)
+    check_free(output)
+    if arguments.width % 64:
+        raise UserError(f"--width is {arguments.width}; it must be a multiple of 64, the width of an attention head")
+    ranks = arguments.tensor_parallel * arguments.pipeline_parallel
+    if world_size() != ranks:
+        raise UserError(f"{world_size()} processes were started, but one copy of the model takes {ranks}")
+    checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
+    texts = training_prompts(arguments.task, arguments.count)
+    init_runtime()
+    from nemodiff_train.decoding.loading import load_decoding_model
+    from nemodiff_train.decoding.prompts import encode_prompts
+    from nemodiff_train.decoding.sampler_training import SamplerOptions, train_sampler
+    from nemodiff_train.sampler.storage import write_sampler
+
+    opened = load_decoding_model(
+        checkpoint,
+        modes=("diffusion",),
+        block_size=arguments.block_size,
+        tensor_parallel=arguments.tensor_parallel,
+        pipeline_parallel=arguments.pipeline_parallel,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    prompts = encode_prompts(opened.tokenizer, texts, arguments.chat)
+    opened = replace(opened, settings=opened.settings.stopping_at(prompts.stop_token_ids))
+    options = SamplerOptions(
+        **{
+            name: getattr(arguments, name)
+            for name in ("trajectories", "steps", "layers", "width", "batch_size", "seed")
+        }
+    )
+    trained = train_sampler(opened, prompts.tokens, options, checkpoint, arguments.task)
+    write_sampler(output, trained)
+    say("held-out blocks: tokens per denoise forward, share of wrong tokens")
+    for name, points in (("trained", trained.description.trained), ("threshold", trained.description.threshold)):
+        for point in points:
+            say(f"  {name:9} {point.cut:<5g} {point.tokens_per_forward:6.2f} {point.wrong:8.3%}")
+    say(f"  oracle          {trained.description.oracle:6.2f} {0:8.3%}")
+    say(f"sampler: {output}, unmasks from {trained.description.cut:g} on unless --threshold says otherwise")
+
+
+def training_prompts(task: str, count: int | None) -> list[str]:
+    """Return texts to continue: of a built-in task, problems that no evaluation of it asks.
+
+    Args:
+        task: ``arithmetic``, ``questions``, or a JSONL file of objects with a ``prompt``.
+        count: Number to take, from the first; None for all of a file.
+
+    Raises:
+        UserError: There is no such task or file, or a line of it has no prompt.
+    """
+    from nemodiff_train.evaluation.arithmetic import problems
+    from nemodiff_train.evaluation.prompts import Prompt
+    from nemodiff_train.evaluation.records import read_jsonl
+
+    if Path(task).suffix == ".jsonl" or Path(task).is_file():
+        return [row.prompt for row in read_jsonl(Path(task), Prompt)][:count]
+    if task not in BUILT_IN:
+        raise UserError(f"unknown task '{task}'; known: {', '.join(BUILT_IN)}, or a .jsonl file of prompts")
+    drawn = problems("train", count or COUNT, SEED)
+    return [problem.prompt if task == "arithmetic" else problem.question for problem in drawn]

@@ -1,0 +1,203 @@
+"""From prompts to a trained sampler: references, trajectories, two rounds of training, and the choice of its cut."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import batched
+
+import torch
+from torch import Tensor
+
+from nemodiff_train.console import told_progress
+from nemodiff_train.decoding.decode import decode
+from nemodiff_train.decoding.diffusion import has_seeds
+from nemodiff_train.decoding.loading import DecodingModel
+from nemodiff_train.decoding.pipeline import PipelineRunner
+from nemodiff_train.decoding.trajectories import Judge, ReferenceBlock, Trajectories, record, reference_blocks
+from nemodiff_train.distributed import from_main_process
+from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import identity
+from nemodiff_train.sampler.description import Description, Point
+from nemodiff_train.sampler.features import FEATURES
+from nemodiff_train.sampler.network import SlotNetwork
+from nemodiff_train.sampler.states import States
+from nemodiff_train.sampler.storage import TrainedSampler
+from nemodiff_train.sampler.training import fit
+
+CUTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Probabilities that the finished sampler is tried at, and the policy ``threshold`` beside it."""
+HELD_OUT = 5
+"""One prompt in so many teaches nothing and judges the result."""
+_HIGHEST = 5.0
+"""Log-odds up to which the cuts of training trajectories are drawn, from 0: probabilities of 0.5 to 0.993."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """How a sampler is trained."""
+
+    trajectories: int = 2000
+    """Blocks to decode for training, those of both rounds together."""
+    steps: int = 500
+    """Optimizer steps of the second round; the first has half as many."""
+    layers: int = 4
+    width: int = 384
+    learning_rate: float = 1e-3
+    states_per_step: int = 32
+    batch_size: int = 64
+    """Blocks decoded together."""
+    seed: int = 0
+    """Of the draws and of the network."""
+
+
+def confidence(features: Tensor) -> Tensor:
+    """Return the model's own probability of each slot's token: the judge of the policy ``threshold``."""
+    return features[..., list(FEATURES).index("probability")]
+
+
+def train_sampler(
+    opened: DecodingModel, prompts: Sequence[list[int]], options: SamplerOptions, checkpoint: Checkpoint, task: str
+) -> TrainedSampler:
+    """Train a sampler for a model on prompts, which no evaluation of it should have.
+
+    Args:
+        opened: The model, and settings whose block size and limit on new tokens are taken.
+        prompts: Token ids.
+        options: How much of it.
+        checkpoint: The model's, for the record.
+        task: Where the prompts came from, for the record.
+
+    Raises:
+        UserError: There are too few prompts, or the model's answers to them have no whole block.
+    """
+    by_prompt = references(opened, prompts, options.batch_size)
+    held_out = [block for blocks in by_prompt[::HELD_OUT] for block in blocks]
+    taught = [block for number, blocks in enumerate(by_prompt) if number % HELD_OUT for block in blocks]
+    if not held_out or not taught:
+        raise UserError("too few answers end or fill a block; give more prompts, or a higher --max-new-tokens")
+    recorder = _Recorder(opened, options)
+    device = PipelineRunner(opened.model).device
+    torch.manual_seed(options.seed)
+    network = SlotNetwork(opened.settings.block_size, options.layers, options.width).to(device)
+
+    def trained_judge(features: Tensor) -> Tensor:
+        return network(features).sigmoid()
+
+    states: list[States] = []
+    rounds: tuple[tuple[Judge, int], ...] = ((confidence, (options.steps + 1) // 2), (trained_judge, options.steps))
+    for number, (judge, steps) in enumerate(rounds, 1):
+        states.append(recorder.drawn(f"trajectories, round {number}", taught, (options.trajectories + 1) // 2, judge))
+        _train(network, States.joined(states), steps, options, f"training, round {number}")
+    trained = recorder.points("held-out blocks, trained", held_out, trained_judge, CUTS)
+    threshold = recorder.points("held-out blocks, threshold", held_out, confidence, CUTS)
+    (oracle,) = recorder.points("held-out blocks, oracle", held_out, None, (0.5,))
+    description = Description(
+        block_size=network.block_size,
+        layers=network.layers,
+        width=network.width,
+        features=list(FEATURES),
+        cut=choose_cut(trained, threshold),
+        checkpoint=str(checkpoint.iteration),
+        checksum=identity(checkpoint.iteration),
+        task=task,
+        trajectories=options.trajectories,
+        trained=trained,
+        threshold=threshold,
+        oracle=oracle.tokens_per_forward,
+    )
+    return TrainedSampler(network, description)
+
+
+def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: int) -> list[list[ReferenceBlock]]:
+    """Let the model answer prompts carefully, and return the blocks of each answer.
+
+    Mode ``ar`` where the model has it; else block diffusion, one position a forward.
+    """
+    settings, config = opened.settings, PipelineRunner(opened.model).config
+    on_grid = config.clean_attention == "block_causal"
+    careful = replace(settings, policy="fixed", steps=settings.block_size)
+    blocks = []
+    with told_progress("reference answers", len(prompts)) as advance:
+        for batch in batched(prompts, batch_size):
+            answers, _ = decode(opened.model, batch, "diffusion" if on_grid else "ar", careful)
+            for prompt, answer in zip(batch, answers, strict=True):
+                blocks.append(
+                    reference_blocks(prompt, answer, settings.block_size, on_grid=on_grid, seeds=has_seeds(config))
+                )
+            advance(len(batch))
+    return blocks
+
+
+def choose_cut(trained: Sequence[Point], threshold: Sequence[Point]) -> float:
+    """Return the lowest cut with no larger share of wrong tokens than the policy ``threshold`` has at its best.
+
+    Where no cut is as good, the lowest of the sampler's own best.
+    """
+    bound = max(min(point.wrong for point in points) for points in (trained, threshold))
+    return next(point.cut for point in trained if point.wrong <= bound)
+
+
+class _Recorder:
+    """Decodes blocks in batches.
+
+    Args:
+        opened: The model.
+        options: Blocks decoded together, and the seed.
+    """
+
+    def __init__(self, opened: DecodingModel, options: SamplerOptions) -> None:
+        self._opened, self._batch_size = opened, options.batch_size
+        self._draw = torch.Generator().manual_seed(options.seed)
+
+    def drawn(self, description: str, blocks: Sequence[ReferenceBlock], count: int, judge: Judge) -> States:
+        """Return the states of so many blocks, each decoded as often as any other, at cuts that are drawn."""
+        order: list[int] = []
+        while len(order) < count:
+            order += torch.randperm(len(blocks), generator=self._draw).tolist()
+        cuts = (_HIGHEST * torch.rand(count, generator=self._draw)).sigmoid()
+        with told_progress(description, count) as advance:
+            found = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
+        return States.joined([part.states for part in found])
+
+    def points(
+        self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Sequence[float]
+    ) -> list[Point]:
+        """Decode blocks at every cut, and sum up."""
+        points = []
+        with told_progress(description, len(cuts) * len(blocks)) as advance:
+            for cut in cuts:
+                found = self._decoded(blocks, judge, torch.full((len(blocks),), cut), advance)
+                tokens, forwards = sum(part.tokens for part in found), sum(part.forwards for part in found)
+                wrong = sum(part.wrong for part in found)
+                points.append(Point(cut=cut, tokens_per_forward=tokens / forwards, wrong=wrong / tokens))
+        return points
+
+    def _decoded(
+        self, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Tensor, advance: Callable[[int], None]
+    ) -> list[Trajectories]:
+        found = []
+        for batch in batched(range(len(blocks)), self._batch_size):
+            some, cut = [blocks[index] for index in batch], cuts[list(batch)]
+            found.append(record(self._opened.model, some, self._opened.settings.block_size, judge, cut))
+            advance(len(batch))
+        return found
+
+
+def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOptions, description: str) -> None:
+    """Train a network, in place, on rank 0, and give all ranks its weights: they have to decide alike to the bit."""
+
+    def fitted() -> dict[str, Tensor]:
+        with told_progress(description, steps) as advance:
+            fit(
+                network,
+                states,
+                steps=steps,
+                batch_size=options.states_per_step,
+                learning_rate=options.learning_rate,
+                seed=options.seed,
+                told=lambda step, loss: advance(1),
+            )
+        return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+
+    network.load_state_dict(from_main_process(fitted))
+    network.eval()

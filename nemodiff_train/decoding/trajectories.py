@@ -1,0 +1,121 @@
+"""Trajectories of blocks whose text is known: the states that the trained sampler learns from, and is judged by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from nemodiff_train.decoding.diffusion import reaching
+from nemodiff_train.decoding.generation import Generation
+from nemodiff_train.decoding.pipeline import PipelineRunner
+from nemodiff_train.decoding.session import Session
+from nemodiff_train.sampler.features import SlotHistory
+from nemodiff_train.sampler.states import States
+
+Judge = Callable[[Tensor], Tensor]
+"""Probabilities [rows, block] that tokens are right, of features [rows, block, features]."""
+
+
+@dataclass(frozen=True)
+class ReferenceBlock:
+    """A block of a text that the model has written."""
+
+    context: list[int]
+    """Tokens before it."""
+    tokens: list[int]
+    """Its own: fewer than a block where a stop token ends them."""
+    known: int
+    """Of them, the number that decoding knows before its first forward over the block."""
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What became of some blocks."""
+
+    states: States
+    forwards: int
+    """Denoising forwards of all blocks."""
+    tokens: int
+    """Tokens that were to be found."""
+    wrong: int
+    """Of them, those that a forward would have unmasked with another token than the reference's."""
+
+
+def reference_blocks(
+    prompt: Sequence[int], generation: Generation, block_size: int, *, on_grid: bool, seeds: bool
+) -> list[ReferenceBlock]:
+    """Cut a text into the blocks that block diffusion would decode it in.
+
+    A last block that the limit on new tokens has cut is left out: nobody knows what belongs to its end.
+
+    Args:
+        prompt: Token ids.
+        generation: What the model has written after it.
+        block_size: Positions of a block.
+        on_grid: Blocks are counted from the start of the text, as block-causal models have them.
+        seeds: The text before a block gives its first token.
+    """
+    text = [*prompt, *generation.tokens]
+    first = len(prompt) // block_size * block_size if on_grid else len(prompt)
+    blocks = []
+    for start in range(first, len(text), block_size):
+        tokens = text[start : start + block_size]
+        known = max(len(prompt) - start, int(seeds and start > 0), 0)
+        complete = len(tokens) == block_size or tokens[-1] in generation.settings.stop_token_ids
+        if complete and known < len(tokens):
+            blocks.append(ReferenceBlock(text[:start], tokens, known))
+    return blocks
+
+
+@torch.no_grad()
+def record(
+    model: list[GPTModel], blocks: Sequence[ReferenceBlock], block_size: int, judge: Judge | None, cuts: Tensor
+) -> Trajectories:
+    """Decode blocks under a sampler's decisions, with its mistakes put right.
+
+    A slot that is unmasked gets the reference's token, whatever the forward gave it, so that all that is visible is
+    right in every state: which tokens are right stays known to the end, and a block takes as many forwards as
+    decoding would.  Nothing is unmasked after a text's end, where every token is wrong.
+
+    Args:
+        model: In evaluation mode: this pipeline rank's chunks.
+        blocks: At least one.
+        block_size: Positions of a block.
+        judge: Says how probably each slot's token is right; the best slot of a row is always unmasked. None for an
+            oracle, which unmasks every right token and no other.
+        cuts: [blocks] probability from which a slot is unmasked.
+    """
+    longest = max(len(block.context) for block in blocks)
+    config = PipelineRunner(model).config
+    session = Session(model, len(blocks), longest + block_size, config.mask_token_id)
+    on_grid = config.clean_attention == "block_causal"
+    if longest:
+        session.prefill([block.context for block in blocks], block_size if on_grid else None)
+    reference = torch.full((len(blocks), block_size), -1)
+    known = torch.zeros(reference.shape, dtype=torch.bool)
+    for row, block in enumerate(blocks):
+        reference[row, : len(block.tokens)] = torch.tensor(block.tokens)
+        known[row, : block.known] = True
+    reference, known, cuts = (each.to(session.device) for each in (reference, known, cuts))
+    tokens = torch.where(known, reference, session.masks(*reference.shape))
+    history, states, forwards, wrong = SlotHistory(tokens), [], 0, 0
+    while len(rows := (~known & (reference >= 0)).any(1).cpu().nonzero()[:, 0]):
+        before, target, masked = tokens[rows], reference[rows], ~known[rows]
+        logits = session.forward(before, rows, "denoise", causal=False)
+        guess = logits.argmax(-1)
+        features = history.observe(rows, logits, guess, before, masked)
+        states.append(States(features.cpu(), masked.cpu(), (guess == target).cpu()))
+        probability = (guess == target).float() if judge is None else judge(features)
+        unmask = reaching(probability, masked, cuts[rows, None])
+        wrong += int((unmask & (guess != target) & (target >= 0)).sum())
+        forwards += len(rows)
+        # Of a row that would unmask nothing but what lies after the end, the first slot.
+        unmask &= target >= 0
+        first = masked & (masked.cumsum(1) == 1)
+        unmask |= first & ~unmask.any(1, keepdim=True)
+        tokens[rows] = torch.where(unmask, target, before)
+        known[rows] |= unmask
+    count = sum(len(block.tokens) - block.known for block in blocks)
+    return Trajectories(States.joined(states), forwards, count, wrong)

@@ -1,0 +1,69 @@
+"""What a trained sampler's folder says of it; light, so that a bad folder is refused before anything slow."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemodiff_train.errors import UserError
+from nemodiff_train.schema import checked
+
+DESCRIPTION = "sampler.json"
+REMEDY = "train one with 'nemodiff sampler'"
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Point(BaseModel):
+    """What a policy made of blocks that nothing was trained on."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    cut: Probability = Field(description="Probability from which it unmasked.")
+    tokens_per_forward: float = Field(description="Tokens per denoise forward; no prefill, no commits.")
+    wrong: float = Field(description="Share of the tokens that it would have got wrong.")
+
+
+class Description(BaseModel):
+    """What ``sampler.json`` says."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    block_size: int = Field(ge=2, le=65_536, description="Positions of the blocks that it was trained on.")
+    layers: int = Field(ge=1, le=64)
+    width: int = Field(ge=8, le=8192)
+    features: list[str] = Field(description="Names of the features, in order.")
+    cut: Probability = Field(description="The threshold that decoding takes unless told otherwise.")
+    checkpoint: str = Field(description="The iteration whose decisions it makes.")
+    checksum: str = Field(description="Of that iteration.")
+    task: str = Field(description="Where its prompts came from.")
+    trajectories: int = Field(description="Blocks that were decoded to train it.")
+    trained: list[Point] = Field(description="On held-out blocks, by cut.")
+    threshold: list[Point] = Field(description="The policy ``threshold`` on the same blocks.")
+    oracle: float = Field(
+        description="Tokens per denoise forward there if every right token is unmasked, and no other."
+    )
+
+
+def check_sampler(policy: str | None, folder: str | None) -> None:
+    """Refuse a trained sampler without its policy, the policy without a sampler, and what is no sampler.
+
+    Raises:
+        UserError: Says which.
+    """
+    if (policy == "trained") != (folder is not None):
+        raise UserError("--policy trained and --sampler DIR go together; give both, or neither")
+    if folder is not None:
+        describe(Path(folder))
+
+
+def describe(folder: Path) -> Description:
+    """Read what a folder says of its sampler; the weights are left alone.
+
+    Raises:
+        UserError: It holds no sampler, or one that cannot be used here.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise UserError(f"'{folder}' is not a trained sampler; {REMEDY}")
+    return checked(Description, file.read_bytes(), file, REMEDY)

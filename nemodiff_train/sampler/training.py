@@ -1,0 +1,61 @@
+"""Training of the trained sampler on recorded states."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemodiff_train.sampler.network import SlotNetwork
+from nemodiff_train.sampler.states import States
+
+_WARM_UP = 0.05
+
+
+def fit(
+    network: SlotNetwork,
+    states: States,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    told: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train a network to say which tokens are right; in place.
+
+    Args:
+        network: On the device that it trains on.
+        states: What it learns from; they may be on another device.
+        steps: Optimizer steps, AdamW with a linear warm-up and a cosine to 0.
+        batch_size: States of a step, drawn without replacement until all have been seen.
+        learning_rate: The largest.
+        seed: Of the draws.
+        told: Called after each step with its number and its loss in nats per masked slot.
+    """
+    device = next(network.parameters()).device
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps + 1, pct_start=_WARM_UP, cycle_momentum=False
+    )
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    network.train()
+    for step in range(1, steps + 1):
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(len(states), generator=draw)])
+        batch, order = states[order[:batch_size]], order[batch_size:]
+        loss = slot_loss(network, batch, device)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        told(step, loss.item())
+    network.eval()
+
+
+def slot_loss(judge: Callable[[Tensor], Tensor], states: States, device: torch.device) -> Tensor:
+    """Return the mean binary cross-entropy over masked slots, in nats, of log-odds that tokens are right."""
+    features, masked, right = (each.to(device) for each in (states.features, states.masked, states.right))
+    return F.binary_cross_entropy_with_logits(judge(features)[masked], right[masked].float())
