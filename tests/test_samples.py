@@ -86,7 +86,9 @@ def test_made_up_text_holds_no_mask_token(folder: Path, monkeypatch: pytest.Monk
     from nemodiff_train.training.samples import first_samples
 
     monkeypatch.chdir(folder)
-    config = load_recipe("recipe.py", ["start_from=model", "data=mock", "output=out", "seq_length=1024"])
+    words = ["start_from=model", "data=mock", "output=out", "seq_length=1024", "mixed_precision=fp16_mixed"]
+    config = load_recipe("recipe.py", words)
+    assert config.mixed_precision == "fp16_mixed"  # the field without a section, and so without a dot
     config.propagate()
     clean = [sample["tokens"][-1024:] for sample in first_samples(config, 4)]
     rows = config.model.vocab_size

@@ -11,7 +11,7 @@ from typing import Any
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.overrides import override
 from nemodiff_train.config.published import Recipe
-from nemodiff_train.config.registry import check_names, check_recipe, recipe_modules, split_file, split_word
+from nemodiff_train.config.registry import check_names, check_recipe, is_field, recipe_modules, split_file, split_word
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError, line_in
 
@@ -20,7 +20,7 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     """Return the configuration of a recipe with ``key=value`` words applied.
 
     A word without a dot, such as ``data=PREFIX``, is an argument of the recipe; one with a dot, such as
-    ``train.train_iters=100``, overrides a field of the configuration (Hydra's syntax).
+    ``train.train_iters=100``, and ``mixed_precision``, override a field of the configuration (Hydra's syntax).
 
     Args:
         name: A function in ``recipes/``, or ``FILE.py[:function]``.
@@ -32,11 +32,11 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     recipe = _find(name)
     pairs = [split_word(word) for word in words]
     check_no_secrets(dict(pairs))
-    arguments = _convert_arguments(name, recipe, {key: value for key, value in pairs if "." not in key})
+    arguments = _convert_arguments(name, recipe, {key: value for key, value in pairs if not is_field(key)})
     config = _call(name, lambda: recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
-    config = override(config, {key: value for key, value in pairs if "." in key})
+    config = override(config, {key: value for key, value in pairs if is_field(key)})
     config.fit_schedule()
     if config.checkpoint.save and config.checkpoint.save_interval == 0:  # trials in Python may keep nothing
         raise UserError("checkpoint.save_interval is 0, so that nothing would be kept; use 1 or more")

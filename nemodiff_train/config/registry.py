@@ -48,6 +48,11 @@ def split_file(name: str) -> tuple[Path, str] | None:
     return (Path(match["file"]), match["function"] or "recipe") if match else None
 
 
+def is_field(key: str) -> bool:
+    """Return whether a word sets a field of the configuration: all but one have a section, and so a dot."""
+    return "." in key or key == "mixed_precision"
+
+
 def check_arguments(name: str, words: Sequence[str]) -> None:
     """Refuse words that a recipe does not take, or the lack of one that it needs, without importing it.
 
@@ -59,7 +64,7 @@ def check_arguments(name: str, words: Sequence[str]) -> None:
     """
     keys = [split_word(word)[0] for word in words]
     if signature := _signature(name):
-        check_names(name, [key for key in keys if "." not in key], *signature)
+        check_names(name, [key for key in keys if not is_field(key)], *signature)
 
 
 def split_word(word: str) -> tuple[str, str]:
@@ -71,7 +76,7 @@ def split_word(word: str) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if not equals:
         raise UserError(f"'{word}' is not of the form key=value")
-    if not value and "." not in key:
+    if not value and not is_field(key):
         raise UserError(f"'{word}' gives nothing; name what {key or 'it'} is, or leave it out")
     return key, value
 
@@ -92,7 +97,8 @@ def check_names(name: str, given: Collection[str], known: Collection[str], requi
         if key not in known:
             raise UserError(
                 f"recipe '{name}' takes no argument '{key}'; it takes {', '.join(known)} "
-                f"(fields of the configuration have a dot: section.field=value).{nearest(key, known)}"
+                "(fields of the configuration have a dot, section.field=value, but for mixed_precision)."
+                f"{nearest(key, known)}"
             )
     if missing := [key for key in required if key not in given]:
         raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")

@@ -260,9 +260,11 @@ def uno(start_from: str, data: str, output: str, rank: int = 8, alpha: int = 128
 
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
+    from nemodiff_train.config.datasets import ChatDatasetConfig
     from nemodiff_train.model.adapters import lora
 
     config = recipe(start_from, data, output)
+    config.dataset = ChatDatasetConfig(seq_length=64, data=[data], split="100,0,0")
     config.peft = lora(rank)
     return config
 
