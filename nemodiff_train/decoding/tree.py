@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemodiff_train.decoding.generation import Generation
-from nemodiff_train.decoding.linear import speculate
+from nemodiff_train.decoding.chain import Chain
+from nemodiff_train.decoding.generation import DecodingSettings, Generation
+from nemodiff_train.decoding.linear import Draft, speculate
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Layout, Session
 
@@ -44,26 +45,27 @@ class DraftTree:
     """[batch, n] distance from the root."""
 
     @classmethod
-    def most_probable(cls, log_probs: Tensor, nodes: int, width: int) -> "DraftTree":
+    def most_probable(cls, log_probs: Tensor, candidates: Tensor, nodes: int) -> "DraftTree":
         """Return the trees whose nodes have the largest products of probabilities from the root.
 
         Args:
-            log_probs: [batch, k, vocab] of the drafted positions, each of which is drafted without the others.
+            log_probs: [batch, k, before, width] of each candidate at a drafted position, given the candidate at the
+                position before it, of which the root counts as the first; ``before`` is 1 where that does not matter.
+            candidates: [batch, k, width] token ids.
             nodes: Maximum number of nodes, the root included.
-            width: Candidates per position: the most probable tokens.
         """
-        width = min(width, nodes - 1, log_probs.shape[-1])  # of more children of a node, none would be among so few
-        values, ids = log_probs.topk(width, dim=-1)  # [batch, k, candidates]
-        batch, candidates = len(values), values.shape[-1]
-        root = ids.new_zeros(batch, 1)
-        levels = [(values.new_zeros(batch, 1), root, root)]  # mass, token and parent of each node, by level
+        batch, _, before, width = log_probs.shape
+        root = candidates.new_zeros(batch, 1)
+        levels = [(log_probs.new_zeros(batch, 1), root, root)]  # mass, token and parent of each node, by level
         first, total = 0, 1  # index of the last level's first node, and of the first after it
-        for depth in range(values.shape[1]):
+        of_nodes = root  # which candidate each node of the last level is
+        for depth, given in enumerate(log_probs.unbind(1)):
             # The children of a level's nodes, the most probable first; of equal ones, those of earlier nodes.
-            masses = (levels[-1][0][:, :, None] + values[:, depth, None, :]).flatten(1)
-            masses, order = masses.sort(dim=-1, descending=True, stable=True)
+            given = given.gather(1, of_nodes.clamp(max=before - 1)[..., None].expand(-1, -1, width))
+            masses, order = (levels[-1][0][:, :, None] + given).flatten(1).sort(dim=-1, descending=True, stable=True)
             masses, order = masses[:, : nodes - 1], order[:, : nodes - 1]
-            levels.append((masses, ids[:, depth].gather(1, order % candidates), first + order // candidates))
+            of_nodes = order % width
+            levels.append((masses, candidates[:, depth].gather(1, of_nodes), first + order // width))
             first, total = total, total + order.shape[1]
         mass, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         depths = torch.cat([torch.full_like(level[1], depth) for depth, level in enumerate(levels)], dim=1)
@@ -88,13 +90,12 @@ def _verify_tree(
     rows: list[Generation],
     active: Tensor,
     last: Tensor,
-    draft_logits: Tensor,
+    draft: Draft,
     sampler: Sampler,
 ) -> Tensor:
     """Verify the most probable continuations and keep the branch that the verifier follows."""
-    settings, length = sampler.settings, draft_logits.shape[1]
-    log_probs = (draft_logits / (settings.temperature or 1.0)).log_softmax(-1)
-    tree = DraftTree.most_probable(log_probs, settings.tree_nodes, settings.tree_width)
+    settings, length = sampler.settings, draft.logits.shape[1]
+    tree = DraftTree.most_probable(*_candidates(session, last, draft, settings), settings.tree_nodes)
     tokens, sees = torch.cat([last, tree.tokens[:, 1:]], dim=1), tree.ancestors()
     logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
     choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
@@ -115,6 +116,20 @@ def _verify_tree(
     session.commit_nodes(active, branches)
     ends = torch.stack([branch[-1:] for branch in branches])
     return choices.gather(1, session.cache.moved(ends))
+
+
+def _candidates(session: Session, last: Tensor, draft: Draft, settings: DecodingSettings) -> tuple[Tensor, Tensor]:
+    """Return log probabilities [batch, k, before, width] and ids [batch, k, width] of candidates.
+
+    A path selector tells how probable each is after each at the position before; without one, ``before`` is 1.
+    """
+    width, temperature = min(settings.tree_width, settings.tree_nodes - 1), settings.temperature or 1.0
+    if session.pair_tables is None:
+        log_probs = (draft.logits / temperature).log_softmax(-1)
+        values, candidates = log_probs.topk(min(width, log_probs.shape[-1]), dim=-1)
+        return values[:, :, None], candidates
+    chain = Chain.of(session.pair_tables, *draft)
+    return chain.log_probs(last, temperature)[..., :width, :width], chain.candidates[..., :width]
 
 
 def _as_cycle(

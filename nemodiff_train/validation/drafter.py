@@ -31,6 +31,8 @@ def _model_problems(config: TriModeConfig) -> Iterator[str]:
         yield "a drafter needs peft=DraftLoRA(...) in its recipe"
     elif min(adapters.dim, adapters.alpha) < 1:
         yield f"the adapters have rank {adapters.dim} and alpha {adapters.alpha}; both take at least 1"
+    elif adapters.selector_rank < 0:
+        yield f"the path selector has rank {adapters.selector_rank}; it takes at least 1"
     else:
         yield from _target_problems(config, adapters)
     if not start or not Checkpoint.find(start):
@@ -41,6 +43,8 @@ def _model_problems(config: TriModeConfig) -> Iterator[str]:
 
 def _target_problems(config: TriModeConfig, adapters: DraftLoRA) -> Iterator[str]:
     targets, model = set(adapters.target_modules), config.model
+    if not targets and adapters.selector_rank:
+        return
     if targets not in ({"linear_proj"}, set(PROJECTIONS)):
         yield f"peft.target_modules={adapters.target_modules}; use ['linear_proj'] or {list(PROJECTIONS)}"
     elif len(targets) > 1 and not model.gated_linear_unit:
