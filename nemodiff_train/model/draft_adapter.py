@@ -130,9 +130,14 @@ class DraftLoRA(CanonicalLoRA):
         of_selector = self.selector_rank > 0 and isinstance(key, str) and key.startswith("selector.")
         return of_selector or super().adapter_key_filter(key)
 
+    def match(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
+        """Return which target a module is; Bridge takes no targets for all linear layers."""
+        found: tuple[str, str] | None = super().match(m, name, prefix) if self.target_modules else None
+        return found
+
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Return the module, or the :class:`DraftLinear` around it."""
-        if isinstance(m, DraftLinear) or not self.target_modules:
+        if isinstance(m, DraftLinear):
             return m
         adapted = super().transform(m, name, prefix)
         if not isinstance(adapted, AdapterWrapper):
