@@ -269,7 +269,7 @@ def test_the_oracle_finds_the_shortest_path() -> None:
 
 @pytest.fixture
 def small_vocabulary(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The model with all but eight tokens forbidden, its drafts made to disagree with it; paths among five of them."""
+    """The model with all but eight tokens forbidden, its drafts made to disagree with it; paths take five."""
     monkeypatch.setattr("nemodiff_train.decoding.chain.CANDIDATES", 5)
     allowed = torch.arange(20, 28)
     bias = torch.full((model.config.vocab_size,), -1e30)

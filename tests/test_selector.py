@@ -71,6 +71,7 @@ def test_the_best_path_is_accepted_longest_of_all(chain: Chain) -> None:
         walks += best[row] == walk
     assert 0 < most_probable < ROWS and 0 < walks < ROWS
 
+
 def test_its_logits_are_those_of_the_formula(chain: Chain) -> None:
     path = chain.best_path(LAST)
     found = chain.logits(LAST, path).softmax(-1)
@@ -84,9 +85,7 @@ def test_its_logits_are_those_of_the_formula(chain: Chain) -> None:
 
 @pytest.mark.parametrize(("nodes", "width"), [(2, 1), (7, 2), (30, 3), (400, 4)])
 def test_a_tree_takes_the_chains_most_probable_continuations(chain: Chain, nodes: int, width: int) -> None:
-    tree = DraftTree.most_probable(
-        chain.log_probs(LAST)[..., :width, :width], chain.candidates[..., :width], nodes
-    )
+    tree = DraftTree.most_probable(chain.log_probs(LAST)[..., :width, :width], chain.candidates[..., :width], nodes)
     for row in range(ROWS):
         tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
         paths: list[tuple[int, ...]] = [()]

@@ -1,4 +1,4 @@
-"""A draft whose tokens depend on one another: candidates, scored in pairs by a path selector, and paths among them."""
+"""A draft whose tokens depend on one another: candidates, scored in pairs by a path selector, and their paths."""
 
 from dataclasses import dataclass
 
@@ -87,7 +87,7 @@ class Chain:
         return torch.cat(path[1:], dim=1)
 
     def logits(self, last: Tensor, path: Tensor) -> Tensor:
-        """Return [batch, k, vocab] logits of q at each token of a path, given the one before; -inf off the candidates.
+        """Return [batch, k, vocab] logits of q along a path, each given the token before; -inf off the candidates.
 
         Args:
             last: [batch, 1] the known token before the draft.

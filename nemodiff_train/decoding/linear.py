@@ -124,9 +124,7 @@ def _verify_chain(
     return commit_accepted(session, rows, active, verification, own=not session.draft_kind.seed_in_block)
 
 
-def _chosen(
-    session: Session, active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
-) -> tuple[Tensor, Tensor]:
+def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Return the tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions they are from.
 
     Without a path selector every token is chosen by itself.

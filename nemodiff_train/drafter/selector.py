@@ -14,7 +14,7 @@ from nemodiff_train.model.path_selector import CANDIDATES, PathSelector
 
 @dataclass(frozen=True, kw_only=True)
 class SelectorLoss(DraftLoss):
-    """The loss of :class:`~nemodiff_train.drafter.step.DraftLoss` for the chain that a path selector makes of a draft.
+    """The loss of a path selector, for the chain that it makes of a drafter's drafts.
 
     In a slot q is the chain's distribution of the token after the text's own one, and p the verifier's, both on the
     draft's candidates and renormalized.  Slots where the verifier's choice is no candidate have no loss.
@@ -36,13 +36,20 @@ class SelectorLoss(DraftLoss):
                 among = (candidates == p.argmax(-1, keepdim=True)).any(-1)
                 found.append((*outcome, among, candidates, own, p.gather(-1, candidates)))
         outcomes = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return JudgedChains(*outcomes, drafts.detach(), previous, head, self.selector, self.settings)
+        return JudgedChains(head, self.selector, self.settings, drafts.detach(), previous, *outcomes)
 
 
 @dataclass(frozen=True)
 class JudgedChains:
     """The slots of a path selector; a :class:`~nemodiff_train.drafter.step.Judged`."""
 
+    head: Head
+    selector: PathSelector
+    settings: DrafterConfig
+    drafts: Tensor
+    """[S, hidden] states that draft."""
+    previous: Tensor
+    """[S] the text's token before each slot's."""
     agrees: Tensor
     accepted: Tensor
     has_loss: Tensor
@@ -52,13 +59,6 @@ class JudgedChains:
     """[S, K] logits of the draft."""
     verifier: Tensor
     """[S, K] logits of the verifier."""
-    drafts: Tensor
-    """[S, hidden] states that draft."""
-    previous: Tensor
-    """[S] token before each slot's."""
-    head: Head
-    selector: PathSelector
-    settings: DrafterConfig
 
     def total(self, weights: Tensor) -> Tensor:
         """Return the weighted sum of the losses; rows of the output layer are taken again in the backward pass."""

@@ -111,9 +111,10 @@ class DraftLoss:
         drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each
 
         judged = self._judge(head, drafts, verifiers, uniform, self._previous(shifted).flatten()[index])
-        passed = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
-        passed = self.state.shard.gather(torch.stack(passed, dim=2), length, self.state.context_group)
-        verdict = Verdict.of(slots, *passed.unbind(2), self.settings)
+        found = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
+        passed = self.state.shard.gather(torch.stack(found, dim=2), length, self.state.context_group)
+        usable, agrees, accepted = passed.unbind(2)
+        verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
         counted, weights = (self._own(each).flatten()[index] for each in (verdict.counted, verdict.weights))
         total = judged.total(weights * judged.has_loss)
         self.report.update(self._figures(slots, verdict))

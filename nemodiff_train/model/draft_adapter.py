@@ -1,7 +1,7 @@
 """Low-rank adapters on linear layers that act only on drafts."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
@@ -154,7 +154,7 @@ class DraftLoRA(CanonicalLoRA):
 class Drafter:
     """What a drafter's checkpoint says of it."""
 
-    name: str
+    name: Literal["nemotron", "uno"]
     """Its kind's, in :data:`~nemodiff_train.objective.drafts.DRAFT_KINDS`."""
     lora: DraftLoRA
     block_size: int
