@@ -115,6 +115,7 @@ def selector(
     """
     model = set_tensor_parallel(model_from(start_from), tensor_parallel)
     drafts = with_selector(model, drafter, rank)
+    peak = 0.64 / model.hidden_size  # what one step adds to a score grows with the number of its terms
     config = base_config(
         model,
         ObjectiveConfig(block_size=drafts.block_size, shift=model.shift),
@@ -123,7 +124,7 @@ def selector(
         output=output,
         steps=steps,
         batch_size=32,
-        optimizer=adamw(1e-3, 1e-4, sharded=True),
+        optimizer=adamw(peak, peak / 10, sharded=True),
         scheduler=schedule(0.025, style="cosine"),
     )
     config.drafter, config.peft = switches(drafts.name), drafts.lora

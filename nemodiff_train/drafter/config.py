@@ -49,12 +49,12 @@ class DrafterConfig:
 
 
 def selector(kind: Literal["nemotron", "uno"]) -> DrafterConfig:
-    """Return the switches of a path selector's training: KL of the candidates, in the slots that decoding reaches.
+    """Return the switches of a path selector's training: the drafter's loss, at the temperature of decoding.
 
     Args:
         kind: Of its drafter.
     """
-    return DrafterConfig(kind=kind, loss="kl", temperature=1.0, support=0)
+    return DrafterConfig(kind=kind, temperature=1.0, support=0)
 
 
 def uno() -> DrafterConfig:
