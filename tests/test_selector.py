@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_those_of_the_formula(kind: Any, monkeypatch: pyte
 
     many = 100  # of 320 tokens: a random model's draft seldom has the verifier's choice among 16
     monkeypatch.setattr("nemodiff_train.drafter.selector.CANDIDATES", many)
-    length, block, config = 96, 32, replace(switches(kind), slots="all")
+    length, block, config = 96, 32, replace(switches(kind), slots="all", loss="kl")
     built = small.built({})
     DraftLoRA(dim=4, alpha=16, selector_rank=6)(built)
     assert [name for name, value in built.named_parameters() if value.requires_grad] == [

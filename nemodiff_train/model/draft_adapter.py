@@ -214,8 +214,10 @@ def with_selector(model: "TriModeModelProvider", drafter: str | None, rank: int)
         rank: Rank of the selector.
 
     Raises:
-        UserError: As :func:`open_drafter`.
+        UserError: The rank is below 1, or as :func:`open_drafter`.
     """
+    if rank < 1:
+        raise UserError(f"rank={rank}; a path selector takes at least 1")
     if drafter is None:
         return Drafter("nemotron", DraftLoRA(target_modules=[], selector_rank=rank), model.block_size)
     opened = open_drafter(Checkpoint.open(drafter), model)

@@ -31,8 +31,6 @@ def _model_problems(config: TriModeConfig) -> Iterator[str]:
         yield "a drafter needs peft=DraftLoRA(...) in its recipe"
     elif min(adapters.dim, adapters.alpha) < 1:
         yield f"the adapters have rank {adapters.dim} and alpha {adapters.alpha}; both take at least 1"
-    elif adapters.selector_rank < 0:
-        yield f"the path selector has rank {adapters.selector_rank}; it takes at least 1"
     else:
         yield from _target_problems(config, adapters)
     if not start or not Checkpoint.find(start):
