@@ -351,7 +351,8 @@ def test_a_tree_has_the_most_probable_continuations() -> None:
     log_probs = logits.log_softmax(-1)
     for nodes, width in ((2, 1), (6, 2), (17, 3), (40, 9), (200, 5)):
         values, candidates = log_probs.topk(min(width, 5))
-        tree = DraftTree.most_probable(values[:, :, None], candidates, nodes)
+        last = torch.zeros(2, 1, dtype=torch.long)
+        tree = DraftTree.most_probable(lambda depth, _: values[:, depth, None], candidates, last, nodes)  # noqa: B023
         for row in range(2):
             tokens, parents, depths = (each[row].tolist() for each in (tree.tokens, tree.parents, tree.depths))
             paths: list[tuple[int, ...]] = [()]

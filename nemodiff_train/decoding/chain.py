@@ -1,107 +1,84 @@
-"""A draft whose tokens depend on one another: candidates, scored in pairs by a path selector, and their paths."""
+"""A draft whose tokens depend on one another: its candidates, and the path that a selector takes among them."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.model.path_selector import CANDIDATES, PairTables
+from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, PairTables
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The distribution q(b | a) of each drafted token b, given the token a before it, over K candidates."""
+    """The distribution q of each drafted token, given those before it, over K candidates.
+
+    Of the tokens before a draft only the last counts, as often as a history needs it.
+    """
 
     vocab_size: int
     candidates: Tensor
     """[batch, k, K] token ids, the most probable first."""
     scores: Tensor
     """[batch, k, K] logits of the draft itself."""
+    contexts: Tensor
+    """[batch, k, rank] what the draft's states say."""
     before: Tensor
-    """[vocabulary, rank] the first factor of every token."""
+    """[HISTORY, vocabulary, rank] what tokens say of those after them."""
     after: Tensor
-    """[batch, k, K, rank] the second factor of the candidates, times the gates of their positions."""
+    """[batch, k, K, rank] the candidates' factors."""
 
     @classmethod
-    def of(cls, tables: PairTables, logits: Tensor, gates: Tensor) -> "Chain":
+    def of(cls, tables: PairTables, logits: Tensor, contexts: Tensor) -> "Chain":
         """Take the candidates of a draft.
 
         Args:
             tables: The path selector.
             logits: [batch, k, vocab] of the drafted positions.
-            gates: [batch, k, rank] of the same.
+            contexts: [batch, k, rank] of the same.
         """
         scores, candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
-        return cls(logits.shape[-1], candidates, scores, tables.before, tables.after[candidates] * gates[:, :, None])
+        return cls(logits.shape[-1], candidates, scores, contexts, tables.before, tables.after[candidates])
 
-    def log_probs(self, last: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return [batch, k, K, K] log q of each candidate (last dimension), given each candidate before it.
+    def logits(self, position: int, histories: Tensor) -> Tensor:
+        """Return the logits [batch, n, K] of the candidates at a drafted position.
 
         Args:
-            last: [batch, 1] the known token, which the first position has before it, whatever the candidate.
-            temperature: Of q.
+            position: Index of the position in the draft.
+            histories: [batch, n, HISTORY] tokens before it, the nearest first.
         """
-        first = self._logits(0, last[:, 0])[:, None, None].expand(-1, 1, self.scores.shape[2], -1)
-        later = self.scores[:, 1:, None] + self.before[self.candidates[:, :-1]] @ self.after[:, 1:].mT
-        return (torch.cat([first, later], dim=1) / temperature).log_softmax(-1)
+        keys = self.contexts[:, position, None]
+        for tokens, table in zip(histories.unbind(-1), self.before, strict=True):
+            keys = keys + table[tokens]
+        return self.scores[:, position, None] + F.silu(keys) @ self.after[:, position].mT
 
-    def best_path(self, last: Tensor) -> Tensor:
-        """Return the path with the largest expected number of accepted tokens.
-
-        Were the chain right about the verifier's choices x, a path's first j tokens would all be accepted with the
-        probability prod_{i<=j} q(x_i | x_{i-1}); the sum over j is the expected number.  From the last position
-        backwards, what can still be gained after candidate a is V(a) = max_b q(b | a) (1 + V(b)).
+    def walk(self, sampler: Sampler, last: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose each token of a path by what the sampler makes of q, given those that it has chosen.
 
         Args:
-            last: [batch, 1] the known token before the draft.
-
-        Returns:
-            [batch, k] token ids.
-        """
-        probs, value = self.log_probs(last).exp(), torch.zeros_like(self.scores[:, 0])
-        choices: list[Tensor] = []  # [batch, K] the best candidate after each one, from the last position backwards
-        for given in reversed(probs.unbind(1)):
-            value, choice = (given * (1 + value[:, None])).max(-1)
-            choices.append(choice)
-        path = [torch.zeros_like(last)]  # the known token is before every candidate
-        for choice in reversed(choices):
-            path.append(choice.gather(1, path[-1]))
-        return self.candidates.gather(2, torch.stack(path[1:], dim=1))[..., 0]
-
-    def draw(self, sampler: Sampler, last: Tensor, rows: Tensor) -> Tensor:
-        """Draw a path, each token from what the sampler makes of q given the one before.
-
-        Args:
-            sampler: Draws.
+            sampler: Chooses the most probable one, or draws.
             last: [batch, 1] the known token before the draft.
             rows: [batch] rows of the batch, on the host.
 
         Returns:
-            [batch, k] token ids.
+            [batch, k] token ids; and the logits [batch, k, vocab] that they are from, -inf off the candidates.
         """
-        path = [last]
-        for position in range(self.scores.shape[1]):
-            logits = self._spread(self._logits(position, path[-1][:, 0])[:, None], self.candidates[:, position, None])
+        history, path, chosen_from = initial_history(last), [], []
+        for position, candidates in enumerate(self.candidates.unbind(1)):
+            logits = last.new_full((len(last), 1, self.vocab_size), -torch.inf, dtype=self.scores.dtype)
+            logits.scatter_(-1, candidates[:, None], self.logits(position, history))
             path.append(sampler.sample_tokens(logits, rows))
-        return torch.cat(path[1:], dim=1)
+            chosen_from.append(logits)
+            history = appended(history, path[-1])
+        return torch.cat(path, dim=1), torch.cat(chosen_from, dim=1)
 
-    def logits(self, last: Tensor, path: Tensor) -> Tensor:
-        """Return [batch, k, vocab] logits of q along a path, each given the token before; -inf off the candidates.
 
-        Args:
-            last: [batch, 1] the known token before the draft.
-            path: [batch, k] token ids.
-        """
-        previous = torch.cat([last, path[:, :-1]], dim=1)
-        logits = [self._logits(position, token) for position, token in enumerate(previous.unbind(1))]
-        return self._spread(torch.stack(logits, dim=1), self.candidates)
+def initial_history(last: Tensor) -> Tensor:
+    """Return the history [batch, 1, HISTORY] of a draft's first token, after the known one, [batch, 1]."""
+    return last[..., None].expand(-1, -1, HISTORY)
 
-    def _logits(self, position: int, previous: Tensor) -> Tensor:
-        """Return [batch, K] logits of the candidates at a position after tokens [batch]."""
-        return self.scores[:, position] + (self.after[:, position] @ self.before[previous][..., None])[..., 0]
 
-    def _spread(self, logits: Tensor, candidates: Tensor) -> Tensor:
-        """Return logits [batch, positions, K] of candidates as [batch, positions, vocab]."""
-        everywhere = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
-        return everywhere.scatter(-1, candidates, logits)
+def appended(histories: Tensor, tokens: Tensor) -> Tensor:
+    """Return histories [batch, n, HISTORY] after one more token each, [batch, n]."""
+    return torch.cat([tokens[..., None], histories[..., :-1]], dim=-1)

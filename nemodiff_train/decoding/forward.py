@@ -78,7 +78,7 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
 
     Returns:
         [batch, k or new, padded vocab]; in a draft forward of a model with a path selector, after the logits come the
-        gates of its scores: [batch, k or new, padded vocab + rank].
+        contexts of its scores: [batch, k or new, padded vocab + rank].
     """
     if indices is not None:
         states = states.gather(0, indices.T[..., None].expand(-1, -1, states.shape[2]))
@@ -86,7 +86,7 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
     logits: Tensor = chunk.output_layer(states, weight=shared, runtime_gather_output=True)[0]
     state: AttentionState = chunk.attention_state
     if state.pair_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
-        logits = torch.cat([logits, chunk.selector.gates(states)], dim=-1)
+        logits = torch.cat([logits, chunk.selector.contexts(states)], dim=-1)
     return logits.transpose(0, 1)
 
 

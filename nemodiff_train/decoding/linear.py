@@ -17,7 +17,7 @@ class Draft(NamedTuple):
 
     logits: Tensor
     """[batch, k, vocab]."""
-    gates: Tensor
+    contexts: Tensor
     """[batch, k, rank] of the path selector's scores; of rank 0 without one."""
 
 
@@ -96,16 +96,16 @@ def _draft(
         filling = (noise * session.vocab_size).long()
     else:
         filling = session.masks(len(active), unknown)
-    logits, gates = session.draft(torch.cat([last, filling], dim=1), active, causal=kind.causal)
+    logits, contexts = session.draft(torch.cat([last, filling], dim=1), active, causal=kind.causal)
     if kind.seed_in_block:
-        return active, last, logits[:, 1:], gates[:, 1:]
+        return active, last, logits[:, 1:], contexts[:, 1:]
     session.commit(active, 1)
     own = sampler.sample_tokens(logits[:, :1], active)
     for row, token in zip(active.tolist(), own[:, 0].tolist(), strict=True):
         rows[row].extend([token], [session.calls(row)])
         if rows[row].finished:
             rows[row].cycles.append(Cycle(accepted=0, own=1))
-    return _running(rows, active, own, logits[:, 1:], gates[:, 1:])
+    return _running(rows, active, own, logits[:, 1:], contexts[:, 1:])
 
 
 def _verify_chain(
@@ -132,8 +132,7 @@ def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sample
     if session.pair_tables is None:
         return sampler.sample_tokens(draft.logits, active), draft.logits
     chain = Chain.of(session.pair_tables, *draft)
-    path = chain.best_path(last) if sampler.greedy else chain.draw(sampler, last, active)
-    return path, chain.logits(last, path)
+    return chain.walk(sampler, last, active)
 
 
 def commit_accepted(

@@ -59,8 +59,8 @@ class PipelineRunner:
             output = self._run(chunk, tokens, batch, indices)
             if self._size > 1 and stage + 1 < stages:
                 dist.send(output.contiguous(), self._owner(stage + 1), self._group)
-        gates = self.pair_tables.rank if self.pair_tables is not None and batch.is_draft else 0
-        return self._broadcast_logits(tokens if indices is None else indices, output, gates)
+        contexts = self.pair_tables.rank if self.pair_tables is not None and batch.is_draft else 0
+        return self._broadcast_logits(tokens if indices is None else indices, output, contexts)
 
     def _run(self, chunk: GPTModel, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None) -> Tensor:
         """Return the chunk's logits [batch, k or new, padded vocab], or its states [new, batch, hidden]."""
@@ -89,11 +89,11 @@ class PipelineRunner:
         """Return the global rank of the process that runs a stage."""
         return dist.get_global_rank(self._group, stage % self._size)
 
-    def _broadcast_logits(self, indices: Tensor, logits: Tensor | None, gates: int) -> Tensor:
-        """Return the last stage's logits and so many gates, a vector per element of ``indices``, on every rank."""
+    def _broadcast_logits(self, indices: Tensor, logits: Tensor | None, contexts: int) -> Tensor:
+        """Return the last stage's logits and so many contexts, a vector per element of ``indices``, on every rank."""
         if self._size > 1:
             if self._rank != self._size - 1:
-                shape = (*indices.shape, self.chunks[0].vocab_size + gates)
+                shape = (*indices.shape, self.chunks[0].vocab_size + contexts)
                 logits = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
             assert logits is not None  # the last rank has run the last stage
             logits = logits.contiguous()

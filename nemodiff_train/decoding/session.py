@@ -105,8 +105,8 @@ class Session:
             causal: Causal attention among the new tokens; otherwise they see one another.
 
         Returns:
-            What :meth:`forward` returns; and [batch, new, rank] the gates of a path selector at the same indices, of
-            rank 0 without one.
+            What :meth:`forward` returns; and [batch, new, rank] what the states at the same indices tell a path
+            selector, of rank 0 without one.
         """
         return self._forward(tokens, rows, "draft", causal)
 
@@ -131,18 +131,18 @@ class Session:
             batch = replace(batch, is_draft=True)
         with kernels_for_any_length():
             output = self.model(tokens, batch, indices)
-        first_gate = output.shape[-1] - (self.pair_tables.rank if self.pair_tables and batch.is_draft else 0)
-        logits, gates = output[..., : self.vocab_size].float(), output[..., first_gate:].float()
+        first_context = output.shape[-1] - (self.pair_tables.rank if self.pair_tables and batch.is_draft else 0)
+        logits, contexts = output[..., : self.vocab_size].float(), output[..., first_context:].float()
         check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
         if kind in MASK_FILLING and not causal and self.model.config.shift:
             # A block's first index gets the last's, but it is the seed: never used.
-            logits, gates = logits.roll(1, dims=1), gates.roll(1, dims=1)
+            logits, contexts = logits.roll(1, dims=1), contexts.roll(1, dims=1)
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
         self.seconds[kind] += time.perf_counter() - started
         for row in rows.tolist():
             self.forwards[row][kind] += 1
-        return logits, gates
+        return logits, contexts
 
     @property
     def pair_tables(self) -> PairTables | None:

@@ -8,19 +8,33 @@ from torch.utils.checkpoint import checkpoint
 
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
+from nemodiff_train.drafter.slots import Slots
 from nemodiff_train.drafter.step import DraftLoss, Head, in_chunks
-from nemodiff_train.model.path_selector import CANDIDATES, PathSelector
+from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, PathSelector
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectorLoss(DraftLoss):
     """The loss of a path selector, for the chain that it makes of a drafter's drafts.
 
-    In a slot q is the chain's distribution of the token after the text's own one, and p the verifier's, both on the
+    In a slot q is the chain's distribution of the token after the text's own ones, and p the verifier's, both on the
     draft's candidates and renormalized.  Slots where the verifier's choice is no candidate have no loss.
     """
 
     selector: PathSelector
+
+    def _history(self, slots: Slots, shifted: bool) -> Tensor:
+        """Return the text's tokens before the one that each position drafts, the nearest first: [batch, n, HISTORY].
+
+        Those before the draft are all its known token, as decoding has them.
+        """
+        text = self.batch["tokens"][:, self.batch["maskable"].shape[1] :]
+        tokens = [text if shifted else self.state.shard.before(text, self.state.context_group)]
+        for _ in range(HISTORY - 1):
+            tokens.append(self.state.shard.before(tokens[-1], self.state.context_group))
+        within = (self._own(slots.number) - 1).clamp(min=0)[..., None]
+        index = torch.arange(HISTORY, device=within.device).minimum(within)
+        return torch.stack(tokens, dim=-1).gather(-1, index)
 
     def _judge(
         self, head: Head, drafts: Tensor, verifiers: Tensor, uniform: Tensor, previous: Tensor
@@ -49,7 +63,7 @@ class JudgedChains:
     drafts: Tensor
     """[S, hidden] states that draft."""
     previous: Tensor
-    """[S] the text's token before each slot's."""
+    """[S, HISTORY] the text's tokens before each slot's."""
     agrees: Tensor
     accepted: Tensor
     has_loss: Tensor

@@ -110,7 +110,7 @@ class DraftLoss:
             clean, usable = (self.state.shard.before(each, self.state.context_group) for each in (clean, usable))
         drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each
 
-        judged = self._judge(head, drafts, verifiers, uniform, self._previous(shifted).flatten()[index])
+        judged = self._judge(head, drafts, verifiers, uniform, self._history(slots, shifted).flatten(0, 1)[index])
         found = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
         passed = self.state.shard.gather(torch.stack(found, dim=2), length, self.state.context_group)
         usable, agrees, accepted = passed.unbind(2)
@@ -134,7 +134,7 @@ class DraftLoss:
             drafts: [S, hidden] states that draft.
             verifiers: [S, hidden] states that verify.
             uniform: [S, 2] draws for :func:`~nemodiff_train.drafter.loss.judge`.
-            previous: [S] the text's token before each.
+            previous: [S, m] what :meth:`_history` returns of them.
         """
         learns = torch.is_grad_enabled()
         found: list[tuple[Tensor, ...]] = []
@@ -153,10 +153,9 @@ class DraftLoss:
         losses, gradients, agrees, accepted = (torch.cat(parts) for parts in zip(*found, strict=True))
         return JudgedDrafts(agrees, accepted, drafts, losses, gradients)
 
-    def _previous(self, shifted: bool) -> Tensor:
-        """Return [batch, n] the text's token before the one that each position drafts."""
-        text = self.batch["tokens"][:, self.batch["maskable"].shape[1] :]
-        return text if shifted else self.state.shard.before(text, self.state.context_group)
+    def _history(self, slots: Slots, shifted: bool) -> Tensor:
+        """Return [batch, n, m] of the text's tokens before each slot's; none, since the loss takes none."""
+        return slots.number.new_zeros(*self.batch["maskable"].shape, 0)
 
     def _own(self, values: Tensor) -> Tensor:
         """Return this rank's positions of [batch, L, ...] values."""
