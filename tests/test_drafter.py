@@ -470,7 +470,7 @@ def test_a_selectors_checkpoint_has_the_adapters_too(runs: Jobs, drafter: str) -
     for matrix, table in ((chunk.selector.before, "before"), (chunk.selector.after, "after")):
         found = getattr(chunk.attention_state.pair_tables, table)
         assert matrix.std() > 1e-3
-        torch.testing.assert_close(found.double(), rows @ matrix.double().T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.double(), rows @ matrix.double().mT, rtol=1e-4, atol=1e-5)
     own = opened(str(runs.folder / "base" / "checkpoints"), str(runs.folder / "own_selector" / "checkpoints"))
     assert runs["own_selector"] and own.model[0].selector.after.any()
     assert not any("adapter" in name for name, _ in own.model[0].named_parameters())
