@@ -120,7 +120,7 @@ def demo_selector(start_from: str, problems: str, output: str, drafter: str | No
     model = model_from(start_from)
     drafts = with_selector(model, drafter, rank=256)
     objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
-    config = _demo(model, objective, _text(problems), start_from, output, steps=200, warmup=10, peak=5e-3)
+    config = _demo(model, objective, _text(problems), start_from, output, steps=300, warmup=10, peak=5e-3)
     config.train.global_batch_size = 16
     config.drafter, config.peft = selector(drafts.name), drafts.lora
     return config
