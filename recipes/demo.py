@@ -6,9 +6,9 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, IndexedDatasetConfig, TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule, tokenizer_of
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
-from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
+from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, selector, uno
 from nemodiff_train.model.adapters import lora
-from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers
+from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from, model_like
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
@@ -105,6 +105,24 @@ def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 6
     config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=1e-3)
     config.train.global_batch_size = 16
     config.drafter, config.peft = uno(), DraftLoRA(dim=128, alpha=2048, target_modules=adapted_layers("all"))
+    return config
+
+
+def demo_selector(start_from: str, problems: str, output: str, drafter: str | None = None) -> TriModeConfig:
+    """Train a path selector for the drafts of one of the demo's drafters, or of its tri-mode model without one.
+
+    Args:
+        start_from: Checkpoints of the stage that the drafter is for.
+        problems: Prefix of the arithmetic problems.
+        output: Folder of the run.
+        drafter: Checkpoints of the drafter.
+    """
+    model = model_from(start_from)
+    drafts = with_selector(model, drafter, rank=256)
+    objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
+    config = _demo(model, objective, _text(problems), start_from, output, steps=300, warmup=10, peak=5e-3)
+    config.train.global_batch_size = 16
+    config.drafter, config.peft = selector(drafts.name), drafts.lora
     return config
 
 

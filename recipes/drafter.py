@@ -2,14 +2,16 @@
 
 The loss and the adapters of ``drafter`` are Nemotron-Labs-Diffusion's (arXiv 2607.05722, section 3.3).  The paper
 does not give its data, steps or learning rate; those here are a start.  ``drafter_uno`` is Uno (arXiv 2609.04010),
-for models that are autoregressive alone, with the paper's run for an 8B model.
+for models that are autoregressive alone, with the paper's run for an 8B model.  ``selector`` is the path selector of
+DFlash 2 (Inco AI, 2026), for the drafts of either.
 """
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import indexed_dataset
 from nemodiff_train.config.defaults import adamw, base_config, schedule, set_tensor_parallel
 from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
-from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers
+from nemodiff_train.drafter.config import selector as switches
+from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 
@@ -88,4 +90,42 @@ def drafter_uno(
     config.optimizer.weight_decay = config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = 0.0
     config.drafter = uno()
     config.peft = DraftLoRA(dim=lora_rank, alpha=lora_alpha, target_modules=adapted_layers(targets))
+    return config
+
+
+def selector(
+    start_from: str,
+    data: str,
+    output: str,
+    drafter: str | None = None,
+    tensor_parallel: int = 1,
+    rank: int = 256,
+    steps: int = 500,
+) -> TriModeConfig:
+    """Train a path selector for the drafts of a drafter; its checkpoints hold the drafter's adapters too.
+
+    Args:
+        start_from: Megatron checkpoint of the model.
+        data: Prefix of prepared text; best text that the model itself has written.
+        output: Folder of the run.
+        drafter: Checkpoint of a drafter of the model; without one, a tri-mode model's own drafts are selected from.
+        tensor_parallel: Tensor-parallel size.
+        rank: Rank of the selector's scores.
+        steps: Training steps.
+    """
+    model = set_tensor_parallel(model_from(start_from), tensor_parallel)
+    drafts = with_selector(model, drafter, rank)
+    peak = 0.64 / model.hidden_size  # what one step adds to a score grows with the number of its terms
+    config = base_config(
+        model,
+        ObjectiveConfig(block_size=drafts.block_size, shift=model.shift),
+        indexed_dataset(data, 4096),
+        start_from=start_from,
+        output=output,
+        steps=steps,
+        batch_size=32,
+        optimizer=adamw(peak, peak / 10, sharded=True),
+        scheduler=schedule(0.025, style="cosine"),
+    )
+    config.drafter, config.peft = switches(drafts.name), drafts.lora
     return config

@@ -98,6 +98,37 @@ def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any
     }
 
 
+def drafts(models: list[str], tensor: int, pipeline: int) -> dict[str, Any]:
+    """Return the drafts of a model with a drafter that has a path selector, and the text.
+
+    Args:
+        models: Checkpoints of the model and of the drafter.
+        tensor: Tensor-parallel ranks.
+        pipeline: Pipeline ranks.
+
+    Returns:
+        Drafts of ``linear`` and ``tree`` by row, and ``unselected``, of ``linear`` without the selector; ``tokens``,
+        the text of ``linear``; and that of ``ar``.
+    """
+    from nemodiff_train.decoding.decode import decode
+    from nemodiff_train.decoding.loading import load_decoding_model
+    from nemodiff_train.model.checkpoint import Checkpoint
+
+    model, drafter = (Checkpoint.open(path) for path in models)
+    options: dict[str, Any] = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "max_new_tokens": 24}
+    opened = load_decoding_model(model, drafter=drafter, block_size=8, **options)
+    prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
+    rows = {mode: decode(opened.model, prompts, mode, opened.settings)[0] for mode in ("ar", "linear", "tree")}
+    for chunk in opened.model:
+        chunk.attention_state.pair_tables = None
+    rows["unselected"] = decode(opened.model, prompts, "linear", opened.settings)[0]
+    found: dict[str, Any] = {
+        mode: [[cycle.draft_tokens for cycle in row.cycles] for row in rows[mode]]
+        for mode in ("linear", "tree", "unselected")
+    }
+    return found | {"tokens": [row.tokens for row in rows["linear"]], "ar": [row.tokens for row in rows["ar"]]}
+
+
 def warnings(**arguments: Any) -> dict[str, Any]:
     """Train; return what the console printed."""
     from nemodiff_train.console import console

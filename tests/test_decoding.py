@@ -16,7 +16,20 @@ MASK = 1
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return build(tmp_path_factory.mktemp("decoding") / "qwen3", small.qwen3)
+    """With a random path selector, which modes named "selected" use."""
+    built = build(tmp_path_factory.mktemp("decoding") / "qwen3", small.qwen3)
+    add_selector(built)
+    return built
+
+
+def add_selector(built: Any) -> None:
+    from nemodiff_train.model.draft_adapter import DraftLoRA
+
+    chunk = getattr(built, "module", built)
+    DraftLoRA(target_modules=[], selector_rank=6)(built, training=False)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in chunk.selector.parameters():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
 
 
 def build(directory: Path, family: Callable[[Path], None]) -> Any:
@@ -39,13 +52,20 @@ def build(directory: Path, family: Callable[[Path], None]) -> Any:
 
 
 def run(model: Any, prompts: list[list[int]], mode: str, numbers: list[int] | None = None, **settings: Any) -> Any:
-    """Decode in a mode; after "uno ", with drafts as a drafter of that kind makes them, and without its adapters."""
+    """Decode in a mode.
+
+    After "uno ", with drafts as a drafter of that kind makes them, and without its adapters; after "selected ", with
+    the path selector.
+    """
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
+    from nemodiff_train.model.path_selector import PairTables
     from nemodiff_train.objective.drafts import DRAFT_KINDS
 
-    kind, _, mode = mode.rpartition(" ")
-    getattr(model, "module", model).attention_state.draft_kind = DRAFT_KINDS[kind or "nemotron"]
+    *words, mode = mode.split()
+    chunk = getattr(model, "module", model)
+    chunk.attention_state.draft_kind = DRAFT_KINDS["uno" if "uno" in words else "nemotron"]
+    chunk.attention_state.pair_tables = PairTables.of([chunk], rank=6) if "selected" in words else None
     return decode(
         model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}), numbers
     )
@@ -67,7 +87,10 @@ def test_a_row_can_be_watched(model: Any, mode: str) -> None:
     assert lengths == sorted(set(lengths)) and 1 < len(told) <= session.calls(0)
 
 
-LOSSLESS = ("linear", "tree", "uno linear", "uno tree", "quadratic")
+LOSSLESS = (
+    "linear", "tree", "uno linear", "uno tree", "quadratic", "selected linear", "selected uno linear",
+    "selected uno tree",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("block_size", [2, 5, 8, 16])
@@ -88,7 +111,9 @@ def test_self_speculation_equals_ar(model: Any, seed: int, block_size: int) -> N
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "uno linear", "uno tree", "quadratic"])
+@pytest.mark.parametrize(
+    "mode", ["ar", "diffusion", "linear", "uno linear", "uno tree", "quadratic", "selected linear"]
+)
 def test_rows_of_a_batch_do_not_see_each_other(model: Any, mode: str, temperature: float) -> None:
     settings = {"threshold": 0.02, "temperature": temperature, "seed": 3}
     together = tokens(model, PROMPTS, mode, **settings)
@@ -146,6 +171,8 @@ KINDS = {
     "tree": {"draft", "verify"},
     "uno linear": {"draft", "verify"},
     "uno tree": {"draft", "verify"},
+    "selected linear": {"draft", "verify"},
+    "selected uno linear": {"draft", "verify"},
     "quadratic": {"fused"},
     "oracle": {"search"},
 }
@@ -162,7 +189,7 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     if mode in LOSSLESS:
         assert sum(cycle.committed for cycle in generations[0].cycles) + 1 == len(generations[0].tokens)
         assert len(generations[0].cycles) == session.forwards[0]["fused" if mode == "quadratic" else "draft"]
-        assert all(cycle.own == mode.startswith("uno") for cycle in generations[0].cycles)
+        assert all(cycle.own == ("uno" in mode) for cycle in generations[0].cycles)
 
 
 def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -241,8 +268,9 @@ def test_the_oracle_finds_the_shortest_path() -> None:
 
 
 @pytest.fixture
-def small_vocabulary(model: Any) -> Iterator[Any]:
-    """The model with all but eight tokens forbidden, and its drafts made to disagree with it."""
+def small_vocabulary(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The model with all but eight tokens forbidden, its drafts made to disagree with it; paths take five."""
+    monkeypatch.setattr("nemodiff_train.decoding.chain.CANDIDATES", 5)
     allowed = torch.arange(20, 28)
     bias = torch.full((model.config.vocab_size,), -1e30)
     bias[allowed] = 0.0
@@ -268,6 +296,9 @@ DEEP = {"temperature": 0.7, "top_k": 3, "max_new_tokens": 5, "block_size": 3, "t
     [
         *((mode, filters) for mode in ("linear", "quadratic") for filters in FILTERS),
         *((mode, filters) for mode in ("tree", "uno linear", "uno tree") for filters in (FILTERS[2], DEEP)),
+        *(("selected linear", filters) for filters in (*FILTERS, DEEP)),
+        ("selected uno linear", DEEP),
+        ("selected tree", DEEP),
     ],
 )
 def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mode: str, filters: dict) -> None:
@@ -319,7 +350,9 @@ def test_a_tree_has_the_most_probable_continuations() -> None:
     logits[1, 2, 3:] = -torch.inf
     log_probs = logits.log_softmax(-1)
     for nodes, width in ((2, 1), (6, 2), (17, 3), (40, 9), (200, 5)):
-        tree = DraftTree.most_probable(log_probs, nodes, width)
+        values, candidates = log_probs.topk(min(width, 5))
+        last = torch.zeros(2, 1, dtype=torch.long)
+        tree = DraftTree.most_probable(lambda depth, _: values[:, depth, None], candidates, last, nodes)  # noqa: B023
         for row in range(2):
             tokens, parents, depths = (each[row].tolist() for each in (tree.tokens, tree.parents, tree.depths))
             paths: list[tuple[int, ...]] = [()]

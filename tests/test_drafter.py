@@ -165,14 +165,23 @@ CURRICULUM = [
 ]
 """The blocks of Uno, with documents: blocks begin anywhere and reach across context-parallel chunks."""
 
+FASTER = ["optimizer.lr=1e-2", "optimizer.min_lr=1e-3"]
+"""A rate at which ten steps of a path selector change drafts."""
+
 REFERENCES: dict[str, tuple[str, str, list[str]]] = {
     "one": ("drafter", "base", []),
     "documents": ("drafter", "base", [word for word in layouts.DOCUMENTS if "alpha" not in word]),
     "uno": ("uno", "ar", CURRICULUM),
     "talks": ("drafter", "base", ["drafter.sampled_share=0"]),
     "uno_talks": ("uno", "ar", CURRICULUM[1:]),
+    "selector": ("selector", "base", FASTER),
+    "own_selector": ("selector", "base", FASTER),
+    "uno_selector": ("selector", "ar", [*FASTER, "dataset.reset_attention_mask=true"]),
 }
 """Recipe, start and settings of the drafters that are trained on one rank."""
+
+SELECTED = {"selector": "one", "uno_selector": "uno"}
+"""Whose drafts a path selector is trained for; ``own_selector`` for those of the model itself."""
 
 LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "micro1": ("one", 1, ["train.micro_batch_size=1"]),
@@ -185,6 +194,10 @@ LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "talks_sp2_cp2": ("talks", 4, [*layouts.SP2, *layouts.CP2]),
     "talks_pp2_dp2": ("talks", 4, layouts.PP2),
     "uno_talks_sp2_cp2": ("uno_talks", 4, [*layouts.SP2, *layouts.CP2]),
+    "selector_again": ("selector", 1, []),
+    "selector_sp2": ("selector", 2, layouts.SP2),
+    "selector_pp2_dp2": ("selector", 4, layouts.PP2),
+    "uno_selector_sp2_cp2": ("uno_selector", 4, [*layouts.SP2, *layouts.CP2]),
 }
 """What each continues after the first steps, the number of ranks, and the layout."""
 HALF_WAY, STEPS = 2, 10
@@ -212,19 +225,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
         start_from, output = str(folder / start / "checkpoints"), str(folder / name)
         settings = (*steps, *shared, *settings)
         source = str(folder / "chat") if "talks" in name else data
-        return {"recipe": recipe, "start_from": start_from, "data": source, "output": output, "settings": settings}
+        words = {"recipe": recipe, "start_from": start_from, "data": source, "output": output, "settings": settings}
+        drafter = {"drafter": str(folder / SELECTED[reference] / "checkpoints")} if reference in SELECTED else {}
+        return drafter | words
 
     for name, (_, start, _) in REFERENCES.items():
         saved = f"checkpoint.save_interval={HALF_WAY}"
-        runs.add(name, 1, jobs.train, after=start, **arguments(name, name, saved, "checkpoint.most_recent_k=-1"))
+        after = SELECTED.get(name, start)
+        runs.add(name, 1, jobs.train, after=after, **arguments(name, name, saved, "checkpoint.most_recent_k=-1"))
     for name, (reference, world_size, settings) in LAYOUTS.items():
         stopped = {"stopped": str(folder / reference), "step": HALF_WAY}
         runs.add(name, world_size, jobs.resume, after=reference, **stopped, **arguments(name, reference, *settings))
     for name, world_size, options in (
         ("one", 1, []), ("sp2", 2, ["--tensor-parallel", "2"]), ("uno", 1, []), ("uno_sp2_cp2", 1, []),
+        ("selector_again", 1, []),
     ):  # fmt: skip
         export = ["export", str(folder / name / "checkpoints"), str(folder / f"{name}-peft"), *options]
         runs.add(f"export_{name}", world_size, jobs.convert, after=name, commands=[export])
+    for name, (start, parts) in {"selector": ("base", (2, 2)), "uno_selector": ("ar", (2, 1))}.items():
+        models = [str(folder / part / "checkpoints") for part in (start, name)]
+        for tensor, pipeline in ((1, 1), parts):
+            world_size, named = tensor * pipeline, f"drafts_{name}_{tensor}x{pipeline}"
+            runs.add(named, world_size, jobs.drafts, after=name, models=models, tensor=tensor, pipeline=pipeline)
     return runs
 
 
@@ -470,6 +492,8 @@ def test_refused_in_one_line(
     folder = runs.folder
     output, (plain, own) = tmp_path / "output", uno
     train = ["train", "drafter", f"start_from={base}", f"data={folder / 'data'}", f"output={output}"]
+    assert runs["own_selector"]
+    select, own_selector = ["train", "selector", *train[2:]], str(folder / "own_selector" / "checkpoints")
     train_uno = ["train", "drafter_uno", f"start_from={plain}", *train[3:]]
     other = tmp_path / "other"
     small.qwen3(other, num_hidden_layers=2)
@@ -487,6 +511,10 @@ def test_refused_in_one_line(
         (["generate", plain, "a", "--mode", "tree", "--drafter", own, "--tree-nodes", "1"], "tree nodes is 1"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
+        ([*select, f"drafter={base}"], "is not a drafter"),
+        (["train", "selector", f"start_from={tmp_path / 'two'}", *train[3:], f"drafter={own}"], "this one has 2"),
+        ([*select, "rank=0"], "at least 1"),
+        (["convert", "export", own_selector, str(output)], "a path selector alone"),
         ([*train[:2], f"start_from={plain}", *train[3:]], "has no mask token"),
         ([*train, "lora_rank=many"], "lora_rank=many is not a whole number"),
         ([*train, "lora_rank=0"], "have rank 0"),
@@ -506,7 +534,47 @@ def test_refused_in_one_line(
         assert not output.exists()
 
 
-def test_inspected_as_what_it_is(drafter: str, uno: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    for checkpoint, kind in ((drafter, "nemotron"), (uno[1], "uno")):
+def test_a_selectors_checkpoint_has_the_adapters_too(runs: Jobs, drafter: str) -> None:
+    """Those that it was trained for, to the bit; and tables of the pairs under every layout."""
+    from safetensors.torch import load_file
+
+    from nemodiff_train.decoding.chain import Chain
+
+    assert runs["export_one"] and runs["export_selector_again"]["codes"] == [0]
+    adapters, kept = (load_file(runs.folder / f"{name}-peft" / FILE) for name in ("one", "selector_again"))
+    assert all(torch.equal(adapters[name], kept[name]) for name in {*adapters, *kept})
+
+    loaded = opened(str(runs.folder / "base" / "checkpoints"), str(runs.folder / "selector" / "checkpoints"))
+    (chunk,) = loaded.model
+    rows = chunk.output_layer.weight.double()
+    rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    for matrix, table in ((chunk.selector.before, "before"), (chunk.selector.after, "after")):
+        found = getattr(chunk.attention_state.pair_tables, table)
+        assert matrix.std() > 1e-3
+        torch.testing.assert_close(found.double(), rows @ matrix.double().mT, rtol=1e-4, atol=1e-5)
+    own = opened(str(runs.folder / "base" / "checkpoints"), str(runs.folder / "own_selector" / "checkpoints"))
+    assert runs["own_selector"] and own.model[0].selector.after.any()
+    assert not any("adapter" in name for name, _ in own.model[0].named_parameters())
+    assert Chain.of(own.model[0].attention_state.pair_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
+
+
+@pytest.mark.parametrize(("name", "parts"), [("selector", "2x2"), ("uno_selector", "2x1")])
+def test_drafts_are_selected_alike_under_every_layout(runs: Jobs, name: str, parts: str) -> None:
+    alone, split = runs[f"drafts_{name}_1x1"], runs[f"drafts_{name}_{parts}"]
+    assert alone == split
+    assert alone["linear"] != alone["unselected"]
+    assert alone["tokens"] == alone["ar"]
+
+
+def test_inspected_as_what_it_is(
+    runs: Jobs, drafter: str, uno: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    selector = str(runs.folder / "uno_selector" / "checkpoints")
+    assert runs["uno_selector"]
+    for checkpoint, kind in (
+        (drafter, "nemotron"),
+        (uno[1], "uno"),
+        (selector, "uno, with a path selector"),
+    ):
         assert main(["convert", "inspect", checkpoint]) == 0
         assert f"Megatron checkpoint: drafter, {kind}" in capsys.readouterr().out

@@ -334,6 +334,8 @@ def test_names_of_recipes() -> None:
         "smollm2_drafter",
         "drafter_uno",
         "demo_drafter_uno",
+        "selector",
+        "demo_selector",
     }
     assert split_file("a b.py") == (Path("a b.py"), "recipe") and split_file("x/y.py:run") == (Path("x/y.py"), "run")
     assert split_file("joint") is None

@@ -18,6 +18,7 @@ from nemodiff_train.config.schedule import ScheduleConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.draft_adapter import DraftLoRA
 from nemodiff_train.objective import ObjectiveConfig
 
 
@@ -91,6 +92,11 @@ class TriModeConfig(ConfigContainer):
     def has_masks(self) -> bool:
         """Return whether samples have masked positions; those of some drafters have other noise."""
         return self.objective.stage == "joint" and not (self.drafter and self.drafter.draft_kind.uniform_noise)
+
+    @property
+    def trains_selector(self) -> bool:
+        """Return whether a path selector is trained, and nothing else."""
+        return isinstance(self.peft, DraftLoRA) and self.peft.selector_rank > 0
 
     def fit_schedule(self) -> None:
         """Turn the schedule's shares of the run into steps."""

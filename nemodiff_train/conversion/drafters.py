@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemodiff_train.console import quiet, say
+from nemodiff_train.console import quiet, say, warn
 from nemodiff_train.conversion.formats import FORMATS, own_format
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
@@ -75,7 +75,7 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
 
 
 def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: bool) -> None:
-    """Refuse to write a drafter where engines would take it for another kind, and draft badly with it.
+    """Refuse to write a drafter where engines would take it for another kind; tell what they do not know.
 
     Args:
         source: Its checkpoint.
@@ -84,13 +84,19 @@ def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: boo
         in_folder: Whether it is to be the ``linear_spec_lora`` of that directory.
 
     Raises:
-        UserError: It is a ``uno``, which engines load beside an AR model's directory.
+        UserError: It is a ``uno``, which engines load beside an AR model's directory, or has no adapters.
     """
+    if not drafter.lora.target_modules:
+        raise UserError(
+            f"'{source.path}' is a path selector alone, which no engine knows: there is nothing to export"
+        )
     if drafter.kind.uniform_noise and (in_folder or kind in (NEMOTRON, TRI_MODE)):
         raise UserError(
             f"the drafter '{source.path}' is of kind uno, for a plain AR model's directory (--format ar) and a "
             f"folder of its own; {kind}'s {DRAFTER_FOLDER} holds drafters of kind nemotron"
         )
+    if drafter.lora.selector_rank:
+        warn(f"engines know no path selector: that of '{source.path}' is left out")
 
 
 def write_drafter(source: Checkpoint, drafter: Drafter, layers: int, kind: str, directory: Path) -> None:

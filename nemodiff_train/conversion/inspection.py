@@ -67,6 +67,8 @@ def _describe_megatron(checkpoint: Checkpoint) -> dict[str, str]:
     )
     settings = model.get("hf_config") or {}
     kind = f", {checkpoint.run_config['drafter'].get('kind')}" if checkpoint.kind is Kind.DRAFTER else ""
+    if (checkpoint.run_config.get("peft") or {}).get("selector_rank"):
+        kind += ", with a path selector"
     return {
         "kind": f"Megatron checkpoint: {checkpoint.kind}{kind}",
         "architecture": architecture(settings),

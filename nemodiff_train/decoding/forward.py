@@ -11,6 +11,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
+from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.model.draft_adapter import DraftLinear
 
 
@@ -53,7 +54,7 @@ def fast_forward(chunk: GPTModel, tokens: Tensor, indices: Tensor | None) -> Ten
         indices: [batch, k] indices of the new tokens whose logits are wanted; None for all.
 
     Returns:
-        [batch, k or new, padded vocab] logits on the last stage, else [new, batch, hidden] states.
+        What :func:`logits_at` returns on the last stage, else [new, batch, hidden] states.
     """
     states: Tensor = chunk.decoder.input_tensor
     if chunk.pre_process:
@@ -76,12 +77,16 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
         chunk: The last pipeline stage.
 
     Returns:
-        [batch, k or new, padded vocab].
+        [batch, k or new, padded vocab]; in a draft forward of a model with a path selector, after the logits come the
+        contexts of its scores: [batch, k or new, padded vocab + rank].
     """
     if indices is not None:
         states = states.gather(0, indices.T[..., None].expand(-1, -1, states.shape[2]))
     shared = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
     logits: Tensor = chunk.output_layer(states, weight=shared, runtime_gather_output=True)[0]
+    state: AttentionState = chunk.attention_state
+    if state.pair_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
+        logits = torch.cat([logits, chunk.selector.contexts(states)], dim=-1)
     return logits.transpose(0, 1)
 
 

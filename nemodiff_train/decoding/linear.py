@@ -1,18 +1,29 @@
 """Linear self-speculation: one forward drafts a block, one causal forward verifies it."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemodiff_train.decoding.chain import Chain
 from nemodiff_train.decoding.generation import Cycle, Generation
 from nemodiff_train.decoding.sampling import Sampler, Verification, rejection_sample
 from nemodiff_train.decoding.session import Session
 
-Verify = Callable[[Session, list[Generation], Tensor, Tensor, Tensor, Sampler], Tensor]
+
+class Draft(NamedTuple):
+    """What a draft forward says of the k positions after the known tokens of some rows."""
+
+    logits: Tensor
+    """[batch, k, vocab]."""
+    contexts: Tensor
+    """[batch, k, rank] of the path selector's scores; of rank 0 without one."""
+
+
+Verify = Callable[[Session, list[Generation], Tensor, Tensor, Draft, Sampler], Tensor]
 """Verifies a draft after a known token and commits what it accepts.  Takes the session, all generations, the rows
-[batch] on the host, the token [batch, 1], the draft's logits [batch, k, vocab] and the sampler; returns the next
-known token [batch, 1]."""
+[batch] on the host, the token [batch, 1], the draft and the sampler; returns the next known token [batch, 1]."""
 
 
 def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
@@ -57,9 +68,9 @@ def speculate(
         active, last = _running(rows, active, last)
         if not len(active):
             return rows
-        active, last, draft_logits = _draft(session, rows, active, last, sampler)
+        active, last, *draft = _draft(session, rows, active, last, sampler)
         if len(active):
-            last = verify(session, rows, active, last, draft_logits, sampler)
+            last = verify(session, rows, active, last, Draft(*draft), sampler)
 
 
 def _running(rows: list[Generation], active: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +88,7 @@ def _draft(
     so is the token that its logits give, which the draft then follows.
 
     Returns:
-        The rows [batch] that the draft is for; their last known token [batch, 1]; logits [batch, k, vocab].
+        The rows [batch] that the draft is for; their last known token [batch, 1]; and what a :class:`Draft` holds.
     """
     kind, unknown = session.draft_kind, sampler.settings.block_size - 1
     if kind.uniform_noise:
@@ -85,16 +96,16 @@ def _draft(
         filling = (noise * session.vocab_size).long()
     else:
         filling = session.masks(len(active), unknown)
-    logits = session.forward(torch.cat([last, filling], dim=1), active, "draft", causal=kind.causal)
+    logits, contexts = session.draft(torch.cat([last, filling], dim=1), active, causal=kind.causal)
     if kind.seed_in_block:
-        return active, last, logits[:, 1:]
+        return active, last, logits[:, 1:], contexts[:, 1:]
     session.commit(active, 1)
     own = sampler.sample_tokens(logits[:, :1], active)
     for row, token in zip(active.tolist(), own[:, 0].tolist(), strict=True):
         rows[row].extend([token], [session.calls(row)])
         if rows[row].finished:
             rows[row].cycles.append(Cycle(accepted=0, own=1))
-    return _running(rows, active, own, logits[:, 1:])
+    return _running(rows, active, own, logits[:, 1:], contexts[:, 1:])
 
 
 def _verify_chain(
@@ -102,15 +113,26 @@ def _verify_chain(
     rows: list[Generation],
     active: Tensor,
     last: Tensor,
-    draft_logits: Tensor,
+    draft: Draft,
     sampler: Sampler,
 ) -> Tensor:
-    """Verify one token per drafted position, drawn from the draft's logits."""
-    draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, k]
+    """Verify one token per drafted position."""
+    draft_tokens, draft_logits = _chosen(session, active, last, draft, sampler)
     # The known token and the draft, causally; logits of index i predict the token at i + 1.
     target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
     verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
     return commit_accepted(session, rows, active, verification, own=not session.draft_kind.seed_in_block)
+
+
+def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """Return the tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions they are from.
+
+    Without a path selector every token is chosen by itself.
+    """
+    if session.pair_tables is None:
+        return sampler.sample_tokens(draft.logits, active), draft.logits
+    chain = Chain.of(session.pair_tables, *draft)
+    return chain.walk(sampler, last, active)
 
 
 def commit_accepted(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nemodiff_train.attention.cache import DecodeBatch
 from nemodiff_train.decoding.forward import can_fast_forward, fast_forward, logits_at
+from nemodiff_train.model.path_selector import PairTables
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DraftKind
 
@@ -28,6 +29,7 @@ class PipelineRunner:
         self.config: TriModeModelProvider = self.chunks[0].config
         self.device: torch.device = next(self.chunks[0].parameters()).device
         self.draft_kind: DraftKind = self.chunks[0].attention_state.draft_kind
+        self.pair_tables: PairTables | None = self.chunks[0].attention_state.pair_tables
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
         self._fast = all(can_fast_forward(chunk) for chunk in self.chunks)
         self._group: dist.ProcessGroup = self.chunks[0].pg_collection.pp
@@ -42,7 +44,7 @@ class PipelineRunner:
             indices: [batch, k] indices of the new tokens whose logits are wanted; None for all.
 
         Returns:
-            [batch, k or new, padded vocab] logits.
+            What :func:`~nemodiff_train.decoding.forward.logits_at` returns.
         """
         output: Tensor | None = None  # the last stage's [new, batch, hidden] states, then the logits
         stages = len(self.chunks) * self._size
@@ -57,7 +59,8 @@ class PipelineRunner:
             output = self._run(chunk, tokens, batch, indices)
             if self._size > 1 and stage + 1 < stages:
                 dist.send(output.contiguous(), self._owner(stage + 1), self._group)
-        return self._broadcast_logits(tokens if indices is None else indices, output)
+        contexts = self.pair_tables.rank if self.pair_tables is not None and batch.is_draft else 0
+        return self._broadcast_logits(tokens if indices is None else indices, output, contexts)
 
     def _run(self, chunk: GPTModel, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None) -> Tensor:
         """Return the chunk's logits [batch, k or new, padded vocab], or its states [new, batch, hidden]."""
@@ -86,11 +89,11 @@ class PipelineRunner:
         """Return the global rank of the process that runs a stage."""
         return dist.get_global_rank(self._group, stage % self._size)
 
-    def _broadcast_logits(self, indices: Tensor, logits: Tensor | None) -> Tensor:
-        """Return the last stage's logits, one vector per element of ``indices``, on every rank."""
+    def _broadcast_logits(self, indices: Tensor, logits: Tensor | None, contexts: int) -> Tensor:
+        """Return the last stage's logits and so many contexts, a vector per element of ``indices``, on every rank."""
         if self._size > 1:
             if self._rank != self._size - 1:
-                shape = (*indices.shape, self.chunks[0].vocab_size)
+                shape = (*indices.shape, self.chunks[0].vocab_size + contexts)
                 logits = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
             assert logits is not None  # the last rank has run the last stage
             logits = logits.contiguous()

@@ -16,6 +16,7 @@ from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.generation import ForwardKind
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.path_selector import PairTables
 from nemodiff_train.objective.drafts import DraftKind
 
 # Forwards that fill masks: index i predicts the token at i, which a model trained with the shift says at i - 1.
@@ -72,7 +73,7 @@ class Session:
         layout: Layout | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens after those that their rows have committed.
+        """Run new tokens after those that their rows have committed; see :meth:`draft` for drafts to select from.
 
         Args:
             tokens: [batch, new] token ids.
@@ -92,6 +93,33 @@ class Session:
             NotFinite: Logits are infinite or not numbers.
             ValueError: A row would outgrow the session's capacity.
         """
+        return self._forward(tokens, rows, kind, causal, block_size, layout, indices)[0]
+
+    @torch.inference_mode()
+    def draft(self, tokens: Tensor, rows: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        """Run a draft forward.
+
+        Args:
+            tokens: [batch, new] token ids.
+            rows: [batch] rows of the session they belong to, ascending; on the host.
+            causal: Causal attention among the new tokens; otherwise they see one another.
+
+        Returns:
+            What :meth:`forward` returns; and [batch, new, rank] what the states at the same indices tell a path
+            selector, of rank 0 without one.
+        """
+        return self._forward(tokens, rows, "draft", causal)
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        kind: ForwardKind,
+        causal: bool,
+        block_size: int | None = None,
+        layout: Layout | None = None,
+        indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         self._check_room(rows, tokens.shape[1])
         started = time.perf_counter()
         if layout is None:
@@ -102,16 +130,24 @@ class Session:
         if kind == "draft":
             batch = replace(batch, is_draft=True)
         with kernels_for_any_length():
-            logits = self.model(tokens, batch, indices)[..., : self.vocab_size].float()
+            output = self.model(tokens, batch, indices)
+        first_context = output.shape[-1] - (self.pair_tables.rank if self.pair_tables and batch.is_draft else 0)
+        logits, contexts = output[..., : self.vocab_size].float(), output[..., first_context:].float()
         check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
         if kind in MASK_FILLING and not causal and self.model.config.shift:
-            logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
+            # A block's first index gets the last's, but it is the seed: never used.
+            logits, contexts = logits.roll(1, dims=1), contexts.roll(1, dims=1)
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
         self.seconds[kind] += time.perf_counter() - started
         for row in rows.tolist():
             self.forwards[row][kind] += 1
-        return logits
+        return logits, contexts
+
+    @property
+    def pair_tables(self) -> PairTables | None:
+        """Return the path selector of the model's drafter; None without one."""
+        return self.model.pair_tables
 
     @property
     def draft_kind(self) -> DraftKind:

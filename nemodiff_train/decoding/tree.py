@@ -1,13 +1,14 @@
 """Tree self-speculation: one forward drafts, one verifies many continuations of the text at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nemodiff_train.decoding.generation import Generation
-from nemodiff_train.decoding.linear import speculate
+from nemodiff_train.decoding.chain import Chain, appended, initial_history
+from nemodiff_train.decoding.generation import DecodingSettings, Generation
+from nemodiff_train.decoding.linear import Draft, speculate
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Layout, Session
 
@@ -32,6 +33,11 @@ def decode_tree(session: Session, prompts: Sequence[Sequence[int]], sampler: Sam
     return speculate(session, prompts, sampler, _verify_tree)
 
 
+NextLogProbs = Callable[[int, Tensor], Tensor]
+"""Takes the index of a drafted position and histories [batch, n, HISTORY]; returns log probabilities [batch, n or 1,
+width] of its candidates."""
+
+
 @dataclass(frozen=True)
 class DraftTree:
     """One tree per row, of n nodes; parents come before their children, and the root is first."""
@@ -44,26 +50,29 @@ class DraftTree:
     """[batch, n] distance from the root."""
 
     @classmethod
-    def most_probable(cls, log_probs: Tensor, nodes: int, width: int) -> "DraftTree":
+    def most_probable(cls, next_log_probs: NextLogProbs, candidates: Tensor, last: Tensor, nodes: int) -> "DraftTree":
         """Return the trees whose nodes have the largest products of probabilities from the root.
 
         Args:
-            log_probs: [batch, k, vocab] of the drafted positions, each of which is drafted without the others.
+            next_log_probs: Of the candidates at a drafted position, given the tokens before.
+            candidates: [batch, k, width] token ids.
+            last: [batch, 1] the known token before the draft.
             nodes: Maximum number of nodes, the root included.
-            width: Candidates per position: the most probable tokens.
         """
-        width = min(width, nodes - 1, log_probs.shape[-1])  # of more children of a node, none would be among so few
-        values, ids = log_probs.topk(width, dim=-1)  # [batch, k, candidates]
-        batch, candidates = len(values), values.shape[-1]
-        root = ids.new_zeros(batch, 1)
-        levels = [(values.new_zeros(batch, 1), root, root)]  # mass, token and parent of each node, by level
+        root, width = torch.zeros_like(last), candidates.shape[-1]
+        # Mass, token and parent of each node, by level.
+        levels = [(torch.zeros_like(last, dtype=torch.float32), root, root)]
         first, total = 0, 1  # index of the last level's first node, and of the first after it
-        for depth in range(values.shape[1]):
+        histories = initial_history(last)  # of what follows each node of the last level
+        for depth, tokens in enumerate(candidates.unbind(1)):
             # The children of a level's nodes, the most probable first; of equal ones, those of earlier nodes.
-            masses = (levels[-1][0][:, :, None] + values[:, depth, None, :]).flatten(1)
+            masses = (levels[-1][0][:, :, None] + next_log_probs(depth, histories)).flatten(1)
             masses, order = masses.sort(dim=-1, descending=True, stable=True)
             masses, order = masses[:, : nodes - 1], order[:, : nodes - 1]
-            levels.append((masses, ids[:, depth].gather(1, order % candidates), first + order // candidates))
+            parents, tokens = order // width, tokens.gather(1, order % width)
+            levels.append((masses, tokens, first + parents))
+            histories = histories.gather(1, parents[..., None].expand(-1, -1, histories.shape[-1]))
+            histories = appended(histories, tokens)
             first, total = total, total + order.shape[1]
         mass, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         depths = torch.cat([torch.full_like(level[1], depth) for depth, level in enumerate(levels)], dim=1)
@@ -88,13 +97,12 @@ def _verify_tree(
     rows: list[Generation],
     active: Tensor,
     last: Tensor,
-    draft_logits: Tensor,
+    draft: Draft,
     sampler: Sampler,
 ) -> Tensor:
     """Verify the most probable continuations and keep the branch that the verifier follows."""
-    settings, length = sampler.settings, draft_logits.shape[1]
-    log_probs = (draft_logits / (settings.temperature or 1.0)).log_softmax(-1)
-    tree = DraftTree.most_probable(log_probs, settings.tree_nodes, settings.tree_width)
+    settings, length = sampler.settings, draft.logits.shape[1]
+    tree = DraftTree.most_probable(*_candidates(session, last, draft, settings), last, settings.tree_nodes)
     tokens, sees = torch.cat([last, tree.tokens[:, 1:]], dim=1), tree.ancestors()
     logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
     choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
@@ -115,6 +123,22 @@ def _verify_tree(
     session.commit_nodes(active, branches)
     ends = torch.stack([branch[-1:] for branch in branches])
     return choices.gather(1, session.cache.moved(ends))
+
+
+def _candidates(
+    session: Session, last: Tensor, draft: Draft, settings: DecodingSettings
+) -> tuple[NextLogProbs, Tensor]:
+    """Return what a draft says of candidates, and their ids [batch, k, width]."""
+    width, temperature = min(settings.tree_width, settings.tree_nodes - 1), settings.temperature or 1.0
+    if session.pair_tables is None:
+        log_probs = (draft.logits / temperature).log_softmax(-1)
+        values, candidates = log_probs.topk(min(width, log_probs.shape[-1]), dim=-1)
+        return lambda depth, histories: values[:, depth, None], candidates
+    chain = Chain.of(session.pair_tables, *draft)
+    return (
+        lambda depth, histories: (chain.logits(depth, histories) / temperature).log_softmax(-1)[..., :width],
+        chain.candidates[..., :width],
+    )
 
 
 def _as_cycle(

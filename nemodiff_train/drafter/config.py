@@ -48,6 +48,15 @@ class DrafterConfig:
         return DRAFT_KINDS.get(self.kind, DRAFT_KINDS["nemotron"])
 
 
+def selector(kind: Literal["nemotron", "uno"]) -> DrafterConfig:
+    """Return the switches of a path selector's training: the drafter's loss, at the temperature of decoding.
+
+    Args:
+        kind: Of its drafter.
+    """
+    return DrafterConfig(kind=kind, temperature=1.0, support=0)
+
+
 def uno() -> DrafterConfig:
     """Return the switches of Uno (arXiv 2609.04010): total variation of whole distributions, in every slot."""
     return DrafterConfig(kind="uno", loss="total_variation", temperature=1.0, support=0, slots="all")

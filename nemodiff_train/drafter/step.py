@@ -5,7 +5,9 @@ clean half has none and is what AR decoding would say of the same text.  So one 
 once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -91,7 +93,7 @@ class DraftLoss:
         slot counts depends on earlier ones, which other ranks may have, and is known when all have been judged.
         """
         weight = output_layer.weight if output_weight is None else output_weight
-        head = _Head(weight, self.model, output_layer.tp_group)
+        head = Head(weight, self.model, output_layer.tp_group)
         kind, length = self.settings.draft_kind, self.batch["segment_ids"].shape[2]
         shifted = kind.shifted(self.model.shift)
         # The host finds the slots, in its own copy of the ids: it need not wait for the device to count them.
@@ -110,38 +112,35 @@ class DraftLoss:
             clean, usable = (self.state.shard.before(each, self.state.context_group) for each in (clean, usable))
         drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each
 
-        losses, gradients, agrees, accepted = self._judged(head, drafts, verifiers, uniform)
-        passed = torch.stack([usable, self._at(index, agrees), self._at(index, accepted)], dim=2)  # [batch, n, 3]
-        passed = self.state.shard.gather(passed, length, self.state.context_group)
+        judged = self._judge(head, drafts, verifiers, uniform, self._history(slots, shifted).flatten(0, 1)[index])
+        found = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
+        passed = self.state.shard.gather(torch.stack(found, dim=2), length, self.state.context_group)
         usable, agrees, accepted = passed.unbind(2)
         verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
-        weights = self._own(verdict.weights).flatten()[index]
-        total = (losses * weights).sum()
+        counted, weights = (self._own(each).flatten()[index] for each in (verdict.counted, verdict.weights))
+        total = judged.total(weights * judged.has_loss)
         self.report.update(self._figures(slots, verdict))
-        self.report["draft_loss"] = torch.stack([total, self.report["counted_slots"][0]])
-        if gradients is None:
-            return total
-        return _WithGradient.apply(drafts, total, gradients * weights[:, None].to(gradients.dtype))
+        self.report["counted_slots"] = _pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
+        self.report["draft_loss"] = torch.stack([total.detach(), self.report["counted_slots"][0]])
+        return total
 
     def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Return the sum of the losses, the number of slots that count, and the report."""
         return losses, self.report["draft_loss"][1].to(torch.int32), self.report
 
-    def _judged(
-        self, head: "_Head", drafts: Tensor, verifiers: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return each slot's loss [S], its gradient by the draft's state [S, hidden], and what ``judge`` says of it.
+    def _judge(self, head: "Head", drafts: Tensor, verifiers: Tensor, uniform: Tensor, previous: Tensor) -> "Judged":
+        """Find out what becomes of each slot.
 
         Args:
             head: The output layer.
             drafts: [S, hidden] states that draft.
             verifiers: [S, hidden] states that verify.
-            uniform: [S, 2] draws.
+            uniform: [S, 2] draws for :func:`~nemodiff_train.drafter.loss.judge`.
+            previous: [S, m] what :meth:`_history` returns of them.
         """
         learns = torch.is_grad_enabled()
         found: list[tuple[Tensor, ...]] = []
-        chunks = (values.split(DRAFT_CHUNK[drafts.device.type]) for values in (drafts, verifiers, uniform))
-        for draft, verifier, draw in zip(*chunks, strict=True):
+        for draft, verifier, draw in in_chunks(drafts, verifiers, uniform):
             # Logits of the draft q and of the verifier p, [slots, vocabulary].
             with torch.no_grad():
                 q, p = head.logits(draft), head.logits(verifier)
@@ -154,7 +153,11 @@ class DraftLoss:
                 gradient = head.gradient_of_states(torch.autograd.grad(loss.sum(), q)[0]).to(draft.dtype)
             found.append((loss.detach(), gradient.detach(), *outcome))
         losses, gradients, agrees, accepted = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return losses, gradients if learns else None, agrees, accepted
+        return JudgedDrafts(agrees, accepted, drafts, losses, gradients)
+
+    def _history(self, slots: Slots, shifted: bool) -> Tensor:
+        """Return [batch, n, m] of the text's tokens before each slot's; none, since the loss takes none."""
+        return slots.number.new_zeros(*self.batch["maskable"].shape, 0)
 
     def _own(self, values: Tensor) -> Tensor:
         """Return this rank's positions of [batch, L, ...] values."""
@@ -187,7 +190,7 @@ class DraftLoss:
         drafts = (usable & (number == 1)).sum().float()
         kind = self.settings.draft_kind
         longest = self.model.largest_block - int(kind.seed_in_block)
-        figures = {"counted_slots": _pair(self._own(verdict.counted).sum(), usable.sum())}
+        figures = {}
         sure = kind.sure_tokens * drafts  # the verifier's own tokens of each cycle
         for length in {*(length for length in DRAFT_LENGTHS if length < longest), longest}:
             figures[f"acceptance_length/{length}"] = _pair((accepted & (number <= length)).sum() + sure, drafts)
@@ -199,6 +202,62 @@ class DraftLoss:
 
 def _pair(total: Tensor, count: Tensor) -> Tensor:
     return torch.stack([total.float(), count.float()])
+
+
+def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of [S, ...] values, of as many slots as may have logits at once."""
+    return zip(*(each.split(DRAFT_CHUNK[each.device.type]) for each in values), strict=True)
+
+
+class Judged(Protocol):
+    """What became of a rank's slots, and their loss."""
+
+    @property
+    def agrees(self) -> Tensor:
+        """Return [S] whether the greedy draft is the verifier's choice."""
+
+    @property
+    def accepted(self) -> Tensor:
+        """Return [S] whether the draft, drawn or greedy, is."""
+
+    @property
+    def has_loss(self) -> Tensor:
+        """Return [S] whether a slot can have a loss."""
+
+    def total(self, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the losses, a scalar.
+
+        Args:
+            weights: [S], known when all ranks' slots have been judged.
+        """
+
+
+@dataclass(frozen=True)
+class JudgedDrafts:
+    """The slots of a drafter, with the gradient of each loss in the place of its logits."""
+
+    agrees: Tensor
+    accepted: Tensor
+    drafts: Tensor
+    """[S, hidden] states that draft."""
+    losses: Tensor
+    """[S]."""
+    gradients: Tensor
+    """[S, hidden] of each loss by its state; anything without gradients."""
+
+    @property
+    def has_loss(self) -> Tensor:
+        """Return True everywhere."""
+        return torch.ones_like(self.agrees)
+
+    def total(self, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the losses."""
+        total = (self.losses * weights).sum()
+        if not torch.is_grad_enabled():
+            return total
+        gradients = self.gradients * weights[:, None].to(self.gradients.dtype)
+        found: Tensor = _WithGradient.apply(self.drafts, total, gradients)
+        return found
 
 
 class _WithGradient(torch.autograd.Function):
@@ -216,7 +275,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """The output layer's product with its weight, whose rows tensor-parallel ranks share."""
 
     weight: Tensor
@@ -236,6 +295,15 @@ class _Head:
         if self.model.mask_token_id is not None:
             logits[..., self.model.mask_token_id] = NEVER
         return logits
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Return the rows of tokens [...] on every rank: [..., hidden]; no gradient passes."""
+        local = tokens - self.group.rank() * len(self.weight)
+        is_local = (local >= 0) & (local < len(self.weight))
+        rows = self.weight.detach()[local * is_local] * is_local[..., None]
+        if self.group.size() > 1:
+            dist.all_reduce(rows, group=self.group)
+        return rows
 
     def gradient_of_states(self, gradient: Tensor) -> Tensor:
         """Return this rank's addend to the states' gradient [..., hidden], from that of all logits."""

@@ -78,6 +78,7 @@ class _Training(TypedDict):
 class _Adapters(TypedDict):
     dim: Size
     alpha: Annotated[float, Field(gt=0)]
+    selector_rank: NotRequired[Annotated[int, Field(ge=0)]]
 
 
 @with_config(AS_WRITTEN)

@@ -1,11 +1,12 @@
 """Low-rank adapters on linear layers that act only on drafts."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.bridge.peft.canonical_lora import CanonicalLoRA
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import load_adapters
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.path_selector import PairTables, PathSelector
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 if TYPE_CHECKING:
@@ -89,12 +91,19 @@ class DraftLinear(AdapterWrapper):
 
 @dataclass
 class DraftLoRA(CanonicalLoRA):
-    """Bridge's LoRA on linear layers of every block, as :class:`DraftLinear`; all else is frozen."""
+    """Bridge's LoRA on linear layers of every block, as :class:`DraftLinear`; all else is frozen.
+
+    With a path selector, that alone is trained, and the adapters are frozen too.
+    """
 
     target_modules: list[str] = field(default_factory=lambda: ["linear_proj"])
-    """Some of :data:`PROJECTIONS`: the attention output alone, or all of them."""
+    """Some of :data:`PROJECTIONS`: the attention output alone, or all of them; none for a selector alone."""
     dim: int = 128
     alpha: int = 512
+    selector_rank: int = 0
+    """Rank of a :class:`~nemodiff_train.model.path_selector.PathSelector`; 0 for none."""
+    drafter: str = ""
+    """Checkpoint of the drafter whose adapters a selector's training starts from."""
 
     def __call__(
         self, model: MegatronModule | list[MegatronModule], training: bool = True
@@ -105,7 +114,26 @@ class DraftLoRA(CanonicalLoRA):
             for module in chunk.modules():
                 if isinstance(module, DraftLinear):
                     module.state = unwrap_model(chunk).attention_state
+            if self.selector_rank:
+                chunk.requires_grad_(False)
+                self._add_selector(unwrap_model(chunk), training)
         return adapted
+
+    def _add_selector(self, chunk: GPTModel, training: bool) -> None:
+        """Add the selector to the last stage, which has the output layer."""
+        if chunk.post_process:
+            like = next(chunk.parameters())
+            chunk.selector = PathSelector(chunk.config.hidden_size, self.selector_rank, like).requires_grad_(training)
+
+    def adapter_key_filter(self, key: str | tuple[str, Tensor]) -> bool:
+        """Return whether a checkpoint of the drafter has a tensor."""
+        of_selector = self.selector_rank > 0 and isinstance(key, str) and key.startswith("selector.")
+        return of_selector or super().adapter_key_filter(key)
+
+    def match(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
+        """Return which target a module is; Bridge takes no targets for all linear layers."""
+        found: tuple[str, str] | None = super().match(m, name, prefix) if self.target_modules else None
+        return found
 
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Return the module, or the :class:`DraftLinear` around it."""
@@ -126,10 +154,16 @@ class DraftLoRA(CanonicalLoRA):
 class Drafter:
     """What a drafter's checkpoint says of it."""
 
-    kind: DraftKind
+    name: Literal["nemotron", "uno"]
+    """Its kind's, in :data:`~nemodiff_train.objective.drafts.DRAFT_KINDS`."""
     lora: DraftLoRA
     block_size: int
     """Positions of the last blocks that it was trained on."""
+
+    @property
+    def kind(self) -> DraftKind:
+        """Return what its drafts look like."""
+        return DRAFT_KINDS[self.name]
 
 
 def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Drafter:
@@ -153,21 +187,45 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
             f"the drafter '{checkpoint.path}' is of kind {name}, which drafts with a mask token, and the model has "
             "none; take a model after its joint stage"
         )
-    for name in ("num_layers", "hidden_size", "num_attention_heads", *(("shift",) if kind.seed_in_block else ())):
-        expected, actual = run["model"].get(name), getattr(model, name)
+    for setting in ("num_layers", "hidden_size", "num_attention_heads", *(("shift",) if kind.seed_in_block else ())):
+        expected, actual = run["model"].get(setting), getattr(model, setting)
         if expected != actual:
             raise UserError(
-                f"the drafter '{checkpoint.path}' is for a model with {name}={expected}; this one has {actual}"
+                f"the drafter '{checkpoint.path}' is for a model with {setting}={expected}; this one has {actual}"
             )
     adapters = run.get("peft")
     if adapters is None:
         raise UserError(f"'{checkpoint.iteration}' has no settings of its adapters; take another iteration")
-    lora = DraftLoRA(dim=adapters["dim"], alpha=adapters["alpha"], target_modules=list(adapters["target_modules"]))
-    return Drafter(kind, lora, run["model"]["block_size"])
+    lora = DraftLoRA(
+        dim=adapters["dim"],
+        alpha=adapters["alpha"],
+        target_modules=list(adapters["target_modules"]),
+        selector_rank=adapters.get("selector_rank", 0),
+    )
+    return Drafter(name, lora, run["model"]["block_size"])
+
+
+def with_selector(model: "TriModeModelProvider", drafter: str | None, rank: int) -> Drafter:
+    """Return a drafter with a path selector that is to be trained.
+
+    Args:
+        model: The configuration of the model.
+        drafter: Checkpoint of a drafter; None for a tri-mode model's own drafts.
+        rank: Rank of the selector.
+
+    Raises:
+        UserError: The rank is below 1, or as :func:`open_drafter`.
+    """
+    if rank < 1:
+        raise UserError(f"rank={rank}; a path selector takes at least 1")
+    if drafter is None:
+        return Drafter("nemotron", DraftLoRA(target_modules=[], selector_rank=rank), model.block_size)
+    opened = open_drafter(Checkpoint.open(drafter), model)
+    return replace(opened, lora=replace(opened.lora, selector_rank=rank, drafter=drafter))
 
 
 def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: Drafter) -> None:
-    """Add a drafter's adapters to a model that is ready to decode.
+    """Add a drafter's adapters, and its path selector, to a model that is ready to decode.
 
     Args:
         models: This rank's chunks.
@@ -176,5 +234,8 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
     """
     drafter.lora(models, training=False)
     load_adapters(models, checkpoint.verify_contents(), drafter.lora)
-    for chunk in models:
-        unwrap_model(chunk).attention_state.draft_kind = drafter.kind
+    chunks: list[GPTModel] = [unwrap_model(chunk) for chunk in models]
+    rank = drafter.lora.selector_rank
+    tables = PairTables.of(chunks, rank) if rank else None
+    for chunk in chunks:
+        chunk.attention_state.draft_kind, chunk.attention_state.pair_tables = drafter.kind, tables

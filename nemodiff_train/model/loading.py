@@ -81,12 +81,12 @@ def load_model(
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
         if drafter and opened:
-            _tell_other_base(drafter, weights)
+            tell_other_base(drafter, weights)
             load_drafter(chunks, drafter, opened)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
 
 
-def _tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
+def tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
     """Say that a drafter was trained on other weights: the text stays right, with fewer tokens per forward."""
     base = drafter.run_config.get("adapter_base") or {}
     if base.get("checksum") != identity(weights.iteration):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext, config_of
+from nemodiff_train.drafter.selector import SelectorLoss
 from nemodiff_train.drafter.step import DraftLoss, draft_tokens
 from nemodiff_train.model.head import token_losses
 from nemodiff_train.objective.loss import MicroBatchLoss, Report, loss_sums, loss_weights, report
@@ -47,7 +49,7 @@ class ForwardStep:
             function that reduces them; elsewhere hidden states [positions, batch, hidden], and None.
         """
         config, chunk = config_of(state), unwrap_model(model)
-        objective = config.objective
+        objective, selects = config.objective, config.trains_selector
 
         # 1. The micro-batch: this context-parallel rank's positions, on the device.
         batch = self.reader.read(data_iterator, config, chunk)
@@ -60,7 +62,8 @@ class ForwardStep:
         loss: MicroBatchLoss | None = None
         if batch is not None and chunk.post_process:
             if config.drafter:
-                loss = DraftLoss(batch, config.drafter, config.model, objective.seed, chunk.attention_state)
+                drafts = batch, config.drafter, config.model, objective.seed, chunk.attention_state
+                loss = SelectorLoss(*drafts, selector=chunk.selector) if selects else DraftLoss(*drafts)
             else:
                 alpha = alpha_at(objective, state.train_state.step)
                 # A validation loss is a mean over counted tokens, whatever the micro-batch and the step before.
@@ -71,6 +74,8 @@ class ForwardStep:
         # 3. The model; on the last stage the loss takes the place of Megatron's output layer and loss.
         segment_ids = batch["segment_ids"] if batch is not None and config.dataset.needs_segment_ids else None
         chunk.attention_state.rotary_segment_ids = segment_ids
+        if selects:
+            _end_gradients(chunk)
         embedded = batch if chunk.pre_process else None
         output = model(
             input_ids=embedded["tokens"] if embedded else None,
@@ -81,6 +86,14 @@ class ForwardStep:
 
         # 4. The reduction, which Megatron calls on the losses: (sum, denominator, report).
         return output, loss.reduce if loss else None
+
+
+def _end_gradients(chunk: GPTModel) -> None:
+    """Let no gradient pass through a frozen chunk; the stage before still gets one, of zeros, as Megatron expects."""
+    received: Tensor | None = chunk.decoder.input_tensor
+    if received is not None:
+        chunk.set_input_tensor(received.detach())
+        received.grad = torch.zeros_like(received)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def _model_problems(config: TriModeConfig) -> Iterator[str]:
 
 def _target_problems(config: TriModeConfig, adapters: DraftLoRA) -> Iterator[str]:
     targets, model = set(adapters.target_modules), config.model
+    if not targets and adapters.selector_rank:
+        return
     if targets not in ({"linear_proj"}, set(PROJECTIONS)):
         yield f"peft.target_modules={adapters.target_modules}; use ['linear_proj'] or {list(PROJECTIONS)}"
     elif len(targets) > 1 and not model.gated_linear_unit:

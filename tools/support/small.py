@@ -258,6 +258,18 @@ def uno(start_from: str, data: str, output: str, rank: int = 8, alpha: int = 128
     return config
 
 
+def selector(start_from: str, data: str, output: str, drafter: str | None = None, rank: int = 8) -> Any:
+    """Return the configuration of a path selector for a drafter, or for the drafts of a tri-mode model."""
+    from nemodiff_train.drafter.config import selector as switches
+    from nemodiff_train.model.draft_adapter import with_selector
+
+    config = recipe(start_from, data, output)
+    drafts = with_selector(config.model, drafter, rank)
+    config.objective.block_size = drafts.block_size
+    config.drafter, config.peft = switches(drafts.name), drafts.lora
+    return config
+
+
 def chat(start_from: str, data: str, output: str, rank: int = 0) -> Any:
     """Return the configuration of ten steps on conversations; with LoRA of this rank unless it is 0."""
     from nemodiff_train.config.datasets import ChatDatasetConfig

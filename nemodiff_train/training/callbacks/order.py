@@ -7,6 +7,7 @@ from nemodiff_train.resilience.gradient_guard import GradientGuard
 from nemodiff_train.resilience.replicas import ReplicaConsistencyCheck
 from nemodiff_train.resilience.stragglers import StragglerMonitor
 from nemodiff_train.resilience.watchdog import Watchdog
+from nemodiff_train.training.callbacks.base_drafter import BaseDrafter
 from nemodiff_train.training.callbacks.fused_optimizer import FusedOptimizer
 from nemodiff_train.training.callbacks.loop_evaluation import LoopEvaluation
 from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
@@ -23,6 +24,7 @@ def callbacks_in_order(
     it writes the figures that all others have added to ``shared``.
     """
     return [
+        BaseDrafter(),
         FusedOptimizer(),
         MaskEmbedding(shared),
         breakdown,
