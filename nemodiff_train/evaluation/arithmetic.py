@@ -151,7 +151,8 @@ def _chained(draw: random.Random, split: Split) -> Problem:
     while True:
         first = draw.choice(_sums("train", "+", "gift"))
         seconds = [s for s in _sums("train", "-", "giving") if s.left == first.result]
-        pairs = [s for s in seconds if split_of(s, f"{first.left}+{first.right} then") == split]
+        story = f"{min(first.left, first.right)}+{max(first.left, first.right)} then"
+        pairs = [s for s in seconds if split_of(s, story) == split]
         if pairs:
             break
     second, (name, friend, other), things = draw.choice(pairs), draw.sample(NAMES, 3), draw.choice(THINGS)
