@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from nemodiff_train.evaluation.arithmetic import Problem, problems
+from nemodiff_train.evaluation.arithmetic import Problem, Sum, chained_problems, problems, split_of
 
 # What a problem's question asks for, as signs between its numbers in order; found by its wording alone.
 WORDING = {
@@ -55,6 +55,23 @@ def test_every_worked_step_is_right() -> None:
         assert len(steps) == 3
         for left, sign, right, result in steps:
             assert int(result) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
+
+
+def test_chained_problems_compose_what_is_trained_on() -> None:
+    """Both sums of each are right and trained on alone; no pair of them is in both splits."""
+    pairs: dict[str, set[tuple[str, ...]]] = {"train": set(), "test": set()}
+    for split in ("train", "test"):
+        for problem in chained_problems(split, 1000, seed=0):
+            first, second = (part for part in SUM.findall(problem.solution) if len(part[0]) == 2)
+            assert first[3] == second[0] and second[3] == problem.answer
+            assert int(first[0]) + int(first[2]) == int(first[3])
+            assert int(second[0]) - int(second[2]) == int(second[3])
+            left, right = sorted((int(first[0]), int(first[2])))
+            assert split_of(Sum(left, "+", right), "gift") == "train"
+            assert split_of(Sum(int(second[0]), "-", int(second[2])), "giving") == "train"
+            pairs[split].add((str(left), str(right), second[2]))
+    assert len(pairs["test"]) > 200
+    assert not pairs["train"] & pairs["test"]
 
 
 def test_splits_share_no_sum_of_a_story() -> None:

@@ -146,6 +146,37 @@ _TEMPLATES: tuple[Callable[[random.Random, Split], Problem], ...] = (
 )
 
 
+def _chained(draw: random.Random, split: Split) -> Problem:
+    """Return a problem of two sums, both trained on alone, whose pair belongs to a split."""
+    while True:
+        first = draw.choice(_sums("train", "+", "gift"))
+        seconds = [s for s in _sums("train", "-", "giving") if s.left == first.result]
+        story = f"{min(first.left, first.right)}+{max(first.left, first.right)} then"
+        pairs = [s for s in seconds if split_of(s, story) == split]
+        if pairs:
+            break
+    second, (name, friend, other), things = draw.choice(pairs), draw.sample(NAMES, 3), draw.choice(THINGS)
+    return _problem(
+        f"{name} has {first.left} {things}. {friend} gives {name} {first.right} more {things}. "
+        f"Then {name} gives {second.right} of them to {other}. How many {things} does {name} have left?",
+        f"{name} has {first.left} {things} and gets {first.right} more from {friend}. {first.worked()}. "
+        f"Then {name} gives away {second.right}. {second.worked()}. "
+        f"So {name} has {second.result} {things} left.",
+        second.result,
+    )
+
+
+def chained_problems(split: Split, count: int, seed: int) -> list[Problem]:
+    """Draw `count` different problems of two steps, which compose what :func:`problems` asks one at a time.
+
+    Every sum of either split is trained on alone; what is held out is the pair.
+
+    Raises:
+        UserError: There are not as many.
+    """
+    return _different(lambda draw: _chained(draw, split), count, f"chained {split} {seed}")
+
+
 _MOST = 100_000
 """Problems of a split that are drawn without meeting the same ones again and again."""
 
@@ -156,12 +187,16 @@ def problems(split: Split, count: int, seed: int) -> list[Problem]:
     Raises:
         UserError: There are not as many.
     """
+    return _different(lambda draw: draw.choice(_TEMPLATES)(draw, split), count, f"{split} {seed}")
+
+
+def _different(make: Callable[[random.Random], Problem], count: int, seed: str) -> list[Problem]:
     if count > _MOST:
         raise UserError(f"{count:,} arithmetic problems are too many to be different; ask for {_MOST:,} or fewer")
-    draw = random.Random(f"{split} {seed}")
+    draw = random.Random(seed)
     drawn: dict[Problem, None] = {}
     while len(drawn) < count:
-        drawn[draw.choice(_TEMPLATES)(draw, split)] = None
+        drawn[make(draw)] = None
     return list(drawn)
 
 
