@@ -16,7 +16,7 @@ import yaml
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
-from nemodiff_train.config.precision import precision_of
+from nemodiff_train.config.precision import precision_of, warning
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console, say
 from nemodiff_train.distributed import HEAD_START, free_port, global_rank, is_main_process, world_size
@@ -88,6 +88,8 @@ def train(config: TriModeConfig) -> None:
     config.given = config.settings()
     _fit_to_host(config)
     config.mixed_precision = precision_of(config, init_runtime().cuda)
+    if slow := warning(config.mixed_precision, init_runtime().cuda):
+        say(slow)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
