@@ -5,9 +5,11 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from nemodiff_train.console import warn
 from nemodiff_train.distributed import barrier, is_main_process
@@ -168,3 +170,32 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+class LineLog:
+    """Lines that are written as they are made; a context manager that closes the file.
+
+    Args:
+        path: The file, which may be there already; None to write nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        torn = path is not None and path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
+        self._file = None if path is None else path.open("a", encoding="utf-8")
+        if torn:
+            self.write([""])  # a line that was cut short stays one of its own
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Append lines, which have no ends yet."""
+        if self._file is not None:
+            self._file.writelines(line + "\n" for line in lines)
+            self._file.flush()

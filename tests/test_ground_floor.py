@@ -10,6 +10,7 @@ from rich.table import Column, Table
 import nemodiff_train
 from nemodiff_train.console import PlainConsole, bytes_bar
 from nemodiff_train.errors import RunStopped, UserError
+from nemodiff_train.files import LineLog
 from nemodiff_train.shown import in_a_line, visible
 
 PACKAGE = Path(nemodiff_train.__file__).parent
@@ -58,3 +59,12 @@ def test_a_console_shows_text_as_it_is() -> None:
     written = console.file.getvalue()
     assert written.count(visible(hostile)) == 4 and "\n[/x]" in written
     assert all(character.isprintable() or character == "\n" for character in written)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "b\n"), ("a\n", "a\nb\n"), ("a\ncut", "a\ncut\nb\n")])
+def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path, before: str, after: str) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text(before)
+    with LineLog(file) as log:
+        log.write(["b"])
+        assert file.read_text() == after  # before it is closed

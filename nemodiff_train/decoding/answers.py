@@ -8,14 +8,13 @@ import shutil
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import BaseModel, Field, JsonValue, NonNegativeInt, ValidationError
 
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import replace_atomic, usable_directory, write_atomic
+from nemodiff_train.files import LineLog, replace_atomic, usable_directory, write_atomic
 from nemodiff_train.schema import first_problem
 
 Settings = dict[str, JsonValue]
@@ -137,33 +136,12 @@ class UnfinishedAnswers:
         write_atomic(self.folder / "state.json", state.model_dump_json())
 
 
-class AnswerLog:
-    """Appends answers to a file; a context manager that closes it.
-
-    Args:
-        path: The file; None to write nothing.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        torn = path is not None and path.exists() and not path.read_bytes().endswith(b"\n")
-        self._file = None if path is None else path.open("a", encoding="utf-8")
-        if self._file is not None and torn:
-            self._file.write("\n")  # a line that was cut short stays one of its own
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
+class AnswerLog(LineLog):
+    """The answers of one data-parallel replica."""
 
     def add(self, answers: Iterable[Answer]) -> None:
         """Write answers that have just been made."""
-        if self._file is not None:
-            self._file.writelines(answer.model_dump_json() + "\n" for answer in answers)
-            self._file.flush()
+        self.write(answer.model_dump_json() for answer in answers)
 
 
 class AnswerIndex:

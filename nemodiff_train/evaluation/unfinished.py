@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from megatron.core import parallel_state
 from pydantic import BaseModel, ValidationError
@@ -14,7 +13,7 @@ from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord, Settings
 from nemodiff_train.evaluation.settings import EvaluationSettings
-from nemodiff_train.files import usable_directory
+from nemodiff_train.files import LineLog, usable_directory
 
 
 class _Line(BaseModel):
@@ -27,8 +26,8 @@ class _Line(BaseModel):
     decoded: DecodeRecord
 
 
-class UnfinishedRecords:
-    """The log of one data-parallel replica; a context manager that closes it.
+class UnfinishedRecords(LineLog):
+    """The log of one data-parallel replica.
 
     A repetition of the same evaluation reads the logs of all replicas of before, whose number may have been another.
     What another evaluation has left is passed over, and a line that was cut short is decoded again.
@@ -42,16 +41,7 @@ class UnfinishedRecords:
     def __init__(self, output: Path, evaluation: Settings, replica: int | None) -> None:
         self._output, self._evaluation = output, evaluation
         self._found = [line for path in self._logs() for line in _read(path) if line.evaluation == evaluation]
-        self._file = None if replica is None else (usable_directory(output) / f"unfinished-{replica}.jsonl").open("a")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
+        super().__init__(None if replica is None else usable_directory(output) / f"unfinished-{replica}.jsonl")
 
     def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
         """Return what is there already of a mode with its settings, in the order of the prompts, each once."""
@@ -61,12 +51,8 @@ class UnfinishedRecords:
 
     def add(self, mode: str, settings: Settings, records: Iterable[DecodeRecord]) -> None:
         """Write records that have just been made."""
-        if self._file is None:
-            return
-        for record in records:
-            line = _Line(evaluation=self._evaluation, mode=mode, settings=settings, decoded=record)
-            self._file.write(line.model_dump_json() + "\n")
-        self._file.flush()
+        make = partial(_Line, evaluation=self._evaluation, mode=mode, settings=settings)
+        self.write(make(decoded=record).model_dump_json() for record in records)
 
     def remove(self) -> None:
         """Remove the logs of all replicas, when the report has what they hold."""
