@@ -61,7 +61,10 @@ def test_fusions_are_those_of_this_machine(
     provider.fit_to_host(settings)
     assert settings.gradient_accumulation_fusion is apex  # Core's output layer asks for Apex's extension alone
     assert settings.bias_activation_fusion is True  # SwiGLU keeps its input alone, on every machine
-    assert settings.bias_dropout_fusion is engine and settings.apply_rope_fusion is False
+    assert settings.bias_dropout_fusion is engine and settings.apply_rope_fusion is engine
+    settings.rope_parameters = {key: value for key, value in small.YARN.items() if not key.startswith("mscale")}
+    provider.fit_to_host(settings)
+    assert settings.apply_rope_fusion is False  # the kernel knows no factor of sine and cosine
     loading.set_parallelism(settings)
     assert settings.gradient_accumulation_fusion is False  # decoding has no buffers of gradients
 
