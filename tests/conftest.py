@@ -17,7 +17,13 @@ GPU = torch.cuda.is_available()
 init_runtime()  # test modules import what needs it
 
 
-LONG = ("test_slurm.py", "test_layouts.py", "test_walk.py", "test_chat.py", "test_drafter.py", "test_survival.py")
+LONG = tuple(
+    f"test_{name}.py"
+    for name in (
+        "slurm", "layouts", "survival", "drafter", "decoding", "walk", "hosts", "compile", "serving", "automodel",
+        "chat", "demo",
+    )
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
