@@ -180,9 +180,8 @@ class LineLog:
     """
 
     def __init__(self, path: Path | None) -> None:
-        torn = path is not None and path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
         self._file = None if path is None else path.open("a", encoding="utf-8")
-        if torn:
+        if path is not None and _ends_in_a_line(path):
             self.write([""])  # a line that was cut short stays one of its own
 
     def __enter__(self) -> Self:
@@ -199,3 +198,10 @@ class LineLog:
         if self._file is not None:
             self._file.writelines(line + "\n" for line in lines)
             self._file.flush()
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    """Return whether the last line of a file has no end."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        return file.read(1) not in (b"", b"\n")

@@ -59,13 +59,13 @@ def run(model: Any, prompts: list[list[int]], mode: str, numbers: list[int] | No
     """
     from nemodiff_train.decoding.decode import decode
     from nemodiff_train.decoding.generation import DecodingSettings
-    from nemodiff_train.model.path_selector import PairTables
+    from nemodiff_train.model.path_selector import SelectorTables
     from nemodiff_train.objective.drafts import DRAFT_KINDS
 
     *words, mode = mode.split()
     chunk = getattr(model, "module", model)
     chunk.attention_state.draft_kind = DRAFT_KINDS["uno" if "uno" in words else "nemotron"]
-    chunk.attention_state.pair_tables = PairTables.of([chunk], rank=6) if "selected" in words else None
+    chunk.attention_state.selector_tables = SelectorTables.of([chunk], rank=6) if "selected" in words else None
     return decode(
         model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}), numbers
     )

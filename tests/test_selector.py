@@ -12,7 +12,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.tree import DraftTree
 from nemodiff_train.drafter.config import selector as switches
-from nemodiff_train.model.path_selector import HISTORY, PairTables, PathSelector
+from nemodiff_train.model.path_selector import HISTORY, PathSelector, SelectorTables
 from tests import small
 
 ROWS, VOCABULARY, RANK, K, LENGTH = 3, 9, 3, 4, 4
@@ -27,7 +27,7 @@ def chain(monkeypatch: pytest.MonkeyPatch) -> Chain:
     after = torch.randn(VOCABULARY, RANK, generator=draw, dtype=torch.float64) * 1.5
     logits = torch.randn(ROWS, LENGTH, VOCABULARY, generator=draw, dtype=torch.float64)
     contexts = torch.randn(ROWS, LENGTH, RANK, generator=draw, dtype=torch.float64)
-    made = Chain.of(PairTables(before, after), logits, contexts)
+    made = Chain.of(SelectorTables(before, after), logits, contexts)
     made.__dict__["stated"] = (before, after, logits, contexts)
     return made
 

@@ -13,7 +13,7 @@ from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 if TYPE_CHECKING:
-    from nemodiff_train.model.path_selector import PairTables
+    from nemodiff_train.model.path_selector import SelectorTables
     from nemodiff_train.model.provider import TriModeModelProvider
 
 # More than a pipeline rank has micro-batches in flight in most layouts; a plan that is missing is constructed again.
@@ -40,7 +40,7 @@ class AttentionState:
     """The segment ids of the micro-batch that is about to run forward, for the rotary embedding."""
     draft_kind: DraftKind = DRAFT_KINDS["nemotron"]
     """What the drafts of the model's drafter look like, and those of a model without one."""
-    pair_tables: "PairTables | None" = None
+    selector_tables: "SelectorTables | None" = None
     """The path selector of the model's drafter, for decoding; None without one."""
     plans: dict[tuple[int, ...], tuple[Tensor, AttentionPlan]] = field(default_factory=dict)
     """Plans of the last few micro-batches, by the address and shape of their segment ids."""

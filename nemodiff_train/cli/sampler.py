@@ -12,7 +12,6 @@ from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
-BUILT_IN = ("arithmetic", "questions")
 SEED = 2
 """Of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
 COUNT = 500
@@ -93,13 +92,12 @@ def training_prompts(task: str, count: int | None) -> list[str]:
     Raises:
         UserError: There is no such task or file, or a line of it has no prompt.
     """
-    from nemodiff_train.evaluation.arithmetic import problems
     from nemodiff_train.evaluation.prompts import Prompt
     from nemodiff_train.evaluation.records import read_jsonl
+    from nemodiff_train.evaluation.tasks import BUILT_IN, built_in_prompts
 
     if Path(task).suffix == ".jsonl" or Path(task).is_file():
         return [row.prompt for row in read_jsonl(Path(task), Prompt)][:count]
     if task not in BUILT_IN:
         raise UserError(f"unknown task '{task}'; known: {', '.join(BUILT_IN)}, or a .jsonl file of prompts")
-    drawn = problems("train", count or COUNT, SEED)
-    return [problem.prompt if task == "arithmetic" else problem.question for problem in drawn]
+    return [row.prompt for row in built_in_prompts(task, "train", count or COUNT, SEED)]

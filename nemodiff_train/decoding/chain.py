@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, PairTables
+from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, SelectorTables
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Chain:
     """[batch, k, K, rank] the candidates' factors."""
 
     @classmethod
-    def of(cls, tables: PairTables, logits: Tensor, contexts: Tensor) -> "Chain":
+    def of(cls, tables: SelectorTables, logits: Tensor, contexts: Tensor) -> "Chain":
         """Take the candidates of a draft.
 
         Args:

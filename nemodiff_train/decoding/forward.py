@@ -85,7 +85,7 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
     shared = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
     logits: Tensor = chunk.output_layer(states, weight=shared, runtime_gather_output=True)[0]
     state: AttentionState = chunk.attention_state
-    if state.pair_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
+    if state.selector_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
         logits = torch.cat([logits, chunk.selector.contexts(states)], dim=-1)
     return logits.transpose(0, 1)
 

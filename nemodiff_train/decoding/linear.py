@@ -129,9 +129,9 @@ def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sample
 
     Without a path selector every token is chosen by itself.
     """
-    if session.pair_tables is None:
+    if session.selector_tables is None:
         return sampler.sample_tokens(draft.logits, active), draft.logits
-    chain = Chain.of(session.pair_tables, *draft)
+    chain = Chain.of(session.selector_tables, *draft)
     return chain.walk(sampler, last, active)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemodiff_train.attention.cache import DecodeBatch
 from nemodiff_train.decoding.forward import can_fast_forward, fast_forward, logits_at
-from nemodiff_train.model.path_selector import PairTables
+from nemodiff_train.model.path_selector import SelectorTables
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DraftKind
 
@@ -29,7 +29,7 @@ class PipelineRunner:
         self.config: TriModeModelProvider = self.chunks[0].config
         self.device: torch.device = next(self.chunks[0].parameters()).device
         self.draft_kind: DraftKind = self.chunks[0].attention_state.draft_kind
-        self.pair_tables: PairTables | None = self.chunks[0].attention_state.pair_tables
+        self.selector_tables: SelectorTables | None = self.chunks[0].attention_state.selector_tables
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
         self._fast = all(can_fast_forward(chunk) for chunk in self.chunks)
         self._group: dist.ProcessGroup = self.chunks[0].pg_collection.pp
@@ -59,7 +59,7 @@ class PipelineRunner:
             output = self._run(chunk, tokens, batch, indices)
             if self._size > 1 and stage + 1 < stages:
                 dist.send(output.contiguous(), self._owner(stage + 1), self._group)
-        contexts = self.pair_tables.rank if self.pair_tables is not None and batch.is_draft else 0
+        contexts = self.selector_tables.rank if self.selector_tables is not None and batch.is_draft else 0
         return self._broadcast_logits(tokens if indices is None else indices, output, contexts)
 
     def _run(self, chunk: GPTModel, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None) -> Tensor:

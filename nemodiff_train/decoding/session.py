@@ -16,7 +16,7 @@ from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.generation import ForwardKind
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.path_selector import PairTables
+from nemodiff_train.model.path_selector import SelectorTables
 from nemodiff_train.objective.drafts import DraftKind
 
 # Forwards that fill masks: index i predicts the token at i, which a model trained with the shift says at i - 1.
@@ -131,7 +131,9 @@ class Session:
             batch = replace(batch, is_draft=True)
         with kernels_for_any_length():
             output = self.model(tokens, batch, indices)
-        first_context = output.shape[-1] - (self.pair_tables.rank if self.pair_tables and batch.is_draft else 0)
+        first_context = output.shape[-1] - (
+            self.selector_tables.rank if self.selector_tables and batch.is_draft else 0
+        )
         logits, contexts = output[..., : self.vocab_size].float(), output[..., first_context:].float()
         check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
         if kind in MASK_FILLING and not causal and self.model.config.shift:
@@ -145,9 +147,9 @@ class Session:
         return logits, contexts
 
     @property
-    def pair_tables(self) -> PairTables | None:
+    def selector_tables(self) -> SelectorTables | None:
         """Return the path selector of the model's drafter; None without one."""
-        return self.model.pair_tables
+        return self.model.selector_tables
 
     @property
     def draft_kind(self) -> DraftKind:

@@ -130,11 +130,11 @@ def _candidates(
 ) -> tuple[NextLogProbs, Tensor]:
     """Return what a draft says of candidates, and their ids [batch, k, width]."""
     width, temperature = min(settings.tree_width, settings.tree_nodes - 1), settings.temperature or 1.0
-    if session.pair_tables is None:
+    if session.selector_tables is None:
         log_probs = (draft.logits / temperature).log_softmax(-1)
         values, candidates = log_probs.topk(min(width, log_probs.shape[-1]), dim=-1)
         return lambda depth, histories: values[:, depth, None], candidates
-    chain = Chain.of(session.pair_tables, *draft)
+    chain = Chain.of(session.selector_tables, *draft)
     return (
         lambda depth, histories: (chain.logits(depth, histories) / temperature).log_softmax(-1)[..., :width],
         chain.candidates[..., :width],

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from nemodiff_train.errors import UserError, nearest
-from nemodiff_train.evaluation.arithmetic import problems
+from nemodiff_train.evaluation.arithmetic import Split, problems
 from nemodiff_train.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import read_jsonl
@@ -80,17 +80,23 @@ def task_from_file(path: Path, scorer: str, pattern: str | None = None, count: i
     return Task(path.stem, prompts[:count], score)
 
 
-def _arithmetic(name: str, count: int | None) -> Task:
-    prompts = [
+BUILT_IN = ("arithmetic", "questions")
+"""The same problems, the latter without the words around them."""
+
+
+def built_in_prompts(name: str, split: Split, count: int, seed: int) -> list[Prompt]:
+    """Draw prompts of a task of :data:`BUILT_IN`; see :func:`~nemodiff_train.evaluation.arithmetic.problems`."""
+    return [
         Prompt(prompt=problem.prompt if name == "arithmetic" else problem.question, answer=problem.answer)
-        for problem in problems("test", count or 200, seed=0)
+        for problem in problems(split, count, seed)
     ]
-    return Task(name, prompts, numeric)
 
 
-TASKS: dict[str, Callable[[int | None], Task]] = {
-    name: partial(_arithmetic, name) for name in ("arithmetic", "questions")
-}
+def _arithmetic(name: str, count: int | None) -> Task:
+    return Task(name, built_in_prompts(name, "test", count or 200, seed=0), numeric)
+
+
+TASKS: dict[str, Callable[[int | None], Task]] = {name: partial(_arithmetic, name) for name in BUILT_IN}
 """Tasks by name: functions of the number of prompts, None for as many as it likes; a recipe may add its own.
 
 Those here are held-out arithmetic problems; ``questions`` are without the words around them, for ``--chat``.

@@ -15,7 +15,7 @@ from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import load_adapters
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.path_selector import PairTables, PathSelector
+from nemodiff_train.model.path_selector import PathSelector, SelectorTables
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 if TYPE_CHECKING:
@@ -236,6 +236,6 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
     load_adapters(models, checkpoint.verify_contents(), drafter.lora)
     chunks: list[GPTModel] = [unwrap_model(chunk) for chunk in models]
     rank = drafter.lora.selector_rank
-    tables = PairTables.of(chunks, rank) if rank else None
+    tables = SelectorTables.of(chunks, rank) if rank else None
     for chunk in chunks:
-        chunk.attention_state.draft_kind, chunk.attention_state.pair_tables = drafter.kind, tables
+        chunk.attention_state.draft_kind, chunk.attention_state.selector_tables = drafter.kind, tables

@@ -69,7 +69,7 @@ def project(values: Tensor, matrix: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PairTables:
+class SelectorTables:
     """A path selector as decoding takes it: what every token contributes, on every rank."""
 
     before: Tensor
@@ -83,7 +83,7 @@ class PairTables:
         return self.after.shape[1]
 
     @classmethod
-    def of(cls, chunks: list[GPTModel], rank: int) -> "PairTables":
+    def of(cls, chunks: list[GPTModel], rank: int) -> "SelectorTables":
         """Compute them from a loaded model; every rank of it calls this.
 
         Args:
