@@ -39,13 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
         0, 130 after Ctrl-C, or the exit code of a rank that failed.
     """
     check_options(arguments)
-    if arguments.nproc is not None:
-        return start_ranks(arguments.words, arguments.nproc)
     output = Path(arguments.output)
     if output.suffix != ".jsonl" or output.is_dir():
         raise UserError(f"--output {output}: name a file that ends in .jsonl, which 'nemodiff data prepare' reads")
     check_can_be_made(output.parent)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
+    if arguments.nproc is not None:
+        return start_ranks(arguments.words, arguments.nproc)
     init_runtime()
     from nemodiff_train.decoding.regeneration import RegenerateOptions, regenerate
 

@@ -88,12 +88,12 @@ def train(config: TriModeConfig) -> None:
     config.given = config.settings()
     _fit_to_host(config)
     config.mixed_precision = precision_of(config, init_runtime().cuda)
-    if slow := warning(config.mixed_precision, init_runtime().cuda):
-        say(slow)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
         os.environ["MASTER_PORT"] = str(free_port())
     check(config, world_size())
+    if slow := warning(config.mixed_precision, init_runtime().cuda):
+        say(slow)
     _record_base(config)
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         config.dataset.samples_ahead = samples_ahead(saved, config)
