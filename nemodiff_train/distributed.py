@@ -71,8 +71,19 @@ def from_main_process[Value](compute: Callable[[], Value]) -> Value:
     return all_gather_object(value)[0]
 
 
-def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class ReservedPort:
+    """A TCP port of this machine that a process is to listen on, kept from all others until then.
+
+    A port that was merely free a moment ago may be given to another program before the process asks for it.  This
+    one stays bound as long as the object lives, which does not hinder a server that sets ``SO_REUSEADDR``, as
+    torch's stores do; Linux gives a bound port to nobody who asks for any port.
+
+    Attributes:
+        number: The port.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        self.number: int = self._socket.getsockname()[1]

@@ -15,7 +15,7 @@ from types import FrameType
 
 import psutil
 
-from nemodiff_train.distributed import free_port
+from nemodiff_train.distributed import ReservedPort
 from nemodiff_train.errors import UserError
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -63,11 +63,12 @@ def run_ranks(command: Sequence[str], count: int) -> int:
     Returns:
         The exit code of the first rank that failed, negative for a signal; 0 if none did.
     """
+    port = ReservedPort()
     shared = {
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port.number),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }

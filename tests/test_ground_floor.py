@@ -2,13 +2,16 @@
 
 import io
 import re
+import socket
 from pathlib import Path
 
 import pytest
 from rich.table import Column, Table
+from torch.distributed import TCPStore
 
 import nemodiff_train
 from nemodiff_train.console import PlainConsole, bytes_bar
+from nemodiff_train.distributed import ReservedPort
 from nemodiff_train.errors import RunStopped, UserError
 from nemodiff_train.files import LineLog
 from nemodiff_train.shown import in_a_line, visible
@@ -68,3 +71,13 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path, before: str, 
     with LineLog(file) as log:
         log.write(["b"])
         assert file.read_text() == after  # before it is closed
+
+
+def test_a_reserved_port_is_kept_for_a_store() -> None:
+    """No other program gets it between the choice and the start of the server, which then can listen."""
+    port = ReservedPort()
+    with pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(("127.0.0.1", port.number))
+    store = TCPStore("127.0.0.1", port.number, is_master=True, wait_for_workers=False)
+    TCPStore("127.0.0.1", port.number).set("said", "hello")
+    assert store.get("said") == b"hello"

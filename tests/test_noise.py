@@ -181,6 +181,16 @@ def test_stratified_levels_cover_a_global_batch_evenly(noise_granularity: str, p
         assert sorted(strata) == list(range(BATCH * per_sample))
 
 
+@pytest.mark.parametrize("noise_granularity", ["sequence", "block"])
+def test_shared_levels_are_one_per_global_batch(noise_granularity: str) -> None:
+    objective = ObjectiveConfig(noise_level_sampling="shared", noise_granularity=noise_granularity)  # type: ignore[arg-type]
+    batches = [[draw(step * BATCH + index, objective) for index in range(BATCH)] for step in range(1000)]
+    levels = np.array([[noise.level for noise in batch] for batch in batches]).reshape(len(batches), -1)
+    assert (levels == levels[:, :1]).all() and len(np.unique(levels)) == len(batches)
+    assert within(levels[:, 0], 0.5) and within(levels[:, 0] ** 2, 1 / 3)
+    assert not np.array_equal(batches[0][0].masked, batches[0][1].masked)
+
+
 def test_block_schedules() -> None:
     objective = ObjectiveConfig(block_schedule="random", block_sizes=[2, 16])
     sizes = [block_size_at(objective, step) for step in range(3000)]

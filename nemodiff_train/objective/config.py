@@ -93,9 +93,10 @@ class ObjectiveConfig:
     max_noise_level: float = 1.0
     """Upper end of the noise level. BD3-LM clips both ends, dFactory trains on U(0.3, 0.8)."""
 
-    noise_level_sampling: Literal["independent", "antithetic", "stratified"] = "independent"
+    noise_level_sampling: Literal["independent", "antithetic", "stratified", "shared"] = "independent"
     """How levels of different samples relate. ``antithetic``: samples 2k and 2k + 1 mirror each other.
-    ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic)."""
+    ``stratified``: the levels of a global batch cover the range evenly (BD3-LM calls this antithetic).
+    ``shared``: a global batch has one level, which gradients of different batches then vary with."""
 
     mask_sampling: str = "bernoulli"
     """``bernoulli``: each position independently with probability t. ``exact``: t times the maskable positions,

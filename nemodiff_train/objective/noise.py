@@ -105,7 +105,7 @@ def draw_noise(
         blocks: [L] index of each position's block, 0, 1, ... without gaps.
         objective: The switches.
         block_size: Positions of a full block.
-        batch_size: Samples in a global batch; consecutive indices form one (for stratified levels).
+        batch_size: Samples in a global batch; consecutive indices form one (for stratified and shared levels).
         sequences: [L] index of each position's sequence, 0, 1, ... without gaps; None where the sample is one.
     """
     draw = _generator(key, 0, _MASKS, key.sample)
@@ -146,12 +146,14 @@ def _uniforms(key: Key, view: int, scopes: int, sampling: str, batch_size: int) 
     if sampling == "antithetic":
         pair = _generator(key, view, _LEVELS, key.sample // 2).random(scopes)
         return pair if key.sample % 2 == 0 else 1 - pair
+    step, index_in_batch = divmod(key.sample, batch_size)
+    if sampling == "shared":
+        return np.full(scopes, _generator(key, view, _LEVELS, step).random())
     draw = _generator(key, view, _LEVELS, key.sample)
     if sampling == "independent":
         return draw.random(scopes)
     # Strata within strata: the levels of one sample cover the range evenly, and so do the samples of a global
     # batch within each stratum.
-    step, index_in_batch = divmod(key.sample, batch_size)
     stratum = _order_of_batch(key._replace(sample=step), view, batch_size)[index_in_batch]
     return (draw.permutation(scopes) + (stratum + draw.random(scopes)) / batch_size) / scopes
 

@@ -19,7 +19,7 @@ from nemodiff_train.config.context import StepContext
 from nemodiff_train.config.precision import precision_of, warning
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console, say
-from nemodiff_train.distributed import HEAD_START, free_port, global_rank, is_main_process, world_size
+from nemodiff_train.distributed import HEAD_START, ReservedPort, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
 from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -90,7 +90,8 @@ def train(config: TriModeConfig) -> None:
     config.mixed_precision = precision_of(config, init_runtime().cuda)
     _protect(config)
     if "MASTER_PORT" not in os.environ:  # alone: Megatron's fixed port may be another run's
-        os.environ["MASTER_PORT"] = str(free_port())
+        port = ReservedPort()
+        os.environ["MASTER_PORT"] = str(port.number)
     check(config, world_size())
     if slow := warning(config.mixed_precision, init_runtime().cuda):
         say(slow)

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from nemodiff_train.distributed import free_port
+from nemodiff_train.distributed import ReservedPort
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 1.0
@@ -313,7 +313,7 @@ def _serve() -> None:
     """Fork ranks as asked on standard input, and report their process ids and ends on standard output."""
     # What a killed rank has started becomes a child of this process, where `RankPool.processes` finds it.
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-    ranks: set[int] = set()
+    ranks: dict[int, ReservedPort] = {}
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to the log
     pending = ""
@@ -324,18 +324,18 @@ def _serve() -> None:
                 return
             *lines, pending = (pending + received).split("\n")
             for line in lines:
-                job, port = _Job(**json.loads(line)), str(free_port())
-                pids = [_fork(job, rank, port, answers) for rank in range(job.world_size)]
-                ranks |= set(pids)
+                job, port = _Job(**json.loads(line)), ReservedPort()
+                pids = [_fork(job, rank, port.number, answers) for rank in range(job.world_size)]
+                ranks |= dict.fromkeys(pids, port)
                 print(json.dumps({"pids": pids}), file=answers, flush=True)
         while (ended := _wait_for_any())[0]:
             pid, status = ended
             if pid in ranks:
-                ranks.discard(pid)
+                del ranks[pid]
                 print(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
 
 
-def _fork(job: _Job, rank: int, port: str, answers: TextIO) -> int:
+def _fork(job: _Job, rank: int, port: int, answers: TextIO) -> int:
     """Fork one rank; return its process id, when its log exists."""
     logs = Path(job.logs)
     log = os.open(_log_file(logs, job.name, rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -352,7 +352,7 @@ def _fork(job: _Job, rank: int, port: str, answers: TextIO) -> int:
         os.dup2(log, 2)
         size = str(job.world_size)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         _fork_helper_for_saving()
         module, function = job.function.split(":")
         result = getattr(importlib.import_module(module), function)(**job.arguments)
