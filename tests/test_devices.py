@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,20 @@ def test_decoding(model: Any, devices: TwoDevices, mode: str) -> None:
     _, session = decoded(model, mode, threshold=0.02)
     calls = session.calls(0) if mode != "oracle" else sum(map(session.calls, range(len(PROMPTS)))) / len(PROMPTS)
     assert devices.waits.total() <= WAITS[mode] * calls, devices.waits
+
+
+def test_seconds_of_a_forward_are_its_own(
+    model: Any, devices: TwoDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is read after the device has been waited for: else the next forward would be charged with it."""
+    from nemodiff_train.decoding import session
+
+    waits: list[int] = []
+    monkeypatch.setattr(
+        session, "time", SimpleNamespace(perf_counter=lambda: waits.append(devices.waits.total()) or 0.0)
+    )
+    decoded(model, "linear")
+    assert len(waits) > 4 and all(end > start for start, end in zip(waits[::2], waits[1::2], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``tools/gpu_check``, rehearsed: its order, its page, and what it does without a GPU."""
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -69,8 +70,10 @@ def test_refusals(check: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureF
     for words, needle in (
         (["--only", "nothing"], "known: machine"),
         (["--wheels", str(tmp_path)], "holds no wheels"),
+        (["--collect", str(tmp_path / "wheels")], "has no pip"),
     ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
             patch.setattr(sys, "argv", ["gpu_check", "--rehearse", *words])
+            patch.setattr(importlib.util, "find_spec", lambda name: None)
             check["main"]()
         assert left.value.code == 2 and needle in capsys.readouterr().err
