@@ -100,6 +100,18 @@ assert not any(name.startswith("megatron.bridge.models.deepseek") for name in sy
 assert checkpointing.save_sharded_modelopt_state([torch.nn.Linear(1, 1)], "") is None  # nothing is converted
 assert isinstance(sys.modules["modelopt"], deferred._DeferredModule)
 
+weight = torch.nn.Parameter(torch.ones(2))
+weight.grad = torch.ones(2)
+torch.optim.AdamW([weight]).step()
+torch._check(True)
+with_sympy = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes")
+assert cuda or all(isinstance(sys.modules[name], deferred._DeferredModule) for name in with_sympy)
+
+import importlib.metadata
+found = importlib.metadata.packages_distributions()
+assert found["torch"] == ["torch"] and found["PIL"] == ["pillow"] and found.get("torch") == ["torch"]
+assert "PIL" in found and "nothing" not in found and found.get("nothing") is None and len(found) == len([*found]) > 50
+
 import wandb
 assert wandb.run is None and wandb.__version__ and wandb.Settings()  # the real one
 import modelopt.torch.opt as mto

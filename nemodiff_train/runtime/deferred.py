@@ -14,17 +14,21 @@ A new version of a package that imports other names finds them: it only starts m
 """
 
 import ast
+import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemodiff_train.runtime.packages import without_stand_ins
+from nemodiff_train.runtime.replace import REPLACED, replace
 
 DEFERRED = (
     "datasets",
@@ -142,6 +146,16 @@ def _is_undisturbed(module: str, name: str) -> Callable[..., Any]:
     return decorate
 
 
+def _does_nothing(module: str, name: str) -> Callable[..., None]:
+    """Return a function for one that speaks to a compiler that is off."""
+    return lambda *arguments: None
+
+
+def _returns_its_argument(module: str, name: str) -> Callable[..., Any]:
+    """Return a function for one that asks whether a value is symbolic: who makes such values has imported it."""
+    return lambda value, *arguments: value
+
+
 def _empty_caches(module: str, name: str) -> Any:
     """Return ``torch._dynamo.trace_rules`` for the one function that torch.distributed calls in it."""
     return types.SimpleNamespace(clear_lru_cache=lambda: None)
@@ -175,10 +189,12 @@ _STAND_INS: dict[str, dict[str, Callable[[str, str], Any]]] = {
         "allow_in_graph": _is_undisturbed,
         "assume_constant_result": _is_undisturbed,
         "disable": _is_undisturbed,
+        "graph_break": _does_nothing,
         "trace_rules": _empty_caches,
     },
     "torch._dynamo._trace_wrapped_higher_order_op": {"TransformGetItemToIndex": _StandIn},
     "torch.fx.experimental.symbolic_shapes": {
+        "expect_true": _returns_its_argument,
         "guard_or_false": _StandIn,
         "statically_known_true": _StandIn,
         "GuardOnDataDependentSymNode": _class,
@@ -294,6 +310,33 @@ class _UnexecutedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.origins = _origins(Path(module.source_loader.path).read_text(), module.__name__)
 
 
+class _Distributions(Mapping[str, list[str]]):
+    """What :func:`importlib.metadata.packages_distributions` returns, without reading about every package at once.
+
+    Transformers asks at its import which distribution has torch, say, and takes the one of the same name.
+    """
+
+    def __getitem__(self, package: str) -> list[str]:
+        name = package.replace("_", "-")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            importlib.metadata.distribution(name)
+            return [name]
+        return self._all[package]
+
+    def get(self, package: str, default: Any = None) -> Any:
+        return self._all.get(package, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @functools.cached_property
+    def _all(self) -> Mapping[str, list[str]]:
+        return dict(REPLACED["importlib.metadata.packages_distributions"]())
+
+
 _FINDER = _DeferredFinder()
 _UNEXECUTED_FINDER = _UnexecutedFinder()
 
@@ -309,3 +352,4 @@ def defer_imports(compiles: bool) -> None:
     candidates = DEFERRED if compiles else DEFERRED + DEFERRED_WITHOUT_COMPILER
     _FINDER.roots = [root for root in candidates if root not in sys.modules]
     sys.meta_path[:0] = [_FINDER, _UNEXECUTED_FINDER]
+    replace(importlib.metadata, "packages_distributions", _Distributions, takes="")
