@@ -58,9 +58,7 @@ def test_decoding(model: Any, devices: TwoDevices, mode: str) -> None:
     assert devices.waits.total() <= WAITS[mode] * calls, devices.waits
 
 
-def test_seconds_of_a_forward_are_its_own(
-    model: Any, devices: TwoDevices, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seconds_of_a_forward_are_its_own(model: Any, devices: TwoDevices, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is read after the device has been waited for: else the next forward would be charged with it."""
     from nemodiff_train.decoding import session
 
