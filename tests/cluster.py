@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nemodiff_train.distributed import ReservedPort
+
 PROGRAMS = ("munge", "munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
 
 # A job that is put back into the queue may start again when its credential has expired: 5 seconds, not 2 minutes.
@@ -63,7 +65,13 @@ def cluster() -> Iterator[dict[str, str]]:
 def _running(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
-    values = {"host": socket.gethostname(), "ports": _free_ports(2), "user": getpass.getuser(), "folder": folder}
+    ports = [ReservedPort() for _ in range(2)]
+    values = {
+        "host": socket.gethostname(),
+        "ports": [port.number for port in ports],
+        "user": getpass.getuser(),
+        "folder": folder,
+    }
     (folder / "slurm.conf").write_text(CONFIGURATION.format(**values, cores=os.cpu_count()))
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
     path = os.pathsep.join((os.environ["PATH"], "/usr/sbin"))
@@ -114,13 +122,3 @@ def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
 
 def _tell(environment: dict[str, str], *words: str) -> str:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30).stdout
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
