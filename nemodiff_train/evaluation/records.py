@@ -88,15 +88,6 @@ def write_records(path: Path, records: Iterable[LoggedRecord]) -> Path:
     return write_atomic(path, "".join(record.model_dump_json() + "\n" for record in records))
 
 
-def read_records(path: Path) -> list[LoggedRecord]:
-    """Read what ``write_records`` wrote.
-
-    Raises:
-        UserError: The file cannot be read, or a line is not a record; names ``file:line``.
-    """
-    return read_jsonl(path, LoggedRecord)
-
-
 def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:
     """Validate each line of a JSONL file as ``model``; blank lines are passed over.
 
