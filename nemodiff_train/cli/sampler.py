@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
     )
     prompts = encode_prompts(opened.tokenizer, texts, arguments.chat)
-    opened = replace(opened, settings=opened.settings.stopping_at(prompts.stop_token_ids))
+    opened = replace(opened, settings=opened.settings.stopping_at(prompts.end_of_turn))
     options = SamplerOptions(
         **{
             name: getattr(arguments, name)

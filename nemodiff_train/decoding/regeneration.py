@@ -76,9 +76,7 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
     if template is not None:
         end = template_end_of_turn(tokenizer, template)
         template = ChatTemplate(tokenizer, started)  # one date for all conversations, as 'data prepare' has it
-        loaded = replace(
-            loaded, settings=loaded.settings.stopping_at(frozenset() if end is None else frozenset([end]))
-        )
+        loaded = replace(loaded, settings=loaded.settings.stopping_at(end))
     work = Regeneration(sources, options.rewriter(tokenizer, template), counts, unfinished)
     work.write(loaded, mode, options.batch_size)
     if is_main_process():
@@ -183,7 +181,7 @@ class Regeneration[Item]:
             told_progress(name, total, "tokens") as advance,
         ):
             for answers in writer.write((number, record, there.of(number)) for number, record in records):
-                log.add(answers)
+                log.write(answer.model_dump_json() for answer in answers)
                 advance(writer.finished - shown, sum(answer.tokens for answer in answers), before=writer.found)
                 shown = writer.finished
         barrier()
