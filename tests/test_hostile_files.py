@@ -285,7 +285,14 @@ def test_results_and_records(folder: Path) -> None:
                 _written(figures.get(name), name)
 
     sweep(file, results, read)
-    decoded = {"prompt_index": 0, "tokens": [1], "forwards": {"prefill": 1}, "cycles": [], "seconds": 1.0}
+    decoded = {
+        "prompt_index": 0,
+        "tokens": [1],
+        "forwards": {"prefill": 1},
+        "cycles": [],
+        "seconds": 1.0,
+        "steps": [1],
+    }
     record = {"mode": "ar", "settings": {}, "prompt": "a", "answer": "b", "text": "c", "correct": True}
     log = folder / "records.jsonl"
     log.write_text("")
