@@ -3,8 +3,9 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
@@ -12,6 +13,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -71,48 +73,8 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
         *extra_columns: Rich markup shown after the bar, for example ``"{task.fields[rate]}"``.
         shown: Whether this process shows it; by default only rank 0 does.
     """
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        *(TextColumn(column) for column in extra_columns),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (is_main_process() if shown is None else shown),
-    )
-
-
-LINE_SECONDS = 30.0
-"""Between two lines of a loop where there is no terminal."""
-
-
-@contextlib.contextmanager
-def told_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far a loop is and how long it will take: a bar on a terminal, elsewhere a line now and then.
-
-    Args:
-        description: What is counted.
-        total: Number of it.
-
-    Yields:
-        A function that takes how many more are done.
-    """
-    done, started = 0, time.monotonic()
-    told = started
-    with progress_bar(shown=is_main_process() and console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done, told
-            done, now = done + count, time.monotonic()
-            bar.advance(task, count)
-            if not console.is_terminal and (now - told >= LINE_SECONDS or done >= total):
-                spent, told = now - started, now
-                left = timedelta(seconds=round(spent / done * (total - done)))
-                say(f"{description}: {done}/{total} in {timedelta(seconds=round(spent))}, {left} left")
-
-        yield advance
+    columns = (MofNCompleteColumn(), *map(TextColumn, extra_columns))
+    return _bar(*columns, shown=is_main_process() if shown is None else shown)
 
 
 def bytes_bar() -> Progress:
@@ -120,14 +82,68 @@ def bytes_bar() -> Progress:
 
     It is shown on a terminal only: in a file it would leave one line per bar.
     """
+    shown = is_main_process() and console.is_interactive
+    return _bar(DownloadColumn(), TransferSpeedColumn(), shown=shown, transient=True)
+
+
+def _bar(*columns: ProgressColumn, shown: bool, transient: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *columns,
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        transient=True,
-        disable=not (is_main_process() and console.is_interactive),
+        transient=transient,
+        disable=not shown,
     )
+
+
+LINE_SECONDS = 30.0
+"""Between two lines of a loop where there is no terminal."""
+
+
+class Advance(Protocol):
+    """Tells how much further a loop is."""
+
+    def __call__(self, count: int, units: int = 0, before: int = 0) -> None:
+        """Show that more is done.
+
+        Args:
+            count: How many more.
+            units: How many units have been made meanwhile, whose number per second is shown.
+            before: How many of all that are done so far took no time, as an earlier start had done them.
+        """
+
+
+@contextlib.contextmanager
+def told_progress(description: str, total: int, unit: str = "") -> Iterator[Advance]:
+    """Show how far a loop is and how long it will take: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        description: What is counted.
+        total: Number of it.
+        unit: Name of the units that are made, in the plural; empty for none.
+
+    Yields:
+        The function to call.
+    """
+    done, made, started = 0, 0, time.monotonic()
+    told = started
+    columns = [f"{{task.fields[speed]:,.0f}} {unit}/s"] if unit else []
+    with progress_bar(*columns, shown=is_main_process() and console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, speed=0.0)
+
+        def advance(count: int, units: int = 0, before: int = 0) -> None:
+            nonlocal done, made, told
+            done, made, now = done + count, made + units, time.monotonic()
+            spent = now - started
+            bar.update(task, advance=count, speed=made / spent)
+            if console.is_terminal or (now - told < LINE_SECONDS and done < total):
+                return
+            told = now
+            speed = f", {made / spent:,.0f} {unit}/s" if unit else ""
+            left = timedelta(seconds=round(spent / (done - before) * (total - done))) if done > before else "?"
+            say(f"{description}: {done:,}/{total:,} in {timedelta(seconds=round(spent))}{speed}, {left} left")
+
+        yield advance

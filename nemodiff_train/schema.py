@@ -46,7 +46,7 @@ def first_problem(error: ValidationError) -> str:
     return f"{name} is {first['input']!r:.100}: {message}"
 
 
-def read_json(file: Path, remedy: str = "fetch it again") -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -55,9 +55,9 @@ def read_json(file: Path, remedy: str = "fetch it again") -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{file}' is not JSON ({error}); {remedy}") from None
+        raise UserError(f"'{file}' is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"'{file}' holds no settings; {remedy}")
+        raise UserError(f"'{file}' holds no settings; fetch it again")
     return content
 
 

@@ -62,7 +62,13 @@ def _tokens(draw: random.Random) -> list[int]:
 
 def _ar(draw: random.Random, index: int, settings: Settings) -> DecodeRecord:
     tokens = _tokens(draw)
-    return DecodeRecord(index, tokens, {"prefill": 1, "decode": len(tokens) - 1}, seconds=draw.random())
+    return DecodeRecord(
+        index,
+        tokens,
+        {"prefill": 1, "decode": len(tokens) - 1},
+        seconds=draw.random(),
+        steps=[*range(1, len(tokens) + 1)],
+    )
 
 
 def _diffusion(draw: random.Random, index: int, settings: Settings) -> DecodeRecord:

@@ -139,7 +139,7 @@ def _lines(inputs: Inputs) -> Files:
 def _read_lines(inputs: Inputs, content: bytes) -> None:
     from nemodiff_train.data.columns import AnswerColumns, MessagesColumn, TextColumn
     from nemodiff_train.data.sources import documents, resolve
-    from nemodiff_train.evaluation.records import read_records
+    from nemodiff_train.evaluation.records import LoggedRecord, read_jsonl
     from nemodiff_train.evaluation.tasks import task_from_file
 
     path = inputs.write("lines.jsonl", content)
@@ -149,7 +149,7 @@ def _read_lines(inputs: Inputs, content: bytes) -> None:
         lambda: list(documents(resolve([str(path)], AnswerColumns("prompt", "answer"), "train", "*"))),
         lambda: task_from_file(path, "exact"),
         lambda: task_from_file(path, "numeric"),
-        lambda: read_records(path),
+        lambda: read_jsonl(path, LoggedRecord),
     ]
     _all(readers)
 

@@ -143,8 +143,8 @@ def test_the_end_of_turn_stops_conversations(tokenizer_dir: str) -> None:
     asked, plain = (encode_prompts(tokenizer, ["x"], chat) for chat in (True, False))
     settings = DecodingSettings(stop_token_ids=frozenset([0]))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert settings.stopping_at(asked.stop_token_ids).stop_token_ids == {0, end}
-    assert settings.stopping_at(plain.stop_token_ids) == settings
+    assert settings.stopping_at(asked.end_of_turn).stop_token_ids == {0, end}
+    assert settings.stopping_at(plain.end_of_turn) == settings
 
 
 def test_conversations_that_are_too_long_are_counted(

@@ -15,7 +15,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
 from nemodiff_train.evaluation.metrics import agreement_by_position, summarise, wilson
 from nemodiff_train.evaluation.prompts import Prompt, Task
-from nemodiff_train.evaluation.records import DecodeRecord, read_records
+from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, read_jsonl
 from nemodiff_train.evaluation.scorers import make_scorer
 from nemodiff_train.files import usable_directory, write_atomic
 from nemodiff_train.report import svg
@@ -27,8 +27,8 @@ from tests.browser import read_page
 from tools.support.ranks import RankPool
 
 AR = [
-    DecodeRecord(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4),
-    DecodeRecord(1, [8, 2], {"prefill": 1, "decode": 1}, seconds=0.2),
+    DecodeRecord(0, [5, 6, 7, 2], {"prefill": 1, "decode": 3}, seconds=0.4, steps=[1, 2, 3, 4]),
+    DecodeRecord(1, [8, 2], {"prefill": 1, "decode": 1}, seconds=0.2, steps=[1, 2]),
 ]
 LINEAR = [
     DecodeRecord(
@@ -40,9 +40,15 @@ LINEAR = [
             Cycle(1, recovered=True, accept_mask=[True, False, True]),
         ],
         seconds=0.2,
+        steps=[1, 3, 5, 5],
     ),
     DecodeRecord(
-        1, [8, 3], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(1, accept_mask=[True, True, False])], seconds=0.1
+        1,
+        [8, 3],
+        {"prefill": 1, "draft": 1, "verify": 1},
+        [Cycle(1, accept_mask=[True, True, False])],
+        seconds=0.1,
+        steps=[1, 3],
     ),
 ]
 DIFFUSION = [
@@ -75,7 +81,7 @@ def test_ar_reads_exactly_one_when_all_forwards_count() -> None:
 
 def test_linear_figures_by_hand() -> None:
     metrics = summarise(LINEAR, [True, True], {"block": 4}, AR)
-    assert metrics.forwards == {"prefill": 2, "draft": 3, "verify": 3} and metrics.forwards_all == 8
+    assert metrics.forwards == {"prefill": 2, "draft": 3, "verify": 3}
     assert metrics.tpf_all == 6 / 8 and metrics.tpf_no_prefill == 6 / 6
     assert metrics.acceptance_length == pytest.approx(4 / 3)
     assert metrics.identical_to_ar == 0.5
@@ -92,7 +98,7 @@ def test_agreement_with_positions_never_reached_and_short_drafts() -> None:
 
 
 def test_nothing_but_prefill_and_no_clock() -> None:
-    metrics = summarise([DecodeRecord(0, [2], {"prefill": 1})], [False], {})
+    metrics = summarise([DecodeRecord(0, [2], {"prefill": 1}, steps=[1])], [False], {})
     assert metrics.tpf_all == 1.0
     assert (metrics.tpf_no_prefill, metrics.tokens_per_second, metrics.identical_to_ar) == (None, None, None)
 
@@ -113,7 +119,7 @@ def test_wilson_interval() -> None:
     ],
 )
 def test_impossible_records_are_refused(fields: dict[str, Any], message: str) -> None:
-    sound = {"prompt_index": 0, "tokens": [1, 2], "forwards": {"prefill": 1}}
+    sound = {"prompt_index": 0, "tokens": [1, 2], "forwards": {"prefill": 1}, "steps": [1, 1]}
     with pytest.raises(ValueError, match=message):
         DecodeRecord(**{**sound, **fields})
 
@@ -125,18 +131,9 @@ def test_summarise_refuses_what_does_not_match() -> None:
         summarise(LINEAR, [True, True], {}, AR[:1])
 
 
-def test_commit_steps() -> None:
-    assert AR[0].commit_steps() == [0, 1, 2, 3]
-    assert LINEAR[0].commit_steps() == [0, 1, 2, 2]
-    assert DIFFUSION[0].commit_steps() == [0, 2, 1, 2]
-    unknown = DecodeRecord(0, [5, 6], {"prefill": 1, "denoise": 1})
-    assert unknown.commit_steps() == []
-    assert [(piece.text, piece.step) for piece in pieces(unknown, decode)] == [("so <b>", None)]
-
-
 def test_pieces_keep_characters_whole() -> None:
     letters = [b"a", b"\xc3", b"\xa9", b"b"]
-    record = DecodeRecord(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3})
+    record = DecodeRecord(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3}, steps=[1, 2, 3, 4])
     found = pieces(record, lambda tokens: b"".join(letters[t] for t in tokens).decode(errors="replace"))
     assert [piece.text for piece in found] == ["a", "é", "b"]
 
@@ -145,7 +142,7 @@ def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:
     write_report(tmp_path / "new" / "report", evaluation(), decode)
     directory = tmp_path / "new" / "report"
     runs = defaultdict(list)
-    for row in read_records(directory / "records.jsonl"):
+    for row in read_jsonl(directory / "records.jsonl", LoggedRecord):
         runs[row.mode, json.dumps(row.settings)].append(row)
     assert len(runs) == 4, "the diffusion run shared with the sweep is logged once"
     figures = json.loads((directory / "metrics.json").read_text())
@@ -178,6 +175,7 @@ def test_page_names_characters_that_turn_the_text_around(tmp_path: Path) -> None
         [8, 2],
         {"prefill": 1, "draft": 1, "verify": 1},
         [Cycle(0, recovered=True, accept_mask=[False], draft_tokens=[8])],
+        steps=[1, 3],
     )
     turned = "\u202ereversed\u2066"
     task = Task("one", [Prompt(prompt=turned, answer="7")], make_scorer("exact"))
@@ -190,7 +188,11 @@ def test_page_names_characters_that_turn_the_text_around(tmp_path: Path) -> None
 
 def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
     record = DecodeRecord(
-        0, [8, 2], {"prefill": 1, "draft": 1, "verify": 1}, [Cycle(0, recovered=True, accept_mask=[False])]
+        0,
+        [8, 2],
+        {"prefill": 1, "draft": 1, "verify": 1},
+        [Cycle(0, recovered=True, accept_mask=[False])],
+        steps=[1, 3],
     )
     task = Task("one", [Prompt(prompt="7", answer="7")], make_scorer("exact"))
     single = assemble("m", task, [Run("linear", {}, [record])], decode, settings={})
@@ -239,7 +241,7 @@ def test_an_evaluation_goes_on_where_it_was_interrupted(tmp_path: Path, ranks: R
     assert ["full" in refusals[0], "report already" in refusals[1]] == [True, True]
 
     def tokens(name: str) -> list[tuple[str, str, list[int]]]:
-        records = read_records(tmp_path / name / "records.jsonl")
+        records = read_jsonl(tmp_path / name / "records.jsonl", LoggedRecord)
         return [(record.mode, record.prompt, record.decoded.tokens) for record in records]
 
     assert tokens("out") == tokens("undisturbed")

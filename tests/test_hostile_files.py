@@ -273,7 +273,7 @@ def test_logs_of_a_run(folder: Path) -> None:
 
 def test_results_and_records(folder: Path) -> None:
     from nemodiff_train.conversion.automodel.card import _written, read_results
-    from nemodiff_train.evaluation.records import read_records
+    from nemodiff_train.evaluation.records import LoggedRecord, read_jsonl
 
     file = folder / "metrics.json"
     results = {"task": "t", "modes": {"ar": {"accuracy": 0.5, "tpf_all": 1.0, "tpf_no_prefill": None}}}
@@ -285,11 +285,18 @@ def test_results_and_records(folder: Path) -> None:
                 _written(figures.get(name), name)
 
     sweep(file, results, read)
-    decoded = {"prompt_index": 0, "tokens": [1], "forwards": {"prefill": 1}, "cycles": [], "seconds": 1.0}
+    decoded = {
+        "prompt_index": 0,
+        "tokens": [1],
+        "forwards": {"prefill": 1},
+        "cycles": [],
+        "seconds": 1.0,
+        "steps": [1],
+    }
     record = {"mode": "ar", "settings": {}, "prompt": "a", "answer": "b", "text": "c", "correct": True}
     log = folder / "records.jsonl"
     log.write_text("")
-    sweep(log, {**record, "decoded": decoded}, lambda: read_records(log))
+    sweep(log, {**record, "decoded": decoded}, lambda: read_jsonl(log, LoggedRecord))
 
 
 def test_adapters_of_an_exported_directory(folder: Path) -> None:

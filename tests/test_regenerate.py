@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding import regeneration
-from nemodiff_train.decoding.answers import Answer, AnswerLog, UnfinishedAnswers
+from nemodiff_train.decoding.answers import Answer, UnfinishedAnswers
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.rewriting import Asked, ChatRewriter
+from nemodiff_train.files import LineLog
 from tests import small
 from tests.prepared import one_line, read_back, write_jsonl
 from tools.support.ranks import RankPool, World, run_commands
@@ -241,13 +242,14 @@ def test_killed_and_resumed(folder: Path, talked: Path, ranks: RankPool, tmp_pat
 def counted(patch: pytest.MonkeyPatch) -> list[Answer]:
     """Return a list that gets every answer that is written from now on."""
     added: list[Answer] = []
-    write: Callable[..., None] = AnswerLog.add
+    write: Callable[..., None] = LineLog.write
 
-    def add(log: AnswerLog, answers: list[Answer]) -> None:
-        added.extend(answers)
-        write(log, answers)
+    def add(log: LineLog, lines: Iterable[str]) -> None:
+        written = list(lines)
+        added.extend(Answer.model_validate_json(line) for line in written if line)
+        write(log, written)
 
-    patch.setattr(AnswerLog, "add", add)
+    patch.setattr(LineLog, "write", add)
     return added
 
 

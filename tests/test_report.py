@@ -127,8 +127,8 @@ def test_every_figure_follows_from_the_records(report: Path) -> None:
 
 def test_bars_stay_within_the_drawing() -> None:
     """An oracle's search, many times its path, is told and not drawn."""
-    searched = DecodeRecord(0, [5, 6, 7], {"prefill": 1, "denoise": 1, "search": 400})
-    plain = DecodeRecord(0, [5, 6, 7], {"prefill": 1, "decode": 2})
+    searched = DecodeRecord(0, [5, 6, 7], {"prefill": 1, "denoise": 1, "search": 400}, steps=[2, 2, 2])
+    plain = DecodeRecord(0, [5, 6, 7], {"prefill": 1, "decode": 2}, steps=[1, 2, 3])
     drawn = charts.forwards_bars({"oracle": summarise([searched], [True], {}), "ar": summarise([plain], [True], {})})
     bars = [(float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', drawn)]
     assert len(bars) == 4 and max(x + width for x, width in bars) <= charts.WIDTH
@@ -190,7 +190,7 @@ def test_page_prints_the_figures(report: Path) -> None:
 
 def point(tpf: float, accuracy: float, mode: str = "diffusion", **settings: float) -> Point:
     """A point of given figures."""
-    metrics = summarise([DecodeRecord(0, [1], {"denoise": 1})], [True], dict(settings))
+    metrics = summarise([DecodeRecord(0, [1], {"denoise": 1}, steps=[1])], [True], dict(settings))
     return Point(mode=mode, metrics=metrics.model_copy(update={"tpf_all": tpf, "accuracy": accuracy / 100}))
 
 
@@ -263,12 +263,11 @@ def test_trace_of_drafts() -> None:
     assert found.frames[0].words.startswith("Forward 1 of 5") and "accepts 2 of 2" in found.frames[-1].words
 
 
-def test_trace_without_drafts_or_steps() -> None:
-    assert trace(DecodeRecord(0, [5, 6], {"prefill": 1, "denoise": 1}), evaluations.text).frames == []
-    ar = trace(DecodeRecord(0, [5, 6], {"prefill": 1, "decode": 1}), evaluations.text)
+def test_trace_without_drafts() -> None:
+    ar = trace(DecodeRecord(0, [5, 6], {"prefill": 1, "decode": 1}, steps=[1, 2]), evaluations.text)
     assert [frame.words for frame in ar.frames] == [
-        "Step 1 \N{MIDDLE DOT} 1 of 2 tokens",
-        "Step 2 \N{MIDDLE DOT} 2 of 2 tokens",
+        "Forward 1 of 2 \N{MIDDLE DOT} 1 of 2 tokens",
+        "Forward 2 of 2 \N{MIDDLE DOT} 2 of 2 tokens",
     ]
     cut = Cycle(1, draft_tokens=[6, 7], accept_mask=[True, True])
     record = DecodeRecord(0, [5, 6], {"prefill": 1, "draft": 1, "verify": 1}, [cut], steps=[1, 3])

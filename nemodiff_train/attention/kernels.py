@@ -165,19 +165,9 @@ def attend_cached(
 
 
 def attend_by_group(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Attend under a mask with the heads of a key head as further queries of it.
+    """Do what :func:`attend_cached` does under a mask, with the heads of a key head as further queries of it.
 
     CUDA's kernels that take a mask take as many key heads as heads; the one that is left materializes all scores.
-
-    Args:
-        query: [batch, heads, new, head_dim].
-        key: [batch, kv_heads, visible, head_dim].
-        value: Likewise.
-        mask: [batch, 1, new, visible], True where allowed.
-        scale: Softmax scale; None for 1/sqrt(head_dim).
-
-    Returns:
-        [batch, heads, new, head_dim].
     """
     grouped = query.unflatten(1, (key.shape[1], -1))  # [batch, kv_heads, group, new, head_dim]
     group = grouped.shape[2]

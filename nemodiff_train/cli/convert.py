@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import add_extend, at_least_1
+from nemodiff_train.cli.decoding_options import add_extend, add_model_parallel
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
@@ -30,7 +30,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument("--mask-token", metavar="TOKEN|ID", help="token of the vocabulary that is to be the mask token")
     mask.add_argument("--add-mask-token", metavar="TOKEN", help="token to add to the vocabulary as the mask token")
-    _add_layout(parser)
+    add_model_parallel(parser)
+    add_extend(parser)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", metavar="DIR", help="evaluation whose figures go into the card of tri-mode")
     parser.add_argument("--remote-code", metavar="DIR", help="directory with the Python files of --format nemotron")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
-    _add_layout(parser)
+    add_model_parallel(parser)
+    add_extend(parser)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +58,6 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=0.0, help="largest difference of a weight (default: 0, bit for bit)"
     )
     parser.add_argument("--prompt", help="text whose logits are compared")
-    add_extend(parser)
-
-
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tensor-parallel", type=at_least_1, default=1, help="ranks that share each layer (default: 1)"
-    )
-    parser.add_argument(
-        "--pipeline-parallel", type=at_least_1, default=1, help="ranks that share the layers out (default: 1)"
-    )
     add_extend(parser)
 
 

@@ -37,6 +37,14 @@ def add_extend(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model_parallel(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how many processes share one model."""
+    for name, shared in (("tensor", "each layer"), ("pipeline", "the layers out")):
+        parser.add_argument(
+            f"--{name}-parallel", type=at_least_1, default=1, help=f"processes that share {shared} (%(default)s)"
+        )
+
+
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to a verb."""
     defaults = {f.name: f.default for f in fields(DecodingSettings)}
@@ -56,8 +64,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
     parser.add_argument("--drafter", metavar="CHECKPOINT", help="trained for this model; for modes linear, tree")
-    parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
-    parser.add_argument("--pipeline-parallel", type=at_least_1, default=1, help="processes that share the layers out")
+    add_model_parallel(parser)
     add_extend(parser)
 
 

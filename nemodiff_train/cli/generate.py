@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     mode = "diffusion" if arguments.infill else arguments.mode
     opened = load_decoding_model(checkpoint, modes=(mode,), **decoding_options(arguments))
     prompts = encode_prompts(opened.tokenizer, [arguments.prompt], arguments.chat)
-    (prompt,), settings = prompts.tokens, opened.settings.stopping_at(prompts.stop_token_ids)
+    (prompt,), settings = prompts.tokens, opened.settings.stopping_at(prompts.end_of_turn)
     if arguments.infill:
         filled, session = fill(opened.model, prompt, settings)
         _print(str(opened.tokenizer.decode(filled.tokens)), len(filled.positions), session)

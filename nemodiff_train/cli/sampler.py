@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import at_least_1
+from nemodiff_train.cli.decoding_options import add_model_parallel, at_least_1
 from nemodiff_train.console import say
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=at_least_1, default=384, help="of the network (%(default)s)")
     parser.add_argument("--batch-size", type=at_least_1, default=64, help="blocks decoded together (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws and of the network (%(default)s)")
-    parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
-    parser.add_argument("--pipeline-parallel", type=at_least_1, default=1, help="processes that share the layers out")
+    add_model_parallel(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
     )
     prompts = encode_prompts(opened.tokenizer, texts, arguments.chat)
-    opened = replace(opened, settings=opened.settings.stopping_at(prompts.stop_token_ids))
+    opened = replace(opened, settings=opened.settings.stopping_at(prompts.end_of_turn))
     options = SamplerOptions(
         **{
             name: getattr(arguments, name)

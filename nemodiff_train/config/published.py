@@ -6,6 +6,9 @@ section 5), which does not give the shares of warm-up and decay; 1% and 20% are 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import Ministral3Config, PretrainedConfig, Qwen3Config
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
@@ -30,14 +33,66 @@ BATCH_SIZE, LENGTH = 512, 4096
 """Samples per step and clean tokens per sample."""
 
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
 @dataclass(frozen=True)
 class Size:
-    """One published size: the shape that identifies its checkpoint, and its layout."""
+    """The shape of one published model, and its layout; all have 8 key-value heads of 128 channels."""
 
     layers: int
     hidden: int
+    heads: int
+    feed_forward: int
     tensor_parallel: int
     """Tensor-parallel size; divides the key-value heads, the batch, and 8 to 256 GPUs."""
+    tied: bool = False
+    """Whether embedding and output layer share one matrix."""
+
+    def config(self, family: str) -> PretrainedConfig:
+        """Return the configuration of a model of this size.
+
+        Args:
+            family: ``ministral3`` or ``qwen3``.
+        """
+        settings: dict[str, Any] = {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.feed_forward,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": self.tied,
+        }
+        if family == "ministral3":
+            names = ["Ministral3ForCausalLM"]
+            return Ministral3Config(architectures=names, vocab_size=131072, rope_parameters=_YARN, **settings)
+        return Qwen3Config(architectures=["Qwen3ForCausalLM"], vocab_size=151936, **settings)
+
+
+SIZES = {
+    "ministral3": {
+        "3b": Size(26, 3072, 32, 9216, tensor_parallel=1, tied=True),
+        "8b": Size(34, 4096, 32, 14336, tensor_parallel=4),
+        "14b": Size(40, 5120, 32, 16384, tensor_parallel=8),
+    },
+    "qwen3": {
+        "4b": Size(36, 2560, 32, 9728, tensor_parallel=1, tied=True),
+        "8b": Size(36, 4096, 32, 12288, tensor_parallel=4),
+        "14b": Size(40, 5120, 40, 17408, tensor_parallel=8),
+    },
+}
+"""By family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
 
 
 def two_stages(size: Size) -> tuple[Recipe, Recipe]:

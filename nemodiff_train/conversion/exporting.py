@@ -1,6 +1,7 @@
 """``nemodiff convert export``: make a Hugging Face directory of a Megatron checkpoint."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemodiff_train.console import bytes_bar, quiet, say, warn
+from nemodiff_train.conversion import automodel
 from nemodiff_train.conversion.automodel.card import read_results, write_card
 from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, check_engine, write_drafter
-from nemodiff_train.conversion.formats import FORMATS, code_files, copy_code, own_format
+from nemodiff_train.conversion.formats import FORMATS, code_files, own_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
@@ -84,9 +86,8 @@ def export_checkpoint(
             write_drafter(drafter, opened, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
-            copy_code(code, partial)
-            if finish := FORMATS[name].finish:
-                finish(partial, settings)
+            for file in (*code, *(Path(automodel.__path__[0]) / file for file in FORMATS[name].brings)):
+                shutil.copyfile(file, partial / file.name)  # never run here
             if name == "tri-mode":
                 write_card(partial, settings, provider.origin, figures)
     say(f"exported {source.path} to {output}")

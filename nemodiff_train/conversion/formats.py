@@ -1,15 +1,13 @@
 """Formats of the Hugging Face directories that a checkpoint can be exported to."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nemodiff_train.conversion.automodel.directory import add_code, add_sdar_configuration, tri_mode_settings
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, HFConfig, ar_settings, architecture
+from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, HFConfig, ar_settings, architecture
 from nemodiff_train.model.pretrained import config_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -50,8 +48,8 @@ class Format:
     """Returns the ``config.json`` of a model; refuses a model that the format cannot hold."""
     needs_code: bool = False
     """Whether the directory is loaded by Python files of its publisher."""
-    finish: Callable[[Path, HFConfig], None] | None = None
-    """Adds what else belongs into the directory, given the folder and its ``config.json``."""
+    brings: tuple[str, ...] = ()
+    """Python files of this project, beside :mod:`.automodel.card`, that the directory gets."""
 
 
 def ar_format(provider: TriModeModelProvider) -> HFConfig:
@@ -190,17 +188,39 @@ def _query_scaled(settings: HFConfig) -> HFConfig:
 def tri_mode_format(provider: TriModeModelProvider) -> HFConfig:
     """Return the ``config.json`` of a directory whose own code decodes in every mode.
 
+    Names and shapes of the weights are those of the AR family.
+
     Raises:
         UserError: The model has no mask token.
     """
-    return tri_mode_settings(provider, ar_format(provider))
+    if provider.mask_token_id is None:
+        raise UserError(
+            "--format tri-mode needs a mask token, and this checkpoint has had no joint stage; use --format ar"
+        )
+    family, model = ar_format(provider), f"modeling_tri_mode.{TRI_MODE}"
+    return {
+        "architectures": [TRI_MODE],
+        "auto_map": {
+            "AutoConfig": "configuration_tri_mode.TriModeConfig",
+            "AutoModel": model,
+            "AutoModelForCausalLM": model,
+        },
+        "model_type": "tri_mode",
+        "dtype": family.get("dtype"),
+        "mask_token_id": provider.mask_token_id,
+        "block_size": provider.block_size,
+        "shift": provider.shift,
+        "clean_attention": provider.clean_attention,
+        "text_config": family,
+    }
 
 
 FORMATS = {
     "ar": Format(ar_format),
     "nemotron": Format(nemotron_format, needs_code=True),
-    "sdar": Format(sdar_format, finish=add_sdar_configuration),
-    "tri-mode": Format(tri_mode_format, finish=add_code),
+    # Without the class that its config.json names, rope_theta would be lost; see the file.
+    "sdar": Format(sdar_format, brings=("configuration_sdar.py",)),
+    "tri-mode": Format(tri_mode_format, brings=("configuration_tri_mode.py", "modeling_tri_mode.py")),
 }
 """Formats by their names in ``--format``."""
 
@@ -221,12 +241,6 @@ def code_files(settings: HFConfig, directory: str) -> list[Path]:
         if not file.is_file():
             raise UserError(f"--remote-code '{directory}' lacks {file.name}, which config.json names")
     return sorted(Path(directory).glob("*.py"))
-
-
-def copy_code(files: list[Path], directory: Path) -> None:
-    """Copy Python files to a directory; they are never run here."""
-    for file in files:
-        shutil.copy2(file, directory / file.name)
 
 
 def _in_dtype(settings: HFConfig, dtype: torch.dtype) -> HFConfig:

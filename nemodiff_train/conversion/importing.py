@@ -28,9 +28,10 @@ from nemodiff_train.conversion.comparison import (
     unusual_settings,
 )
 from nemodiff_train.conversion.headers import Stored, read_headers
-from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token, write_tokenizer
+from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token
 from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights, expected_shapes
 from nemodiff_train.data.tokenizer import files_of_tokenizer, load_tokenizer, tokens_without_row
+from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
     barrier,
@@ -266,6 +267,9 @@ def _save(models: list[GPTModel], partial: Path, source: str, token: MaskToken |
     barrier()
     if is_main_process():
         (iteration,) = partial.glob("iter_*")
-        shutil.rmtree(iteration / "tokenizer", ignore_errors=True)
-        write_tokenizer(Path(source), iteration / "tokenizer", token)
+        tokenizer = iteration / "tokenizer"
+        shutil.rmtree(tokenizer, ignore_errors=True)
+        copy_tokenizer(Path(source), tokenizer)  # as it is
+        if token and token.added:
+            add_mask_token(tokenizer, token.token, token.id)
         write_checksums(iteration)  # for every load, and for adapters that are trained on it

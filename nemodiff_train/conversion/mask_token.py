@@ -3,14 +3,12 @@
 import re
 from collections.abc import Container
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
-from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -109,16 +107,3 @@ def reserved_token(tokenizer: PreTrainedTokenizerBase, rows: int, stop_tokens: C
         and (token.special or _NAMED_RESERVED.search(str(token)))
     ]
     return next(filter(_NAMED_RESERVED.search, free), free[0] if free else None)
-
-
-def write_tokenizer(source: Path, directory: Path, token: MaskToken | None = None) -> None:
-    """Copy a tokenizer's files as they are, and add the mask token where it is new.
-
-    Args:
-        source: Hugging Face directory.
-        directory: Folder to create.
-        token: The mask token; None for the model's own.
-    """
-    copy_tokenizer(source, directory)
-    if token and token.added:
-        add_mask_token(directory, token.token, token.id)

@@ -170,31 +170,17 @@ class Record[Item]:
     document: Item
 
 
-@dataclass(frozen=True)
 class WholeRecords[Item]:
-    """Read every field of the records in which other columns find a document, and keep them."""
+    """Read every field of the records in which other columns find a document, and keep them.
 
-    columns: Columns[Item]
+    Args:
+        columns: The other columns.
+    """
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
-        return self.columns.names
-
-    @property
-    def option(self) -> str:
-        """The option that names the fields."""
-        return self.columns.option
-
-    @property
-    def notes(self) -> Notes:
-        """Counts what is not used."""
-        return self.columns.notes
-
-    @property
-    def of_texts(self) -> bool:
-        """Whether the content of a file without records is such a field."""
-        return self.columns.of_texts
+    def __init__(self, columns: Columns[Item]) -> None:
+        self.columns = columns
+        self.names, self.option = columns.names, columns.option
+        self.notes, self.of_texts = columns.notes, columns.of_texts
 
     def reads(self, name: str) -> bool:
         """Return True: every field is kept."""

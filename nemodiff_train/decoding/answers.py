@@ -107,9 +107,9 @@ class UnfinishedAnswers:
         """Return the logs of all replicas, of this start and of earlier ones."""
         return sorted(self.folder.glob("answers-*.jsonl"))
 
-    def log(self, replica: int | None) -> "AnswerLog":
+    def log(self, replica: int | None) -> LineLog:
         """Return the log of a replica, which no other process writes; None for a rank that writes nothing."""
-        return AnswerLog(None if replica is None else self.folder / f"answers-{replica}.jsonl")
+        return LineLog(None if replica is None else self.folder / f"answers-{replica}.jsonl")
 
     def publish(self, lines: Iterable[str]) -> None:
         """Write the lines of the output, move it into place and remove the folder."""
@@ -134,14 +134,6 @@ class UnfinishedAnswers:
     def _save(self, state: _State) -> None:
         usable_directory(self.folder)
         write_atomic(self.folder / "state.json", state.model_dump_json())
-
-
-class AnswerLog(LineLog):
-    """The answers of one data-parallel replica."""
-
-    def add(self, answers: Iterable[Answer]) -> None:
-        """Write answers that have just been made."""
-        self.write(answer.model_dump_json() for answer in answers)
 
 
 class AnswerIndex:

@@ -6,7 +6,7 @@ import torch
 
 from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Session, running
 
 
 def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
@@ -26,10 +26,8 @@ def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampl
     active = torch.arange(len(rows))
     tokens = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     while True:
-        for row, token in zip(active.tolist(), tokens[:, 0].tolist(), strict=True):
-            rows[row].extend([token], [session.calls(row)])
-        running = torch.tensor([not rows[row].finished for row in active.tolist()])
-        active, tokens = active[running], tokens[running]
+        session.emit(rows, active, tokens)
+        active, tokens = running(rows, active, tokens)
         if not len(active):
             return rows
         logits = session.forward(tokens, active, "decode", causal=True)  # [batch, 1, vocab]

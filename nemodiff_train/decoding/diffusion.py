@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
 from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Session, running
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.sampler.features import SlotHistory
 
@@ -46,8 +46,7 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
         for row, start, end, *made in zip(active, starts, ends, blocks.tolist(), steps.tolist(), strict=True):
             rows[row].extend(*(each[start:end] for each in made))
         known = [0] * len(rows)
-        running = torch.tensor([not rows[row].finished for row in active.tolist()])
-        active, blocks = active[running], blocks[running]
+        active, blocks = running(rows, active, blocks)
         if not len(active):
             return rows
         # Write the finished blocks to the cache; the logits after their last token give the next seeds.

@@ -110,9 +110,9 @@ class DecodingSettings:
         if "" in self.stop_strings:
             raise UserError("a stop string is empty; every text holds it")
 
-    def stopping_at(self, tokens: frozenset[int]) -> Self:
-        """Return the settings with further tokens that end a row."""
-        return replace(self, stop_token_ids=self.stop_token_ids | tokens)
+    def stopping_at(self, token: int | None) -> Self:
+        """Return the settings with one more token that ends a row; None adds none."""
+        return self if token is None else replace(self, stop_token_ids=self.stop_token_ids | {token})
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of new tokens, without special ones, cut before the first stop string."""

@@ -19,8 +19,6 @@ class Filled:
     """Token ids of the whole text."""
     positions: list[int]
     """Positions that were filled."""
-    steps: list[int]
-    """For each of them, the forward, counted from 1, that unmasked it."""
 
 
 def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
@@ -44,7 +42,7 @@ def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
         raise UserError("there is nothing to fill: the text has no mask token")
     if masked[0] == 0:
         raise UserError("the text begins with a mask token; give at least one token before it")
-    tokens, steps, committed = list(text), dict.fromkeys(masked, 0), 0
+    tokens, committed = list(text), 0
     row = torch.arange(1)
     for position in masked:
         if tokens[position] != mask_token_id:
@@ -58,11 +56,9 @@ def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
             committed = start
         block = torch.tensor([tokens[start : start + size]], device=session.device)
         bounds = torch.tensor([[0], [size]])
-        block_steps = denoise(session, row, block, sampler, bounds[0], bounds[1], stops=False)
-        for offset, (token, step) in enumerate(zip(block[0].tolist(), block_steps[0].tolist(), strict=True)):
-            if tokens[start + offset] == mask_token_id:
-                tokens[start + offset], steps[start + offset] = token, step
-    return Filled(tokens, masked, [steps[position] for position in masked])
+        denoise(session, row, block, sampler, bounds[0], bounds[1], stops=False)
+        tokens[start : start + size] = block[0].tolist()
+    return Filled(tokens, masked)
 
 
 def revise(session: Session, text: Sequence[int], start: int, min_probability: float, sampler: Sampler) -> Filled:
@@ -87,7 +83,7 @@ def revise(session: Session, text: Sequence[int], start: int, min_probability: f
     probability = logits.softmax(-1).gather(-1, tokens[:, start:, None])[0, :, 0]
     improbable = {start + index for index in (probability < min_probability).nonzero()[:, 0].tolist()}
     if not improbable:
-        return Filled(list(text), [], [])
+        return Filled(list(text), [])
     assert session.mask_token_id is not None  # fill() refuses models without one
     masked = [session.mask_token_id if position in improbable else token for position, token in enumerate(text)]
     return infill(session, masked, sampler)

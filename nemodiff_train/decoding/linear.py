@@ -9,7 +9,7 @@ from torch import Tensor
 from nemodiff_train.decoding.chain import Chain
 from nemodiff_train.decoding.generation import Cycle, Generation
 from nemodiff_train.decoding.sampling import Sampler, Verification, rejection_sample
-from nemodiff_train.decoding.session import Session
+from nemodiff_train.decoding.session import Session, running
 
 
 class Draft(NamedTuple):
@@ -62,21 +62,14 @@ def speculate(
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows))
     last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
-    for row, token in enumerate(last[:, 0].tolist()):
-        rows[row].extend([token], [session.calls(row)])
+    session.emit(rows, active, last)
     while True:
-        active, last = _running(rows, active, last)
+        active, last = running(rows, active, last)
         if not len(active):
             return rows
         active, last, *draft = _draft(session, rows, active, last, sampler)
         if len(active):
             last = verify(session, rows, active, last, Draft(*draft), sampler)
-
-
-def _running(rows: list[Generation], active: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows that have not ended, and their part of [batch, ...] values."""
-    running = torch.tensor([not rows[row].finished for row in active.tolist()], dtype=torch.bool)
-    return tuple(each[running] for each in (active, *values))
 
 
 def _draft(
@@ -101,11 +94,11 @@ def _draft(
         return active, last, logits[:, 1:], contexts[:, 1:]
     session.commit(active, 1)
     own = sampler.sample_tokens(logits[:, :1], active)
-    for row, token in zip(active.tolist(), own[:, 0].tolist(), strict=True):
-        rows[row].extend([token], [session.calls(row)])
+    session.emit(rows, active, own)
+    for row in active.tolist():
         if rows[row].finished:
             rows[row].cycles.append(Cycle(accepted=0, own=1))
-    return _running(rows, active, own, logits[:, 1:], contexts[:, 1:])
+    return running(rows, active, own, logits[:, 1:], contexts[:, 1:])
 
 
 def _verify_chain(

@@ -15,8 +15,8 @@ class Prompts:
 
     tokens: list[list[int]]
     """Token ids of each prompt, without special tokens of the tokenizer's own."""
-    stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end an answer besides the model's own: what the chat template ends a turn with."""
+    end_of_turn: int | None = None
+    """Token that ends an answer besides the model's own: what the chat template ends a turn with."""
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool) -> Prompts:
@@ -36,4 +36,4 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], cha
         texts = [template([{"role": "user", "content": text}]) for text in texts]
         end = template_end_of_turn(tokenizer, template)
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return Prompts(tokens, frozenset() if end is None else frozenset([end]))
+    return Prompts(tokens, end)

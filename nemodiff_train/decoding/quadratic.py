@@ -8,7 +8,7 @@ from torch import Tensor
 from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.linear import commit_accepted
 from nemodiff_train.decoding.sampling import Sampler, rejection_sample
-from nemodiff_train.decoding.session import Layout, Session
+from nemodiff_train.decoding.session import Layout, Session, running
 
 
 def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
@@ -33,12 +33,10 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
     masks = sampler.settings.block_size - 1  # length of the chain and of each group; drafts have one token less
     logits, draft_logits = _prefill(session, prompts, masks)
     last = sampler.sample_tokens(logits[:, None], active)  # [batch, 1]
-    for row, token in enumerate(last[:, 0].tolist()):
-        rows[row].extend([token], [session.calls(row)])
+    session.emit(rows, active, last)
     layout = _chain_and_groups(masks, session.device)
     while True:
-        running = torch.tensor([not rows[row].finished for row in active.tolist()])
-        active, last, draft_logits = active[running], last[running], draft_logits[running]
+        active, last, draft_logits = running(rows, active, last, draft_logits)
         if not len(active):
             return rows
         draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, masks - 1]

@@ -1,19 +1,16 @@
 """Write the answers of a data set again, in a model's own words."""
 
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
 
-from nemodiff_train.console import console, progress_bar, say
+from nemodiff_train.console import console, progress_bar, say, told_progress
 from nemodiff_train.data.chat import template_end_of_turn
 from nemodiff_train.data.columns import Document, Record, WholeRecords
 from nemodiff_train.data.sources import Source, documents
@@ -31,8 +28,6 @@ from nemodiff_train.model.checksums import identity
 
 _WAITING_BATCHES = 32
 """Batches of prompts from which those of similar length are taken together."""
-_LINE_SECONDS = 60.0
-"""Between lines of progress, where there is no terminal."""
 _TURN_BITS = 16
 """A record's number and its answer's share the number that draws depend on."""
 
@@ -81,9 +76,7 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
     if template is not None:
         end = template_end_of_turn(tokenizer, template)
         template = ChatTemplate(tokenizer, started)  # one date for all conversations, as 'data prepare' has it
-        loaded = replace(
-            loaded, settings=loaded.settings.stopping_at(frozenset() if end is None else frozenset([end]))
-        )
+        loaded = replace(loaded, settings=loaded.settings.stopping_at(end))
     work = Regeneration(sources, options.rewriter(tokenizer, template), counts, unfinished)
     work.write(loaded, mode, options.batch_size)
     if is_main_process():
@@ -181,14 +174,16 @@ class Regeneration[Item]:
             say(f"continuing after {len(there):,} answers")
         records = islice(enumerate(documents(self.sources)), replica, None, replicas)
         writer = _Writer(loaded, self.rewriter, self.counts, mode, batch_size)
-        total = len(range(replica, len(self.counts), replicas))
+        total, shown = len(range(replica, len(self.counts), replicas)), 0
+        name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
         with (
             self.unfinished.log(replica if ranks == (0, 0) else None) as log,
-            _progress(total, replicas) as show,
+            told_progress(name, total, "tokens") as advance,
         ):
             for answers in writer.write((number, record, there.of(number)) for number, record in records):
-                log.add(answers)
-                show(writer, answers)
+                log.write(answer.model_dump_json() for answer in answers)
+                advance(writer.finished - shown, sum(answer.tokens for answer in answers), before=writer.found)
+                shown = writer.finished
         barrier()
 
     def publish(self) -> Summary:
@@ -275,29 +270,3 @@ class _Writer[Item]:
             turn = len(asked.answers)
             answers.append(Answer(record=asked.number, turn=turn, text=text, tokens=len(tokens), end=end))
         return answers
-
-
-@contextmanager
-def _progress[Item](total: int, replicas: int) -> Iterator[Callable[[_Writer[Item], Sequence[Answer]], None]]:
-    """Show the main process's records, tokens per second and time left, on a terminal or as lines."""
-    start = line = time.monotonic()
-    tokens = 0
-    name = f"answering, process 1 of {replicas}" if replicas > 1 else "answering"
-    shown = is_main_process() and console.is_terminal
-    with progress_bar("{task.fields[speed]:,.0f} tokens/s", shown=shown) as bar:
-        task = bar.add_task(name, total=total, speed=0.0)
-
-        def show(writer: _Writer[Item], answers: Sequence[Answer]) -> None:
-            nonlocal line, tokens
-            now = time.monotonic()
-            tokens += sum(answer.tokens for answer in answers)
-            speed = tokens / (now - start)
-            bar.update(task, completed=writer.finished, speed=speed)
-            if now - line < _LINE_SECONDS or console.is_terminal:
-                return
-            line = now
-            done = writer.finished - writer.found
-            left = timedelta(seconds=round((total - writer.finished) * (now - start) / done)) if done else "?"
-            say(f"{name}: {writer.finished:,}/{total:,} records · {speed:,.0f} tokens/s · {left} left")
-
-        yield show

@@ -13,11 +13,9 @@ from torch import Tensor
 from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
 from nemodiff_train.attention.kernels import kernels_for_any_length
 from nemodiff_train.decoding.finite import check_finite
-from nemodiff_train.decoding.generation import ForwardKind
+from nemodiff_train.decoding.generation import ForwardKind, Generation
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.path_selector import SelectorTables
-from nemodiff_train.objective.drafts import DraftKind
 
 # Forwards that fill masks: index i predicts the token at i, which a model trained with the shift says at i - 1.
 MASK_FILLING: tuple[ForwardKind, ...] = ("denoise", "draft", "search")
@@ -56,6 +54,10 @@ class Session:
         self.cache = KeyValueCache(self.model.layers, rows, capacity, self.device)
         self.mask_token_id = mask_token_id
         self.vocab_size: int = self.model.config.vocab_size
+        self.selector_tables = self.model.selector_tables
+        """The path selector of the model's drafter; None without one."""
+        self.draft_kind = self.model.draft_kind
+        """What the drafts of the model's drafter look like; without one, those of a tri-mode model."""
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
         """Calls of the model that each row took part in, by kind."""
         self.seconds: dict[str, float] = defaultdict(float)
@@ -146,19 +148,20 @@ class Session:
             self.forwards[row][kind] += 1
         return logits, contexts
 
-    @property
-    def selector_tables(self) -> SelectorTables | None:
-        """Return the path selector of the model's drafter; None without one."""
-        return self.model.selector_tables
-
-    @property
-    def draft_kind(self) -> DraftKind:
-        """Return what the drafts of the model's drafter look like; without one, those of a tri-mode model."""
-        return self.model.draft_kind
-
     def calls(self, row: int) -> int:
         """Return the number of forwards that a row has taken part in so far."""
         return self.forwards[row].total()
+
+    def emit(self, generations: Sequence[Generation], rows: Tensor, tokens: Tensor) -> None:
+        """Append one token to each of some rows' generations, as what the last forward of the row determined.
+
+        Args:
+            generations: Of all rows of the session.
+            rows: [batch] rows, on the host.
+            tokens: [batch, 1] token ids.
+        """
+        for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
+            generations[row].extend([token], [self.calls(row)])
 
     def masks(self, rows: int, count: int) -> Tensor:
         """Return [rows, count] mask tokens.
@@ -225,6 +228,12 @@ class Session:
         needed = int(self.cache.lengths[rows].max()) + new
         if needed > self.cache.capacity:
             raise ValueError(f"a row needs {needed} positions; the session holds {self.cache.capacity}")
+
+
+def running(generations: Sequence[Generation], rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows [batch] that have not ended, and their part of [batch, ...] values."""
+    unfinished = torch.tensor([not generations[row].finished for row in rows.tolist()], dtype=torch.bool)
+    return tuple(each[unfinished] for each in (rows, *values))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -23,7 +23,7 @@ from nemodiff_train.drafter.slots import Slots, Verdict
 from nemodiff_train.model.head import DRAFT_CHUNK, gather_hidden_states
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DraftKind
-from nemodiff_train.objective.loss import Report
+from nemodiff_train.objective.loss import Report, pair
 from nemodiff_train.objective.noise import DRAFTS, generator
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.runtime.memory import copied_to
@@ -120,8 +120,8 @@ class DraftLoss:
         counted, weights = (self._own(each).flatten()[index] for each in (verdict.counted, verdict.weights))
         total = judged.total(weights * judged.has_loss)
         self.report.update(self._figures(slots, verdict))
-        self.report["counted_slots"] = _pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
-        self.report["draft_loss"] = torch.stack([total.detach(), self.report["counted_slots"][0]])
+        self.report["counted_slots"] = pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
+        self.report["draft_loss"] = pair(total, self.report["counted_slots"][0])
         return total
 
     def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
@@ -193,15 +193,11 @@ class DraftLoss:
         figures = {}
         sure = kind.sure_tokens * drafts  # the verifier's own tokens of each cycle
         for length in {*(length for length in DRAFT_LENGTHS if length < longest), longest}:
-            figures[f"acceptance_length/{length}"] = _pair((accepted & (number <= length)).sum() + sure, drafts)
+            figures[f"acceptance_length/{length}"] = pair((accepted & (number <= length)).sum() + sure, drafts)
         for position in (position for position in POSITIONS if position <= longest):
-            figures[f"acceptance_by_position/{position}"] = _pair((accepted & (number == position)).sum(), drafts)
-        figures["expected_tpf"] = _pair(accepted.sum() + sure, 2 * drafts)  # one forward drafts, one verifies
+            figures[f"acceptance_by_position/{position}"] = pair((accepted & (number == position)).sum(), drafts)
+        figures["expected_tpf"] = pair(accepted.sum() + sure, 2 * drafts)  # one forward drafts, one verifies
         return figures
-
-
-def _pair(total: Tensor, count: Tensor) -> Tensor:
-    return torch.stack([total.float(), count.float()])
 
 
 def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:

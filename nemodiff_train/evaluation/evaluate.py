@@ -40,7 +40,7 @@ def evaluate(
         unfinished: Log of what is decoded; what it has already is not decoded again.
     """
     prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
-    settings = loaded.settings.stopping_at(prompts.stop_token_ids)
+    settings = loaded.settings.stopping_at(prompts.end_of_turn)
     headline: list[Run] = []
     sweep: list[Run] = []
     for mode in covered.modes:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from nemodiff_train.console import console, warn
 from nemodiff_train.data.template import ChatTemplate
-from nemodiff_train.decoding.decode import decode
+from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
@@ -100,7 +100,7 @@ class NemodiffLM(HFLM):
         sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size or 64}
         with _quiet_harness():  # which warns of a model that is already in memory
             super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
-        positions = runner.config.hf_config.get("max_position_embeddings")
+        positions = position_limit(runner.config)
         if positions and self.max_length > positions:
             raise UserError(f"--model_args max_length={self.max_length}: the model has {positions} positions")
         self.mode = mode

@@ -76,11 +76,6 @@ class ModeMetrics(BaseModel):
         description="Share of prompts whose tokens all equal those of the ar run; none without an ar run."
     )
 
-    @property
-    def forwards_all(self) -> int:
-        """Return the forwards of all kinds except an oracle's search, prefill included."""
-        return sum(count for kind, count in self.forwards.items() if kind != "search")
-
 
 def summarise(
     records: Sequence[DecodeRecord],

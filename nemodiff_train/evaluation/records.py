@@ -35,9 +35,8 @@ class DecodeRecord:
     seconds: float = 0.0
     """Wall-clock seconds. In a batch, the batch's seconds divided by its rows, so that the sum over prompts is the
     time that passed."""
-    steps: list[int] = field(default_factory=list)
-    """For each token, the number of the cycle or forward that committed it (any numbers that grow with time). May be
-    empty where ``cycles`` or plain AR decoding implies it."""
+    steps: list[int] = field(kw_only=True)
+    """For each token, which of the row's forwards, counted from 1, determined it."""
     seconds_by_kind: dict[str, float] = field(default_factory=dict)
     """Part of ``seconds`` that was spent in the model, by kind of forward."""
 
@@ -50,20 +49,8 @@ class DecodeRecord:
         committed = sum(cycle.committed for cycle in self.cycles)
         if committed > len(self.tokens):
             raise ValueError(f"cycles committed {committed} tokens, but there are {len(self.tokens)}")
-        if self.steps and len(self.steps) != len(self.tokens):
+        if len(self.steps) != len(self.tokens):
             raise ValueError(f"{len(self.steps)} steps for {len(self.tokens)} tokens")
-
-    def commit_steps(self) -> list[int]:
-        """Return for each token the cycle or forward that committed it; empty if the record does not tell."""
-        if self.steps:
-            return self.steps
-        if self.cycles:
-            committed = [cycle.committed for cycle in self.cycles]
-            counts = [len(self.tokens) - sum(committed), *committed]
-            return [cycle for cycle, count in enumerate(counts) for _ in range(count)]
-        if set(self.forwards) <= {"prefill", "decode"}:
-            return list(range(len(self.tokens)))
-        return []
 
 
 class LoggedRecord(BaseModel):
@@ -86,15 +73,6 @@ class LoggedRecord(BaseModel):
 def write_records(path: Path, records: Iterable[LoggedRecord]) -> Path:
     """Write one JSON object per line, atomically."""
     return write_atomic(path, "".join(record.model_dump_json() + "\n" for record in records))
-
-
-def read_records(path: Path) -> list[LoggedRecord]:
-    """Read what ``write_records`` wrote.
-
-    Raises:
-        UserError: The file cannot be read, or a line is not a record; names ``file:line``.
-    """
-    return read_jsonl(path, LoggedRecord)
 
 
 def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ import sys
 from nemodiff_train.errors import UserError
 
 SECONDS = 10
-MEMORY = 2**30
+_MEMORY = 2**30  # bytes of address space of each process
 _SCRATCH = 2**26  # bytes that a program may write
 _PROCESSES = 32
 _START_SECONDS = 10  # that a busy machine takes to start Python twice
@@ -79,19 +79,18 @@ os.write(report, token.encode())
 """
 
 
-def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
+def passes(program: str, seconds: int = SECONDS) -> bool:
     """Return whether a Python program runs to its end without an error.
 
     Args:
         program: Source text.
         seconds: Limit on its processor time, and, with the time to start Python, on the clock.
-        memory: Limit on the address space of each process in bytes.
 
     Raises:
         UserError: The kernel does not allow the sandbox.
     """
     check_sandbox()
-    return _ends(program, seconds, memory)
+    return _ends(program, seconds)
 
 
 @functools.cache
@@ -102,7 +101,7 @@ def check_sandbox() -> None:
         UserError: Says so, and what to do.
     """
     try:
-        works = _ends("import tempfile; tempfile.TemporaryFile().write(b'x')", SECONDS, MEMORY)
+        works = _ends("import tempfile; tempfile.TemporaryFile().write(b'x')", SECONDS)
     except OSError:  # util-linux is not installed
         works = False
     if not works:
@@ -113,10 +112,10 @@ def check_sandbox() -> None:
         )
 
 
-def _ends(program: str, seconds: int, memory: int) -> bool:
+def _ends(program: str, seconds: int) -> bool:
     token = secrets.token_hex()
     python = (sys.executable, "-I", "-B", "-c")
-    limits = {"AS": memory, "CPU": seconds, "NPROC": _PROCESSES, "CORE": 0}
+    limits = {"AS": _MEMORY, "CPU": seconds, "NPROC": _PROCESSES, "CORE": 0}
     words = [f"{name}={value}" for name, value in limits.items()]
     run = [*_NAMESPACES, *python, _PREPARE, str(_SCRATCH), *_WITHOUT_RIGHTS, *python, _RUN, *words]
     try:

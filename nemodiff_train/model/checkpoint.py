@@ -12,7 +12,7 @@ from pydantic import Field, with_config
 
 from nemodiff_train.console import warn
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checksums import damage, identity, iterations, structure_damage
+from nemodiff_train.model.checksums import damage, identity, iterations, step_of, structure_damage
 from nemodiff_train.model.config_json import Rope, Size
 from nemodiff_train.schema import AS_WRITTEN, checked
 
@@ -149,7 +149,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Return the number of training steps before it was saved."""
-        return int(self.iteration.name.removeprefix("iter_"))
+        return step_of(self.iteration)
 
     @cached_property
     def run_config(self) -> dict[str, Any]:

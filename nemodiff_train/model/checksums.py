@@ -34,6 +34,11 @@ def iterations(folder: Path) -> list[Path]:
     return sorted(numbered, reverse=True)
 
 
+def step_of(iteration: Path) -> int:
+    """Return the step of an ``iter_*`` folder."""
+    return int(iteration.name.removeprefix("iter_"))
+
+
 def mark_of(iteration: Path) -> Path:
     """Return the path, beside an ``iter_*`` folder, of the file that marks it as unfinished."""
     return iteration.with_name(f".{iteration.name}.unfinished")

@@ -31,6 +31,9 @@ _PREFIXES = {
 # Prefixes of what such a directory holds besides the language model.
 _IGNORED = {VISION_LANGUAGE: ("vision_tower.", "multi_modal_projector.")}
 
+# Architecture and ``model_type`` of the AR model that a model of block diffusion is made from.
+_MADE_FROM = {NEMOTRON: ("Ministral3ForCausalLM", "ministral3"), SDAR: ("Qwen3ForCausalLM", "qwen3")}
+
 # Settings of a NemotronLabsDiffusion or SDAR model that an AR model does not have.
 _DIFFUSION_KEYS = {
     "auto_map",
@@ -63,12 +66,10 @@ def ar_settings(settings: HFConfig) -> HFConfig:
         return {"architectures": ["Ministral3ForCausalLM"], **stored, **text, "model_type": "ministral3"}
     if kind == TRI_MODE:
         return dict(settings.get("text_config") or {})
-    if kind == NEMOTRON:
+    if kind in _MADE_FROM:
         kept = {key: value for key, value in settings.items() if key not in _DIFFUSION_KEYS}
-        return {**kept, "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3"}
-    if kind == SDAR:
-        kept = {key: value for key, value in settings.items() if key not in _DIFFUSION_KEYS}
-        return {**kept, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        family, model_type = _MADE_FROM[kind]
+        return {**kept, "architectures": [family], "model_type": model_type}
     return settings
 
 

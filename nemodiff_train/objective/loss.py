@@ -135,14 +135,14 @@ def report(sums: LossSums, loss: Tensor, denominator: Tensor, objective: Objecti
         denominator: The loss's denominator.
         objective: The switches; the AR stage reports the AR loss alone.
     """
-    ar = {"ar_loss": _pair(sums.ar, sums.ar_targets)}
+    ar = {"ar_loss": pair(sums.ar, sums.ar_targets)}
     if not objective.noisy_views:
         return ar
     return {
-        "loss": _pair(loss, denominator),
+        "loss": pair(loss, denominator),
         **ar,
-        "diffusion_loss": _pair(sums.diffusion, sums.tokens),
-        "masked_fraction": _pair(sums.masked, sums.tokens),
+        "diffusion_loss": pair(sums.diffusion, sums.tokens),
+        "masked_fraction": pair(sums.masked, sums.tokens),
     }
 
 
@@ -156,5 +156,6 @@ def _masked(noisy: Tensor, views: int) -> Tensor:
     return (noisy > 0).sum() / views
 
 
-def _pair(total: Tensor, count: Tensor) -> Tensor:
+def pair(total: Tensor, count: Tensor) -> Tensor:
+    """Return [sum, count] of a figure of a :data:`Report`."""
     return torch.stack([total.detach().float(), count.float()])

@@ -85,10 +85,3 @@ def sample_positions(views: int, blocks: Tensor, documents: Tensor) -> Positions
     position = torch.arange(length, device=blocks.device)
     repeats = [1] * (blocks.dim() - 1) + [views + 1]
     return Positions(view, *(values.expand_as(blocks).repeat(repeats) for values in (position, blocks, documents)))
-
-
-def dense_mask(length: int, block_size: int, views: int = 1, block_causal: bool = False) -> Tensor:
-    """Return the rule for one document as a boolean table, True where attention is allowed: [(V+1) L, (V+1) L]."""
-    blocks = torch.arange(length) // block_size
-    positions = sample_positions(views, blocks, torch.zeros_like(blocks))
-    return can_attend(positions.as_queries(), positions.as_keys(), block_causal)

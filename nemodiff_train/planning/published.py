@@ -1,73 +1,11 @@
-"""The published sizes that recipes are named after: enough of their configuration to plan without a checkpoint."""
+"""Runs of the published sizes that recipes are named after, planned without a checkpoint."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-from transformers import Ministral3Config, PretrainedConfig, Qwen3Config
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.published import SIZES
 from nemodiff_train.config.recipes import load_recipe
-
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-
-
-@dataclass(frozen=True)
-class PublishedSize:
-    """The shape of one published model; all have 8 key-value heads of 128 channels."""
-
-    layers: int
-    hidden: int
-    heads: int
-    feed_forward: int
-    tied: bool = False
-    """Whether embedding and output layer share one matrix."""
-
-    def config(self, family: str) -> PretrainedConfig:
-        """Return the configuration of a model of this size.
-
-        Args:
-            family: ``ministral3`` or ``qwen3``.
-        """
-        settings: dict[str, Any] = {
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.feed_forward,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "tie_word_embeddings": self.tied,
-        }
-        if family == "ministral3":
-            names = ["Ministral3ForCausalLM"]
-            return Ministral3Config(architectures=names, vocab_size=131072, rope_parameters=_YARN, **settings)
-        return Qwen3Config(architectures=["Qwen3ForCausalLM"], vocab_size=151936, **settings)
-
-
-SIZES = {
-    "ministral3": {
-        "3b": PublishedSize(26, 3072, 32, 9216, tied=True),
-        "8b": PublishedSize(34, 4096, 32, 14336),
-        "14b": PublishedSize(40, 5120, 32, 16384),
-    },
-    "qwen3": {
-        "4b": PublishedSize(36, 2560, 32, 9728, tied=True),
-        "8b": PublishedSize(36, 4096, 32, 12288),
-        "14b": PublishedSize(40, 5120, 40, 17408),
-    },
-}
-"""By family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
 
 
 def write_config(recipe: str, folder: Path) -> bool:

@@ -40,7 +40,6 @@
     const frame = frames[Number(slider.value)];
     const text = output().querySelector(".text");
     text.querySelectorAll(".drafted").forEach((old) => old.remove());
-    if (!frame) return;
     const draft = frame.draft === null ? null : drafts[frame.draft];
     const covered = draft ? draft.start + draft.texts.length : 0;
     let next = null;
@@ -85,10 +84,9 @@
     articles.forEach((candidate) => { candidate.hidden = candidate !== article(); });
     article().querySelectorAll(".output").forEach((candidate) => { candidate.hidden = candidate !== output(); });
     const { frames } = trace();
-    slider.max = Math.max(frames.length - 1, 0);
+    slider.max = frames.length - 1;
     slider.value = slider.max;
     slider.disabled = play.disabled = frames.length < 2;
-    words.textContent = frames.length ? "" : "The record does not say when its tokens were committed.";
     article().querySelector(".outputs").before(controls);
     show();
   }

@@ -22,7 +22,9 @@ class Piece(BaseModel):
 
     text: str
     position: int = Field(description="Index of its first token in the output.")
-    step: int | None = Field(description="The cycle or forward that committed it, from 0; None if unknown.")
+    step: int = Field(
+        description="Number, from 0, of the forward that determined it among those that determined any."
+    )
 
 
 class Draft(BaseModel):
@@ -48,7 +50,7 @@ class Frame(BaseModel):
 
 
 class Trace(BaseModel):
-    """The text of an output cut into pieces, and the frames of its replay (none if the record has no steps)."""
+    """The text of an output cut into pieces, and the frames of its replay."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,8 +73,6 @@ def trace(record: DecodeRecord, decode: Decode) -> Trace:
 def pieces(record: DecodeRecord, decode: Decode) -> list[Piece]:
     """Cut a record's text at token borders; a character made of several tokens stays whole."""
     steps = _step_ranks(record)
-    if not steps:
-        return [Piece(text=decode(record.tokens), position=0, step=None)]
     return [Piece(text=text, position=first, step=steps[last]) for text, first, last in _cut(record.tokens, decode)]
 
 
@@ -92,9 +92,8 @@ def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
 
 def _step_ranks(record: DecodeRecord) -> list[int]:
     """Return for each token the rank of its step among all steps that committed a token."""
-    steps = record.commit_steps()
-    ranks = {step: rank for rank, step in enumerate(sorted(set(steps)))}
-    return [ranks[step] for step in steps]
+    ranks = {step: rank for rank, step in enumerate(sorted(set(record.steps)))}
+    return [ranks[step] for step in record.steps]
 
 
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
@@ -116,14 +115,14 @@ def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Dr
 
 
 def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
-    steps, ranks = record.commit_steps(), _step_ranks(record)
+    ranks = _step_ranks(record)
     cycles = {ranks[draft.start]: index for index, draft in enumerate(drafts) if draft.start < len(ranks)}
     frames = []
-    for rank, step in enumerate(sorted(set(steps))):
+    for rank, step in enumerate(sorted(set(record.steps))):
         done = f"{sum(other <= rank for other in ranks)} of {len(ranks)} tokens"
         index = cycles.get(rank)
         if index is None:
-            name = f"Forward {step} of {sum(record.forwards.values())}" if record.steps else f"Step {rank + 1}"
+            name = f"Forward {step} of {sum(record.forwards.values())}"
             frames.append(Frame(words=f"{name} \N{MIDDLE DOT} {done}", step=rank))
             continue
         draft, cycle = drafts[index], f"Cycle {index + 1} of {len(drafts)}"

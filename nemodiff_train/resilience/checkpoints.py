@@ -37,6 +37,7 @@ from nemodiff_train.model.checksums import (
     iterations,
     mark_of,
     recorded,
+    step_of,
     structure_damage,
     write_checksums,
 )
@@ -245,11 +246,6 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
             mark_of(iteration).touch()  # half removed is unfinished, not damaged
             shutil.rmtree(iteration)
             mark_of(iteration).unlink()
-
-
-def step_of(iteration: Path) -> int:
-    """Return the step of an ``iter_*`` folder."""
-    return int(iteration.name.removeprefix("iter_"))
 
 
 def latest_complete(folder: Path, step: int | None = None) -> Path | None:

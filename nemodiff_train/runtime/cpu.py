@@ -117,16 +117,20 @@ def _replace_streams_and_counters() -> None:
     replace(torch.cuda, "nvtx", ranges, takes=None)
 
 
+def get_random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Return the CPU's random state, for whatever device."""
+    return torch.get_rng_state()
+
+
+def set_random_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Set the CPU's random state, for whatever device."""
+    torch.set_rng_state(new_state)
+
+
 def _replace_random_states() -> None:
-    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(new_state)
-
     for owner in (torch.cuda, torch.cuda.random):
-        replace(owner, "get_rng_state", get_state, takes="device")
-        replace(owner, "set_rng_state", set_state, takes="new_state, device")
+        replace(owner, "get_rng_state", get_random_state, takes="device")
+        replace(owner, "set_rng_state", set_random_state, takes="new_state, device")
     for name in ("manual_seed", "manual_seed_all"):
         replace(torch.cuda, name, lambda seed: torch.default_generator.manual_seed(seed), takes="seed")
     replace(torch.cuda, "_lazy_call", lambda call, **kwargs: call(), takes="callable, kwargs")

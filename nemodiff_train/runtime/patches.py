@@ -36,6 +36,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from nemodiff_train.processes import helpers_held, program_unseen, serve_parent_alone
+from nemodiff_train.runtime.cpu import get_random_state, set_random_state
 from nemodiff_train.runtime.replace import REPLACED, replace
 
 
@@ -201,15 +202,8 @@ def keep_random_states_on_cpu() -> None:
 
     Until: no CPU backend is needed.
     """
-
-    def get_state(*args: Any, **kwargs: Any) -> Tensor:
-        return torch.get_rng_state()
-
-    def set_state(new_state: Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(new_state)
-
-    replace(tp_random, "_get_cuda_rng_state", get_state, takes="device, clone, graph_safe")
-    replace(tp_random, "_set_cuda_rng_state", set_state, takes="new_state, device, graph_safe")
+    replace(tp_random, "_get_cuda_rng_state", get_random_state, takes="device, clone, graph_safe")
+    replace(tp_random, "_set_cuda_rng_state", set_random_state, takes="new_state, device, graph_safe")
 
 
 def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:

@@ -1,1 +1,1 @@
-"""A Hugging Face directory that decodes itself: its own code, its configuration, and who writes them."""
+"""A Hugging Face directory that decodes itself: its own code, its configuration, and its card."""
