@@ -594,6 +594,7 @@ def test_text_and_conversations_are_told_apart(
             "clean_attention",
         ),
         (["demo_drafter", f"start_from={lora}", f"problems={chat}", output], "holds adapters alone"),
+        (["demo_sft", f"start_from={one}", f"data={chat}", output, "lora_rank=-4"], "have rank -4 and alpha -8"),
     ):
         assert main(["train", *words]) == 2, words
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nemodiff: error:")]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -498,6 +499,15 @@ def test_refused_in_one_line(
     other = tmp_path / "other"
     small.qwen3(other, num_hidden_layers=2)
     assert main(["convert", "import", str(other), str(tmp_path / "two")]) == 0
+    wider = tmp_path / "wider"
+    small.qwen3(wider, intermediate_size=256)
+    assert main(["convert", "import", str(wider), str(tmp_path / "wide")]) == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(drafter, broken)
+    for file in broken.rglob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     capsys.readouterr()
     for words, said in (
         (["generate", drafter, "a"], "is a drafter"),
@@ -513,7 +523,8 @@ def test_refused_in_one_line(
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
         ([*select, f"drafter={base}"], "is not a drafter"),
         (["train", "selector", f"start_from={tmp_path / 'two'}", *train[3:], f"drafter={own}"], "this one has 2"),
-        ([*select, "rank=0"], "at least 1"),
+        ([*select, "rank=0"], "takes 1 to"),
+        ([*select, "rank=1000000000"], "takes 1 to"),
         (["convert", "export", own_selector, str(output)], "a path selector alone"),
         ([*train[:2], f"start_from={plain}", *train[3:]], "has no mask token"),
         ([*train, "lora_rank=many"], "lora_rank=many is not a whole number"),
@@ -527,6 +538,10 @@ def test_refused_in_one_line(
         (["convert", "export", drafter, str(output), "--format", "nemotron"], "Ministral 3"),
         (["convert", "export", own, str(output), "--format", "tri-mode"], "use --format ar"),
         (["convert", "export", plain, str(output), "--drafter", own], "holds drafters of kind nemotron"),
+        (["convert", "export", str(broken), str(output)], "has changed since it was saved"),
+        (["convert", "export", base, str(output), "--drafter", str(broken)], "has changed since it was saved"),
+        (["generate", str(tmp_path / "wide"), "a", "--drafter", own], "ffn_hidden_size=128; this one has 256"),
+        (["convert", "export", own, str(wider / "uno")], "intermediate_size=128; "),
     ):
         assert main(words) == 2, words
         said_so = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nemodiff: error:")]

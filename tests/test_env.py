@@ -43,6 +43,15 @@ def test_missing_packages_are_lines(package: str) -> None:
     assert pinned()["megatron-core"] in said and "A run may ask for" in said
 
 
+def test_a_reader_that_has_gone_ends_it_quietly() -> None:
+    """As after ``| head``."""
+    ended, pipe = os.pipe()
+    os.close(ended)
+    done = subprocess.run([sys.executable, "-m", "nemodiff_train", "env"], stdout=pipe, stderr=subprocess.PIPE)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_gpu_without_cuda_is_refused_and_keys_are_not_shown() -> None:
     said = page("nothing", SLURM_GPUS_ON_NODE="2", CUDA_VISIBLE_DEVICES="0", WANDB_API_KEY="secret")
     assert "REFUSED                       UserError: this machine has a GPU, but CUDA does not work" in said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemodiff_train.decoding.answers import Answer, UnfinishedAnswers
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.rewriting import Asked, ChatRewriter
 from nemodiff_train.files import LineLog
+from nemodiff_train.sampler.storage import write_sampler
 from tests import small
 from tests.prepared import one_line, read_back, write_jsonl
 from tools.support.ranks import RankPool, World, run_commands
@@ -326,7 +328,9 @@ def test_what_has_no_room_is_left_out(folder: Path, tmp_path: Path, capsys: pyte
         (("--prompt-field", "q"), "go together"),
         (("--messages-field", "talk"), "no field 'talk'"),
         (("--mode", "linaer"), "unknown mode 'linaer'"),
+        (("--prompt-field", "q", "--answer-field", "q"), "are both 'q'; name two fields"),
         (("--batch-size", "0"), "'0' is not a whole number above 0"),
+        (("--batch-size", "9" * 30), "is more than 1,000,000,000"),
         (("--nproc", "0"), "--nproc is 0"),
         (("--max-new-tokens", "0"), "max new tokens is 0"),
     ],
@@ -373,3 +377,76 @@ def test_answers_of_another_command_are_refused(
 
 def broken(*arguments: Any) -> None:
     raise SystemError
+
+
+def interrupted(folder: Path, output: Path, method: str, *options: str) -> None:
+    """Run a command that a method of the unfinished answers ends."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(UnfinishedAnswers, method, broken)
+        main(words(folder, output, *options))
+
+
+def test_a_finished_output_is_that_of_its_own_command(
+    folder: Path, talked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted while it was moved into place: another command does not take it for its own."""
+    output = tmp_path / "out.jsonl"
+    interrupted(folder, output, "move", "--max-new-tokens", "2")
+    capsys.readouterr()
+    assert main(words(folder, output)) == 2 and "left by an interrupted command" in one_line(capsys)
+    assert not output.exists()
+    assert main(words(folder, output, "--overwrite")) == 0 and output.read_bytes() == talked.read_bytes()
+    interrupted(folder, output, "move", "--overwrite")
+    next(UnfinishedAnswers(output).folder.glob("joined.jsonl")).replace(output)  # killed after the move
+    output.unlink()  # and somebody has removed it since
+    assert main(words(folder, output)) == 0 and output.read_bytes() == talked.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_an_input_is_not_overwritten(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither by name nor in a directory, where the output of before would be among the inputs."""
+    source = write_jsonl(tmp_path / "talks.jsonl", TALKS)
+    before = source.read_bytes()
+    for given in (source, tmp_path):
+        assert main(words(folder, source, "--overwrite", source=str(given))) == 2
+        assert "is one of the inputs; name another --output" in one_line(capsys)
+        assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
+
+
+def test_half_a_surrogate_pair_in_another_field_stays(folder: Path, tmp_path: Path) -> None:
+    """The text of an answer is written as it is, in a record that UTF-8 cannot hold too."""
+    (folder / "half.jsonl").write_text(
+        '{"text": "caf\u00e9", "id": "\\ud83d"}\n{"text": "caf\u00e9", "id": "\u00e9"}\n', encoding="utf-8"
+    )
+    output = tmp_path / "out.jsonl"
+    assert main(words(folder, output, "--prompt-field", "text", source="half.jsonl", chat=False)) == 0
+    assert [row["id"] for row in rows(output)] == ["\ud83d", "\u00e9"]
+    assert "caf\u00e9" in output.read_text(encoding="utf-8").splitlines()[1]
+
+
+def test_an_answer_to_nothing_is_asked_for_where_the_template_can(folder: Path) -> None:
+    """Else the conversation is left out, as by prepare, instead of ending the command."""
+    tokenizer = load_tokenizer(str(folder / "hf"))
+    record = Record({}, Conversation(asked("quick", 2)[1:], "here"))
+    for template, some in ((TEMPLATE, True), (TEMPLATE + "{{ messages[0].role }}", False)):
+        tokenizer.chat_template = template
+        rewriter = ChatRewriter(tokenizer, ChatTemplate(tokenizer), "messages", None)
+        assert rewriter.count(record) == 2
+        assert bool(rewriter.prompt(record, [])) == some
+    alone = Record({}, Conversation(asked("quick")[1:], "here"))
+    assert rewriter.count(alone) == 1 and rewriter.prompt(alone, []) == []
+
+
+def test_answers_by_another_sampler_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of the same name, trained anew since the interruption."""
+    sampler, output = tmp_path / "sampler", tmp_path / "out.jsonl"
+    options = "--mode", "diffusion", "--policy", "trained", "--sampler", str(sampler), "--max-new-tokens", "1"
+    write_sampler(sampler, small.sampler(8, 0.3))
+    interrupted(folder, output, "publish", *options)
+    shutil.rmtree(sampler)
+    write_sampler(sampler, small.sampler(8, 0.4))
+    capsys.readouterr()
+    assert main(words(folder, output, *options)) == 2
+    assert "left by an interrupted command" in one_line(capsys)

@@ -17,7 +17,7 @@ from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
 from nemodiff_train.evaluation.pareto import Point, areas, aup, front
 from nemodiff_train.evaluation.records import DecodeRecord
-from nemodiff_train.evaluation.settings import EvaluationSettings, settings_of
+from nemodiff_train.evaluation.settings import EvaluationSettings, relevant_settings, settings_of
 from nemodiff_train.report import charts, display
 from nemodiff_train.report.page import inline_json
 from nemodiff_train.report.report import write_report
@@ -222,6 +222,12 @@ def test_grid_of_settings() -> None:
     assert [(each.block_size, each.threshold) for each in grid] == [(8, 0.5), (8, 0.9), (16, 0.5), (16, 0.9)]
     assert [each.block_size for each in settings_of("linear", settings, plan)] == [8, 16]
     assert settings_of("ar", settings, plan) == [settings]
+
+
+def test_settings_that_a_mode_depends_on() -> None:
+    settings = DecodingSettings()
+    assert relevant_settings("tree", settings) == ("max_new_tokens", "block_size", "tree_nodes", "tree_width")
+    assert relevant_settings("oracle", settings) == ("max_new_tokens", "block_size", "search_budget")
 
 
 def test_points_hold_each_run_once() -> None:

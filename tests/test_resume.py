@@ -87,6 +87,7 @@ def test_what_a_run_takes_over(runs: Runs, name: str, changed: list[str], steps:
         (["objective.mask_token='<eod>'"], "objective.mask_token is <eod>, but '"),
         (["model.rotary_base=5000"], "model.rotary_base is 5000, but '"),
         (["optimizer.optimizer=sgd"], "optimizer.optimizer is sgd, but '"),
+        (["mixed_precision=bf16_mixed"], "mixed_precision is bf16_mixed, but '"),
         (["train.train_iters=2"], "is at step 4; use more steps"),
     ],
 )
@@ -101,9 +102,10 @@ def test_what_it_refuses(runs: Runs, words: list[str], needle: str, capsys: pyte
 
 def test_nothing_has_changed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     """The comparison knows what is given, not what Bridge makes of it."""
-    assert main(["train", *runs.words("first", f"train.exit_interval={SAVED}"), "--dry-run"]) == 0
-    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"goes on from step {SAVED} with the settings it was saved with" in page
+    for named in ([], ["mixed_precision=fp32"]):  # the second names what the run has begun in
+        assert main(["train", *runs.words("first", f"train.exit_interval={SAVED}", *named), "--dry-run"]) == 0
+        page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"goes on from step {SAVED} with the settings it was saved with" in page
     assert main(["train", *runs.words("first", "train.global_batch_size=4"), "--dry-run"]) == 0
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"train.exit_interval {SAVED} -> None, train.global_batch_size 8 -> 4; the learning rate" in page

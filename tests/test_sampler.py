@@ -290,6 +290,8 @@ def damage(folder: Path, what: str) -> None:
         (folder / "sampler.safetensors").write_bytes((folder / "sampler.safetensors").read_bytes()[:1000])
     elif what == "another shape":
         file.write_text(json.dumps(told | {"width": 128}))
+    elif what == "no whole heads":
+        file.write_text(json.dumps(told | {"width": 200}))
     elif what == "other features":
         file.write_text(json.dumps(told | {"features": told["features"][1:]}))
     else:
@@ -297,13 +299,30 @@ def damage(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["no weights", "half of the weights", "another shape", "other features", "a cut of 1.5"]
+    "what",
+    [
+        "no weights",
+        "half of the weights",
+        "another shape",
+        "no whole heads",
+        "other features",
+        "a cut of 1.5",
+    ],
 )
 def test_a_damaged_sampler_is_refused(tmp_path: Path, sampler: TrainedSampler, what: str) -> None:
     write_sampler(tmp_path / "sampler", sampler)
     damage(tmp_path / "sampler", what)
     with pytest.raises(UserError, match="nemodiff sampler"):
         read_sampler(tmp_path / "sampler")
+
+
+def test_a_prompt_that_comes_again_is_taken_once(tmp_path: Path) -> None:
+    """It would be learned from and held out."""
+    from nemodiff_train.cli.sampler import training_prompts
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in "abacb"))
+    assert training_prompts(str(file), None) == ["a", "b", "c"] and training_prompts(str(file), 2) == ["a", "b"]
 
 
 def test_the_commands(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,9 +349,16 @@ def test_the_commands(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFix
         (["generate", checkpoint, "x", "--policy", "trained"], "go together"),
         (["generate", checkpoint, "x", "--sampler", made], "go together"),
         (["generate", checkpoint, "x", "--policy", "trained", "--sampler", checkpoint], "not a trained sampler"),
-        (["generate", checkpoint, "x", "--block-size", "4", *use], "blocks of 8, not of 4"),
+        (["generate", checkpoint, "x", "--mode", "diffusion", "--block-size", "4", *use], "blocks of 8, not of 4"),
         (["sampler", checkpoint, "--task", "gsm8k", "--output", f"{made}2"], "unknown task"),
+        (["generate", checkpoint, "x", *use], "decides in mode diffusion, not in linear"),
+        (["eval", checkpoint, "--modes", "ar,tree", "--output", f"{made}2", *use], "not in ar, tree"),
         (["sampler", checkpoint, "--width", "100", "--output", f"{made}2"], "multiple of 64"),
+        (["sampler", checkpoint, "--width", "8256", "--output", f"{made}2"], "at most 8192"),
+        (["sampler", checkpoint, "--layers", "65", "--output", f"{made}2"], "at most 64"),
+        (["sampler", checkpoint, "--block-size", "1", "--output", f"{made}2"], "block size is 1"),
+        (["sampler", checkpoint, "--seed", "-1", "--output", f"{made}2"], "seed is -1"),
+        (["sampler", checkpoint, "--seed", str(2**64), "--output", f"{made}2"], "below 2^64"),
     ):
         assert main(words) == 2
         lines = capsys.readouterr().err.splitlines()

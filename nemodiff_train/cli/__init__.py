@@ -4,6 +4,8 @@ import argparse
 import errno
 import importlib
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -49,6 +51,22 @@ _UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno
 
 def _at(error: OSError) -> str:
     return f" ('{os.fsdecode(error.filename)}')" if error.filename else ""
+
+
+def _reader_has_gone() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more, as after ``| head``."""
+    pipe = select.poll()
+    try:
+        pipe.register(sys.stdout, 0)
+    except (OSError, ValueError):  # replaced, or closed
+        return False
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
+
+
+def _end_as_by_sigpipe() -> int:
+    """Leave nothing for Python to write when it ends, and return a shell's code for what SIGPIPE has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _unusable(error: OSError) -> str:
@@ -124,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 1 if a training had to stop, 2 on bad input (after one line on standard error), 130 after
-        Ctrl-C.
+        Ctrl-C, 141 where what reads the output has gone.
     """
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
@@ -134,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return _end_as_by_sigpipe()
         if disk_is_full(error):
             return _refuse(UserError(f"the disk is full{_at(error)}; make room and repeat the command"))
         if error.errno not in _UNUSABLE or error.filename is None:

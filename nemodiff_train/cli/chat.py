@@ -51,8 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     template = ChatTemplate(tokenizer)  # refused before any weight is read
     end = template_end_of_turn(tokenizer, template)
-    modes = dict.fromkeys((arguments.mode, *(["linear"] if arguments.drafter and arguments.mode != "tree" else [])))
-    opened = load_decoding_model(checkpoint, modes=tuple(modes), **decoding_options(arguments))
+    later = ["linear"] if arguments.drafter and arguments.mode != "tree" else []  # what '/mode' may ask for
+    later += ["diffusion"] if arguments.sampler else []
+    modes = tuple(dict.fromkeys((arguments.mode, *later)))
+    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
     chat = Chat(replace(opened, settings=opened.settings.stopping_at(end)), template)
     chat.choose_mode(arguments.mode)
     console.print(_legend(PlainConsole().is_terminal))

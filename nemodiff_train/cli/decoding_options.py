@@ -23,11 +23,17 @@ _HELP: dict[str, str] = {
 }
 
 
+_LARGEST = 10**9
+
+
 def at_least_1(text: str) -> int:
-    """Return a whole number above 0, as argparse takes it."""
-    if not text.isdecimal() or int(text) < 1:
+    """Return a whole number above 0, and below what nothing could have so many of, as argparse takes it."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)
+    if number > _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {_LARGEST:,}")
+    return number
 
 
 def add_extend(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.checksums import identity
 from nemodiff_train.runtime import init_runtime
 
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     thresholds = _numbers("--thresholds", arguments.thresholds, float, "0.5,0.7,0.9")
     block_sizes = _numbers("--block-sizes", arguments.block_sizes, int, "8,16,32")
-    modes = tuple(arguments.modes.split(","))
+    modes = tuple(dict.fromkeys(arguments.modes.split(",")))
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     check_options(arguments)
@@ -76,9 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         chat=arguments.chat,
     )
-    parts = [str(part.iteration.resolve()) for part in (checkpoint, options["drafter"]) if part]
-    parts += [str(Path(arguments.sampler).resolve())] if arguments.sampler else []
-    weights = "\n".join(parts)
+    decides = [part.iteration for part in (checkpoint, options["drafter"]) if part]
+    decides += [Path(arguments.sampler)] if arguments.sampler else []
+    weights = "\n".join(map(identity, decides))
     with locked(output), open_log(output, opened, task, plan, weights) as unfinished:
         evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
+from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.shown import visible
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation, and what it cost."""
+    if arguments.infill and arguments.revise is not None:
+        raise UserError("--infill and --revise are two things to do with a text; give one of them")
+    if arguments.revise is not None and not 0 < arguments.revise <= 1:
+        raise UserError(f"--revise is {arguments.revise}; it must be above 0 and at most 1")
     check_options(arguments)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
@@ -40,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.decoding.prompts import encode_prompts
 
     mode = "diffusion" if arguments.infill else arguments.mode
-    opened = load_decoding_model(checkpoint, modes=(mode,), **decoding_options(arguments))
+    modes = (mode, "diffusion") if arguments.revise is not None else (mode,)
+    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
     prompts = encode_prompts(opened.tokenizer, [arguments.prompt], arguments.chat)
     (prompt,), settings = prompts.tokens, opened.settings.stopping_at(prompts.end_of_turn)
     if arguments.infill:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from nemodiff_train.cli.decoding_options import add_model_parallel, at_least_1
 from nemodiff_train.console import say
+from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.sampler.description import HEAD_SIZE, LARGEST
 
 SEED = 2
 """Of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
@@ -42,8 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train a sampler, say what it does on held-out blocks, and write it."""
     output = Path(arguments.output)
     check_free(output)
-    if arguments.width % 64:
-        raise UserError(f"--width is {arguments.width}; it must be a multiple of 64, the width of an attention head")
+    _check_sizes(arguments)
     ranks = arguments.tensor_parallel * arguments.pipeline_parallel
     if world_size() != ranks:
         raise UserError(f"{world_size()} processes were started, but one copy of the model takes {ranks}")
@@ -81,8 +82,24 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"sampler: {output}, unmasks from {trained.description.cut:g} on unless --threshold says otherwise")
 
 
+def _check_sizes(arguments: argparse.Namespace) -> None:
+    """Refuse what no sampler can be trained with, before hours of decoding for it.
+
+    Raises:
+        UserError: Names the option.
+    """
+    DecodingSettings(seed=arguments.seed, **({"block_size": arguments.block_size} if arguments.block_size else {}))
+    for name, largest in LARGEST.items():
+        if (getattr(arguments, name) or 0) > largest:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at most {largest}")
+    if arguments.width % HEAD_SIZE:
+        raise UserError(
+            f"--width is {arguments.width}; it must be a multiple of {HEAD_SIZE}, the width of an attention head"
+        )
+
+
 def training_prompts(task: str, count: int | None) -> list[str]:
-    """Return texts to continue: of a built-in task, problems that no evaluation of it asks.
+    """Return texts to continue, each once: of a built-in task, problems that no evaluation of it asks.
 
     Args:
         task: ``arithmetic``, ``questions``, or a JSONL file of objects with a ``prompt``.
@@ -96,7 +113,8 @@ def training_prompts(task: str, count: int | None) -> list[str]:
     from nemodiff_train.evaluation.tasks import BUILT_IN, built_in_prompts
 
     if Path(task).suffix == ".jsonl" or Path(task).is_file():
-        return [row.prompt for row in read_jsonl(Path(task), Prompt)][:count]
+        # A prompt that comes again could be both learned from and held out.
+        return list(dict.fromkeys(row.prompt for row in read_jsonl(Path(task), Prompt)))[:count]
     if task not in BUILT_IN:
         raise UserError(f"unknown task '{task}'; known: {', '.join(BUILT_IN)}, or a .jsonl file of prompts")
     return [row.prompt for row in built_in_prompts(task, "train", count or COUNT, SEED)]

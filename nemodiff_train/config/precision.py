@@ -31,8 +31,8 @@ def precision_of(config: ConfigContainer, cuda: bool) -> str | MixedPrecisionCon
     if config.mixed_precision is not None:
         named: str | MixedPrecisionConfig = config.mixed_precision
         return named
-    if began := begun_precision(config):
-        return began
+    if saved := Checkpoint.find_complete(config.checkpoint.load):
+        return begun_precision(saved)
     return "bf16_mixed" if cuda and _stored_dtype(config) != torch.float32 else "fp32"
 
 
@@ -50,11 +50,8 @@ def warning(precision: str | MixedPrecisionConfig, cuda: bool) -> str | None:
     return "training in 16 bits is slow on a CPU; mixed_precision=fp32 is many times faster here" if slow else None
 
 
-def begun_precision(config: ConfigContainer) -> str | None:
-    """Return the precision of the checkpoint that a run continues from, or None where it has none yet."""
-    saved = Checkpoint.find_complete(config.checkpoint.load)
-    if saved is None:
-        return None
+def begun_precision(saved: Checkpoint) -> str:
+    """Return the precision that a run goes on in from one of its checkpoints, unless it names one."""
     model = saved.run_config["model"]
     return "bf16_mixed" if model.get("bf16") else "fp16_mixed" if model.get("fp16") else "fp32"
 

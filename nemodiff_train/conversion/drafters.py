@@ -35,6 +35,12 @@ _STORED = {
 }
 """Where a checkpoint has the adapter of each projection, stacked over the layers."""
 
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads",
+    "kv_channels": "head_dim", "num_query_groups": "num_key_value_heads", "ffn_hidden_size": "intermediate_size",
+}  # fmt: skip
+"""Names in a ``config.json`` of the settings that a drafter's sizes follow from."""
+
 DRAFTER_FOLDER = "linear_spec_lora"
 """Folder of the drafter in a model's directory, as in the released models."""
 
@@ -50,18 +56,20 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
     ``linear_spec_lora`` folder of the released models.
 
     Args:
-        source: A drafter's, saved under any layout.
+        source: A drafter's, saved under any layout. Every byte is verified; where it is damaged, the newest older
+            one that is intact is written.
         output: Directory to create; inside a model's directory, the names are those of that model.
         format: Name in ``FORMATS`` of the model's own directory; None for that of the directory around the output,
             or for the format that the model came in.
 
     Raises:
-        UserError: It is not a drafter, the output exists, the format cannot hold its model, or the directory around
-            the output is another model's.
+        UserError: It is not a drafter, no iteration is intact, the output exists, the format cannot hold its model,
+            or the directory around the output is another model's.
     """
+    source = source.require_drafter().verify_contents()
     provider = model_from(source)
     drafter = open_drafter(source, provider)
-    kind = _kind_around(Path(output), provider)
+    kind = _kind_around(Path(output), provider, drafter)
     if format or kind is None:
         named = architecture(FORMATS[format or own_format(provider)].settings(provider))
         if kind not in (None, named):
@@ -122,7 +130,7 @@ def write_drafter(source: Checkpoint, drafter: Drafter, layers: int, kind: str, 
         config.save_pretrained(str(directory))
 
 
-def _kind_around(output: Path, provider: TriModeModelProvider) -> str | None:
+def _kind_around(output: Path, provider: TriModeModelProvider, drafter: Drafter) -> str | None:
     """Return the architecture of the model in whose directory an output lies, or None where there is none.
 
     Raises:
@@ -133,12 +141,10 @@ def _kind_around(output: Path, provider: TriModeModelProvider) -> str | None:
         return None
     settings = read_config(output.parent)
     config = config_from(ar_settings(settings))
-    for name, expected in (
-        ("num_hidden_layers", provider.num_layers),
-        ("hidden_size", provider.hidden_size),
-        ("num_attention_heads", provider.num_attention_heads),
-    ):
-        if (found := getattr(config, name)) != expected:
+    for setting in drafter.lora.shape:
+        name, expected = _HF_NAMES[setting], getattr(provider, setting)
+        found = getattr(config, name, None)  # a size of heads may follow from the others
+        if None not in (found, expected) and found != expected:
             raise UserError(f"the drafter is for a model with {name}={expected}; '{file}' has {found}")
     return architecture(settings)
 

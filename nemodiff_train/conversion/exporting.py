@@ -71,6 +71,7 @@ def export_checkpoint(
     code = code_files(settings, remote_code) if remote_code else []
     if FORMATS[name].needs_code and not code:
         settings.pop("auto_map")  # Transformers would stop at the first file that is not there
+    drafter = drafter.require_drafter().verify_contents() if drafter else None
     opened = open_drafter(drafter, provider) if drafter else None
     if drafter and opened:
         check_engine(drafter, opened, architecture(settings), in_folder=True)

@@ -63,11 +63,11 @@ class ChatEncoder:
         unread: Counter[str] = Counter()
         rendered: list[Rendered] = []
         for conversation in conversations:
-            documents = list(self._documents(conversation))
-            if not all(self._says_something(document) for document in documents):
-                left_out["an answer that the chat template leaves empty"] += 1
-            elif not documents[0].answers[0].start:
+            documents = list(self._documents(conversation)) if self._begins(conversation) else []
+            if not documents or not documents[0].answers[0].start:
                 left_out["an answer with nothing before it"] += 1
+            elif not all(self._says_something(document) for document in documents):
+                left_out["an answer that the chat template leaves empty"] += 1
             else:
                 rendered += documents
                 unread.update(self._unread(conversation))
@@ -104,6 +104,10 @@ class ChatEncoder:
             yield Rendered(rendered[-1].text, [answer for each in rendered for answer in each.answers])
         else:
             yield from rendered
+
+    def _begins(self, conversation: Conversation) -> bool:
+        """Return whether the template takes a conversation that begins with an answer, if this one does."""
+        return conversation.answers[0] > 0 or asked_at_once(self._template, conversation) is not None
 
     def _says_something(self, document: Rendered) -> bool:
         texts = (document.text[answer.start : answer.end] for answer in document.answers)
@@ -216,6 +220,14 @@ class ChatEncoder:
             done = end
         lengths = [len(sequence) for sequence in sequences]
         return EncodedDocument(np.array([i for sequence in sequences for i in sequence], dtype=np.int32), lengths)
+
+
+def asked_at_once(template: ChatTemplate, conversation: Conversation) -> str | None:
+    """Return the text that asks for an answer before anything has been said; None for a template that needs more."""
+    try:
+        return template([], tools=conversation.tools)
+    except UserError:
+        return None
 
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> int:

@@ -33,6 +33,8 @@ class InputOptions:
             raise UserError("--prompt-field and --answer-field go together")
         if (self.messages_field or self.answer_field) is not None and not self.chat:
             raise UserError("--messages-field, --prompt-field and --answer-field go with --chat")
+        if self.prompt_field is not None and self.prompt_field == self.answer_field:
+            raise UserError(f"--prompt-field and --answer-field are both '{self.prompt_field}'; name two fields")
         if self.messages_field is not None and self.prompt_field is not None:
             raise UserError("--messages-field and --prompt-field are two places for an answer; give one of them")
         if self.text_field is not None and self.chat:

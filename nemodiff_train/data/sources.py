@@ -35,6 +35,8 @@ class Source[Item]:
     record that is not a document."""
     has_records: bool
     """Whether fields of records are read at all."""
+    files: Sequence[Path] = ()
+    """Those on this machine that documents are read from."""
 
 
 def resolve[Item](inputs: Sequence[str], columns: Columns[Item], split: str, glob: str) -> list[Source[Item]]:
@@ -105,7 +107,7 @@ def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputIn
 
 
 def _local[Item](name: str, files: Sequence[Path], columns: Columns[Item]) -> Source[Item]:
-    return Source(_info(name, files), partial(_read_files, files, columns), any(map(holds_records, files)))
+    return Source(_info(name, files), partial(_read_files, files, columns), any(map(holds_records, files)), files)
 
 
 def holds_records(path: Path) -> bool:

@@ -66,8 +66,13 @@ class UnfinishedAnswers:
 
     @property
     def joined(self) -> bool:
-        """Whether all that is left to do is to move the output into place."""
+        """Whether a command has been interrupted that had nothing left to do but move its output into place."""
         return self._state is not None and self._state.joined
+
+    def is_complete(self, settings: Settings) -> bool:
+        """Return whether that command had these settings, and its output is there, here or in its place."""
+        there = self._joined.exists() or self._output.exists()
+        return self._state is not None and self._state.joined and self._state.settings == settings and there
 
     def check(self, settings: Settings, overwrite: bool) -> None:
         """Refuse what another command has left.
@@ -95,7 +100,8 @@ class UnfinishedAnswers:
             When the command was started first.
         """
         barrier()  # every rank has read the state
-        if is_main_process() and (self._state is None or self._state.settings != settings):
+        # Joined, and yet to begin: somebody has removed the output.
+        if is_main_process() and (self._state is None or self._state.settings != settings or self._state.joined):
             self.discard()
             self._save(_State(settings=settings))
         barrier()

@@ -35,6 +35,9 @@ MODES: dict[str, Decoder] = {
 DRAFTED = ("linear", "tree")
 """Modes in which a drafter drafts."""
 
+WITHOUT_POLICY = ("ar", "linear", "tree", "quadratic", "oracle")
+"""Modes in which no policy decides what to unmask."""
+
 
 def check_mode(config: TriModeModelProvider, mode: str, kind: DraftKind = DRAFT_KINDS["nemotron"]) -> None:
     """Refuse a mode that does not exist, or in which a model cannot decode.

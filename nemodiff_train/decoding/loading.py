@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import warn
-from nemodiff_train.decoding.decode import DRAFTED, check_mode
+from nemodiff_train.decoding.decode import DRAFTED, WITHOUT_POLICY, check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
@@ -93,6 +93,8 @@ def load_decoding_model(
         check_mode(provider, mode, *([opened.kind] if opened else []))
     if drafter is not None and modes and not set(DRAFTED) & set(modes):
         raise UserError(f"--drafter acts in modes linear and tree, not in {', '.join(modes)}; leave it out")
+    if sampler is not None and modes and set(modes) <= set(WITHOUT_POLICY):
+        raise UserError(f"--policy trained decides in mode diffusion, not in {', '.join(modes)}; leave it out")
     asked = provider.hf_generation_config
     if named := [f"{key}={asked[key]}" for key, none in _NOT_APPLIED.items() if asked.get(key) not in (None, none)]:
         warn(f"generation_config.json asks for {', '.join(named)}, which decoding here does not do")

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -54,19 +54,23 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
         UserError: An input, the checkpoint, a setting or the output cannot be used.
     """
     options.check()
-    unfinished = UnfinishedAnswers(Path(options.output))
-    if unfinished.joined:  # interrupted while moving the output into place
-        unfinished.move()
-        say(f"{options.output}: complete")
-        return
-    if Path(options.output).exists() and not options.overwrite:
-        raise UserError(f"{options.output}: exists already; name another --output, or replace it with --overwrite")
+    output = Path(options.output)
+    unfinished = UnfinishedAnswers(output)
+    if output.exists() and not options.overwrite and not unfinished.joined:
+        raise UserError(f"{output}: exists already; name another --output, or replace it with --overwrite")
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     template = ChatTemplate(tokenizer) if options.chat else None
     columns = options.columns(template.source if template else None)
     sources = options.sources(WholeRecords(columns))
+    if output.exists() and any(file.samefile(output) for source in sources for file in source.files):
+        raise UserError(f"{output}: is one of the inputs; name another --output, or choose files with --glob")
     mode = choose_mode(checkpoint, decoding["drafter"], options.mode)
     settings = _settings(checkpoint, options, mode, decoding, sources)
+    if unfinished.is_complete(settings):  # interrupted while moving the output into place
+        if is_main_process():
+            unfinished.move()
+        say(f"{output}: complete")
+        return
     unfinished.check(settings, options.overwrite)
     counts = _count_answers(sources, options.rewriter(tokenizer, template), ", ".join(options.inputs))
     if is_main_process():
@@ -92,11 +96,12 @@ def _settings(
 ) -> Settings:
     """Return all that the answers depend on."""
     drafter: Checkpoint | None = decoding["drafter"]
-    free = ("drafter", "tensor_parallel", "pipeline_parallel")
+    free = ("drafter", "sampler", "tensor_parallel", "pipeline_parallel")
     read = {name: value for name, value in vars(options).items() if name in RewriteOptions.__dataclass_fields__}
     settings = {
         "checkpoint": identity(checkpoint.iteration),
         "drafter": identity(drafter.iteration) if drafter else None,
+        "sampler": identity(Path(decoding["sampler"])) if decoding["sampler"] else None,
         "decoding": {"mode": mode, **{name: value for name, value in decoding.items() if name not in free}},
         "read": {**read, "inputs": [source.info.model_dump() for source in sources]},
     }
@@ -200,10 +205,20 @@ class Regeneration[Item]:
                     summary.left_out += 1
                 else:
                     summary.records += 1
-                    yield json.dumps(row, ensure_ascii=False, default=str)  # columns of Arrow hold dates
+                    yield _line(row)
 
         self.unfinished.publish(lines())
         return summary
+
+
+def _line(row: Mapping[str, object]) -> str:
+    """Return a record as JSON that UTF-8 can hold: half a surrogate pair, of a field that nothing reads, escaped."""
+    line = json.dumps(row, ensure_ascii=False, default=str)  # columns of Arrow hold dates
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row, default=str)
+    return line
 
 
 def _may_go_on(answers: Sequence[Answer]) -> bool:

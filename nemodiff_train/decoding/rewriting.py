@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from nemodiff_train.data.chat import asked_at_once
 from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn
 from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.messages import Conversation, Message
@@ -138,15 +139,19 @@ class ChatRewriter:
     """Name of the field that gets the only answer instead, if any."""
 
     def count(self, record: Record[Conversation]) -> int:
-        """Return the number of answers; the template must take all that is said before the last of them."""
+        """Return the number of answers; the template must ask for the last of them, and take it."""
         places = _places(record.document)
-        if places:
+        if places and places[-1]:
             self._render(record.document, record.document.messages[: places[-1]])
+            self._render(record.document, record.document.messages[: places[-1] + 1], add_generation_prompt=False)
         return len(places)
 
     def prompt(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[int]:
-        """Return the token ids of the template's text that asks for the next answer."""
-        text = self._render(record.document, self._before(record, answers))
+        """Return the token ids of the template's text that asks for the next answer; none where it cannot ask."""
+        before = self._before(record, answers)
+        text = (
+            self._render(record.document, before) if before else asked_at_once(self.template, record.document) or ""
+        )
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

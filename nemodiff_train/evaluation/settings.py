@@ -48,6 +48,7 @@ def relevant_settings(mode: str, settings: DecodingSettings) -> tuple[str, ...]:
         names += ("block_size",)
     if mode == "diffusion":
         names += ("policy", POLICY_PARAMETER[settings.policy])
+    names += {"tree": ("tree_nodes", "tree_width"), "oracle": ("search_budget",)}.get(mode, ())
     if settings.temperature:
         names += ("temperature", "top_k", "top_p", "seed")
     return names

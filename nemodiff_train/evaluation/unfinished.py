@@ -73,7 +73,7 @@ def open_log(
         loaded: The model, whose parallel groups exist.
         task: Prompts.
         covered: Whether prompts are put into a chat template.
-        weights: Names what decodes.
+        weights: Says by its contents what decodes.
     """
     decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
     prompts = "\0".join(prompt.prompt for prompt in task.prompts)

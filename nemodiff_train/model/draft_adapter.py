@@ -15,7 +15,7 @@ from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import load_adapters
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.path_selector import PathSelector, SelectorTables
+from nemodiff_train.model.path_selector import LARGEST_RANK, PathSelector, SelectorTables
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ PROJECTIONS = {
     "linear_fc1_gate": "gate_proj", "linear_fc1_up": "up_proj", "linear_fc2": "down_proj",
 }  # fmt: skip
 """Hugging Face's names of the linear layers that an adapter may act on, by those of Megatron Bridge."""
+
+
+_WITHIN_LAYERS = ("kv_channels", "num_query_groups", "ffn_hidden_size")
+"""Sizes that may be unset, to follow from the others; adapters of the attention output depend on the first alone."""
 
 
 def adapted_layers(targets: str) -> list[str]:
@@ -125,6 +129,12 @@ class DraftLoRA(CanonicalLoRA):
             like = next(chunk.parameters())
             chunk.selector = PathSelector(chunk.config.hidden_size, self.selector_rank, like).requires_grad_(training)
 
+    @property
+    def shape(self) -> list[str]:
+        """Return the settings of a model that the sizes of the adapters follow from."""
+        within = _WITHIN_LAYERS[: len(self.target_modules)]  # targets are none, the attention output, or all
+        return ["num_layers", "hidden_size", "num_attention_heads", *within]
+
     def adapter_key_filter(self, key: str | tuple[str, Tensor]) -> bool:
         """Return whether a checkpoint of the drafter has a tensor."""
         of_selector = self.selector_rank > 0 and isinstance(key, str) and key.startswith("selector.")
@@ -187,12 +197,6 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
             f"the drafter '{checkpoint.path}' is of kind {name}, which drafts with a mask token, and the model has "
             "none; take a model after its joint stage"
         )
-    for setting in ("num_layers", "hidden_size", "num_attention_heads", *(("shift",) if kind.seed_in_block else ())):
-        expected, actual = run["model"].get(setting), getattr(model, setting)
-        if expected != actual:
-            raise UserError(
-                f"the drafter '{checkpoint.path}' is for a model with {setting}={expected}; this one has {actual}"
-            )
     adapters = run.get("peft")
     if adapters is None:
         raise UserError(f"'{checkpoint.iteration}' has no settings of its adapters; take another iteration")
@@ -202,6 +206,13 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
         target_modules=list(adapters["target_modules"]),
         selector_rank=adapters.get("selector_rank", 0),
     )
+    for setting in (*lora.shape, *(("shift",) if kind.seed_in_block else ())):
+        expected, actual = run["model"].get(setting), getattr(model, setting)
+        unset = setting in _WITHIN_LAYERS and None in (expected, actual)
+        if expected != actual and not unset:
+            raise UserError(
+                f"the drafter '{checkpoint.path}' is for a model with {setting}={expected}; this one has {actual}"
+            )
     return Drafter(name, lora, run["model"]["block_size"])
 
 
@@ -214,10 +225,10 @@ def with_selector(model: "TriModeModelProvider", drafter: str | None, rank: int)
         rank: Rank of the selector.
 
     Raises:
-        UserError: The rank is below 1, or as :func:`open_drafter`.
+        UserError: The rank is out of range, or as :func:`open_drafter`.
     """
-    if rank < 1:
-        raise UserError(f"rank={rank}; a path selector takes at least 1")
+    if not 1 <= rank <= LARGEST_RANK:
+        raise UserError(f"rank={rank}; a path selector takes 1 to {LARGEST_RANK:,}")
     if drafter is None:
         return Drafter("nemotron", DraftLoRA(target_modules=[], selector_rank=rank), model.block_size)
     opened = open_drafter(Checkpoint.open(drafter), model)

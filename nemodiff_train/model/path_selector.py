@@ -13,6 +13,8 @@ CANDIDATES = 16
 """Most probable tokens of a drafted position that a path is chosen from."""
 HISTORY = 5
 """Tokens before a drafted one that its choice depends on."""
+LARGEST_RANK = 16_384
+"""More than any model has hidden dimensions."""
 
 
 class PathSelector(nn.Module):

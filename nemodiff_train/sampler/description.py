@@ -11,6 +11,12 @@ from nemodiff_train.schema import checked
 DESCRIPTION = "sampler.json"
 REMEDY = "train one with 'nemodiff sampler'"
 
+HEAD_SIZE = 64
+"""Width of an attention head of the network."""
+
+LARGEST = {"block_size": 65_536, "layers": 64, "width": 8192}
+"""The largest sizes of a sampler."""
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -29,9 +35,9 @@ class Description(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    block_size: int = Field(ge=2, le=65_536, description="Positions of the blocks that it was trained on.")
-    layers: int = Field(ge=1, le=64)
-    width: int = Field(ge=8, le=8192)
+    block_size: int = Field(ge=2, le=LARGEST["block_size"], description="Positions of the blocks it was trained on.")
+    layers: int = Field(ge=1, le=LARGEST["layers"])
+    width: int = Field(ge=HEAD_SIZE, le=LARGEST["width"], multiple_of=HEAD_SIZE)
     features: list[str] = Field(description="Names of the features, in order.")
     cut: Probability = Field(description="The threshold that decoding takes unless told otherwise.")
     checkpoint: str = Field(description="The iteration whose decisions it makes.")

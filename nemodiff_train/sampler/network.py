@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from nemodiff_train.sampler.description import HEAD_SIZE
 from nemodiff_train.sampler.features import FEATURES
 
 _LOG_ODDS = list(FEATURES).index("log_odds")
-_HEAD_SIZE = 64
 
 
 class SlotNetwork(nn.Module):
@@ -18,7 +18,7 @@ class SlotNetwork(nn.Module):
     Args:
         block_size: Maximum number of slots.
         layers: Layers of the encoder.
-        width: Size of its states; the feed-forward layers have twice as many.
+        width: Size of its states, a multiple of that of a head; the feed-forward layers have twice as many.
     """
 
     def __init__(self, block_size: int, layers: int, width: int) -> None:
@@ -27,7 +27,7 @@ class SlotNetwork(nn.Module):
         self.input = nn.Linear(len(FEATURES), width)
         self.slots = nn.Parameter(0.02 * torch.randn(block_size, width))
         layer = nn.TransformerEncoderLayer(
-            width, max(1, width // _HEAD_SIZE), 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            width, width // HEAD_SIZE, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.correction = nn.Linear(width, 1)

@@ -21,6 +21,8 @@ def problems(config: TriModeConfig) -> list[str]:
             f"peft is {type(config.peft).__name__}, whose adapters cannot be merged into the model afterwards; use "
             "LoRA, as lora_rank does"
         ]
+    if min(config.peft.dim, config.peft.alpha) < 1:
+        return [f"the adapters have rank {config.peft.dim} and alpha {config.peft.alpha}; both take at least 1"]
     return list(_target_problems(config.peft, config.model.num_layers))
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from nemodiff_train.config.config import Changes, TriModeConfig, differences
+from nemodiff_train.config.precision import begun_precision
 from nemodiff_train.model.checkpoint import Checkpoint
 
 _FIXED = (
@@ -28,7 +29,19 @@ _SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "op
 def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     """Return the settings that differ from those that a run was saved with; none for a run from elsewhere."""
     before = saved.run_config.get("given")
-    return differences(before, config.settings()) if before else {}
+    if not before:
+        return {}
+    changed = differences(before, config.settings())
+    # Without a name the precision is the one that the run began in, which may be named as well.
+    began = begun_precision(saved)
+    if len({_recipe(name or began) for name in changed.get("mixed_precision", ())}) == 1:
+        del changed["mixed_precision"]
+    return changed
+
+
+def _recipe(name: object) -> str:
+    """Return the name of a precision as Bridge finds it."""
+    return str(name).replace("-", "_")
 
 
 def problems(config: TriModeConfig) -> list[str]:

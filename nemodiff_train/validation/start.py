@@ -114,7 +114,8 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
             f"run with start_from={saved.path} output=NEW"
         )
         return
-    if config.mixed_precision is not None and (began := begun_precision(config)):
+    if config.mixed_precision is not None:
+        began = begun_precision(saved)
         named = MIXED_PRECISION_RECIPES.get(str(config.mixed_precision).replace("-", "_"))
         if named and named().params_dtype != MIXED_PRECISION_RECIPES[began]().params_dtype:
             yield (
