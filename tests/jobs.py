@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,8 +254,11 @@ def train_as_told(folder: str, words: list[str], environment: dict[str, str]) ->
 def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     """Evaluate undisturbed; then with a disk that is full after a few prompts; then again, as a user would.
 
+    In between the checkpoint is moved, and another model takes its place.
+
     Returns:
-        Exit codes, what the second left in its folder, and the prompts that the third decoded.
+        Exit codes, what the second left in its folder, and the prompts that the third decoded; ``other``, those that
+        the other model decoded where the second had been interrupted.
     """
     from nemodiff_train.cli import main
     from nemodiff_train.evaluation import evaluate
@@ -264,6 +268,7 @@ def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     checkpoint = str(root / "checkpoint")
     codes = [main(["convert", "import", str(root / "model"), checkpoint, "--mask-token", small.MASK])]
     words = ["eval", checkpoint, "--count", "6", "--max-new-tokens", "4", "--block-size", "4", "--batch-size", "2"]
+    words += ["--modes", "ar,diffusion,ar,linear"]
     codes.append(main([*words, "--output", str(root / "undisturbed")]))
     decoded: list[int] = []
     decode_batch = evaluate._decode_batch
@@ -280,8 +285,16 @@ def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     evaluate._decode_batch = fill_up
     codes.append(main([*words, "--output", str(root / "out")]))
     left = sorted(path.name for path in (root / "out").iterdir())
+    shutil.copytree(root / "out", root / "other")
+    (root / "checkpoint").rename(root / "moved")
+    small.qwen3(root / "model", mask_row=2.0)
+    codes.append(main(["convert", "import", str(root / "model"), checkpoint, "--mask-token", small.MASK]))
     decoded.clear()
     evaluate._decode_batch = count
+    codes.append(main([*words, "--output", str(root / "other")]))
+    other = decoded.copy()
+    decoded.clear()
+    words[1] = str(root / "moved")
     codes.append(main([*words, "--output", str(root / "out")]))
     codes.append(main([*words, "--output", str(root / "out")]))
-    return {"codes": codes, "left": left, "decoded": decoded}
+    return {"codes": codes, "left": left, "decoded": decoded, "other": other}

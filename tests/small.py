@@ -27,6 +27,7 @@ from tools.support.small import (
     recipe,
     sampler,
     save,
+    selector,
     sizes,
     step,
     tokenizer,
@@ -36,7 +37,7 @@ from tools.support.small import (
 __all__ = [
     "EOD", "MASK", "QWEN3", "VOCABULARY", "YARN", "batch", "build", "built", "chat", "data", "dense", "documents",
     "drafter", "figures", "llama3", "loss", "ministral3", "ministral3_vision", "mistral", "nemotron", "of_preset",
-    "qwen2", "qwen3", "recipe", "run_inputs", "same", "sampler", "step",
+    "qwen2", "qwen3", "recipe", "run_inputs", "same", "sampler", "selector", "step",
     "tokenizer", "uno", "weights",
 ]  # fmt: skip
 

@@ -291,6 +291,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "likelihood: no text": (["likelihood", "empty", "nowhere.txt"], ["nowhere.txt"]),
     "likelihood: no batch": (["likelihood", "empty", "text.txt", "--batch-size", "0"], ["--batch-size"]),
     "generate: no temperature": (["generate", "empty", "a", "--temperature", "-1"], ["temperature", "-1"]),
+    "generate: two things at once": (
+        ["generate", "empty", "a", "--infill", "--revise", "0.5"],
+        ["--infill", "one of"],
+    ),
     "generate: unknown policy": (["generate", "empty", "a", "--policy", "treshold"], ["'threshold'"]),
     "generate: a number that is none": (["generate", "empty", "a", "--max-new-tokens", "x"], ["--max-new-tokens"]),
     "plan: no GPUs": (["plan", "joint", "--gpus", "0"], ["--gpus", "above 0"]),

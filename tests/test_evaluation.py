@@ -230,13 +230,17 @@ def test_ticks_and_label_spreading() -> None:
 
 
 def test_an_evaluation_goes_on_where_it_was_interrupted(tmp_path: Path, ranks: RankPool) -> None:
-    """Nothing that was decoded before the disk was full is decoded again, and the report is the same."""
+    """Nothing that was decoded before the disk was full is decoded again, and the report is the same.
+
+    What has been decoded is known by the weights, wherever they lie.
+    """
     world = ranks.start("full disk", 1, jobs.evaluate_until_the_disk_is_full, logs=tmp_path, folder=str(tmp_path))
     assert ranks.wait(world) == [0], world.output()
     result = world.result()
-    assert result["codes"] == [0, 0, 2, 0, 2]  # the last finds the report of the one before
+    assert result["codes"] == [0, 0, 2, 0, 0, 0, 2]  # the last finds the report of the one before
     assert result["left"] == ["unfinished-0.jsonl"]
     assert result["decoded"] == [2, 3, 4, 5, 0, 1, 2, 3, 4, 5]  # of diffusion, and of linear: ar was complete
+    assert result["other"] == 3 * [0, 1, 2, 3, 4, 5]  # other weights at the same path have all to decode
     refusals = [line for line in world.output().splitlines() if line.startswith("nemodiff: error")]
     assert ["full" in refusals[0], "report already" in refusals[1]] == [True, True]
 

@@ -149,6 +149,27 @@ def test_adapters_take_gradients_and_optimizer_state_alone() -> None:
     assert trains.logits - tuned.logits == whole.table * (4 + 4 + whole.width)
 
 
+@pytest.mark.parametrize("layer_adapters", [0, 5000])
+def test_a_path_selector_goes_backward_through_no_layer(layer_adapters: int) -> None:
+    """Layers and output layer run forward alone: a third of the operations, two each per weight and position."""
+    from nemodiff_train.planning.layouts import Layout
+    from nemodiff_train.planning.memory import estimated_stage, memory_of
+
+    whole = workload()
+    trained = workload(layer_adapters=layer_adapters, drafts=True, selector_rank=16)
+    adapters = trained.layers * layer_adapters
+    assert trained.matrix_flops == whole.matrix_flops / 3 + 2 * adapters * trained.positions
+    assert trained.attention_flops == whole.attention_flops / 3
+    # Half of the positions are masked: 5 tokens before each, its state and 16 candidates meet matrices.
+    own = 6 * (5 + 1 + 16) * 16 * trained.hidden * trained.length / 2
+    assert trained.head_flops == whole.head_flops / 3 + own
+    pipeline = Layout(1, 2, 1, 1, 4, False)
+    first, last = (estimated_stage(trained, pipeline, index).trained for index in (0, 1))
+    assert (first, last) == (0, 7 * 16 * trained.hidden)
+    kept, keeps = (memory_of(work, Layout(1, 1, 1, 1, 4, False)).activations for work in (trained, whole))
+    assert kept < keeps
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_what_a_layer_keeps_is_as_planned(recompute: bool) -> None:
     """Within 5%: what two more layers keep from the forward to the backward pass of a joint step."""

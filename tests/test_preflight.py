@@ -164,7 +164,7 @@ def test_only_adapters_of_a_drafter_are_trained(folder: Path, capsys: pytest.Cap
     assert f"{model + adapters:,} on the largest" in page and f"{adapters:,} in adapters" in page
 
 
-@pytest.mark.parametrize("recipe", ["recipe", "drafter"])
+@pytest.mark.parametrize("recipe", ["recipe", "drafter", "selector"])
 def test_planned_stages_are_those_that_are_built(folder: Path, recipe: str) -> None:
     """The dry run counts parameters, 'nemodiff plan' estimates them; the rest of the memory is one formula."""
     init_runtime()

@@ -312,11 +312,22 @@ def test_the_template_writes_what_the_model_has_written(folder: Path, written: s
     assert rewriter.text(Asked(0, record, [], rewriter.prompt(record, [])), ids, settings) == content
 
 
-def test_what_has_no_room_is_left_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_jsonl(folder / "long.jsonl", [{"text": "fox " * 400}, {"text": "the quick"}])
-    assert main(words(folder, tmp_path / "o.jsonl", "--prompt-field", "text", source="long.jsonl", chat=False)) == 0
-    assert len(rows(tmp_path / "o.jsonl")) == 1
-    assert "1 records with a prompt that is empty or too long; 1 records left out" in capsys.readouterr().err
+def test_what_cannot_be_decoded_is_left_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prompt without room, and one with a token that the tokenizer has and the model has not."""
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    tokenizer = load_tokenizer(str(tmp_path / "hf"))
+    tokenizer.add_tokens([f"<{number}>" for number in range(small.VOCABULARY - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "model"), "--mask-token", small.MASK]) == 0
+    texts = ("fox " * 400, f"the {tokenizer.convert_ids_to_tokens(small.VOCABULARY)} quick", "the quick")
+    write_jsonl(tmp_path / "long.jsonl", [{"text": text} for text in texts])
+    options = ("--prompt-field", "text")
+    assert main(words(tmp_path, tmp_path / "o.jsonl", *options, source="long.jsonl", chat=False)) == 0
+    assert [row["text"].startswith("the quick") for row in rows(tmp_path / "o.jsonl")] == [True]
+    assert (
+        "2 records with a prompt that is empty, too long, or of tokens that the model lacks; 2 records left out"
+        in (capsys.readouterr().err)
+    )
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class Summary:
     records: int = 0
     left_out: int = 0
     unfit: int = 0
-    """Records in which a prompt has no tokens, or is with the new ones more than the model's positions."""
+    """Records with a prompt that has no tokens, a token without a row in the model, or no room for the new ones."""
     tokens: int = 0
     """New tokens, of answers that were not kept as well."""
     ends: Counter[End] = field(default_factory=Counter)
@@ -144,7 +144,7 @@ class Summary:
         counts = {
             f"answers cut after {max_new_tokens:,} tokens": self.ends["length"],
             "empty answers": self.ends["empty"],
-            "records with a prompt that is empty or too long": self.unfit,
+            "records with a prompt that is empty, too long, or of tokens that the model lacks": self.unfit,
             "records left out": self.left_out,
         }
         first = f"{self.records:,} records, {self.ends.total():,} answers of {self.tokens:,} tokens"
@@ -265,8 +265,10 @@ class _Writer[Item]:
         """Return the record if another answer of it is due, and its prompt can be decoded."""
         if len(answers) < self.counts[number] and _may_go_on(answers):
             prompt = self.rewriter.prompt(record, answers)
-            limit = position_limit(PipelineRunner(self.loaded.model).config)
-            if prompt and (not limit or len(prompt) + self.loaded.settings.max_new_tokens <= limit):
+            config = PipelineRunner(self.loaded.model).config
+            limit = position_limit(config) or float("inf")
+            fits = len(prompt) + self.loaded.settings.max_new_tokens <= limit
+            if prompt and fits and max(prompt) < config.vocab_size:
                 return [Asked(number, record, answers, prompt)]
         self.finished += 1
         return []

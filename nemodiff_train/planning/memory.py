@@ -66,7 +66,9 @@ def estimated_stage(work: Workload, layout: Layout, index: int) -> Stage:
     model = layers * (work.layer_matrices / layout.tensor + work.layer_norms)
     model += tables * work.table / layout.tensor + (work.hidden if last else 0)
     adapters = layers * work.layer_adapters / layout.tensor
-    return Stage(index, layers, model + adapters, adapters or model)
+    selector = work.selector if last else 0
+    trained = selector if work.selector_rank else adapters or model
+    return Stage(index, layers, model + adapters + selector, trained)
 
 
 def stage_memory(work: Workload, layout: Layout, stage: Stage, device: str = "cuda") -> Memory:
@@ -98,6 +100,8 @@ def _activations(work: Workload, layout: Layout, stage: Stage, device: str) -> f
     hidden = positions * work.hidden * work.width / (layout.tensor if layout.sequence else 1)
     full = _saved_by_layer(work, layout, device)
     working = positions * work.width * (3 * work.feed_forward / layout.tensor + 2 * work.hidden)
+    if not work.backward:
+        return in_flight * 2 * hidden + working + full
     if layout.recompute:
         return in_flight * (stage.layers * hidden + 2 * hidden) + working + full
     return in_flight * (stage.layers * full + 2 * hidden) + working

@@ -46,7 +46,8 @@ def time_of(work: Workload, layout: Layout, gpu: Gpu) -> StepTime:
 
 
 def _micro_batch_compute(work: Workload, layout: Layout, gpu: Gpu) -> float:
-    forward_again = 4 / 3 if layout.recompute else 1.0  # one more forward pass, a third of forward and backward
+    # One more forward pass is a third of forward and backward.
+    forward_again = 4 / 3 if layout.recompute and work.backward else 1.0
     layers = work.matrix_flops / MATRIX_EFFICIENCY + work.attention_flops / ATTENTION_EFFICIENCY
     seconds = layers * forward_again / layout.pipeline + work.head_flops / MATRIX_EFFICIENCY
     return work.micro_batch * seconds / (layout.tensor * layout.context * gpu.flops)
@@ -54,7 +55,7 @@ def _micro_batch_compute(work: Workload, layout: Layout, gpu: Gpu) -> float:
 
 def _micro_batch_communication(work: Workload, layout: Layout, gpu: Gpu) -> float:
     layers = work.layers / layout.pipeline
-    passes = 3 if layout.recompute else 2
+    passes = (3 if layout.recompute else 2) if work.backward else 1
     states = work.micro_batch * work.positions / layout.context * work.hidden * work.width
     # Tensor groups: a gather and a scatter around attention and around the feed-forward layer, in each pass.
     tensor = layers * passes * 4 * _ring(states, layout.tensor) / _speed(gpu, layout.tensor)

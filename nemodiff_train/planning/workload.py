@@ -6,6 +6,8 @@ from megatron.bridge.peft.base import PEFT
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.precision import is_mixed, precision_of
+from nemodiff_train.model.draft_adapter import DraftLoRA
+from nemodiff_train.model.path_selector import CANDIDATES, HISTORY
 from nemodiff_train.model.provider import TriModeModelProvider
 
 MASKED_FRACTION = 0.5
@@ -40,9 +42,11 @@ class Workload:
     sharded: bool
     """Whether the optimizer's state is sharded over the data-parallel ranks."""
     layer_adapters: int = 0
-    """Parameters of a layer's adapters, which alone are trained; 0 if all weights are."""
+    """Parameters of a layer's adapters, which alone are trained unless a path selector is; 0 if all weights are."""
     drafts: bool = False
-    """Whether the adapters are a drafter's, whose loss compares the logits of both halves."""
+    """Whether a drafter is trained, whose loss compares the logits of both halves."""
+    selector_rank: int = 0
+    """Inner dimension of the path selector that alone is trained, on the layers' last states; 0 for none."""
     recompute_elementwise: bool = True
     """Whether the outputs of norms and of the gated activation are recomputed instead of kept."""
 
@@ -86,31 +90,45 @@ class Workload:
         return clean + self.views * noisy
 
     @property
+    def selector(self) -> int:
+        """Return the parameters of the path selector: a matrix per token before, one of states, one of candidates."""
+        return (HISTORY + 2) * self.selector_rank * self.hidden
+
+    @property
+    def backward(self) -> bool:
+        """Return whether gradients go through the layers."""
+        return not self.selector_rank
+
+    @property
     def products(self) -> int:
         """Return the operations per parameter and position, forward and backward.
 
-        Three products of two operations each, or two if the parameter is frozen and has no gradient.
+        Three products of two operations each, two if the parameter is frozen and has no gradient, or one if nothing
+        goes backward.
         """
-        return 4 if self.layer_adapters else 6
+        return (4 if self.layer_adapters else 6) if self.backward else 2
 
     @property
     def matrix_flops(self) -> int:
         """Return the operations of all layers' matrices per sample, forward and backward."""
-        per_position = self.products * self.layer_matrices + 6 * self.layer_adapters
+        per_position = self.products * self.layer_matrices + (6 if self.backward else 2) * self.layer_adapters
         return self.layers * per_position * self.positions
 
     @property
     def attention_flops(self) -> int:
-        """Return the operations of all layers' attention per sample: 12 per pair and query channel."""
-        return 12 * self.layers * self.queries * self.pairs
+        """Return the operations of all layers' attention per sample: 12 per pair and channel, 4 of them forward."""
+        return (12 if self.backward else 4) * self.layers * self.queries * self.pairs
 
     @property
     def head_flops(self) -> float:
         """Return the operations of the output layer per sample, at the clean and the masked positions.
 
-        A drafter takes as many: the logits of both halves forward, and those of the drafts backward.
+        A drafter takes as many: the logits of both halves forward, and those of the drafts backward.  A path selector
+        adds its own, over the tokens before a masked position and its candidates.
         """
-        return self.products * self.table * self.length * (1 + MASKED_FRACTION * self.views)
+        masked = MASKED_FRACTION * self.views
+        selector = 6 * (HISTORY + 1 + CANDIDATES) * self.selector_rank * self.hidden
+        return self.length * (self.products * self.table * (1 + masked) + selector * masked)
 
     @property
     def flops(self) -> float:
@@ -141,6 +159,7 @@ def workload_of(config: TriModeConfig) -> Workload:
         sharded=bool(config.optimizer.use_distributed_optimizer),
         layer_adapters=_layer_adapters(model, config.peft),
         drafts=config.drafter is not None,
+        selector_rank=config.peft.selector_rank if isinstance(config.peft, DraftLoRA) else 0,
         recompute_elementwise=model.recompute_elementwise,
     )
 

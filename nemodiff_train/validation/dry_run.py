@@ -97,7 +97,8 @@ def _memory_problems(
     page.add_row("parameters per GPU", f"{largest.parameters:,} on the largest of {len(stages)} stages")
     if config.peft:
         trained = max(stage.trained for stage in stages)
-        page.add_row("trained parameters", f"{trained:,} in adapters, the rest is frozen")
+        part = "a path selector" if work.selector_rank else "adapters"
+        page.add_row("trained parameters", f"{trained:,} in {part}, the rest is frozen")
     needed, usable = memory.total / GB, USABLE_MEMORY * gpu_memory
     page.add_row("memory per GPU", f"{needed:.2f} GB of {usable:g} GB that can be used: {_parts(memory)}")
     if needed > usable:
