@@ -69,7 +69,7 @@ def layouts(
         candidate = _with_layout(config, tensor, pipeline, context)
         if tensor > NODE or gpus % (tensor * pipeline * context) or problems(candidate, gpus):
             continue
-        for granularity in (None, "full"):
+        for granularity in (None,) if config.trains_selector else (None, "full"):  # it goes backward through no layer
             candidate.model.recompute_granularity = granularity
             yield layout_of(candidate, gpus)
 
