@@ -342,6 +342,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         train("checkpoint.ckpt_format=torch"),
         ["checkpoint.ckpt_format", "'torch_dist'"],
     ),
+    "train: saves by another package": (
+        train("checkpoint.async_strategy=nvrx"),
+        ["checkpoint.async_strategy is 'nvrx'", "use 'mcore'"],
+    ),
     "train: shares of nothing": (train("dataset.split='0,0,0'"), ["dataset.split is '0,0,0'"]),
     "train: shares that are none": (train("dataset.split=abc"), ["dataset.split is 'abc'"]),
     "train: a weight for one of two": (train("dataset.data=['0.5',data,data]"), ["weights for some"]),

@@ -1,5 +1,6 @@
 """Tensors of the host and of the device never mix, and decoding waits for the device a stated number of times."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,8 +174,9 @@ def test_a_collective_of_the_host_is_refused(devices: TwoDevices) -> None:
     mark(values)
 
 
-def test_kernels_of_decoding(model: Any) -> None:
+def test_kernels_of_decoding(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prefill is causal without a mask, grouped heads with one are queries of one head, and cuDNN is left out."""
+    from nemodiff_train.attention import kernels
     from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
     from nemodiff_train.attention.kernels import attend_by_group, attend_cached
 
@@ -188,6 +190,10 @@ def test_kernels_of_decoding(model: Any) -> None:
     query, key, value = (torch.randn(3, heads, n, 8, generator=draw) for heads, n in ((6, 3), (2, 7), (2, 7)))
     expected = attend_cached(query, key, value, ragged.mask)
     torch.testing.assert_close(attend_by_group(query, key, value, ragged.mask, None), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(kernels, "attend_by_group", lambda *states: states[3])
+        assert attend_cached(query, key, value, ragged.mask) is ragged.mask
     seen: list[bool] = []
     hook = model.output_layer.register_forward_pre_hook(
         lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
@@ -200,11 +206,14 @@ def test_kernels_of_decoding(model: Any) -> None:
 def test_decoding_takes_cores_layers_where_training_takes_transformer_engines(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemodiff_train.model import provider
+    from nemodiff_train.model import loading, provider
 
-    monkeypatch.setattr(model.config, "transformer_impl", "transformer_engine")
+    monkeypatch.setattr(provider, "LAYERS", "transformer_engine")
+    decoded, trained = copy.copy(model.config), copy.copy(model.config)
+    provider.fit_to_host(trained)
+    loading.set_parallelism(decoded)
+    assert (trained.transformer_impl, decoded.transformer_impl) == ("transformer_engine", "local")
     monkeypatch.setattr(provider, "get_gpt_layer_with_transformer_engine_spec", lambda **options: None)
     with pytest.raises(AttributeError):  # the specification of Transformer Engine was asked for
-        provider.tri_mode_layer_spec(model.config)
-    monkeypatch.setattr(model.config, "transformer_impl", "local")
-    assert provider.tri_mode_layer_spec(model.config).layer_specs
+        provider.tri_mode_layer_spec(trained)
+    assert provider.tri_mode_layer_spec(decoded).layer_specs

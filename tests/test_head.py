@@ -1,9 +1,12 @@
 """The output layer's loss at selected positions, against PyTorch's own."""
 
+from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,23 @@ def test_only_what_carries_loss_has_logits_and_once(
     assert chunks == [4, 4, 1]
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_weight_is_cut_only_where_it_is_padded(group: torch.distributed.ProcessGroup, padding: int) -> None:
+    """A cut costs a copy of the whole gradient."""
+    from nemodiff_train.model.head import token_losses
+
+    states, weight = torch.randn(4, 1, 8), torch.randn(50 + padding, 8, requires_grad=True)
+    layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
+    losses = token_losses(states, torch.zeros(1, 4).long(), torch.arange(4), torch.ones(1, 4), 50, layer)
+    operations, waiting = [], [losses.grad_fn]
+    while waiting:
+        if (operation := waiting.pop()) is not None:
+            operations.append(operation.name())
+            waiting.extend(before for before, _ in operation.next_functions)
+    assert "torch::autograd::AccumulateGrad" in operations
+    assert ("SliceBackward0" in operations) == bool(padding)
+
+
 def test_a_frozen_output_layer_gets_no_gradient(group: torch.distributed.ProcessGroup) -> None:
     """The gradient of the states is the same as with one that is trained."""
     from nemodiff_train.model.head import token_losses
@@ -96,8 +116,11 @@ def test_the_host_never_waits_for_the_device(group: torch.distributed.ProcessGro
         assert states.grad is not None and weight.grad is not None
 
 
-def test_what_a_gpu_does_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight's gradient is added up in fp32, and norms are PyTorch's kernel; on tensors without values."""
+def test_what_a_gpu_does_otherwise(group: torch.distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer chunks, their gradients of the weight added up in fp32 at once, and PyTorch's norm.
+
+    On tensors without values.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.overrides import _pop_mode_temporarily
 
@@ -105,11 +128,29 @@ def test_what_a_gpu_does_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemodiff_train.model.norm import RMSNorm
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch would start CUDA
-    with FakeTensorMode(), _pop_mode_temporarily():  # the CPU in the place of CUDA would turn the name back
-        total = torch.zeros(50, 8, device="cuda")
-        left, right = (torch.zeros(12, n, device="cuda", dtype=torch.bfloat16) for n in (50, 8))
-        head._add_product(total, left.T, right)
-        assert total.dtype == torch.float32 and total.shape == (50, 8)
+    # The CPU in the place of CUDA would turn the name back.
+    with FakeTensorMode(), _pop_mode_temporarily(), Operations() as operations:
+        states = torch.zeros(4000, 1, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.zeros(50, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.zeros(1, 4000, device="cuda", dtype=torch.long)
+        scales = torch.ones(1, 4000, device="cuda")
+        layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
+        losses = head.token_losses(states, labels, torch.arange(4000, device="cuda"), scales, 50, layer)
+        assert losses.dtype == torch.float32 and losses.shape == (1, 4000)
+        # In two chunks: logits and the gradient of the states, and no product of 16 bits for that of the weight.
+        assert (operations.calls["mm"], operations.calls["addmm"]) == (4, 2)
         norm = RMSNorm(8, device="cuda")
         out = norm(torch.zeros(3, 8, device="cuda", requires_grad=True))
         assert "FusedRmsNorm" in type(out.grad_fn).__name__
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **kwargs or {})

@@ -1,6 +1,7 @@
 """What only a machine with a GPU or Transformer Engine does, as far as one without can show it."""
 
 import copy
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from nemodiff_train.runtime.packages import without_stand_ins  # noqa: E402
 from nemodiff_train.runtime.start import Host  # noqa: E402
 from nemodiff_train.training import batch, run  # noqa: E402
 from nemodiff_train.training.callbacks.fused_optimizer import fuse  # noqa: E402
-from nemodiff_train.validation import kernels  # noqa: E402
+from nemodiff_train.validation import environment, kernels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,50 @@ def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     start._refuse_broken_cuda()
 
 
-def test_a_missing_compiler_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def problems_on_a_gpu(config: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what a Hopper refuses."""
+    monkeypatch.setattr(kernels, "init_runtime", lambda: Host(cuda=True, missing_packages=()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return "\n".join(kernels.problems(config))
+
+
+def test_a_missing_compiler_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes no other than these two by itself, and wants Python's headers."""
+    (tmp_path / "cc").symlink_to("/bin/true")
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", "")
-    assert "C compiler" in next(kernels._compiler_problems())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    config = environment._example()
+    found = problems_on_a_gpu(config, monkeypatch)
+    assert "C compiler" in found and f"'{tmp_path}/Python.h'" in found
+    config.objective.stage = "ar"  # compiles no attention
+    assert not problems_on_a_gpu(config, monkeypatch)
+    (tmp_path / "gcc").symlink_to("/bin/true")
+    (tmp_path / "Python.h").touch()
+    config.objective.stage = "joint"
+    assert not problems_on_a_gpu(config, monkeypatch)
+
+
+def test_tiles_shorter_than_the_steps_of_a_kernel_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention would end the first step with a message of the compiler's."""
+    config = environment._example()
+    config.mixed_precision, config.model.kv_channels, config.model.attention_tile = "bf16_mixed", 128, 64
+    assert "multiple of 128" in problems_on_a_gpu(config, monkeypatch)
+    for tile, options, width, precision in (
+        (256, {}, 128, "bf16_mixed"),
+        (64, {"BLOCK_M": 64, "BLOCK_N": 64}, 128, "bf16_mixed"),
+        (64, {}, 256, "bf16_mixed"),  # kernels of wide heads have shorter steps, as those in fp32
+        (64, {}, 128, "fp32"),
+    ):
+        config.model.attention_tile, config.model.attention_options = tile, options
+        config.model.kv_channels, config.mixed_precision = width, precision
+        assert "multiple of 128" not in problems_on_a_gpu(config, monkeypatch)
+
+
+def test_what_stands_in_for_transformer_engine_has_no_optimizer() -> None:
+    """Core and Bridge then take Apex's operations or their own, not a placeholder that cannot be called."""
+    if "transformer_engine" not in init_runtime().missing_packages:
+        pytest.skip("Transformer Engine is installed")
+    importlib.import_module("transformer_engine.pytorch")
+    with pytest.raises(ModuleNotFoundError, match=r"transformer_engine\.pytorch\.optimizers"):
+        importlib.import_module("transformer_engine.pytorch.optimizers")

@@ -94,6 +94,22 @@ def test_the_diffusion_bound_is_the_exact_expectation(model: Any) -> None:
     assert found.diffusion_error < 0.4
 
 
+def test_no_more_logits_at_once_than_in_training(opened: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemodiff_train.evaluation.likelihood import likelihood
+    from nemodiff_train.model import head
+
+    whole = likelihood([opened[0]], [TEXT], length=16, draws=1)
+    monkeypatch.setitem(head.LOGIT_CHUNK, "cpu", 5)
+    chunks: list[int] = []
+    plain = head._logits
+    monkeypatch.setattr(
+        head, "_logits", lambda states, weight: (chunks.append(len(states)), plain(states, weight))[1]
+    )
+    found = likelihood([opened[0]], [TEXT], length=16, draws=1)
+    assert chunks == [5] * 12 + [4]  # of two samples, both halves
+    assert found.diffusion_loss == pytest.approx(whole.diffusion_loss, rel=1e-5)
+
+
 def test_refusals(opened: tuple[Any, Path]) -> None:
     from nemodiff_train.errors import UserError
     from nemodiff_train.evaluation.likelihood import likelihood

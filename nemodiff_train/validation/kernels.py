@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, get_mixed_precision_config
@@ -11,6 +13,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from nemodiff_train.attention.selection import KERNELS
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.precision import precision_of
 from nemodiff_train.errors import nearest
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.runtime import init_runtime
@@ -24,6 +27,7 @@ def problems(config: TriModeConfig) -> list[str]:
     positions = config.dataset.seq_length * (config.objective.noisy_views + 1)
     return [
         *attention_problems(config.model, positions, cuda),
+        *(_step_problems(config) if cuda and config.model.attention_kernel == "auto" else ()),
         *_precision_problems(config, cuda),
         *_overlap_problems(config),
         *(_compiler_problems() if cuda and config.objective.noisy_views else ()),
@@ -48,15 +52,32 @@ def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) 
     return [*lines, *_flash_problems(model, positions, cuda)] if kernel == "flash" else lines
 
 
+def _step_problems(config: TriModeConfig) -> Iterator[str]:
+    """Yield a line where tiles are shorter than FlexAttention's own steps, known for Hopper and Blackwell."""
+    model = config.model
+    if not model.attention_tile % 128 or any("BLOCK" in name for name in model.attention_options):
+        return
+    wide = precision_of(config, cuda=True) == "fp32" or not 64 <= (model.kv_channels or 0) <= 128
+    if not wide and torch.cuda.get_device_capability()[0] in (9, 10):
+        yield (
+            f"model.attention_tile is {model.attention_tile}, and FlexAttention's steps are up to 128 long on this "
+            "GPU; use a multiple of 128, or name shorter steps in model.attention_options"
+        )
+
+
 def c_compiler() -> str | None:
     """Return the C compiler that Triton would take."""
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _compiler_problems() -> Iterator[str]:
     """Yield a line where FlexAttention's kernels cannot be built: Triton compiles their launcher in C."""
     if not c_compiler():
         yield "there is no C compiler, which Triton needs for FlexAttention; install gcc, or name one in CC"
+    scheme = sysconfig.get_default_scheme()
+    header = Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme), "Python.h")
+    if not header.is_file():
+        yield f"there is no '{header}', which Triton compiles that launcher with; install python3-dev (python3-devel)"
 
 
 def _flash_problems(model: TriModeModelProvider, positions: int, cuda: bool) -> Iterator[str]:

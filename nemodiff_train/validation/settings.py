@@ -66,7 +66,7 @@ FRACTIONS = ("objective.fully_masked_fraction", "drafter.sampled_share")
 
 CHOICES = {
     "checkpoint.ckpt_format": ("torch_dist",),
-    "checkpoint.async_strategy": ("mcore", "nvrx"),
+    "checkpoint.async_strategy": ("mcore",),
     "checkpoint.async_write_results_mp_mode": ("fork", "forkserver", "spawn"),
     "dataset.dataloader_type": ("single", "cyclic"),
     "ddp.data_parallel_sharding_strategy": ("no_shard", "optim", "optim_grads", "optim_grads_params"),
