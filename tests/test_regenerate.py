@@ -324,10 +324,8 @@ def test_what_cannot_be_decoded_is_left_out(folder: Path, tmp_path: Path, capsys
     options = ("--prompt-field", "text")
     assert main(words(tmp_path, tmp_path / "o.jsonl", *options, source="long.jsonl", chat=False)) == 0
     assert [row["text"].startswith("the quick") for row in rows(tmp_path / "o.jsonl")] == [True]
-    assert (
-        "2 records with a prompt that is empty, too long, or of tokens that the model lacks; 2 records left out"
-        in (capsys.readouterr().err)
-    )
+    said = "2 records with a prompt that is empty, too long, or of tokens that the model lacks; 2 records left out"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from megatron.bridge.peft.base import PEFT
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.precision import is_mixed, precision_of
-from nemodiff_train.model.draft_adapter import DraftLoRA
 from nemodiff_train.model.path_selector import CANDIDATES, HISTORY
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -159,7 +158,7 @@ def workload_of(config: TriModeConfig) -> Workload:
         sharded=bool(config.optimizer.use_distributed_optimizer),
         layer_adapters=_layer_adapters(model, config.peft),
         drafts=config.drafter is not None,
-        selector_rank=config.peft.selector_rank if isinstance(config.peft, DraftLoRA) else 0,
+        selector_rank=config.selector_rank,
         recompute_elementwise=model.recompute_elementwise,
     )
 
