@@ -73,17 +73,18 @@ def demo_joint(
     return config
 
 
-def demo_drafter(start_from: str, problems: str, output: str) -> TriModeConfig:
+def demo_drafter(start_from: str, problems: str, output: str, steps: int = 600) -> TriModeConfig:
     """Train adapters of full rank on the attention outputs of the demo's tri-mode model.
 
     Args:
         start_from: Checkpoints of the demo's joint stage.
         problems: Prefix of the arithmetic problems.
         output: Folder of the run.
+        steps: Training steps.
     """
     model = model_from(start_from)
     objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift)
-    config = _demo(model, objective, _text(problems), start_from, output, steps=600, warmup=10, peak=4e-3)
+    config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=4e-3)
     config.train.global_batch_size = 16
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=128, alpha=512)
     return config
@@ -108,7 +109,9 @@ def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 6
     return config
 
 
-def demo_selector(start_from: str, problems: str, output: str, drafter: str | None = None) -> TriModeConfig:
+def demo_selector(
+    start_from: str, problems: str, output: str, drafter: str | None = None, steps: int = 300
+) -> TriModeConfig:
     """Train a path selector for the drafts of one of the demo's drafters, or of its tri-mode model without one.
 
     Args:
@@ -116,11 +119,12 @@ def demo_selector(start_from: str, problems: str, output: str, drafter: str | No
         problems: Prefix of the arithmetic problems.
         output: Folder of the run.
         drafter: Checkpoints of the drafter.
+        steps: Training steps.
     """
     model = model_from(start_from)
     drafts = with_selector(model, drafter, rank=256)
     objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
-    config = _demo(model, objective, _text(problems), start_from, output, steps=300, warmup=10, peak=5e-3)
+    config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=5e-3)
     config.train.global_batch_size = 16
     config.drafter, config.peft = selector(drafts.name), drafts.lora
     return config

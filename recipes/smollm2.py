@@ -1,4 +1,4 @@
-"""SmolLM2-135M becomes tri-mode on two cores: the main job on a small model that was really trained.
+"""SmolLM2-135M becomes tri-mode on two cores: the main job, and drafters, on a small model that was really trained.
 
 docs/results/smollm2.md has the commands and what they gave.
 """
@@ -6,8 +6,8 @@ docs/results/smollm2.md has the commands and what they gave.
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule
-from nemodiff_train.drafter.config import DrafterConfig
-from nemodiff_train.model.draft_adapter import DraftLoRA
+from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, selector, uno
+from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
@@ -45,6 +45,48 @@ def smollm2_drafter(start_from: str, data: str, output: str, steps: int = 200) -
     objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift)
     config = _short_run(model, objective, start_from, data, output, steps, peak=1e-3)
     config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=64, alpha=256)
+    return config
+
+
+def smollm2_drafter_uno(start_from: str, data: str, output: str, steps: int = 200) -> TriModeConfig:
+    """Train adapters with which the model drafts for itself as it is: no joint stage.
+
+    Args:
+        start_from: The imported model.
+        data: Prefix of prepared text.
+        output: Folder of the run.
+        steps: Training steps of 1024 tokens; blocks of every size have an equal share.
+    """
+    model = model_from(start_from)
+    objective = ObjectiveConfig(
+        block_size=UNO_BLOCKS[-1],
+        block_schedule="curriculum",
+        block_sizes=UNO_BLOCKS,
+        block_steps=-(-steps // len(UNO_BLOCKS)),
+        shift=model.shift,
+    )
+    config = _short_run(model, objective, start_from, data, output, steps, peak=1e-3)
+    config.drafter, config.peft = uno(), DraftLoRA(dim=32, alpha=512, target_modules=adapted_layers("all"))
+    return config
+
+
+def smollm2_selector(
+    start_from: str, data: str, output: str, drafter: str | None = None, steps: int = 200
+) -> TriModeConfig:
+    """Train a path selector for the drafts of one of its drafters, or of its tri-mode model without one.
+
+    Args:
+        start_from: Checkpoint that the drafter is for.
+        data: Prefix of prepared text.
+        output: Folder of the run.
+        drafter: Checkpoints of the drafter.
+        steps: Training steps of 1024 tokens.
+    """
+    model = model_from(start_from)
+    drafts = with_selector(model, drafter, rank=256)
+    objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
+    config = _short_run(model, objective, start_from, data, output, steps, peak=2e-3)
+    config.drafter, config.peft = selector(drafts.name), drafts.lora
     return config
 
 

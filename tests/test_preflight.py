@@ -332,6 +332,8 @@ def test_names_of_recipes() -> None:
         "drafter",
         "smollm2_joint",
         "smollm2_drafter",
+        "smollm2_drafter_uno",
+        "smollm2_selector",
         "drafter_uno",
         "demo_drafter_uno",
         "selector",

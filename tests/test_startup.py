@@ -104,6 +104,12 @@ weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
 torch.optim.AdamW([weight]).step()
 torch._check(True)
+from accelerate.utils import extract_model_from_parallel  # asked by Transformers when it saves
+from transformers import Qwen3Config
+from nemodiff_train.model.pretrained import empty_reference
+sizes = {name: 8 for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+empty = empty_reference(Qwen3Config(architectures=["Qwen3ForCausalLM"], num_hidden_layers=1, **sizes))
+assert extract_model_from_parallel(empty) is empty and empty.device.type == "meta"
 with_sympy = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 assert cuda or all(isinstance(sys.modules[name], deferred._DeferredModule) for name in with_sympy)
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from itertools import cycle, islice
 
 import torch
-from accelerate import init_empty_weights
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,7 +13,7 @@ from nemodiff_train.decoding.session import Session
 from nemodiff_train.distributed import from_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import HFConfig, ar_settings, architecture, stored_name
-from nemodiff_train.model.pretrained import build_reference, config_from
+from nemodiff_train.model.pretrained import build_reference, config_from, empty_reference
 
 POSITIONS = 300
 """Tokens that a miniature reads, and never more than the model has positions."""
@@ -68,8 +67,7 @@ def reference(settings: HFConfig, stored: Mapping[str, Stored]) -> PreTrainedMod
         settings: The ``config.json``.
         stored: Headers of the model's tensors by their names in the files.
     """
-    with init_empty_weights():  # of parameters, not of the rotary frequencies, which no file holds
-        model = build_reference(config_from(ar_settings(settings)))
+    model = empty_reference(config_from(ar_settings(settings)))
     weights = {}
     for name in model.state_dict():
         if tensor := stored.get(stored_name(architecture(settings), name)):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import cpu_offload, init_empty_weights
+from accelerate import cpu_offload
 from megatron.core.models.gpt import GPTModel
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +29,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import load_model, set_dtype, start_model_parallel
-from nemodiff_train.model.pretrained import build_reference, config_from, local_copy, model_from, stored_settings
+from nemodiff_train.model.pretrained import config_from, empty_reference, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 ROUNDING = 128
@@ -197,9 +197,7 @@ class _HuggingFace(_Side):
         return logits
 
     def _empty_model(self) -> PreTrainedModel:
-        """Return Transformers' model in fp32 without weights, which takes no memory."""
-        with init_empty_weights():  # rotary frequencies are computed: they are in no file
-            return build_reference(config_from(self.ar_config), dtype=torch.float32)
+        return empty_reference(config_from(self.ar_config), dtype=torch.float32)
 
 
 class _Files(Mapping[str, Tensor]):

@@ -12,7 +12,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import HFConfig, ar_settings, architecture, is_left_out, stored_name
-from nemodiff_train.model.pretrained import build_reference, config_from
+from nemodiff_train.model.pretrained import config_from, empty_reference
 from nemodiff_train.schema import checked, read_json
 
 CHECKSUMS = "tensor_checksums.json"
@@ -60,9 +60,7 @@ def expected_shapes(settings: HFConfig) -> dict[str, tuple[int, ...]]:
     A tied output layer is not among them.
     """
     config = config_from(ar_settings(settings))
-    with torch.device("meta"):
-        model = build_reference(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_reference(config).state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return {stored_name(architecture(settings), name): shape for name, shape in shapes.items()}

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
@@ -18,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from nemodiff_train.console import quiet
 from nemodiff_train.data.tokenizer import PATTERNS
@@ -149,7 +151,7 @@ def config_from(settings: HFConfig) -> PretrainedConfig:
 
 
 def build_reference(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """Return Transformers' model of a configuration, on the device and with the weights that the context says.
+    """Return Transformers' model of a configuration, with random weights.
 
     Raises:
         UserError: Transformers cannot build it.
@@ -159,6 +161,18 @@ def build_reference(config: PretrainedConfig, **options: Any) -> PreTrainedModel
     except Exception as error:
         raise _unusable((config.architectures or ["the model"])[0], error) from None
     return model
+
+
+def empty_reference(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return Transformers' model of a configuration without weights, which takes no memory.
+
+    Rotary frequencies, which no file holds, are computed.
+
+    Raises:
+        UserError: Transformers cannot build it.
+    """
+    with init_empty_weights(), no_init_weights():  # drawing weights on no device would load torch's compiler
+        return build_reference(config, **options)
 
 
 def hf_config(source: str) -> PretrainedConfig:

@@ -156,6 +156,11 @@ def _returns_its_argument(module: str, name: str) -> Callable[..., Any]:
     return lambda value, *arguments: value
 
 
+def _part(module: str, name: str) -> types.ModuleType:
+    """Return a module of a deferred package that others reach by the package's name, without importing it."""
+    return importlib.import_module(f"{module}.{name}")
+
+
 def _empty_caches(module: str, name: str) -> Any:
     """Return ``torch._dynamo.trace_rules`` for the one function that torch.distributed calls in it."""
     return types.SimpleNamespace(clear_lru_cache=lambda: None)
@@ -189,9 +194,11 @@ _STAND_INS: dict[str, dict[str, Callable[[str, str], Any]]] = {
         "allow_in_graph": _is_undisturbed,
         "assume_constant_result": _is_undisturbed,
         "disable": _is_undisturbed,
+        "eval_frame": _part,
         "graph_break": _does_nothing,
         "trace_rules": _empty_caches,
     },
+    "torch._dynamo.eval_frame": {"OptimizedModule": _class},
     "torch._dynamo._trace_wrapped_higher_order_op": {"TransformGetItemToIndex": _StandIn},
     "torch.fx.experimental.symbolic_shapes": {
         "expect_true": _returns_its_argument,
