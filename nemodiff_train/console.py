@@ -128,21 +128,21 @@ def told_progress(description: str, total: int, unit: str = "") -> Iterator[Adva
     Yields:
         The function to call.
     """
-    done, made, started = 0, 0, time.monotonic()
-    told = started
+    done, units_done, started = 0, 0, time.monotonic()
+    last_line = started
     columns = [f"{{task.fields[speed]:,.0f}} {unit}/s"] if unit else []
     with progress_bar(*columns, shown=is_main_process() and console.is_terminal) as bar:
         task = bar.add_task(description, total=total, speed=0.0)
 
         def advance(count: int, units: int = 0, before: int = 0) -> None:
-            nonlocal done, made, told
-            done, made, now = done + count, made + units, time.monotonic()
+            nonlocal done, units_done, last_line
+            done, units_done, now = done + count, units_done + units, time.monotonic()
             spent = now - started
-            bar.update(task, advance=count, speed=made / spent)
-            if console.is_terminal or (now - told < LINE_SECONDS and done < total):
+            bar.update(task, advance=count, speed=units_done / spent)
+            if console.is_terminal or (now - last_line < LINE_SECONDS and done < total):
                 return
-            told = now
-            speed = f", {made / spent:,.0f} {unit}/s" if unit else ""
+            last_line = now
+            speed = f", {units_done / spent:,.0f} {unit}/s" if unit else ""
             left = timedelta(seconds=round(spent / (done - before) * (total - done))) if done > before else "?"
             say(f"{description}: {done:,}/{total:,} in {timedelta(seconds=round(spent))}{speed}, {left} left")
 

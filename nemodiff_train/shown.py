@@ -10,7 +10,7 @@ _STEERING = re.compile(
 
 def visible(text: str) -> str:
     """Return a text of any number of lines that looks like what it is, and does nothing else."""
-    return _STEERING.sub(lambda found: _spelled(found[0]), text)
+    return _STEERING.sub(lambda match: _spelled(match[0]), text)
 
 
 def in_a_line(text: str) -> str:

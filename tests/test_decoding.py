@@ -189,7 +189,7 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     if mode in LOSSLESS:
         assert sum(cycle.committed for cycle in generations[0].cycles) + 1 == len(generations[0].tokens)
         assert len(generations[0].cycles) == session.forwards[0]["fused" if mode == "quadratic" else "draft"]
-        assert all(cycle.own == ("uno" in mode) for cycle in generations[0].cycles)
+        assert all(cycle.sure == ("uno" in mode) for cycle in generations[0].cycles)
 
 
 def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -71,7 +71,7 @@ class KeyValueCache:
         row, start = rows.repeat_interleave(counts), self.lengths[rows].repeat_interleave(counts)
         source = start + torch.cat(list(kept))
         target = start + torch.cat([torch.arange(int(count)) for count in counts])
-        row, source, target = (self.moved(each) for each in (row, source, target))
+        row, source, target = (self.moved(indices) for indices in (row, source, target))
         self._states[:, :, row, :, target] = self._states[:, :, row, :, source]
 
 

@@ -93,8 +93,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         UserError: Names the value.
     """
     check_sampler(arguments.policy, arguments.sampler)
-    chosen = {name: getattr(arguments, name) for name in _HELP} | _given(arguments, "threshold", "block_size")
-    DecodingSettings(**chosen, stop_strings=tuple(arguments.stop))
+    options = {name: getattr(arguments, name) for name in _HELP} | _given(arguments, "threshold", "block_size")
+    DecodingSettings(**options, stop_strings=tuple(arguments.stop))
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

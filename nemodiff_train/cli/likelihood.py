@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.model.loading import computing_dtype, load_model
 
     loaded = load_model(checkpoint, tensor_parallel=arguments.tensor_parallel, dtype=computing_dtype())
-    found = likelihood(
+    result = likelihood(
         loaded.chunks,
         (loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(sources)),
         length=arguments.length,
@@ -53,13 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_main_process():
         return
     if arguments.output:
-        write_atomic(Path(arguments.output), json.dumps(found.figures(), indent=2) + "\n")
-    if found.ar_loss is not None:
-        console.print(f"AR          {found.ar_loss:.4f} nats a token, perplexity {found.ar_perplexity:.3f}")
-    error = f" ± {found.diffusion_error:.4f}" if found.draws > 1 else ""
-    draws = f"{found.draws} draw{'s' if found.draws > 1 else ''}"
+        write_atomic(Path(arguments.output), json.dumps(result.figures(), indent=2) + "\n")
+    if result.ar_loss is not None:
+        console.print(f"AR          {result.ar_loss:.4f} nats a token, perplexity {result.ar_perplexity:.3f}")
+    error = f" ± {result.diffusion_error:.4f}" if result.draws > 1 else ""
+    draws = f"{result.draws} draw{'s' if result.draws > 1 else ''}"
     console.print(
-        f"diffusion   {found.diffusion_loss:.4f}{error} nats a token at most ({draws}), "
-        f"perplexity {found.diffusion_perplexity:.3f}"
+        f"diffusion   {result.diffusion_loss:.4f}{error} nats a token at most ({draws}), "
+        f"perplexity {result.diffusion_perplexity:.3f}"
     )
-    console.print(f"{found.tokens} tokens", style="dim")
+    console.print(f"{result.tokens} tokens", style="dim")

@@ -39,15 +39,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = load_planned(arguments.recipe, arguments.settings)
     check_sizes(config)
-    found = plan(config, arguments.gpus, arguments.gpu, layout.problems)
+    candidates = plan(config, arguments.gpus, arguments.gpu, layout.problems)
     if arguments.json:
-        rows = [asdict(each) for each in found]
+        rows = [asdict(candidate) for candidate in candidates]
         try:
             Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write --json {arguments.json}: {error.strerror}; name another file") from None
-    _show(found[: arguments.top], f"{len(found)} layouts fit {arguments.gpus} x {arguments.gpu}; estimates")
-    console, best = PlainConsole(), found[0]
+    _show(candidates[: arguments.top], f"{len(candidates)} layouts fit {arguments.gpus} x {arguments.gpu}; estimates")
+    console, best = PlainConsole(), candidates[0]
     console.print(f"The first: {best.layout.settings}", soft_wrap=True)
     tokens = config.train.train_iters * config.train.global_batch_size * config.dataset.seq_length
     console.print(
@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _show(found: list["Candidate"], title: str) -> None:
+def _show(candidates: list["Candidate"], title: str) -> None:
     shape = ("tensor", "pipe", "context", "data", "recompute")
     memory = ("weights", "grads", "optim", "activ", "logits", "GB")
     table = Table(*shape, *memory, "compute", "bubbles", "comm", "step, s", "tokens/s", "MFU", "days", title=title)
-    for each in found:
-        layout, bytes_, time = each.layout, each.memory, each.time
+    for candidate in candidates:
+        layout, bytes_, time = candidate.layout, candidate.memory, candidate.time
         sizes = (layout.tensor, layout.pipeline, layout.context, layout.data)
         parts = (bytes_.weights, bytes_.gradients, bytes_.optimizer, bytes_.activations, bytes_.logits, bytes_.total)
         seconds = (time.compute, time.bubbles, time.communication, time.total)
@@ -71,8 +71,8 @@ def _show(found: list["Candidate"], title: str) -> None:
             "full" if layout.recompute else "",
             *(f"{part / 1e9:.1f}" for part in parts),
             *(f"{part:.2f}" for part in seconds),
-            f"{each.tokens_per_second:,.0f}",
-            f"{each.mfu:.0%}",
-            f"{each.days:,.1f}",
+            f"{candidate.tokens_per_second:,.0f}",
+            f"{candidate.mfu:.0%}",
+            f"{candidate.days:,.1f}",
         )
     PlainConsole(width=160).print(table)

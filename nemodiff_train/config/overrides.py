@@ -193,12 +193,12 @@ def _look_up(config: TriModeConfig, key: str) -> object:
 def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
     """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
     section, _, name = key.lstrip("+~").rpartition(".")
-    node = functools.reduce(lambda found, part: getattr(found, part, None), section.split("."), cast(object, config))
+    node = functools.reduce(lambda owner, name: getattr(owner, name, None), section.split("."), cast(object, config))
     hint = declared_type(type(node), name) if is_dataclass(node) else None
     if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"[{":
         return value
     # In Hydra's quotes a backslash escapes a quote, and is written twice before one.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), value)
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), value)
     return f"'{escaped}'"
 
 

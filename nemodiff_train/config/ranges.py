@@ -70,6 +70,6 @@ def check_range(key: str, value: object) -> None:
     for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
-        found = next(kind for kind in _RANGES if re.fullmatch(kind.names, key))
-        if not found.holds(number):
-            raise UserError(f"{key} is {number}; use {found}")
+        limits = next(kind for kind in _RANGES if re.fullmatch(kind.names, key))
+        if not limits.holds(number):
+            raise UserError(f"{key} is {number}; use {limits}")

@@ -113,14 +113,14 @@ def _signature(name: str) -> tuple[list[str], list[str]] | None:
         module = ast.parse(file.read_text())
     except (SyntaxError, ValueError):
         return None
-    found = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    if not found and split_file(name) is None:  # two_stages() makes it of the function of its stage
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not functions and split_file(name) is None:  # two_stages() makes it of the function of its stage
         stages = ast.parse((Path(__file__).parent / "published.py").read_text())
         stage = name.rpartition("_")[2]
-        found = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
-    if not found:
+        functions = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
+    if not functions:
         return None
-    taken = found[-1].args
+    taken = functions[-1].args
     if taken.kwarg or taken.vararg:
         return None
     names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]

@@ -92,11 +92,11 @@ def logits_differ(
     ids = torch.tensor([token for token in range(model.config.vocab_size) if token != but])
     tokens = ids[torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))]
     session = Session(chunks, 1, length, None)
-    found = session.forward(tokens.to(session.device), torch.arange(1), "verify", causal=True).cpu()
+    logits = session.forward(tokens.to(session.device), torch.arange(1), "verify", causal=True).cpu()
 
     def compare() -> tuple[float, float]:
         expected = _logits(model, tokens)[..., ids]
-        return float((found[..., ids] - expected).abs().max()), float(expected.abs().max())
+        return float((logits[..., ids] - expected).abs().max()), float(expected.abs().max())
 
     return from_main_process(compare)
 

@@ -143,9 +143,9 @@ def _kind_around(output: Path, provider: TriModeModelProvider, drafter: Drafter)
     config = config_from(ar_settings(settings))
     for setting in drafter.lora.shape:
         name, expected = _HF_NAMES[setting], getattr(provider, setting)
-        found = getattr(config, name, None)  # a size of heads may follow from the others
-        if None not in (found, expected) and found != expected:
-            raise UserError(f"the drafter is for a model with {name}={expected}; '{file}' has {found}")
+        actual = getattr(config, name, None)  # a size of heads may follow from the others
+        if None not in (actual, expected) and actual != expected:
+            raise UserError(f"the drafter is for a model with {name}={expected}; '{file}' has {actual}")
     return architecture(settings)
 
 

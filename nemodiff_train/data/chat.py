@@ -71,9 +71,9 @@ class ChatEncoder:
             else:
                 rendered += documents
                 unread.update(self._unread(conversation))
-        encoded = [document for each in rendered for document in self._encode(each)]
+        encoded = [document for part in rendered for document in self._encode(part)]
         return EncodedBatch(
-            len(conversations), encoded, sum(len(each.text.encode()) for each in rendered), left_out, unread
+            len(conversations), encoded, sum(len(part.text.encode()) for part in rendered), left_out, unread
         )
 
     def _documents(self, conversation: Conversation) -> Iterator[Rendered]:
@@ -101,7 +101,7 @@ class ChatEncoder:
         if all(
             later.text[: later.answers[0].start].startswith(earlier.text) for earlier, later in pairwise(rendered)
         ):
-            yield Rendered(rendered[-1].text, [answer for each in rendered for answer in each.answers])
+            yield Rendered(rendered[-1].text, [answer for part in rendered for answer in part.answers])
         else:
             yield from rendered
 
@@ -174,8 +174,8 @@ class ChatEncoder:
         ids, starts = self._tokens(document.text)
         borders = [self._border(document.text, ids, starts, answer.start) for answer in document.answers]
         if None not in borders:
-            found = [border for border in borders if border is not None]
-            yield self._cut(ids, found, [bisect_left(starts, answer.end) for answer in document.answers])
+            cuts = [border for border in borders if border is not None]
+            yield self._cut(ids, cuts, [bisect_left(starts, answer.end) for answer in document.answers])
         elif len(document.answers) > 1:
             for answer in document.answers:
                 yield from self._encode(Rendered(document.text[: answer.end], [answer]))

@@ -134,7 +134,7 @@ def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Man
 def _continue(
     options: PrepareOptions,
     sources: Sequence[Source[Document]],
-    made: Encoder[Any],
+    encoder: Encoder[Any],
     partial: PartialOutput,
     notes: Notes,
 ) -> Manifest:
@@ -143,11 +143,11 @@ def _continue(
     if done.documents:
         console.print(f"continuing after {done.documents:,} documents")
     # One date for all conversations, also of a run that is continued.
-    encoder: Encoder[Any] = replace(made, now=partial.started) if isinstance(made, ChatEncoder) else made
+    dated: Encoder[Any] = replace(encoder, now=partial.started) if isinstance(encoder, ChatEncoder) else encoder
     try:
         remaining = islice(documents(sources), done.documents, None)
         with _progress(done) as advance:
-            partial.write(encode_in_order(remaining, encoder, options.workers), advance)
+            partial.write(encode_in_order(remaining, dated, options.workers), advance)
         for kind, counts in ((LEFT_OUT, partial.left_out), (UNREAD_KEYS, partial.unread)):
             for what, count in counts.items():
                 notes.add(kind, what, ", ".join(options.inputs), count)

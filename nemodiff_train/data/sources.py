@@ -191,11 +191,11 @@ def _read_json[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None
 
 def _object(entries: list[tuple[str, object]]) -> dict[str, object]:
     """Make an object of JSON; Python itself would keep the last of two values under one key."""
-    made = dict(entries)
-    if len(made) < len(entries):
+    record = dict(entries)
+    if len(record) < len(entries):
         names = [name for name, _ in entries]
         raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands there twice")
-    return made
+    return record
 
 
 def _json(text: str | bytes) -> object:

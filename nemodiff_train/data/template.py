@@ -80,8 +80,8 @@ class ChatTemplate:
         """
         given = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._templates[bool(tools)]
-        own = {"template": template, "tokens": self._tokens, "now": self._now}
-        response = _renderer(os.getpid()).ask({**own, **given})
+        request = {"template": template, "tokens": self._tokens, "now": self._now}
+        response = _renderer(os.getpid()).ask({**request, **given})
         if "text" not in response:
             raise self._refusal(response["problem"])
         return response["text"]

@@ -43,8 +43,8 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
         starts = torch.tensor([known[row] for row in active.tolist()])
         ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()])
         steps = denoise(session, active, blocks, sampler, starts, ends)
-        for row, start, end, *made in zip(active, starts, ends, blocks.tolist(), steps.tolist(), strict=True):
-            rows[row].extend(*(each[start:end] for each in made))
+        for row, start, end, *columns in zip(active, starts, ends, blocks.tolist(), steps.tolist(), strict=True):
+            rows[row].extend(*(column[start:end] for column in columns))
         known = [0] * len(rows)
         active, blocks = running(rows, active, blocks)
         if not len(active):

@@ -58,13 +58,13 @@ def check_finite(
 
 def _places(chunks: list[GPTModel], positions: Tensor, repeat: Callable[[], object]) -> list[Place]:
     """Return the first place of each pipeline rank whose states are not finite, found in a second forward."""
-    found: list[Place] = []
+    places: list[Place] = []
 
     def look(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             broken = ~inputs[0].isfinite().all(-1).T  # of [tokens, batch, hidden]
-            if not found and bool(broken.any()):
-                found.append((layer, int(positions.expand_as(broken)[broken].min())))
+            if not places and bool(broken.any()):
+                places.append((layer, int(positions.expand_as(broken)[broken].min())))
 
         return hook
 
@@ -76,7 +76,7 @@ def _places(chunks: list[GPTModel], positions: Tensor, repeat: Callable[[], obje
                 hooks.enter_context(final.register_forward_pre_hook(look(chunk.config.num_layers)))
         repeat()
     group = chunks[0].pg_collection.pp
-    gathered: list[list[Place]] = [found] * group.size()
+    gathered: list[list[Place]] = [places] * group.size()
     if group.size() > 1:
-        dist.all_gather_object(gathered, found, group=group)
+        dist.all_gather_object(gathered, places, group=group)
     return [place for places in gathered for place in places]

@@ -159,13 +159,13 @@ class Cycle:
     accept_probs: list[float] = field(default_factory=list)
     """For each draft token, min(1, p/q) at temperature 1, with p of the verifier and q of the drafter; in a tree, p
     of all that it proposes for the position."""
-    own: int = 0
+    sure: int = 0
     """Tokens that the draft's forward gave as the verifier's own, before the draft (``uno`` drafters: 1)."""
 
     @property
     def committed(self) -> int:
         """Return the number of tokens that the cycle added to the output."""
-        return self.own + self.accepted + self.recovered + self.bonus
+        return self.sure + self.accepted + self.recovered + self.bonus
 
 
 @dataclass
@@ -216,7 +216,7 @@ class Generation:
         draft_tokens: list[int],
         accept_mask: list[bool],
         accept_probs: list[float],
-        own: bool = False,
+        sure: bool = False,
     ) -> None:
         """Append the tokens of one draft + verify cycle, and the cycle itself.
 
@@ -226,7 +226,7 @@ class Generation:
             draft_tokens: See :class:`Cycle`.
             accept_mask: See :class:`Cycle`.
             accept_probs: See :class:`Cycle`.
-            own: Whether the draft's forward has given the token before the draft.
+            sure: Whether the draft's forward has given the token before the draft.
         """
         committed = self.extend(tokens, [step] * len(tokens))
         accepted = min(committed, len(tokens) - 1)  # a stop or the limit may cut the accepted tokens
@@ -234,7 +234,7 @@ class Generation:
         self.cycles.append(
             Cycle(
                 accepted=accepted,
-                own=int(own),
+                sure=int(sure),
                 recovered=verifier_token and not whole,
                 bonus=verifier_token and whole,
                 draft_tokens=draft_tokens,

@@ -93,12 +93,12 @@ def _draft(
     if kind.seed_in_block:
         return active, last, logits[:, 1:], contexts[:, 1:]
     session.commit(active, 1)
-    own = sampler.sample_tokens(logits[:, :1], active)
-    session.emit(rows, active, own)
+    next_token = sampler.sample_tokens(logits[:, :1], active)
+    session.emit(rows, active, next_token)
     for row in active.tolist():
         if rows[row].finished:
-            rows[row].cycles.append(Cycle(accepted=0, own=1))
-    return running(rows, active, own, logits[:, 1:], contexts[:, 1:])
+            rows[row].cycles.append(Cycle(accepted=0, sure=1))
+    return running(rows, active, next_token, logits[:, 1:], contexts[:, 1:])
 
 
 def _verify_chain(
@@ -114,7 +114,7 @@ def _verify_chain(
     # The known token and the draft, causally; logits of index i predict the token at i + 1.
     target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
     verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
-    return commit_accepted(session, rows, active, verification, own=not session.draft_kind.seed_in_block)
+    return commit_accepted(session, rows, active, verification, sure=not session.draft_kind.seed_in_block)
 
 
 def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sampler: Sampler) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sample
 
 
 def commit_accepted(
-    session: Session, rows: list[Generation], active: Tensor, verification: Verification, own: bool = False
+    session: Session, rows: list[Generation], active: Tensor, verification: Verification, sure: bool = False
 ) -> Tensor:
     """Commit the token before each draft and the accepted draft tokens, and append the cycle to the generations.
 
@@ -138,7 +138,7 @@ def commit_accepted(
         rows: All generations of the batch.
         active: [batch] rows of this cycle, on the host.
         verification: Result of the verification.
-        own: Whether the draft's forward has given the token before it.
+        sure: Whether the draft's forward has given the token before it.
 
     Returns:
         [batch, 1] the recovered or bonus token of each row, which is emitted and not in the cache yet.
@@ -153,6 +153,6 @@ def commit_accepted(
             host.draft_tokens[index].tolist(),
             host.accept_mask[index].tolist(),
             host.accept_probs[index].tolist(),
-            own,
+            sure,
         )
     return verification.tokens.gather(1, verification.accepted[:, None])

@@ -104,7 +104,7 @@ def load_decoding_model(
         settings = {"threshold": trained.description.cut, **settings, "trained_sampler": trained}
     if block_size is None:
         block_size = opened.block_size if opened and not opened.kind.seed_in_block else provider.block_size
-    chosen = DecodingSettings(block_size=block_size, **settings)
+    decoding = DecodingSettings(block_size=block_size, **settings)
     loaded = load_model(
         checkpoint,
         tensor_parallel=tensor_parallel,
@@ -114,7 +114,7 @@ def load_decoding_model(
     )
     if trained is not None:
         trained.network.to(PipelineRunner(loaded.chunks).device)
-    return DecodingModel(loaded.chunks, loaded.tokenizer, for_tokenizer(chosen, loaded.provider, loaded.tokenizer))
+    return DecodingModel(loaded.chunks, loaded.tokenizer, for_tokenizer(decoding, loaded.provider, loaded.tokenizer))
 
 
 def open_sampler(checkpoint: Checkpoint, policy: str | None, folder: str | None) -> TrainedSampler | None:

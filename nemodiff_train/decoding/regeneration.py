@@ -187,7 +187,9 @@ class Regeneration[Item]:
         ):
             for answers in writer.write((number, record, there.of(number)) for number, record in records):
                 log.write(answer.model_dump_json() for answer in answers)
-                advance(writer.finished - shown, sum(answer.tokens for answer in answers), before=writer.found)
+                advance(
+                    writer.finished - shown, sum(answer.tokens for answer in answers), before=writer.complete_before
+                )
                 shown = writer.finished
         barrier()
 
@@ -237,7 +239,7 @@ class _Writer[Item]:
     batch_size: int
     finished: int = 0
     """Number of records to which nothing is added any more."""
-    found: int = 0
+    complete_before: int = 0
     """Number of them that were so from the start."""
 
     def write(self, records: Iterator[tuple[int, Record[Item], list[Answer]]]) -> Iterator[list[Answer]]:
@@ -248,9 +250,9 @@ class _Writer[Item]:
         """
         waiting: list[Asked[Item]] = []
         while True:
-            for each in islice(records, self.batch_size * _WAITING_BATCHES - len(waiting)):
-                due = self._ask(*each)
-                self.found += not due
+            for record in islice(records, self.batch_size * _WAITING_BATCHES - len(waiting)):
+                due = self._ask(*record)
+                self.complete_before += not due
                 waiting += due
             if not waiting:
                 return

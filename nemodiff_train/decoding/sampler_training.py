@@ -156,8 +156,8 @@ class _Recorder:
             order += torch.randperm(len(blocks), generator=self._draw).tolist()
         cuts = (_HIGHEST * torch.rand(count, generator=self._draw)).sigmoid()
         with told_progress(description, count) as advance:
-            found = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
-        return States.joined([part.states for part in found])
+            parts = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
+        return States.joined([part.states for part in parts])
 
     def points(
         self, description: str, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Sequence[float]
@@ -166,21 +166,21 @@ class _Recorder:
         points = []
         with told_progress(description, len(cuts) * len(blocks)) as advance:
             for cut in cuts:
-                found = self._decoded(blocks, judge, torch.full((len(blocks),), cut), advance)
-                tokens, forwards = sum(part.tokens for part in found), sum(part.forwards for part in found)
-                wrong = sum(part.wrong for part in found)
+                parts = self._decoded(blocks, judge, torch.full((len(blocks),), cut), advance)
+                tokens, forwards = sum(part.tokens for part in parts), sum(part.forwards for part in parts)
+                wrong = sum(part.wrong for part in parts)
                 points.append(Point(cut=cut, tokens_per_forward=tokens / forwards, wrong=wrong / tokens))
         return points
 
     def _decoded(
         self, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Tensor, advance: Callable[[int], None]
     ) -> list[Trajectories]:
-        found = []
+        parts = []
         for batch in batched(range(len(blocks)), self._batch_size):
             some, cut = [blocks[index] for index in batch], cuts[list(batch)]
-            found.append(record(self._opened.model, some, self._opened.settings.block_size, judge, cut))
+            parts.append(record(self._opened.model, some, self._opened.settings.block_size, judge, cut))
             advance(len(batch))
-        return found
+        return parts
 
 
 def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOptions, description: str) -> None:
@@ -195,7 +195,7 @@ def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOpt
                 batch_size=options.states_per_step,
                 learning_rate=options.learning_rate,
                 seed=options.seed,
-                told=lambda step, loss: advance(1),
+                after_step=lambda step, loss: advance(1),
             )
         return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 

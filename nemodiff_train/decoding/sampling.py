@@ -102,7 +102,8 @@ class Verification(NamedTuple):
 
     def on_host(self) -> "Verification":
         """Return a copy on the host, for which the device is waited for once."""
-        columns = [each.unflatten(0, (len(each), -1)).flatten(1).double() for each in self]  # ids are exact in it
+        # Token ids are exact in fp64.
+        columns = [column.unflatten(0, (len(column), -1)).flatten(1).double() for column in self]
         parts = torch.cat(columns, dim=1).cpu().split([part.shape[1] for part in columns], dim=1)
         return Verification(*(part.to(of.dtype).view(of.shape) for part, of in zip(parts, self, strict=True)))
 

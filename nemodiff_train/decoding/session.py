@@ -216,7 +216,9 @@ class Session:
             padded = torch.zeros(len(rows), longest, dtype=torch.long)
             for index, row in enumerate(rows.tolist()):
                 padded[index, : lengths[row]] = torch.tensor(prompts[row])
-            tokens, last = (self.cache.moved(each) for each in (padded, (lengths[rows] - 1).clamp(min=0)[:, None]))
+            tokens, last = (
+                self.cache.moved(values) for values in (padded, (lengths[rows] - 1).clamp(min=0)[:, None])
+            )
             logits = self.forward(
                 tokens, rows, "prefill", causal=block_size is None, block_size=block_size, indices=last
             )
@@ -233,7 +235,7 @@ class Session:
 def running(generations: Sequence[Generation], rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Return the rows [batch] that have not ended, and their part of [batch, ...] values."""
     unfinished = torch.tensor([not generations[row].finished for row in rows.tolist()], dtype=torch.bool)
-    return tuple(each[unfinished] for each in (rows, *values))
+    return tuple(value[unfinished] for value in (rows, *values))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

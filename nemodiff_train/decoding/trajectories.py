@@ -98,7 +98,7 @@ def record(
     for row, block in enumerate(blocks):
         reference[row, : len(block.tokens)] = torch.tensor(block.tokens)
         known[row, : block.known] = True
-    reference, known, cuts = (each.to(session.device) for each in (reference, known, cuts))
+    reference, known, cuts = (values.to(session.device) for values in (reference, known, cuts))
     tokens = torch.where(known, reference, session.masks(*reference.shape))
     history, states, forwards, wrong = SlotHistory(tokens), [], 0, 0
     while len(rows := (~known & (reference >= 0)).any(1).cpu().nonzero()[:, 0]):

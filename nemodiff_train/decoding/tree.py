@@ -77,10 +77,10 @@ class DraftTree:
         mass, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         depths = torch.cat([torch.full_like(level[1], depth) for depth, level in enumerate(levels)], dim=1)
         # A node's mass is at most its parent's, which comes first: of the largest, no node is without its parent.
-        chosen = mass.sort(dim=-1, descending=True, stable=True).indices[:, :nodes].sort(dim=-1).values
-        new = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
-        index = torch.zeros_like(parents).scatter(1, chosen, new)  # [batch, all nodes] index among the chosen
-        return cls(tokens.gather(1, chosen), index.gather(1, parents.gather(1, chosen)), depths.gather(1, chosen))
+        kept = mass.sort(dim=-1, descending=True, stable=True).indices[:, :nodes].sort(dim=-1).values
+        new = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        index = torch.zeros_like(parents).scatter(1, kept, new)  # [batch, all nodes] index among the chosen
+        return cls(tokens.gather(1, kept), index.gather(1, parents.gather(1, kept)), depths.gather(1, kept))
 
     def ancestors(self) -> Tensor:
         """Return [batch, n, n] whether the node of the last axis is an ancestor of a node, or that node."""
@@ -112,14 +112,14 @@ def _verify_tree(
     on_branch = ~(sees & ~matches[:, None, :]).any(-1)
     proposed = _mass_of_children(logits, tokens, tree.parents)
 
-    told = torch.stack([on_branch.long(), tokens, tree.parents, choices]).cpu()  # each copy is a wait
+    on_host = torch.stack([on_branch.long(), tokens, tree.parents, choices]).cpu()  # each copy is a wait
     tests_on_host, branches = proposed.cpu(), []
     for index, row in enumerate(active.tolist()):
-        branch, *of_nodes = (*told[:, index], tests_on_host[index])
+        branch, *of_nodes = (*on_host[:, index], tests_on_host[index])
         branches.append(branch.nonzero()[:, 0])
-        drafted, chosen, accepts, tests = _as_cycle(branches[-1].tolist(), *(each.tolist() for each in of_nodes))
-        own = not session.draft_kind.seed_in_block
-        rows[row].extend_by_cycle(chosen, session.calls(row), drafted, accepts, tests, own)
+        drafted, emitted, accepts, tests = _as_cycle(branches[-1].tolist(), *(column.tolist() for column in of_nodes))
+        sure = not session.draft_kind.seed_in_block
+        rows[row].extend_by_cycle(emitted, session.calls(row), drafted, accepts, tests, sure)
     session.commit_nodes(active, branches)
     ends = torch.stack([branch[-1:] for branch in branches])
     return choices.gather(1, session.cache.moved(ends))

@@ -152,15 +152,15 @@ class Demo:
         """Import the AR model with a mask token: its own, the named one, a reserved one, or a new one."""
         provider = model_from(str(self.ar_model))
         tokenizer = load_tokenizer(str(self.ar_model))
-        chosen, added = self.mask_token, None
-        if chosen is None and provider.mask_token_id is None and (chosen := tokenizer.mask_token) is None:
-            chosen = reserved_token(tokenizer, provider.vocab_size, stop_tokens(provider, tokenizer))
-            added = None if chosen else NEW_MASK_TOKEN
+        mask_token, added = self.mask_token, None
+        if mask_token is None and provider.mask_token_id is None and (mask_token := tokenizer.mask_token) is None:
+            mask_token = reserved_token(tokenizer, provider.vocab_size, stop_tokens(provider, tokenizer))
+            added = None if mask_token else NEW_MASK_TOKEN
             console.print(
-                f"    mask token: {chosen or NEW_MASK_TOKEN}, "
-                f"{'a reserved token of its tokenizer' if chosen else 'added to its vocabulary'}"
+                f"    mask token: {mask_token or NEW_MASK_TOKEN}, "
+                f"{'a reserved token of its tokenizer' if mask_token else 'added to its vocabulary'}"
             )
-        import_checkpoint(str(self.ar_model), str(self.start), mask_token=chosen, add_mask_token=added)
+        import_checkpoint(str(self.ar_model), str(self.start), mask_token=mask_token, add_mask_token=added)
 
     def _tensor_parallel(self) -> int:
         """Return 1 for the small model, faster in replicas; for another what halves it, where its heads allow."""

@@ -40,16 +40,16 @@ class SelectorLoss(DraftLoss):
         self, head: Head, drafts: Tensor, verifiers: Tensor, uniform: Tensor, previous: Tensor
     ) -> "JudgedChains":
         """Find out what becomes of each slot; the arguments are those of the base class."""
-        found: list[tuple[Tensor, ...]] = []
+        parts: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
             for draft, verifier, draw, before in in_chunks(drafts, verifiers, uniform, previous):
                 q, p = head.logits(draft), head.logits(verifier)  # [slots, vocabulary]
-                own, candidates = q.topk(min(CANDIDATES, q.shape[-1]), dim=-1)  # [slots, K]
-                chain = own + self.selector(head.rows(before), head.rows(candidates), draft)
+                draft_logits, candidates = q.topk(min(CANDIDATES, q.shape[-1]), dim=-1)  # [slots, K]
+                chain = draft_logits + self.selector(head.rows(before), head.rows(candidates), draft)
                 outcome = judge(torch.full_like(q, NEVER).scatter_(-1, candidates, chain), p, draw, self.settings)
                 among = (candidates == p.argmax(-1, keepdim=True)).any(-1)
-                found.append((*outcome, among, candidates, own, p.gather(-1, candidates)))
-        outcomes = (torch.cat(parts) for parts in zip(*found, strict=True))
+                parts.append((*outcome, among, candidates, draft_logits, p.gather(-1, candidates)))
+        outcomes = (torch.cat(parts) for parts in zip(*parts, strict=True))
         return JudgedChains(head, self.selector, self.settings, drafts.detach(), previous, *outcomes)
 
 
@@ -69,20 +69,26 @@ class JudgedChains:
     has_loss: Tensor
     candidates: Tensor
     """[S, K] token ids."""
-    own: Tensor
+    draft_logits: Tensor
     """[S, K] logits of the draft."""
     verifier: Tensor
     """[S, K] logits of the verifier."""
 
     def total(self, weights: Tensor) -> Tensor:
         """Return the weighted sum of the losses; rows of the output layer are taken again in the backward pass."""
-        slots = in_chunks(self.previous, self.candidates, self.drafts, self.own, self.verifier, weights)
+        slots = in_chunks(self.previous, self.candidates, self.drafts, self.draft_logits, self.verifier, weights)
         sums: list[Tensor] = [checkpoint(self._sum, *chunk, use_reentrant=False) for chunk in slots]
         return torch.stack(sums).sum()
 
     def _sum(
-        self, previous: Tensor, candidates: Tensor, drafts: Tensor, own: Tensor, verifier: Tensor, weights: Tensor
+        self,
+        previous: Tensor,
+        candidates: Tensor,
+        drafts: Tensor,
+        draft_logits: Tensor,
+        verifier: Tensor,
+        weights: Tensor,
     ) -> Tensor:
         """Return the weighted sum of the losses of some slots."""
-        chain = own + self.selector(self.head.rows(previous), self.head.rows(candidates), drafts)
+        chain = draft_logits + self.selector(self.head.rows(previous), self.head.rows(candidates), drafts)
         return (slot_losses(chain, verifier, self.settings) * weights).sum()

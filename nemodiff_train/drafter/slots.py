@@ -46,7 +46,7 @@ class Slots:
 
     def copied_to(self, device: torch.device) -> "Slots":
         """Return the same on a device, which the host does not wait for."""
-        return Slots(*(copied_to(device, each) for each in (self.exists, self.number, self.start)))
+        return Slots(*(copied_to(device, values) for values in (self.exists, self.number, self.start)))
 
     def reached(self, passed: Tensor) -> Tensor:
         """Return whether every earlier slot of a slot's draft has passed: [batch, L].

@@ -98,9 +98,9 @@ class DraftLoss:
         shifted = kind.shifted(self.model.shift)
         # The host finds the slots, in its own copy of the ids: it need not wait for the device to count them.
         slots, device = Slots.of(self.batch["host_segment_ids"], kind, shifted), hidden_states.device
-        own = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
-        uniform = copied_to(device, self._own(self._uniform(slots.exists)).flatten(0, 1)[own])  # [S, 2]
-        index, slots = copied_to(device, own), slots.copied_to(device)
+        index_on_host = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
+        uniform = copied_to(device, self._own(self._uniform(slots.exists)).flatten(0, 1)[index_on_host])  # [S, 2]
+        index, slots = copied_to(device, index_on_host), slots.copied_to(device)
 
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
         states = gather_hidden_states(hidden_states, output_layer).transpose(0, 1)
@@ -109,15 +109,15 @@ class DraftLoss:
         usable = (self.batch["loss_mask"][:, -clean.shape[1] :] > 0) & self.batch["maskable"]
         clean = clean.detach()
         if not shifted:
-            clean, usable = (self.state.shard.before(each, self.state.context_group) for each in (clean, usable))
-        drafts, verifiers = (each.flatten(0, 1)[index] for each in (noisy, clean))  # [S, hidden] each
+            clean, usable = (self.state.shard.before(values, self.state.context_group) for values in (clean, usable))
+        drafts, verifiers = (values.flatten(0, 1)[index] for values in (noisy, clean))  # [S, hidden] each
 
         judged = self._judge(head, drafts, verifiers, uniform, self._history(slots, shifted).flatten(0, 1)[index])
-        found = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
-        passed = self.state.shard.gather(torch.stack(found, dim=2), length, self.state.context_group)
+        outcomes = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
+        passed = self.state.shard.gather(torch.stack(outcomes, dim=2), length, self.state.context_group)
         usable, agrees, accepted = passed.unbind(2)
         verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
-        counted, weights = (self._own(each).flatten()[index] for each in (verdict.counted, verdict.weights))
+        counted, weights = (self._own(values).flatten()[index] for values in (verdict.counted, verdict.weights))
         total = judged.total(weights * judged.has_loss)
         self.report.update(self._figures(slots, verdict))
         self.report["counted_slots"] = pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
@@ -139,7 +139,7 @@ class DraftLoss:
             previous: [S, m] what :meth:`_history` returns of them.
         """
         learns = torch.is_grad_enabled()
-        found: list[tuple[Tensor, ...]] = []
+        parts: list[tuple[Tensor, ...]] = []
         for draft, verifier, draw in in_chunks(drafts, verifiers, uniform):
             # Logits of the draft q and of the verifier p, [slots, vocabulary].
             with torch.no_grad():
@@ -151,8 +151,8 @@ class DraftLoss:
             gradient = draft
             if learns:
                 gradient = head.gradient_of_states(torch.autograd.grad(loss.sum(), q)[0]).to(draft.dtype)
-            found.append((loss.detach(), gradient.detach(), *outcome))
-        losses, gradients, agrees, accepted = (torch.cat(parts) for parts in zip(*found, strict=True))
+            parts.append((loss.detach(), gradient.detach(), *outcome))
+        losses, gradients, agrees, accepted = (torch.cat(parts) for parts in zip(*parts, strict=True))
         return JudgedDrafts(agrees, accepted, drafts, losses, gradients)
 
     def _history(self, slots: Slots, shifted: bool) -> Tensor:
@@ -186,7 +186,7 @@ class DraftLoss:
 
     def _figures(self, slots: Slots, verdict: Verdict) -> Report:
         """Return [sum, count] of the figures that say how good greedy drafts are, over this rank's positions."""
-        number, accepted, usable = (self._own(each) for each in (slots.number, verdict.accepted, verdict.usable))
+        number, accepted, usable = (self._own(values) for values in (slots.number, verdict.accepted, verdict.usable))
         drafts = (usable & (number == 1)).sum().float()
         kind = self.settings.draft_kind
         longest = self.model.largest_block - int(kind.seed_in_block)
@@ -202,7 +202,7 @@ class DraftLoss:
 
 def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield parts of [S, ...] values, of as many slots as may have logits at once."""
-    return zip(*(each.split(DRAFT_CHUNK[each.device.type]) for each in values), strict=True)
+    return zip(*(part.split(DRAFT_CHUNK[part.device.type]) for part in values), strict=True)
 
 
 class Judged(Protocol):
@@ -252,8 +252,8 @@ class JudgedDrafts:
         if not torch.is_grad_enabled():
             return total
         gradients = self.gradients * weights[:, None].to(self.gradients.dtype)
-        found: Tensor = _WithGradient.apply(self.drafts, total, gradients)
-        return found
+        result: Tensor = _WithGradient.apply(self.drafts, total, gradients)
+        return result
 
 
 class _WithGradient(torch.autograd.Function):

@@ -135,9 +135,9 @@ def program(prompt: str, text: str) -> str:
 
 def _block(text: str, name: str) -> str | None:
     """Return the fenced block of an answer that is its program, best one that defines ``name``."""
-    found = list(_FENCE.finditer(text))
-    named = [match["code"] for match in found if _PYTHON.fullmatch(match["language"])]
-    unnamed = [match["code"] for match in found if not match["language"]]
+    matches = list(_FENCE.finditer(text))
+    named = [match["code"] for match in matches if _PYTHON.fullmatch(match["language"])]
+    unnamed = [match["code"] for match in matches if not match["language"]]
     blocks = [code for code in named + unnamed if code.strip()]
     defining = (code for code in blocks if name and re.search(rf"^(?:async )?def {name}\b", code, re.MULTILINE))
     return next(defining, blocks[0] if blocks else None)
@@ -194,9 +194,9 @@ def math(text: str, answer: str) -> bool:
     content = boxed(text)
     if content is None:
         return False
-    found, right = latex(content), latex(answer)
-    number = _number(found)
-    return found == right or (number is not None and number == _number(right))
+    stated, expected = latex(content), latex(answer)
+    number = _number(stated)
+    return stated == expected or (number is not None and number == _number(expected))
 
 
 def _number(text: str) -> Fraction | None:

@@ -26,9 +26,9 @@ class Run:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: installed(name) for name in ("megatron-bridge", "megatron-core", "torch", "transformers")}
-    own = {"nemodiff-train": __version__, "python": platform.python_version()}
-    return own | {name: version for name, version in found.items() if version}
+    packages = {name: installed(name) for name in ("megatron-bridge", "megatron-core", "torch", "transformers")}
+    versions = {"nemodiff-train": __version__, "python": platform.python_version()}
+    return versions | {name: version for name, version in packages.items() if version}
 
 
 class Evaluation(BaseModel):

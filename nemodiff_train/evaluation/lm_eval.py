@@ -183,10 +183,10 @@ class NemodiffLM(HFLM):
             return replace(self.loaded.settings, max_new_tokens=limit)
         if not temperature:
             raise UserError("do_sample=true takes a temperature above 0: --gen_kwargs do_sample=true,temperature=1")
-        chosen = {
+        settings = {
             name: type(getattr(self.loaded.settings, name))(options[name]) for name in SAMPLING if name in options
         }
-        return replace(self.loaded.settings, max_new_tokens=limit, **chosen)
+        return replace(self.loaded.settings, max_new_tokens=limit, **settings)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any

@@ -45,8 +45,8 @@ class UnfinishedRecords(LineLog):
 
     def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
         """Return what is there already of a mode with its settings, in the order of the prompts, each once."""
-        found = [line.decoded for line in self._found if (line.mode, line.settings) == (mode, settings)]
-        by_prompt = {record.prompt_index: record for record in found}
+        records = [line.decoded for line in self._found if (line.mode, line.settings) == (mode, settings)]
+        by_prompt = {record.prompt_index: record for record in records}
         return [by_prompt[index] for index in sorted(by_prompt)]
 
     def add(self, mode: str, settings: Settings, records: Iterable[DecodeRecord]) -> None:

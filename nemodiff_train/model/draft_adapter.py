@@ -142,8 +142,8 @@ class DraftLoRA(CanonicalLoRA):
 
     def match(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
         """Return which target a module is; Bridge takes no targets for all linear layers."""
-        found: tuple[str, str] | None = super().match(m, name, prefix) if self.target_modules else None
-        return found
+        target: tuple[str, str] | None = super().match(m, name, prefix) if self.target_modules else None
+        return target
 
     def transform(self, m: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Return the module, or the :class:`DraftLinear` around it."""

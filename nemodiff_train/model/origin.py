@@ -18,7 +18,7 @@ def origin_of(source: str, directory: Path) -> HFConfig:
         source: What the user wrote: a directory, or a name on the hub.
         directory: Where its files are.
     """
-    cached = next((found for part in directory.absolute().parts if (found := _CACHED.fullmatch(part))), None)
+    cached = next((match for part in directory.absolute().parts if (match := _CACHED.fullmatch(part))), None)
     name = "/".join(cached.groups()) if cached else Path(source).resolve().name if Path(source).is_dir() else source
     try:
         card = metadata_load(directory / "README.md") or {}

@@ -99,9 +99,9 @@ class SelectorTables:
             rows = last.output_layer.weight if rows is None else rows
             selector: PathSelector = last.selector
             with torch.no_grad():
-                own = torch.stack([project(rows, matrix) for matrix in (*selector.before, selector.after)])
-            parts = [torch.empty_like(own, dtype=torch.float32) for _ in range(tensor.size())]
-            dist.all_gather(parts, own.float().contiguous(), group=tensor)
+                local = torch.stack([project(rows, matrix) for matrix in (*selector.before, selector.after)])
+            parts = [torch.empty_like(local, dtype=torch.float32) for _ in range(tensor.size())]
+            dist.all_gather(parts, local.float().contiguous(), group=tensor)
             tables = torch.cat(parts, dim=1)
         if pipeline.size() > 1:
             dist.broadcast(tables, dist.get_global_rank(pipeline, pipeline.size() - 1), pipeline)

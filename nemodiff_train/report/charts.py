@@ -212,27 +212,27 @@ def over_steps(lines: Sequence[Line], above: str, share: bool = False) -> Markup
         above: What they are.
         share: Whether they are shares of 0 to 1.
     """
-    steps = [step for each in lines for step, _ in each.points]
-    values = [value for each in lines for _, value in each.points]
+    steps = [step for line in lines for step, _ in line.points]
+    values = [value for line in lines for _, value in line.points]
     margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
-    x = Scale(min(steps), max(*steps, min(steps) + 1), LEFT, RIGHT - (84 if any(each.name for each in lines) else 0))
+    x = Scale(min(steps), max(*steps, min(steps) + 1), LEFT, RIGHT - (84 if any(line.name for line in lines) else 0))
     y = Scale(min(values) - margin, max(values) + margin, BOTTOM, TOP)
-    ends = spread([y(each.points[-1][1]) for each in lines], 17, TOP, BOTTOM - 4)
-    drawn = [_over_steps(each, end, x, y) for each, end in zip(lines, ends, strict=True)]
+    ends = spread([y(line.points[-1][1]) for line in lines], 17, TOP, BOTTOM - 4)
+    drawn = [_over_steps(line, end, x, y) for line, end in zip(lines, ends, strict=True)]
     whole = [tick for tick in ticks(x.low, x.high, 6) if tick == int(tick)]
     axes = _axes(x, y, "step", above, whole, share)
     return drawing(WIDTH, HEIGHT, f"{above} over the steps", axes, *drawn)
 
 
-def _over_steps(each: Line, end: float, x: Scale, y: Scale) -> Markup:
-    at = [(x(step), y(value)) for step, value in each.points]
+def _over_steps(line: Line, end: float, x: Scale, y: Scale) -> Markup:
+    at = [(x(step), y(value)) for step, value in line.points]
     few = [
-        dot(*place, 3, f"{each.name}, step {step:g}: {value:.4g}")
-        for place, (step, value) in zip(at, each.points, strict=True)
+        dot(*place, 3, f"{line.name}, step {step:g}: {value:.4g}")
+        for place, (step, value) in zip(at, line.points, strict=True)
         if len(at) <= FEW
     ]
-    name = text(at[-1][0] + 10, end + 4, each.name, "label")
-    return element("g", path(at, "curve"), *few, name, class_=each.colour)
+    name = text(at[-1][0] + 10, end + 4, line.name, "label")
+    return element("g", path(at, "curve"), *few, name, class_=line.colour)
 
 
 def _axes(

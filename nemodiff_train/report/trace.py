@@ -102,7 +102,7 @@ def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
     committed = [cycle.committed for cycle in record.cycles]
     starts = accumulate(committed, initial=len(record.tokens) - sum(committed))
     cycles = zip(starts, record.cycles, strict=False)
-    return [_draft(record, decode, start + cycle.own, cycle) for start, cycle in cycles if cycle.draft_tokens]
+    return [_draft(record, decode, start + cycle.sure, cycle) for start, cycle in cycles if cycle.draft_tokens]
 
 
 def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Draft:

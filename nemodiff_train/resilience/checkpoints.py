@@ -170,7 +170,9 @@ def load_under_settings(
     """
     if ctx.optimizer is None or ctx.opt_param_scheduler is None:
         return load(ctx)
-    chosen = [{name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups]
+    settings_before = [
+        {name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups
+    ]
     now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
     # Megatron finds a group of the checkpoint by its learning rates.
     if before is not None and "optimizer" in before.run_config:
@@ -180,7 +182,7 @@ def load_under_settings(
                     group[name] = before.run_config["optimizer"][field]
     ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
     loaded = load(ctx)
-    for group, settings in zip(ctx.optimizer.param_groups, chosen, strict=True):
+    for group, settings in zip(ctx.optimizer.param_groups, settings_before, strict=True):
         group.update(settings)
     if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
         # Megatron counts the steps of a schedule in samples.

@@ -42,22 +42,24 @@ def end_as_ever() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)  # while the process cleans up
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)  # while the process cleans up
     announce(number)
-    told = ToldToEnd(code_after(number))
-    sys.unraisablehook = functools.partial(_again, told, sys.unraisablehook)
-    raise told
+    exit_error = ToldToEnd(code_after(number))
+    sys.unraisablehook = functools.partial(_again, exit_error, sys.unraisablehook)
+    raise exit_error
 
 
-def _again(told: ToldToEnd, otherwise: Callable[["UnraisableHookArgs"], object], lost: "UnraisableHookArgs") -> None:
+def _again(
+    exit_error: ToldToEnd, otherwise: Callable[["UnraisableHookArgs"], object], lost: "UnraisableHookArgs"
+) -> None:
     """Raise once more, moments later, what came while Python ran a callback that may not raise, and was dropped."""
-    if lost.exc_value is not told:
+    if lost.exc_value is not exit_error:
         otherwise(lost)
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise told
+        raise exit_error
 
     signal.signal(signal.SIGALRM, leave)
     signal.setitimer(signal.ITIMER_REAL, 0.01)

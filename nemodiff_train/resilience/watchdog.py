@@ -61,7 +61,7 @@ class Watchdog(Callback):
         self.phase_started = self.last_progress = time.monotonic()
         self.seconds_per_step = 0.0
         self.signalled_at: float | None = None
-        self.told = 0
+        self.ending_signal = 0
         """The first signal that told the run to end."""
         self.closed = threading.Event()
         self.handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
@@ -96,10 +96,10 @@ class Watchdog(Callback):
             barrier()  # no rank ends as in set-up while another is in a step
         except RuntimeError:
             time.sleep(_SETUP_GRACE)  # for the signal that the other has followed
-            if not self.told:
+            if not self.ending_signal:
                 raise
-            announce(self.told)
-            raise ToldToEnd(code_after(self.told)) from None
+            announce(self.ending_signal)
+            raise ToldToEnd(code_after(self.ending_signal)) from None
         self._enter("after a step")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
@@ -134,8 +134,8 @@ class Watchdog(Callback):
             grace = _SETUP_GRACE if in_setup else self.settings.exit_grace
             if self.signalled_at and now - self.signalled_at > grace:
                 if in_setup:
-                    announce(self.told)
-                    self._end(TOLD_TO_END, code_after(self.told))
+                    announce(self.ending_signal)
+                    self._end(TOLD_TO_END, code_after(self.ending_signal))
                 self._exit(f"not ended {grace:g} s after the signal")
             limit = self.settings.setup_timeout if in_setup else self.settings.hang_timeout
             if limit and now - self.last_progress > limit:
@@ -149,13 +149,13 @@ class Watchdog(Callback):
 
     def _take_signals(self, numbers: bytes) -> None:
         """Start the time in which the run has to end; a second Ctrl-C ends the process at once."""
-        told = [number for number in numbers if number in ENDING]
-        if told and not self.signalled_at:
-            self.signalled_at, self.told = time.monotonic(), told.pop(0)
-            if self.told == signal.SIGINT and self.rank == 0 and self.phase != "setup":
+        ending_signals = [number for number in numbers if number in ENDING]
+        if ending_signals and not self.signalled_at:
+            self.signalled_at, self.ending_signal = time.monotonic(), ending_signals.pop(0)
+            if self.ending_signal == signal.SIGINT and self.rank == 0 and self.phase != "setup":
                 line = "nemodiff: ending after this step, which is saved; Ctrl-C again ends at once"
                 print(line, file=sys.__stderr__, flush=True)
-        if signal.SIGINT in told and self.phase != "setup":
+        if signal.SIGINT in ending_signals and self.phase != "setup":
             self._end("interrupted twice", INTERRUPTED)
 
     def _end(self, how: str, code: int) -> NoReturn:

@@ -23,9 +23,9 @@ class States:
         return len(self.masked)
 
     def __getitem__(self, index: Tensor) -> Self:
-        return type(self)(*(getattr(self, each.name)[index] for each in fields(self)))
+        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Return all states of several records."""
-        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))

@@ -20,7 +20,7 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    told: Callable[[int, float], None] = lambda step, loss: None,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Train a network to say which tokens are right; in place.
 
@@ -31,7 +31,7 @@ def fit(
         batch_size: States of a step, drawn without replacement until all have been seen.
         learning_rate: The largest.
         seed: Of the draws.
-        told: Called after each step with its number and its loss in nats per masked slot.
+        after_step: Called after each step with its number and its loss in nats per masked slot.
     """
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -51,11 +51,11 @@ def fit(
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        told(step, loss.item())
+        after_step(step, loss.item())
     network.eval()
 
 
 def slot_loss(judge: Callable[[Tensor], Tensor], states: States, device: torch.device) -> Tensor:
     """Return the mean binary cross-entropy over masked slots, in nats, of log-odds that tokens are right."""
-    features, masked, right = (each.to(device) for each in (states.features, states.masked, states.right))
+    features, masked, right = (values.to(device) for values in (states.features, states.masked, states.right))
     return F.binary_cross_entropy_with_logits(judge(features)[masked], right[masked].float())

@@ -57,8 +57,8 @@ def check_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None,
     config.given = config.settings()
     _fit_to_host(config)
     load = config.checkpoint.load
-    found = refusal(lambda: find_complete(Path(load), config.checkpoint.ckpt_step)) if load else []
-    return dry_run(config, defaults, gpus, gpu_memory, found)
+    known_problems = refusal(lambda: find_complete(Path(load), config.checkpoint.ckpt_step)) if load else []
+    return dry_run(config, defaults, gpus, gpu_memory, known_problems)
 
 
 def resolved_yaml(config: TriModeConfig) -> str:
@@ -182,8 +182,8 @@ def _protect(config: TriModeConfig) -> None:
 def _needs_traceback(record: logging.LogRecord) -> bool:
     """Return whether a traceback says more than the one line that follows it."""
     error = record.exc_info[1] if record.exc_info else None
-    told = isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error)
-    return not (told or _another_rank_is_gone(error))
+    is_explained = isinstance(error, RunStopped | UserError | SystemExit) or disk_is_full(error)
+    return not (is_explained or _another_rank_is_gone(error))
 
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

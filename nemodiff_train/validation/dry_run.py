@@ -30,7 +30,11 @@ from nemodiff_train.validation.settings import check_sizes
 
 
 def dry_run(
-    config: TriModeConfig, defaults: dict[str, Any], gpus: int | None, gpu_memory: float, found: Sequence[str] = ()
+    config: TriModeConfig,
+    defaults: dict[str, Any],
+    gpus: int | None,
+    gpu_memory: float,
+    known_problems: Sequence[str] = (),
 ) -> int:
     """Check a run without starting it, and print one page.
 
@@ -39,7 +43,7 @@ def dry_run(
         defaults: The settings that its recipe has by itself, by their dotted keys.
         gpus: Number of processes; None for one replica of its layout.
         gpu_memory: Memory of one GPU in GB (1e9 bytes).
-        found: Problems that are known already.
+        known_problems: Those that are known already.
 
     Returns:
         0 if there are no problems, else 2.
@@ -51,7 +55,7 @@ def dry_run(
     model = config.model
     replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     world_size = gpus or replica
-    lines = [*found, *problems(config, world_size)]
+    lines = [*known_problems, *problems(config, world_size)]
     failed = [] if lines else rehearsal.problems(config, world_size)
     page = Table(Column(), Column(overflow="fold"), title="Dry run", show_header=False)
     page.add_row("processes", f"{world_size}, {world_size // replica} replicas of {replica}")

@@ -22,8 +22,8 @@ def problems(config: "TriModeConfig") -> list[str]:
 
 def objective_problems(objective: ObjectiveConfig, seq_length: int) -> list[str]:
     """Return what is wrong with an objective for samples of ``seq_length`` clean tokens, one line each."""
-    found = [*_names(objective), *_noise_problems(objective), *_block_problems(objective, seq_length)]
-    return [*found, *_conflicts(objective)] or [*_sampling_problems(objective)]
+    lines = [*_names(objective), *_noise_problems(objective), *_block_problems(objective, seq_length)]
+    return [*lines, *_conflicts(objective)] or [*_sampling_problems(objective)]
 
 
 def _names(objective: ObjectiveConfig) -> Iterator[str]:
@@ -122,14 +122,14 @@ def _problem_at(objective: ObjectiveConfig, level: float) -> str | None:
     if first[0].dtype != np.bool_ or not first[0].shape == first[1].shape == blocks.shape:
         return "has to return booleans and probabilities, one for each level"
     draws = [sample(noise.generator(0, 0, number), canvas) for number in range(_DRAWS)]
-    found, said = (np.mean([each[index] for each in draws], axis=0) for index in range(2))
-    if not ((said > 0) & (said <= 1)).all():
+    frequency, stated = (np.mean([draw[index] for draw in draws], axis=0) for index in range(2))
+    if not ((stated > 0) & (stated <= 1)).all():
         return f"gives inclusion probabilities that are not above 0 and at most 1 at level {level:.3g}"
-    far = np.abs(found - said) > _STANDARD_ERRORS * np.sqrt(said * (1 - said) / _DRAWS) + 1e-9
+    far = np.abs(frequency - stated) > _STANDARD_ERRORS * np.sqrt(stated * (1 - stated) / _DRAWS) + 1e-9
     if not far.any():
         return None
     place = int(far.argmax())
     return (
-        f"masks position {place} of two blocks in {found[place]:.1%} of {_DRAWS} draws at level {level:.3g}, but "
-        f"says {said[place]:.1%}; return the probability with which it is masked"
+        f"masks position {place} of two blocks in {frequency[place]:.1%} of {_DRAWS} draws at level {level:.3g}, but "
+        f"says {stated[place]:.1%}; return the probability with which it is masked"
     )
