@@ -217,7 +217,7 @@ def test_training_beats_chance_and_the_models_confidence(model: Any) -> None:
     losses: list[float] = []
     fit(
         network, taught.states, steps=80, batch_size=32, learning_rate=1e-3, seed=0,
-        told=lambda step, loss: losses.append(loss),
+        after_step=lambda step, loss: losses.append(loss),
     )  # fmt: skip
     share = held_out.states.right[held_out.states.masked].float().mean().item()
     chance = -share * math.log(share) - (1 - share) * math.log(1 - share)
