@@ -6,7 +6,7 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import ChatDatasetConfig, IndexedDatasetConfig, TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule, tokenizer_of
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
-from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, selector, uno
+from nemodiff_train.drafter.config import DrafterConfig, selector, uno, uno_objective
 from nemodiff_train.model.adapters import lora
 from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from, model_like
@@ -100,9 +100,7 @@ def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 6
         steps: Training steps; blocks of every size have an equal share.
     """
     model = model_from(start_from)
-    objective = ObjectiveConfig(
-        block_size=16, block_schedule="curriculum", block_sizes=UNO_BLOCKS, block_steps=-(-steps // len(UNO_BLOCKS))
-    )
+    objective = uno_objective(steps, model.shift)
     config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=1e-3)
     config.train.global_batch_size = 16
     config.drafter, config.peft = uno(), DraftLoRA(dim=128, alpha=2048, target_modules=adapted_layers("all"))

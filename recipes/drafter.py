@@ -9,7 +9,7 @@ DFlash 2 (Inco AI, 2026), for the drafts of either.
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import indexed_dataset
 from nemodiff_train.config.defaults import adamw, base_config, schedule, set_tensor_parallel
-from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, uno
+from nemodiff_train.drafter.config import DrafterConfig, uno, uno_objective
 from nemodiff_train.drafter.config import selector as switches
 from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from
@@ -72,13 +72,7 @@ def drafter_uno(
     model = set_tensor_parallel(model_from(start_from), tensor_parallel)
     config = base_config(
         model,
-        ObjectiveConfig(
-            block_size=UNO_BLOCKS[-1],
-            block_schedule="curriculum",
-            block_sizes=UNO_BLOCKS,
-            block_steps=-(-steps // len(UNO_BLOCKS)),
-            shift=model.shift,
-        ),
+        uno_objective(steps, model.shift),
         indexed_dataset(data, seq_length=4096),
         start_from=start_from,
         output=output,

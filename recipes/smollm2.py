@@ -6,7 +6,7 @@ docs/results/smollm2.md has the commands and what they gave.
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule
-from nemodiff_train.drafter.config import UNO_BLOCKS, DrafterConfig, selector, uno
+from nemodiff_train.drafter.config import DrafterConfig, selector, uno, uno_objective
 from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -48,28 +48,6 @@ def smollm2_drafter(start_from: str, data: str, output: str, steps: int = 200) -
     return config
 
 
-def smollm2_drafter_uno(start_from: str, data: str, output: str, steps: int = 200) -> TriModeConfig:
-    """Train adapters with which the model drafts for itself as it is: no joint stage.
-
-    Args:
-        start_from: The imported model.
-        data: Prefix of prepared text.
-        output: Folder of the run.
-        steps: Training steps of 1024 tokens; blocks of every size have an equal share.
-    """
-    model = model_from(start_from)
-    objective = ObjectiveConfig(
-        block_size=UNO_BLOCKS[-1],
-        block_schedule="curriculum",
-        block_sizes=UNO_BLOCKS,
-        block_steps=-(-steps // len(UNO_BLOCKS)),
-        shift=model.shift,
-    )
-    config = _short_run(model, objective, start_from, data, output, steps, peak=1e-3)
-    config.drafter, config.peft = uno(), DraftLoRA(dim=32, alpha=512, target_modules=adapted_layers("all"))
-    return config
-
-
 def smollm2_selector(
     start_from: str, data: str, output: str, drafter: str | None = None, steps: int = 200
 ) -> TriModeConfig:
@@ -87,6 +65,21 @@ def smollm2_selector(
     objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
     config = _short_run(model, objective, start_from, data, output, steps, peak=2e-3)
     config.drafter, config.peft = selector(drafts.name), drafts.lora
+    return config
+
+
+def smollm2_drafter_uno(start_from: str, data: str, output: str, steps: int = 200) -> TriModeConfig:
+    """Train adapters with which the model drafts for itself as it is: no joint stage.
+
+    Args:
+        start_from: The imported model.
+        data: Prefix of prepared text.
+        output: Folder of the run.
+        steps: Training steps of 1024 tokens; blocks of every size have an equal share.
+    """
+    model = model_from(start_from)
+    config = _short_run(model, uno_objective(steps, model.shift), start_from, data, output, steps, peak=1e-3)
+    config.drafter, config.peft = uno(), DraftLoRA(dim=32, alpha=512, target_modules=adapted_layers("all"))
     return config
 
 

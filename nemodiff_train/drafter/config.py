@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
 UNO_BLOCKS = [2, 4, 6, 8, 12, 16]
@@ -60,3 +61,19 @@ def selector(kind: Literal["nemotron", "uno"]) -> DrafterConfig:
 def uno() -> DrafterConfig:
     """Return the switches of Uno (arXiv 2609.04010): total variation of whole distributions, in every slot."""
     return DrafterConfig(kind="uno", loss="total_variation", temperature=1.0, support=0, slots="all")
+
+
+def uno_objective(steps: int, shift: bool) -> ObjectiveConfig:
+    """Return the objective of Uno: blocks grow to 16 tokens, each size for an equal share of the steps.
+
+    Args:
+        steps: Training steps.
+        shift: Whether the model was trained with shifted targets.
+    """
+    return ObjectiveConfig(
+        block_size=UNO_BLOCKS[-1],
+        block_schedule="curriculum",
+        block_sizes=UNO_BLOCKS,
+        block_steps=-(-steps // len(UNO_BLOCKS)),
+        shift=shift,
+    )
