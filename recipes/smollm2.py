@@ -63,7 +63,7 @@ def smollm2_selector(
     model = model_from(start_from)
     drafts = with_selector(model, drafter, rank=256)
     objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
-    config = _short_run(model, objective, start_from, data, output, steps, peak=2e-3)
+    config = _short_run(model, objective, start_from, data, output, steps, peak=4e-5)
     config.drafter, config.peft = selector(drafts.name), drafts.lora
     return config
 
