@@ -109,7 +109,7 @@ def selector(
     """
     model = set_tensor_parallel(model_from(start_from), tensor_parallel)
     drafts = with_selector(model, drafter, rank)
-    # What one step adds to a score grows with the number of its terms; ten times this made SmolLM2's drafts worse.
+    # What one step adds to a score grows with the number of its terms; seven times this made SmolLM2's drafts worse.
     peak = 0.024 / model.hidden_size
     config = base_config(
         model,
