@@ -75,8 +75,10 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             ValueError: It is not a drafter of this model.
         """
         name = "adapter_model.safetensors"
-        own = self.config._name_or_path if directory is None else None
-        file = str(cached_file(own, name, subfolder=DRAFTER_FOLDER)) if own else str(Path(directory or ".") / name)
+        model = self.config._name_or_path if directory is None else None
+        file = (
+            str(cached_file(model, name, subfolder=DRAFTER_FOLDER)) if model else str(Path(directory or ".") / name)
+        )
         rank, scale = _adapter_size(Path(file).with_name("adapter_config.json"))
         factors = load_file(file)
         for number, layer in enumerate(self.model.layers):
