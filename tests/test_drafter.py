@@ -198,6 +198,7 @@ LAYOUTS: dict[str, tuple[str, int, list[str]]] = {
     "documents_cp2": ("documents", 2, layouts.CP2),
     "uno_sp2_cp2": ("uno", 4, [*layouts.SP2, *layouts.CP2]),
     "uno_pp2_dp2": ("uno", 4, layouts.PP2),
+    "uno_variation_pp2_dp2": ("uno_variation", 4, layouts.PP2),
     "uno_variation_sp2_cp2": ("uno_variation", 4, [*layouts.SP2, *layouts.CP2]),
     "talks_sp2_cp2": ("talks", 4, [*layouts.SP2, *layouts.CP2]),
     "talks_pp2_dp2": ("talks", 4, layouts.PP2),
@@ -279,7 +280,7 @@ def continued(runs: Jobs, layout: str) -> tuple[layouts.Steps, layouts.Steps]:
     return steps, expected
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "variation" not in name])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "uno_variation_sp2_cp2"])
 def test_every_layout_trains_the_same_drafter(runs: Jobs, layout: str) -> None:
     steps, expected = continued(runs, layout)
     for name in ("draft_loss", "grad_norm", "counted_slots", "acceptance_length/7", "expected_tpf"):
@@ -287,10 +288,12 @@ def test_every_layout_trains_the_same_drafter(runs: Jobs, layout: str) -> None:
             assert mine[name] == pytest.approx(other[name], rel=layouts.TOLERANCE), name
 
 
-def test_a_layout_trains_with_the_total_variation(runs: Jobs) -> None:
+def test_another_order_of_sums_trains_with_the_total_variation(runs: Jobs) -> None:
     """The first loss is the same; what follows is near, see ``SMOOTH``."""
     steps, expected = continued(runs, "uno_variation_sp2_cp2")
-    for mine, other, tolerance in zip(steps, expected, [layouts.TOLERANCE] + 7 * [1e-3], strict=True):
+    for mine, other, tolerance in zip(
+        steps, expected, [layouts.TOLERANCE] + (STEPS - HALF_WAY - 1) * [1e-3], strict=True
+    ):
         assert mine["draft_loss"] == pytest.approx(other["draft_loss"], rel=tolerance)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
 
