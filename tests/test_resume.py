@@ -73,6 +73,7 @@ def test_what_a_run_takes_over(runs: Runs, name: str, changed: list[str], steps:
     assert code == 0 and "Traceback" not in said
     assert f"goes on from step {SAVED} with changed settings: " in said and "new schedule at step 4" in said
     assert all(word.partition("=")[0] in said for word in changed)
+    assert f"training: joint stage, from {runs.folder}" in said and f"; {steps} steps of " in said
     assert [line["step"] for line in small.figures(runs.folder / name)] == [*range(1, steps + 1)]
     expected = [cosine(step, steps, peak) for step in range(SAVED + 1, steps + 1)]
     assert runs.rates(name) == pytest.approx(expected, rel=1e-5)

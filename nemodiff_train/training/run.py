@@ -99,6 +99,7 @@ def train(config: TriModeConfig) -> None:
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         config.dataset.samples_ahead = samples_ahead(saved, config)
         say(description(saved, config))
+    say(_announcement(config))
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
@@ -144,6 +145,23 @@ def _run(config: TriModeConfig, output: Path) -> None:
             if not leaving.code and is_main_process():
                 console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
             raise
+
+
+def _announcement(config: TriModeConfig) -> str:
+    """Return one line on what is about to be trained; the first step may be minutes away."""
+    start, ranks, model, train = config.checkpoint.pretrained_checkpoint, world_size(), config.model, config.train
+    trained = "drafter" if config.drafter else "adapters" if config.peft else f"{config.objective.stage} stage"
+    sizes = {
+        "tensor": model.tensor_model_parallel_size,
+        "pipeline": model.pipeline_model_parallel_size,
+        "context": model.context_parallel_size,
+    }
+    layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return (
+        f"training: {trained}, from {start or 'random weights'}; {train.train_iters:,} steps of "
+        f"{train.global_batch_size:,} x {config.dataset.seq_length:,} tokens on "
+        f"{ranks} process{'es' if ranks > 1 else ''}{f' ({layout})' if layout else ''}"
+    )
 
 
 def _record_base(config: TriModeConfig) -> None:
