@@ -6,6 +6,7 @@ data-parallel replica.  A line that was cut short is decoded again.
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,10 @@ class UnfinishedAnswers:
             raise UserError(
                 f"{path}: damaged ({first_problem(error)}); remove the directory {self.folder} to start afresh"
             ) from error
+
+    def _save(self, state: _State) -> None:
+        usable_directory(self.folder)
+        write_atomic(self.folder / "state.json", state.model_dump_json())
 
     @property
     def joined(self) -> bool:
@@ -137,10 +142,6 @@ class UnfinishedAnswers:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _save(self, state: _State) -> None:
-        usable_directory(self.folder)
-        write_atomic(self.folder / "state.json", state.model_dump_json())
-
 
 class AnswerIndex:
     """Finds a record's answers in the logs; their texts stay on the disk.
@@ -155,7 +156,8 @@ class AnswerIndex:
         for number, file in enumerate(self._files):
             offset = 0
             for line in file:
-                if answer := _parsed(line):
+                with suppress(ValidationError):  # the rest of a line that was cut short
+                    answer = Answer.model_validate_json(line)
                     self._places.setdefault(answer.record, {})[answer.turn] = (number, offset)
                 offset += len(line)
 
@@ -165,17 +167,8 @@ class AnswerIndex:
 
     def of(self, record: int) -> list[Answer]:
         """Return the answers of a record, in their order, each once."""
-        places = self._places.get(record, {})
-        return [self._read(*places[turn]) for turn in sorted(places)]
-
-    def _read(self, number: int, offset: int) -> Answer:
-        self._files[number].seek(offset)
-        return Answer.model_validate_json(self._files[number].readline())
-
-
-def _parsed(line: bytes) -> Answer | None:
-    """Return the answer in a line, None for the rest of one that was cut short."""
-    try:
-        return Answer.model_validate_json(line)
-    except ValidationError:
-        return None
+        places, answers = self._places.get(record, {}), []
+        for number, offset in (places[turn] for turn in sorted(places)):
+            self._files[number].seek(offset)
+            answers.append(Answer.model_validate_json(self._files[number].readline()))
+        return answers

@@ -78,27 +78,25 @@ def _draft(
     """Draft k = block - 1 tokens after the last committed one, as the model's drafter does.
 
     Where that token is outside the drafter's block, the forward has computed it as the model itself: it is kept, and
-    so is the token that its logits give, which the draft then follows.
-
-    Returns:
-        The rows [batch] that the draft is for; their last known token [batch, 1]; and what a :class:`Draft` holds.
+    so is the token that its logits give, which the draft then follows.  Returns the rows [batch] that the draft is
+    for, their last known token [batch, 1], and what a :class:`Draft` holds.
     """
     kind, unknown = session.draft_kind, sampler.settings.block_size - 1
     if kind.uniform_noise:
-        noise = sampler.uniform(active, unknown, session.device)
-        filling = (noise * session.vocab_size).long()
+        filling = (sampler.uniform(active, unknown, session.device) * session.vocab_size).long()
     else:
         filling = session.masks(len(active), unknown)
-    logits, contexts = session.draft(torch.cat([last, filling], dim=1), active, causal=kind.causal)
+    output = session.forward(torch.cat([last, filling], dim=1), active, "draft", causal=kind.causal)
+    logits, contexts = output[:, 1:].tensor_split([session.vocab_size], dim=-1)
     if kind.seed_in_block:
-        return active, last, logits[:, 1:], contexts[:, 1:]
+        return active, last, logits, contexts
     session.commit(active, 1)
-    next_token = sampler.sample_tokens(logits[:, :1], active)
+    next_token = sampler.sample_tokens(output[:, :1, : session.vocab_size], active)
     session.emit(rows, active, next_token)
     for row in active.tolist():
         if rows[row].finished:
             rows[row].cycles.append(Cycle(accepted=0, sure=1))
-    return running(rows, active, next_token, logits[:, 1:], contexts[:, 1:])
+    return running(rows, active, next_token, logits, contexts)
 
 
 def _verify_chain(
@@ -110,22 +108,15 @@ def _verify_chain(
     sampler: Sampler,
 ) -> Tensor:
     """Verify one token per drafted position."""
-    draft_tokens, draft_logits = _chosen(session, active, last, draft, sampler)
+    # Tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions that they are from.
+    if session.selector_tables is None:
+        draft_tokens, draft_logits = sampler.sample_tokens(draft.logits, active), draft.logits
+    else:
+        draft_tokens, draft_logits = Chain.of(session.selector_tables, *draft).walk(sampler, last, active)
     # The known token and the draft, causally; logits of index i predict the token at i + 1.
     target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
     verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
     return commit_accepted(session, rows, active, verification, sure=not session.draft_kind.seed_in_block)
-
-
-def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """Return the tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions they are from.
-
-    Without a path selector every token is chosen by itself.
-    """
-    if session.selector_tables is None:
-        return sampler.sample_tokens(draft.logits, active), draft.logits
-    chain = Chain.of(session.selector_tables, *draft)
-    return chain.walk(sampler, last, active)
 
 
 def commit_accepted(

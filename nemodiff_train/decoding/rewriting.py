@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.data.chat import asked_at_once
-from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn
-from nemodiff_train.data.inputs import InputOptions
+from nemodiff_train.data.columns import Record
 from nemodiff_train.data.messages import Conversation, Message
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.answers import Answer
@@ -48,47 +47,6 @@ class Rewriter[Item](Protocol):
 
     def rewritten(self, record: Record[Item], answers: Sequence[Answer]) -> Row | None:
         """Return the fields of the record with its answers, None where it is left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewriteOptions(InputOptions):
-    """The arguments that say which parts of records are prompts, and which answers."""
-
-    prompt_tokens: int | None = None
-
-    def check(self) -> None:
-        """Refuse options that contradict each other.
-
-        Raises:
-            UserError: Names the option.
-        """
-        super().check()
-        if self.chat and self.prompt_tokens is not None:
-            raise UserError("--prompt-tokens goes without --chat")
-        if not self.chat and (self.prompt_tokens is None) == (self.prompt_field is None):
-            raise UserError(
-                "say which part of a record is the prompt: --prompt-tokens N for the beginnings of texts, "
-                "--prompt-field NAME for a field, or --chat for conversations"
-            )
-
-    def columns(self, template: str | None) -> Columns[Document]:
-        """Return the fields to take from a record; an answer beside its prompt need not be there."""
-        if self.prompt_field and self.answer_field:
-            return PromptColumn(self.prompt_field, self.answer_field, template=template)
-        if self.prompt_field:
-            return TextColumn(self.prompt_field, option="--prompt-field")
-        return super().columns(template)
-
-    def rewriter(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Rewriter[Any]:
-        """Return what rewrites records.
-
-        Args:
-            tokenizer: The model's.
-            template: Its chat template; None for texts.
-        """
-        if template is None:
-            return TextRewriter(tokenizer, self.text_field or "text", self.prompt_tokens)
-        return ChatRewriter(tokenizer, template, self.messages_field or "messages", self.answer_field)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from nemodiff_train.model.checksums import identity
 from nemodiff_train.sampler.description import Description, Point
 from nemodiff_train.sampler.features import FEATURES
 from nemodiff_train.sampler.network import SlotNetwork
-from nemodiff_train.sampler.states import States
 from nemodiff_train.sampler.storage import TrainedSampler
-from nemodiff_train.sampler.training import fit
+from nemodiff_train.sampler.training import States, fit
 
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Probabilities that the finished sampler is tried at, and the policy ``threshold`` beside it."""

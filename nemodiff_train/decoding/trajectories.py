@@ -12,7 +12,7 @@ from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.sampler.features import SlotHistory
-from nemodiff_train.sampler.states import States
+from nemodiff_train.sampler.training import States
 
 Judge = Callable[[Tensor], Tensor]
 """Probabilities [rows, block] that tokens are right, of features [rows, block, features]."""

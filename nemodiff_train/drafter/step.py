@@ -175,10 +175,9 @@ class DraftLoss:
         return values[:, self.state.shard.positions(values.shape[1], values.device)]
 
     def _uniform(self, exists: Tensor) -> Tensor:
-        """Return [batch, L, 2] numbers in [0, 1), one pair per slot, that follow from the samples' indices.
+        """Return [batch, L, 2] numbers in [0, 1) on the host, a pair per slot, that follow from the samples' indices.
 
-        Args:
-            exists: [batch, L] whether a position is a slot; on the host, as the numbers are.
+        ``exists`` [batch, L] tells on the host whether a position is a slot.
         """
         numbers = torch.zeros(*exists.shape, 2)
         for row, index in enumerate(self.batch["index"].tolist()):

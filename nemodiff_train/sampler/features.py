@@ -63,10 +63,12 @@ class SlotHistory:
             [rows, block, len(FEATURES)] fp32.
         """
         size = masked.shape[1]
+        # Log probabilities [rows, block, vocab]; the largest ones [rows, block, TOP]; each token's own, and log-odds.
         log_probs = logits.log_softmax(-1)
         top = log_probs.topk(TOP).values
         log_p = log_probs.gather(-1, tokens[..., None])[..., 0]
         log_odds = (log_p - (-log_p.expm1()).clamp(min=1e-38).log()).clamp(-_LARGEST, _LARGEST)
+        # How each slot's token and state have changed over the forwards, [rows, block].
         unchanged = tokens == self._tokens[rows]
         repeats = torch.where(unchanged, self._repeats[rows] + 1, 1)
         forwards, unmasked_by = self._forwards[rows, None], self._unmasked_by[rows]
@@ -85,6 +87,7 @@ class SlotHistory:
             "repeats": (repeats / 8).clamp(max=1),
             "gain": torch.where(forwards > 0, log_odds - self._log_odds[rows], 0) / 8,
         }
+        # Sum [rows, block] of the log probabilities of the masked slots to the left.
         before = (log_p * masked).cumsum(1) - log_p * masked
         of_block = {
             "masked": masked,
