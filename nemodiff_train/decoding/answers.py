@@ -20,11 +20,11 @@ from nemodiff_train.schema import first_problem
 
 Settings = dict[str, JsonValue]
 End = Literal["stop", "length", "empty"]
-"""How an answer ends: by a stop token or text, by the limit, or without a word."""
+"""End of an answer: by a stop token or text, by the limit, or without a word."""
 
 
 class Answer(BaseModel):
-    """What the model has written at one place of a record."""
+    """An answer that the model has written to a record."""
 
     record: NonNegativeInt
     """Number of the record among those of all inputs that are not left out."""
@@ -76,8 +76,8 @@ class UnfinishedAnswers:
 
     def is_complete(self, settings: Settings) -> bool:
         """Return whether that command had these settings, and its output is there, here or in its place."""
-        there = self._joined.exists() or self._output.exists()
-        return self._state is not None and self._state.joined and self._state.settings == settings and there
+        exists = self._joined.exists() or self._output.exists()
+        return self._state is not None and self._state.joined and self._state.settings == settings and exists
 
     def check(self, settings: Settings, overwrite: bool) -> None:
         """Refuse what another command has left.
@@ -152,23 +152,23 @@ class AnswerIndex:
 
     def __init__(self, logs: Iterable[Path]) -> None:
         self._files = [path.open("rb") for path in logs]
-        self._places: dict[int, dict[int, tuple[int, int]]] = {}  # record -> turn -> file and offset of the line
+        self._lines: dict[int, dict[int, tuple[int, int]]] = {}  # record -> turn -> file and offset of the line
         for number, file in enumerate(self._files):
             offset = 0
             for line in file:
                 with suppress(ValidationError):  # the rest of a line that was cut short
                     answer = Answer.model_validate_json(line)
-                    self._places.setdefault(answer.record, {})[answer.turn] = (number, offset)
+                    self._lines.setdefault(answer.record, {})[answer.turn] = (number, offset)
                 offset += len(line)
 
     def __len__(self) -> int:
         """Return the number of answers."""
-        return sum(map(len, self._places.values()))
+        return sum(map(len, self._lines.values()))
 
     def of(self, record: int) -> list[Answer]:
         """Return the answers of a record, in their order, each once."""
-        places, answers = self._places.get(record, {}), []
-        for number, offset in (places[turn] for turn in sorted(places)):
+        lines, answers = self._lines.get(record, {}), []
+        for number, offset in (lines[turn] for turn in sorted(lines)):
             self._files[number].seek(offset)
             answers.append(Answer.model_validate_json(self._files[number].readline()))
         return answers

@@ -84,13 +84,7 @@ def _first_blocks(
 
 
 def denoise(
-    session: Session,
-    rows: Tensor,
-    blocks: Tensor,
-    sampler: Sampler,
-    starts: Tensor,
-    ends: Tensor,
-    stops: bool = True,
+    session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, starts: Tensor, ends: Tensor, stops: bool = True
 ) -> Tensor:
     """Unmask one block per row, in place; a row leaves the batch when its block is finished.
 
@@ -173,7 +167,7 @@ def select_positions_to_unmask(
             confidence = (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)  # 0 x -inf is 0 here
     if settings.policy in ("threshold", "trained"):
         return reaching(confidence, masked, settings.threshold)
-    order, rank = _by_confidence(confidence, masked)
+    order, rank = _by_confidence(confidence, masked)  # [batch, block] each
     if settings.policy == "fixed":
         # An even share of the masks that are left, over the forwards that are left, rounded up.
         forwards_left = max(settings.steps - step, 1)

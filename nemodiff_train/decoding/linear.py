@@ -13,7 +13,7 @@ from nemodiff_train.decoding.session import Session, running
 
 
 class Draft(NamedTuple):
-    """What a draft forward says of the k positions after the known tokens of some rows."""
+    """Output of a draft forward for the k positions after the known tokens of some rows."""
 
     logits: Tensor
     """[batch, k, vocab]."""
@@ -26,10 +26,12 @@ Verify = Callable[[Session, list[Generation], Tensor, Tensor, Draft, Sampler], T
 [batch] on the host, the token [batch, 1], the draft and the sampler; returns the next known token [batch, 1]."""
 
 
-def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_linear(
+    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, verify: Verify | None = None
+) -> list[Generation]:
     """Draft and verify until every row has ended (``linear_spec_generate`` of the released models).
 
-    What is emitted is the causal model's own choice: at temperature 0 the output equals that of
+    All tokens are the causal model's own: at temperature 0 the output equals that of
     :func:`~nemodiff_train.decoding.ar.decode_ar`, above it is distributed as that.  Each cycle commits the
     accepted draft tokens and one token of the verifier: the recovered token at the first rejected position, or the
     bonus token after a wholly accepted draft.
@@ -38,27 +40,12 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
         session: One row per prompt, nothing committed.
         prompts: Token ids of each prompt.
         sampler: Chooses tokens; its settings give the block size, a draft's length plus one.
+        verify: Verifies drafts; by default one token per drafted position.
 
     Returns:
         One generation per prompt.
     """
-    return speculate(session, prompts, sampler, _verify_chain)
-
-
-def speculate(
-    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, verify: Verify
-) -> list[Generation]:
-    """Draft by one forward and verify by another until every row has ended.
-
-    Args:
-        session: One row per prompt, nothing committed.
-        prompts: Token ids of each prompt.
-        sampler: Chooses tokens.
-        verify: Verifies drafts.
-
-    Returns:
-        One generation per prompt.
-    """
+    verify = verify or _verify_chain
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows))
     last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
@@ -100,12 +87,7 @@ def _draft(
 
 
 def _verify_chain(
-    session: Session,
-    rows: list[Generation],
-    active: Tensor,
-    last: Tensor,
-    draft: Draft,
-    sampler: Sampler,
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
 ) -> Tensor:
     """Verify one token per drafted position."""
     # Tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions that they are from.

@@ -22,7 +22,7 @@ from nemodiff_train.decoding.answers import Answer, AnswerIndex, End, Settings, 
 from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.loading import DecodingModel, choose_mode, load_decoding_model
 from nemodiff_train.decoding.pipeline import PipelineRunner
-from nemodiff_train.decoding.rewriting import Asked, ChatRewriter, Rewriter, TextRewriter
+from nemodiff_train.decoding.rewriting import ChatRewriter, Request, Rewriter, TextRewriter
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -188,9 +188,9 @@ class _Regeneration[Item]:
         """
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        there = AnswerIndex(self.unfinished.logs())
-        if len(there):
-            say(f"continuing after {len(there):,} answers")
+        existing = AnswerIndex(self.unfinished.logs())
+        if len(existing):
+            say(f"continuing after {len(existing):,} answers")
         records = islice(enumerate(documents(self.sources)), replica, None, replicas)
         total, shown = len(range(replica, len(self.counts), replicas)), 0
         name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
@@ -198,7 +198,7 @@ class _Regeneration[Item]:
             self.unfinished.log(replica if ranks == (0, 0) else None) as log,
             told_progress(name, total, "tokens") as advance,
         ):
-            for answers in self._batches((number, record, there.of(number)) for number, record in records):
+            for answers in self._batches((number, record, existing.of(number)) for number, record in records):
                 log.write(answer.model_dump_json() for answer in answers)
                 new_tokens = sum(answer.tokens for answer in answers)
                 advance(self.finished - shown, new_tokens, before=self.complete_before)
@@ -236,45 +236,47 @@ class _Regeneration[Item]:
 
     def _batches(self, records: Iterator[tuple[int, Record[Item], list[Answer]]]) -> Iterator[list[Answer]]:
         """Yield new answers, each record's in their order, to records with the answers that are there already."""
-        waiting: list[Asked[Item]] = []
+        waiting: list[Request[Item]] = []
         while True:
             for record in islice(records, self.batch_size * _WAITING_BATCHES - len(waiting)):
-                due = self._ask(*record)
-                self.complete_before += not due
-                waiting += due
+                requests = self._next_request(*record)
+                self.complete_before += not requests
+                waiting += requests
             if not waiting:
                 return
-            waiting.sort(key=lambda asked: len(asked.prompt))
+            waiting.sort(key=lambda request: len(request.prompt))
             batch, waiting = waiting[-self.batch_size :], waiting[: -self.batch_size]
             answers = self._answer(batch)
-            for asked, answer in zip(batch, answers, strict=True):
-                waiting += self._ask(asked.number, asked.record, [*asked.answers, answer])
+            for request, answer in zip(batch, answers, strict=True):
+                waiting += self._next_request(request.number, request.record, [*request.answers, answer])
             yield answers
 
-    def _ask(self, number: int, record: Record[Item], answers: list[Answer]) -> list[Asked[Item]]:
-        """Return the record if another answer of it is due, and its prompt can be decoded."""
+    def _next_request(self, number: int, record: Record[Item], answers: list[Answer]) -> list[Request[Item]]:
+        """Return the record's next request, if an answer is due and its prompt can be decoded."""
         if len(answers) < self.counts[number] and _may_go_on(answers):
             prompt = self.rewriter.prompt(record, answers)
             config = PipelineRunner(self.loaded.model).config
             limit = position_limit(config) or float("inf")
             fits = len(prompt) + self.loaded.settings.max_new_tokens <= limit
             if prompt and fits and max(prompt) < config.vocab_size:
-                return [Asked(number, record, answers, prompt)]
+                return [Request(number, record, answers, prompt)]
         self.finished += 1
         return []
 
-    def _answer(self, batch: Sequence[Asked[Item]]) -> list[Answer]:
-        """Return the next answer of each record."""
+    def _answer(self, batch: Sequence[Request[Item]]) -> list[Answer]:
+        """Return the answers to a batch of requests."""
         settings = self.loaded.settings
-        numbers = [asked.number << _TURN_BITS | len(asked.answers) for asked in batch]
-        generations, _ = decode(self.loaded.model, [asked.prompt for asked in batch], self.mode, settings, numbers)
+        numbers = [request.number << _TURN_BITS | len(request.answers) for request in batch]
+        generations, _ = decode(
+            self.loaded.model, [request.prompt for request in batch], self.mode, settings, numbers
+        )
         answers = []
-        for asked, generation in zip(batch, generations, strict=True):
-            tokens, turn = generation.tokens, len(asked.answers)
-            text = self.rewriter.text(asked, tokens, settings)
+        for request, generation in zip(batch, generations, strict=True):
+            tokens, turn = generation.tokens, len(request.answers)
+            text = self.rewriter.text(request, tokens, settings)
             stopped = tokens[-1] in settings.stop_token_ids or settings.holds_stop(tokens)
             end: End = "length" if not stopped else "stop" if text else "empty"
-            answers.append(Answer(record=asked.number, turn=turn, text=text, tokens=len(tokens), end=end))
+            answers.append(Answer(record=request.number, turn=turn, text=text, tokens=len(tokens), end=end))
         return answers
 
 

@@ -1,4 +1,4 @@
-"""Where a record's answers are written again: their prompts, and the record with the answers in their places."""
+"""The prompts of a record's answers, and the record with the answers that a model has written to them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Asked[Item]:
+class Request[Item]:
     """A record whose next answer is due."""
 
     number: int
     record: Record[Item]
     answers: Sequence[Answer]
-    """Those before it."""
+    """The record's answers before it."""
     prompt: list[int]
     """Token ids after which it is written."""
 
@@ -36,13 +36,13 @@ class Rewriter[Item](Protocol):
         """Return the number of answers that the record takes.
 
         Raises:
-            UserError: It cannot be asked for them.
+            UserError: The template cannot ask for them.
         """
 
     def prompt(self, record: Record[Item], answers: Sequence[Answer]) -> list[int]:
         """Return the token ids after which the next answer is written, given those before it."""
 
-    def text(self, asked: Asked[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, request: Request[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text that new tokens stand for in the record; empty for no answer."""
 
     def rewritten(self, record: Record[Item], answers: Sequence[Answer]) -> Row | None:
@@ -68,9 +68,9 @@ class TextRewriter:
         ids: list[int] = self.tokenizer(record.document, add_special_tokens=False)["input_ids"]
         return ids[: self.prompt_tokens]
 
-    def text(self, asked: Asked[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, request: Request[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text from its beginning on: tokens that divide a character or a space are not cut apart."""
-        return _spelled(settings, asked.prompt, tokens)
+        return _spelled(settings, request.prompt, tokens)
 
     def rewritten(self, record: Record[str], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the whole text, and ``finish_reason``."""
@@ -113,21 +113,21 @@ class ChatRewriter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def text(self, asked: Asked[Conversation], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, request: Request[Conversation], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the content that the template writes as what the model has written, empty if it is white space.
 
         Some templates put a space before an answer themselves, or drop white space around it.
         """
-        said, conversation = _spelled(settings, [], tokens), asked.record.document
-        if said == said.strip():
-            return said
-        before = self._before(asked.record, asked.answers)
-        written = self._render(conversation, before) + said
-        for content in (said, said.removeprefix(" ")) if said.strip() else ():
+        written, conversation = _spelled(settings, [], tokens), request.record.document
+        if written == written.strip():
+            return written
+        before = self._before(request.record, request.answers)
+        text = self._render(conversation, before) + written
+        for content in (written, written.removeprefix(" ")) if written.strip() else ():
             messages: list[Message] = [*before, {"role": "assistant", "content": content}]
-            if self._render(conversation, messages, add_generation_prompt=False).startswith(written):
+            if self._render(conversation, messages, add_generation_prompt=False).startswith(text):
                 return content
-        return said.strip()
+        return written.strip()
 
     def rewritten(self, record: Record[Conversation], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the messages up to the last whole answer."""

@@ -26,14 +26,14 @@ from nemodiff_train.sampler.training import States, fit
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Probabilities that the finished sampler is tried at, and the policy ``threshold`` beside it."""
 HELD_OUT = 5
-"""One prompt in so many teaches nothing and judges the result."""
+"""One prompt per so many is held out from training, and judges the result."""
 _HIGHEST = 5.0
 """Log-odds up to which the cuts of training trajectories are drawn, from 0: probabilities of 0.5 to 0.993."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
-    """How a sampler is trained."""
+    """Settings of a sampler's training."""
 
     trajectories: int = 2000
     """Blocks to decode for training, those of both rounds together."""
@@ -41,12 +41,10 @@ class SamplerOptions:
     """Optimizer steps of the second round; the first has half as many."""
     layers: int = 4
     width: int = 384
-    learning_rate: float = 1e-3
-    states_per_step: int = 32
     batch_size: int = 64
     """Blocks decoded together."""
     seed: int = 0
-    """Of the draws and of the network."""
+    """Seed of the draws and of the network."""
 
 
 def confidence(features: Tensor) -> Tensor:
@@ -113,16 +111,14 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
     Mode ``ar`` where the model has it; else block diffusion, one position a forward.
     """
     settings, config = opened.settings, PipelineRunner(opened.model).config
-    on_grid = config.clean_attention == "block_causal"
+    on_grid, seeds = config.clean_attention == "block_causal", has_seeds(config)
     careful = replace(settings, policy="fixed", steps=settings.block_size)
     blocks = []
     with told_progress("reference answers", len(prompts)) as advance:
         for batch in batched(prompts, batch_size):
             answers, _ = decode(opened.model, batch, "diffusion" if on_grid else "ar", careful)
             for prompt, answer in zip(batch, answers, strict=True):
-                blocks.append(
-                    reference_blocks(prompt, answer, settings.block_size, on_grid=on_grid, seeds=has_seeds(config))
-                )
+                blocks.append(reference_blocks(prompt, answer, settings.block_size, on_grid=on_grid, seeds=seeds))
             advance(len(batch))
     return blocks
 
@@ -130,7 +126,7 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
 def choose_cut(trained: Sequence[Point], threshold: Sequence[Point]) -> float:
     """Return the lowest cut with no larger share of wrong tokens than the policy ``threshold`` has at its best.
 
-    Where no cut is as good, the lowest of the sampler's own best.
+    Where no cut is as good, return the lowest of the sampler's own best.
     """
     bound = max(min(point.wrong for point in points) for points in (trained, threshold))
     return next(point.cut for point in trained if point.wrong <= bound)
@@ -176,8 +172,9 @@ class _Recorder:
     ) -> list[Trajectories]:
         parts = []
         for batch in batched(range(len(blocks)), self._batch_size):
-            some, cut = [blocks[index] for index in batch], cuts[list(batch)]
-            parts.append(record(self._opened.model, some, self._opened.settings.block_size, judge, cut))
+            batch_blocks, batch_cuts = [blocks[index] for index in batch], cuts[list(batch)]
+            block_size = self._opened.settings.block_size
+            parts.append(record(self._opened.model, batch_blocks, block_size, judge, batch_cuts))
             advance(len(batch))
         return parts
 
@@ -191,8 +188,8 @@ def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOpt
                 network,
                 states,
                 steps=steps,
-                batch_size=options.states_per_step,
-                learning_rate=options.learning_rate,
+                batch_size=32,
+                learning_rate=1e-3,
                 seed=options.seed,
                 after_step=lambda step, loss: advance(1),
             )

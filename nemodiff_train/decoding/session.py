@@ -58,7 +58,7 @@ class Session:
         self.selector_tables = self.model.selector_tables
         """The path selector of the model's drafter; None without one."""
         self.draft_kind = self.model.draft_kind
-        """What the drafts of the model's drafter look like; without one, those of a tri-mode model."""
+        """Kind of the drafts of the model's drafter; without one, of a tri-mode model's."""
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
         """Calls of the model that each row took part in, by kind."""
         self.seconds: dict[str, float] = defaultdict(float)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemodiff_train.decoding.chain import Chain, appended, initial_history
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
-from nemodiff_train.decoding.linear import Draft, speculate
+from nemodiff_train.decoding.linear import Draft, decode_linear
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Layout, Session
 
@@ -30,7 +30,7 @@ def decode_tree(session: Session, prompts: Sequence[Sequence[int]], sampler: Sam
     Returns:
         One generation per prompt.
     """
-    return speculate(session, prompts, sampler, _verify_tree)
+    return decode_linear(session, prompts, sampler, _verify_tree)
 
 
 NextLogProbs = Callable[[int, Tensor], Tensor]
@@ -85,20 +85,16 @@ class DraftTree:
     def ancestors(self) -> Tensor:
         """Return [batch, n, n] whether the node of the last axis is an ancestor of a node, or that node."""
         size = self.parents.shape[1]
+        # Start from each node and its parent; each product of the matrix with itself doubles the distance.
         reaches = torch.eye(size, device=self.parents.device).repeat(len(self.parents), 1, 1)
         reaches.scatter_(2, self.parents[..., None], 1.0)
-        for _ in range((size - 1).bit_length()):  # each product doubles the distance
+        for _ in range((size - 1).bit_length()):
             reaches = (reaches @ reaches).clamp(max=1)
         return reaches.bool()
 
 
 def _verify_tree(
-    session: Session,
-    rows: list[Generation],
-    active: Tensor,
-    last: Tensor,
-    draft: Draft,
-    sampler: Sampler,
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
 ) -> Tensor:
     """Verify the most probable continuations and keep the branch that the verifier follows."""
     settings, length = sampler.settings, draft.logits.shape[1]
@@ -107,7 +103,7 @@ def _verify_tree(
     logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
     choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
     # A node is on the branch if it and all its ancestors are what the verifier has chosen after their parents.
-    matches = choices.gather(1, tree.parents) == tokens
+    matches = choices.gather(1, tree.parents) == tokens  # [batch, n]
     matches[:, 0] = True
     on_branch = ~(sees & ~matches[:, None, :]).any(-1)
     proposed = _mass_of_children(logits, tokens, tree.parents)
@@ -141,7 +137,7 @@ def _candidates(
     if session.selector_tables is None:
         log_probs = (draft.logits / temperature).log_softmax(-1)
         values, candidates = log_probs.topk(min(width, log_probs.shape[-1]), dim=-1)
-        return lambda depth, histories: values[:, depth, None], candidates
+        return lambda depth, histories: values[:, depth, None], candidates  # the same after every history
     chain = Chain.of(session.selector_tables, *draft)
     return (
         lambda depth, histories: (chain.logits(depth, histories) / temperature).log_softmax(-1)[..., :width],

@@ -1,8 +1,7 @@
-"""What the forward step trains a drafter on: drafts from the noisy half, their verification from the clean half.
+"""The drafter's loss in the forward step: drafts from the noisy half, their verification from the clean half.
 
 Every block of a sample is a draft, of tokens that it does not know.  The noisy half has the adapters and drafts; the
-clean half has none and is what AR decoding would say of the same text.  So one forward gives both, of many drafts at
-once.
+clean half has none and verifies, as AR decoding would.  So one forward gives both, for many drafts at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def draft_tokens(
     else:
         assert model.mask_token_id is not None  # such a drafter is refused for a model that has none
         noisy = torch.full_like(clean, model.mask_token_id)
-    if kind.seed_in_block:
+    if kind.seed_in_block:  # the first token of each block is known
         first = torch.ones_like(blocks, dtype=torch.bool)
         first[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
         noisy = clean.where(copied_to(clean.device, shard.take(first, blocks.shape[1])), noisy)
@@ -107,7 +106,7 @@ class DraftLoss:
 
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
         noisy, clean = gather_hidden_states(hidden_states, output_layer).transpose(0, 1).chunk(2, dim=1)
-        # What follows a prompt is the verifier's own token: drafts begin in answers.
+        # The token after a prompt is the verifier's own: drafts begin in answers.
         usable = (self.batch["loss_mask"][:, -clean.shape[1] :] > 0) & self.batch["maskable"]
         clean = clean.detach()
         if not self.shifted:
@@ -115,7 +114,7 @@ class DraftLoss:
         drafts, verifiers = (values.flatten(0, 1)[index] for values in (noisy, clean))  # [S, hidden] each
 
         judged = self._judge(head, drafts, verifiers, uniform, slots, index)
-        # What became of the slots of whole samples, [batch, L] each; False where there is no slot.
+        # Outcomes of the slots of whole samples, [batch, L] each; False where there is no slot.
         outcomes = torch.stack([usable, torch.zeros_like(usable), torch.zeros_like(usable)], dim=2)
         outcomes.view(-1, 3)[index, 1:] = torch.stack([judged.agrees, judged.accepted], dim=1)
         usable, agrees, accepted = shard.gather(outcomes, slots.exists.shape[1], group).unbind(2)
@@ -209,7 +208,7 @@ def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 @dataclass(frozen=True)
 class JudgedSlots:
-    """What became of a rank's S slots, and their loss."""
+    """Outcomes of a rank's S slots, and their loss."""
 
     agrees: Tensor
     """[S] whether the greedy draft is the verifier's choice."""

@@ -1,4 +1,4 @@
-"""What the trained sampler sees of each slot of a block: the forward's logits, and what happened before it."""
+"""The features of each slot of a block for the trained sampler: from the forward's logits, and from those before."""
 
 from collections.abc import Mapping
 
@@ -36,7 +36,7 @@ FEATURES: Mapping[str, str] = {
 
 
 class SlotHistory:
-    """What earlier forwards said of the slots of a batch of blocks.
+    """The slots of a batch of blocks over their forwards.
 
     Args:
         blocks: [batch, block] token ids; their shape and device.
@@ -50,7 +50,7 @@ class SlotHistory:
         self._forwards = torch.zeros_like(blocks[:, 0])
 
     def observe(self, rows: Tensor, logits: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor) -> Tensor:
-        """Return the features of some rows after one more forward of each, and remember what they will need.
+        """Return the features of some rows after one more forward of each, and keep what their next ones need.
 
         Args:
             rows: [rows] indices in the batch.
@@ -111,6 +111,7 @@ def _agreement(log_probs: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor
     """Return the probabilities [rows, block] that the slots to the left and to the right give to a slot's token."""
     sides = []
     for here, there in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        # A masked neighbour gives its probability of the token, a known one 0 or 1.
         guessed = log_probs[:, there].gather(-1, tokens[:, here, None])[..., 0].exp()
         known = (blocks[:, there] == tokens[:, here]).float()
         side = torch.zeros(masked.shape, device=masked.device)
@@ -121,6 +122,7 @@ def _agreement(log_probs: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor
 
 def _distance(masked: Tensor) -> Tensor:
     """Return how many slots [rows, block] back the last unmasked one is; the block's length where there is none."""
+    # Index [rows, block] of the last unmasked slot up to each, -1 without one.
     index = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape)
     last = torch.where(masked, -1, index).cummax(1).values
     return torch.where(last < 0, masked.shape[1], index - last)

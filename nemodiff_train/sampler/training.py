@@ -15,14 +15,14 @@ _WARM_UP = 0.05
 
 @dataclass(frozen=True)
 class States:
-    """States of blocks, each as one forward met it."""
+    """States of blocks, one per forward over a block."""
 
     features: Tensor
     """[states, block, features] fp32."""
     masked: Tensor
     """[states, block] boolean."""
     right: Tensor
-    """[states, block] boolean: the token that the forward gives is the reference's."""
+    """[states, block] boolean: whether the token that the forward gives is the reference's."""
 
     def __len__(self) -> int:
         return len(self.masked)
@@ -54,7 +54,7 @@ def fit(
         steps: Optimizer steps, AdamW with a linear warm-up and a cosine to 0.
         batch_size: States of a step, drawn without replacement until all have been seen.
         learning_rate: The largest.
-        seed: Of the draws.
+        seed: Seed of the draws.
         after_step: Called after each step with its number and its loss in nats per masked slot.
     """
     device = next(network.parameters()).device
