@@ -22,18 +22,12 @@ def can_fast_forward(chunk: GPTModel) -> bool:
     that tensor-parallel ranks share are left to Megatron.
     """
     config = chunk.config
-    linears = [
-        (
-            layer.self_attention.linear_qkv,
-            layer.self_attention.linear_proj,
-            layer.mlp.linear_fc1,
-            layer.mlp.linear_fc2,
-        )
-        for layer in chunk.decoder.layers
-    ]
-    known = (ColumnParallelLinear, RowParallelLinear) * 2
+    layers = chunk.decoder.layers
+    columns = [linear for layer in layers for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1)]
+    rows = [linear for layer in layers for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2)]
     return (
-        all(type(_base(linear)) is kind for of_layer in linears for linear, kind in zip(of_layer, known, strict=True))
+        all(type(_base(linear)) is ColumnParallelLinear for linear in columns)
+        and all(type(_base(linear)) is RowParallelLinear for linear in rows)
         and config.num_query_groups >= config.tensor_model_parallel_size
         and not config.rotary_interleaved
         and not config.fp32_residual_connection

@@ -72,7 +72,7 @@ def train_sampler(
     taught = [block for number, blocks in enumerate(by_prompt) if number % HELD_OUT for block in blocks]
     if not held_out or not taught:
         raise UserError("too few answers end or fill a block; give more prompts, or a higher --max-new-tokens")
-    recorder = _Recorder(opened, options)
+    recorder = _Recorder(opened, options.batch_size, torch.Generator().manual_seed(options.seed))
     device = PipelineRunner(opened.model).device
     torch.manual_seed(options.seed)
     network = SlotNetwork(opened.settings.block_size, options.layers, options.width).to(device)
@@ -132,24 +132,20 @@ def choose_cut(trained: Sequence[Point], threshold: Sequence[Point]) -> float:
     return next(point.cut for point in trained if point.wrong <= bound)
 
 
+@dataclass(frozen=True)
 class _Recorder:
-    """Decodes blocks in batches.
+    """Decodes blocks in batches."""
 
-    Args:
-        opened: The model.
-        options: Blocks decoded together, and the seed.
-    """
-
-    def __init__(self, opened: DecodingModel, options: SamplerOptions) -> None:
-        self._opened, self._batch_size = opened, options.batch_size
-        self._draw = torch.Generator().manual_seed(options.seed)
+    opened: DecodingModel
+    batch_size: int
+    draw: torch.Generator
 
     def drawn(self, description: str, blocks: Sequence[ReferenceBlock], count: int, judge: Judge) -> States:
         """Return the states of so many blocks, each decoded as often as any other, at cuts that are drawn."""
         order: list[int] = []
         while len(order) < count:
-            order += torch.randperm(len(blocks), generator=self._draw).tolist()
-        cuts = (_HIGHEST * torch.rand(count, generator=self._draw)).sigmoid()
+            order += torch.randperm(len(blocks), generator=self.draw).tolist()
+        cuts = (_HIGHEST * torch.rand(count, generator=self.draw)).sigmoid()
         with told_progress(description, count) as advance:
             parts = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
         return States.joined([part.states for part in parts])
@@ -171,10 +167,10 @@ class _Recorder:
         self, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Tensor, advance: Callable[[int], None]
     ) -> list[Trajectories]:
         parts = []
-        for batch in batched(range(len(blocks)), self._batch_size):
+        for batch in batched(range(len(blocks)), self.batch_size):
             batch_blocks, batch_cuts = [blocks[index] for index in batch], cuts[list(batch)]
-            block_size = self._opened.settings.block_size
-            parts.append(record(self._opened.model, batch_blocks, block_size, judge, batch_cuts))
+            block_size = self.opened.settings.block_size
+            parts.append(record(self.opened.model, batch_blocks, block_size, judge, batch_cuts))
             advance(len(batch))
         return parts
 
@@ -184,15 +180,8 @@ def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOpt
 
     def fitted() -> dict[str, Tensor]:
         with told_progress(description, steps) as advance:
-            fit(
-                network,
-                states,
-                steps=steps,
-                batch_size=32,
-                learning_rate=1e-3,
-                seed=options.seed,
-                after_step=lambda step, loss: advance(1),
-            )
+            for _ in fit(network, states, steps=steps, batch_size=32, learning_rate=1e-3, seed=options.seed):
+                advance(1)
         return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
     network.load_state_dict(from_main_process(fitted))

@@ -135,13 +135,8 @@ class Session:
             generations[row].extend([token], [self.calls(row)])
 
     def masks(self, rows: int, count: int) -> Tensor:
-        """Return [rows, count] mask tokens.
-
-        Raises:
-            ValueError: The model has no mask token; :func:`~nemodiff_train.decoding.decode.decode` refuses it.
-        """
-        if self.mask_token_id is None:
-            raise ValueError("this model has no mask token")
+        """Return [rows, count] mask tokens."""
+        assert self.mask_token_id is not None  # decode() refuses models without one
         return torch.full((rows, count), self.mask_token_id, device=self.device)
 
     def commit(self, rows: Tensor, counts: Tensor | int) -> None:

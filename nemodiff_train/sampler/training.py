@@ -1,6 +1,6 @@
 """Training of the trained sampler on what trajectories record: one state of a block per forward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -44,9 +44,8 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
-    """Train a network to say which tokens are right; in place.
+) -> Iterator[float]:
+    """Train a network, in place, to say which tokens are right, and yield the loss of each step.
 
     Args:
         network: On the device that it trains on.
@@ -55,7 +54,9 @@ def fit(
         batch_size: States of a step, drawn without replacement until all have been seen.
         learning_rate: The largest.
         seed: Seed of the draws.
-        after_step: Called after each step with its number and its loss in nats per masked slot.
+
+    Yields:
+        Nats per masked slot.
     """
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -65,7 +66,7 @@ def fit(
     draw = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     network.train()
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(states), generator=draw)])
         batch, order = states[order[:batch_size]], order[batch_size:]
@@ -75,7 +76,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        after_step(step, loss.item())
+        yield loss.item()
     network.eval()
 
 
