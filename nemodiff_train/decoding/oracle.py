@@ -89,9 +89,9 @@ def _gains(
         session.cache.lengths[index] = prompt_lengths[index] + anchor
         # [batch, block] the tokens to reveal, from the anchor on; -1 after the end of an output.
         block = torch.full((len(rows), block_size), -1)
-        for at, row in enumerate(rows):
+        for number, row in enumerate(rows):
             tokens = targets[row][anchor : anchor + block_size]
-            block[at, : len(tokens)] = torch.tensor(tokens)
+            block[number, : len(tokens)] = torch.tensor(tokens)
         block = session.cache.moved(block)
         # A cycle of ``quadratic`` drafts before the block's first token is known; [batch] what it gains.
         masks = session.masks(len(rows), block_size - 1)

@@ -69,8 +69,8 @@ def train_sampler(
     """
     by_prompt = references(opened, prompts, options.batch_size)
     held_out = [block for blocks in by_prompt[::HELD_OUT] for block in blocks]
-    taught = [block for number, blocks in enumerate(by_prompt) if number % HELD_OUT for block in blocks]
-    if not held_out or not taught:
+    train = [block for number, blocks in enumerate(by_prompt) if number % HELD_OUT for block in blocks]
+    if not held_out or not train:
         raise UserError("too few answers end or fill a block; give more prompts, or a higher --max-new-tokens")
     recorder = _Recorder(opened, options.batch_size, torch.Generator().manual_seed(options.seed))
     device = PipelineRunner(opened.model).device
@@ -83,7 +83,7 @@ def train_sampler(
     states: list[States] = []
     rounds: tuple[tuple[Judge, int], ...] = ((confidence, (options.steps + 1) // 2), (trained_judge, options.steps))
     for number, (judge, steps) in enumerate(rounds, 1):
-        states.append(recorder.drawn(f"trajectories, round {number}", taught, (options.trajectories + 1) // 2, judge))
+        states.append(recorder.drawn(f"trajectories, round {number}", train, (options.trajectories + 1) // 2, judge))
         _train(network, States.joined(states), steps, options, f"training, round {number}")
     trained = recorder.points("held-out blocks, trained", held_out, trained_judge, CUTS)
     threshold = recorder.points("held-out blocks, threshold", held_out, confidence, CUTS)
