@@ -58,16 +58,8 @@ def demo_joint(
     # Two departures from the paper, for a training of minutes: a one-shot draft starts from fully masked samples, and
     # the shift lets the noisy half reuse the sums that the AR model can do already.
     objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.5, shift=True)
-    config = _demo(
-        model,
-        objective,
-        _text(problems, code),
-        start_from,
-        output,
-        steps=steps,
-        warmup=min(30, steps // 10),
-        peak=peak,
-    )
+    warmup = min(30, steps // 10)
+    config = _demo(model, objective, _text(problems, code), start_from, output, steps, warmup, peak)
     if tensor_parallel == 1:
         config.train.micro_batch_size = 4  # there may be two replicas
     return config

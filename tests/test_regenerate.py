@@ -19,7 +19,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding import regeneration
 from nemodiff_train.decoding.answers import Answer, UnfinishedAnswers
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.decoding.rewriting import Asked, ChatRewriter
+from nemodiff_train.decoding.rewriting import ChatRewriter, Request
 from nemodiff_train.files import LineLog
 from nemodiff_train.sampler.storage import write_sampler
 from tests import small
@@ -309,7 +309,7 @@ def test_the_template_writes_what_the_model_has_written(folder: Path, written: s
     record = Record({}, Conversation(asked("quick"), "here"))
     settings = DecodingSettings(spell=lambda ids: str(tokenizer.decode(ids)), stop_token_ids=frozenset([0]))
     ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], 0]
-    assert rewriter.text(Asked(0, record, [], rewriter.prompt(record, [])), ids, settings) == content
+    assert rewriter.text(Request(0, record, [], rewriter.prompt(record, [])), ids, settings) == content
 
 
 def test_what_cannot_be_decoded_is_left_out(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,11 +214,7 @@ def test_training_beats_chance_and_the_models_confidence(model: Any) -> None:
     assert 0 < taught.wrong < taught.tokens
     network, cpu = SlotNetwork(BLOCK, 1, 64), torch.device("cpu")
     before = slot_loss(network, held_out.states, cpu).item()
-    losses: list[float] = []
-    fit(
-        network, taught.states, steps=80, batch_size=32, learning_rate=1e-3, seed=0,
-        after_step=lambda step, loss: losses.append(loss),
-    )  # fmt: skip
+    losses = list(fit(network, taught.states, steps=80, batch_size=32, learning_rate=1e-3, seed=0))
     share = held_out.states.right[held_out.states.masked].float().mean().item()
     chance = -share * math.log(share) - (1 - share) * math.log(1 - share)
     assert sum(losses[-20:]) < sum(losses[:20])

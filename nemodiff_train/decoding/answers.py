@@ -6,6 +6,7 @@ data-parallel replica.  A line that was cut short is decoded again.
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,11 @@ from nemodiff_train.schema import first_problem
 
 Settings = dict[str, JsonValue]
 End = Literal["stop", "length", "empty"]
-"""How an answer ends: by a stop token or text, by the limit, or without a word."""
+"""End of an answer: by a stop token or text, by the limit, or without a word."""
 
 
 class Answer(BaseModel):
-    """What the model has written at one place of a record."""
+    """An answer that the model has written to a record."""
 
     record: NonNegativeInt
     """Number of the record among those of all inputs that are not left out."""
@@ -64,6 +65,10 @@ class UnfinishedAnswers:
                 f"{path}: damaged ({first_problem(error)}); remove the directory {self.folder} to start afresh"
             ) from error
 
+    def _save(self, state: _State) -> None:
+        usable_directory(self.folder)
+        write_atomic(self.folder / "state.json", state.model_dump_json())
+
     @property
     def joined(self) -> bool:
         """Whether a command has been interrupted that had nothing left to do but move its output into place."""
@@ -71,8 +76,8 @@ class UnfinishedAnswers:
 
     def is_complete(self, settings: Settings) -> bool:
         """Return whether that command had these settings, and its output is there, here or in its place."""
-        there = self._joined.exists() or self._output.exists()
-        return self._state is not None and self._state.joined and self._state.settings == settings and there
+        exists = self._joined.exists() or self._output.exists()
+        return self._state is not None and self._state.joined and self._state.settings == settings and exists
 
     def check(self, settings: Settings, overwrite: bool) -> None:
         """Refuse what another command has left.
@@ -137,10 +142,6 @@ class UnfinishedAnswers:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _save(self, state: _State) -> None:
-        usable_directory(self.folder)
-        write_atomic(self.folder / "state.json", state.model_dump_json())
-
 
 class AnswerIndex:
     """Finds a record's answers in the logs; their texts stay on the disk.
@@ -151,31 +152,23 @@ class AnswerIndex:
 
     def __init__(self, logs: Iterable[Path]) -> None:
         self._files = [path.open("rb") for path in logs]
-        self._places: dict[int, dict[int, tuple[int, int]]] = {}  # record -> turn -> file and offset of the line
+        self._lines: dict[int, dict[int, tuple[int, int]]] = {}  # record -> turn -> file and offset of the line
         for number, file in enumerate(self._files):
             offset = 0
             for line in file:
-                if answer := _parsed(line):
-                    self._places.setdefault(answer.record, {})[answer.turn] = (number, offset)
+                with suppress(ValidationError):  # the rest of a line that was cut short
+                    answer = Answer.model_validate_json(line)
+                    self._lines.setdefault(answer.record, {})[answer.turn] = (number, offset)
                 offset += len(line)
 
     def __len__(self) -> int:
         """Return the number of answers."""
-        return sum(map(len, self._places.values()))
+        return sum(map(len, self._lines.values()))
 
     def of(self, record: int) -> list[Answer]:
         """Return the answers of a record, in their order, each once."""
-        places = self._places.get(record, {})
-        return [self._read(*places[turn]) for turn in sorted(places)]
-
-    def _read(self, number: int, offset: int) -> Answer:
-        self._files[number].seek(offset)
-        return Answer.model_validate_json(self._files[number].readline())
-
-
-def _parsed(line: bytes) -> Answer | None:
-    """Return the answer in a line, None for the rest of one that was cut short."""
-    try:
-        return Answer.model_validate_json(line)
-    except ValidationError:
-        return None
+        lines, answers = self._lines.get(record, {}), []
+        for number, offset in (lines[turn] for turn in sorted(lines)):
+            self._files[number].seek(offset)
+            answers.append(Answer.model_validate_json(self._files[number].readline()))
+        return answers

@@ -14,7 +14,7 @@ from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, SelectorTabl
 class Chain:
     """The distribution q of each drafted token, given those before it, over K candidates.
 
-    Of the tokens before a draft only the last counts, as often as a history needs it.
+    The history before a draft is its last known token, repeated.
     """
 
     vocab_size: int
@@ -23,11 +23,11 @@ class Chain:
     scores: Tensor
     """[batch, k, K] logits of the draft itself."""
     contexts: Tensor
-    """[batch, k, rank] what the draft's states say."""
+    """[batch, k, rank] factors of the draft's states."""
     before: Tensor
-    """[HISTORY, vocabulary, rank] what tokens say of those after them."""
+    """[HISTORY, vocabulary, rank] factors of the tokens before a drafted one."""
     after: Tensor
-    """[batch, k, K, rank] the candidates' factors."""
+    """[batch, k, K, rank] factors of the candidates."""
 
     @classmethod
     def of(cls, tables: SelectorTables, logits: Tensor, contexts: Tensor) -> "Chain":
@@ -48,30 +48,32 @@ class Chain:
             position: Index of the position in the draft.
             histories: [batch, n, HISTORY] tokens before it, the nearest first.
         """
+        # Keys [batch, n, rank] of the state and the tokens before it; the candidates' factors [batch, K, rank].
         keys = self.contexts[:, position, None]
         for tokens, table in zip(histories.unbind(-1), self.before, strict=True):
             keys = keys + table[tokens]
         return self.scores[:, position, None] + F.silu(keys) @ self.after[:, position].mT
 
     def walk(self, sampler: Sampler, last: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose each token of a path by what the sampler makes of q, given those that it has chosen.
+        """Sample the tokens of a path one after another from q, given those before.
 
         Args:
-            sampler: Chooses the most probable one, or draws.
+            sampler: Takes the most probable one, or draws.
             last: [batch, 1] the known token before the draft.
             rows: [batch] rows of the batch, on the host.
 
         Returns:
             [batch, k] token ids; and the logits [batch, k, vocab] that they are from, -inf off the candidates.
         """
-        history, path, chosen_from = initial_history(last), [], []
+        history, path, path_logits = initial_history(last), [], []
         for position, candidates in enumerate(self.candidates.unbind(1)):
+            # Logits [batch, 1, vocab] of the next token, from those of its candidates [batch, K].
             logits = last.new_full((len(last), 1, self.vocab_size), -torch.inf, dtype=self.scores.dtype)
             logits.scatter_(-1, candidates[:, None], self.logits(position, history))
             path.append(sampler.sample_tokens(logits, rows))
-            chosen_from.append(logits)
+            path_logits.append(logits)
             history = appended(history, path[-1])
-        return torch.cat(path, dim=1), torch.cat(chosen_from, dim=1)
+        return torch.cat(path, dim=1), torch.cat(path_logits, dim=1)
 
 
 def initial_history(last: Tensor) -> Tensor:

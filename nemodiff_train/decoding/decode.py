@@ -20,9 +20,7 @@ from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 from nemodiff_train.runtime import init_runtime
 
-Decoder = Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]
-
-MODES: dict[str, Decoder] = {
+MODES: dict[str, Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear": decode_linear,
@@ -31,10 +29,8 @@ MODES: dict[str, Decoder] = {
     "oracle": decode_oracle,
 }
 
-
 DRAFTED = ("linear", "tree")
 """Modes in which a drafter drafts."""
-
 WITHOUT_POLICY = ("ar", "linear", "tree", "quadratic", "oracle")
 """Modes in which no policy decides what to unmask."""
 
@@ -94,9 +90,8 @@ def decode(
     check_prompts(prompts, config.vocab_size)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     _check_positions(config, longest)
-    extra = {"quadratic": settings.block_size**2, "tree": max(settings.block_size, settings.tree_nodes)}.get(
-        mode, settings.block_size
-    )
+    block_size = settings.block_size
+    extra = {"quadratic": block_size**2, "tree": max(block_size, settings.tree_nodes)}.get(mode, block_size)
     session = Session(model, len(prompts), longest + extra, config.mask_token_id)
     sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
     with init_runtime().without_device_rewriting():

@@ -37,7 +37,7 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
     rows = [Generation(settings) for _ in prompts]
     on_grid = session.model.config.clean_attention == "block_causal"
     # blocks [batch, block]; of each row's first block, the leading ``known`` tokens belong to the prompt.
-    blocks, known = (_blocks_on_grid if on_grid else _blocks_after_prompts)(session, prompts, sampler)
+    blocks, known = _first_blocks(session, prompts, sampler, on_grid)
     active = torch.arange(len(rows))
     while True:
         starts = torch.tensor([known[row] for row in active.tolist()])
@@ -62,22 +62,19 @@ def has_seeds(config: TriModeModelProvider) -> bool:
     return bool(config.clean_attention == "causal" or config.shift)
 
 
-def _blocks_after_prompts(
-    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler
+def _first_blocks(
+    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, on_grid: bool
 ) -> tuple[Tensor, list[int]]:
-    """Return first blocks that start after the prompts, and how many of their tokens are the prompt's: none."""
-    blocks = session.masks(len(prompts), sampler.settings.block_size)
-    blocks[:, :1] = sampler.sample_tokens(session.prefill(prompts)[:, None], torch.arange(len(prompts)))
-    return blocks, [0] * len(prompts)
+    """Commit what precedes the first blocks; return these [batch, block], and how many tokens each has of its prompt.
 
-
-def _blocks_on_grid(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> tuple[Tensor, list[int]]:
-    """Return first blocks that begin with the prompt's tokens after its last whole block, and how many these are."""
+    Blocks ``on_grid`` are counted from the start of the text, others from the end of the prompt.
+    """
     block_size = sampler.settings.block_size
     blocks = session.masks(len(prompts), block_size)
-    ends = [len(prompt) // block_size * block_size for prompt in prompts]
+    ends = [len(prompt) // block_size * block_size if on_grid else len(prompt) for prompt in prompts]
     if any(ends):
-        logits = session.prefill([prompt[:end] for prompt, end in zip(prompts, ends, strict=True)], block_size)
+        before = [prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]
+        logits = session.prefill(before, block_size if on_grid else None)
         if has_seeds(session.model.config):
             committed = torch.tensor(ends).nonzero()[:, 0]  # only these rows have a seed
             blocks[committed, :1] = sampler.sample_tokens(logits[committed, None], committed)
@@ -87,13 +84,7 @@ def _blocks_on_grid(session: Session, prompts: Sequence[Sequence[int]], sampler:
 
 
 def denoise(
-    session: Session,
-    rows: Tensor,
-    blocks: Tensor,
-    sampler: Sampler,
-    starts: Tensor,
-    ends: Tensor,
-    stops: bool = True,
+    session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, starts: Tensor, ends: Tensor, stops: bool = True
 ) -> Tensor:
     """Unmask one block per row, in place; a row leaves the batch when its block is finished.
 
@@ -120,7 +111,7 @@ def denoise(
     trained, history, step = sampler.settings.trained_sampler, SlotHistory(blocks), 0
     while True:
         # Rows [open] that still have something to unmask, and their blocks [open, block].
-        unfinished = rows_with_masks(blocks, wanted, mask_token_id, stop_token_ids).cpu().nonzero()[:, 0]
+        unfinished = _rows_with_masks(blocks, wanted, mask_token_id, stop_token_ids).cpu().nonzero()[:, 0]
         if not len(unfinished):
             return steps
         before = blocks[unfinished]
@@ -140,18 +131,8 @@ def denoise(
         steps[unfinished] = torch.where(masked, calls[unfinished, None], steps[unfinished])
 
 
-def rows_with_masks(blocks: Tensor, wanted: Tensor, mask_token_id: int, stop_token_ids: frozenset[int]) -> Tensor:
-    """Return the rows with a wanted mask before their first stop token, or any wanted mask without a stop token.
-
-    Args:
-        blocks: [batch, block] tokens.
-        wanted: [batch, block] boolean: positions that count.
-        mask_token_id: The mask token.
-        stop_token_ids: Tokens that end a row.
-
-    Returns:
-        [batch] boolean.
-    """
+def _rows_with_masks(blocks: Tensor, wanted: Tensor, mask_token_id: int, stop_token_ids: frozenset[int]) -> Tensor:
+    """Return [batch] which rows have a wanted mask, before their first wanted stop token if there is one."""
     masked = (blocks == mask_token_id) & wanted
     stop = torch.tensor(sorted(stop_token_ids), dtype=blocks.dtype, device=blocks.device)
     before_stop = (torch.isin(blocks, stop) & wanted).cumsum(1) == 0
@@ -179,11 +160,14 @@ def select_positions_to_unmask(
     Returns:
         [batch, block] boolean.
     """
-    if confidence is None:
-        confidence = _confidence(logits, tokens, settings)
+    if confidence is None:  # [batch, block] the probability of each token; for ``entropy``, minus the entropy in nats
+        log_probs = logits.log_softmax(-1)
+        confidence = log_probs.gather(-1, tokens[..., None])[..., 0].exp()
+        if settings.policy == "entropy":
+            confidence = (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)  # 0 x -inf is 0 here
     if settings.policy in ("threshold", "trained"):
         return reaching(confidence, masked, settings.threshold)
-    order, rank = _by_confidence(confidence, masked)
+    order, rank = _by_confidence(confidence, masked)  # [batch, block] each
     if settings.policy == "fixed":
         # An even share of the masks that are left, over the forwards that are left, rounded up.
         forwards_left = max(settings.steps - step, 1)
@@ -210,14 +194,6 @@ def reaching(confidence: Tensor, masked: Tensor, threshold: float | Tensor) -> T
     """
     _, rank = _by_confidence(confidence, masked)
     return masked & ((confidence >= threshold) | (rank == 0))
-
-
-def _confidence(logits: Tensor, tokens: Tensor, settings: DecodingSettings) -> Tensor:
-    """Return the probability [batch, block] of each token; for the policy ``entropy`` minus the entropy in nats."""
-    log_probs = logits.log_softmax(-1)
-    if settings.policy == "entropy":  # 0 x -inf is 0 here
-        return (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)
-    return log_probs.gather(-1, tokens[..., None])[..., 0].exp()
 
 
 def _by_confidence(confidence: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

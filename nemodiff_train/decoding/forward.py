@@ -22,18 +22,12 @@ def can_fast_forward(chunk: GPTModel) -> bool:
     that tensor-parallel ranks share are left to Megatron.
     """
     config = chunk.config
-    linears = [
-        (
-            layer.self_attention.linear_qkv,
-            layer.self_attention.linear_proj,
-            layer.mlp.linear_fc1,
-            layer.mlp.linear_fc2,
-        )
-        for layer in chunk.decoder.layers
-    ]
-    known = (ColumnParallelLinear, RowParallelLinear) * 2
+    layers = chunk.decoder.layers
+    columns = [linear for layer in layers for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1)]
+    rows = [linear for layer in layers for linear in (layer.self_attention.linear_proj, layer.mlp.linear_fc2)]
     return (
-        all(type(_base(linear)) is kind for of_layer in linears for linear, kind in zip(of_layer, known, strict=True))
+        all(type(_base(linear)) is ColumnParallelLinear for linear in columns)
+        and all(type(_base(linear)) is RowParallelLinear for linear in rows)
         and config.num_query_groups >= config.tensor_model_parallel_size
         and not config.rotary_interleaved
         and not config.fp32_residual_connection
@@ -77,13 +71,14 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
         chunk: The last pipeline stage.
 
     Returns:
-        [batch, k or new, padded vocab]; in a draft forward of a model with a path selector, after the logits come the
-        contexts of its scores: [batch, k or new, padded vocab + rank].
+        [batch, k or new, vocab]; in a draft forward of a model with a path selector, the contexts of its scores come
+        after the logits: [batch, k or new, vocab + rank].
     """
     if indices is not None:
         states = states.gather(0, indices.T[..., None].expand(-1, -1, states.shape[2]))
     shared = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
     logits: Tensor = chunk.output_layer(states, weight=shared, runtime_gather_output=True)[0]
+    logits = logits[..., : chunk.config.vocab_size]  # the weight is padded
     state: AttentionState = chunk.attention_state
     if state.selector_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
         logits = torch.cat([logits, chunk.selector.contexts(states)], dim=-1)

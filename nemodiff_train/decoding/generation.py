@@ -125,10 +125,10 @@ class DecodingSettings:
             return text if end < 0 else text[:end]
         if spelled[:end] == text[:end]:
             return text[:end]
-        whole = 0  # tokens that end before the stop string
-        while len(spell(list(tokens[: whole + 1]))) <= end:
-            whole += 1
-        before = list(tokens[:whole])
+        count = 0  # tokens that end before the stop string
+        while len(spell(list(tokens[: count + 1]))) <= end:
+            count += 1
+        before = list(tokens[:count])
         return self.detokenize(before) + spelled[len(spell(before)) : end]
 
     def holds_stop(self, tokens: list[int]) -> bool:
@@ -230,13 +230,13 @@ class Generation:
         """
         committed = self.extend(tokens, [step] * len(tokens))
         accepted = min(committed, len(tokens) - 1)  # a stop or the limit may cut the accepted tokens
-        verifier_token, whole = committed > accepted, all(accept_mask)
+        verifier_token, all_accepted = committed > accepted, all(accept_mask)
         self.cycles.append(
             Cycle(
                 accepted=accepted,
                 sure=int(sure),
-                recovered=verifier_token and not whole,
-                bonus=verifier_token and whole,
+                recovered=verifier_token and not all_accepted,
+                bonus=verifier_token and all_accepted,
                 draft_tokens=draft_tokens,
                 accept_mask=accept_mask,
                 accept_probs=accept_probs,

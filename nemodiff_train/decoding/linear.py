@@ -13,7 +13,7 @@ from nemodiff_train.decoding.session import Session, running
 
 
 class Draft(NamedTuple):
-    """What a draft forward says of the k positions after the known tokens of some rows."""
+    """Output of a draft forward for the k positions after the known tokens of some rows."""
 
     logits: Tensor
     """[batch, k, vocab]."""
@@ -26,10 +26,12 @@ Verify = Callable[[Session, list[Generation], Tensor, Tensor, Draft, Sampler], T
 [batch] on the host, the token [batch, 1], the draft and the sampler; returns the next known token [batch, 1]."""
 
 
-def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_linear(
+    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, verify: Verify | None = None
+) -> list[Generation]:
     """Draft and verify until every row has ended (``linear_spec_generate`` of the released models).
 
-    What is emitted is the causal model's own choice: at temperature 0 the output equals that of
+    All tokens are the causal model's own: at temperature 0 the output equals that of
     :func:`~nemodiff_train.decoding.ar.decode_ar`, above it is distributed as that.  Each cycle commits the
     accepted draft tokens and one token of the verifier: the recovered token at the first rejected position, or the
     bonus token after a wholly accepted draft.
@@ -38,27 +40,12 @@ def decode_linear(session: Session, prompts: Sequence[Sequence[int]], sampler: S
         session: One row per prompt, nothing committed.
         prompts: Token ids of each prompt.
         sampler: Chooses tokens; its settings give the block size, a draft's length plus one.
+        verify: Verifies drafts; by default one token per drafted position.
 
     Returns:
         One generation per prompt.
     """
-    return speculate(session, prompts, sampler, _verify_chain)
-
-
-def speculate(
-    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, verify: Verify
-) -> list[Generation]:
-    """Draft by one forward and verify by another until every row has ended.
-
-    Args:
-        session: One row per prompt, nothing committed.
-        prompts: Token ids of each prompt.
-        sampler: Chooses tokens.
-        verify: Verifies drafts.
-
-    Returns:
-        One generation per prompt.
-    """
+    verify = verify or _verify_chain
     rows = [Generation(sampler.settings) for _ in prompts]
     active = torch.arange(len(rows))
     last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
@@ -78,54 +65,40 @@ def _draft(
     """Draft k = block - 1 tokens after the last committed one, as the model's drafter does.
 
     Where that token is outside the drafter's block, the forward has computed it as the model itself: it is kept, and
-    so is the token that its logits give, which the draft then follows.
-
-    Returns:
-        The rows [batch] that the draft is for; their last known token [batch, 1]; and what a :class:`Draft` holds.
+    so is the token that its logits give, which the draft then follows.  Returns the rows [batch] that the draft is
+    for, their last known token [batch, 1], and what a :class:`Draft` holds.
     """
     kind, unknown = session.draft_kind, sampler.settings.block_size - 1
     if kind.uniform_noise:
-        noise = sampler.uniform(active, unknown, session.device)
-        filling = (noise * session.vocab_size).long()
+        filling = (sampler.uniform(active, unknown, session.device) * session.vocab_size).long()
     else:
         filling = session.masks(len(active), unknown)
-    logits, contexts = session.draft(torch.cat([last, filling], dim=1), active, causal=kind.causal)
+    output = session.forward(torch.cat([last, filling], dim=1), active, "draft", causal=kind.causal)
+    logits, contexts = output[:, 1:].tensor_split([session.vocab_size], dim=-1)
     if kind.seed_in_block:
-        return active, last, logits[:, 1:], contexts[:, 1:]
+        return active, last, logits, contexts
     session.commit(active, 1)
-    next_token = sampler.sample_tokens(logits[:, :1], active)
+    next_token = sampler.sample_tokens(output[:, :1, : session.vocab_size], active)
     session.emit(rows, active, next_token)
     for row in active.tolist():
         if rows[row].finished:
             rows[row].cycles.append(Cycle(accepted=0, sure=1))
-    return running(rows, active, next_token, logits[:, 1:], contexts[:, 1:])
+    return running(rows, active, next_token, logits, contexts)
 
 
 def _verify_chain(
-    session: Session,
-    rows: list[Generation],
-    active: Tensor,
-    last: Tensor,
-    draft: Draft,
-    sampler: Sampler,
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
 ) -> Tensor:
     """Verify one token per drafted position."""
-    draft_tokens, draft_logits = _chosen(session, active, last, draft, sampler)
+    # Tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions that they are from.
+    if session.selector_tables is None:
+        draft_tokens, draft_logits = sampler.sample_tokens(draft.logits, active), draft.logits
+    else:
+        draft_tokens, draft_logits = Chain.of(session.selector_tables, *draft).walk(sampler, last, active)
     # The known token and the draft, causally; logits of index i predict the token at i + 1.
     target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
     verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
     return commit_accepted(session, rows, active, verification, sure=not session.draft_kind.seed_in_block)
-
-
-def _chosen(session: Session, active: Tensor, last: Tensor, draft: Draft, sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """Return the tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions they are from.
-
-    Without a path selector every token is chosen by itself.
-    """
-    if session.selector_tables is None:
-        return sampler.sample_tokens(draft.logits, active), draft.logits
-    chain = Chain.of(session.selector_tables, *draft)
-    return chain.walk(sampler, last, active)
 
 
 def commit_accepted(

@@ -41,23 +41,23 @@ class DecodingModel:
     settings: DecodingSettings
 
 
-def choose_mode(checkpoint: Checkpoint, drafter: Checkpoint | None, asked: str | None) -> str:
-    """Return the mode that was asked for, or the one that writes what AR decoding would in the fewest forwards.
+def choose_mode(checkpoint: Checkpoint, drafter: Checkpoint | None, mode: str | None) -> str:
+    """Return the named mode, or by default the one that writes what AR decoding would in the fewest forwards.
 
     Args:
         checkpoint: A model's.
         drafter: A drafter that was trained for this model.
-        asked: Name of a mode; None for ``linear`` where the model or its drafter can draft, else ``ar``.
+        mode: Name of a mode; None for ``linear`` where the model or its drafter can draft, else ``ar``.
 
     Raises:
         UserError: The model cannot decode in the mode.
     """
     provider = model_from(checkpoint.require_model())
     kind = open_drafter(drafter, provider).kind if drafter else DRAFT_KINDS["nemotron"]
-    if asked is None and (provider.mask_token_id is not None or kind.uniform_noise):
-        asked = "linear"
-    check_mode(provider, asked or "ar", kind)
-    return asked or "ar"
+    if mode is None:
+        mode = "linear" if provider.mask_token_id is not None or kind.uniform_noise else "ar"
+    check_mode(provider, mode, kind)
+    return mode
 
 
 def load_decoding_model(
@@ -95,9 +95,12 @@ def load_decoding_model(
         raise UserError(f"--drafter acts in modes linear and tree, not in {', '.join(modes)}; leave it out")
     if sampler is not None and modes and set(modes) <= set(WITHOUT_POLICY):
         raise UserError(f"--policy trained decides in mode diffusion, not in {', '.join(modes)}; leave it out")
-    asked = provider.hf_generation_config
-    if named := [f"{key}={asked[key]}" for key, none in _NOT_APPLIED.items() if asked.get(key) not in (None, none)]:
-        warn(f"generation_config.json asks for {', '.join(named)}, which decoding here does not do")
+    requested = provider.hf_generation_config
+    ignored = [
+        f"{key}={requested[key]}" for key, none in _NOT_APPLIED.items() if requested.get(key) not in (None, none)
+    ]
+    if ignored:
+        warn(f"generation_config.json asks for {', '.join(ignored)}, which decoding here does not do")
     trained = open_sampler(checkpoint, settings.get("policy"), sampler)
     if trained is not None:
         block_size = block_size or trained.description.block_size

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nemodiff_train.decoding.ar import decode_ar
 from nemodiff_train.decoding.generation import Cycle, Generation
@@ -52,7 +53,9 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     prompt_lengths = session.cache.lengths.clone()
     for row, calls in enumerate(ar.forwards):
         session.forwards[row]["search"] += calls.total()
-    _cache_targets(session, targets)
+    # Write the AR output [rows, longest] to the cache after the prompts: a block can follow any of its tokens.
+    padded = pad_sequence([torch.tensor(target) for target in targets], batch_first=True)
+    session.forward(session.cache.moved(padded), torch.arange(len(targets)), "search", causal=True)
     gains = _gains(session, targets, prompt_lengths, sampler.settings.block_size, depth)
     return [_along_path(sampler, target, gain) for target, gain in zip(targets, gains, strict=True)]
 
@@ -71,25 +74,12 @@ def _along_path(sampler: Sampler, target: list[int], gains: list[list[int]]) -> 
     return generation
 
 
-def _cache_targets(session: Session, targets: list[list[int]]) -> None:
-    """Write the AR output to the cache after the prompts, so that a block can follow any of its tokens."""
-    padded = torch.zeros(len(targets), max(map(len, targets)), dtype=torch.long)
-    for row, target in enumerate(targets):
-        padded[row, : len(target)] = torch.tensor(target)
-    session.forward(session.cache.moved(padded), torch.arange(len(targets)), "search", causal=True)
-
-
 def _gains(
     session: Session, targets: list[list[int]], prompt_lengths: Tensor, block_size: int, depth: int
 ) -> list[list[list[int]]]:
     """Return for each row and each token of its output what a cycle after it gains after 1, 2, ... forwards.
 
-    Args:
-        session: Holds prompts and outputs in its cache.
-        targets: The AR output of each row.
-        prompt_lengths: [rows], on the host.
-        block_size: Positions of a block, its known first token included.
-        depth: Maximum number of forwards over one block.
+    The session holds prompts, of ``prompt_lengths`` [rows] tokens, and outputs in its cache.
     """
     gains: list[list[list[int]]] = [[[] for _ in target] for target in targets]
     longest = max(map(len, targets))
@@ -99,44 +89,27 @@ def _gains(
         session.cache.lengths[index] = prompt_lengths[index] + anchor
         # [batch, block] the tokens to reveal, from the anchor on; -1 after the end of an output.
         block = torch.full((len(rows), block_size), -1)
-        for at, row in enumerate(rows):
+        for number, row in enumerate(rows):
             tokens = targets[row][anchor : anchor + block_size]
-            block[at, : len(tokens)] = torch.tensor(tokens)
+            block[number, : len(tokens)] = torch.tensor(tokens)
         block = session.cache.moved(block)
-        fused = _gained_by_fused_cycle(session, index, block)
+        # A cycle of ``quadratic`` drafts before the block's first token is known; [batch] what it gains.
+        masks = session.masks(len(rows), block_size - 1)
+        choice = session.forward(masks, index, "search", causal=False).argmax(-1)  # [batch, block - 1]
+        fused = 1 + (choice[:, 1:] == block[:, 1:-1]).long().cumprod(1).sum(1)
         revealed = _reveal(session, index, block, depth)
-        for row, by_forwards, by_fused in zip(rows, revealed, fused, strict=True):
+        for row, by_forwards, by_fused in zip(rows, revealed, fused.tolist(), strict=True):
             by_forwards[0] = max(by_forwards[0], by_fused)
             gains[row][anchor] = [min(gain, len(targets[row]) - 1 - anchor) for gain in by_forwards]
     return gains
 
 
-def _gained_by_fused_cycle(session: Session, rows: Tensor, target: Tensor) -> list[int]:
-    """Return per row what a cycle of ``quadratic`` gains: its draft is made before the block's first token is known.
-
-    Args:
-        session: Its cache ends before the block.
-        rows: [batch] rows of the session, on the host.
-        target: [batch, block] as for :func:`_reveal`.
-    """
-    masks = session.masks(len(rows), target.shape[1] - 1)
-    choice = session.forward(masks, rows, "search", causal=False).argmax(-1)  # [batch, block - 1]
-    right = choice[:, 1:] == target[:, 1:-1]
-    gained: list[int] = (1 + right.long().cumprod(1).sum(1)).tolist()
-    return gained
-
-
 def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[list[int]]:
     """Denoise a block, keeping every right position, until nothing changes or ``depth`` forwards are spent.
 
-    Args:
-        session: Its cache ends before the block.
-        rows: [batch] rows of the session, on the host.
-        target: [batch, block] the right tokens, the known first one included; -1 after the end of the output.
-        depth: Maximum number of forwards.
-
-    Returns:
-        For each row, tokens gained after each forward: those up to the first gap, and one more.
+    The cache of the rows [batch] ends before the block.  ``target`` [batch, block] has the right tokens, the known
+    first one included, and -1 after the end of the output.  Returns for each row the tokens gained after each
+    forward: those up to the first gap, and one more.
     """
     assert session.mask_token_id is not None  # decode() refuses models without one
     known = torch.zeros_like(target, dtype=torch.bool)  # [batch, block]
@@ -162,11 +135,8 @@ def _reveal(session: Session, rows: Tensor, target: Tensor, depth: int) -> list[
 def _shortest_path(gains: list[list[int]], length: int) -> list[tuple[int, int]]:
     """Return the cycles with the fewest forwards from the first token to the last, as (forwards, tokens gained).
 
-    A cycle may keep less than it gained, where the next one does better from an earlier token.
-
-    Args:
-        gains: For each token, what a cycle after it gains after 1, 2, ... forwards.
-        length: Number of tokens.
+    A cycle may keep less than it gained (``gains``, by token and forward), where the next one does better from an
+    earlier token.
     """
     # Dynamic programming from the end: cost[i] is the fewest forwards from token i to the last.
     cost, best = [0] * length, [(0, 0)] * length

@@ -54,16 +54,26 @@ class PipelineRunner:
                 continue
             chunk = self.chunks[chunk_index]
             if stage:
-                output = self._receive(tokens, stage) if self._size > 1 else output
+                if self._size > 1:
+                    output = self._empty(tokens.shape[1], tokens.shape[0], self.config.hidden_size)
+                    dist.recv(output, self._owner(stage - 1), self._group)
                 chunk.set_input_tensor(output)
             output = self._run(chunk, tokens, batch, indices)
             if self._size > 1 and stage + 1 < stages:
                 dist.send(output.contiguous(), self._owner(stage + 1), self._group)
-        contexts = self.selector_tables.rank if self.selector_tables is not None and batch.is_draft else 0
-        return self._broadcast_logits(tokens if indices is None else indices, output, contexts)
+        if self._size > 1:  # give every rank what the last stage has computed
+            if self._rank != self._size - 1:
+                contexts = self.selector_tables.rank if self.selector_tables is not None and batch.is_draft else 0
+                shape = (tokens if indices is None else indices).shape
+                output = self._empty(*shape, self.config.vocab_size + contexts)
+            assert output is not None  # the last rank has run the last stage
+            output = output.contiguous()
+            dist.broadcast(output, self._owner(self._size - 1), self._group)
+        assert output is not None
+        return output
 
     def _run(self, chunk: GPTModel, tokens: Tensor, batch: DecodeBatch, indices: Tensor | None) -> Tensor:
-        """Return the chunk's logits [batch, k or new, padded vocab], or its states [new, batch, hidden]."""
+        """Return what :func:`fast_forward` does, by it or by Megatron's modules."""
         chunk.attention_state.decode_batch = batch
         try:
             if self._fast:
@@ -78,25 +88,10 @@ class PipelineRunner:
         finally:
             chunk.attention_state.decode_batch = None
 
-    def _receive(self, tokens: Tensor, stage: int) -> Tensor:
-        """Receive the [new, batch, hidden] states of the stage before."""
-        shape = (tokens.shape[1], tokens.shape[0], self.config.hidden_size)
-        states = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
-        dist.recv(states, self._owner(stage - 1), self._group)
-        return states
+    def _empty(self, *shape: int) -> Tensor:
+        """Return memory for what another rank sends."""
+        return torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
 
     def _owner(self, stage: int) -> int:
         """Return the global rank of the process that runs a stage."""
         return dist.get_global_rank(self._group, stage % self._size)
-
-    def _broadcast_logits(self, indices: Tensor, logits: Tensor | None, contexts: int) -> Tensor:
-        """Return the last stage's logits and so many contexts, a vector per element of ``indices``, on every rank."""
-        if self._size > 1:
-            if self._rank != self._size - 1:
-                shape = (*indices.shape, self.chunks[0].vocab_size + contexts)
-                logits = torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device)
-            assert logits is not None  # the last rank has run the last stage
-            logits = logits.contiguous()
-            dist.broadcast(logits, self._owner(self._size - 1), self._group)
-        assert logits is not None
-        return logits

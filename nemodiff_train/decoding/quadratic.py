@@ -46,20 +46,15 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
         # The chain's logits verify the draft.
         verification = rejection_sample(sampler, draft_tokens, draft_logits, logits[:, :masks], active)
         last = commit_accepted(session, rows, active, verification)
-        # Of the groups' logits [batch, group, mask, vocab], those on the last accepted token hold the next draft.
+        # The groups' logits [batch, group, mask, vocab]; the group on the last accepted token holds the next draft.
         groups = logits[:, masks:].unflatten(1, (masks, masks))
         draft_logits = _drafting(session, groups[torch.arange(len(active)), verification.accepted])
 
 
 def _drafting(session: Session, group: Tensor) -> Tensor:
-    """Return the logits of a group that draft: its first mask is the certain token that verification gave.
+    """Return the logits [batch, masks - 1, vocab] of a group [batch, masks, vocab] that draft.
 
-    Args:
-        session: Tells whether the model was trained with the shift.
-        group: [batch, masks, vocab].
-
-    Returns:
-        [batch, masks - 1, vocab] for the positions after that token.
+    Its first mask is the certain token that verification gives; the draft comes after it.
     """
     return group[:, :-1] if session.model.config.shift else group[:, 1:]
 
@@ -67,8 +62,7 @@ def _drafting(session: Session, group: Tensor) -> Tensor:
 def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> tuple[Tensor, Tensor]:
     """Commit the prompts and draft after them, in one forward.
 
-    Returns:
-        Logits after each prompt's last token [rows, vocab], and of the first draft [rows, masks - 1, vocab].
+    Returns the logits after each prompt's last token [rows, vocab], and of the first draft [rows, masks - 1, vocab].
     """
     counts = torch.tensor([len(prompt) for prompt in prompts])
     width, lengths = int(counts.max()), session.cache.moved(counts)

@@ -3,16 +3,18 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
+from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import console, progress_bar, say, told_progress
 from nemodiff_train.data.chat import template_end_of_turn
-from nemodiff_train.data.columns import Document, Record, WholeRecords
+from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn, WholeRecords
+from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.sources import Source, documents
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
@@ -20,7 +22,7 @@ from nemodiff_train.decoding.answers import Answer, AnswerIndex, End, Settings, 
 from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.loading import DecodingModel, choose_mode, load_decoding_model
 from nemodiff_train.decoding.pipeline import PipelineRunner
-from nemodiff_train.decoding.rewriting import Asked, RewriteOptions, Rewriter
+from nemodiff_train.decoding.rewriting import ChatRewriter, Request, Rewriter, TextRewriter
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -33,13 +35,48 @@ _TURN_BITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegenerateOptions(RewriteOptions):
+class RegenerateOptions(InputOptions):
     """The arguments of ``nemodiff data regenerate`` that are not about a single answer."""
 
+    prompt_tokens: int | None = None
     output: str
     overwrite: bool = False
     mode: str | None = None
     batch_size: int = 32
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            UserError: Names the option.
+        """
+        super().check()
+        if self.chat and self.prompt_tokens is not None:
+            raise UserError("--prompt-tokens goes without --chat")
+        if not self.chat and (self.prompt_tokens is None) == (self.prompt_field is None):
+            raise UserError(
+                "say which part of a record is the prompt: --prompt-tokens N for the beginnings of texts, "
+                "--prompt-field NAME for a field, or --chat for conversations"
+            )
+
+    def columns(self, template: str | None) -> Columns[Document]:
+        """Return the fields to take from a record; an answer beside its prompt need not be there."""
+        if self.prompt_field and self.answer_field:
+            return PromptColumn(self.prompt_field, self.answer_field, template=template)
+        if self.prompt_field:
+            return TextColumn(self.prompt_field, option="--prompt-field")
+        return super().columns(template)
+
+    def rewriter(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Rewriter[Any]:
+        """Return what rewrites records.
+
+        Args:
+            tokenizer: The model's.
+            template: Its chat template; None for texts.
+        """
+        if template is None:
+            return TextRewriter(tokenizer, self.text_field or "text", self.prompt_tokens)
+        return ChatRewriter(tokenizer, template, self.messages_field or "messages", self.answer_field)
 
 
 def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dict[str, Any]) -> None:
@@ -81,10 +118,11 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
         end = template_end_of_turn(tokenizer, template)
         template = ChatTemplate(tokenizer, started)  # one date for all conversations, as 'data prepare' has it
         loaded = replace(loaded, settings=loaded.settings.stopping_at(end))
-    work = Regeneration(sources, options.rewriter(tokenizer, template), counts, unfinished)
-    work.write(loaded, mode, options.batch_size)
+    rewriter = options.rewriter(tokenizer, template)
+    work = _Regeneration(sources, rewriter, counts, unfinished, loaded, mode, options.batch_size)
+    work.write()
     if is_main_process():
-        say(f"{options.output}: {work.publish().line(loaded.settings.max_new_tokens)}")
+        say(f"{options.output}: {work.publish()}")
 
 
 def _settings(
@@ -97,7 +135,8 @@ def _settings(
     """Return all that the answers depend on."""
     drafter: Checkpoint | None = decoding["drafter"]
     free = ("drafter", "sampler", "tensor_parallel", "pipeline_parallel")
-    read = {name: value for name, value in vars(options).items() if name in RewriteOptions.__dataclass_fields__}
+    about_the_output = ("output", "overwrite", "mode", "batch_size")
+    read = {name: value for name, value in vars(options).items() if name not in about_the_output}
     settings = {
         "checkpoint": identity(checkpoint.iteration),
         "drafter": identity(drafter.iteration) if drafter else None,
@@ -110,11 +149,7 @@ def _settings(
 
 
 def _count_answers(sources: Sequence[Source[Record[Any]]], rewriter: Rewriter[Any], inputs: str) -> list[int]:
-    """Return the number of answers that each record takes; no record is refused after this.
-
-    Raises:
-        UserError: A record is malformed, or there is none.
-    """
+    """Return the number of answers that each record takes; refuse one that is malformed, or the lack of any."""
     counts = []
     with progress_bar(shown=is_main_process() and console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
@@ -127,90 +162,122 @@ def _count_answers(sources: Sequence[Source[Record[Any]]], rewriter: Rewriter[An
 
 
 @dataclass
-class Summary:
-    """What a regeneration has written."""
-
-    records: int = 0
-    left_out: int = 0
-    unfit: int = 0
-    """Records with a prompt that has no tokens, a token without a row in the model, or no room for the new ones."""
-    tokens: int = 0
-    """New tokens, of answers that were not kept as well."""
-    ends: Counter[End] = field(default_factory=Counter)
-    """Number of answers by how they end."""
-
-    def line(self, max_new_tokens: int) -> str:
-        """Return it in words."""
-        counts = {
-            f"answers cut after {max_new_tokens:,} tokens": self.ends["length"],
-            "empty answers": self.ends["empty"],
-            "records with a prompt that is empty, too long, or of tokens that the model lacks": self.unfit,
-            "records left out": self.left_out,
-        }
-        first = f"{self.records:,} records, {self.ends.total():,} answers of {self.tokens:,} tokens"
-        return "; ".join([first, *(f"{count:,} {what}" for what, count in counts.items() if count)])
-
-
-@dataclass(frozen=True)
-class Regeneration[Item]:
-    """A data set, and what writes its answers again."""
+class _Regeneration[Item]:
+    """A data set, and what writes its answers again, in batches of prompts of similar length."""
 
     sources: Sequence[Source[Record[Item]]]
     rewriter: Rewriter[Item]
     counts: Sequence[int]
     """Number of answers that each record takes."""
     unfinished: UnfinishedAnswers
+    loaded: DecodingModel
+    """The model, whose parallel groups exist."""
+    mode: str
+    batch_size: int
+    """Answers written together."""
+    finished: int = 0
+    """Number of this replica's records to which nothing is added any more."""
+    complete_before: int = 0
+    """Number of them that were so from the start."""
 
-    def write(self, loaded: DecodingModel, mode: str, batch_size: int) -> None:
+    def write(self) -> None:
         """Write all answers that are not there yet; every rank calls this.
 
         Data-parallel replicas take records in turn. At temperature 0 the answers depend neither on their number nor
         on the batch size, and above it the draws of each answer are its own.
-
-        Args:
-            loaded: The model, whose parallel groups exist.
-            mode: How to decode.
-            batch_size: Answers written together.
         """
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        there = AnswerIndex(self.unfinished.logs())
-        if len(there):
-            say(f"continuing after {len(there):,} answers")
+        existing = AnswerIndex(self.unfinished.logs())
+        if len(existing):
+            say(f"continuing after {len(existing):,} answers")
         records = islice(enumerate(documents(self.sources)), replica, None, replicas)
-        writer = _Writer(loaded, self.rewriter, self.counts, mode, batch_size)
         total, shown = len(range(replica, len(self.counts), replicas)), 0
         name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
         with (
             self.unfinished.log(replica if ranks == (0, 0) else None) as log,
             told_progress(name, total, "tokens") as advance,
         ):
-            for answers in writer.write((number, record, there.of(number)) for number, record in records):
+            for answers in self._batches((number, record, existing.of(number)) for number, record in records):
                 log.write(answer.model_dump_json() for answer in answers)
-                advance(
-                    writer.finished - shown, sum(answer.tokens for answer in answers), before=writer.complete_before
-                )
-                shown = writer.finished
+                new_tokens = sum(answer.tokens for answer in answers)
+                advance(self.finished - shown, new_tokens, before=self.complete_before)
+                shown = self.finished
         barrier()
 
-    def publish(self) -> Summary:
-        """Put the answers into their records, in the order of the inputs, and the output into its place."""
-        index, summary = AnswerIndex(self.unfinished.logs()), Summary()
+    def publish(self) -> str:
+        """Put the answers into their records, in the order of the inputs, and the output into its place.
+
+        Returns:
+            What was written, in words.
+        """
+        index, counts, ends = AnswerIndex(self.unfinished.logs()), Counter[str](), Counter[End]()
 
         def lines() -> Iterator[str]:
             for number, record in enumerate(documents(self.sources)):
                 answers = index.of(number)
-                summary.ends.update(answer.end for answer in answers)
-                summary.tokens += sum(answer.tokens for answer in answers)
-                summary.unfit += len(answers) < self.counts[number] and _may_go_on(answers)
-                if (row := self.rewriter.rewritten(record, answers)) is None:
-                    summary.left_out += 1
-                else:
-                    summary.records += 1
+                ends.update(answer.end for answer in answers)
+                counts["tokens"] += sum(answer.tokens for answer in answers)  # of answers that are not kept as well
+                counts["unfit"] += len(answers) < self.counts[number] and _may_go_on(answers)
+                row = self.rewriter.rewritten(record, answers)
+                counts["left out" if row is None else "records"] += 1
+                if row is not None:
                     yield _line(row)
 
         self.unfinished.publish(lines())
-        return summary
+        remarks = {
+            f"answers cut after {self.loaded.settings.max_new_tokens:,} tokens": ends["length"],
+            "empty answers": ends["empty"],
+            "records with a prompt that is empty, too long, or of tokens that the model lacks": counts["unfit"],
+            "records left out": counts["left out"],
+        }
+        first = f"{counts['records']:,} records, {ends.total():,} answers of {counts['tokens']:,} tokens"
+        return "; ".join([first, *(f"{count:,} {what}" for what, count in remarks.items() if count)])
+
+    def _batches(self, records: Iterator[tuple[int, Record[Item], list[Answer]]]) -> Iterator[list[Answer]]:
+        """Yield new answers, each record's in their order, to records with the answers that are there already."""
+        waiting: list[Request[Item]] = []
+        while True:
+            for record in islice(records, self.batch_size * _WAITING_BATCHES - len(waiting)):
+                requests = self._next_request(*record)
+                self.complete_before += not requests
+                waiting += requests
+            if not waiting:
+                return
+            waiting.sort(key=lambda request: len(request.prompt))
+            batch, waiting = waiting[-self.batch_size :], waiting[: -self.batch_size]
+            answers = self._answer(batch)
+            for request, answer in zip(batch, answers, strict=True):
+                waiting += self._next_request(request.number, request.record, [*request.answers, answer])
+            yield answers
+
+    def _next_request(self, number: int, record: Record[Item], answers: list[Answer]) -> list[Request[Item]]:
+        """Return the record's next request, if an answer is due and its prompt can be decoded."""
+        if len(answers) < self.counts[number] and _may_go_on(answers):
+            prompt = self.rewriter.prompt(record, answers)
+            config = PipelineRunner(self.loaded.model).config
+            limit = position_limit(config) or float("inf")
+            fits = len(prompt) + self.loaded.settings.max_new_tokens <= limit
+            if prompt and fits and max(prompt) < config.vocab_size:
+                return [Request(number, record, answers, prompt)]
+        self.finished += 1
+        return []
+
+    def _answer(self, batch: Sequence[Request[Item]]) -> list[Answer]:
+        """Return the answers to a batch of requests."""
+        settings = self.loaded.settings
+        numbers = [request.number << _TURN_BITS | len(request.answers) for request in batch]
+        generations, _ = decode(
+            self.loaded.model, [request.prompt for request in batch], self.mode, settings, numbers
+        )
+        answers = []
+        for request, generation in zip(batch, generations, strict=True):
+            tokens, turn = generation.tokens, len(request.answers)
+            text = self.rewriter.text(request, tokens, settings)
+            stopped = tokens[-1] in settings.stop_token_ids or settings.holds_stop(tokens)
+            end: End = "length" if not stopped else "stop" if text else "empty"
+            answers.append(Answer(record=request.number, turn=turn, text=text, tokens=len(tokens), end=end))
+        return answers
 
 
 def _line(row: Mapping[str, object]) -> str:
@@ -226,66 +293,3 @@ def _line(row: Mapping[str, object]) -> str:
 def _may_go_on(answers: Sequence[Answer]) -> bool:
     """Return whether another answer can follow these."""
     return all(answer.end == "stop" for answer in answers)
-
-
-@dataclass
-class _Writer[Item]:
-    """Writes answers in batches of prompts of similar length."""
-
-    loaded: DecodingModel
-    rewriter: Rewriter[Item]
-    counts: Sequence[int]
-    mode: str
-    batch_size: int
-    finished: int = 0
-    """Number of records to which nothing is added any more."""
-    complete_before: int = 0
-    """Number of them that were so from the start."""
-
-    def write(self, records: Iterator[tuple[int, Record[Item], list[Answer]]]) -> Iterator[list[Answer]]:
-        """Yield new answers, each record's in their order.
-
-        Args:
-            records: Number, record, and the answers that are there already.
-        """
-        waiting: list[Asked[Item]] = []
-        while True:
-            for record in islice(records, self.batch_size * _WAITING_BATCHES - len(waiting)):
-                due = self._ask(*record)
-                self.complete_before += not due
-                waiting += due
-            if not waiting:
-                return
-            waiting.sort(key=lambda asked: len(asked.prompt))
-            batch, waiting = waiting[-self.batch_size :], waiting[: -self.batch_size]
-            answers = self._answer(batch)
-            for asked, answer in zip(batch, answers, strict=True):
-                waiting += self._ask(asked.number, asked.record, [*asked.answers, answer])
-            yield answers
-
-    def _ask(self, number: int, record: Record[Item], answers: list[Answer]) -> list[Asked[Item]]:
-        """Return the record if another answer of it is due, and its prompt can be decoded."""
-        if len(answers) < self.counts[number] and _may_go_on(answers):
-            prompt = self.rewriter.prompt(record, answers)
-            config = PipelineRunner(self.loaded.model).config
-            limit = position_limit(config) or float("inf")
-            fits = len(prompt) + self.loaded.settings.max_new_tokens <= limit
-            if prompt and fits and max(prompt) < config.vocab_size:
-                return [Asked(number, record, answers, prompt)]
-        self.finished += 1
-        return []
-
-    def _answer(self, batch: Sequence[Asked[Item]]) -> list[Answer]:
-        """Return the next answer of each record."""
-        settings = self.loaded.settings
-        numbers = [asked.number << _TURN_BITS | len(asked.answers) for asked in batch]
-        generations, _ = decode(self.loaded.model, [asked.prompt for asked in batch], self.mode, settings, numbers)
-        answers = []
-        for asked, generation in zip(batch, generations, strict=True):
-            tokens = generation.tokens
-            text = self.rewriter.text(asked, tokens, settings)
-            stopped = tokens[-1] in settings.stop_token_ids or settings.holds_stop(tokens)
-            end: End = "length" if not stopped else "stop" if text else "empty"
-            turn = len(asked.answers)
-            answers.append(Answer(record=asked.number, turn=turn, text=text, tokens=len(tokens), end=end))
-        return answers

@@ -1,14 +1,13 @@
-"""Where a record's answers are written again: their prompts, and the record with the answers in their places."""
+"""The prompts of a record's answers, and the record with the answers that a model has written to them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.data.chat import asked_at_once
-from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn
-from nemodiff_train.data.inputs import InputOptions
+from nemodiff_train.data.columns import Record
 from nemodiff_train.data.messages import Conversation, Message
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.decoding.answers import Answer
@@ -19,13 +18,13 @@ Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Asked[Item]:
+class Request[Item]:
     """A record whose next answer is due."""
 
     number: int
     record: Record[Item]
     answers: Sequence[Answer]
-    """Those before it."""
+    """The record's answers before it."""
     prompt: list[int]
     """Token ids after which it is written."""
 
@@ -37,58 +36,17 @@ class Rewriter[Item](Protocol):
         """Return the number of answers that the record takes.
 
         Raises:
-            UserError: It cannot be asked for them.
+            UserError: The template cannot ask for them.
         """
 
     def prompt(self, record: Record[Item], answers: Sequence[Answer]) -> list[int]:
         """Return the token ids after which the next answer is written, given those before it."""
 
-    def text(self, asked: Asked[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, request: Request[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text that new tokens stand for in the record; empty for no answer."""
 
     def rewritten(self, record: Record[Item], answers: Sequence[Answer]) -> Row | None:
         """Return the fields of the record with its answers, None where it is left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewriteOptions(InputOptions):
-    """The arguments that say which parts of records are prompts, and which answers."""
-
-    prompt_tokens: int | None = None
-
-    def check(self) -> None:
-        """Refuse options that contradict each other.
-
-        Raises:
-            UserError: Names the option.
-        """
-        super().check()
-        if self.chat and self.prompt_tokens is not None:
-            raise UserError("--prompt-tokens goes without --chat")
-        if not self.chat and (self.prompt_tokens is None) == (self.prompt_field is None):
-            raise UserError(
-                "say which part of a record is the prompt: --prompt-tokens N for the beginnings of texts, "
-                "--prompt-field NAME for a field, or --chat for conversations"
-            )
-
-    def columns(self, template: str | None) -> Columns[Document]:
-        """Return the fields to take from a record; an answer beside its prompt need not be there."""
-        if self.prompt_field and self.answer_field:
-            return PromptColumn(self.prompt_field, self.answer_field, template=template)
-        if self.prompt_field:
-            return TextColumn(self.prompt_field, option="--prompt-field")
-        return super().columns(template)
-
-    def rewriter(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None) -> Rewriter[Any]:
-        """Return what rewrites records.
-
-        Args:
-            tokenizer: The model's.
-            template: Its chat template; None for texts.
-        """
-        if template is None:
-            return TextRewriter(tokenizer, self.text_field or "text", self.prompt_tokens)
-        return ChatRewriter(tokenizer, template, self.messages_field or "messages", self.answer_field)
 
 
 @dataclass(frozen=True)
@@ -110,9 +68,9 @@ class TextRewriter:
         ids: list[int] = self.tokenizer(record.document, add_special_tokens=False)["input_ids"]
         return ids[: self.prompt_tokens]
 
-    def text(self, asked: Asked[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, request: Request[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text from its beginning on: tokens that divide a character or a space are not cut apart."""
-        return _spelled(settings, asked.prompt, tokens)
+        return _spelled(settings, request.prompt, tokens)
 
     def rewritten(self, record: Record[str], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the whole text, and ``finish_reason``."""
@@ -155,21 +113,21 @@ class ChatRewriter:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def text(self, asked: Asked[Conversation], tokens: Sequence[int], settings: DecodingSettings) -> str:
+    def text(self, request: Request[Conversation], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the content that the template writes as what the model has written, empty if it is white space.
 
         Some templates put a space before an answer themselves, or drop white space around it.
         """
-        said, conversation = _spelled(settings, [], tokens), asked.record.document
-        if said == said.strip():
-            return said
-        before = self._before(asked.record, asked.answers)
-        written = self._render(conversation, before) + said
-        for content in (said, said.removeprefix(" ")) if said.strip() else ():
+        written, conversation = _spelled(settings, [], tokens), request.record.document
+        if written == written.strip():
+            return written
+        before = self._before(request.record, request.answers)
+        text = self._render(conversation, before) + written
+        for content in (written, written.removeprefix(" ")) if written.strip() else ():
             messages: list[Message] = [*before, {"role": "assistant", "content": content}]
-            if self._render(conversation, messages, add_generation_prompt=False).startswith(written):
+            if self._render(conversation, messages, add_generation_prompt=False).startswith(text):
                 return content
-        return said.strip()
+        return written.strip()
 
     def rewritten(self, record: Record[Conversation], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the messages up to the last whole answer."""

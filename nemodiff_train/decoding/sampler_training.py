@@ -20,21 +20,20 @@ from nemodiff_train.model.checksums import identity
 from nemodiff_train.sampler.description import Description, Point
 from nemodiff_train.sampler.features import FEATURES
 from nemodiff_train.sampler.network import SlotNetwork
-from nemodiff_train.sampler.states import States
 from nemodiff_train.sampler.storage import TrainedSampler
-from nemodiff_train.sampler.training import fit
+from nemodiff_train.sampler.training import States, fit
 
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Probabilities that the finished sampler is tried at, and the policy ``threshold`` beside it."""
 HELD_OUT = 5
-"""One prompt in so many teaches nothing and judges the result."""
+"""One prompt per so many is held out from training, and judges the result."""
 _HIGHEST = 5.0
 """Log-odds up to which the cuts of training trajectories are drawn, from 0: probabilities of 0.5 to 0.993."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
-    """How a sampler is trained."""
+    """Settings of a sampler's training."""
 
     trajectories: int = 2000
     """Blocks to decode for training, those of both rounds together."""
@@ -42,12 +41,10 @@ class SamplerOptions:
     """Optimizer steps of the second round; the first has half as many."""
     layers: int = 4
     width: int = 384
-    learning_rate: float = 1e-3
-    states_per_step: int = 32
     batch_size: int = 64
     """Blocks decoded together."""
     seed: int = 0
-    """Of the draws and of the network."""
+    """Seed of the draws and of the network."""
 
 
 def confidence(features: Tensor) -> Tensor:
@@ -72,10 +69,10 @@ def train_sampler(
     """
     by_prompt = references(opened, prompts, options.batch_size)
     held_out = [block for blocks in by_prompt[::HELD_OUT] for block in blocks]
-    taught = [block for number, blocks in enumerate(by_prompt) if number % HELD_OUT for block in blocks]
-    if not held_out or not taught:
+    train = [block for number, blocks in enumerate(by_prompt) if number % HELD_OUT for block in blocks]
+    if not held_out or not train:
         raise UserError("too few answers end or fill a block; give more prompts, or a higher --max-new-tokens")
-    recorder = _Recorder(opened, options)
+    recorder = _Recorder(opened, options.batch_size, torch.Generator().manual_seed(options.seed))
     device = PipelineRunner(opened.model).device
     torch.manual_seed(options.seed)
     network = SlotNetwork(opened.settings.block_size, options.layers, options.width).to(device)
@@ -86,7 +83,7 @@ def train_sampler(
     states: list[States] = []
     rounds: tuple[tuple[Judge, int], ...] = ((confidence, (options.steps + 1) // 2), (trained_judge, options.steps))
     for number, (judge, steps) in enumerate(rounds, 1):
-        states.append(recorder.drawn(f"trajectories, round {number}", taught, (options.trajectories + 1) // 2, judge))
+        states.append(recorder.drawn(f"trajectories, round {number}", train, (options.trajectories + 1) // 2, judge))
         _train(network, States.joined(states), steps, options, f"training, round {number}")
     trained = recorder.points("held-out blocks, trained", held_out, trained_judge, CUTS)
     threshold = recorder.points("held-out blocks, threshold", held_out, confidence, CUTS)
@@ -114,16 +111,14 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
     Mode ``ar`` where the model has it; else block diffusion, one position a forward.
     """
     settings, config = opened.settings, PipelineRunner(opened.model).config
-    on_grid = config.clean_attention == "block_causal"
+    on_grid, seeds = config.clean_attention == "block_causal", has_seeds(config)
     careful = replace(settings, policy="fixed", steps=settings.block_size)
     blocks = []
     with told_progress("reference answers", len(prompts)) as advance:
         for batch in batched(prompts, batch_size):
             answers, _ = decode(opened.model, batch, "diffusion" if on_grid else "ar", careful)
             for prompt, answer in zip(batch, answers, strict=True):
-                blocks.append(
-                    reference_blocks(prompt, answer, settings.block_size, on_grid=on_grid, seeds=has_seeds(config))
-                )
+                blocks.append(reference_blocks(prompt, answer, settings.block_size, on_grid=on_grid, seeds=seeds))
             advance(len(batch))
     return blocks
 
@@ -131,30 +126,26 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
 def choose_cut(trained: Sequence[Point], threshold: Sequence[Point]) -> float:
     """Return the lowest cut with no larger share of wrong tokens than the policy ``threshold`` has at its best.
 
-    Where no cut is as good, the lowest of the sampler's own best.
+    Where no cut is as good, return the lowest of the sampler's own best.
     """
     bound = max(min(point.wrong for point in points) for points in (trained, threshold))
     return next(point.cut for point in trained if point.wrong <= bound)
 
 
+@dataclass(frozen=True)
 class _Recorder:
-    """Decodes blocks in batches.
+    """Decodes blocks in batches."""
 
-    Args:
-        opened: The model.
-        options: Blocks decoded together, and the seed.
-    """
-
-    def __init__(self, opened: DecodingModel, options: SamplerOptions) -> None:
-        self._opened, self._batch_size = opened, options.batch_size
-        self._draw = torch.Generator().manual_seed(options.seed)
+    opened: DecodingModel
+    batch_size: int
+    draw: torch.Generator
 
     def drawn(self, description: str, blocks: Sequence[ReferenceBlock], count: int, judge: Judge) -> States:
         """Return the states of so many blocks, each decoded as often as any other, at cuts that are drawn."""
         order: list[int] = []
         while len(order) < count:
-            order += torch.randperm(len(blocks), generator=self._draw).tolist()
-        cuts = (_HIGHEST * torch.rand(count, generator=self._draw)).sigmoid()
+            order += torch.randperm(len(blocks), generator=self.draw).tolist()
+        cuts = (_HIGHEST * torch.rand(count, generator=self.draw)).sigmoid()
         with told_progress(description, count) as advance:
             parts = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
         return States.joined([part.states for part in parts])
@@ -176,9 +167,10 @@ class _Recorder:
         self, blocks: Sequence[ReferenceBlock], judge: Judge | None, cuts: Tensor, advance: Callable[[int], None]
     ) -> list[Trajectories]:
         parts = []
-        for batch in batched(range(len(blocks)), self._batch_size):
-            some, cut = [blocks[index] for index in batch], cuts[list(batch)]
-            parts.append(record(self._opened.model, some, self._opened.settings.block_size, judge, cut))
+        for batch in batched(range(len(blocks)), self.batch_size):
+            batch_blocks, batch_cuts = [blocks[index] for index in batch], cuts[list(batch)]
+            block_size = self.opened.settings.block_size
+            parts.append(record(self.opened.model, batch_blocks, block_size, judge, batch_cuts))
             advance(len(batch))
         return parts
 
@@ -188,15 +180,8 @@ def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOpt
 
     def fitted() -> dict[str, Tensor]:
         with told_progress(description, steps) as advance:
-            fit(
-                network,
-                states,
-                steps=steps,
-                batch_size=options.states_per_step,
-                learning_rate=options.learning_rate,
-                seed=options.seed,
-                after_step=lambda step, loss: advance(1),
-            )
+            for _ in fit(network, states, steps=steps, batch_size=32, learning_rate=1e-3, seed=options.seed):
+                advance(1)
         return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
     network.load_state_dict(from_main_process(fitted))

@@ -53,6 +53,7 @@ class Sampler:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = logits / self.settings.temperature
         if self.settings.top_k:
+            # [batch, positions, 1] the smallest logit that is kept.
             smallest = logits.topk(min(self.settings.top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < smallest, -torch.inf)
         probs = logits.softmax(-1)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
 from nemodiff_train.attention.kernels import kernels_for_any_length
@@ -57,7 +58,7 @@ class Session:
         self.selector_tables = self.model.selector_tables
         """The path selector of the model's drafter; None without one."""
         self.draft_kind = self.model.draft_kind
-        """What the drafts of the model's drafter look like; without one, those of a tri-mode model."""
+        """Kind of the drafts of the model's drafter; without one, of a tri-mode model's."""
         self.forwards: list[Counter[str]] = [Counter() for _ in range(rows)]
         """Calls of the model that each row took part in, by kind."""
         self.seconds: dict[str, float] = defaultdict(float)
@@ -75,7 +76,7 @@ class Session:
         layout: Layout | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
-        """Run new tokens after those that their rows have committed; see :meth:`draft` for drafts to select from.
+        """Run new tokens after those that their rows have committed.
 
         Args:
             tokens: [batch, new] token ids.
@@ -89,64 +90,34 @@ class Session:
         Returns:
             [batch, k or new, vocab] fp32 logits; the mask token's are -inf.  Index i predicts the token at i + 1 in a
             causal forward, at i in one that fills masks; in a block-causal prefill or commit, what the model was
-            trained for.
+            trained for.  In a draft forward of a model with a path selector, the contexts of its scores follow the
+            logits: [batch, k or new, vocab + rank].
 
         Raises:
             NotFinite: Logits are infinite or not numbers.
             ValueError: A row would outgrow the session's capacity.
         """
-        return self._forward(tokens, rows, kind, causal, block_size, layout, indices)[0]
-
-    @torch.inference_mode()
-    def draft(self, tokens: Tensor, rows: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-        """Run a draft forward.
-
-        Args:
-            tokens: [batch, new] token ids.
-            rows: [batch] rows of the session they belong to, ascending; on the host.
-            causal: Causal attention among the new tokens; otherwise they see one another.
-
-        Returns:
-            What :meth:`forward` returns; and [batch, new, rank] what the states at the same indices tell a path
-            selector, of rank 0 without one.
-        """
-        return self._forward(tokens, rows, "draft", causal)
-
-    def _forward(
-        self,
-        tokens: Tensor,
-        rows: Tensor,
-        kind: ForwardKind,
-        causal: bool,
-        block_size: int | None = None,
-        layout: Layout | None = None,
-        indices: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        self._check_room(rows, tokens.shape[1])
+        new = tokens.shape[1]
+        needed = int(self.cache.lengths[rows].max()) + new
+        if needed > self.cache.capacity:
+            raise ValueError(f"a row needs {needed} positions; the session holds {self.cache.capacity}")
         started = time.perf_counter()
         if layout is None:
-            block = 1 if causal else block_size or tokens.shape[1]
-            batch = DecodeBatch.consecutive(self.cache, rows, tokens.shape[1], block)
+            batch = DecodeBatch.consecutive(self.cache, rows, new, 1 if causal else block_size or new)
         else:
             batch = DecodeBatch.from_layout(self.cache, rows, *layout)
-        if kind == "draft":
-            batch = replace(batch, is_draft=True)
+        batch = replace(batch, is_draft=kind == "draft")
         with kernels_for_any_length():
-            output = self.model(tokens, batch, indices)
-        first_context = output.shape[-1] - (
-            self.selector_tables.rank if self.selector_tables and batch.is_draft else 0
-        )
-        logits, contexts = output[..., : self.vocab_size].float(), output[..., first_context:].float()
+            logits = self.model(tokens, batch, indices).float()
         check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
         if kind in MASK_FILLING and not causal and self.model.config.shift:
-            # A block's first index gets the last's, but it is the seed: never used.
-            logits, contexts = logits.roll(1, dims=1), contexts.roll(1, dims=1)
+            logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
         self.seconds[kind] += time.perf_counter() - started
         for row in rows.tolist():
             self.forwards[row][kind] += 1
-        return logits, contexts
+        return logits
 
     def calls(self, row: int) -> int:
         """Return the number of forwards that a row has taken part in so far."""
@@ -164,13 +135,8 @@ class Session:
             generations[row].extend([token], [self.calls(row)])
 
     def masks(self, rows: int, count: int) -> Tensor:
-        """Return [rows, count] mask tokens.
-
-        Raises:
-            ValueError: The model has no mask token; :func:`~nemodiff_train.decoding.decode.decode` refuses it.
-        """
-        if self.mask_token_id is None:
-            raise ValueError("this model has no mask token")
+        """Return [rows, count] mask tokens."""
+        assert self.mask_token_id is not None  # decode() refuses models without one
         return torch.full((rows, count), self.mask_token_id, device=self.device)
 
     def commit(self, rows: Tensor, counts: Tensor | int) -> None:
@@ -213,23 +179,13 @@ class Session:
             longest = int(lengths[waiting[0]])
             count = max(1, PREFILL_TOKENS // max(longest, 1))
             rows, waiting = waiting[:count].sort().values, waiting[count:]
-            padded = torch.zeros(len(rows), longest, dtype=torch.long)
-            for index, row in enumerate(rows.tolist()):
-                padded[index, : lengths[row]] = torch.tensor(prompts[row])
-            tokens, last = (
-                self.cache.moved(values) for values in (padded, (lengths[rows] - 1).clamp(min=0)[:, None])
-            )
-            logits = self.forward(
-                tokens, rows, "prefill", causal=block_size is None, block_size=block_size, indices=last
-            )
+            padded = pad_sequence([torch.tensor(prompts[row], dtype=torch.long) for row in rows], batch_first=True)
+            tokens, last = self.cache.moved(padded), self.cache.moved((lengths[rows] - 1).clamp(min=0)[:, None])
+            causal = block_size is None
+            logits = self.forward(tokens, rows, "prefill", causal=causal, block_size=block_size, indices=last)
             self.commit(rows, lengths[rows])
             last_logits.update(zip(rows.tolist(), logits[:, 0], strict=True))
         return torch.stack([last_logits[row] for row in range(len(prompts))])
-
-    def _check_room(self, rows: Tensor, new: int) -> None:
-        needed = int(self.cache.lengths[rows].max()) + new
-        if needed > self.cache.capacity:
-            raise ValueError(f"a row needs {needed} positions; the session holds {self.cache.capacity}")
 
 
 def running(generations: Sequence[Generation], rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.sampler.features import SlotHistory
-from nemodiff_train.sampler.states import States
+from nemodiff_train.sampler.training import States
 
 Judge = Callable[[Tensor], Tensor]
 """Probabilities [rows, block] that tokens are right, of features [rows, block, features]."""
@@ -25,14 +25,14 @@ class ReferenceBlock:
     context: list[int]
     """Tokens before it."""
     tokens: list[int]
-    """Its own: fewer than a block where a stop token ends them."""
+    """The block's tokens: fewer than a block where a stop token ends them."""
     known: int
-    """Of them, the number that decoding knows before its first forward over the block."""
+    """Number of these that decoding knows before its first forward over the block."""
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What became of some blocks."""
+    """The states of some blocks on their way from masks to text, and what they took."""
 
     states: States
     forwards: int
@@ -40,7 +40,7 @@ class Trajectories:
     tokens: int
     """Tokens that were to be found."""
     wrong: int
-    """Of them, those that a forward would have unmasked with another token than the reference's."""
+    """Those of them that a forward would have unmasked with another token than the reference's."""
 
 
 def reference_blocks(
@@ -102,16 +102,18 @@ def record(
     tokens = torch.where(known, reference, session.masks(*reference.shape))
     history, states, forwards, wrong = SlotHistory(tokens), [], 0, 0
     while len(rows := (~known & (reference >= 0)).any(1).cpu().nonzero()[:, 0]):
+        # Blocks [rows, block] that have masks left; logits, the most probable tokens, and their features.
         before, target, masked = tokens[rows], reference[rows], ~known[rows]
         logits = session.forward(before, rows, "denoise", causal=False)
         guess = logits.argmax(-1)
         features = history.observe(rows, logits, guess, before, masked)
         states.append(States(features.cpu(), masked.cpu(), (guess == target).cpu()))
+        # Slots [rows, block] that the judge unmasks.
         probability = (guess == target).float() if judge is None else judge(features)
         unmask = reaching(probability, masked, cuts[rows, None])
         wrong += int((unmask & (guess != target) & (target >= 0)).sum())
         forwards += len(rows)
-        # Of a row that would unmask nothing but what lies after the end, the first slot.
+        # Nothing after the text's end is unmasked; a row without another slot to unmask gets its first one.
         unmask &= target >= 0
         first = masked & (masked.cumsum(1) == 1)
         unmask |= first & ~unmask.any(1, keepdim=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemodiff_train.decoding.chain import Chain, appended, initial_history
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
-from nemodiff_train.decoding.linear import Draft, speculate
+from nemodiff_train.decoding.linear import Draft, decode_linear
 from nemodiff_train.decoding.sampling import Sampler
 from nemodiff_train.decoding.session import Layout, Session
 
@@ -30,7 +30,7 @@ def decode_tree(session: Session, prompts: Sequence[Sequence[int]], sampler: Sam
     Returns:
         One generation per prompt.
     """
-    return speculate(session, prompts, sampler, _verify_tree)
+    return decode_linear(session, prompts, sampler, _verify_tree)
 
 
 NextLogProbs = Callable[[int, Tensor], Tensor]
@@ -85,20 +85,16 @@ class DraftTree:
     def ancestors(self) -> Tensor:
         """Return [batch, n, n] whether the node of the last axis is an ancestor of a node, or that node."""
         size = self.parents.shape[1]
+        # Start from each node and its parent; each product of the matrix with itself doubles the distance.
         reaches = torch.eye(size, device=self.parents.device).repeat(len(self.parents), 1, 1)
         reaches.scatter_(2, self.parents[..., None], 1.0)
-        for _ in range((size - 1).bit_length()):  # each product doubles the distance
+        for _ in range((size - 1).bit_length()):
             reaches = (reaches @ reaches).clamp(max=1)
         return reaches.bool()
 
 
 def _verify_tree(
-    session: Session,
-    rows: list[Generation],
-    active: Tensor,
-    last: Tensor,
-    draft: Draft,
-    sampler: Sampler,
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
 ) -> Tensor:
     """Verify the most probable continuations and keep the branch that the verifier follows."""
     settings, length = sampler.settings, draft.logits.shape[1]
@@ -107,19 +103,27 @@ def _verify_tree(
     logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
     choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
     # A node is on the branch if it and all its ancestors are what the verifier has chosen after their parents.
-    matches = choices.gather(1, tree.parents) == tokens
+    matches = choices.gather(1, tree.parents) == tokens  # [batch, n]
     matches[:, 0] = True
     on_branch = ~(sees & ~matches[:, None, :]).any(-1)
     proposed = _mass_of_children(logits, tokens, tree.parents)
 
+    sure, branches = not session.draft_kind.seed_in_block, []
     on_host = torch.stack([on_branch.long(), tokens, tree.parents, choices]).cpu()  # each copy is a wait
-    tests_on_host, branches = proposed.cpu(), []
-    for index, row in enumerate(active.tolist()):
-        branch, *of_nodes = (*on_host[:, index], tests_on_host[index])
-        branches.append(branch.nonzero()[:, 0])
-        drafted, emitted, accepts, tests = _as_cycle(branches[-1].tolist(), *(column.tolist() for column in of_nodes))
-        sure = not session.draft_kind.seed_in_block
-        rows[row].extend_by_cycle(emitted, session.calls(row), drafted, accepts, tests, sure)
+    for index, (row, mass) in enumerate(zip(active.tolist(), proposed.tolist(), strict=True)):
+        branches.append(on_host[0, index].nonzero()[:, 0])
+        branch, (token_of, parent_of, choice_after) = branches[-1].tolist(), on_host[1:, index].tolist()
+        # The draft of the record is the branch and, where it ends at a node with children, the first of these.
+        children = [node for node in range(1, len(parent_of)) if parent_of[node] == branch[-1]]
+        drafted = branch[1:] + children[:1]
+        rows[row].extend_by_cycle(
+            [*(token_of[node] for node in branch[1:]), choice_after[branch[-1]]],
+            session.calls(row),
+            draft_tokens=[token_of[node] for node in drafted],
+            accept_mask=[node in branch for node in drafted],
+            accept_probs=[mass[parent_of[node]] for node in drafted],
+            sure=sure,
+        )
     session.commit_nodes(active, branches)
     ends = torch.stack([branch[-1:] for branch in branches])
     return choices.gather(1, session.cache.moved(ends))
@@ -133,7 +137,7 @@ def _candidates(
     if session.selector_tables is None:
         log_probs = (draft.logits / temperature).log_softmax(-1)
         values, candidates = log_probs.topk(min(width, log_probs.shape[-1]), dim=-1)
-        return lambda depth, histories: values[:, depth, None], candidates
+        return lambda depth, histories: values[:, depth, None], candidates  # the same after every history
     chain = Chain.of(session.selector_tables, *draft)
     return (
         lambda depth, histories: (chain.logits(depth, histories) / temperature).log_softmax(-1)[..., :width],
@@ -141,31 +145,10 @@ def _candidates(
     )
 
 
-def _as_cycle(
-    branch: list[int], tokens: list[int], parents: list[int], choices: list[int], proposed: list[float]
-) -> tuple[list[int], list[int], list[bool], list[float]]:
-    """Return what a cycle is recorded by: the branch, and where it ended at a node with children, the first of these.
-
-    Args:
-        branch: Nodes that are kept, the root first.
-        tokens: Token of each node.
-        parents: Parent of each node.
-        choices: What the verifier has chosen to follow each node.
-        proposed: Probability that it chooses one of a node's children.
-
-    Returns:
-        The recorded draft; the tokens that are emitted; whether each of the draft is accepted; and its probability.
-    """
-    accepted, end = [tokens[node] for node in branch[1:]], branch[-1]
-    refused = [tokens[node] for node in range(1, len(parents)) if parents[node] == end][:1]
-    drafted = accepted + refused
-    accepts = [True] * len(accepted) + [False] * len(refused)
-    return drafted, [*accepted, choices[end]], accepts, [proposed[node] for node in branch[: len(drafted)]]
-
-
 def _mass_of_children(logits: Tensor, tokens: Tensor, parents: Tensor) -> Tensor:
     """Return [batch, n] the probability, at temperature 1, that what follows a node is one of its children."""
-    normalizers = logits.logsumexp(-1).gather(1, parents)  # of each node's parent
+    # [batch, n] the probability of each node's token after its parent.
+    normalizers = logits.logsumexp(-1).gather(1, parents)
     of_node = logits.flatten(1).gather(1, parents * logits.shape[-1] + tokens)
     probs = (of_node - normalizers).exp()
     probs[:, 0] = 0.0  # the root is nobody's child

@@ -19,7 +19,7 @@ class DrafterConfig:
     """
 
     kind: Literal["nemotron", "uno"] = "nemotron"
-    """What drafts look like; see :data:`~nemodiff_train.objective.drafts.DRAFT_KINDS`."""
+    """Kind of the drafts; see :data:`~nemodiff_train.objective.drafts.DRAFT_KINDS`."""
 
     loss: Literal["lk_hybrid", "total_variation", "cross_entropy", "kl"] = "lk_hybrid"
     """``lk_hybrid``: lambda KL(p || q) + (1 - lambda) TV(p, q) + cross-entropy to the verifier's choice.
@@ -53,7 +53,7 @@ def selector(kind: Literal["nemotron", "uno"]) -> DrafterConfig:
     """Return the switches of a path selector's training: the drafter's loss, at the temperature of decoding.
 
     Args:
-        kind: Of its drafter.
+        kind: Kind of its drafter.
     """
     return DrafterConfig(kind=kind, temperature=1.0, support=0)
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
 from nemodiff_train.drafter.slots import Slots
-from nemodiff_train.drafter.step import DraftLoss, Head, in_chunks
+from nemodiff_train.drafter.step import DraftLoss, Head, JudgedSlots, in_chunks
 from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, PathSelector
 
 
@@ -23,72 +22,47 @@ class SelectorLoss(DraftLoss):
 
     selector: PathSelector
 
-    def _history(self, slots: Slots, shifted: bool) -> Tensor:
+    def _history(self, slots: Slots) -> Tensor:
         """Return the text's tokens before the one that each position drafts, the nearest first: [batch, n, HISTORY].
 
         Those before the draft are all its known token, as decoding has them.
         """
-        text = self.batch["tokens"][:, self.batch["maskable"].shape[1] :]
-        tokens = [text if shifted else self.state.shard.before(text, self.state.context_group)]
-        for _ in range(HISTORY - 1):
+        tokens = [self.batch["tokens"][:, self.batch["maskable"].shape[1] :]]  # [batch, n] the text
+        for _ in range(HISTORY - int(self.shifted)):
             tokens.append(self.state.shard.before(tokens[-1], self.state.context_group))
         within = (self._own(slots.number) - 1).clamp(min=0)[..., None]
         index = torch.arange(HISTORY, device=within.device).minimum(within)
-        return torch.stack(tokens, dim=-1).gather(-1, index)
+        return torch.stack(tokens[-HISTORY:], dim=-1).gather(-1, index)
 
     def _judge(
-        self, head: Head, drafts: Tensor, verifiers: Tensor, uniform: Tensor, previous: Tensor
-    ) -> "JudgedChains":
-        """Find out what becomes of each slot; the arguments are those of the base class."""
+        self, head: Head, drafts: Tensor, verifiers: Tensor, uniform: Tensor, slots: Slots, index: Tensor
+    ) -> JudgedSlots:
+        """Judge each slot; the arguments are those of the base class."""
+        previous = self._history(slots).flatten(0, 1)[index]  # [S, HISTORY]
         parts: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
             for draft, verifier, draw, before in in_chunks(drafts, verifiers, uniform, previous):
-                q, p = head.logits(draft), head.logits(verifier)  # [slots, vocabulary]
-                draft_logits, candidates = q.topk(min(CANDIDATES, q.shape[-1]), dim=-1)  # [slots, K]
+                # Logits of the drafter and of the verifier p, [slots, vocabulary]; the candidates [slots, K].
+                logits, p = head.logits(draft), head.logits(verifier)
+                draft_logits, candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+                # Logits of the chain q: [slots, K], then [slots, vocabulary].
                 chain = draft_logits + self.selector(head.rows(before), head.rows(candidates), draft)
-                outcome = judge(torch.full_like(q, NEVER).scatter_(-1, candidates, chain), p, draw, self.settings)
-                among = (candidates == p.argmax(-1, keepdim=True)).any(-1)
-                parts.append((*outcome, among, candidates, draft_logits, p.gather(-1, candidates)))
-        outcomes = (torch.cat(parts) for parts in zip(*parts, strict=True))
-        return JudgedChains(head, self.selector, self.settings, drafts.detach(), previous, *outcomes)
+                q = torch.full_like(logits, NEVER).scatter_(-1, candidates, chain)
+                has_loss = (candidates == p.argmax(-1, keepdim=True)).any(-1)
+                outcome = judge(q, p, draw, self.settings)
+                parts.append((*outcome, has_loss, candidates, draft_logits, p.gather(-1, candidates)))
+        agrees, accepted, has_loss, *of_slots = (torch.cat(column) for column in zip(*parts, strict=True))
 
+        def chunk_total(
+            draft: Tensor, before: Tensor, candidates: Tensor, draft_logits: Tensor, p: Tensor, weights: Tensor
+        ) -> Tensor:
+            chain = draft_logits + self.selector(head.rows(before), head.rows(candidates), draft)
+            return (slot_losses(chain, p, self.settings) * weights).sum()
 
-@dataclass(frozen=True)
-class JudgedChains:
-    """The slots of a path selector; a :class:`~nemodiff_train.drafter.step.Judged`."""
+        def total(weights: Tensor) -> Tensor:
+            chunks = in_chunks(drafts.detach(), previous, *of_slots, weights)
+            # Rows of the output layer are taken again in the backward pass.
+            sums: list[Tensor] = [checkpoint(chunk_total, *chunk, use_reentrant=False) for chunk in chunks]
+            return torch.stack(sums).sum()
 
-    head: Head
-    selector: PathSelector
-    settings: DrafterConfig
-    drafts: Tensor
-    """[S, hidden] states that draft."""
-    previous: Tensor
-    """[S, HISTORY] the text's tokens before each slot's."""
-    agrees: Tensor
-    accepted: Tensor
-    has_loss: Tensor
-    candidates: Tensor
-    """[S, K] token ids."""
-    draft_logits: Tensor
-    """[S, K] logits of the draft."""
-    verifier: Tensor
-    """[S, K] logits of the verifier."""
-
-    def total(self, weights: Tensor) -> Tensor:
-        """Return the weighted sum of the losses; rows of the output layer are taken again in the backward pass."""
-        slots = in_chunks(self.previous, self.candidates, self.drafts, self.draft_logits, self.verifier, weights)
-        sums: list[Tensor] = [checkpoint(self._sum, *chunk, use_reentrant=False) for chunk in slots]
-        return torch.stack(sums).sum()
-
-    def _sum(
-        self,
-        previous: Tensor,
-        candidates: Tensor,
-        drafts: Tensor,
-        draft_logits: Tensor,
-        verifier: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """Return the weighted sum of the losses of some slots."""
-        chain = draft_logits + self.selector(self.head.rows(previous), self.head.rows(candidates), drafts)
-        return (slot_losses(chain, verifier, self.settings) * weights).sum()
+        return JudgedSlots(agrees, accepted, has_loss, total)

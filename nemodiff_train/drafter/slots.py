@@ -30,6 +30,7 @@ class Slots:
             kind: What drafts look like.
             shifted: Whether a position predicts the next token.
         """
+        # Position [batch, L] at which each position's block begins, and its number in the block's draft.
         documents, blocks = segment_ids[:, 0].contiguous(), segment_ids[:, 1].contiguous()
         start = torch.searchsorted(blocks, blocks)
         number = torch.arange(blocks.shape[1], device=blocks.device) - start + int(shifted)
@@ -54,6 +55,7 @@ class Slots:
         Args:
             passed: [batch, L] whether each slot has.
         """
+        # Failed slots before each position: as many as before its block, unless one of its draft has failed.
         failed = (self.exists & ~passed).long()
         before = failed.cumsum(1) - failed
         return self.exists & (before == before.gather(1, self.start))
@@ -61,14 +63,14 @@ class Slots:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of the slots of whole samples."""
+    """Outcomes of the slots of whole samples."""
 
     weights: Tensor
     """[batch, L] weight of each slot's loss, fp32."""
     counted: Tensor
-    """[batch, L] whether it counts."""
+    """[batch, L] whether the slot counts."""
     accepted: Tensor
-    """[batch, L] whether greedy decoding would have accepted it and all before it."""
+    """[batch, L] whether greedy decoding would have accepted the slot and all before it."""
     usable: Tensor
     """[batch, L] whether the data have a target there and at all slots before it."""
 

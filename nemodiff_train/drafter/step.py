@@ -1,13 +1,11 @@
-"""What the forward step trains a drafter on: drafts from the noisy half, their verification from the clean half.
+"""The drafter's loss in the forward step: drafts from the noisy half, their verification from the clean half.
 
 Every block of a sample is a draft, of tokens that it does not know.  The noisy half has the adapters and drafts; the
-clean half has none and is what AR decoding would say of the same text.  So one forward gives both, of many drafts at
-once.
+clean half has none and verifies, as AR decoding would.  So one forward gives both, for many drafts at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -55,7 +53,7 @@ def draft_tokens(
     else:
         assert model.mask_token_id is not None  # such a drafter is refused for a model that has none
         noisy = torch.full_like(clean, model.mask_token_id)
-    if kind.seed_in_block:
+    if kind.seed_in_block:  # the first token of each block is known
         first = torch.ones_like(blocks, dtype=torch.bool)
         first[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
         noisy = clean.where(copied_to(clean.device, shard.take(first, blocks.shape[1])), noisy)
@@ -79,6 +77,11 @@ class DraftLoss:
     report: Report = field(default_factory=dict)
     """[sum, count] per figure; the count of ``draft_loss`` is the denominator."""
 
+    @property
+    def shifted(self) -> bool:
+        """Return whether a position predicts the next token."""
+        return self.settings.draft_kind.shifted(self.model.shift)
+
     def from_hidden_states(
         self,
         *,
@@ -94,28 +97,27 @@ class DraftLoss:
         """
         weight = output_layer.weight if output_weight is None else output_weight
         head = Head(weight, self.model, output_layer.tp_group)
-        kind, length = self.settings.draft_kind, self.batch["segment_ids"].shape[2]
-        shifted = kind.shifted(self.model.shift)
+        shard, group, device = self.state.shard, self.state.context_group, hidden_states.device
         # The host finds the slots, in its own copy of the ids: it need not wait for the device to count them.
-        slots, device = Slots.of(self.batch["host_segment_ids"], kind, shifted), hidden_states.device
+        slots = Slots.of(self.batch["host_segment_ids"], self.settings.draft_kind, self.shifted)
         index_on_host = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
         uniform = copied_to(device, self._own(self._uniform(slots.exists)).flatten(0, 1)[index_on_host])  # [S, 2]
         index, slots = copied_to(device, index_on_host), slots.copied_to(device)
 
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
-        states = gather_hidden_states(hidden_states, output_layer).transpose(0, 1)
-        noisy, clean = states.chunk(2, dim=1)
-        # What follows a prompt is the verifier's own token: drafts begin in answers.
+        noisy, clean = gather_hidden_states(hidden_states, output_layer).transpose(0, 1).chunk(2, dim=1)
+        # The token after a prompt is the verifier's own: drafts begin in answers.
         usable = (self.batch["loss_mask"][:, -clean.shape[1] :] > 0) & self.batch["maskable"]
         clean = clean.detach()
-        if not shifted:
-            clean, usable = (self.state.shard.before(values, self.state.context_group) for values in (clean, usable))
+        if not self.shifted:
+            clean, usable = (shard.before(values, group) for values in (clean, usable))
         drafts, verifiers = (values.flatten(0, 1)[index] for values in (noisy, clean))  # [S, hidden] each
 
-        judged = self._judge(head, drafts, verifiers, uniform, self._history(slots, shifted).flatten(0, 1)[index])
-        outcomes = [usable, self._at(index, judged.agrees), self._at(index, judged.accepted)]
-        passed = self.state.shard.gather(torch.stack(outcomes, dim=2), length, self.state.context_group)
-        usable, agrees, accepted = passed.unbind(2)
+        judged = self._judge(head, drafts, verifiers, uniform, slots, index)
+        # Outcomes of the slots of whole samples, [batch, L] each; False where there is no slot.
+        outcomes = torch.stack([usable, torch.zeros_like(usable), torch.zeros_like(usable)], dim=2)
+        outcomes.view(-1, 3)[index, 1:] = torch.stack([judged.agrees, judged.accepted], dim=1)
+        usable, agrees, accepted = shard.gather(outcomes, slots.exists.shape[1], group).unbind(2)
         verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
         counted, weights = (self._own(values).flatten()[index] for values in (verdict.counted, verdict.weights))
         total = judged.total(weights * judged.has_loss)
@@ -128,15 +130,18 @@ class DraftLoss:
         """Return the sum of the losses, the number of slots that count, and the report."""
         return losses, self.report["draft_loss"][1].to(torch.int32), self.report
 
-    def _judge(self, head: "Head", drafts: Tensor, verifiers: Tensor, uniform: Tensor, previous: Tensor) -> "Judged":
-        """Find out what becomes of each slot.
+    def _judge(
+        self, head: "Head", drafts: Tensor, verifiers: Tensor, uniform: Tensor, slots: Slots, index: Tensor
+    ) -> "JudgedSlots":
+        """Judge each slot, and compute its loss with the gradient that takes the place of its logits.
 
         Args:
             head: The output layer.
             drafts: [S, hidden] states that draft.
             verifiers: [S, hidden] states that verify.
             uniform: [S, 2] draws for :func:`~nemodiff_train.drafter.loss.judge`.
-            previous: [S, m] what :meth:`_history` returns of them.
+            slots: The slots of the whole samples.
+            index: [S] of this rank's slots in its flattened positions, [batch, n].
         """
         learns = torch.is_grad_enabled()
         parts: list[tuple[Tensor, ...]] = []
@@ -148,54 +153,50 @@ class DraftLoss:
             with torch.set_grad_enabled(learns):
                 q.requires_grad_(learns)
                 loss = slot_losses(q, p, self.settings)
+            # The gradient [slots, hidden] of each loss by its state.
             gradient = draft
             if learns:
                 gradient = head.gradient_of_states(torch.autograd.grad(loss.sum(), q)[0]).to(draft.dtype)
-            parts.append((loss.detach(), gradient.detach(), *outcome))
-        losses, gradients, agrees, accepted = (torch.cat(parts) for parts in zip(*parts, strict=True))
-        return JudgedDrafts(agrees, accepted, drafts, losses, gradients)
+            parts.append((*outcome, loss.detach(), gradient.detach()))
+        agrees, accepted, losses, gradients = (torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _history(self, slots: Slots, shifted: bool) -> Tensor:
-        """Return [batch, n, m] of the text's tokens before each slot's; none, since the loss takes none."""
-        return slots.number.new_zeros(*self.batch["maskable"].shape, 0)
+        def total(weights: Tensor) -> Tensor:
+            weighted = (losses * weights).sum()
+            if not learns:
+                return weighted
+            result: Tensor = _WithGradient.apply(drafts, weighted, gradients * weights[:, None].to(gradients.dtype))
+            return result
+
+        return JudgedSlots(agrees, accepted, torch.ones_like(agrees), total)
 
     def _own(self, values: Tensor) -> Tensor:
         """Return this rank's positions of [batch, L, ...] values."""
         return values[:, self.state.shard.positions(values.shape[1], values.device)]
 
-    def _at(self, index: Tensor, values: Tensor) -> Tensor:
-        """Return [batch, n] values, those of the slots at ``index`` and False elsewhere."""
-        spread = torch.zeros(self.batch["maskable"].shape, dtype=torch.bool, device=values.device)
-        return spread.flatten().index_put((index,), values).view_as(spread)
-
     def _uniform(self, exists: Tensor) -> Tensor:
-        """Return [batch, L, 2] numbers in [0, 1), one pair per slot, that follow from the samples' indices.
+        """Return [batch, L, 2] numbers in [0, 1) on the host, a pair per slot, that follow from the samples' indices.
 
-        Args:
-            exists: [batch, L] whether a position is a slot; on the host, as the numbers are.
+        ``exists`` [batch, L] tells on the host whether a position is a slot.
         """
-        seeds = [(self.seed << 32) + index for index in self.batch["index"].tolist()]
-        counts = exists.sum(1).tolist()
-        draws = [
-            torch.rand((count, 2), generator=torch.Generator().manual_seed(seed))
-            for seed, count in zip(seeds, counts, strict=True)
-        ]
         numbers = torch.zeros(*exists.shape, 2)
-        numbers[exists] = torch.cat(draws)
+        for row, index in enumerate(self.batch["index"].tolist()):
+            draw = torch.Generator().manual_seed((self.seed << 32) + index)
+            numbers[row, exists[row]] = torch.rand((int(exists[row].sum()), 2), generator=draw)
         return numbers
 
     def _figures(self, slots: Slots, verdict: Verdict) -> Report:
         """Return [sum, count] of the figures that say how good greedy drafts are, over this rank's positions."""
         number, accepted, usable = (self._own(values) for values in (slots.number, verdict.accepted, verdict.usable))
-        drafts = (usable & (number == 1)).sum().float()
         kind = self.settings.draft_kind
         longest = self.model.largest_block - int(kind.seed_in_block)
-        figures = {}
+        drafts = (usable & (number == 1)).sum().float()
         sure = kind.sure_tokens * drafts  # the verifier's own tokens of each cycle
-        for length in {*(length for length in DRAFT_LENGTHS if length < longest), longest}:
+        figures = {}
+        for length in {min(length, longest) for length in (*DRAFT_LENGTHS, longest)}:
             figures[f"acceptance_length/{length}"] = pair((accepted & (number <= length)).sum() + sure, drafts)
-        for position in (position for position in POSITIONS if position <= longest):
-            figures[f"acceptance_by_position/{position}"] = pair((accepted & (number == position)).sum(), drafts)
+        for position in POSITIONS:
+            if position <= longest:
+                figures[f"acceptance_by_position/{position}"] = pair((accepted & (number == position)).sum(), drafts)
         figures["expected_tpf"] = pair(accepted.sum() + sure, 2 * drafts)  # one forward drafts, one verifies
         return figures
 
@@ -205,55 +206,19 @@ def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(part.split(DRAFT_CHUNK[part.device.type]) for part in values), strict=True)
 
 
-class Judged(Protocol):
-    """What became of a rank's slots, and their loss."""
-
-    @property
-    def agrees(self) -> Tensor:
-        """Return [S] whether the greedy draft is the verifier's choice."""
-
-    @property
-    def accepted(self) -> Tensor:
-        """Return [S] whether the draft, drawn or greedy, is."""
-
-    @property
-    def has_loss(self) -> Tensor:
-        """Return [S] whether a slot can have a loss."""
-
-    def total(self, weights: Tensor) -> Tensor:
-        """Return the weighted sum of the losses, a scalar.
-
-        Args:
-            weights: [S], known when all ranks' slots have been judged.
-        """
-
-
 @dataclass(frozen=True)
-class JudgedDrafts:
-    """The slots of a drafter, with the gradient of each loss in the place of its logits."""
+class JudgedSlots:
+    """Outcomes of a rank's S slots, and their loss."""
 
     agrees: Tensor
+    """[S] whether the greedy draft is the verifier's choice."""
     accepted: Tensor
-    drafts: Tensor
-    """[S, hidden] states that draft."""
-    losses: Tensor
-    """[S]."""
-    gradients: Tensor
-    """[S, hidden] of each loss by its state; anything without gradients."""
-
-    @property
-    def has_loss(self) -> Tensor:
-        """Return True everywhere."""
-        return torch.ones_like(self.agrees)
-
-    def total(self, weights: Tensor) -> Tensor:
-        """Return the weighted sum of the losses."""
-        total = (self.losses * weights).sum()
-        if not torch.is_grad_enabled():
-            return total
-        gradients = self.gradients * weights[:, None].to(self.gradients.dtype)
-        result: Tensor = _WithGradient.apply(self.drafts, total, gradients)
-        return result
+    """[S] whether the draft, drawn or greedy, is."""
+    has_loss: Tensor
+    """[S] whether a slot can have a loss."""
+    total: Callable[[Tensor], Tensor]
+    """Returns the weighted sum of the losses, a scalar.  Takes the weights [S], which are known when the slots of all
+    ranks have been judged."""
 
 
 class _WithGradient(torch.autograd.Function):
@@ -294,6 +259,7 @@ class Head:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """Return the rows of tokens [...] on every rank: [..., hidden]; no gradient passes."""
+        # Tensor-parallel ranks have consecutive rows: the others' are zeros here, and the sum has all.
         local = tokens - self.group.rank() * len(self.weight)
         is_local = (local >= 0) & (local < len(self.weight))
         rows = self.weight.detach()[local * is_local] * is_local[..., None]

@@ -1,4 +1,4 @@
-"""What a trained sampler's folder says of it; light, so that a bad folder is refused before anything slow."""
+"""The description in a trained sampler's folder; light to import: a bad folder is refused before anything slow."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Point(BaseModel):
-    """What a policy made of blocks that nothing was trained on."""
+    """Result of a policy on held-out blocks."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -31,7 +31,7 @@ class Point(BaseModel):
 
 
 class Description(BaseModel):
-    """What ``sampler.json`` says."""
+    """Content of ``sampler.json``."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -41,8 +41,8 @@ class Description(BaseModel):
     features: list[str] = Field(description="Names of the features, in order.")
     cut: Probability = Field(description="The threshold that decoding takes unless told otherwise.")
     checkpoint: str = Field(description="The iteration whose decisions it makes.")
-    checksum: str = Field(description="Of that iteration.")
-    task: str = Field(description="Where its prompts came from.")
+    checksum: str = Field(description="Checksum of that iteration.")
+    task: str = Field(description="Source of its prompts.")
     trajectories: int = Field(description="Blocks that were decoded to train it.")
     trained: list[Point] = Field(description="On held-out blocks, by cut.")
     threshold: list[Point] = Field(description="The policy ``threshold`` on the same blocks.")
@@ -52,7 +52,7 @@ class Description(BaseModel):
 
 
 def check_sampler(policy: str | None, folder: str | None) -> None:
-    """Refuse a trained sampler without its policy, the policy without a sampler, and what is no sampler.
+    """Refuse a trained sampler without its policy, the policy without a sampler, and what is not a sampler.
 
     Raises:
         UserError: Says which.
@@ -64,7 +64,7 @@ def check_sampler(policy: str | None, folder: str | None) -> None:
 
 
 def describe(folder: Path) -> Description:
-    """Read what a folder says of its sampler; the weights are left alone.
+    """Read the description of the sampler in a folder, and no weights.
 
     Raises:
         UserError: It holds no sampler, or one that cannot be used here.

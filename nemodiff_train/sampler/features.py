@@ -1,4 +1,4 @@
-"""What the trained sampler sees of each slot of a block: the forward's logits, and what happened before it."""
+"""The features of each slot of a block for the trained sampler: from the forward's logits, and from those before."""
 
 from collections.abc import Mapping
 
@@ -36,7 +36,7 @@ FEATURES: Mapping[str, str] = {
 
 
 class SlotHistory:
-    """What earlier forwards said of the slots of a batch of blocks.
+    """The slots of a batch of blocks over their forwards.
 
     Args:
         blocks: [batch, block] token ids; their shape and device.
@@ -50,7 +50,7 @@ class SlotHistory:
         self._forwards = torch.zeros_like(blocks[:, 0])
 
     def observe(self, rows: Tensor, logits: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor) -> Tensor:
-        """Return the features of some rows after one more forward of each, and remember what they will need.
+        """Return the features of some rows after one more forward of each, and keep what their next ones need.
 
         Args:
             rows: [rows] indices in the batch.
@@ -63,10 +63,12 @@ class SlotHistory:
             [rows, block, len(FEATURES)] fp32.
         """
         size = masked.shape[1]
+        # Log probabilities [rows, block, vocab]; the largest ones [rows, block, TOP]; each token's own, and log-odds.
         log_probs = logits.log_softmax(-1)
         top = log_probs.topk(TOP).values
         log_p = log_probs.gather(-1, tokens[..., None])[..., 0]
         log_odds = (log_p - (-log_p.expm1()).clamp(min=1e-38).log()).clamp(-_LARGEST, _LARGEST)
+        # How each slot's token and state have changed over the forwards, [rows, block].
         unchanged = tokens == self._tokens[rows]
         repeats = torch.where(unchanged, self._repeats[rows] + 1, 1)
         forwards, unmasked_by = self._forwards[rows, None], self._unmasked_by[rows]
@@ -85,6 +87,7 @@ class SlotHistory:
             "repeats": (repeats / 8).clamp(max=1),
             "gain": torch.where(forwards > 0, log_odds - self._log_odds[rows], 0) / 8,
         }
+        # Sum [rows, block] of the log probabilities of the masked slots to the left.
         before = (log_p * masked).cumsum(1) - log_p * masked
         of_block = {
             "masked": masked,
@@ -108,6 +111,7 @@ def _agreement(log_probs: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor
     """Return the probabilities [rows, block] that the slots to the left and to the right give to a slot's token."""
     sides = []
     for here, there in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        # A masked neighbour gives its probability of the token, a known one 0 or 1.
         guessed = log_probs[:, there].gather(-1, tokens[:, here, None])[..., 0].exp()
         known = (blocks[:, there] == tokens[:, here]).float()
         side = torch.zeros(masked.shape, device=masked.device)
@@ -118,6 +122,7 @@ def _agreement(log_probs: Tensor, tokens: Tensor, blocks: Tensor, masked: Tensor
 
 def _distance(masked: Tensor) -> Tensor:
     """Return how many slots [rows, block] back the last unmasked one is; the block's length where there is none."""
+    # Index [rows, block] of the last unmasked slot up to each, -1 without one.
     index = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape)
     last = torch.where(masked, -1, index).cummax(1).values
     return torch.where(last < 0, masked.shape[1], index - last)

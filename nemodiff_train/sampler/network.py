@@ -40,6 +40,7 @@ class SlotNetwork(nn.Module):
         Args:
             features: [rows, block, len(FEATURES)] fp32; a block may be shorter than ``block_size``.
         """
+        # Final states [rows, block, width], and a correction [rows, block] of the model's log-odds from them.
         states = self.encoder(self.input(features) + self.slots[: features.shape[1]])
         corrected: Tensor = 8 * features[..., _LOG_ODDS] + self.correction(states)[..., 0]
         return corrected

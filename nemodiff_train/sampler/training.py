@@ -1,15 +1,39 @@
-"""Training of the trained sampler on recorded states."""
+"""Training of the trained sampler on what trajectories record: one state of a block per forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemodiff_train.sampler.network import SlotNetwork
-from nemodiff_train.sampler.states import States
 
 _WARM_UP = 0.05
+
+
+@dataclass(frozen=True)
+class States:
+    """States of blocks, one per forward over a block."""
+
+    features: Tensor
+    """[states, block, features] fp32."""
+    masked: Tensor
+    """[states, block] boolean."""
+    right: Tensor
+    """[states, block] boolean: whether the token that the forward gives is the reference's."""
+
+    def __len__(self) -> int:
+        return len(self.masked)
+
+    def __getitem__(self, index: Tensor) -> Self:
+        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return all states of several records."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def fit(
@@ -20,9 +44,8 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
-    """Train a network to say which tokens are right; in place.
+) -> Iterator[float]:
+    """Train a network, in place, to say which tokens are right, and yield the loss of each step.
 
     Args:
         network: On the device that it trains on.
@@ -30,8 +53,10 @@ def fit(
         steps: Optimizer steps, AdamW with a linear warm-up and a cosine to 0.
         batch_size: States of a step, drawn without replacement until all have been seen.
         learning_rate: The largest.
-        seed: Of the draws.
-        after_step: Called after each step with its number and its loss in nats per masked slot.
+        seed: Seed of the draws.
+
+    Yields:
+        Nats per masked slot.
     """
     device = next(network.parameters()).device
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -41,7 +66,7 @@ def fit(
     draw = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     network.train()
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(states), generator=draw)])
         batch, order = states[order[:batch_size]], order[batch_size:]
@@ -51,7 +76,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        after_step(step, loss.item())
+        yield loss.item()
     network.eval()
 
 
