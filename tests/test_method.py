@@ -9,7 +9,7 @@ from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform
 from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums, loss_weights, report
-from nemodiff_train.objective.rule import can_attend, sample_positions
+from nemodiff_train.objective.rule import can_attend
 from nemodiff_train.objective.sample import SampleMaker
 from tests import small
 
@@ -50,7 +50,7 @@ def grid(length: int, block: int, views: int = 1, block_causal: bool = False) ->
 def stated(length: int, block: int, views: int = 1, block_causal: bool = False) -> torch.Tensor:
     """The package's rule for one document, as such a table."""
     blocks = torch.arange(length) // block
-    positions = sample_positions(views, blocks, torch.zeros_like(blocks))
+    positions = small.sample_positions(views, blocks, torch.zeros_like(blocks))
     return can_attend(positions.as_queries(), positions.as_keys(), block_causal)
 
 

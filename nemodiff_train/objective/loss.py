@@ -2,49 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nemodiff_train.objective.config import ObjectiveConfig
 
-if TYPE_CHECKING:
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-
 Report = dict[str, Tensor]
 """[sum, count] per reported figure, fp32.  Bridge adds them over micro-batches and data-parallel ranks before it
 divides, so every printed figure is an average over the global batch, whatever the reduction of the gradient."""
-
-
-class MicroBatchLoss(Protocol):
-    """What the forward step trains a micro-batch on: the tri-mode losses, or the drafter's."""
-
-    def from_hidden_states(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: "ColumnParallelLinear",
-        output_weight: Tensor | None,
-        **context: object,
-    ) -> Tensor:
-        """Return the losses in nats; Megatron calls this on the last stage instead of its output layer and loss.
-
-        Args:
-            hidden_states: [positions, batch, hidden] of the last layer; under sequence parallel this rank's part.
-            output_layer: The model's, of which this tensor-parallel rank has some rows.
-            output_weight: [vocabulary / tensor-parallel size, hidden], where the weight is not the layer's own.
-            context: What else Megatron passes to an ``output_processor``.
-        """
-        ...
-
-    def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Return the summed loss, the denominator as int32, and the report.
-
-        Args:
-            losses: What :meth:`from_hidden_states` returned.
-        """
-        ...
 
 
 def loss_weights(
@@ -76,7 +42,7 @@ def loss_weights(
         return loss_mask, loss_mask.sum().to(torch.int32)
     noisy, clean = _split_views(loss_mask, maskable.shape[1])  # [batch, V L] of w, [batch, L] of 0 and 1
 
-    # Both parts have a common factor, 1 but for `bridge`, which divides within the micro-batch.
+    # Common factor of both parts, a scalar: 1 but for `bridge`, which divides within the micro-batch.
     factor, denominator = loss_mask.new_ones(()), maskable.sum()
     if objective.reduction == "bridge":
         factor = factor / (_masked(noisy, views) + maskable.sum())
@@ -85,7 +51,7 @@ def loss_weights(
     if objective.reduction == "automodel":
         diffusion_weight, denominator = alpha * diffusion_scale, clean.sum()
 
-    # The diffusion loss is a mean over V views: [batch, V L], then the clean half's [batch, L].
+    # [batch, (V + 1) L]: the diffusion loss is a mean over V views, the clean half's follows.
     weights = torch.cat([noisy * (factor * diffusion_weight / views), clean * (factor * objective.ar_weight)], dim=1)
     return weights, denominator.to(torch.int32)
 
@@ -114,6 +80,7 @@ def loss_sums(losses: Tensor, batch: Mapping[str, Tensor]) -> LossSums:
         batch: As :func:`loss_weights` takes it.
     """
     length = batch["maskable"].shape[1]
+    # [batch, V L] and [batch, L]: the weights w of masked positions and the AR mask, then the losses times these.
     noisy, clean = _split_views(batch["loss_mask"], length)
     noisy_losses, clean_losses = _split_views(losses * batch["loss_mask"], length)
     views = max(noisy.shape[1] // length, 1)

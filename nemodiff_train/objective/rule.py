@@ -67,21 +67,3 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False, cau
     if causal_noise:
         same_block = same_block & (query.position >= key.position)
     return torch.where(key_clean, visible_text & (query.seen_document() == key.document), same_block)
-
-
-def sample_positions(views: int, blocks: Tensor, documents: Tensor) -> Positions:
-    """Return the positions of a whole training sample, ``[noisy views | clean]``.
-
-    Args:
-        views: Noisy views, V.
-        blocks: [..., L] block of each position.
-        documents: [..., L] document of each position.
-
-    Returns:
-        Four tensors: ``view`` [(V + 1) L], the others [..., (V + 1) L].
-    """
-    length = blocks.shape[-1]
-    view = torch.tensor([*range(views), CLEAN], device=blocks.device).repeat_interleave(length)
-    position = torch.arange(length, device=blocks.device)
-    repeats = [1] * (blocks.dim() - 1) + [views + 1]
-    return Positions(view, *(values.expand_as(blocks).repeat(repeats) for values in (position, blocks, documents)))
