@@ -148,7 +148,8 @@ class TriModeModelProvider(GPTModelProvider):
         self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
-        state = AttentionState(shard=ContextParallelShard.of_group(context_group), context_group=context_group)
+        shard = ContextParallelShard(context_group.rank(), context_group.size())
+        state = AttentionState(shard=shard, context_group=context_group)
         for module in model.modules():
             if isinstance(module, TriModeAttention):
                 module.state = state
