@@ -34,8 +34,7 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.processes import run_ranks
-from nemodiff_train.report.report import write_report
-from nemodiff_train.report.table import print_table
+from nemodiff_train.report.report import print_table, write_report
 from nemodiff_train.report.trace import Decode
 from nemodiff_train.runtime import init_runtime
 
