@@ -5,8 +5,8 @@ import torch
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.kernels import Kernel
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
-from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.loss import loss_sums, loss_weights, report
 from nemodiff_train.objective.rule import can_attend

@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.kernels import Kernel, select_kernel
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
-from nemodiff_train.attention.selection import Kernel, select_kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend

@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import KeyQueryLayout
-from nemodiff_train.attention.selection import select_kernel
 from nemodiff_train.attention.state import AttentionState
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class TriModeAttention(MegatronModule):
             if state.context_group is not None and state.shard.size > 1:
                 key, value = exchange_keys(key, value, plan.layout, state.context_group)
             q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-            kernel = select_kernel(
+            kernel = kernels.select_kernel(
                 query.device, plan.causal, config.attention_kernel, config.attention_tile, config.attention_options
             )
             output = kernels.attend(q, k, v, plan, self.softmax_scale, kernel)

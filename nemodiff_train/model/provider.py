@@ -98,7 +98,7 @@ class TriModeModelProvider(GPTModelProvider):
     """Recompute the outputs of norms and of the gated activation in the backward pass instead of keeping them."""
     attention_kernel: str = "auto"
     """``auto``, or ``flash`` for FlexAttention's FlashAttention 4 backend; see
-    :func:`~nemodiff_train.attention.selection.select_kernel`. Belongs to a run, like the next two fields."""
+    :func:`~nemodiff_train.attention.kernels.select_kernel`. Belongs to a run, like the next two fields."""
     attention_tile: int = 0
     """Number of queries, and of keys, per tile of FlexAttention's block mask; 0 for the kernel's default."""
     attention_options: dict[str, Any] = field(default_factory=dict)

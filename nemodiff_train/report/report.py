@@ -66,7 +66,7 @@ def print_table(evaluation: Evaluation, console: PlainConsole | None = None) -> 
     )
     table.add_column("Mode", no_wrap=True)
     for column in display.COLUMNS:
-        table.add_column(f"{column.first}\n{column.second}".strip(), justify="right", vertical="bottom", no_wrap=True)
+        table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
     for mode, metrics in evaluation.modes.items():
         table.add_row(mode, *(column.text(metrics) for column in display.COLUMNS))
     (console or PlainConsole()).print(table)

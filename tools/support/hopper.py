@@ -39,7 +39,6 @@ from triton.compiler import ASTSource
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.plan import AttentionPlan
-from nemodiff_train.attention.selection import select_kernel
 
 GPU = torch.device("cuda", 0)
 SHARED_MEMORY = {90: 232_448, 100: 232_448}
@@ -99,7 +98,7 @@ def compilations(micro_batches: Sequence[tuple[AttentionPlan, bool]], rows: int)
     try:
         attend = kernels._flex(True)
         for plan, trained in micro_batches:
-            kernel = select_kernel(GPU, plan.causal)
+            kernel = kernels.select_kernel(GPU, plan.causal)
             query, key, value = (
                 torch.zeros(rows, heads, len(positions.view), 16, requires_grad=True)
                 for heads, positions in ((4, plan.queries), (2, plan.keys), (2, plan.keys))
@@ -135,7 +134,7 @@ def _graphs(
         partition_fn=min_cut_rematerialization_partition,
     )
     torch._dynamo.reset()
-    kernel = select_kernel(GPU, plan.causal)
+    kernel = kernels.select_kernel(GPU, plan.causal)
     attend = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True, backend=backend)
     # Megatron's layout is [positions, batch, heads, head_dim].
     shapes = ((len(plan.queries.view), heads), (len(plan.keys.view), kv_heads), (len(plan.keys.view), kv_heads))
