@@ -123,7 +123,8 @@ def key_query_layout(
         halo: Number of positions by which a block may extend beyond a chunk.
         device: Where the indices are needed.
     """
-    positions = shard.positions(length, device)  # [L / size]
+    # [(V + 1) L / size] view and position of each query, ``[noisy views | clean]``.
+    positions = shard.positions(length, device)
     query_view = torch.tensor([*range(views), CLEAN], device=device).repeat_interleave(len(positions))
     query_position = positions.repeat(views + 1)
     noisy = slice(0, views * len(positions))
@@ -131,6 +132,7 @@ def key_query_layout(
     sent, received, halo_view, halo_position = _halo_exchange(views, length, shard, halo, device)
     # A rank receives its own halo back as well: these keys must not count twice.
     halo_view = halo_view.where(~torch.isin(halo_position, positions), DUPLICATE)
+    # [keys] the same of each key, ``[own noisy | halo | clean]``.
     key_view = torch.cat([query_view[noisy], halo_view, torch.full_like(clean, CLEAN)])
     key_position = torch.cat([query_position[noisy], halo_position, clean])
     return KeyQueryLayout(query_view, query_position, key_view, key_position, sent, received)

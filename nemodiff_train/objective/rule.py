@@ -60,6 +60,7 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False, cau
     Returns:
         Boolean tensor of the broadcast shape.
     """
+    # Each of the broadcast shape, [..., queries, keys]: what a query sees of clean text, and of the noisy views.
     query_clean, key_clean = query.view == CLEAN, key.view == CLEAN
     not_later = query.block >= key.block if block_causal else query.position >= key.position
     visible_text = torch.where(query_clean, not_later, query.block > key.block)
