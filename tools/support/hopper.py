@@ -174,7 +174,7 @@ def _move(graph: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
             node.kwargs = {**node.kwargs, "device": GPU}
         value = node.meta.get("val")
         if isinstance(value, tuple | list):
-            node.meta["val"] = type(value)(_on_gpu(each, mode) for each in value)
+            node.meta["val"] = type(value)(_on_gpu(part, mode) for part in value)
         elif isinstance(value, Tensor):
             node.meta["val"] = _on_gpu(value, mode)
         node.meta.pop("tensor_meta", None)
@@ -182,7 +182,7 @@ def _move(graph: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
 
 
 def _on_gpu(value: Any, mode: FakeTensorMode) -> Any:
-    """Return a tensor without values on the GPU, of the layout of another one; what is no tensor as it is."""
+    """Return a tensor without values on the GPU, of the layout of another one; what is not a tensor as it is."""
     if not isinstance(value, Tensor):
         return value
     with mode:

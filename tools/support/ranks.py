@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -176,11 +176,11 @@ class RankPool:
 
     def processes(self) -> list[str]:
         """Return the command lines of all processes below the pool: ranks, and what ranks have started or left."""
-        found = []
+        lines = []
         for child in psutil.Process(self._process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile, or nobody has waited for it yet
-                found.append(" ".join(child.cmdline()))
-        return found
+                lines.append(" ".join(child.cmdline()))
+        return lines
 
     def run(self, name: str, world_size: int, function: Callable[..., Any], **options: Any) -> tuple[list[int], str]:
         """Start a job and wait for it; return exit codes by rank and what the ranks printed."""
@@ -268,9 +268,6 @@ class Jobs:
         if isinstance(result, RankError):
             raise result
         return result
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._jobs)
 
 
 def run_commands(folder: str, commands: list[list[str]]) -> list[int]:
