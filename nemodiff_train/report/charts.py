@@ -8,19 +8,7 @@ from markupsafe import Markup
 from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
 from nemodiff_train.evaluation.pareto import FRONT, Point, curves, front, varied_settings
 from nemodiff_train.report.display import decimal, mode_class, percent, setting, title
-from nemodiff_train.report.svg import (
-    Labels,
-    Scale,
-    dot,
-    drawing,
-    element,
-    line,
-    path,
-    spread,
-    text,
-    ticks,
-    tooltip,
-)
+from nemodiff_train.report.svg import Labels, Scale, dot, drawing, element, line, path, spread, text, ticks, tooltip
 
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 444.0, 30.0, 256.0
