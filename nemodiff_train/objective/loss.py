@@ -1,7 +1,6 @@
 """The reduction: from the losses of tokens to one scalar for the gradient, and to the figures that are reported."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,60 +55,31 @@ def loss_weights(
     return weights, denominator.to(torch.int32)
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """What one micro-batch adds to each part of the report: scalars, losses in nats."""
-
-    ar: Tensor
-    """Sum of the AR losses."""
-    ar_targets: Tensor
-    """Number of tokens with an AR loss."""
-    diffusion: Tensor
-    """Sum of w times the loss over masked positions, a mean over views."""
-    masked: Tensor
-    """Number of masked positions with a weight, a mean over views."""
-    tokens: Tensor
-    """Number of tokens that may be masked."""
-
-
-def loss_sums(losses: Tensor, batch: Mapping[str, Tensor]) -> LossSums:
-    """Add up the losses of one micro-batch, or of one rank's positions, by part.
+def report(
+    losses: Tensor, batch: Mapping[str, Tensor], loss: Tensor, denominator: Tensor, objective: ObjectiveConfig
+) -> Report:
+    """Return the figures of one micro-batch, or of one rank's positions, as Megatron reports them.
 
     Args:
         losses: [batch, (V + 1) L] cross-entropy in nats; V is 0 in the AR stage.
         batch: As :func:`loss_weights` takes it.
-    """
-    length = batch["maskable"].shape[1]
-    # [batch, V L] and [batch, L]: the weights w of masked positions and the AR mask, then the losses times these.
-    noisy, clean = _split_views(batch["loss_mask"], length)
-    noisy_losses, clean_losses = _split_views(losses * batch["loss_mask"], length)
-    views = max(noisy.shape[1] // length, 1)
-    return LossSums(
-        ar=clean_losses.sum(),
-        ar_targets=clean.sum(),
-        diffusion=noisy_losses.sum() / views,
-        masked=_masked(noisy, views),
-        tokens=batch["maskable"].sum(),
-    )
-
-
-def report(sums: LossSums, loss: Tensor, denominator: Tensor, objective: ObjectiveConfig) -> Report:
-    """Return the figures of one micro-batch as Megatron reports them.
-
-    Args:
-        sums: The micro-batch's sums.
-        loss: Its reduced loss.
+        loss: The reduced loss.
         denominator: The loss's denominator.
         objective: The switches; the AR stage reports the AR loss alone.
     """
-    ar = {"ar_loss": pair(sums.ar, sums.ar_targets)}
-    if not objective.noisy_views:
+    length, views = batch["maskable"].shape[1], objective.noisy_views
+    # [batch, V L] and [batch, L]: the weights w of masked positions and the AR mask, then the losses times these.
+    noisy, clean = _split_views(batch["loss_mask"], length)
+    noisy_losses, clean_losses = _split_views(losses * batch["loss_mask"], length)
+    ar = {"ar_loss": pair(clean_losses.sum(), clean.sum())}
+    if not views:
         return ar
+    tokens = batch["maskable"].sum()
     return {
         "loss": pair(loss, denominator),
         **ar,
-        "diffusion_loss": pair(sums.diffusion, sums.tokens),
-        "masked_fraction": pair(sums.masked, sums.tokens),
+        "diffusion_loss": pair(noisy_losses.sum() / views, tokens),
+        "masked_fraction": pair(_masked(noisy, views), tokens),
     }
 
 

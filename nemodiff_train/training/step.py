@@ -17,7 +17,7 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.drafter.selector import SelectorLoss
 from nemodiff_train.drafter.step import DraftLoss, draft_tokens
 from nemodiff_train.model.head import token_losses
-from nemodiff_train.objective.loss import Report, loss_sums, loss_weights, report
+from nemodiff_train.objective.loss import Report, loss_weights, report
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.objective.schedule import alpha_at
 from nemodiff_train.training.batch import BatchReader
@@ -139,5 +139,4 @@ class TriModeLoss:
         loss = (losses * self.weights).sum()
         reruns = config.rerun_state_machine  # Bridge's watch for NaN and spikes
         masked_next_token_loss(torch.ones_like(loss), loss, reruns.check_for_nan_in_loss, reruns.check_for_spiky_loss)
-        sums = loss_sums(losses, self.batch)
-        return loss, self.denominator, report(sums, loss, self.denominator, config.objective)
+        return loss, self.denominator, report(losses, self.batch, loss, self.denominator, config.objective)
