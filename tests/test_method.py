@@ -140,7 +140,7 @@ def test_the_gpu_kernel_follows_the_rule(irregular: bool, causal_noise: bool) ->
     rows = rows if irregular else [documents(128, 32, [])] * 2
     table = torch.stack([brute_force(128, *row, causal_noise=causal_noise) for row in rows])[:, None]
     q, k, v = (s.detach().float() for s in states(256, 256))
-    found = kernels.attend_flex(q, k, v, plan, None, Kernel("flex"))
+    found = kernels.attend(q, k, v, plan, None, Kernel("flex"))
     torch.testing.assert_close(found, small.dense(q, k, v, table), rtol=1e-4, atol=1e-5)
 
 

@@ -121,7 +121,7 @@ def test_flex_attention_is_sdpa(kind: str, shard: ContextParallelShard) -> None:
     plan = segmented_plan(2, segment_ids, False, 16, shard)
     shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
     states = [torch.randn(shape, generator=generator) for shape in shapes]
-    output = kernels.attend_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
+    output = kernels.attend(*states, plan, 0.3, Kernel("flex", (128, 128)))
     torch.testing.assert_close(output, kernels.attend_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
 
 

@@ -89,7 +89,9 @@ def attend(
     kernel = kernel or select_kernel(query.device, plan.causal)
     if kernel.name == "sdpa":
         return attend_sdpa(query, key, value, plan, scale)
-    return attend_flex(query, key, value, plan, scale, kernel)
+    # FlexAttention: one sparse kernel, one block mask shared by all layers.
+    flex, mask, options = _flex(query.is_cuda), plan.block_mask(kernel.tile), dict(kernel.options) or None
+    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None) -> Tensor:
@@ -159,16 +161,6 @@ class _TiledAttention(torch.autograd.Function):
 
 def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(like.dtype)
-
-
-def attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None, kernel: Kernel
-) -> Tensor:
-    """Follow the rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
-    options = dict(kernel.options) or None
-    mask = plan.block_mask(kernel.tile)
-    flex = _flex(query.is_cuda)
-    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 @functools.cache
