@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -268,6 +268,9 @@ class Jobs:
         if isinstance(result, RankError):
             raise result
         return result
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._jobs)
 
 
 def run_commands(folder: str, commands: list[list[str]]) -> list[int]:
