@@ -210,7 +210,7 @@ def exchange(size: int) -> dict[str, Any]:
     query, key, value = (torch.randn(2 * length, 1, n, width, generator=draw) for n in (heads, kv_heads, kv_heads))
     attention.state = AttentionState()
     expected = attention(query, key, value)
-    shard = ContextParallelShard.of_group(group)
+    shard = ContextParallelShard(group.rank(), group.size())
     attention.state = AttentionState(shard=shard, context_group=group)
     mine = torch.cat([segment * length + shard.positions(length) for segment in (0, 1)])
     sent: list[int] = []

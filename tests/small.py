@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nemodiff_train.objective.rule import CLEAN, Positions
 from tools.support.small import (
     EOD,
     MASK,
@@ -37,7 +39,7 @@ from tools.support.small import (
 __all__ = [
     "EOD", "MASK", "QWEN3", "VOCABULARY", "YARN", "batch", "build", "built", "chat", "data", "dense", "documents",
     "drafter", "figures", "llama3", "loss", "ministral3", "ministral3_vision", "mistral", "nemotron", "of_preset",
-    "qwen2", "qwen3", "recipe", "run_inputs", "same", "sampler", "selector", "step",
+    "qwen2", "qwen3", "recipe", "run_inputs", "same", "sample_positions", "sampler", "selector", "step",
     "tokenizer", "uno", "weights",
 ]  # fmt: skip
 
@@ -148,3 +150,21 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> boo
     return before.keys() == after.keys() and all(
         torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
     )
+
+
+def sample_positions(views: int, blocks: Tensor, documents: Tensor) -> Positions:
+    """Return the positions of a whole training sample, ``[noisy views | clean]``.
+
+    Args:
+        views: Noisy views, V.
+        blocks: [..., L] block of each position.
+        documents: [..., L] document of each position.
+
+    Returns:
+        Four tensors: ``view`` [(V + 1) L], the others [..., (V + 1) L].
+    """
+    length = blocks.shape[-1]
+    view = torch.tensor([*range(views), CLEAN], device=blocks.device).repeat_interleave(length)
+    position = torch.arange(length, device=blocks.device)
+    repeats = [1] * (blocks.dim() - 1) + [views + 1]
+    return Positions(view, *(values.expand_as(blocks).repeat(repeats) for values in (position, blocks, documents)))

@@ -25,7 +25,7 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import write_checksums
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
-from nemodiff_train.objective.rule import can_attend, sample_positions
+from nemodiff_train.objective.rule import can_attend
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.validation import adapters, start
 from nemodiff_train.validation.objective import objective_problems
@@ -56,7 +56,7 @@ def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
 
 def sees(sample: Sample) -> Tensor:
     """[2 L, 2 L] who sees whom."""
-    everything = sample_positions(1, sample["segment_ids"][1], sample["segment_ids"][0])
+    everything = small.sample_positions(1, sample["segment_ids"][1], sample["segment_ids"][0])
     return can_attend(everything.as_queries(), everything.as_keys())
 
 

@@ -19,9 +19,8 @@ from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, read_j
 from nemodiff_train.evaluation.scorers import make_scorer
 from nemodiff_train.files import usable_directory, write_atomic
 from nemodiff_train.report import svg
-from nemodiff_train.report.report import write_report
-from nemodiff_train.report.table import print_table
-from nemodiff_train.report.trace import pieces
+from nemodiff_train.report.report import print_table, write_report
+from nemodiff_train.report.trace import trace
 from tests import jobs
 from tests.browser import read_page
 from tools.support.ranks import RankPool
@@ -134,8 +133,8 @@ def test_summarise_refuses_what_does_not_match() -> None:
 def test_pieces_keep_characters_whole() -> None:
     letters = [b"a", b"\xc3", b"\xa9", b"b"]
     record = DecodeRecord(0, [0, 1, 2, 3], {"prefill": 1, "decode": 3}, steps=[1, 2, 3, 4])
-    found = pieces(record, lambda tokens: b"".join(letters[t] for t in tokens).decode(errors="replace"))
-    assert [piece.text for piece in found] == ["a", "é", "b"]
+    found = trace(record, lambda tokens: b"".join(letters[t] for t in tokens).decode(errors="replace"))
+    assert [piece.text for piece in found.pieces] == ["a", "é", "b"]
 
 
 def test_report_figures_follow_from_the_records(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_attention_follows_the_rule(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["joint", "two views, block-causal", "documents"])
 def test_flash_attention_follows_the_rule(kind: str) -> None:
     """Where it can be asked for."""
-    from nemodiff_train.attention.selection import select_kernel
+    from nemodiff_train.attention.kernels import select_kernel
     from nemodiff_train.validation.kernels import attention_problems
 
     model = SimpleNamespace(attention_kernel="flash", attention_tile=0, context_parallel_size=1)

@@ -20,7 +20,7 @@ init_runtime()
 
 from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
 
-from nemodiff_train.attention.selection import select_kernel  # noqa: E402
+from nemodiff_train.attention.kernels import select_kernel  # noqa: E402
 from nemodiff_train.model import adapters, loading, provider, recompute  # noqa: E402
 from nemodiff_train.model.norm import RMSNorm  # noqa: E402
 from nemodiff_train.runtime import memory, start  # noqa: E402

@@ -5,11 +5,11 @@ import torch
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.kernels import Kernel
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
-from nemodiff_train.attention.selection import Kernel
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import loss_sums, loss_weights, report
-from nemodiff_train.objective.rule import can_attend, sample_positions
+from nemodiff_train.objective.loss import loss_weights, report
+from nemodiff_train.objective.rule import can_attend
 from nemodiff_train.objective.sample import SampleMaker
 from tests import small
 
@@ -50,7 +50,7 @@ def grid(length: int, block: int, views: int = 1, block_causal: bool = False) ->
 def stated(length: int, block: int, views: int = 1, block_causal: bool = False) -> torch.Tensor:
     """The package's rule for one document, as such a table."""
     blocks = torch.arange(length) // block
-    positions = sample_positions(views, blocks, torch.zeros_like(blocks))
+    positions = small.sample_positions(views, blocks, torch.zeros_like(blocks))
     return can_attend(positions.as_queries(), positions.as_keys(), block_causal)
 
 
@@ -140,7 +140,7 @@ def test_the_gpu_kernel_follows_the_rule(irregular: bool, causal_noise: bool) ->
     rows = rows if irregular else [documents(128, 32, [])] * 2
     table = torch.stack([brute_force(128, *row, causal_noise=causal_noise) for row in rows])[:, None]
     q, k, v = (s.detach().float() for s in states(256, 256))
-    found = kernels.attend_flex(q, k, v, plan, None, Kernel("flex"))
+    found = kernels.attend(q, k, v, plan, None, Kernel("flex"))
     torch.testing.assert_close(found, small.dense(q, k, v, table), rtol=1e-4, atol=1e-5)
 
 
@@ -272,7 +272,7 @@ def parts_of(
     """The loss, the denominator and the report of a micro-batch, at alpha = 0.3."""
     weights, denominator = loss_weights(batch, objective, 0.3, scale)
     loss = (losses * weights).sum()
-    return loss, denominator, report(loss_sums(losses, batch), loss, denominator, objective)
+    return loss, denominator, report(losses, batch, loss, denominator, objective)
 
 
 def test_reduction_by_hand_and_over_any_micro_batching() -> None:
@@ -320,10 +320,10 @@ def test_weights_are_the_gradient_of_the_formula(reduction: str, views: int) -> 
     objective = ObjectiveConfig(reduction=reduction, views=views, ar_weight=0.7)  # type: ignore[arg-type]
     batch = batch_of([make(objective, n) for n in range(3)])
     losses, scale = torch.rand(batch["loss_mask"].shape, requires_grad=True), torch.tensor(1.7)
-    sums = loss_sums(losses, batch)
-    diffusion = sums.diffusion * (0.3 * scale if reduction == "automodel" else 0.3)
-    total = 0.7 * sums.ar + diffusion
+    masks = batch["loss_mask"]
+    ar, diffusion = (losses * masks)[:, -64:].sum(), (losses * masks)[:, :-64].sum() / views
+    total = 0.7 * ar + diffusion * (0.3 * scale if reduction == "automodel" else 0.3)
     if reduction == "bridge":
-        total = total / (sums.masked + sums.tokens)
+        total = total / ((masks[:, :-64] > 0).sum() / views + batch["maskable"].sum())
     weights, _ = loss_weights(batch, objective, 0.3, scale)
     assert torch.equal(weights, torch.autograd.grad(total, losses)[0])

@@ -13,10 +13,11 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig, noise
 from nemodiff_train.objective.loss import loss_weights
 from nemodiff_train.objective.presets import PRESETS, preset
-from nemodiff_train.objective.rule import can_attend, sample_positions
+from nemodiff_train.objective.rule import can_attend
 from nemodiff_train.objective.sample import SampleMaker
 from nemodiff_train.objective.schedule import block_size_at
 from nemodiff_train.validation.objective import objective_problems
+from tests import small
 
 LENGTH, VOCABULARY, WIDTH, MASK = 128, 12, 8, 11
 
@@ -48,7 +49,7 @@ def ours(model: Transformer, batch: list[dict[str, Tensor]], objective: Objectiv
     total, count = torch.zeros((), dtype=torch.float64), 0
     for sample in batch:
         document, block, _ = sample["segment_ids"]
-        everything = sample_positions(objective.views, block, document)
+        everything = small.sample_positions(objective.views, block, document)
         table = can_attend(everything.as_queries(), everything.as_keys(), objective.clean_attention == "block_causal")
         losses = F.cross_entropy(
             model(sample["tokens"], sample["position_ids"], table), sample["labels"], reduction="none"

@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
+from nemodiff_train.attention.kernels import Kernel, select_kernel
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
-from nemodiff_train.attention.selection import Kernel, select_kernel
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.conversation import ConversationMaker
 from nemodiff_train.objective.rule import can_attend
@@ -121,7 +121,7 @@ def test_flex_attention_is_sdpa(kind: str, shard: ContextParallelShard) -> None:
     plan = segmented_plan(2, segment_ids, False, 16, shard)
     shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
     states = [torch.randn(shape, generator=generator) for shape in shapes]
-    output = kernels.attend_flex(*states, plan, 0.3, Kernel("flex", (128, 128)))
+    output = kernels.attend(*states, plan, 0.3, Kernel("flex", (128, 128)))
     torch.testing.assert_close(output, kernels.attend_sdpa(*states, plan, 0.3), rtol=1e-4, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.plan import segmented_plan
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import loss_sums, loss_weights, report
+from nemodiff_train.objective.loss import loss_weights, report
 
 LENGTH, ROWS = 96, 2
 
@@ -60,7 +60,7 @@ def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
         samples, losses = batch(), torch.zeros(ROWS, 2 * LENGTH)
         objective = ObjectiveConfig()
         weights, denominator = loss_weights(samples, objective, 0.3)
-        report(loss_sums(losses, samples), (losses * weights).sum(), denominator, objective)
+        report(losses, samples, (losses * weights).sum(), denominator, objective)
         breakdown = LossBreakdown(StepContext(Path()))
         breakdown.add(samples, losses)
         breakdown.add(samples, losses)

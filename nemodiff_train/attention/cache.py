@@ -60,13 +60,14 @@ class KeyValueCache:
         return keys, values
 
     def compact(self, rows: Tensor, kept: Sequence[Tensor]) -> None:
-        """Move some of what lies after the committed tokens of rows together.
+        """Move entries together that lie after the committed tokens of rows.
 
         Args:
             rows: [batch] rows, on the host.
             kept: For each, the indices to keep, ascending, counted from the first one after the committed tokens.
         """
         assert self._states is not None  # what is to be kept was written by a forward
+        # [entries that are kept, over all rows] row of each, and its index in the cache before and after.
         counts = torch.tensor([len(indices) for indices in kept])
         row, start = rows.repeat_interleave(counts), self.lengths[rows].repeat_interleave(counts)
         source = start + torch.cat(list(kept))
@@ -157,6 +158,7 @@ class DecodeBatch:
         Returns:
             Keys and values, each [batch, kv_heads, visible, head_dim].
         """
+        # [rows, kv_heads, capacity, head_dim] of the cache, in which each new token has a row and a slot.
         keys, values = self.cache.layer(layer, key)
         rows = self.rows[:, None]
         keys[rows, :, self.slots] = key.transpose(1, 2)

@@ -28,11 +28,6 @@ class ContextParallelShard:
     rank: int = 0
     size: int = 1
 
-    @classmethod
-    def of_group(cls, group: ProcessGroup) -> "ContextParallelShard":
-        """Return the shard of this process in a context-parallel group."""
-        return cls(group.rank(), group.size())
-
     def chunks(self, length: int) -> list[tuple[int, int]]:
         """Return the (first, end) positions of this rank's chunks of a sample of ``length`` tokens."""
         if self.size == 1:
@@ -56,6 +51,7 @@ class ContextParallelShard:
         """
         if self.size == 1:
             return values
+        # [batch, copies, L], of which this rank's positions are [batch, copies, L / size].
         copies = values.view(len(values), -1, length)
         return copies[:, :, self.positions(length, values.device)].flatten(1)
 
@@ -69,18 +65,20 @@ class ContextParallelShard:
         """
         if self.size == 1:
             return values
+        # Per rank [batch, length / size, ...], which side by side are brought into the order of positions.
         parts = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(parts, values.contiguous(), group=group)
         positions = torch.cat([ContextParallelShard(rank, self.size).positions(length) for rank in range(self.size)])
         return torch.cat(parts, dim=1)[:, positions.argsort().to(values.device)]
 
     def before(self, values: Tensor, group: ProcessGroup | None) -> Tensor:
-        """Return for each of this rank's positions the value of the one before it; what the first gets has no use.
+        """Return for each of this rank's positions the value of the one before; what position 0 gets has no use.
 
         Args:
             values: [batch, L / size, ...] this rank's; no gradient passes.
             group: The context-parallel process group.
         """
+        # The value of the position before, but at the first position of a chunk, where another rank may hold it.
         rolled = values.roll(1, dims=1)
         if self.size > 1:
             ends = values.unflatten(1, (2, -1))[:, :, -1]  # [batch, 2, ...] of each chunk
@@ -125,7 +123,8 @@ def key_query_layout(
         halo: Number of positions by which a block may extend beyond a chunk.
         device: Where the indices are needed.
     """
-    positions = shard.positions(length, device)  # [L / size]
+    # [(V + 1) L / size] view and position of each query, ``[noisy views | clean]``.
+    positions = shard.positions(length, device)
     query_view = torch.tensor([*range(views), CLEAN], device=device).repeat_interleave(len(positions))
     query_position = positions.repeat(views + 1)
     noisy = slice(0, views * len(positions))
@@ -133,6 +132,7 @@ def key_query_layout(
     sent, received, halo_view, halo_position = _halo_exchange(views, length, shard, halo, device)
     # A rank receives its own halo back as well: these keys must not count twice.
     halo_view = halo_view.where(~torch.isin(halo_position, positions), DUPLICATE)
+    # [keys] the same of each key, ``[own noisy | halo | clean]``.
     key_view = torch.cat([query_view[noisy], halo_view, torch.full_like(clean, CLEAN)])
     key_position = torch.cat([query_position[noisy], halo_position, clean])
     return KeyQueryLayout(query_view, query_position, key_view, key_position, sent, received)

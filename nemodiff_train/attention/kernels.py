@@ -1,12 +1,14 @@
-"""Kernels for the attention rule. All take and return [batch, heads, positions, head_dim].
+"""Kernels for the attention rule, and which of them a plan takes.
 
-Keys and values keep their own, smaller number of heads (grouped-query attention); no kernel expands them.
+All take and return [batch, heads, positions, head_dim]. Keys and values keep their own, smaller number of heads
+(grouped-query attention); no kernel expands them.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,51 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from nemodiff_train.attention.plan import AttentionPlan
-from nemodiff_train.attention.selection import Kernel, select_kernel
+
+KERNELS = ("auto", "flash")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How attention of a training pass is computed."""
+
+    name: Literal["sdpa", "flex"]
+    tile: tuple[int, int] = (128, 128)
+    """Number of queries and of keys per tile of FlexAttention's block mask."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """FlexAttention's ``kernel_options``."""
+
+
+def select_kernel(
+    device: torch.device,
+    causal: bool,
+    kernel: str = "auto",
+    tile: int = 0,
+    options: Mapping[str, object] | None = None,
+) -> Kernel:
+    """Select the kernel of a plan.
+
+    The smaller a tile, the fewer pairs it holds that the rule forbids. But FlexAttention refuses tiles that the steps
+    of its kernels do not divide, which are up to 128 long on Hopper and Blackwell; and even tiles of 128 compute only
+    a few percent more than the rule allows, whatever the diffusion block (tools/bench/attention). On Blackwell the
+    flash kernels take 256 queries.
+
+    Args:
+        device: Where it runs.
+        causal: Whether the plan is ordinary causal attention.
+        kernel: ``model.attention_kernel``.
+        tile: ``model.attention_tile``.
+        options: ``model.attention_options``.
+    """
+    if device.type != "cuda" or causal:
+        return Kernel("sdpa")  # causal attention has a kernel of its own; on a CPU FlexAttention has no backward
+    if kernel == "flash":
+        sides = (256, 128) if torch.cuda.get_device_capability(device)[0] >= 10 else (128, 128)
+        backend: dict[str, object] = {"BACKEND": "FLASH"}
+    else:
+        # For less than 128 queries FlexAttention would take its kernel for decoding, which has no tiles of this size.
+        sides, backend = (128, 128), {"FORCE_USE_FLEX_ATTENTION": True}
+    return Kernel("flex", (tile, tile) if tile else sides, {**backend, **(options or {})})
 
 
 def attend(
@@ -35,8 +81,7 @@ def attend(
         value: Likewise.
         plan: Who attends to whom.
         scale: Softmax scale; None for 1/sqrt(head_dim).
-        kernel: What :func:`~nemodiff_train.attention.selection.select_kernel` returned; None for what it selects
-            without settings.
+        kernel: What :func:`select_kernel` returned; None for what it selects without settings.
 
     Returns:
         [batch, heads, queries, head_dim].
@@ -44,7 +89,9 @@ def attend(
     kernel = kernel or select_kernel(query.device, plan.causal)
     if kernel.name == "sdpa":
         return attend_sdpa(query, key, value, plan, scale)
-    return attend_flex(query, key, value, plan, scale, kernel)
+    # FlexAttention: one sparse kernel, one block mask shared by all layers.
+    flex, mask, options = _flex(query.is_cuda), plan.block_mask(kernel.tile), dict(kernel.options) or None
+    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None) -> Tensor:
@@ -114,16 +161,6 @@ class _TiledAttention(torch.autograd.Function):
 
 def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(like.dtype)
-
-
-def attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None, kernel: Kernel
-) -> Tensor:
-    """Follow the rule with FlexAttention: one sparse kernel, one block mask shared by all layers."""
-    options = dict(kernel.options) or None
-    mask = plan.block_mask(kernel.tile)
-    flex = _flex(query.is_cuda)
-    return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import KeyQueryLayout
-from nemodiff_train.attention.selection import select_kernel
 from nemodiff_train.attention.state import AttentionState
 
 if TYPE_CHECKING:
@@ -61,29 +60,22 @@ class TriModeAttention(MegatronModule):
         Returns:
             [positions, batch, heads * head_dim].
         """
+        config, state, batch = self.config, self.state, self.state.decode_batch
         query = self._scale_by_position(query, attention_mask)
-        attend = self._attend_training if self.state.decode_batch is None else self._attend_cached
-        return attend(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2)
-
-    def _attend_training(self, query: Tensor, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Attend over a micro-batch: [batch, heads, positions, head_dim]."""
-        config, state = self.config, self.state
-        plan = state.plan(config, len(query), segment_ids, query.device)
-        if state.context_group is not None and state.shard.size > 1:
-            key, value = exchange_keys(key, value, plan.layout, state.context_group)
-        q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-        kernel = select_kernel(
-            query.device, plan.causal, config.attention_kernel, config.attention_tile, config.attention_options
-        )
-        return kernels.attend(q, k, v, plan, self.softmax_scale, kernel)
-
-    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Attend to a cache: [batch, heads, new, head_dim]."""
-        batch = self.state.decode_batch
-        assert batch is not None
-        q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
-        k, v = batch.extend(self.layer_number, k, v)
-        return kernels.attend_cached(q, k, v, batch.mask, batch.causal, self.softmax_scale)
+        if batch is not None:
+            q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+            k, v = batch.extend(self.layer_number, k, v)
+            output = kernels.attend_cached(q, k, v, batch.mask, batch.causal, self.softmax_scale)
+        else:
+            plan = state.plan(config, len(query), attention_mask, query.device)
+            if state.context_group is not None and state.shard.size > 1:
+                key, value = exchange_keys(key, value, plan.layout, state.context_group)
+            q, k, v = (states.permute(1, 2, 0, 3) for states in (query, key, value))
+            kernel = kernels.select_kernel(
+                query.device, plan.causal, config.attention_kernel, config.attention_tile, config.attention_options
+            )
+            output = kernels.attend(q, k, v, plan, self.softmax_scale, kernel)
+        return output.permute(2, 0, 1, 3).flatten(2)  # from [batch, heads, positions, head_dim]
 
     def _scale_by_position(self, query: Tensor, segment_ids: Tensor | None) -> Tensor:
         """Apply Ministral 3's query scale, 1 + beta * ln(1 + floor(position / original length)).
@@ -94,11 +86,7 @@ class TriModeAttention(MegatronModule):
         beta = self.config.query_scale_beta
         if not beta:
             return query
-        batch = self.state.decode_batch
-        if batch is None:
-            positions = self.state.positions(self.config, len(query), segment_ids, query.device)
-        else:
-            positions = batch.positions
+        positions = self.state.positions(self.config, len(query), segment_ids, query.device)
         # [positions, batch or 1], then broadcast over heads and head_dim.
         scale = 1 + beta * torch.log1p(torch.floor(positions.T / self.config.query_scale_original_length))
         return query * scale[:, :, None, None].to(query.dtype)
@@ -155,18 +143,13 @@ class PositionLookupRotary(nn.Module):
         Returns:
             [positions of this rank, batch or 1, 1, head_dim] fp32.
         """
-        batch = self.state.decode_batch
-        table = self._table(positions if batch is None else batch.reach)
-        if batch is None:
-            queries = positions // self.state.shard.size
-            index = self.state.positions(self.config, queries, self.state.rotary_segment_ids, table.device)
-        else:
-            index = batch.positions
+        state = self.state
+        # [n, 1, 1, head_dim] angles of positions 0 .. n - 1, for a power of two n that covers all of the forward's.
+        needed = positions if state.decode_batch is None else state.decode_batch.reach
+        size = 1 << max(needed - 1, 255).bit_length()
+        if size not in state.rotary_tables:
+            state.rotary_tables[size] = self.rotary.get_emb(size)
+        table = state.rotary_tables[size]
+        queries = positions // state.shard.size
+        index = state.positions(self.config, queries, state.rotary_segment_ids, table.device)
         return table[:, 0, 0][index.T][:, :, None]
-
-    def _table(self, at_least: int) -> Tensor:
-        """Return the angles of positions 0 .. n-1 for a power of two n >= ``at_least``: [n, 1, 1, head_dim]."""
-        size = 1 << max(at_least - 1, 255).bit_length()
-        if size not in self.state.rotary_tables:
-            self.state.rotary_tables[size] = self.rotary.get_emb(size)
-        return self.state.rotary_tables[size]

@@ -83,17 +83,14 @@ class AttentionPlan:
             )
         )
         self._first_clean_key = len(self.keys.view) - self.length
+        # Whether clean queries attend as in ordinary causal attention, which needs no mask.
+        self._clean_is_plain = shard.size == 1 and documents.dim() == 1 and not block_causal
         self._block_masks: dict[tuple[int, int], BlockMask] = {}
 
     @property
     def causal(self) -> bool:
         """Whether all of it is ordinary causal attention."""
-        return not self.views and self._is_plain(CLEAN)
-
-    def _is_plain(self, view: int) -> bool:
-        """Return whether the queries of a view attend as in ordinary causal attention, which needs no mask."""
-        one_document = self.keys.document.dim() == 1
-        return view == CLEAN and self.shard.size == 1 and one_document and not self.block_causal
+        return not self.views and self._clean_is_plain
 
     @functools.cached_property
     def query_tiles(self) -> list[QueryTile]:
@@ -101,7 +98,7 @@ class AttentionPlan:
         tiles, index = [], 0
         for view in (*range(self.views), CLEAN):
             for first, end in self.shard.chunks(self.length):
-                size = end if self._is_plain(view) else self.tile_size
+                size = end if view == CLEAN and self._clean_is_plain else self.tile_size
                 for position in range(first, end, size):
                     tile_end = min(position + size, end)
                     queries = slice(index, index + tile_end - position)
@@ -111,7 +108,7 @@ class AttentionPlan:
 
     def _query_tile(self, view: int, first: int, end: int, queries: slice) -> QueryTile:
         """Make the tile of the ``queries`` of one view at positions ``first`` to ``end`` - 1."""
-        if self._is_plain(view):
+        if view == CLEAN and self._clean_is_plain:
             return QueryTile(queries, None, slice(self._first_clean_key, self._first_clean_key + end), None)
         # Noisy queries see their own blocks, which may extend beyond the tile by the halo, and the clean keys before
         # them; clean queries see the clean keys up to themselves, or up to the end of their block.

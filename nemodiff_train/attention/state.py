@@ -46,7 +46,7 @@ class AttentionState:
     """Plans of the last few micro-batches, by the address and shape of their segment ids."""
 
     def drafted(self, positions: int, views: int) -> tuple[int, int]:
-        """Return the first and the end of a forward's positions that are drafts: the noisy views, or a draft forward.
+        """Return the first position and the end of a forward's drafts: of the noisy views, or of a draft forward.
 
         Args:
             positions: Number of positions of the forward.
@@ -70,33 +70,32 @@ class AttentionState:
                 samples are one document with blocks of one size.
             device: Where the plan is needed.
         """
-        views = config.noisy_views
+        views, shard, causal_noise = config.noisy_views, self.shard, config.causal_noise
         block_causal = config.clean_attention == "block_causal" and views > 0
         if segment_ids is None:
-            length = queries * self.shard.size // (views + 1)
-            return uniform_plan(
-                views, length, config.block_size, block_causal, self.shard, device, config.causal_noise
-            )
+            length = queries * shard.size // (views + 1)
+            return uniform_plan(views, length, config.block_size, block_causal, shard, device, causal_noise)
         key = (segment_ids.data_ptr(), *segment_ids.shape)
         if key not in self.plans:
             while len(self.plans) >= PLANS_KEPT:
                 self.plans.pop(next(iter(self.plans)))
-            largest, causal_noise = config.largest_block, config.causal_noise
-            plan = segmented_plan(views, segment_ids, block_causal, largest, self.shard, causal_noise)
+            plan = segmented_plan(views, segment_ids, block_causal, config.largest_block, shard, causal_noise)
             self.plans[key] = (segment_ids, plan)  # holding the tensor keeps its address from being used again
         return self.plans[key][1]
 
     def positions(
         self, config: "TriModeModelProvider", queries: int, segment_ids: Tensor | None, device: torch.device
     ) -> Tensor:
-        """Return the position of every query of a training forward on this rank: [batch or 1, queries].
+        """Return the position of every query of a forward on this rank: [batch or 1, queries].
 
         Args:
             config: The model's configuration.
             queries: Number of queries on this rank.
-            segment_ids: As :meth:`plan` takes them.
+            segment_ids: As :meth:`plan` takes them, in training.
             device: Where the positions are needed.
         """
+        if self.decode_batch is not None:
+            return self.decode_batch.positions
         copies = config.noisy_views + 1
         index = self.shard.positions(queries * self.shard.size // copies, device)  # [L / size]
         positions = index[None] if segment_ids is None else segment_ids[:, 2, index].long()

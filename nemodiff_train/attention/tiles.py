@@ -7,7 +7,6 @@ queries may see a segment of keys. That takes time and memory per pair of segmen
 times fewer than pairs of positions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,20 +123,6 @@ def block_mask(
         key_segments: The keys, cut by ``tile[1]``.
         tile: Number of queries and of keys per tile.
     """
-    any_allowed, all_allowed = _tiles(queries, keys, rule, query_segments, key_segments)
-    partial, full = _kv_blocks(any_allowed & ~all_allowed), _kv_blocks(all_allowed)
-    lengths = len(query_segments.segment), len(key_segments.segment)
-    return BlockMask.from_kv_blocks(*partial, *full, tile, _mask_mod(queries, keys, rule), lengths)
-
-
-def _tiles(
-    queries: Positions,
-    keys: Positions,
-    rule: tuple[bool, bool],
-    query_segments: Segments,
-    key_segments: Segments,
-) -> tuple[Tensor, Tensor]:
-    """Return whether any pair of a tile is allowed, and whether all are: [rows, query tiles, key tiles] each."""
     query = _Bounds(
         query_segments.view, *map(query_segments.interval, (queries.position, queries.block, queries.seen_document()))
     )
@@ -147,8 +132,20 @@ def _tiles(
     # [rows, query tiles, key tiles] number of pairs of segments with any allowed pair, and with no other.
     some = _count_by_tile(_allowed(query, key, *rule), query_segments, key_segments)
     full = _count_by_tile(_allowed(query.swapped(), key.swapped(), *rule), query_segments, key_segments)
+    # The same shape: whether any pair of a tile is allowed, and whether all are.
     complete = query_segments.full_tile[:, None] & key_segments.full_tile
-    return some > 0, complete & (full == query_segments.per_tile[:, None] * key_segments.per_tile)
+    any_allowed = some > 0
+    all_allowed = complete & (full == query_segments.per_tile[:, None] * key_segments.per_tile)
+
+    # In tiles that are not full FlexAttention evaluates the rule for every pair: it reads these, hence in 32 bits.
+    queries, keys = (Positions(*(values.int() for values in positions)) for positions in (queries, keys))
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return can_attend(_pick(queries, batch, query), _pick(keys, batch, key), *rule)
+
+    lists = *_kv_blocks(any_allowed & ~all_allowed), *_kv_blocks(all_allowed)
+    lengths = len(query_segments.segment), len(key_segments.segment)
+    return BlockMask.from_kv_blocks(*lists, tile, mask_mod, lengths)
 
 
 def _allowed(query: _Bounds, key: _Bounds, block_causal: bool, causal_noise: bool) -> Tensor:
@@ -182,19 +179,6 @@ def _kv_blocks(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """
     selected = tiles[:, None].int()
     return selected.sum(-1, dtype=torch.int32), selected.argsort(dim=-1, descending=True, stable=True).int()
-
-
-def _mask_mod(
-    queries: Positions, keys: Positions, rule: tuple[bool, bool]
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return the rule for single pairs, which FlexAttention evaluates in tiles that are not full."""
-    # 32 bits: the kernel reads these for every pair of such a tile.
-    queries, keys = (Positions(*(values.int() for values in positions)) for positions in (queries, keys))
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return can_attend(_pick(queries, batch, query), _pick(keys, batch, key), *rule)
-
-    return mask_mod
 
 
 def _pick(positions: Positions, batch: Tensor, index: Tensor) -> Positions:

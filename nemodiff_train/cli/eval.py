@@ -65,8 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.evaluation.evaluate import evaluate
     from nemodiff_train.evaluation.unfinished import open_log
-    from nemodiff_train.report.report import write_report
-    from nemodiff_train.report.table import print_table
+    from nemodiff_train.report.report import print_table, write_report
 
     options = decoding_options(arguments)
     opened = load_decoding_model(checkpoint, modes=modes, **options)

@@ -1,11 +1,10 @@
-"""Text that every machine already has: the source of Python's standard library, and its language reference."""
+"""Text that every machine already has: the source of Python's standard library."""
 
 import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 
 # Not ordinary source: tests, generated tables, installed packages and tools bundled with Python.
 _LEFT_OUT = {
@@ -54,18 +53,8 @@ def stdlib_modules() -> Iterator[dict[str, str]]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root) for path in root.rglob("*.py")]
-    for name in sorted(names, key=lambda name: _hash(name.as_posix())):
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
         if _LEFT_OUT.intersection(name.parts):
             continue
         if text := (root / name).read_bytes().decode("utf-8", errors="replace"):
             yield {"name": name.as_posix(), "text": text}
-
-
-def language_reference() -> Iterator[dict[str, str]]:
-    """Yield ``name`` and ``text`` of the topics of Python's ``help()``, in the order of a hash of their names."""
-    for name in sorted(topics, key=_hash):
-        yield {"name": f"help/{name}", "text": topics[name]}
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

@@ -34,8 +34,7 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.loading import stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.processes import run_ranks
-from nemodiff_train.report.report import write_report
-from nemodiff_train.report.table import print_table
+from nemodiff_train.report.report import print_table, write_report
 from nemodiff_train.report.trace import Decode
 from nemodiff_train.runtime import init_runtime
 
@@ -58,7 +57,10 @@ def run_demo(output: Path, start_from: str | None, mask_token: str | None, count
     started = time.monotonic()
     if start_from and mask_token:
         select_mask_token(start_from, model_from(start_from), mask_token, None)  # refused before anything is made
-    budget = Budget() if start_from is None else _budget(_parameters(start_from), init_runtime().cuda)
+    budget = Budget()
+    if start_from is not None:
+        parameters = sum(math.prod(tensor.shape) for tensor in check_weights(Path(start_from)).values())
+        budget = _budget(parameters, init_runtime().cuda)
     if budget != Budget():
         console.print(
             f"this model is large for a CPU: {budget.steps} steps instead of {Budget.steps} in the joint stage, "
@@ -90,10 +92,6 @@ def _budget(parameters: int, cuda: bool) -> Budget:
     if cuda or share >= 1:
         return Budget()
     return Budget(max(10, int(share * Budget.steps)), max(6, int(share * Budget.count)), ())
-
-
-def _parameters(directory: str) -> int:
-    return sum(math.prod(tensor.shape) for tensor in check_weights(Path(directory)).values())
 
 
 class Demo:
@@ -129,24 +127,32 @@ class Demo:
         ):
             if self.trains_ar:
                 self._train("demo_ar", "ar", tokenizer=tokenizer)
-                self._export("ar", self.ar_model)
+                export_checkpoint(Checkpoint.open(self.output / "ar" / "checkpoints"), str(self.ar_model))
                 self._import()
         with self._announce("AR model, before the joint stage"):
-            accuracy_before = self._evaluate_ar()
-        tensor_parallel = self._tensor_parallel()
+            evaluation, _ = self._evaluate(self.start, ("ar",), (), batch_size=50)
+            accuracy_before = evaluation.modes["ar"].accuracy
+            assert accuracy_before is not None  # the task has answers
+            console.print(f"    accuracy {accuracy_before:.1%}")
+        # The small model trains faster in replicas; another one is halved, where its heads allow.
+        tensor_parallel = 1
+        if not self.trains_ar and not model_from(Checkpoint.open(self.start)).num_query_groups % self.processes:
+            tensor_parallel = self.processes
+        trained = self.output / "joint" / "checkpoints"
         with self._announce(f"joint stage: AR + diffusion, {'tensor' if tensor_parallel > 1 else 'data'} parallel"):
-            self._train(
-                "demo_joint",
-                "joint",
-                start_from=str(self.start),
-                tensor_parallel=str(tensor_parallel),
-                steps=str(self.budget.steps),
-            )
+            steps = self.budget.steps
+            self._train("demo_joint", "joint", start_from=self.start, tensor_parallel=tensor_parallel, steps=steps)
         with self._announce(f"three modes on {self.budget.count} held-out problems"):
-            self._evaluate_tri_mode(accuracy_before)
+            evaluation, decode = self._evaluate(trained, ("ar", "diffusion", "linear"), self.budget.thresholds)
+            evaluation.settings["AR accuracy before the joint stage"] = accuracy_before
+            report = write_report(self.output / "report", evaluation, decode)
+            print_table(evaluation)
+            console.print(f"AR accuracy before the joint stage: {accuracy_before:.1%}")
+            console.print(f"report: {report}")
         with self._announce("export to Hugging Face, with the code that decodes in every mode"):
-            self._export("joint", self.tri_mode_model, "tri-mode", self.output / "report")
-        self._invite()
+            source, results = Checkpoint.open(trained), str(report.parent)
+            export_checkpoint(source, str(self.tri_mode_model), format="tri-mode", results=results)
+        self._invite(trained)
 
     def _import(self) -> None:
         """Import the AR model with a mask token: its own, the named one, a reserved one, or a new one."""
@@ -162,12 +168,6 @@ class Demo:
             )
         import_checkpoint(str(self.ar_model), str(self.start), mask_token=mask_token, add_mask_token=added)
 
-    def _tensor_parallel(self) -> int:
-        """Return 1 for the small model, faster in replicas; for another what halves it, where its heads allow."""
-        if self.trains_ar or model_from(Checkpoint.open(self.start)).num_query_groups % self.processes:
-            return 1
-        return self.processes
-
     @contextmanager
     def _announce(self, description: str) -> Iterator[None]:
         self.step += 1
@@ -176,16 +176,13 @@ class Demo:
         yield
         console.print(f"    {time.monotonic() - started:.0f} s", style="dim")
 
-    def _prefix(self, name: str) -> str:
-        return str(self.output / "data" / name)
-
-    def _prepare_data(self) -> str:
+    def _prepare_data(self) -> Path:
         """Write the text, train a tokenizer unless the model brings one, and prepare .bin/.idx.
 
         Returns:
             The directory of the tokenizer.
         """
-        folder = self.output / "data"
+        folder, tokenizer = self.output / "data", self.output / "tokenizer"
         folder.mkdir()
         write_stdlib_text(folder / "code.jsonl", CODE_BYTES)
         with (folder / "problems.jsonl").open("w") as file:
@@ -193,40 +190,30 @@ class Demo:
                 print(json.dumps({"text": problem.prompt + problem.solution}), file=file)
         write_conversations(folder / "chat.jsonl", PROBLEMS)
         if not self.trains_ar:
-            tokenizer = str(Checkpoint.open(self.start).tokenizer_directory)
+            tokenizer = Checkpoint.open(self.start).tokenizer_directory
         else:
-            tokenizer = str(self.output / "tokenizer")
-            train_tokenizer(_texts(folder), VOCABULARY, Path(tokenizer))
+            lines = "".join((folder / f"{name}.jsonl").read_text() for name in ("problems", "code")).splitlines()
+            train_tokenizer((json.loads(line)["text"] for line in lines), VOCABULARY, tokenizer)
         for name in ("problems", "code"):
+            prefix, workers = f"{folder}/{name}", len(os.sched_getaffinity(0))
             prepare(
-                PrepareOptions(
-                    inputs=[f"{folder}/{name}.jsonl"],
-                    tokenizer=tokenizer,
-                    output=self._prefix(name),
-                    workers=len(os.sched_getaffinity(0)),
-                )
+                PrepareOptions(inputs=[f"{prefix}.jsonl"], tokenizer=str(tokenizer), output=prefix, workers=workers)
             )
         return tokenizer
 
-    def _train(self, recipe: str, run: str, **settings: str) -> None:
+    def _train(self, recipe: str, run: str, **settings: object) -> None:
         """Train a recipe on several ranks."""
-        settings |= {
-            "problems": self._prefix("problems"),
-            "code": self._prefix("code"),
-            "output": str(self.output / run),
-        }
+        for name in ("problems", "code"):
+            settings[name] = self.output / "data" / name
+        settings["output"] = self.output / run
         words = [f"{key}={value}" for key, value in settings.items()]
         if run_ranks([sys.executable, "-m", "nemodiff_train", "train", recipe, *words], self.processes):
             raise UserError(f"training {recipe} failed; see {self.output}/{run}/train.log")
 
-    def _export(self, run: str, directory: Path, format: str | None = None, results: Path | None = None) -> None:
-        source = Checkpoint.open(self.output / run / "checkpoints")
-        export_checkpoint(source, str(directory), format=format, results=str(results) if results else None)
-
-    def _invite(self) -> None:
-        """Say how to try the model here and in Transformers, with a problem that it has not seen."""
+    def _invite(self, trained: Path) -> None:
+        """Say how to try the checkpoint here and the model in Transformers, with a problem that it has not seen."""
         (problem,) = problems("test", 1, seed=1)
-        checkpoint, asked = shlex.quote(str(self.output / "joint" / "checkpoints")), f"Question: {problem.question}"
+        checkpoint, asked = shlex.quote(str(trained)), f"Question: {problem.question}"
         model, prompt = json.dumps(str(self.tri_mode_model)), json.dumps(problem.prompt)
         program = (
             "from transformers import pipeline; "
@@ -239,24 +226,6 @@ class Demo:
         for words, line in (("try it", here), ("without this package", f"python -c {shlex.quote(program)}")):
             console.print(f"{words}: {line}", soft_wrap=True, markup=False)
 
-    def _evaluate_ar(self) -> float:
-        """Return the accuracy of the AR model before the joint stage."""
-        evaluation, _ = self._evaluate(self.start, ("ar",), (), batch_size=50)
-        accuracy = evaluation.modes["ar"].accuracy
-        assert accuracy is not None  # the task has answers
-        console.print(f"    accuracy {accuracy:.1%}")
-        return accuracy
-
-    def _evaluate_tri_mode(self, accuracy_before: float) -> None:
-        """Score every mode, print the table and write the report."""
-        checkpoint = self.output / "joint" / "checkpoints"
-        evaluation, decode = self._evaluate(checkpoint, ("ar", "diffusion", "linear"), self.budget.thresholds)
-        evaluation.settings["AR accuracy before the joint stage"] = accuracy_before
-        report = write_report(self.output / "report", evaluation, decode)
-        print_table(evaluation)
-        console.print(f"AR accuracy before the joint stage: {accuracy_before:.1%}")
-        console.print(f"report: {report}")
-
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...], batch_size: int = 1
     ) -> tuple[Evaluation, Decode]:
@@ -265,10 +234,3 @@ class Demo:
         loaded = load_decoding_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)
         settings = EvaluationSettings(modes=modes, thresholds=thresholds, batch_size=batch_size)
         return evaluate(loaded, task, settings, str(checkpoint)), loaded.settings.text
-
-
-def _texts(folder: Path) -> Iterator[str]:
-    for name in ("problems", "code"):
-        with (folder / f"{name}.jsonl").open() as file:
-            for line in file:
-                yield json.loads(line)["text"]

@@ -39,12 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    _wrapped(bpe).save_pretrained(directory)
-    rename_for_transformers_4(directory)
-
-
-def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
@@ -52,3 +47,5 @@ def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,  # the clean-up would drop spaces before punctuation
     )
+    tokenizer.save_pretrained(directory)
+    rename_for_transformers_4(directory)

@@ -62,7 +62,7 @@ def draft_tokens(
 
 @dataclass(frozen=True)
 class DraftLoss:
-    """The drafter's loss of a micro-batch; a :class:`~nemodiff_train.objective.loss.MicroBatchLoss`.
+    """The drafter's loss of a micro-batch, in the place of the step's :class:`TriModeLoss`.
 
     A context-parallel rank has n = L / size of the positions and S of the slots of its samples.
     """

@@ -20,7 +20,6 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.head import LOGIT_CHUNK, token_losses
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.loss import loss_sums
 from nemodiff_train.objective.sample import Sample, SampleMaker
 from nemodiff_train.runtime.memory import require_memory
 
@@ -213,7 +212,6 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
 
     losses = forward()
     check_finite(losses, [chunk], batch["position_ids"], forward, "losses")
-    sums = loss_sums(losses, batch)
     counts = batch["maskable"]  # [batch, L]
     length = counts.shape[1]
     clean = losses[:, length:]
@@ -225,7 +223,7 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
     return _Scores(
         ar=float((clean * ar_targets).sum()),
         ar_targets=int(ar_targets.sum()),
-        diffusion=float(sums.diffusion),
+        diffusion=float((losses * batch["loss_mask"])[:, :length].sum()),
         seeds=float((clean * before_block).sum()),
-        tokens=int(sums.tokens),
+        tokens=int(counts.sum()),
     )

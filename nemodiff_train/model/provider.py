@@ -98,7 +98,7 @@ class TriModeModelProvider(GPTModelProvider):
     """Recompute the outputs of norms and of the gated activation in the backward pass instead of keeping them."""
     attention_kernel: str = "auto"
     """``auto``, or ``flash`` for FlexAttention's FlashAttention 4 backend; see
-    :func:`~nemodiff_train.attention.selection.select_kernel`. Belongs to a run, like the next two fields."""
+    :func:`~nemodiff_train.attention.kernels.select_kernel`. Belongs to a run, like the next two fields."""
     attention_tile: int = 0
     """Number of queries, and of keys, per tile of FlexAttention's block mask; 0 for the kernel's default."""
     attention_options: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +148,8 @@ class TriModeModelProvider(GPTModelProvider):
         self.should_pad_vocab, self.make_vocab_size_divisible_by = True, 1
         model = super().provide(pre_process, post_process, vp_stage)
         context_group = model.pg_collection.cp
-        state = AttentionState(shard=ContextParallelShard.of_group(context_group), context_group=context_group)
+        shard = ContextParallelShard(context_group.rank(), context_group.size())
+        state = AttentionState(shard=shard, context_group=context_group)
         for module in model.modules():
             if isinstance(module, TriModeAttention):
                 module.state = state

@@ -43,8 +43,10 @@ class ConversationMaker(SampleMaker):
         """
         lengths, answers, conversations = sample["lengths"], sample["answers"], sample["conversations"]
         grid = block_size if self.objective.noisy_views else 1  # AR has no blocks to fill
-        segment, turn, padding = _segments(lengths, answers, grid, self.length)  # [L] each
+        # [L] each: segment, turn, whether it is padding, and index in the segment of each position.
+        segment, turn, padding = _segments(lengths, answers, grid, self.length)
         in_segment = torch.arange(self.length) - torch.searchsorted(segment, segment)
+        # [L] each: token, conversation, whether an answer, and document of each position.
         tokens = torch.full((self.length,), self.padding_id)
         tokens[~padding] = sample["tokens"][: int((~padding).sum())]
         conversation, answer = conversations[turn], answers[turn] & ~padding
@@ -79,6 +81,7 @@ def _segments(lengths: Tensor, answers: Tensor, grid: int, length: int) -> tuple
         [length] each: index of the segment (turn k is segment 2k, its padding 2k + 1), index of the turn, whether it
         is padding.
     """
+    # [2 turns + 1] number of positions of each segment, the last one what is left of the sample.
     padding = torch.where(answers, -lengths % grid, 0)
     counts = torch.stack([lengths, padding], 1).flatten()
     left = max(0, length - int(counts.sum()))

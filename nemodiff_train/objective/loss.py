@@ -1,50 +1,15 @@
 """The reduction: from the losses of tokens to one scalar for the gradient, and to the figures that are reported."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nemodiff_train.objective.config import ObjectiveConfig
 
-if TYPE_CHECKING:
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-
 Report = dict[str, Tensor]
 """[sum, count] per reported figure, fp32.  Bridge adds them over micro-batches and data-parallel ranks before it
 divides, so every printed figure is an average over the global batch, whatever the reduction of the gradient."""
-
-
-class MicroBatchLoss(Protocol):
-    """What the forward step trains a micro-batch on: the tri-mode losses, or the drafter's."""
-
-    def from_hidden_states(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: "ColumnParallelLinear",
-        output_weight: Tensor | None,
-        **context: object,
-    ) -> Tensor:
-        """Return the losses in nats; Megatron calls this on the last stage instead of its output layer and loss.
-
-        Args:
-            hidden_states: [positions, batch, hidden] of the last layer; under sequence parallel this rank's part.
-            output_layer: The model's, of which this tensor-parallel rank has some rows.
-            output_weight: [vocabulary / tensor-parallel size, hidden], where the weight is not the layer's own.
-            context: What else Megatron passes to an ``output_processor``.
-        """
-        ...
-
-    def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
-        """Return the summed loss, the denominator as int32, and the report.
-
-        Args:
-            losses: What :meth:`from_hidden_states` returned.
-        """
-        ...
 
 
 def loss_weights(
@@ -76,7 +41,7 @@ def loss_weights(
         return loss_mask, loss_mask.sum().to(torch.int32)
     noisy, clean = _split_views(loss_mask, maskable.shape[1])  # [batch, V L] of w, [batch, L] of 0 and 1
 
-    # Both parts have a common factor, 1 but for `bridge`, which divides within the micro-batch.
+    # Common factor of both parts, a scalar: 1 but for `bridge`, which divides within the micro-batch.
     factor, denominator = loss_mask.new_ones(()), maskable.sum()
     if objective.reduction == "bridge":
         factor = factor / (_masked(noisy, views) + maskable.sum())
@@ -85,64 +50,36 @@ def loss_weights(
     if objective.reduction == "automodel":
         diffusion_weight, denominator = alpha * diffusion_scale, clean.sum()
 
-    # The diffusion loss is a mean over V views: [batch, V L], then the clean half's [batch, L].
+    # [batch, (V + 1) L]: the diffusion loss is a mean over V views, the clean half's follows.
     weights = torch.cat([noisy * (factor * diffusion_weight / views), clean * (factor * objective.ar_weight)], dim=1)
     return weights, denominator.to(torch.int32)
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """What one micro-batch adds to each part of the report: scalars, losses in nats."""
-
-    ar: Tensor
-    """Sum of the AR losses."""
-    ar_targets: Tensor
-    """Number of tokens with an AR loss."""
-    diffusion: Tensor
-    """Sum of w times the loss over masked positions, a mean over views."""
-    masked: Tensor
-    """Number of masked positions with a weight, a mean over views."""
-    tokens: Tensor
-    """Number of tokens that may be masked."""
-
-
-def loss_sums(losses: Tensor, batch: Mapping[str, Tensor]) -> LossSums:
-    """Add up the losses of one micro-batch, or of one rank's positions, by part.
+def report(
+    losses: Tensor, batch: Mapping[str, Tensor], loss: Tensor, denominator: Tensor, objective: ObjectiveConfig
+) -> Report:
+    """Return the figures of one micro-batch, or of one rank's positions, as Megatron reports them.
 
     Args:
         losses: [batch, (V + 1) L] cross-entropy in nats; V is 0 in the AR stage.
         batch: As :func:`loss_weights` takes it.
-    """
-    length = batch["maskable"].shape[1]
-    noisy, clean = _split_views(batch["loss_mask"], length)
-    noisy_losses, clean_losses = _split_views(losses * batch["loss_mask"], length)
-    views = max(noisy.shape[1] // length, 1)
-    return LossSums(
-        ar=clean_losses.sum(),
-        ar_targets=clean.sum(),
-        diffusion=noisy_losses.sum() / views,
-        masked=_masked(noisy, views),
-        tokens=batch["maskable"].sum(),
-    )
-
-
-def report(sums: LossSums, loss: Tensor, denominator: Tensor, objective: ObjectiveConfig) -> Report:
-    """Return the figures of one micro-batch as Megatron reports them.
-
-    Args:
-        sums: The micro-batch's sums.
-        loss: Its reduced loss.
+        loss: The reduced loss.
         denominator: The loss's denominator.
         objective: The switches; the AR stage reports the AR loss alone.
     """
-    ar = {"ar_loss": pair(sums.ar, sums.ar_targets)}
-    if not objective.noisy_views:
+    length, views = batch["maskable"].shape[1], objective.noisy_views
+    # [batch, V L] and [batch, L]: the weights w of masked positions and the AR mask, then the losses times these.
+    noisy, clean = _split_views(batch["loss_mask"], length)
+    noisy_losses, clean_losses = _split_views(losses * batch["loss_mask"], length)
+    ar = {"ar_loss": pair(clean_losses.sum(), clean.sum())}
+    if not views:
         return ar
+    tokens = batch["maskable"].sum()
     return {
         "loss": pair(loss, denominator),
         **ar,
-        "diffusion_loss": pair(sums.diffusion, sums.tokens),
-        "masked_fraction": pair(sums.masked, sums.tokens),
+        "diffusion_loss": pair(noisy_losses.sum() / views, tokens),
+        "masked_fraction": pair(_masked(noisy, views), tokens),
     }
 
 

@@ -40,7 +40,7 @@ class Noise(NamedTuple):
     masked: Bools
     """[V, L] positions that the model must restore."""
     weight: npt.NDArray[np.float32]
-    """[V, L] loss weight at masked positions, 0 elsewhere."""
+    """[V, L] weight of the loss at masked positions, 0 elsewhere."""
     level: npt.NDArray[np.float32]
     """[V, L] noise level t of every position."""
 
@@ -93,7 +93,7 @@ def draw_noise(
     batch_size: int,
     sequences: Ints | None = None,
 ) -> Noise:
-    """Draw noise levels, mask positions, and weigh them.
+    """Draw noise levels, masked positions and their weights.
 
     With the default switches: t ~ U(min, max) once per sequence; every maskable position is masked independently
     with probability t; a masked position weighs 1/t, the inverse of its inclusion probability
@@ -111,34 +111,33 @@ def draw_noise(
     draw = _generator(key, 0, _MASKS, key.sample)
     sequences = np.zeros_like(blocks) if sequences is None else sequences
     scopes = blocks if objective.noise_granularity == "block" else sequences
+    # [L] whether the sequence of a position is one of the fully masked ones.
     fully_masked = (draw.random(int(sequences[-1]) + 1) < objective.fully_masked_fraction)[sequences]
     low, high = objective.min_noise_level, objective.max_noise_level
-    views: list[_View] = []
+    canvases: list[Canvas] = []
+    # Per view, [L] each: the masked positions, and the probability with which a maskable one is masked at its level.
+    masks: list[Bools] = []
+    probabilities: list[Floats] = []
     for view in range(objective.views):
         if objective.complementary and view % 2:
             # The complement of the view before: masked where that shows the token, at level 1 - t.
-            canvas, masked, probability = views[-1]
-            canvas = canvas._replace(levels=1 - canvas.levels)
-            views.append(_View(canvas, maskable & ~masked, 1 - probability))
+            canvases.append(canvases[-1]._replace(levels=1 - canvases[-1].levels))
+            masks.append(maskable & ~masks[-1])
+            probabilities.append(1 - probabilities[-1])
             continue
+        # [scopes] uniform numbers, the level of each scope, and [L] that of each position.
         uniform = _uniforms(key, view, int(scopes[-1]) + 1, objective.noise_level_sampling, batch_size)
         levels = np.where(fully_masked, 1.0, (low + (high - low) * uniform)[scopes])
-        canvas = Canvas(levels, maskable, scopes, blocks, block_size, objective)
-        masked, probability = MASK_SAMPLINGS[objective.mask_sampling](draw, canvas)
-        views.append(_View(canvas, maskable & (masked | fully_masked), np.where(fully_masked, 1.0, probability)))
-    weigh = WEIGHTINGS[objective.weighting]
+        canvases.append(Canvas(levels, maskable, scopes, blocks, block_size, objective))
+        masked, probability = MASK_SAMPLINGS[objective.mask_sampling](draw, canvases[-1])
+        masks.append(maskable & (masked | fully_masked))
+        probabilities.append(np.where(fully_masked, 1.0, probability))
+    weights = map(WEIGHTINGS[objective.weighting], masks, probabilities, canvases)
     return Noise(
-        np.stack([view.masked for view in views]),
-        np.stack([weigh(view.masked, view.probability, view.canvas) for view in views]).astype(np.float32),
-        np.stack([view.canvas.levels for view in views]).astype(np.float32),
+        np.stack(masks),
+        np.stack(list(weights)).astype(np.float32),
+        np.stack([canvas.levels for canvas in canvases]).astype(np.float32),
     )
-
-
-class _View(NamedTuple):
-    canvas: Canvas
-    masked: Bools
-    probability: Floats
-    """[L] with which each maskable position is masked at its level."""
 
 
 def _uniforms(key: Key, view: int, scopes: int, sampling: str, batch_size: int) -> Floats:
@@ -160,7 +159,7 @@ def _uniforms(key: Key, view: int, scopes: int, sampling: str, batch_size: int) 
 
 @functools.lru_cache(maxsize=8)
 def _order_of_batch(step: Key, view: int, batch_size: int) -> Ints:
-    """Return [batch_size] the stratum of each sample of a global batch."""
+    """Return the stratum of each sample of a global batch: [batch_size]."""
     return _generator(step, view, _ORDER, step.sample).permutation(batch_size)
 
 
@@ -172,21 +171,24 @@ def _bernoulli(draw: np.random.Generator, canvas: Canvas) -> tuple[Bools, Floats
 def _exact(draw: np.random.Generator, canvas: Canvas) -> tuple[Bools, Floats]:
     """Mask t times the maskable positions of each scope, with a half-life late ones of a block more often."""
     levels, maskable, scopes = canvas.levels, canvas.maskable, canvas.scopes
-    preference = -np.log(
-        -np.log(draw.random(len(levels)))
-    )  # Gumbel: the k largest are a draw of k without replacement
+    # [L] Gumbel noise: the k positions with the largest are a draw of k without replacement.
+    preference = -np.log(-np.log(draw.random(len(levels))))
     half_life = canvas.objective.position_bias_half_life
     if half_life is not None:
-        preference += _slope(levels, half_life, canvas.block_size) * _index_within(canvas.blocks)
-    return _most_preferred(preference, maskable, scopes, _masked_counts(draw, levels, maskable, scopes)), levels
+        # [L] beta (1 - t) per position, beta = ln 2 / (half-life * block size) (arXiv 2512.14067, section 3.3).
+        slope = math.log(2) / (half_life * canvas.block_size) * (1 - levels)
+        preference += slope * _index_within(canvas.blocks)
 
+    # [scopes] number of positions to mask: t times the maskable ones, rounded at random to the exact mean.
+    counts = np.bincount(scopes, maskable)
+    level = levels[np.searchsorted(scopes, np.arange(len(counts)))]
+    counts = np.ceil(level * counts - draw.random(len(counts))).astype(np.int64).clip(0)
 
-def _slope(levels: Floats, half_life: float, block_size: int) -> Floats:
-    """Return the log-preference per position, beta (1 - t) with beta = ln 2 / (half-life * block size).
-
-    (Efficient-DLM, arXiv 2512.14067, section 3.3.)
-    """
-    return math.log(2) / (half_life * block_size) * (1 - levels)
+    # [L] the positions by scope, maskable ones first, then by preference: the first ``counts`` of each are masked.
+    order = np.lexsort((-preference, ~maskable, scopes))
+    masked = np.zeros_like(maskable)
+    masked[order] = _index_within(scopes) < counts[scopes]
+    return masked & maskable, levels
 
 
 def _index_within(scopes: Ints) -> Ints:
@@ -195,29 +197,14 @@ def _index_within(scopes: Ints) -> Ints:
     return index - index[np.searchsorted(scopes, scopes)]
 
 
-def _masked_counts(draw: np.random.Generator, levels: Floats, maskable: Bools, scopes: Ints) -> Ints:
-    """Return [scopes] how many positions to mask: t times the maskable ones, rounded at random to the exact mean."""
-    count = np.bincount(scopes, maskable)
-    level = levels[np.searchsorted(scopes, np.arange(len(count)))]
-    return np.ceil(level * count - draw.random(len(count))).astype(np.int64).clip(0)
-
-
-def _most_preferred(preference: Floats, maskable: Bools, scopes: Ints, counts: Ints) -> Bools:
-    """Return [L] the ``counts`` maskable positions of each scope that are preferred most."""
-    order = np.lexsort((-preference, ~maskable, scopes))  # by scope, maskable first, then by preference
-    masked = np.zeros_like(maskable)
-    masked[order] = _index_within(scopes) < counts[scopes]
-    return masked & maskable
-
-
 def _inverse(masked: Bools, probability: Floats, canvas: Canvas) -> Floats:
     return masked / np.where(masked, probability, 1.0)
 
 
 def _effective(masked: Bools, probability: Floats, canvas: Canvas) -> Floats:
-    """Weigh by maskable over masked positions, counted in each scope."""
-    masked_counts = np.bincount(canvas.scopes, masked)
-    return masked * (np.bincount(canvas.scopes, canvas.maskable) / np.maximum(masked_counts, 1))[canvas.scopes]
+    # [scopes] maskable over masked positions.
+    weights = np.bincount(canvas.scopes, canvas.maskable) / np.maximum(np.bincount(canvas.scopes, masked), 1)
+    return masked * weights[canvas.scopes]
 
 
 def _unweighted(masked: Bools, probability: Floats, canvas: Canvas) -> Floats:

@@ -60,6 +60,7 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False, cau
     Returns:
         Boolean tensor of the broadcast shape.
     """
+    # Each of the broadcast shape, [..., queries, keys]: what a query sees of clean text, and of the noisy views.
     query_clean, key_clean = query.view == CLEAN, key.view == CLEAN
     not_later = query.block >= key.block if block_causal else query.position >= key.position
     visible_text = torch.where(query_clean, not_later, query.block > key.block)
@@ -67,21 +68,3 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False, cau
     if causal_noise:
         same_block = same_block & (query.position >= key.position)
     return torch.where(key_clean, visible_text & (query.seen_document() == key.document), same_block)
-
-
-def sample_positions(views: int, blocks: Tensor, documents: Tensor) -> Positions:
-    """Return the positions of a whole training sample, ``[noisy views | clean]``.
-
-    Args:
-        views: Noisy views, V.
-        blocks: [..., L] block of each position.
-        documents: [..., L] document of each position.
-
-    Returns:
-        Four tensors: ``view`` [(V + 1) L], the others [..., (V + 1) L].
-    """
-    length = blocks.shape[-1]
-    view = torch.tensor([*range(views), CLEAN], device=blocks.device).repeat_interleave(length)
-    position = torch.arange(length, device=blocks.device)
-    repeats = [1] * (blocks.dim() - 1) + [views + 1]
-    return Positions(view, *(values.expand_as(blocks).repeat(repeats) for values in (position, blocks, documents)))

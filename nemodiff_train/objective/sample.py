@@ -102,7 +102,15 @@ class SampleMaker:
         tokens, maskable = sample["tokens"], sample["loss_mask"] > 0
         if self.unlearned is not None:
             maskable = maskable & (tokens != self.unlearned)
-        segment_ids = self._segment_ids(tokens, block_size)
+        # [L] index of each position's document, whose last token belongs to it, and the position's index in it.
+        position = torch.arange(len(tokens))
+        ends = torch.zeros_like(position) if self.document_end is None else (tokens == self.document_end).long()
+        document = ends.cumsum(0) - ends
+        in_document = position - torch.searchsorted(document, document)
+        # [3, L] document, block and position id of each position.
+        block = (in_document % block_size == 0).cumsum(0) - 1
+        position_ids = in_document if self.restart_positions else position
+        segment_ids = torch.stack([document, block, position_ids]).int()
         ends_document = _is_last(segment_ids[0], at_end=int(tokens[-1]) == self.document_end)
         return CleanHalf(
             tokens=tokens,
@@ -111,16 +119,6 @@ class SampleMaker:
             ar_loss_mask=maskable & ~ends_document,
             maskable=maskable,
         )
-
-    def _segment_ids(self, tokens: Tensor, block_size: int) -> Tensor:
-        """Return [3, L] int32: index of the document, index of the block, position id."""
-        position = torch.arange(len(tokens))
-        ends = torch.zeros_like(position) if self.document_end is None else (tokens == self.document_end).long()
-        document = ends.cumsum(0) - ends  # a document's last token belongs to it
-        in_document = position - torch.searchsorted(document, document)
-        starts_block = in_document % block_size == 0
-        position_ids = in_document if self.restart_positions else position
-        return torch.stack([document, starts_block.cumsum(0) - 1, position_ids]).int()
 
     def _with_views(self, clean: CleanHalf, fields: Sample, key: Key, block_size: int) -> Sample:
         """Return the fields that gain V noisy views, [V L] or [(V + 1) L] each."""
@@ -131,12 +129,13 @@ class SampleMaker:
         )
         masked, weight, level = (torch.from_numpy(array) for array in noise)  # [V, L] each
 
-        # What a noisy position predicts: its own token, or the next one.
+        # [L] what a noisy position predicts, its own token or the next one, and the index of that in its block.
         labels, index_in_block = tokens, torch.arange(len(block)) - torch.searchsorted(block, block)
         if self.objective.shift:
             # A block's first token would be predicted from a block it cannot see; decoding has it from the AR seed.
             labels, index_in_block, level = clean.labels, index_in_block + 1, level.roll(-1, 1)
             weight = weight.roll(-1, 1).masked_fill(_is_last(block, at_end=True), 0.0)
+        # [V, L] what the noisy views hide, and each field: the views one after another, then the clean half.
         hidden = masked if clean.padding is None else masked | clean.padding
         return {
             "tokens": torch.cat([tokens.expand(views, -1).masked_fill(hidden, self.mask_id).flatten(), tokens]),

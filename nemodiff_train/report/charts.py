@@ -8,19 +8,7 @@ from markupsafe import Markup
 from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
 from nemodiff_train.evaluation.pareto import FRONT, Point, curves, front, varied_settings
 from nemodiff_train.report.display import decimal, mode_class, percent, setting, title
-from nemodiff_train.report.svg import (
-    Labels,
-    Scale,
-    dot,
-    drawing,
-    element,
-    line,
-    path,
-    spread,
-    text,
-    ticks,
-    tooltip,
-)
+from nemodiff_train.report.svg import Labels, Scale, dot, drawing, element, line, path, spread, text, ticks, tooltip
 
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 444.0, 30.0, 256.0
@@ -33,68 +21,60 @@ def tpf_bars(modes: dict[str, ModeMetrics]) -> Markup:
     """Draw tokens per forward by mode: all forwards solid, without the prefill as a lighter tip."""
     longest = max(max(m.tpf_all, m.tpf_no_prefill or 0) for m in modes.values())
     scale = Scale(0, max(longest, 1) * 1.04, 0, WIDTH)
-    rows = [_tpf_row(mode, metrics, ROW * index, scale) for index, (mode, metrics) in enumerate(modes.items())]
+    rows, marks = [], []
+    for index, (mode, m) in enumerate(modes.items()):
+        top = ROW * index
+        words = f"{title(mode)}: {decimal(m.tpf_all)} tokens per forward, {decimal(m.tpf_no_prefill)} without prefill"
+        bar = {"x": 0, "y": top + 26, "height": 18, "rx": 3}
+        parts = [
+            tooltip(words),
+            text(0, top + 17, title(mode), "label"),
+            text(WIDTH, top + 17, decimal(m.tpf_all), "value", "end"),
+            element("rect", **bar, width=scale(m.tpf_no_prefill or 0), class_="bar faint"),
+            element("rect", **bar, width=scale(m.tpf_all), class_="bar"),
+        ]
+        rows.append(element("g", *parts, class_=mode_class(mode)))
+        marks.append(line(scale(1), top + 25, scale(1), top + 47, "mark"))
     bottom = ROW * len(modes)
-    marks = [line(scale(1), top, scale(1), top + 22, "mark") for top in (ROW * i + 25 for i in range(len(modes)))]
     name = text(scale(1), bottom + 18, "1 token per forward", "small", "start" if scale(1) < 300 else "end")
     return drawing(WIDTH, bottom + 26, "Tokens per forward by mode", *rows, *marks, name)
-
-
-def _tpf_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup:
-    words = f"{title(mode)}: {decimal(m.tpf_all)} tokens per forward, {decimal(m.tpf_no_prefill)} without prefill"
-    bar = {"x": 0, "y": top + 26, "height": 18, "rx": 3}
-    return element(
-        "g",
-        tooltip(words),
-        text(0, top + 17, title(mode), "label"),
-        text(WIDTH, top + 17, decimal(m.tpf_all), "value", "end"),
-        element("rect", width=scale(m.tpf_no_prefill or 0), class_="bar faint", **bar),
-        element("rect", width=scale(m.tpf_all), class_="bar", **bar),
-        class_=mode_class(mode),
-    )
 
 
 def forwards_bars(modes: dict[str, ModeMetrics]) -> Markup:
     """Draw the forwards spent on 100 tokens, split by kind; an oracle's search is named, not drawn."""
     scale = Scale(0, max(100 / m.tpf_all for m in modes.values()), 0, WIDTH)
-    rows = [_forwards_row(mode, m, (ROW + 14) * index, scale) for index, (mode, m) in enumerate(modes.items())]
-    return drawing(WIDTH, (ROW + 14) * len(modes), "Forwards per 100 tokens, by kind", *rows)
-
-
-def _forwards_row(mode: str, m: ModeMetrics, top: float, scale: Scale) -> Markup:
-    kinds = {kind: 100 * count / m.tokens for kind, count in m.forwards.items() if count}
-    search = kinds.pop("search", None)
-    largest_first = sorted(kinds.items(), key=lambda item: -item[1])
-    bars, start = [], 0.0
-    for index, (kind, count) in enumerate(largest_first):
-        bars.append(
-            element(
-                "rect",
-                tooltip(f"{title(mode)}, {kind}: {count:.1f} forwards per 100 tokens"),
-                x=scale(start),
-                y=top + 26,
-                width=max(scale(count) - 1.5, 0.5),
-                height=18,
-                class_=f"bar shade-{min(index, 2)}",
-            )
-        )
-        start += count
-    split = " · ".join(f"{kind} {count:.1f}" for kind, count in largest_first)
-    if search is not None:
-        split += f" (found by {search:.0f} of search)"
-    return element(
-        "g",
-        text(0, top + 17, title(mode), "label"),
-        text(WIDTH, top + 17, f"{start:.1f}", "value", "end"),
-        *bars,
-        text(0, top + 61, split, "small"),
-        class_=mode_class(mode),
-    )
+    height = ROW + 14
+    rows = []
+    for row, (mode, m) in enumerate(modes.items()):
+        top, start = height * row, 0.0
+        kinds = {kind: 100 * count / m.tokens for kind, count in m.forwards.items() if count}
+        search = kinds.pop("search", None)
+        largest_first = sorted(kinds.items(), key=lambda item: -item[1])
+        bars = []
+        for index, (kind, count) in enumerate(largest_first):
+            words = tooltip(f"{title(mode)}, {kind}: {count:.1f} forwards per 100 tokens")
+            place = {"x": scale(start), "y": top + 26, "width": max(scale(count) - 1.5, 0.5), "height": 18}
+            bars.append(element("rect", words, **place, class_=f"bar shade-{min(index, 2)}"))
+            start += count
+        split = " · ".join(f"{kind} {count:.1f}" for kind, count in largest_first)
+        if search is not None:
+            split += f" (found by {search:.0f} of search)"
+        name = text(0, top + 17, title(mode), "label")
+        total = text(WIDTH, top + 17, f"{start:.1f}", "value", "end")
+        rows.append(element("g", name, total, *bars, text(0, top + 61, split, "small"), class_=mode_class(mode)))
+    return drawing(WIDTH, height * len(modes), "Forwards per 100 tokens, by kind", *rows)
 
 
 def speed_curves(points: Sequence[Point]) -> Markup:
     """Draw accuracy against tokens per forward: the curves of each mode, and the front of all of them."""
-    x, y = _tpf_scale(points), _accuracy_scale(points)
+    # From 1 TPF (or below) to a little beyond the largest; accuracies zoomed in, to a span of 10 points at least.
+    low, high = min(1.0, *(point.tpf for point in points)), max(point.tpf for point in points)
+    margin = max((high - low) * 0.08, 0.1)
+    x = Scale(low - margin, high + margin, LEFT, RIGHT)
+    low, high = (bound(point.accuracy / 100 for point in points) for bound in (min, max))
+    margin = max((high - low) * 0.2, 0.05)
+    y = Scale(max(low - margin, -0.02), min(high + margin, 1.02), BOTTOM, TOP)
+
     best = front(points)
     labels = Labels(RIGHT + 12)
     for point in points:
@@ -112,46 +92,25 @@ def speed_curves(points: Sequence[Point]) -> Markup:
 
 def _mode_curves(points: Sequence[Point], best: Sequence[Point], x: Scale, y: Scale, labels: Labels) -> Markup:
     """Draw the points of one mode, joined along the setting that varies."""
-    varied = varied_settings(points)
+    mode, varied = points[0].mode, varied_settings(points)
     joined = [curve for name, curve in curves(points) if name != FRONT]
     parts = [path([(x(p.tpf), y(p.accuracy / 100)) for p in curve], "curve thin") for curve in joined]
     for curve in joined:
         # The labels of the front come first; where room is short, or in a grid, the others are left out.
         for point in sorted(curve, key=lambda point: point not in best):
-            beaten = "" if point in best else " beaten"
+            m, on_front = point.metrics, point in best
+            values = {name: setting(m.settings.get(name)) for name in varied}
+            settings = "".join(f", {name.replace('_', ' ')} {value}" for name, value in values.items())
+            words = (
+                f"{title(mode)}{settings}: {decimal(m.tpf_all)} tokens per forward, accuracy {percent(m.accuracy)} "
+                f"(95%: {percent(m.accuracy_low)} to {percent(m.accuracy_high)})"
+            )
             at = x(point.tpf), y(point.accuracy / 100)
-            parts.append(dot(*at, 5, _point_words(point, varied), f"dot{beaten}"))
-            if point in best or len(varied) < 2:
-                parts.append(labels.put(*at, _point_label(point, varied), "label", optional=point not in best))
-    return element("g", *parts, class_=mode_class(points[0].mode))
-
-
-def _point_label(point: Point, varied: Sequence[str]) -> str:
-    settings = point.metrics.settings
-    return " \N{MULTIPLICATION SIGN} ".join(setting(settings.get(name)) for name in varied)
-
-
-def _point_words(point: Point, varied: Sequence[str]) -> str:
-    settings = [f", {name.replace('_', ' ')} {setting(point.metrics.settings.get(name))}" for name in varied]
-    m = point.metrics
-    return (
-        f"{title(point.mode)}{''.join(settings)}: {decimal(m.tpf_all)} tokens per forward, "
-        f"accuracy {percent(m.accuracy)} (95%: {percent(m.accuracy_low)} to {percent(m.accuracy_high)})"
-    )
-
-
-def _tpf_scale(points: Sequence[Point]) -> Scale:
-    """Return a scale from 1 (or below) to a little beyond the largest TPF."""
-    low, high = min(1.0, *(point.tpf for point in points)), max(point.tpf for point in points)
-    margin = max((high - low) * 0.08, 0.1)
-    return Scale(low - margin, high + margin, LEFT, RIGHT)
-
-
-def _accuracy_scale(points: Sequence[Point]) -> Scale:
-    """Return a scale that zooms in on the accuracies shown, but never beyond a span of 10 points."""
-    low, high = (bound(point.accuracy / 100 for point in points) for bound in (min, max))
-    margin = max((high - low) * 0.2, 0.05)
-    return Scale(max(low - margin, -0.02), min(high + margin, 1.02), BOTTOM, TOP)
+            parts.append(dot(*at, 5, words, "dot" if on_front else "dot beaten"))
+            if on_front or len(varied) < 2:
+                label = " \N{MULTIPLICATION SIGN} ".join(values.values())
+                parts.append(labels.put(*at, label, "label", optional=not on_front))
+    return element("g", *parts, class_=mode_class(mode))
 
 
 def acceptance_curve(mode: str, agreement: Sequence[PositionAgreement]) -> Markup:
@@ -159,38 +118,26 @@ def acceptance_curve(mode: str, agreement: Sequence[PositionAgreement]) -> Marku
     width = max(len(agreement), 2)
     x, y = Scale(0.5, width + 0.5, LEFT, RIGHT - 84), Scale(0, 1, BOTTOM, TOP)
     reached = [(x(a.position), y(a.reached / a.drafted)) for a in agreement]
-    area = path([(reached[0][0], BOTTOM), *reached, (reached[-1][0], BOTTOM)], "area")
+    parts = [path([(reached[0][0], BOTTOM), *reached, (reached[-1][0], BOTTOM)], "area")]
+    # Two curves of (position, share, cycles).
     series = [
         [(a.position, a.conditional, a.reached) for a in agreement if a.conditional is not None],
         [(a.position, a.unconditional, a.drafted) for a in agreement],
     ]
-    lines = [_acceptance_line(points, index, x, y) for index, points in enumerate(series)]
+    for index, points in enumerate(series):
+        drawn = [path([(x(position), y(share)) for position, share, _ in points], "curve")]
+        for position, share, cycles in points:
+            words = f"Position {position}: agreed in {percent(share)} of {cycles:,} cycles"
+            drawn.append(dot(x(position), y(share), 3, words, "dot" if cycles >= FEW else "dot few"))
+        parts.append(element("g", *drawn, class_=f"series-{index}"))
     # Each curve is named at its right end.
     ends = spread([*(y(points[-1][1]) for points in series), reached[-1][1]], 17, TOP, BOTTOM - 4)
-    names = [
-        text(reached[-1][0] + 10, end + 4, name, f"label series-{index}")
-        for index, (name, end) in enumerate(zip(("if reached", "every cycle", "reached"), ends, strict=True))
-    ]
+    for index, (name, end) in enumerate(zip(("if reached", "every cycle", "reached"), ends, strict=True)):
+        parts.append(text(reached[-1][0] + 10, end + 4, name, f"label series-{index}"))
     integers = [tick for tick in ticks(1, width, 8) if tick == int(tick)]
     axes = _axes(x, y, "position in the draft", "acceptance", integers)
-    drawn = element("g", area, *lines, *names, class_=mode_class(mode))
-    return drawing(WIDTH, HEIGHT, f"Acceptance by position, {title(mode)}", axes, drawn)
-
-
-def _acceptance_line(points: Sequence[tuple[int, float, int]], index: int, x: Scale, y: Scale) -> Markup:
-    """Draw one curve of (position, share, cycles)."""
-    dots = [
-        dot(
-            x(position),
-            y(share),
-            3,
-            f"Position {position}: agreed in {percent(share)} of {cycles:,} cycles",
-            "dot" if cycles >= FEW else "dot few",
-        )
-        for position, share, cycles in points
-    ]
-    curve = path([(x(position), y(share)) for position, share, _ in points], "curve")
-    return element("g", curve, *dots, class_=f"series-{index}")
+    label = f"Acceptance by position, {title(mode)}"
+    return drawing(WIDTH, HEIGHT, label, axes, element("g", *parts, class_=mode_class(mode)))
 
 
 @dataclass(frozen=True)
@@ -217,22 +164,17 @@ def over_steps(lines: Sequence[Line], above: str, share: bool = False) -> Markup
     margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
     x = Scale(min(steps), max(*steps, min(steps) + 1), LEFT, RIGHT - (84 if any(line.name for line in lines) else 0))
     y = Scale(min(values) - margin, max(values) + margin, BOTTOM, TOP)
+    integers = [tick for tick in ticks(x.low, x.high, 6) if tick == int(tick)]
+    parts = [_axes(x, y, "step", above, integers, share)]
     ends = spread([y(line.points[-1][1]) for line in lines], 17, TOP, BOTTOM - 4)
-    drawn = [_over_steps(line, end, x, y) for line, end in zip(lines, ends, strict=True)]
-    whole = [tick for tick in ticks(x.low, x.high, 6) if tick == int(tick)]
-    axes = _axes(x, y, "step", above, whole, share)
-    return drawing(WIDTH, HEIGHT, f"{above} over the steps", axes, *drawn)
-
-
-def _over_steps(line: Line, end: float, x: Scale, y: Scale) -> Markup:
-    at = [(x(step), y(value)) for step, value in line.points]
-    few = [
-        dot(*place, 3, f"{line.name}, step {step:g}: {value:.4g}")
-        for place, (step, value) in zip(at, line.points, strict=True)
-        if len(at) <= FEW
-    ]
-    name = text(at[-1][0] + 10, end + 4, line.name, "label")
-    return element("g", path(at, "curve"), *few, name, class_=line.colour)
+    for drawn, end in zip(lines, ends, strict=True):
+        curve = [path([(x(step), y(value)) for step, value in drawn.points], "curve")]
+        if len(drawn.points) <= FEW:
+            for step, value in drawn.points:
+                curve.append(dot(x(step), y(value), 3, f"{drawn.name}, step {step:g}: {value:.4g}"))
+        name = text(x(drawn.points[-1][0]) + 10, end + 4, drawn.name, "label")
+        parts.append(element("g", *curve, name, class_=drawn.colour))
+    return drawing(WIDTH, HEIGHT, f"{above} over the steps", *parts)
 
 
 def _axes(

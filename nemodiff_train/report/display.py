@@ -81,24 +81,18 @@ def rate(value: float | None) -> str:
 class Column:
     """One column of the table."""
 
-    first: str
-    second: str
-    """Second line of the heading, where room is short."""
+    heading: str
+    """In two lines, where room is short."""
     text: Callable[[ModeMetrics], str]
     rule: str
     """Field of `ModeMetrics` whose description is the counting rule."""
 
-    @property
-    def heading(self) -> str:
-        """The heading on one line."""
-        return f"{self.first} {self.second}".strip()
-
 
 COLUMNS = (
-    Column("Accuracy", "", lambda m: percent(m.accuracy), "accuracy"),
-    Column("TPF", "(all)", lambda m: decimal(m.tpf_all), "tpf_all"),
-    Column("TPF", "(no prefill)", lambda m: decimal(m.tpf_no_prefill), "tpf_no_prefill"),
-    Column("Acceptance", "length", lambda m: decimal(m.acceptance_length), "acceptance_length"),
-    Column("Tokens/s", "", lambda m: rate(m.tokens_per_second), "tokens_per_second"),
-    Column("Identical", "to AR", lambda m: percent(m.identical_to_ar), "identical_to_ar"),
+    Column("Accuracy", lambda m: percent(m.accuracy), "accuracy"),
+    Column("TPF\n(all)", lambda m: decimal(m.tpf_all), "tpf_all"),
+    Column("TPF\n(no prefill)", lambda m: decimal(m.tpf_no_prefill), "tpf_no_prefill"),
+    Column("Acceptance\nlength", lambda m: decimal(m.acceptance_length), "acceptance_length"),
+    Column("Tokens/s", lambda m: rate(m.tokens_per_second), "tokens_per_second"),
+    Column("Identical\nto AR", lambda m: percent(m.identical_to_ar), "identical_to_ar"),
 )

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -51,56 +51,43 @@ class Chart:
     """Modes to name by colour below the caption."""
 
 
-def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetrics], **values: object) -> str:
-    """Return a page. It escapes all text from outside, spells out what would turn it around, and loads nothing.
-
-    Args:
-        template: A file beside this module, made from ``base.html.j2``.
-        samples: What :func:`samples_of` found.
-        modes: Figures of the modes that the samples were decoded in.
-        values: What else the template names.
-    """
-    script = _resource("report.js")
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            **values,
-            samples=samples,
-            modes=modes,
-            shown_first=_shown_first(modes),
-            traces=inline_json([[_replay(output.trace) for output in sample.outputs] for sample in samples]),
-            display=display,
-            mode_class=display.mode_class,
-            style=Markup(_resource("report.css")),
-            light=Markup(display.mode_colours(dark=False)),
-            dark=Markup(display.mode_colours(dark=True)),
-            script=Markup(script),
-            digest=_digest(script),
-        )
-    )
-    return visible(page)
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FunctionLoader(_resource),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 @cache
 def _resource(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _digest(script: str) -> str:
-    """Return the hash by which a page's security policy admits this script and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+_ENVIRONMENT = Environment(
+    loader=FunctionLoader(_resource), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+
+
+def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetrics], **values: object) -> str:
+    """Return a page. It escapes all text from outside, spells out what would turn it around, and loads nothing.
+
+    Args:
+        template: A file beside this module, made from ``base.html.j2``.
+        samples: What :func:`samples_of` returned.
+        modes: Figures of the modes that the samples were decoded in.
+        values: What else the template names.
+    """
+    script = _resource("report.js")
+    page = _ENVIRONMENT.get_template(template).render(
+        **values,
+        samples=samples,
+        modes=modes,
+        # The replay opens with a mode that drafts, if there is one.
+        shown_first=next((mode for mode, metrics in modes.items() if metrics.agreement), next(reversed(modes), None)),
+        traces=inline_json([[_replay(output.trace) for output in sample.outputs] for sample in samples]),
+        display=display,
+        mode_class=display.mode_class,
+        style=Markup(_resource("report.css")),
+        light=Markup(display.mode_colours(dark=False)),
+        dark=Markup(display.mode_colours(dark=True)),
+        script=Markup(script),
+        # By this hash the page's security policy admits the script and no other.
+        digest="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    return visible(page)
 
 
 def inline_json(value: JsonValue) -> Markup:
@@ -130,13 +117,6 @@ def _replay(trace: Trace) -> JsonValue:
     return {
         "steps": [piece.step for piece in trace.pieces],
         "positions": [piece.position for piece in trace.pieces],
-        "drafts": [
-            {**draft.model_dump(), "texts": [visible(text) for text in draft.texts]} for draft in trace.drafts
-        ],
-        "frames": [frame.model_dump() for frame in trace.frames],
+        "drafts": [{**asdict(draft), "texts": [visible(text) for text in draft.texts]} for draft in trace.drafts],
+        "frames": [asdict(frame) for frame in trace.frames],
     }
-
-
-def _shown_first(modes: dict[str, ModeMetrics]) -> str | None:
-    """Return the mode that the replay opens with: one that drafts, if there is one."""
-    return next((mode for mode, metrics in modes.items() if metrics.agreement), next(reversed(modes), None))

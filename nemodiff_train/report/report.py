@@ -1,8 +1,12 @@
-"""Write an evaluation: its figures and records as JSON, and a page to look at."""
+"""Show an evaluation: figures and records as JSON, a page to look at, and a table on the terminal."""
 
 import json
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from nemodiff_train.console import PlainConsole
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
 from nemodiff_train.evaluation.pareto import Area, varied_settings
@@ -30,23 +34,7 @@ def write_report(directory: Path, evaluation: Evaluation, decode: Decode) -> Pat
     usable_directory(directory)
     write_records(directory / "records.jsonl", evaluation.records)
     write_atomic(directory / "metrics.json", metrics_json(evaluation))
-    return write_atomic(directory / "report.html", render(evaluation, decode))
-
-
-def rules() -> dict[str, str]:
-    """Return every figure's counting rule in words, by field name."""
-    fields = {**ModeMetrics.model_fields, **PositionAgreement.model_fields, "aup": Area.model_fields["aup"]}
-    return {name: field.description or "" for name, field in fields.items()}
-
-
-def metrics_json(evaluation: Evaluation) -> str:
-    """Return all figures, settings, versions and counting rules as JSON."""
-    return json.dumps({**evaluation.model_dump(mode="json"), "rules": rules()}, indent=2, ensure_ascii=False) + "\n"
-
-
-def render(evaluation: Evaluation, decode: Decode) -> str:
-    """Return the page. It escapes all text from outside and loads nothing."""
-    return page.render(
+    html = page.render(
         "report.html.j2",
         page.samples_of(evaluation, decode),
         evaluation.modes,
@@ -54,8 +42,40 @@ def render(evaluation: Evaluation, decode: Decode) -> str:
         prompts=max(metrics.prompts for metrics in evaluation.modes.values()),
         speedups=_speedups(evaluation),
         charts=_charts(evaluation),
-        rules=rules(),
+        rules=_rules(),
     )
+    return write_atomic(directory / "report.html", html)
+
+
+def metrics_json(evaluation: Evaluation) -> str:
+    """Return all figures, settings, versions and counting rules as JSON."""
+    return json.dumps({**evaluation.model_dump(mode="json"), "rules": _rules()}, indent=2, ensure_ascii=False) + "\n"
+
+
+def print_table(evaluation: Evaluation, console: PlainConsole | None = None) -> None:
+    """Print one row per mode and the counting rule, to standard output unless ``console`` is given."""
+    prompts = max(metrics.prompts for metrics in evaluation.modes.values())
+    table = Table(
+        title=f"{evaluation.checkpoint}\n{evaluation.task}, {prompts} prompts",
+        caption=display.COUNTING_RULE,
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("Mode", no_wrap=True)
+    for column in display.COLUMNS:
+        table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
+    for mode, metrics in evaluation.modes.items():
+        table.add_row(mode, *(column.text(metrics) for column in display.COLUMNS))
+    (console or PlainConsole()).print(table)
+
+
+def _rules() -> dict[str, str]:
+    """Return every figure's counting rule in words, by field name."""
+    fields = {**ModeMetrics.model_fields, **PositionAgreement.model_fields, "aup": Area.model_fields["aup"]}
+    return {name: field.description or "" for name, field in fields.items()}
 
 
 def _speedups(evaluation: Evaluation) -> dict[str, float]:
@@ -69,38 +89,25 @@ def _speedups(evaluation: Evaluation) -> dict[str, float]:
 
 def _charts(evaluation: Evaluation) -> list[Chart]:
     """Return each chart that there is data for."""
-    return [
-        Chart(
-            "Tokens per forward",
-            "New tokens for each call of the model, all calls counted. The pale tip leaves out the prefill.",
-            charts.tpf_bars(evaluation.modes),
-        ),
-        Chart(
-            "Where the forwards go",
-            "Calls of the model for 100 new tokens, by what the call was for.",
-            charts.forwards_bars(evaluation.modes),
-        ),
-        *_speed_chart(evaluation),
-        *(_acceptance_chart(mode, m) for mode, m in evaluation.modes.items() if m.agreement),
-    ]
-
-
-def _speed_chart(evaluation: Evaluation) -> list[Chart]:
-    points = evaluation.points
-    if len(points) < 2 or any(point.metrics.accuracy is None for point in points):
-        return []
-    caption = "The grey line is the front: the settings that no other beats. Hollow points are beaten."
-    by_mode = ([point for point in evaluation.sweep if point.mode == mode] for mode in evaluation.modes)
-    varied = dict.fromkeys(name for points_of_mode in by_mode for name in varied_settings(points_of_mode))
-    if varied:
-        caption += f" Numbers: {' \N{MULTIPLICATION SIGN} '.join(name.replace('_', ' ') for name in varied)}."
-    return [Chart("Accuracy against speed", caption, charts.speed_curves(points), list(evaluation.modes))]
-
-
-def _acceptance_chart(mode: str, metrics: ModeMetrics) -> Chart:
-    caption = (
-        f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles that reach "
-        "the position and in every cycle. Shaded: share of cycles that reach it. Hollow: fewer than "
-        f"{charts.FEW} cycles. A cycle commits {display.decimal(metrics.acceptance_length)} tokens on average."
-    )
-    return Chart("Acceptance by position", caption, charts.acceptance_curve(mode, metrics.agreement))
+    modes, points = evaluation.modes, evaluation.points
+    caption = "New tokens for each call of the model, all calls counted. The pale tip leaves out the prefill."
+    drawn = [Chart("Tokens per forward", caption, charts.tpf_bars(modes))]
+    caption = "Calls of the model for 100 new tokens, by what the call was for."
+    drawn.append(Chart("Where the forwards go", caption, charts.forwards_bars(modes)))
+    if len(points) > 1 and all(point.metrics.accuracy is not None for point in points):
+        caption = "The grey line is the front: the settings that no other beats. Hollow points are beaten."
+        by_mode = ([point for point in evaluation.sweep if point.mode == mode] for mode in modes)
+        varied = dict.fromkeys(name for points_of_mode in by_mode for name in varied_settings(points_of_mode))
+        if varied:
+            caption += f" Numbers: {' \N{MULTIPLICATION SIGN} '.join(name.replace('_', ' ') for name in varied)}."
+        drawn.append(Chart("Accuracy against speed", caption, charts.speed_curves(points), list(modes)))
+    for mode, metrics in modes.items():
+        if metrics.agreement:
+            caption = (
+                f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles that "
+                "reach the position and in every cycle. Shaded: share of cycles that reach it. Hollow: fewer "
+                f"than {charts.FEW} cycles. A cycle commits {display.decimal(metrics.acceptance_length)} tokens on "
+                "average."
+            )
+            drawn.append(Chart("Acceptance by position", caption, charts.acceptance_curve(mode, metrics.agreement)))
+    return drawn

@@ -12,9 +12,10 @@ from nemodiff_train.report.page import Chart, Sample
 from nemodiff_train.report.trace import Decode
 
 POINTS = 300
-"""Most points of a figure, an even number; of more, neighbours are averaged."""
+"""Maximum number of points of a curve, an even number; where there are more, neighbours are averaged."""
 
 _DRAWN = 1e30
+"""Values from here on have no point."""
 
 _LOSSES = {"ar_loss": ("AR", "ar"), "diffusion_loss": ("diffusion", "diffusion"), "draft_loss": ("draft", "linear")}
 """Losses of ``metrics.jsonl``: their names, and the modes whose colours they have."""
@@ -22,10 +23,10 @@ _LOSSES = {"ar_loss": ("AR", "ar"), "diffusion_loss": ("diffusion", "diffusion")
 
 @dataclass
 class Series:
-    """The means of a figure over stretches of steps, each as long as any other."""
+    """The means of a figure over equally long stretches of steps."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
-    """(last step, mean) of each whole stretch."""
+    """(last step, mean) of each complete stretch."""
     _length: int = 1
     _open: list[tuple[float, float]] = field(default_factory=list)
 
@@ -52,12 +53,12 @@ def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 @dataclass
 class RunPage:
-    """What a run has shown so far.
+    """The page of a run.
 
     Args:
-        name: Of the run.
+        name: Name of the run.
         stage: What it trains.
-        steps: How many it will have done at its end.
+        steps: Number of steps of the run.
         configuration: All its settings, as YAML.
     """
 
@@ -103,14 +104,8 @@ class RunPage:
                 first = self.series[key].shown[0][1]
                 yield mode_class(mode), f"{name} loss", f"{self.last[key]:.3f}", "nats per token", f"from {first:.3f}"
         for key, mode in self._of_modes("eval/tpf/"):
-            accuracy = self.last.get(f"eval/accuracy/{mode}")
-            yield (
-                mode_class(mode),
-                mode,
-                decimal(self.last[key]),
-                "tokens per forward",
-                f"{percent(accuracy)} correct",
-            )
+            correct = f"{percent(self.last.get(f'eval/accuracy/{mode}'))} correct"
+            yield mode_class(mode), mode, decimal(self.last[key]), "tokens per forward", correct
         if "tokens_per_second" in self.last:
             mfu = f"MFU {percent(self.last['mfu'])}" if "mfu" in self.last else ""
             yield mode_class(""), "throughput", rate(self.last["tokens_per_second"]), "tokens per second", mfu
@@ -131,12 +126,7 @@ class RunPage:
                 caption = "Decoded in the loop, on the weights of the step."
                 yield Chart(heading, caption, charts.over_steps(lines, heading.lower(), share))
         for key, heading, caption, share in (
-            (
-                "expected_tpf",
-                "Expected TPF",
-                "Tokens per forward that the drafts of training samples promise.",
-                False,
-            ),
+            ("expected_tpf", "Expected TPF", "Tokens per forward that drafts of training samples promise.", False),
             ("learning_rate", "Learning rate", "Of the step.", False),
             ("grad_norm", "Gradient norm", "Before clipping; skipped updates have none.", False),
             ("tokens_per_second", "Throughput", "Clean tokens per second, all ranks together.", False),

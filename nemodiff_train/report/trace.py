@@ -1,11 +1,9 @@
 """Replay of one output: which forward committed which token, and what each cycle drafted."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.evaluation.records import DecodeRecord
 
 Decode = Callable[[list[int]], str]
@@ -15,44 +13,48 @@ CONTEXT = 8
 """Tokens before a draft that are decoded with it, so that its first character and its spaces come out right."""
 
 
-class Piece(BaseModel):
+@dataclass(frozen=True)
+class Piece:
     """A stretch of output text: one token, or the few tokens that make up one character."""
 
-    model_config = ConfigDict(frozen=True)
-
     text: str
-    position: int = Field(description="Index of its first token in the output.")
-    step: int = Field(
-        description="Number, from 0, of the forward that determined it among those that determined any."
-    )
+    position: int
+    """Index of its first token in the output."""
+    step: int
+    """Number, from 0, of the forward that determined it among those that determined any."""
 
 
-class Draft(BaseModel):
+@dataclass(frozen=True)
+class Draft:
     """The draft of one cycle."""
 
-    model_config = ConfigDict(frozen=True)
+    start: int
+    """Index in the output of the first token that the cycle may commit."""
+    texts: list[str]
+    """Draft tokens as text; empty at special tokens and inside a character of several tokens."""
+    accept_mask: list[bool]
+    """Whether each draft token passed the verifier's test."""
+    accepted: int
+    """Number of draft tokens that were committed."""
 
-    start: int = Field(description="Index in the output of the first token that the cycle may commit.")
-    texts: list[str] = Field(description="Draft tokens as text.")
-    accept_mask: list[bool] = Field(description="Whether each draft token passed the verifier's test.")
-    accepted: int = Field(description="Number of draft tokens that were committed.")
 
-
-class Frame(BaseModel):
+@dataclass(frozen=True)
+class Frame:
     """One stop of the replay's slider."""
 
-    model_config = ConfigDict(frozen=True)
+    words: str
+    """What happens in it."""
+    step: int
+    """Pieces of this step and of earlier ones are committed."""
+    draft: int | None = None
+    """Index of the draft that is shown."""
+    verified: bool = False
+    """Whether the draft has been verified."""
 
-    words: str = Field(description="What happens in it.")
-    step: int = Field(description="Pieces of this step and of earlier ones are committed.")
-    draft: int | None = Field(default=None, description="Index of the draft that is shown.")
-    verified: bool = Field(default=False, description="Whether the draft has been verified.")
 
-
-class Trace(BaseModel):
+@dataclass(frozen=True)
+class Trace:
     """The text of an output cut into pieces, and the frames of its replay."""
-
-    model_config = ConfigDict(frozen=True)
 
     pieces: list[Piece]
     drafts: list[Draft]
@@ -65,15 +67,16 @@ class Trace(BaseModel):
 
 
 def trace(record: DecodeRecord, decode: Decode) -> Trace:
-    """Return all that the replay needs of a record."""
+    """Return all that the replay needs of a record.
+
+    Its text is cut at token borders; a character made of several tokens stays whole.
+    """
+    steps = sorted(set(record.steps))
+    rank_of_step = {step: rank for rank, step in enumerate(steps)}
+    ranks = [rank_of_step[step] for step in record.steps]
+    pieces = [Piece(text, first, ranks[last]) for text, first, last in _cut(record.tokens, decode)]
     drafts = _drafts(record, decode)
-    return Trace(pieces=pieces(record, decode), drafts=drafts, frames=_frames(record, drafts))
-
-
-def pieces(record: DecodeRecord, decode: Decode) -> list[Piece]:
-    """Cut a record's text at token borders; a character made of several tokens stays whole."""
-    steps = _step_ranks(record)
-    return [Piece(text=text, position=first, step=steps[last]) for text, first, last in _cut(record.tokens, decode)]
+    return Trace(pieces, drafts, _frames(record, steps, ranks, drafts))
 
 
 def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
@@ -90,46 +93,37 @@ def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
     return stretches
 
 
-def _step_ranks(record: DecodeRecord) -> list[int]:
-    """Return for each token the rank of its step among all steps that committed a token."""
-    ranks = {step: rank for rank, step in enumerate(sorted(set(record.steps)))}
-    return [ranks[step] for step in record.steps]
-
-
 def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
-    if not any(cycle.draft_tokens for cycle in record.cycles):
-        return []
+    """Return the draft of each cycle that has one."""
+    drafts = []
     committed = [cycle.committed for cycle in record.cycles]
-    starts = accumulate(committed, initial=len(record.tokens) - sum(committed))
-    cycles = zip(starts, record.cycles, strict=False)
-    return [_draft(record, decode, start + cycle.sure, cycle) for start, cycle in cycles if cycle.draft_tokens]
+    cycle_starts = accumulate(committed, initial=len(record.tokens) - sum(committed))
+    for cycle_start, cycle in zip(cycle_starts, record.cycles, strict=False):
+        if not cycle.draft_tokens:
+            continue
+        start = cycle_start + cycle.sure
+        context = record.tokens[max(start - CONTEXT, 0) : start]
+        texts = [""] * len(cycle.draft_tokens)
+        for text, first, _ in _cut([*context, *cycle.draft_tokens], decode):
+            if first >= len(context):
+                texts[first - len(context)] = text
+        drafts.append(Draft(start, texts, cycle.accept_mask, cycle.accepted))
+    return drafts
 
 
-def _draft(record: DecodeRecord, decode: Decode, start: int, cycle: Cycle) -> Draft:
-    before = record.tokens[max(start - CONTEXT, 0) : start]
-    texts = [""] * len(cycle.draft_tokens)  # stays empty at special tokens and inside a character of several tokens
-    for text, first, _ in _cut([*before, *cycle.draft_tokens], decode):
-        if first >= len(before):
-            texts[first - len(before)] = text
-    return Draft(start=start, texts=texts, accept_mask=cycle.accept_mask, accepted=cycle.accepted)
-
-
-def _frames(record: DecodeRecord, drafts: Sequence[Draft]) -> list[Frame]:
-    ranks = _step_ranks(record)
-    cycles = {ranks[draft.start]: index for index, draft in enumerate(drafts) if draft.start < len(ranks)}
+def _frames(record: DecodeRecord, steps: Sequence[int], ranks: Sequence[int], drafts: Sequence[Draft]) -> list[Frame]:
+    """Return one frame per step, or two where its tokens were drafted and verified."""
     frames = []
-    for rank, step in enumerate(sorted(set(record.steps))):
+    draft_of_rank = {ranks[draft.start]: index for index, draft in enumerate(drafts) if draft.start < len(ranks)}
+    for rank, step in enumerate(steps):
         done = f"{sum(other <= rank for other in ranks)} of {len(ranks)} tokens"
-        index = cycles.get(rank)
+        index = draft_of_rank.get(rank)
         if index is None:
             name = f"Forward {step} of {sum(record.forwards.values())}"
-            frames.append(Frame(words=f"{name} \N{MIDDLE DOT} {done}", step=rank))
+            frames.append(Frame(f"{name} \N{MIDDLE DOT} {done}", rank))
             continue
         draft, cycle = drafts[index], f"Cycle {index + 1} of {len(drafts)}"
-        drafted = f"{cycle} drafts {len(draft.texts)}"
         verified = f"{cycle} accepts {draft.accepted} of {len(draft.texts)} \N{MIDDLE DOT} {done}"
-        frames += [
-            Frame(words=drafted, step=rank - 1, draft=index),
-            Frame(words=verified, step=rank, draft=index, verified=True),
-        ]
+        frames.append(Frame(f"{cycle} drafts {len(draft.texts)}", rank - 1, index))
+        frames.append(Frame(verified, rank, index, verified=True))
     return frames

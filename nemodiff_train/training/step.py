@@ -17,7 +17,7 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.drafter.selector import SelectorLoss
 from nemodiff_train.drafter.step import DraftLoss, draft_tokens
 from nemodiff_train.model.head import token_losses
-from nemodiff_train.objective.loss import MicroBatchLoss, Report, loss_sums, loss_weights, report
+from nemodiff_train.objective.loss import Report, loss_weights, report
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.objective.schedule import alpha_at
 from nemodiff_train.training.batch import BatchReader
@@ -59,7 +59,7 @@ class ForwardStep:
             batch["tokens"] = draft_tokens(batch, config.model, kind, objective.seed, shard)
 
         # 2. The loss: the weight of every token's loss is known before the losses are; a drafter's need its logits.
-        loss: MicroBatchLoss | None = None
+        loss: TriModeLoss | DraftLoss | None = None
         if batch is not None and chunk.post_process:
             if config.drafter:
                 drafts = batch, config.drafter, config.model, objective.seed, chunk.attention_state
@@ -98,7 +98,7 @@ def _end_gradients(chunk: GPTModel) -> None:
 
 @dataclass(frozen=True)
 class TriModeLoss:
-    """The AR and diffusion losses of a micro-batch; a :class:`~nemodiff_train.objective.loss.MicroBatchLoss`."""
+    """The AR and diffusion losses of a micro-batch. The drafter's loss, the other kind, has the same two methods."""
 
     batch: Sample
     weights: Tensor
@@ -117,7 +117,16 @@ class TriModeLoss:
         output_weight: Tensor | None,
         **context: object,
     ) -> Tensor:
-        """Return the cross-entropy [batch, (V + 1) L] in nats, 0 where ``loss_mask`` is 0."""
+        """Return the cross-entropy [batch, (V + 1) L] in nats, 0 where ``loss_mask`` is 0.
+
+        Megatron calls this on the last stage instead of its output layer and loss.
+
+        Args:
+            hidden_states: [positions, batch, hidden] of the last layer; under sequence parallel this rank's part.
+            output_layer: The model's, of which this tensor-parallel rank has some rows.
+            output_weight: [vocabulary / tensor-parallel size, hidden], where the weight is not the layer's own.
+            context: What else Megatron passes to an ``output_processor``.
+        """
         batch, vocabulary = self.batch, self.config.model.vocab_size
         labels, indices = batch["labels"], batch["loss_indices"]
         return token_losses(hidden_states, labels, indices, self.weights, vocabulary, output_layer, output_weight)
@@ -130,5 +139,4 @@ class TriModeLoss:
         loss = (losses * self.weights).sum()
         reruns = config.rerun_state_machine  # Bridge's watch for NaN and spikes
         masked_next_token_loss(torch.ones_like(loss), loss, reruns.check_for_nan_in_loss, reruns.check_for_spiky_loss)
-        sums = loss_sums(losses, self.batch)
-        return loss, self.denominator, report(sums, loss, self.denominator, config.objective)
+        return loss, self.denominator, report(losses, self.batch, loss, self.denominator, config.objective)

@@ -7,7 +7,7 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core import optimizer
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from nemodiff_train.attention.selection import Kernel, select_kernel
+from nemodiff_train.attention.kernels import Kernel, select_kernel
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule

@@ -11,7 +11,7 @@ import torch
 from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, get_mixed_precision_config
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from nemodiff_train.attention.selection import KERNELS
+from nemodiff_train.attention.kernels import KERNELS
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.precision import precision_of
 from nemodiff_train.errors import nearest

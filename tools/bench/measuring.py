@@ -24,6 +24,7 @@ GPU = init_runtime().cuda
 import torch
 
 from nemodiff_train.planning.workload import Workload
+from tools.support import small
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -128,10 +129,7 @@ def ministral3(
     """Return a Ministral 3, by default in the shape of the 3B."""
     from transformers import Ministral3Config
 
-    rope = {
-        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
-        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-    }  # fmt: skip
+    rope = {**small.YARN, "original_max_position_embeddings": 16384}
     return Ministral3Config(
         architectures=["Ministral3ForCausalLM"], vocab_size=vocabulary,
         hidden_size=hidden, intermediate_size=3 * hidden,

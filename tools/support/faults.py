@@ -1,6 +1,7 @@
 """Faults at chosen moments of a training that otherwise runs as on the command line."""
 
 import errno
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +75,16 @@ def _die(*arguments: Any, **named: Any) -> None:
     time.sleep(3600)
 
 
-def _replace(owner: Any, name: str, step: int, call: Callable[..., Any]) -> None:
-    """Replace a function for the checkpoint of one step, which an argument names."""
+def _die_before(module: str, name: str, step: int) -> None:
+    """Die instead of calling a module's function for the checkpoint of one step, which an argument names."""
+    owner = importlib.import_module(module)
     plain = getattr(owner, name)
 
     def replaced(*arguments: Any, **named: Any) -> Any:
         due = any(f"iter_{step:07d}" in str(argument) for argument in arguments)
-        return (call if due else plain)(*arguments, **named)
+        return (_die if due else plain)(*arguments, **named)
 
     setattr(owner, name, replaced)
-
-
-def _before_shard(step: int) -> None:
-    from megatron.bridge.training import checkpointing
-
-    _replace(checkpointing.dist_checkpointing, "save", step, _die)
 
 
 def _mid_shard(step: int) -> None:
@@ -128,24 +125,6 @@ def _when_a_shard_is_written(step: int, call: Callable[[str], None]) -> None:
     filesystem_async.os.fsync = fsync
 
 
-def _before_manifest(step: int) -> None:
-    from nemodiff_train.resilience import checkpoints
-
-    _replace(checkpoints, "write_checksums", step, _die)
-
-
-def _before_publication(step: int) -> None:
-    from nemodiff_train.resilience import checkpoints
-
-    _replace(checkpoints, "remove_mark", step, _die)
-
-
-def _before_tracker(step: int) -> None:
-    from nemodiff_train.resilience import checkpoints
-
-    _replace(checkpoints, "write_trackers", step, _die)
-
-
 def _before_cleanup(step: int) -> None:
     from nemodiff_train.resilience import checkpoints
 
@@ -172,7 +151,7 @@ def _mid_cleanup(step: int) -> None:
     setattr(shutil, "rmtree", rmtree)  # noqa: B010
 
 
-def _in_step(step: int, call: Callable[[Any], None]) -> None:
+def _in_step(call: Callable[[Any], None], step: int) -> None:
     """Call a function with the model after the last backward pass of a step."""
     from nemodiff_train.resilience import gradient_guard as guard
     from nemodiff_train.resilience.gradient_guard import GradientGuard
@@ -191,43 +170,30 @@ def _in_step(step: int, call: Callable[[Any], None]) -> None:
     setattr(GradientGuard, "on_train_start", on_train_start)  # noqa: B010
 
 
-def _nan(step: int) -> None:
-    def spoil(model: Any) -> None:
-        model[0].buffers[0].grad_data[7] = float("nan")
-
-    _in_step(step, spoil)
+def _nan(model: Any) -> None:
+    model[0].buffers[0].grad_data[7] = float("nan")
 
 
-def _spike(step: int) -> None:
-    def enlarge(model: Any) -> None:
-        for buffer in model[0].buffers:
-            buffer.grad_data.mul_(1e3)
-
-    _in_step(step, enlarge)
+def _spike(model: Any) -> None:
+    for buffer in model[0].buffers:
+        buffer.grad_data.mul_(1e3)
 
 
 def _spike_while_saving(step: int) -> None:
     """Let the checkpoint of two steps before still be written in the background when the spike comes."""
     _when_a_shard_is_written(step - 2, lambda name: time.sleep(3))
-    _spike(step)
+    _in_step(_spike, step)
 
 
-def _hang(step: int) -> None:
-    def hang(model: Any) -> None:
-        print(HANGS, file=sys.__stderr__, flush=True)
-        time.sleep(3600)
-
-    _in_step(step, hang)
+def _hang(*arguments: Any) -> None:
+    print(HANGS, file=sys.__stderr__, flush=True)
+    time.sleep(3600)
 
 
 def _hang_in_setup(step: int) -> None:
     from nemodiff_train.training.callbacks.run_log import RunLog
 
-    def on_data_init_start(self: RunLog, context: Any) -> None:
-        print(HANGS, file=sys.__stderr__, flush=True)
-        time.sleep(3600)
-
-    setattr(RunLog, "on_data_init_start", on_data_init_start)  # noqa: B010
+    setattr(RunLog, "on_data_init_start", _hang)  # noqa: B010
 
 
 def _told_at_the_last_moment(step: int) -> None:
@@ -257,38 +223,34 @@ def _no_folder(step: int) -> None:
     setattr(Watchdog, "on_train_step_end", on_train_step_end)  # noqa: B010
 
 
-def _crash(step: int) -> None:
-    def fail(model: Any) -> None:
-        raise RuntimeError("out of luck")
-
-    _in_step(step, fail)
+def _crash(model: Any) -> None:
+    raise RuntimeError("out of luck")
 
 
-def _flip(step: int) -> None:
-    def flip(model: Any) -> None:
-        weight = next(p for n, p in model[0].named_parameters() if n.endswith("final_layernorm.weight"))
-        weight.data.view(torch.int32)[3] ^= 1
+def _flip(model: Any) -> None:
+    weight = next(p for n, p in model[0].named_parameters() if n.endswith("final_layernorm.weight"))
+    weight.data.view(torch.int32)[3] ^= 1
 
-    _in_step(step, flip)
 
+CHECKPOINTS = "nemodiff_train.resilience.checkpoints"
 
 FAULTS: dict[str, Callable[[int], None]] = {
-    "before shard": _before_shard,
+    "before shard": partial(_die_before, "megatron.core.dist_checkpointing", "save"),
     "mid-shard": _mid_shard,
     "full disk": _full_disk,
     "no writer": _no_writer,
-    "before manifest": _before_manifest,
-    "before publication": _before_publication,
-    "before tracker": _before_tracker,
+    "before manifest": partial(_die_before, CHECKPOINTS, "write_checksums"),
+    "before publication": partial(_die_before, CHECKPOINTS, "remove_mark"),
+    "before tracker": partial(_die_before, CHECKPOINTS, "write_trackers"),
     "before cleanup": _before_cleanup,
     "mid-cleanup": _mid_cleanup,
-    "nan": _nan,
-    "spike": _spike,
+    "nan": partial(_in_step, _nan),
+    "spike": partial(_in_step, _spike),
     "spike while saving": _spike_while_saving,
-    "hang": _hang,
+    "hang": partial(_in_step, _hang),
     "hang in set-up": _hang_in_setup,
     "no folder": _no_folder,
     "told at the last moment": _told_at_the_last_moment,
-    "crash": _crash,
-    "flip": _flip,
+    "crash": partial(_in_step, _crash),
+    "flip": partial(_in_step, _flip),
 }

@@ -39,7 +39,6 @@ from triton.compiler import ASTSource
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.plan import AttentionPlan
-from nemodiff_train.attention.selection import select_kernel
 
 GPU = torch.device("cuda", 0)
 SHARED_MEMORY = {90: 232_448, 100: 232_448}
@@ -99,7 +98,7 @@ def compilations(micro_batches: Sequence[tuple[AttentionPlan, bool]], rows: int)
     try:
         attend = kernels._flex(True)
         for plan, trained in micro_batches:
-            kernel = select_kernel(GPU, plan.causal)
+            kernel = kernels.select_kernel(GPU, plan.causal)
             query, key, value = (
                 torch.zeros(rows, heads, len(positions.view), 16, requires_grad=True)
                 for heads, positions in ((4, plan.queries), (2, plan.keys), (2, plan.keys))
@@ -135,7 +134,7 @@ def _graphs(
         partition_fn=min_cut_rematerialization_partition,
     )
     torch._dynamo.reset()
-    kernel = select_kernel(GPU, plan.causal)
+    kernel = kernels.select_kernel(GPU, plan.causal)
     attend = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True, backend=backend)
     # Megatron's layout is [positions, batch, heads, head_dim].
     shapes = ((len(plan.queries.view), heads), (len(plan.keys.view), kv_heads), (len(plan.keys.view), kv_heads))
@@ -175,7 +174,7 @@ def _move(graph: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
             node.kwargs = {**node.kwargs, "device": GPU}
         value = node.meta.get("val")
         if isinstance(value, tuple | list):
-            node.meta["val"] = type(value)(_on_gpu(each, mode) for each in value)
+            node.meta["val"] = type(value)(_on_gpu(part, mode) for part in value)
         elif isinstance(value, Tensor):
             node.meta["val"] = _on_gpu(value, mode)
         node.meta.pop("tensor_meta", None)
@@ -183,7 +182,7 @@ def _move(graph: torch.fx.GraphModule, mode: FakeTensorMode) -> None:
 
 
 def _on_gpu(value: Any, mode: FakeTensorMode) -> Any:
-    """Return a tensor without values on the GPU, of the layout of another one; what is no tensor as it is."""
+    """Return a tensor without values on the GPU, of the layout of another one; what is not a tensor as it is."""
     if not isinstance(value, Tensor):
         return value
     with mode:

@@ -220,9 +220,5 @@ def difference(layout: Layout, steps: Steps, expected: Steps) -> dict[str, float
     """Return the largest relative difference of each figure over the steps of a run."""
     expected = expected[HALF_WAY:] if layout.continues else expected
     assert [step["step"] for step in steps] == [step["step"] for step in expected]
-    return {
-        name: max(
-            abs(mine[name] - other[name]) / abs(other[name]) for mine, other in zip(steps, expected, strict=True)
-        )
-        for name in FIGURES
-    }
+    pairs = list(zip(steps, expected, strict=True))
+    return {name: max(abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs) for name in FIGURES}

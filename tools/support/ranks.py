@@ -176,11 +176,11 @@ class RankPool:
 
     def processes(self) -> list[str]:
         """Return the command lines of all processes below the pool: ranks, and what ranks have started or left."""
-        found = []
+        lines = []
         for child in psutil.Process(self._process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile, or nobody has waited for it yet
-                found.append(" ".join(child.cmdline()))
-        return found
+                lines.append(" ".join(child.cmdline()))
+        return lines
 
     def run(self, name: str, world_size: int, function: Callable[..., Any], **options: Any) -> tuple[list[int], str]:
         """Start a job and wait for it; return exit codes by rank and what the ranks printed."""

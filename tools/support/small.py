@@ -116,8 +116,8 @@ def batch(model: Any, length: int, stage: Any = "joint", index: int = 0, block: 
     ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(index))
     plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
     maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
-    made = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
-    return to_device({name: values[None] for name, values in made.items()}, model.attention_state.shard)
+    sample = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
+    return to_device({name: values[None] for name, values in sample.items()}, model.attention_state.shard)
 
 
 def documents(draw: torch.Generator, length: int, block: int, average: int = 40) -> torch.Tensor:
@@ -148,9 +148,9 @@ def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> float:
     """Run forward and backward; return the loss."""
-    found = loss(model, batch)
-    found.backward()
-    return found.item()
+    total = loss(model, batch)
+    total.backward()
+    return total.item()
 
 
 def dense(
@@ -168,10 +168,11 @@ def dense(
 def figures(output: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a run's ``metrics.jsonl``, without what depends on the clock."""
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
-    told = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "seconds")} for line in told
-    ]
+    steps = [json.loads(line) for line in lines if line.endswith("\n")]
+    for step in steps:
+        step.pop("tokens_per_second", None)
+        step.pop("seconds", None)
+    return steps
 
 
 def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
@@ -209,24 +210,18 @@ def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_le
             optimizer="adam", lr=1e-3, min_lr=1e-4, bf16=False, use_distributed_optimizer=False
         ),
         scheduler=bridge.SchedulerConfig(
-            lr_decay_style="cosine",
-            lr_warmup_iters=1,
-            start_weight_decay=0.1,
-            end_weight_decay=0.1,
+            lr_decay_style="cosine", lr_warmup_iters=1, start_weight_decay=0.1, end_weight_decay=0.1,
             weight_decay_incr_style="constant",
         ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
         tokenizer=tokenizer_of(start_from),
         checkpoint=bridge.CheckpointConfig(
-            save=checkpoints,
-            load=checkpoints,
-            pretrained_checkpoint=start_from,
-            save_interval=1000,
+            save=checkpoints, load=checkpoints, pretrained_checkpoint=start_from, save_interval=1000,
             ckpt_format="torch_dist",
         ),
         logger=bridge.LoggerConfig(log_interval=1),
         rng=bridge.RNGConfig(seed=1),
-    )
+    )  # fmt: skip
 
 
 def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
