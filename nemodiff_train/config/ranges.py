@@ -27,8 +27,7 @@ class _Range:
         return self.lowest < value < self.highest
 
     def __str__(self) -> str:
-        between = f"from {self.lowest:g} to {self.highest:g}"
-        return f"a number {between}" if self.ends else f"a number between {self.lowest:g} and {self.highest:g}"
+        return f"a number {'from' if self.ends else 'above'} {self.lowest:g} to {self.highest:g}"
 
 
 _SECTIONS_OF_OURS = "objective|drafter|diagnostics|evaluation|resilience"
@@ -40,7 +39,11 @@ _RANGES = (
     _Range(r"checkpoint\.async_ckpt_cpu_priority", 0, 19),
     _Range(r"checkpoint\.async_ckpt_io_priority", 0, 3),
     _Range(r"logger\.logging_level", 0, 100),
-    _Range(r"evaluation\.(count|max_new_tokens)|resilience\.spike_window", 1, 1e7),
+    _Range(r"evaluation\.(count|max_new_tokens)", 1, 1e7),
+    _Range(r"resilience\.spike_window", 2, 1e7),
+    _Range(r"train\.train_iters|dataset\.seq_length|model\.num_layers|rng\.seed|objective\.views", 1),
+    _Range(r"objective\.seed", 0, 2**32 - 1),
+    _Range(r"objective\.position_bias_half_life|drafter\.temperature|resilience\.exit_grace", 0, ends=False),
     # By kind.
     _Range(r".*seed", 0, 2**31 - 1),
     _Range(r".*(_workers|_per_rank)", 0, 1024),

@@ -36,8 +36,6 @@ def _noise_problems(objective: ObjectiveConfig) -> Iterator[str]:
     low, high = objective.min_noise_level, objective.max_noise_level
     if not 0 < low <= high <= 1:
         yield f"objective.min_noise_level={low} and max_noise_level={high}: use 0 < min <= max <= 1"
-    if not 0 <= objective.seed < 2**32:
-        yield f"objective.seed={objective.seed} is not between 0 and 2**32 - 1"
 
 
 def _block_problems(objective: ObjectiveConfig, length: int) -> Iterator[str]:
