@@ -5,6 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.distributed import world_size
+from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.sampler.description import check_sampler
 
@@ -21,8 +23,6 @@ _HELP: dict[str, str] = {
     "tree_width": "candidates per position, for mode tree",
     "search_budget": "forwards the oracle may spend on a prompt",
 }
-
-
 _LARGEST = 10**9
 
 
@@ -48,6 +48,20 @@ def add_model_parallel(parser: argparse.ArgumentParser) -> None:
     for name, shared in (("tensor", "each layer"), ("pipeline", "the layers out")):
         parser.add_argument(
             f"--{name}-parallel", type=at_least_1, default=1, help=f"processes that share {shared} (%(default)s)"
+        )
+
+
+def check_world(arguments: argparse.Namespace) -> None:
+    """Refuse another number of processes than one copy of the model takes.
+
+    Raises:
+        UserError: Names both numbers.
+    """
+    world, ranks = world_size(), arguments.tensor_parallel * arguments.pipeline_parallel
+    if world != ranks:
+        raise UserError(
+            f"{world} processes were started, but --tensor-parallel {arguments.tensor_parallel} x "
+            f"--pipeline-parallel {arguments.pipeline_parallel} takes {ranks}; start that many with torchrun"
         )
 
 

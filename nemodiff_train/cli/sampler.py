@@ -4,10 +4,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import add_model_parallel, at_least_1
+from nemodiff_train.cli.decoding_options import add_model_parallel, at_least_1, check_world
 from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -45,9 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     check_free(output)
     _check_sizes(arguments)
-    ranks = arguments.tensor_parallel * arguments.pipeline_parallel
-    if world_size() != ranks:
-        raise UserError(f"{world_size()} processes were started, but one copy of the model takes {ranks}")
+    check_world(arguments)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     texts = training_prompts(arguments.task, arguments.count)
     init_runtime()
@@ -66,12 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     prompts = encode_prompts(opened.tokenizer, texts, arguments.chat)
     opened = replace(opened, settings=opened.settings.stopping_at(prompts.end_of_turn))
-    options = SamplerOptions(
-        **{
-            name: getattr(arguments, name)
-            for name in ("trajectories", "steps", "layers", "width", "batch_size", "seed")
-        }
-    )
+    names = ("trajectories", "steps", "layers", "width", "batch_size", "seed")
+    options = SamplerOptions(**{name: getattr(arguments, name) for name in names})
     trained = train_sampler(opened, prompts.tokens, options, checkpoint, arguments.task)
     write_sampler(output, trained)
     say("held-out blocks: tokens per denoise forward, share of wrong tokens")

@@ -41,7 +41,8 @@ _RANGES = (
     _Range(r"logger\.logging_level", 0, 100),
     _Range(r"evaluation\.(count|max_new_tokens)", 1, 1e7),
     _Range(r"resilience\.spike_window", 2, 1e7),
-    _Range(r"train\.train_iters|dataset\.seq_length|model\.num_layers|rng\.seed|objective\.views", 1),
+    _Range(r"train\.train_iters|dataset\.seq_length|model\.num_layers|objective\.views", 1),
+    _Range(r"rng\.seed", 1, 2**31 - 1),
     _Range(r"objective\.seed", 0, 2**32 - 1),
     _Range(r"objective\.position_bias_half_life|drafter\.temperature|resilience\.exit_grace", 0, ends=False),
     # By kind.

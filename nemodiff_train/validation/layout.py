@@ -10,10 +10,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-_COUNTED = {
-    "account_for_embedding_in_pipeline_split": "embedding",
-    "account_for_loss_in_pipeline_split": "loss",
-}
+_COUNTED = {"account_for_embedding_in_pipeline_split": "embedding", "account_for_loss_in_pipeline_split": "loss"}
 _DRAWN = "pipeline_model_parallel_layout"
 
 
@@ -24,14 +21,17 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
         config: The run; no size is below 1.
         world_size: Number of processes.
     """
-    lines = [
-        *_tensor_problems(config),
-        *_context_problems(config),
-        *_process_problems(config.model, world_size),
-    ]
+    model = config.model
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+    lines = [*_tensor_problems(config), *_context_problems(config)]
+    if world_size % (tp * pp * cp):
+        lines.append(
+            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
+            f"a multiple of {tp * pp * cp}; start torchrun with --nproc-per-node {tp * pp * cp}"
+        )
     chunks = 1
     try:
-        chunks = _model_chunks(config.model)
+        chunks = _model_chunks(model)
     except UserError as error:
         lines.append(str(error))
     return [*lines, *_batch_problems(config, world_size, chunks)]
@@ -70,15 +70,6 @@ def _context_problems(config: TriModeConfig) -> Iterator[str]:
         )
 
 
-def _process_problems(model: TriModeModelProvider, world_size: int) -> Iterator[str]:
-    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
-    if world_size % (tp * pp * cp):
-        yield (
-            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
-            f"a multiple of {tp * pp * cp}; start torchrun with --nproc-per-node {tp * pp * cp}"
-        )
-
-
 def _batch_problems(config: TriModeConfig, world_size: int, chunks: int) -> Iterator[str]:
     model, train = config.model, config.train
     pp = model.pipeline_model_parallel_size
@@ -92,17 +83,13 @@ def _batch_problems(config: TriModeConfig, world_size: int, chunks: int) -> Iter
         return
     micro_batches = train.global_batch_size // samples
     group = model.microbatch_group_size_per_vp_stage or pp
-    if chunks > 1 and not _fill_pipeline(micro_batches, group, pp):
+    rest = micro_batches % group
+    # What Megatron's interleaved schedule can run.
+    if chunks > 1 and not (pp <= group <= micro_batches and (rest == 0 or rest >= pp)):
         yield (
             f"virtual pipeline stages take micro-batches {group} at a time, but a step has {micro_batches} of them; "
             f"make train.global_batch_size a multiple of {samples * group}"
         )
-
-
-def _fill_pipeline(micro_batches: int, group: int, pp: int) -> bool:
-    """Return whether Megatron's interleaved schedule can run so many micro-batches."""
-    rest = micro_batches % group
-    return pp <= group <= micro_batches and (rest == 0 or rest >= pp)
 
 
 def _model_chunks(model: TriModeModelProvider) -> int:

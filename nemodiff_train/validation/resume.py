@@ -34,14 +34,9 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     changed = differences(before, config.settings())
     # Without a name the precision is the one that the run began in, which may be named as well.
     began = begun_precision(saved)
-    if len({_recipe(name or began) for name in changed.get("mixed_precision", ())}) == 1:
+    if len({str(name or began).replace("-", "_") for name in changed.get("mixed_precision", ())}) == 1:
         del changed["mixed_precision"]
     return changed
-
-
-def _recipe(name: object) -> str:
-    """Return the name of a precision as Bridge finds it."""
-    return str(name).replace("-", "_")
 
 
 def problems(config: TriModeConfig) -> list[str]:

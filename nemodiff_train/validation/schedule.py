@@ -5,12 +5,8 @@ from collections.abc import Iterator
 from nemodiff_train.config.config import TriModeConfig
 
 
-def problems(config: TriModeConfig) -> list[str]:
-    """Return what keeps the learning rate from its peak or its end, one line each."""
-    return [*_problems(config)]
-
-
-def _problems(config: TriModeConfig) -> Iterator[str]:
+def problems(config: TriModeConfig) -> Iterator[str]:
+    """Yield what keeps the learning rate from its peak or its end, one line each."""
     schedule, steps = config.scheduler, config.train.train_iters
     if not steps:
         return

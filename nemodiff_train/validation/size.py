@@ -26,26 +26,17 @@ _YEAR = 365 * 24 * 3600
 """Seconds: a run that nobody waits for."""
 
 
-def problems(config: TriModeConfig, world_size: int) -> list[str]:
-    """Return what no device could hold, one line each; ``world_size`` ranks can have the layout."""
-    return [*_problems(config, world_size)]
-
-
-def _validation_steps(config: TriModeConfig) -> int:
-    """Return the steps of all validations of a run."""
-    settings = config.validation
-    times = config.train.train_iters // settings.eval_interval + 1 if settings.eval_interval else 1
-    return (settings.eval_iters or 0) * times
-
-
-def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
-    batch, steps = config.train.global_batch_size, config.train.train_iters
+def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    """Yield what no device could hold, one line each; ``world_size`` ranks can have the layout."""
+    batch, steps, validation = config.train.global_batch_size, config.train.train_iters, config.validation
     if batch > _MOST_SAMPLES:
         yield f"train.global_batch_size is {batch:,}; use {_MOST_SAMPLES:,} or fewer"
     if steps > _YEAR * _FASTEST:
         years = steps / _FASTEST / _YEAR
         yield f"train.train_iters is {steps:,}: {years:,.0f} years at {_FASTEST} steps per second; use fewer"
-    for name, count in (("train.train_iters", steps), ("validation.eval_iters", _validation_steps(config))):
+    validations = steps // validation.eval_interval + 1 if validation.eval_interval else 1
+    validation_steps = (validation.eval_iters or 0) * validations
+    for name, count in (("train.train_iters", steps), ("validation.eval_iters", validation_steps)):
         if (order := count * batch * _BYTES_OF_A_SAMPLE) > _SHARE_OF_THE_ORDER * psutil.virtual_memory().total:
             yield (
                 f"{name} makes {count:,} steps of train.global_batch_size={batch:,} samples, whose order alone takes "
