@@ -168,21 +168,19 @@ class TextDatasetConfig(IndexedDatasetConfig):
 
     def read(self, context: DatasetBuildContext) -> Sequence[Any]:
         """Return samples of L tokens for each split."""
+        counts = self._sample_counts(context)
         if self.is_mock:
-            return self._read_mock(context)
+            mock = MockConfig(**self._megatron_settings(context), eod_mask_loss=False)
+            mock.rows, mock.mask_token_id = self.rows, self.mask_token_id if self.objective.noisy_views else -1
+            mock.finalize()
+            return BlendedMegatronDatasetBuilder(MockText, counts, lambda: True, mock).build()
         config = GPTDatasetConfig(
             **self._megatron_settings(context),
             path_to_cache=f"{self.index_folder}/{contents_digest(self.prefixes)}",
             eod_mask_loss=False,  # SampleMaker does this as well, by the token that the data end documents with
         )
         config.finalize()
-        return pretrain_train_valid_test_datasets_provider(self._sample_counts(context), config)
-
-    def _read_mock(self, context: DatasetBuildContext) -> Sequence[Any]:
-        config = MockConfig(**self._megatron_settings(context), eod_mask_loss=False)
-        config.rows, config.mask_token_id = self.rows, self.mask_token_id if self.objective.noisy_views else -1
-        config.finalize()
-        return BlendedMegatronDatasetBuilder(MockText, self._sample_counts(context), lambda: True, config).build()
+        return pretrain_train_valid_test_datasets_provider(counts, config)
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""

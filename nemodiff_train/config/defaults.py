@@ -155,11 +155,6 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
     )
 
 
-def enable_async_save(saving: CheckpointConfig) -> None:
-    """Continue training while a process of each rank writes the checkpoint from a copy in the host's memory."""
-    saving.async_save, saving.async_strategy = True, "mcore"
-
-
 def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:
     """Log to TensorBoard under ``output``, and to W&B if a project is named (offline unless logged in)."""
     return LoggerConfig(

@@ -15,7 +15,6 @@ from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import (
     adamw,
     base_config,
-    enable_async_save,
     overlap_communication,
     schedule,
     set_tensor_parallel,
@@ -31,7 +30,6 @@ AR_TOKENS, JOINT_TOKENS = 10**12, 3 * 10**11
 """Clean tokens of each stage."""
 BATCH_SIZE, LENGTH = 512, 4096
 """Samples per step and clean tokens per sample."""
-
 
 _YARN = {
     "rope_type": "yarn",
@@ -146,6 +144,7 @@ def _stage(
         precision=precision,
     )
     overlap_communication(config)
-    enable_async_save(config.checkpoint)
-    config.checkpoint.most_recent_k = 3  # a stage saves hundreds, each with the optimizer state
+    # A process of each rank writes while training goes on; a stage saves hundreds, each with the optimizer state.
+    config.checkpoint.async_save, config.checkpoint.async_strategy = True, "mcore"
+    config.checkpoint.most_recent_k = 3
     return config

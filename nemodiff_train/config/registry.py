@@ -18,12 +18,12 @@ def recipe_modules() -> dict[str, str]:
 
 def recipe_files() -> dict[str, tuple[str, list[str]]]:
     """Return for every module of recipes the first line of its docstring, and the names of its recipes."""
-    modules = {file.stem: ast.parse(file.read_text()) for file in sorted(Path(recipes.__path__[0]).glob("*.py"))}
-    described = {
-        name: ((ast.get_docstring(module) or "").partition("\n")[0], list(_defined_names(module)))
-        for name, module in modules.items()
-    }
-    return {name: (summary, names) for name, (summary, names) in described.items() if names}
+    files = {}
+    for file in sorted(Path(recipes.__path__[0]).glob("*.py")):
+        module = ast.parse(file.read_text())
+        if names := list(_defined_names(module)):
+            files[file.stem] = (ast.get_docstring(module) or "").partition("\n")[0], names
+    return files
 
 
 def _defined_names(module: ast.Module) -> Iterator[str]:

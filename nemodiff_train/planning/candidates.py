@@ -11,9 +11,6 @@ from nemodiff_train.planning.memory import Memory, memory_of
 from nemodiff_train.planning.time import StepTime, time_of
 from nemodiff_train.planning.workload import workload_of
 
-DAY = 86400.0
-"""Seconds."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -58,7 +55,7 @@ def plan(
             time = time_of(work, layout, gpu)
             samples = work.global_batch / time.total  # per second
             mfu = samples * work.flops / (gpus * gpu.flops)
-            days = config.train.train_iters * time.total / DAY
+            days = config.train.train_iters * time.total / 86_400
             candidates.append(Candidate(layout, memory, time, samples * work.length, mfu, days))
     if not candidates:
         least = min(memory.total for memory in memories.values())

@@ -6,9 +6,6 @@ from nemodiff_train.model.head import DRAFT_CHUNK, LOGIT_CHUNK
 from nemodiff_train.planning.layouts import Layout
 from nemodiff_train.planning.workload import Workload
 
-GRADIENT_BYTES = 4
-"""Bytes per trained parameter: its gradient in fp32."""
-
 
 def optimizer_bytes(mixed: bool) -> int:
     """Return the bytes per trained parameter: Adam's two moments and, with mixed precision, the weight in fp32."""
@@ -85,7 +82,7 @@ def stage_memory(work: Workload, layout: Layout, stage: Stage, device: str = "cu
     last = stage.index == layout.pipeline - 1
     return Memory(
         weights=work.width * stage.parameters,
-        gradients=GRADIENT_BYTES * stage.trained,
+        gradients=4 * stage.trained,  # in fp32
         optimizer=optimizer_bytes(work.mixed) * stage.trained / shards,
         activations=_activations(work, layout, stage, device),
         logits=_logits(work, layout, device) if last else 0.0,

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.planning.hardware import USABLE_MEMORY
 from nemodiff_train.planning.layouts import layout_of
-from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage_memory
+from nemodiff_train.planning.memory import Stage, optimizer_bytes, stage_memory
 from nemodiff_train.planning.workload import workload_of
 from nemodiff_train.runtime.memory import GB
 from nemodiff_train.validation import layout, rehearsal
@@ -43,7 +42,7 @@ def dry_run(
         defaults: The settings that its recipe has by itself, by their dotted keys.
         gpus: Number of processes; None for one replica of its layout.
         gpu_memory: Memory of one GPU in GB (1e9 bytes).
-        known_problems: Those that are known already.
+        known_problems: Problems that earlier checks have found.
 
     Returns:
         0 if there are no problems, else 2.
@@ -68,7 +67,12 @@ def dry_run(
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         page.add_row("resume", description(saved, config))
     if not failed and not layout.problems(config, world_size):
-        measure = partial(_measure, config, world_size, gpu_memory, page, lines)
+
+        def measure() -> None:
+            stages = build_stages(config, world_size)
+            lines.extend(_memory_problems(config, world_size, stages, gpu_memory, page))
+            lines.extend(_disk_problems(config, stages, page))
+
         failed = failures("Megatron cannot build the model", measure)
     lines += failed
     for number, line in enumerate(lines, start=1):
@@ -76,13 +80,6 @@ def dry_run(
     page.add_row("result", Text(f"{len(lines)} problems", "red") if lines else Text("ready", "green"))
     PlainConsole().print(page)
     return 2 if lines else 0
-
-
-def _measure(config: TriModeConfig, world_size: int, gpu_memory: float, page: Table, lines: list[str]) -> None:
-    """Build the model on the meta device; add its memory and checkpoints to the page, what does not fit to lines."""
-    stages = build_stages(config, world_size)
-    lines += _memory_problems(config, world_size, stages, gpu_memory, page)
-    lines += _disk_problems(config, stages, page)
 
 
 def _add_changes(page: Table, name: str, changes: Changes) -> None:
@@ -104,7 +101,8 @@ def _memory_problems(
         part = "a path selector" if work.selector_rank else "adapters"
         page.add_row("trained parameters", f"{trained:,} in {part}, the rest is frozen")
     needed, usable = memory.total / GB, USABLE_MEMORY * gpu_memory
-    page.add_row("memory per GPU", f"{needed:.2f} GB of {usable:g} GB that can be used: {_parts(memory)}")
+    parts = ", ".join(f"{field.name} {getattr(memory, field.name) / GB:.2f}" for field in fields(memory))
+    page.add_row("memory per GPU", f"{needed:.2f} GB of {usable:g} GB that can be used: {parts}")
     if needed > usable:
         yield (
             f"a GPU needs {needed:.2f} GB and can use {usable:g} GB of {gpu_memory:g} GB; raise "
@@ -113,17 +111,16 @@ def _memory_problems(
         )
 
 
-def _parts(memory: Memory) -> str:
-    return ", ".join(f"{field.name} {getattr(memory, field.name) / GB:.2f}" for field in fields(memory))
-
-
 def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> Iterator[str]:
     """Add the size of the checkpoints to the page, and yield a line if the disk cannot hold them."""
     mixed = is_mixed(precision_of(config, cuda=True))
     # A few rows too many: what tensor-parallel ranks replicate is saved once.
     trained = sum(stage.trained for stage in stages) * config.model.tensor_model_parallel_size
     size = trained * (optimizer_bytes(mixed) + (2 if mixed else 4)) / GB
-    count = _checkpoints_at_once(config)
+    # The checkpoints that exist together, with the one that is being written.
+    kept = config.checkpoint.most_recent_k
+    count = -(-config.train.train_iters // config.checkpoint.save_interval)
+    count = count if kept < 1 else min(count, kept + 1)
     folder = Path(config.checkpoint.save).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free / GB
@@ -133,13 +130,6 @@ def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> I
             f"checkpoint.save={config.checkpoint.save} has {free:.1f} GB free, but {count} checkpoints take "
             f"{count * size:.1f} GB; set checkpoint.most_recent_k, or name another output"
         )
-
-
-def _checkpoints_at_once(config: TriModeConfig) -> int:
-    """Return the number of checkpoints that exist together, with the one that is being written."""
-    total = -(-config.train.train_iters // config.checkpoint.save_interval)
-    kept = config.checkpoint.most_recent_k
-    return int(total if kept < 1 else min(total, kept + 1))
 
 
 def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:

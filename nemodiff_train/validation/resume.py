@@ -32,10 +32,11 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     if not before:
         return {}
     changed = differences(before, config.settings())
-    # Without a name the precision is the one that the run began in, which may be named as well.
-    began = begun_precision(saved)
-    if len({str(name or began).replace("-", "_") for name in changed.get("mixed_precision", ())}) == 1:
-        del changed["mixed_precision"]
+    if names := changed.pop("mixed_precision", None):
+        # Without a name the precision is the one that the run began in, which may be named as well.
+        old, new = (str(name or begun_precision(saved)).replace("-", "_") for name in names)
+        if old != new:
+            changed["mixed_precision"] = old, new
     return changed
 
 
