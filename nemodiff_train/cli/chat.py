@@ -57,15 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
     opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
     chat = Chat(replace(opened, settings=opened.settings.stopping_at(end)), template)
     chat.choose_mode(arguments.mode)
-    console.print(_legend(PlainConsole().is_terminal))
+    if PlainConsole().is_terminal:
+        legend = " ".join(f"[{colour}]one[/{colour}]" for colour in COLOURS)
+        console.print(Text.from_markup(f"tokens of one colour came with one forward: {legend}"))
+    console.print(COMMANDS)
     _converse(chat)
-
-
-def _legend(coloured: bool) -> Text:
-    same = " ".join(f"[{colour}]one[/{colour}]" for colour in COLOURS)
-    return Text.from_markup(
-        f"{f'tokens of one colour came with one forward: {same}\n' if coloured else ''}{COMMANDS}"
-    )
 
 
 def _converse(chat: "Chat") -> None:

@@ -76,11 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_sizes(arguments: argparse.Namespace) -> None:
-    """Refuse what no sampler can be trained with, before hours of decoding for it.
-
-    Raises:
-        UserError: Names the option.
-    """
+    """Refuse what no sampler can be trained with, before hours of decoding for it."""
     DecodingSettings(seed=arguments.seed, **({"block_size": arguments.block_size} if arguments.block_size else {}))
     for name, largest in LARGEST.items():
         if (getattr(arguments, name) or 0) > largest:

@@ -143,11 +143,7 @@ def without_effect(key: str) -> str | None:
 
 
 def _look_up(config: TriModeConfig, key: str) -> object:
-    """Walk a dotted key and return its value, or that of the first part that is not a section.
-
-    Raises:
-        UserError: Names the first part that does not exist.
-    """
+    """Walk a dotted key and return its value, or that of the first part that is not a section."""
     node: Any = config
     walked: list[str] = []
     for part in key.split("."):

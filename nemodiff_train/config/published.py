@@ -119,11 +119,7 @@ def two_stages(size: Size) -> tuple[Recipe, Recipe]:
 def _stage(
     size: Size, objective: ObjectiveConfig, tokens: int, start_from: str, data: str, output: str, precision: str
 ) -> TriModeConfig:
-    """Return one stage.
-
-    Raises:
-        UserError: ``start_from`` is of another size.
-    """
+    """Return one stage."""
     model = model_from(start_from)
     if (model.num_layers, model.hidden_size) != (size.layers, size.hidden):
         raise UserError(

@@ -101,11 +101,7 @@ def _run_file(file: Path, *version: int) -> dict[str, Any]:
 
 
 def _call[Result](name: str, call: Callable[[], Result]) -> Result:
-    """Run a part of a recipe and report the user's mistakes in one line.
-
-    Raises:
-        UserError: Names the line of the recipe.
-    """
+    """Run a part of a recipe and report the user's mistakes in one line."""
     file = (split_file(name) or (Path(name), ""))[0]
     try:
         return call()
@@ -121,11 +117,7 @@ def _call[Result](name: str, call: Callable[[], Result]) -> Result:
 
 
 def _convert_arguments(name: str, recipe: Recipe, arguments: Mapping[str, str]) -> dict[str, str | int]:
-    """Return the words as the arguments that a recipe takes, text or whole numbers.
-
-    Raises:
-        UserError: An argument is unknown, missing or not a number.
-    """
+    """Return the words as the arguments that a recipe takes, text or whole numbers."""
     parameters = inspect.signature(recipe).parameters
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     check_names(name, arguments, parameters, required)

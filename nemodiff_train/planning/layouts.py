@@ -66,21 +66,17 @@ def layouts(
     layers = config.model.num_layers
     pipelines = [size for size in range(1, layers + 1) if layers % size == 0]
     for tensor, pipeline, context in product(_SIZES, pipelines, _SIZES):
-        candidate = _with_layout(config, tensor, pipeline, context)
-        if tensor > NODE or gpus % (tensor * pipeline * context) or problems(candidate, gpus):
+        if tensor > NODE or gpus % (tensor * pipeline * context):
+            continue
+        candidate = copy.copy(config)  # everything but the model is shared
+        candidate.model = model = copy.copy(config.model)
+        model.tensor_model_parallel_size, model.sequence_parallel = tensor, tensor > 1
+        model.pipeline_model_parallel_size, model.context_parallel_size = pipeline, context
+        model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None
+        model.num_layers_in_first_pipeline_stage = model.num_layers_in_last_pipeline_stage = None
+        model.account_for_embedding_in_pipeline_split = model.account_for_loss_in_pipeline_split = False
+        if problems(candidate, gpus):
             continue
         for granularity in (None,) if config.trains_selector else (None, "full"):  # it goes backward through no layer
-            candidate.model.recompute_granularity = granularity
+            model.recompute_granularity = granularity
             yield layout_of(candidate, gpus)
-
-
-def _with_layout(config: TriModeConfig, tensor: int, pipeline: int, context: int) -> TriModeConfig:
-    """Return a copy with another layout; everything but the model is shared."""
-    other = copy.copy(config)
-    other.model = model = copy.copy(config.model)
-    model.tensor_model_parallel_size, model.sequence_parallel = tensor, tensor > 1
-    model.pipeline_model_parallel_size, model.context_parallel_size = pipeline, context
-    model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None
-    model.num_layers_in_first_pipeline_stage = model.num_layers_in_last_pipeline_stage = None
-    model.account_for_embedding_in_pipeline_split = model.account_for_loss_in_pipeline_split = False
-    return other

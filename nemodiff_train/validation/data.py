@@ -64,11 +64,7 @@ def _check_files(config: TriModeConfig) -> None:
 
 
 def _check_split(prefix: str, split: str) -> None:
-    """Refuse a share of the documents that Megatron rounds to none: it would look for samples in them for ever.
-
-    Raises:
-        UserError: Names the share.
-    """
+    """Refuse a share of the documents that Megatron rounds to none: it would look for samples in them for ever."""
     documents = len(read_index(prefix).document_ends) - 1
     shares = [parse_number(share) for share in split.split(",")]
     if not math.isfinite(sum(shares)) or not sum(shares):

@@ -93,11 +93,7 @@ def _batch_problems(config: TriModeConfig, world_size: int, chunks: int) -> Iter
 
 
 def _model_chunks(model: TriModeModelProvider) -> int:
-    """Return the number of model chunks per process: its virtual pipeline stages.
-
-    Raises:
-        UserError: The layers cannot be split into stages as asked.
-    """
+    """Return the number of model chunks per process: its virtual pipeline stages."""
     pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     ends, counted = _set_fields(model, _ENDS), _set_fields(model, tuple(_COUNTED))
     drawn = _set_fields(model, (_DRAWN,))
@@ -111,12 +107,22 @@ def _model_chunks(model: TriModeModelProvider) -> int:
         raise UserError(f"model.virtual_pipeline_model_parallel_size={vpp}: use 2 or more, or leave it unset")
     if drawn:
         return _drawn_chunks(model)
-    stages = _end_stages(model, ends) if ends else _even_stages(model, counted)
-    uneven = next((layers for layers in stages if vpp and layers % vpp), None)
-    if uneven is not None:
+    note = f" ({' and '.join(_COUNTED[name] for name in counted)} counted)" if counted else ""
+    if ends:
+        stages = _uneven_stages(model, ends)
+    else:
+        layers = model.num_layers + len(counted)
+        stages = [layers // pp]
+        if layers % pp:
+            raise UserError(
+                f"model.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers{note}; "
+                f"model.{_ENDS[0]} and model.{_ENDS[1]} make an uneven split"
+            )
+    indivisible = next((layers for layers in stages if vpp and layers % vpp), None)
+    if indivisible is not None:
         raise UserError(
-            f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {uneven} layers of a stage"
-            f"{_counted_note(counted)}"
+            f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {indivisible} layers of a stage"
+            f"{note}"
         )
     return vpp or 1
 
@@ -125,32 +131,8 @@ def _set_fields(model: TriModeModelProvider, names: tuple[str, ...]) -> list[str
     return [name for name in names if getattr(model, name) is not None and getattr(model, name) is not False]
 
 
-def _counted_note(counted: list[str]) -> str:
-    """Return what counts as a layer besides the layers, for a message."""
-    return f" ({' and '.join(_COUNTED[name] for name in counted)} counted)" if counted else ""
-
-
-def _even_stages(model: TriModeModelProvider, counted: list[str]) -> list[int]:
-    """Return the layers of a stage where all take the same share.
-
-    Raises:
-        UserError: The stages do not divide the layers.
-    """
-    pp, layers = model.pipeline_model_parallel_size, model.num_layers + len(counted)
-    if layers % pp:
-        raise UserError(
-            f"model.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers"
-            f"{_counted_note(counted)}; model.{_ENDS[0]} and model.{_ENDS[1]} make an uneven split"
-        )
-    return [layers // pp]
-
-
-def _end_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
-    """Return the layers of the stages where the first or the last has a share of its own.
-
-    Raises:
-        UserError: A stage would have no layer, or the rest does not divide.
-    """
+def _uneven_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
+    """Return the layers of the stages where the first or the last has a share of its own."""
     shares = [getattr(model, name) for name in ends]
     words = ", ".join(f"model.{name}={layers}" for name, layers in zip(ends, shares, strict=True))
     left, stages = model.num_layers - sum(shares), model.pipeline_model_parallel_size - len(ends)
@@ -164,11 +146,7 @@ def _end_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
 
 
 def _drawn_chunks(model: TriModeModelProvider) -> int:
-    """Return the model chunks per process of a layout such as ``Ett|ttttL``, as Megatron reads it.
-
-    Raises:
-        UserError: Megatron refuses it, or it is not the model's.
-    """
+    """Return the model chunks per process of a layout such as ``Ett|ttttL``, as Megatron reads it."""
     drawn, vpp = model.pipeline_model_parallel_layout, model.virtual_pipeline_model_parallel_size
     setting = f"model.{_DRAWN}={drawn}"
     try:
