@@ -305,7 +305,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "launch: no time": (["launch", "joint", "--slurm", "--time", "soon"], ["--time soon"]),
     "launch: name of two lines": (["launch", "joint", "--slurm", "--name", "a\nb"], ["--name", "a\\nb"]),
     "launch: a key": (["launch", "joint", "--slurm", "--dry-run", "logger.comet_api_key=abc"], ["comet_api_key"]),
-    "train: an empty argument": (train(output=""), ["'output=' gives nothing"]),
+    "train: an empty argument": (train(output=""), ["'output=' has no value"]),
     "train: nothing in parallel, without a run": (
         train("--dry-run", "model.tensor_model_parallel_size=0"),
         ["model.tensor_model_parallel_size is 0"],

@@ -541,7 +541,7 @@ def test_talks_in_the_terminal(one: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert out.startswith(said * 2) and out.count("\n") == 3 and "\x1b" not in out + err
     assert "ar \N{MIDDLE DOT} 12 tokens in 12 forwards: 1.00 tokens per forward" in err
     assert err.count("linear \N{MIDDLE DOT} 12 tokens in ") == 2
-    assert "unknown mode 'nothing'" in err and "mode 'oracle' decodes" in err and "'/what' is no command" in err
+    assert "unknown mode 'nothing'" in err and "mode 'oracle' decodes" in err and "'/what' is not a command" in err
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     out, err = talk(monkeypatch, capsys, one, question)

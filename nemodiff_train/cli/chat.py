@@ -106,7 +106,7 @@ class Chat:
         elif name == "/mode" and len(words) == 1:
             self.choose_mode(words[0])
         else:
-            raise UserError(f"'{line}' is no command; there are {COMMANDS}")
+            raise UserError(f"'{line}' is not a command; use {COMMANDS}")
 
     def choose_mode(self, mode: str) -> None:
         """Answer in another mode from now on."""
@@ -129,22 +129,22 @@ class Chat:
 
         if not question:
             return
-        asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.opened.tokenizer(self.template(asked), add_special_tokens=False)["input_ids"]
-        shown = Answer(self.opened.settings)
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = self.opened.tokenizer(self.template(messages), add_special_tokens=False)["input_ids"]
+        answer = Answer(self.opened.settings)
         try:
-            _, session = decode(self.opened.model, [prompt], self.mode, replace(self.opened.settings, watch=shown))
+            _, session = decode(self.opened.model, [prompt], self.mode, replace(self.opened.settings, watch=answer))
         except KeyboardInterrupt:
-            cost = f"ended after {len(shown.tokens)} tokens"
+            cost = f"ended after {len(answer.tokens)} tokens"
         else:
             forwards = session.calls(0)
-            rate = len(shown.tokens) / forwards
-            cost = f"{len(shown.tokens)} tokens in {forwards} forwards: {rate:.2f} tokens per forward"
-        shown.end()
+            rate = len(answer.tokens) / forwards
+            cost = f"{len(answer.tokens)} tokens in {forwards} forwards: {rate:.2f} tokens per forward"
+        answer.end()
         console.print(f"{self.mode} \N{MIDDLE DOT} {cost}", style="dim")
-        if shown.tokens:
-            said = self.opened.settings.text(shown.tokens).strip()
-            self.messages = [*asked, {"role": "assistant", "content": said}]
+        if answer.tokens:
+            text = self.opened.settings.text(answer.tokens).strip()
+            self.messages = [*messages, {"role": "assistant", "content": text}]
 
 
 class Answer:

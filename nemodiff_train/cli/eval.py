@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     check_options(arguments)
     for threshold in thresholds:
-        DecodingSettings(threshold=threshold)  # refuses what is no probability
+        DecodingSettings(threshold=threshold)  # refuses what is not a probability
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
     output = Path(arguments.output)

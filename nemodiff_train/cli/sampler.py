@@ -14,9 +14,9 @@ from nemodiff_train.runtime import init_runtime
 from nemodiff_train.sampler.description import HEAD_SIZE, LARGEST
 
 SEED = 2
-"""Of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
+"""Seed of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
 COUNT = 500
-"""Prompts of the built-in task."""
+"""Number of prompts of a built-in task."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trajectories", type=at_least_1, default=2000, help="blocks to decode for training (%(default)s)"
     )
     parser.add_argument("--steps", type=at_least_1, default=500, help="optimizer steps (%(default)s)")
-    parser.add_argument("--layers", type=at_least_1, default=4, help="of the network (%(default)s)")
-    parser.add_argument("--width", type=at_least_1, default=384, help="of the network (%(default)s)")
+    parser.add_argument("--layers", type=at_least_1, default=4, help="layers of the network (%(default)s)")
+    parser.add_argument("--width", type=at_least_1, default=384, help="width of the network (%(default)s)")
     parser.add_argument("--batch-size", type=at_least_1, default=64, help="blocks decoded together (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws and of the network (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws and of the network (%(default)s)")
     add_model_parallel(parser)
 
 
@@ -88,7 +88,7 @@ def _check_sizes(arguments: argparse.Namespace) -> None:
 
 
 def training_prompts(task: str, count: int | None) -> list[str]:
-    """Return texts to continue, each once: of a built-in task, problems that no evaluation of it asks.
+    """Return texts to continue, each once; those of a built-in task are in no evaluation of it.
 
     Args:
         task: ``arithmetic``, ``questions``, or a JSONL file of objects with a ``prompt``.

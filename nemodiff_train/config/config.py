@@ -38,7 +38,7 @@ class TriModeConfig(ConfigContainer):
     """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting by its dotted key, as plain values: those of before where :attr:`given` has them."""
+        """Return every setting by its dotted key, as plain values: from :attr:`given` where the run has set it."""
         return self.given or flattened(self.sections())
 
     def sections(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class TriModeConfig(ConfigContainer):
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:
-        """Return a value as it is saved; None for what is no setting, but belongs to this process alone."""
+        """Return a value as it is saved; None for what belongs to this process alone."""
         return None if _belongs_to_process(value) else super()._convert_value_to_dict(value)
 
     def validate(self) -> None:

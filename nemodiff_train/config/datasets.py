@@ -36,7 +36,7 @@ class IndexedDatasetConfig(DatasetProvider):
     seq_length: int = 4096
     """L: clean tokens per sample."""
     data: list[str] = field(default_factory=list)
-    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``; ``mock`` for made-up text."""
+    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``; ``mock`` for generated text."""
     split: str = "99,1,0"
     """Shares of the documents for training, validation and test."""
     random_seed: int = 1234
@@ -76,7 +76,7 @@ class IndexedDatasetConfig(DatasetProvider):
 
     @property
     def is_mock(self) -> bool:
-        """Return whether the text is made up: every prefix is ``mock``."""
+        """Return whether the text is generated: every prefix is ``mock``."""
         return set(self._named) == {MOCK}
 
     @property
@@ -106,7 +106,7 @@ class IndexedDatasetConfig(DatasetProvider):
         raise NotImplementedError
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
-        """Return the object that turns it into samples."""
+        """Return the object that turns them into samples."""
         raise NotImplementedError
 
     def _sample_counts(self, context: DatasetBuildContext) -> list[int]:

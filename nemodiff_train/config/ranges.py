@@ -19,7 +19,7 @@ class _Range:
     """Whether infinity is possible as well, for no limit."""
 
     def holds(self, value: float) -> bool:
-        """Return whether a value is in it; not a number never is."""
+        """Return whether a value is in the range; NaN never is."""
         if self.unlimited and value == math.inf:
             return True
         if self.ends:
@@ -58,7 +58,7 @@ _RANGES = (
     _Range(r".*(_shards|_n_ranks|_iters_per_.*|_num_layers|_chunks_for_.*)", 0),
     _Range(r".*", 0),
 )
-"""The first that names a setting counts.  Up to 1e12: more steps, samples or bytes than there will be."""
+"""The first that matches a setting counts.  1e12 is more steps, samples or bytes than there will be."""
 
 
 def check_range(key: str, value: object) -> None:
@@ -66,7 +66,7 @@ def check_range(key: str, value: object) -> None:
 
     Args:
         key: ``section.field``.
-        value: Of any type; what is no number is left to the declared type.
+        value: Of any type; what is not a number is left to the declared type.
 
     Raises:
         UserError: Names the setting, the value and the range.

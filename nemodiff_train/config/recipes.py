@@ -29,11 +29,11 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     Raises:
         UserError: Unknown recipe, argument or key, with the nearest match; or a word that holds a key or password.
     """
-    recipe = _find(name)
+    recipe = _import_recipe(name)
     pairs = [split_word(word) for word in words]
     check_no_secrets(dict(pairs))
     arguments = _convert_arguments(name, recipe, {key: value for key, value in pairs if not is_field(key)})
-    config = _call(name, lambda: recipe(**arguments))
+    config = _report_mistakes(name, lambda: recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
     config = override(config, {key: value for key, value in pairs if is_field(key)})
@@ -44,13 +44,13 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
 
 
 def recipe_defaults(name: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the settings that a recipe has by itself, with the arguments that it has to be given.
+    """Return the settings that a recipe has by itself, with its required arguments alone.
 
     Args:
         name: As :func:`load_recipe` takes it.
         words: All words of the command line.
     """
-    parameters = inspect.signature(_find(name)).parameters
+    parameters = inspect.signature(_import_recipe(name)).parameters
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     return load_recipe(name, [word for word in words if word.partition("=")[0] in required]).settings()
 
@@ -61,7 +61,7 @@ def describe_recipe(name: str) -> str:
     Raises:
         UserError: There is no such recipe.
     """
-    recipe = _find(name)
+    recipe = _import_recipe(name)
     lines = [f"recipe {name}:", *(f"  {line}".rstrip() for line in (inspect.getdoc(recipe) or "").splitlines()), ""]
     for key, parameter in inspect.signature(recipe).parameters.items():
         required = parameter.default is parameter.empty
@@ -69,7 +69,7 @@ def describe_recipe(name: str) -> str:
     return "\n".join([*lines, "  section.field=value overrides a field of the configuration that it returns"])
 
 
-def _find(name: str) -> Recipe:
+def _import_recipe(name: str) -> Recipe:
     check_recipe(name)
     if module_name := recipe_modules().get(name):
         recipe: Recipe = getattr(importlib.import_module(f"recipes.{module_name}"), name)
@@ -91,7 +91,7 @@ def run_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no recipe file '{file}'")
     state = file.stat()
-    return _call(str(file), lambda: _run_file(file.resolve(), state.st_mtime_ns, state.st_size))
+    return _report_mistakes(str(file), lambda: _run_file(file.resolve(), state.st_mtime_ns, state.st_size))
 
 
 @cache
@@ -100,7 +100,7 @@ def _run_file(file: Path, *version: int) -> dict[str, Any]:
     return runpy.run_path(str(file), run_name=file.stem)
 
 
-def _call[Result](name: str, call: Callable[[], Result]) -> Result:
+def _report_mistakes[Result](name: str, call: Callable[[], Result]) -> Result:
     """Run a part of a recipe and report the user's mistakes in one line."""
     file = (split_file(name) or (Path(name), ""))[0]
     try:

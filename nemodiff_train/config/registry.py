@@ -56,7 +56,7 @@ def is_field(key: str) -> bool:
 def check_arguments(name: str, words: Sequence[str]) -> None:
     """Refuse words that a recipe does not take, or the lack of one that it needs, without importing it.
 
-    The signature is read from the source of the recipe's function; one that is made another way, or whose file is on
+    The signature is read from the source of the recipe's function; one that is built otherwise, or whose file is on
     another machine, is left to the start of the run.
 
     Raises:
@@ -71,13 +71,13 @@ def split_word(word: str) -> tuple[str, str]:
     """Return the key and the value of a ``key=value`` word.
 
     Raises:
-        UserError: It is none, or gives an argument nothing.
+        UserError: It has no equals sign, or an argument has no value.
     """
     key, equals, value = word.partition("=")
     if not equals:
         raise UserError(f"'{word}' is not of the form key=value")
     if not value and not is_field(key):
-        raise UserError(f"'{word}' gives nothing; name what {key or 'it'} is, or leave it out")
+        raise UserError(f"'{word}' has no value; name what {key or 'it'} is, or leave it out")
     return key, value
 
 

@@ -11,7 +11,7 @@ from nemodiff_train.model.provider import TriModeModelProvider
 
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _COUNTED = {"account_for_embedding_in_pipeline_split": "embedding", "account_for_loss_in_pipeline_split": "loss"}
-_DRAWN = "pipeline_model_parallel_layout"
+_CUSTOM = "pipeline_model_parallel_layout"
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -96,8 +96,8 @@ def _model_chunks(model: TriModeModelProvider) -> int:
     """Return the number of model chunks per process: its virtual pipeline stages."""
     pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     ends, counted = _set_fields(model, _ENDS), _set_fields(model, tuple(_COUNTED))
-    drawn = _set_fields(model, (_DRAWN,))
-    ways = [f"model.{names[0]}" for names in (ends, counted, drawn) if names]
+    custom = _set_fields(model, (_CUSTOM,))
+    ways = [f"model.{names[0]}" for names in (ends, counted, custom) if names]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} are different ways to split the layers; use one of them")
     if pp == 1 and (ways or vpp):
@@ -105,8 +105,8 @@ def _model_chunks(model: TriModeModelProvider) -> int:
         raise UserError(f"{name} takes a model.pipeline_model_parallel_size of 2 or more")
     if vpp is not None and vpp < 2:
         raise UserError(f"model.virtual_pipeline_model_parallel_size={vpp}: use 2 or more, or leave it unset")
-    if drawn:
-        return _drawn_chunks(model)
+    if custom:
+        return _custom_chunks(model)
     note = f" ({' and '.join(_COUNTED[name] for name in counted)} counted)" if counted else ""
     if ends:
         stages = _uneven_stages(model, ends)
@@ -145,12 +145,12 @@ def _uneven_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
     return [*shares, *([left // stages] if stages else [])]
 
 
-def _drawn_chunks(model: TriModeModelProvider) -> int:
+def _custom_chunks(model: TriModeModelProvider) -> int:
     """Return the model chunks per process of a layout such as ``Ett|ttttL``, as Megatron reads it."""
-    drawn, vpp = model.pipeline_model_parallel_layout, model.virtual_pipeline_model_parallel_size
-    setting = f"model.{_DRAWN}={drawn}"
+    custom, vpp = model.pipeline_model_parallel_layout, model.virtual_pipeline_model_parallel_size
+    setting = f"model.{_CUSTOM}={custom}"
     try:
-        layout = PipelineParallelLayerLayout(drawn, model.pipeline_model_parallel_size)
+        layout = PipelineParallelLayerLayout(custom, model.pipeline_model_parallel_size)
         layers = layout.flatten_layout.count(LayerType.decoder)
         if layers != model.num_layers:
             raise UserError(f"{setting} has {layers} layers, but the model has {model.num_layers}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
 
 _DRAWS, _STANDARD_ERRORS, _LOWEST = 2000, 6.0, 0.05
+"""Draws per noise level, the error that they may have, and the lowest level that is tried."""
 
 
 def problems(config: "TriModeConfig") -> list[str]:
@@ -85,7 +86,7 @@ def _conflicts(objective: ObjectiveConfig) -> Iterator[str]:
 
 
 def _sampling_problems(objective: ObjectiveConfig) -> Iterator[str]:
-    """Yield what is wrong with a recipe's own way to draw masks, found by drawing.
+    """Yield what is wrong with a mask sampling that a recipe has added, after drawing from it.
 
     Over many draws at a low, a middle and a high level, each position of two blocks must be masked as often as its
     inclusion probability says, since that is what ``weighting=inverse`` divides by.

@@ -1,4 +1,4 @@
-"""A run that goes on: its settings are compared with those that it was saved with, as a whole."""
+"""A resumed run: its settings are compared with those that it was saved with, as a whole."""
 
 import torch
 
@@ -41,7 +41,7 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
 
 
 def problems(config: TriModeConfig) -> list[str]:
-    """Return the changes that a run cannot go on with, one line each."""
+    """Return the changes that a run cannot resume with, one line each."""
     saved = Checkpoint.find_complete(config.checkpoint.load)
     if saved is None:
         return []
@@ -63,14 +63,14 @@ def problems(config: TriModeConfig) -> list[str]:
 
 
 def description(saved: Checkpoint, config: TriModeConfig) -> str:
-    """Return one line on what has changed for a run that goes on from ``saved``."""
+    """Return one line on what has changed for a run that resumes from ``saved``."""
     changed = changes(saved, config)
     if not changed:
         return f"goes on from step {saved.step} with the settings it was saved with"
-    said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     rebased = any(_belongs(key, _SCHEDULE) for key in changed)
     schedule = f"; the learning rate is that of the new schedule at step {saved.step}" if rebased else ""
-    return f"goes on from step {saved.step} with changed settings: {said}{schedule}"
+    return f"goes on from step {saved.step} with changed settings: {listed}{schedule}"
 
 
 def samples_ahead(saved: Checkpoint, config: TriModeConfig) -> int:

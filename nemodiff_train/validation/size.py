@@ -15,15 +15,15 @@ from nemodiff_train.runtime.memory import GB
 _BEYOND = 4
 """Multiple of a device's memory from which on the estimate, which is not exact, leaves no doubt."""
 _MOST_SAMPLES = 1 << 24
-"""Samples of a step: Megatron lists the micro-batches of a step, and those of a validation, in memory."""
-_BYTES_OF_A_SAMPLE = 16
-"""Of the order of the samples, which every rank holds: Megatron's document, offset and place in the shuffle."""
-_SHARE_OF_THE_ORDER = 0.25
-"""Of a machine's memory: making the order takes copies of it."""
+"""Largest number of samples per step: Megatron lists the micro-batches of a step, or a validation, in memory."""
+_ORDER_BYTES = 16
+"""Bytes per sample of the order, which every rank holds: Megatron's document, offset and index in the shuffle."""
+_ORDER_FRACTION = 0.25
+"""Fraction of a machine's memory that the order may take: computing it takes copies."""
 _FASTEST = 100
 """Steps per second beyond those of any run."""
 _YEAR = 365 * 24 * 3600
-"""Seconds: a run that nobody waits for."""
+"""Seconds of the longest run at that speed."""
 
 
 def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
@@ -37,7 +37,7 @@ def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
     validations = steps // validation.eval_interval + 1 if validation.eval_interval else 1
     validation_steps = (validation.eval_iters or 0) * validations
     for name, count in (("train.train_iters", steps), ("validation.eval_iters", validation_steps)):
-        if (order := count * batch * _BYTES_OF_A_SAMPLE) > _SHARE_OF_THE_ORDER * psutil.virtual_memory().total:
+        if (order := count * batch * _ORDER_BYTES) > _ORDER_FRACTION * psutil.virtual_memory().total:
             yield (
                 f"{name} makes {count:,} steps of train.global_batch_size={batch:,} samples, whose order alone takes "
                 f"about {order / GB:,.0f} GB of memory; lower one of them"
