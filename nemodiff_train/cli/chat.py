@@ -80,7 +80,14 @@ def _converse(chat: "Chat") -> None:
         if line == "/exit":
             return
         try:
-            chat.command(line) if line.startswith("/") else chat.answer(line)
+            if line == "/reset":
+                chat.messages.clear()
+            elif line.startswith("/mode ") and len(line.split()) == 2:
+                chat.choose_mode(line.split()[1])
+            elif line.startswith("/"):
+                raise UserError(f"'{line}' is not a command; use {COMMANDS}")
+            elif line:
+                chat.answer(line)
         except UserError as error:
             console.print(str(error), style="red", soft_wrap=True)
 
@@ -94,22 +101,12 @@ class Chat:
     mode: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def command(self, line: str) -> None:
-        """Do what a line that begins with a slash says.
+    def choose_mode(self, mode: str) -> None:
+        """Answer in another mode from now on.
 
         Raises:
-            UserError: There is no such command or mode, or the model cannot decode in it.
+            UserError: There is no such mode, or the model cannot decode in it.
         """
-        name, *words = line.split()
-        if name == "/reset" and not words:
-            self.messages.clear()
-        elif name == "/mode" and len(words) == 1:
-            self.choose_mode(words[0])
-        else:
-            raise UserError(f"'{line}' is not a command; use {COMMANDS}")
-
-    def choose_mode(self, mode: str) -> None:
-        """Answer in another mode from now on."""
         from nemodiff_train.decoding.decode import check_mode
         from nemodiff_train.decoding.pipeline import PipelineRunner
 
@@ -127,8 +124,6 @@ class Chat:
         """
         from nemodiff_train.decoding.decode import decode
 
-        if not question:
-            return
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = self.opened.tokenizer(self.template(messages), add_special_tokens=False)["input_ids"]
         answer = Answer(self.opened.settings)

@@ -96,10 +96,8 @@ SIZES = {
 def two_stages(size: Size) -> tuple[Recipe, Recipe]:
     """Return the recipes of both stages: AR training on one trillion tokens, then joint training on 300 billion.
 
-    Both take ``start_from``, a Hugging Face directory or name or a Megatron checkpoint; ``data``, the prefix of a
-    data set made by 'nemodiff data prepare'; ``output``, the folder of the run; and ``precision``, a name of Megatron
-    Bridge's, such as ``bf16_with_fp8_current_scaling_mixed``.  The joint stage takes ``mask_token``, a token that
-    never occurs in the data; by default it is the checkpoint's mask token, else the tokenizer's.
+    Their arguments are those of :func:`~nemodiff_train.config.defaults.base_config`; ``data`` is the prefix of a data
+    set of 'nemodiff data prepare', and ``mask_token`` a token that never occurs in it, by default the checkpoint's.
     """
 
     def ar(start_from: str, data: str, output: str, precision: str = "bf16_mixed") -> TriModeConfig:

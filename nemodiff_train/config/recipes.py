@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,16 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     recipe = _import_recipe(name)
     pairs = [split_word(word) for word in words]
     check_no_secrets(dict(pairs))
-    arguments = _convert_arguments(name, recipe, {key: value for key, value in pairs if not is_field(key)})
+    parameters = inspect.signature(recipe).parameters
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    arguments: dict[str, str | int] = {key: value for key, value in pairs if not is_field(key)}
+    check_names(name, arguments, parameters, required)
+    for key, value in arguments.items():
+        if parameters[key].annotation is int:
+            try:
+                arguments[key] = int(value)
+            except ValueError:
+                raise UserError(f"recipe '{name}': {key}={value} is not a whole number") from None
     config = _report_mistakes(name, lambda: recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
@@ -114,18 +123,3 @@ def _report_mistakes[Result](name: str, call: Callable[[], Result]) -> Result:
         if line is None or isinstance(error, UserError):
             raise  # a mistake of this program keeps its traceback
         raise UserError(f"recipe '{file}', line {line}: {type(error).__name__}: {error}") from None
-
-
-def _convert_arguments(name: str, recipe: Recipe, arguments: Mapping[str, str]) -> dict[str, str | int]:
-    """Return the words as the arguments that a recipe takes, text or whole numbers."""
-    parameters = inspect.signature(recipe).parameters
-    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    check_names(name, arguments, parameters, required)
-    converted: dict[str, str | int] = dict(arguments)
-    for key, value in arguments.items():
-        if parameters[key].annotation is int:
-            try:
-                converted[key] = int(value)
-            except ValueError:
-                raise UserError(f"recipe '{name}': {key}={value} is not a whole number") from None
-    return converted

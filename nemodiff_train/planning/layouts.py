@@ -13,7 +13,7 @@ _SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; their product is the number of GPUs."""
+    """Sizes of the parallel groups, whose product is the number of GPUs; tensor groups share the sequence as well."""
 
     tensor: int
     pipeline: int
@@ -25,16 +25,11 @@ class Layout:
     """Whether only each layer's input is kept, and the layer run forward again in the backward pass."""
 
     @property
-    def sequence(self) -> bool:
-        """Return whether sequence parallelism is on: always with tensor parallelism."""
-        return self.tensor > 1
-
-    @property
     def settings(self) -> str:
         """Return the overrides that give a recipe this layout."""
         fields = {
             "tensor_model_parallel_size": str(self.tensor),
-            "sequence_parallel": str(self.sequence).lower(),
+            "sequence_parallel": str(self.tensor > 1).lower(),
             "pipeline_model_parallel_size": str(self.pipeline),
             "context_parallel_size": str(self.context),
         }

@@ -10,7 +10,6 @@ from nemodiff_train.validation import (
     objective,
     output,
     resume,
-    schedule,
     settings,
     size,
     start,
@@ -36,6 +35,6 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     if lines := settings.size_problems(config):
         return lines  # the other rules divide by these sizes
     lines = layout.problems(config, world_size) or [*size.problems(config, world_size)]
-    for concern in (settings, schedule, objective, kernels, start, resume, adapters, data, output):
+    for concern in (settings, objective, kernels, start, resume, adapters, data, output):
         lines += concern.problems(config)
     return lines

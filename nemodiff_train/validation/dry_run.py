@@ -132,16 +132,6 @@ def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> I
         )
 
 
-def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
-    """Build the first tensor-parallel rank of every pipeline stage on the meta device, and count its parameters."""
-    try:
-        config.propagate()
-    except UserError:
-        config.model.mask_token_id = None  # already among the problems; the shapes do not depend on it
-    stages = config.model.pipeline_model_parallel_size
-    return [_build_stage(config, world_size, index, index * (world_size // stages)) for index in range(stages)]
-
-
 class _WithoutMemory(TorchFunctionMode):
     """Makes tensors on the meta device also where Megatron names the GPU, of which a dry run would take gigabytes."""
 
@@ -150,20 +140,29 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **{**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs)
 
 
-def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) -> Stage:
-    with quiet(), as_rank(config, world_size, rank), _WithoutMemory():
-        config.model.finalize()
-        config.model.use_cpu_initialization = False
-        config.model.perform_initialization = False
-        config.model.bf16 = config.model.fp16 = False  # the wrappers of a low precision have no parameters
-        chunks = config.model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
-        if config.peft:
-            with torch.device("meta"):
-                config.peft(chunks)
+def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
+    """Build the first tensor-parallel rank of every pipeline stage on the meta device, and count its parameters."""
+    try:
+        config.propagate()
+    except UserError:
+        config.model.mask_token_id = None  # already among the problems; the shapes do not depend on it
+    model, stages = config.model, []
+    count = model.pipeline_model_parallel_size
+    for index in range(count):
+        with quiet(), as_rank(config, world_size, index * (world_size // count)), _WithoutMemory():
+            model.finalize()
+            model.use_cpu_initialization = model.perform_initialization = False
+            model.bf16 = model.fp16 = False  # the wrappers of a low precision have no parameters
+            chunks = model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
+            if config.peft:
+                with torch.device("meta"):
+                    config.peft(chunks)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        return Stage(
+        stage = Stage(
             index=index,
             layers=sum(len(chunk.decoder.layers) for chunk in chunks),
             parameters=sum(parameter.numel() for parameter in parameters),
             trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         )
+        stages.append(stage)
+    return stages

@@ -1,4 +1,4 @@
-"""Single settings: values out of range, unknown choices, and what Bridge itself would refuse with a traceback."""
+"""Settings and the schedule: values out of range, unknown choices, and what Bridge refuses with a traceback."""
 
 import copy
 import importlib.util
@@ -72,6 +72,7 @@ def problems(config: "TriModeConfig") -> list[str]:
     sections = ("objective", "drafter", "diagnostics", "evaluation", "resilience")
     return [
         *(line for name in sections for line in section_problems(name, getattr(config, name))),
+        *schedule_problems(config),
         *_bridge_choices(config),
         *_bridge_refusals(config),
     ]
@@ -109,6 +110,31 @@ def section_problems(name: str, section: object | None) -> list[str]:
     if isinstance(section, ResilienceConfig) and 0 < section.spike_factor <= 1:
         lines.append(f"resilience.spike_factor is {section.spike_factor}; use a factor above 1, or 0 for none")
     return lines
+
+
+def schedule_problems(config: "TriModeConfig") -> Iterator[str]:
+    """Yield what keeps the learning rate from its peak or its end, one line each."""
+    schedule, steps = config.scheduler, config.train.train_iters
+    if not steps:
+        return
+    length = schedule.max_steps or schedule.lr_decay_iters or steps
+    run = f"train.train_iters={steps}" if length == steps else f"a schedule of {length} steps"
+    if schedule.lr_decay_iters and schedule.lr_decay_iters > steps and not schedule.max_steps:
+        yield (
+            f"scheduler.lr_decay_iters={schedule.lr_decay_iters} does not fit train.train_iters={steps}: the rate "
+            "would not come down; leave it out"
+        )
+    warmup = schedule.lr_warmup_iters or round((schedule.lr_warmup_fraction or 0) * length)
+    if warmup >= length:
+        yield (
+            f"scheduler.lr_warmup_iters={warmup} does not fit {run}: the learning rate would not reach its peak; use "
+            "fewer steps, or a share of the run with scheduler.lr_warmup_fraction"
+        )
+    elif schedule.lr_decay_style == "WSD" and warmup + (decay := schedule.lr_wsd_decay_iters or length) > length:
+        yield (
+            f"scheduler.lr_wsd_decay_iters={decay} and {warmup} steps of warm-up do not fit {run}: the learning rate "
+            "would jump; use fewer steps, or a share of the run with scheduler.lr_wsd_decay_fraction"
+        )
 
 
 def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
