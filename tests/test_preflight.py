@@ -255,9 +255,9 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
 
 
 def save_config(family: str, size: str, folder: Path) -> None:
-    from nemodiff_train.planning.published import write_config
+    from nemodiff_train.config.published import SIZES
 
-    assert write_config(f"{family}_{size}_joint", folder)
+    SIZES[family][size].config(family).save_pretrained(folder)
 
 
 FOUR_SPLITS = {

@@ -82,7 +82,9 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        data.rows, data.run_cache = model.vocab_size, f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        data.rows = model.vocab_size
+        in_run = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        data.index_folder = getattr(data, "path_to_cache", None) or in_run
         if data.holds_conversations:
             model.add_stop_token(data.stored_end())
         if self.has_masks:

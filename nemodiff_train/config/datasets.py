@@ -50,20 +50,11 @@ class IndexedDatasetConfig(DatasetProvider):
     mask_token_id = 0
     rows = 0
     batch_size = 1
-    run_cache = ""
+    index_folder = ""
     samples_ahead = 0
     tokenizer = None
 
     holds_conversations: ClassVar[bool] = False
-
-    @property
-    def index_folder(self) -> str:
-        """Return the folder of the sample index, which need not be there yet."""
-        return self.run_cache
-
-    def keep_index_in(self, folder: str) -> None:
-        """Keep the sample index in another folder."""
-        self.run_cache = folder
 
     @property
     def prefixes(self) -> list[str]:
@@ -151,15 +142,6 @@ class TextDatasetConfig(IndexedDatasetConfig):
     """Restart positions with each document; only together with ``reset_attention_mask``."""
     eod_mask_loss: bool = False
     """Leave the end-of-document tokens out of both losses: they are neither predicted nor masked."""
-
-    @property
-    def index_folder(self) -> str:
-        """Return the named folder, or that of the run."""
-        return self.path_to_cache or self.run_cache
-
-    def keep_index_in(self, folder: str) -> None:
-        """Keep the sample index in another folder, also where one was named."""
-        self.path_to_cache = folder
 
     @property
     def needs_segment_ids(self) -> bool:

@@ -63,8 +63,25 @@ def check_arguments(name: str, words: Sequence[str]) -> None:
         UserError: Names the argument, and the nearest one that there is.
     """
     keys = [split_word(word)[0] for word in words]
-    if signature := _signature(name):
-        check_names(name, [key for key in keys if not is_field(key)], *signature)
+    file, function = split_file(name) or (Path(recipes.__path__[0]) / f"{recipe_modules().get(name)}.py", name)
+    if not file.is_file():
+        return
+    try:
+        module = ast.parse(file.read_text())
+    except (SyntaxError, ValueError):
+        return
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not functions and split_file(name) is None:  # two_stages() makes it of the function of its stage
+        stages = ast.parse((Path(__file__).parent / "published.py").read_text())
+        stage = name.rpartition("_")[2]
+        functions = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
+    if not functions or (taken := functions[-1].args).kwarg or taken.vararg:
+        return
+    names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
+    defaults = dict(zip((argument.arg for argument in taken.kwonlyargs), taken.kw_defaults, strict=True))
+    required = names[: len(names) - len(taken.defaults)]
+    required += [key for key, default in defaults.items() if default is None]
+    check_names(name, [key for key in keys if not is_field(key)], [*names, *defaults], required)
 
 
 def split_word(word: str) -> tuple[str, str]:
@@ -102,31 +119,6 @@ def check_names(name: str, given: Collection[str], known: Collection[str], requi
             )
     if missing := [key for key in required if key not in given]:
         raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
-
-
-def _signature(name: str) -> tuple[list[str], list[str]] | None:
-    """Return the arguments of a recipe and those without a default, or None where the source does not show them."""
-    file, function = split_file(name) or (Path(recipes.__path__[0]) / f"{recipe_modules().get(name)}.py", name)
-    if not file.is_file():
-        return None
-    try:
-        module = ast.parse(file.read_text())
-    except (SyntaxError, ValueError):
-        return None
-    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    if not functions and split_file(name) is None:  # two_stages() makes it of the function of its stage
-        stages = ast.parse((Path(__file__).parent / "published.py").read_text())
-        stage = name.rpartition("_")[2]
-        functions = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
-    if not functions:
-        return None
-    taken = functions[-1].args
-    if taken.kwarg or taken.vararg:
-        return None
-    names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
-    required = names[: len(names) - len(taken.defaults)]
-    keyword = dict(zip((argument.arg for argument in taken.kwonlyargs), taken.kw_defaults, strict=True))
-    return [*names, *keyword], [*required, *(key for key, default in keyword.items() if default is None)]
 
 
 def check_recipe(name: str) -> None:

@@ -11,8 +11,7 @@ from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.mock import MOCK
 from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
-from nemodiff_train.errors import UserError
-from nemodiff_train.validation.refusal import refusal
+from nemodiff_train.errors import UserError, refusal
 
 
 def problems(config: TriModeConfig) -> list[str]:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.decoding.decode import MODES
-from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.errors import UserError, nearest, refusal
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.files import check_can_be_made
-from nemodiff_train.validation.refusal import refusal
 
 _WRITTEN = (
     "logger.tensorboard_dir",

@@ -121,7 +121,7 @@ def datasets(config: TriModeConfig, most: float = math.inf) -> Iterator[tuple[An
     dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
     with tempfile.TemporaryDirectory() as folder:
         if max(sizes) > most or not Path(dataset.index_folder).is_dir():
-            dataset.keep_index_in(folder)
+            dataset.index_folder = folder
         sizes = [min(size, most) for size in sizes]
         yield tuple(dataset.build_datasets(DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))))
 

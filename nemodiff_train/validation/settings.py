@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from nemodiff_train.config.ranges import check_range
 from nemodiff_train.config.run import ResilienceConfig
-from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.errors import UserError, nearest, refusal
 from nemodiff_train.schema import check_type
-from nemodiff_train.validation.refusal import refusal
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig

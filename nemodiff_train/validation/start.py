@@ -5,14 +5,13 @@ from pathlib import Path
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.conversion.weights import check_weights
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, refusal
 from nemodiff_train.model.bridges import TESTED
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
-from nemodiff_train.validation.refusal import refusal
 
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
