@@ -38,7 +38,7 @@ VERBS = {
 
 
 def _refuse(error: UserError) -> int:
-    """Say what is wrong; ranks that nobody ends meanwhile met it alone, and say it too."""
+    """Print an error and return the exit code; other ranks wait, and print it if no launcher ends them meanwhile."""
     if not is_main_process():
         time.sleep(HEAD_START)
     print(f"nemodiff: error: {error}", file=sys.stderr)
@@ -46,7 +46,7 @@ def _refuse(error: UserError) -> int:
 
 
 _UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
-"""What is wrong with a path as such, wherever it is met."""
+"""Errors that are about a path itself."""
 
 
 def _reader_has_gone() -> bool:

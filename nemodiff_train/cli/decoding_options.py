@@ -27,7 +27,7 @@ _LARGEST = 10**9
 
 
 def at_least_1(text: str) -> int:
-    """Return a whole number above 0, and below what nothing could have so many of, as argparse takes it."""
+    """Return a whole number from 1 to a billion; a type for argparse."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
@@ -112,5 +112,5 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return the options among some that stand on the command line."""
+    """Return those of some options that the command line has."""
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

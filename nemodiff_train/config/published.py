@@ -101,7 +101,7 @@ def two_stages(size: Size) -> tuple[Recipe, Recipe]:
     """
 
     def ar(start_from: str, data: str, output: str, precision: str = "bf16_mixed") -> TriModeConfig:
-        """Train the AR model on, on one trillion tokens."""
+        """Continue the AR training of a model on one trillion tokens."""
         return _stage(size, ObjectiveConfig(stage="ar"), AR_TOKENS, start_from, data, output, precision)
 
     def joint(

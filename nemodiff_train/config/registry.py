@@ -1,4 +1,4 @@
-"""The names of the recipes, found without importing one."""
+"""The names of the recipes, read without importing one."""
 
 import ast
 import re

@@ -39,7 +39,7 @@ class Layout:
 
 
 def layout_of(config: TriModeConfig, gpus: int) -> Layout:
-    """Return the layout that a configuration has on so many GPUs."""
+    """Return the layout that a configuration has on a number of GPUs."""
     model = config.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     data = gpus // (tensor * pipeline * model.context_parallel_size)

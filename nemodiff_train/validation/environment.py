@@ -1,4 +1,4 @@
-"""What a run would use on this machine, and what would be refused: asked of the code that decides it."""
+"""What a run would use on this machine, and what it would refuse, as the code decides that a run calls."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.versions import Row
 from nemodiff_train.validation import kernels
 
-ASKED: dict[str, dict[str, str]] = {
+REQUESTS: dict[str, dict[str, str]] = {
     "joint training": {},
     "model.attention_kernel=flash": {"attention_kernel": "flash"},
     "fp8": {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"},
@@ -74,11 +74,11 @@ def used() -> Iterator[Row]:
 
 def refused() -> Iterator[Row]:
     """Yield what this machine cannot do, by what asks for it."""
-    for asked, settings in ASKED.items():
+    for request, settings in REQUESTS.items():
         config = _example()
         for name, value in settings.items():
             setattr(config.model if hasattr(config.model, name) else config, name, value)
-        yield asked, "; ".join(kernels.problems(config)) or "possible"
+        yield request, "; ".join(kernels.problems(config)) or "possible"
 
 
 def _example() -> TriModeConfig:

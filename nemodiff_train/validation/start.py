@@ -67,7 +67,7 @@ def _resume_problems(config: TriModeConfig) -> Iterator[str]:
     try:
         saved = Checkpoint.find(load) if load else None
     except UserError:
-        return  # none is complete: AtomicCheckpointManager tells the damaged from the unfinished
+        return  # none is complete: AtomicCheckpointManager separates damaged from unfinished ones
     if load and load != config.checkpoint.save and saved is None:
         yield f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"
     elif step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
