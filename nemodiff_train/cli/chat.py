@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.cli.options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import PlainConsole, console
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError

@@ -5,8 +5,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemodiff_train.cli.decoding_options import add_decoding_arguments, at_least_1, check_options, decoding_options
-from nemodiff_train.cli.ranks import add_nproc, start_ranks
+from nemodiff_train.cli.options import (
+    add_decoding_arguments,
+    add_nproc,
+    at_least_1,
+    check_options,
+    decoding_options,
+    start_ranks,
+)
 from nemodiff_train.console import console, say
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_can_be_made, locked
@@ -35,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="show the first training samples of a run, masks and losses marked")
     show.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
     show.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
-    show.add_argument("--count", type=int, default=2, metavar="N", help="samples (default 2)")
+    show.add_argument("--count", type=at_least_1, default=2, metavar="N", help="samples (default 2)")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "prepare":
         return _prepare(arguments)
     if arguments.action == "show":
-        if arguments.count < 1:
-            raise UserError(f"--count {arguments.count}: use 1 or more")
         init_runtime()
         from nemodiff_train.config.recipes import load_recipe
         from nemodiff_train.training.samples import show_samples

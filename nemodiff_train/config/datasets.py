@@ -59,16 +59,13 @@ class IndexedDatasetConfig(DatasetProvider):
     @property
     def prefixes(self) -> list[str]:
         """Return the data sets without their weights; none for mock text."""
-        return [] if self.is_mock else self._named
-
-    @property
-    def _named(self) -> list[str]:
-        return [part for part in map(str, self.data) if math.isnan(parse_number(part))]
+        names = [part for part in map(str, self.data) if math.isnan(parse_number(part))]
+        return [] if set(names) == {MOCK} else names
 
     @property
     def is_mock(self) -> bool:
         """Return whether the text is generated: every prefix is ``mock``."""
-        return set(self._named) == {MOCK}
+        return MOCK in self.data and not self.prefixes
 
     @property
     def needs_segment_ids(self) -> bool:

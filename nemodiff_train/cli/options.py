@@ -1,6 +1,8 @@
-"""The decoding settings as options of the command line, the same for every verb that decodes."""
+"""Options that several verbs share: the ranks, the layout of a model, and the settings of decoding."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -8,6 +10,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.processes import check_processes, run_ranks
 from nemodiff_train.sampler.description import check_sampler
 
 _HELP: dict[str, str] = {
@@ -34,6 +37,34 @@ def at_least_1(text: str) -> int:
     if number > _LARGEST:
         raise argparse.ArgumentTypeError(f"{text} is more than {_LARGEST:,}")
     return number
+
+
+def add_nproc(parser: argparse.ArgumentParser) -> None:
+    """Add the option that starts ranks."""
+    parser.add_argument("--nproc", type=int, help="start so many ranks on this machine, as torchrun does")
+
+
+def start_ranks(words: Sequence[str], count: int) -> int:
+    """Run a command line as several ranks, without its option ``--nproc``.
+
+    Args:
+        words: Verb and arguments.
+        count: Number of ranks.
+
+    Returns:
+        The exit code of the first rank that failed, else 0; that of a shell for a rank that a signal ended.
+
+    Raises:
+        UserError: They are too many for this machine, or a launcher has started ranks already.
+    """
+    check_processes("--nproc", count)
+    if world_size() > 1:
+        raise UserError("--nproc starts the ranks itself; leave it out under torchrun or srun")
+    option = argparse.ArgumentParser(add_help=False)
+    add_nproc(option)
+    _, others = option.parse_known_args(words)
+    code = run_ranks([sys.executable, "-m", "nemodiff_train", *others], count)
+    return code if code >= 0 else 128 - code
 
 
 def add_extend(parser: argparse.ArgumentParser) -> None:
