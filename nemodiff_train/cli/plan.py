@@ -33,12 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     init_runtime()
     from nemodiff_train.planning.candidates import plan
     from nemodiff_train.planning.published import load_planned
-    from nemodiff_train.validation import layout
     from nemodiff_train.validation.settings import check_sizes
 
     config = load_planned(arguments.recipe, arguments.settings)
     check_sizes(config)
-    candidates = plan(config, arguments.gpus, arguments.gpu, layout.problems)
+    candidates = plan(config, arguments.gpus, arguments.gpu)
     if arguments.json:
         rows = [asdict(candidate) for candidate in candidates]
         try:

@@ -1,11 +1,12 @@
 """The layouts that a run can have on a number of GPUs."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.planning import rules
 from nemodiff_train.planning.hardware import NODE
 
 _SIZES = (1, 2, 4, 8)
@@ -48,15 +49,12 @@ def layout_of(config: TriModeConfig, gpus: int) -> Layout:
     return Layout(tensor, pipeline, model.context_parallel_size, data, micro_batches, recompute)
 
 
-def layouts(
-    config: TriModeConfig, gpus: int, problems: Callable[[TriModeConfig, int], list[str]]
-) -> Iterator[Layout]:
+def layouts(config: TriModeConfig, gpus: int) -> Iterator[Layout]:
     """Yield the layouts that training accepts: tensor groups within a node, equal stages, no virtual ones.
 
     Args:
         config: The run; its own layout does not matter.
         gpus: Number of GPUs.
-        problems: Says what is wrong with a layout; see :mod:`nemodiff_train.validation.layout`.
     """
     layers = config.model.num_layers
     pipelines = [size for size in range(1, layers + 1) if layers % size == 0]
@@ -70,7 +68,7 @@ def layouts(
         model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None
         model.num_layers_in_first_pipeline_stage = model.num_layers_in_last_pipeline_stage = None
         model.account_for_embedding_in_pipeline_split = model.account_for_loss_in_pipeline_split = False
-        if problems(candidate, gpus):
+        if rules.problems(candidate, gpus):
             continue
         for granularity in (None,) if config.trains_selector else (None, "full"):  # it goes backward through no layer
             model.recompute_granularity = granularity

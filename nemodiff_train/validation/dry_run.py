@@ -16,12 +16,13 @@ from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.planning import rules
 from nemodiff_train.planning.hardware import USABLE_MEMORY
 from nemodiff_train.planning.layouts import layout_of
 from nemodiff_train.planning.memory import Stage, optimizer_bytes, stage_memory
 from nemodiff_train.planning.workload import workload_of
 from nemodiff_train.runtime.memory import GB
-from nemodiff_train.validation import layout, rehearsal
+from nemodiff_train.validation import rehearsal
 from nemodiff_train.validation.check import problems
 from nemodiff_train.validation.rehearsal import as_rank, failures
 from nemodiff_train.validation.resume import description
@@ -66,7 +67,7 @@ def dry_run(
     _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         page.add_row("resume", description(saved, config))
-    if not failed and not layout.problems(config, world_size):
+    if not failed and not rules.problems(config, world_size):
 
         def measure() -> None:
             stages = build_stages(config, world_size)

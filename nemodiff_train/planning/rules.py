@@ -1,4 +1,4 @@
-"""The layout over processes: parallel sizes, batch, and the split of the layers into pipeline stages."""
+"""What a layout over processes must be: parallel sizes, batch, and the split of the layers into pipeline stages."""
 
 from collections.abc import Iterator
 
