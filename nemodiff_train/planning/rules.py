@@ -21,24 +21,17 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
         config: The run; no size is below 1.
         world_size: Number of processes.
     """
-    model = config.model
-    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
-    lines = [*_tensor_problems(config), *_context_problems(config)]
-    if world_size % (tp * pp * cp):
-        lines.append(
-            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
-            f"a multiple of {tp * pp * cp}; start torchrun with --nproc-per-node {tp * pp * cp}"
-        )
-    chunks = 1
+    lines, chunks = [*_size_problems(config, world_size)], 1
     try:
-        chunks = _model_chunks(model)
+        chunks = _model_chunks(config.model)
     except UserError as error:
         lines.append(str(error))
     return [*lines, *_batch_problems(config, world_size, chunks)]
 
 
-def _tensor_problems(config: TriModeConfig) -> Iterator[str]:
-    model, tp = config.model, config.model.tensor_model_parallel_size
+def _size_problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    model, length = config.model, config.dataset.seq_length
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     if model.num_query_groups % tp:
         yield (
             f"model.tensor_model_parallel_size={tp} does not divide the model's {model.num_query_groups} "
@@ -46,27 +39,26 @@ def _tensor_problems(config: TriModeConfig) -> Iterator[str]:
         )
     if model.sequence_parallel and tp == 1:
         yield "model.sequence_parallel=true takes a model.tensor_model_parallel_size of 2 or more"
-    positions = config.dataset.seq_length * (config.objective.noisy_views + 1) // model.context_parallel_size
+    positions = length * (config.objective.noisy_views + 1) // cp
     if model.sequence_parallel and positions % tp:
         yield (
             f"model.sequence_parallel=true: model.tensor_model_parallel_size={tp} does not divide the {positions} "
-            f"positions of a sample on a rank (dataset.seq_length={config.dataset.seq_length})"
+            f"positions of a sample on a rank (dataset.seq_length={length})"
         )
-
-
-def _context_problems(config: TriModeConfig) -> Iterator[str]:
-    length, cp = config.dataset.seq_length, config.model.context_parallel_size
-    if cp == 1:
-        return
-    if length % (2 * cp):
+    if cp > 1 and length % (2 * cp):
         yield (
             f"dataset.seq_length={length} cannot be cut into the {2 * cp} equal chunks of "
             f"model.context_parallel_size={cp}; use a multiple of {2 * cp}"
         )
-    if config.objective.reduction == "bridge":
+    if cp > 1 and config.objective.reduction == "bridge":
         yield (
             f"objective.reduction=bridge divides each micro-batch by itself, which model.context_parallel_size={cp} "
             "splits; use another reduction, or a context parallel size of 1"
+        )
+    if world_size % (tp * pp * cp):
+        yield (
+            f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
+            f"a multiple of {tp * pp * cp}; start torchrun with --nproc-per-node {tp * pp * cp}"
         )
 
 
