@@ -7,9 +7,9 @@ from itertools import product
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.planning import rules
-from nemodiff_train.planning.hardware import NODE
 
 _SIZES = (1, 2, 4, 8)
+"""Tensor- and context-parallel sizes; tensor groups stay within a node."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def layouts(config: TriModeConfig, gpus: int) -> Iterator[Layout]:
     layers = config.model.num_layers
     pipelines = [size for size in range(1, layers + 1) if layers % size == 0]
     for tensor, pipeline, context in product(_SIZES, pipelines, _SIZES):
-        if tensor > NODE or gpus % (tensor * pipeline * context):
+        if gpus % (tensor * pipeline * context):
             continue
         candidate = copy.copy(config)  # everything but the model is shared
         candidate.model = model = copy.copy(config.model)
