@@ -13,7 +13,7 @@ from nemodiff_train.resilience.signals import end_as_ever, end_at_once
 from nemodiff_train.runtime import init_runtime
 
 MOST_GPUS = 100_000
-"""More than one run has had; the groups of a layout list every rank."""
+"""More GPUs than any run has had; the groups of a layout list every rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -90,7 +90,7 @@ SIZES = {
         "14b": Size(40, 5120, 40, 17408, tensor_parallel=8),
     },
 }
-"""By family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
+"""Shapes by family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
 
 
 def two_stages(size: Size) -> tuple[Recipe, Recipe]:

@@ -92,7 +92,7 @@ def _import_recipe(name: str) -> Recipe:
 
 
 def run_file(file: Path) -> dict[str, Any]:
-    """Run a recipe's file, once for a process and a version of the file, and return what it has defined.
+    """Run a recipe's file, once per process and version of the file, and return the names that it defines.
 
     Raises:
         UserError: There is no such file, or it cannot be run; names the line.

@@ -22,7 +22,7 @@ _ARCHITECTURE = (
     "add_qkv_bias", "gated_linear_unit", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling",
     "share_embeddings_and_output_weights", "mask_token_id",
 )  # fmt: skip
-"""The same of the section ``model``: what the model computes."""
+"""Settings of the section ``model`` that a run keeps: they decide what the model computes."""
 _SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "optimizer.min_lr", "scheduler")
 
 

@@ -61,7 +61,7 @@ _ONLY_WITH = {
     "rerun_state_machine.error_injection_type": ("rerun_state_machine.error_injection_rate",),
     "rerun_state_machine.spiky_loss_factor": ("rerun_state_machine.check_for_spiky_loss",),
 }  # fmt: skip
-"""Settings, by the beginning of their name, and the ones without all of which nothing reads them."""
+"""Settings by the beginnings of their names, which nothing reads unless one of the listed ones is set."""
 _READ = ("dist.nccl_communicator_config_path", "dataset.dataloader_load")
 """Files that a run reads besides its own."""
 
