@@ -97,13 +97,8 @@ class TriModeConfig(ConfigContainer):
 
     @property
     def selector_rank(self) -> int:
-        """Return the inner dimension of the path selector that is trained; 0 for none."""
+        """Return the inner dimension of the path selector, which then is all that is trained; 0 for none."""
         return self.peft.selector_rank if isinstance(self.peft, DraftLoRA) else 0
-
-    @property
-    def trains_selector(self) -> bool:
-        """Return whether a path selector is trained, and nothing else."""
-        return self.selector_rank > 0
 
     def fit_schedule(self) -> None:
         """Turn the schedule's shares of the run into steps."""

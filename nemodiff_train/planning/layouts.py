@@ -70,6 +70,6 @@ def layouts(config: TriModeConfig, gpus: int) -> Iterator[Layout]:
         model.account_for_embedding_in_pipeline_split = model.account_for_loss_in_pipeline_split = False
         if rules.problems(candidate, gpus):
             continue
-        for granularity in (None,) if config.trains_selector else (None, "full"):  # it goes backward through no layer
+        for granularity in (None,) if config.selector_rank else (None, "full"):  # it goes backward through no layer
             model.recompute_granularity = granularity
             yield layout_of(candidate, gpus)
