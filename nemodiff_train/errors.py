@@ -3,7 +3,7 @@
 import difflib
 import errno
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nemodiff_train.shown import in_a_line
@@ -33,6 +33,15 @@ class RunStopped(Exception):
     def __init__(self, line: str, *, alone: bool = False) -> None:
         super().__init__(in_a_line(line))
         self.alone = alone
+
+
+def refusal(call: Callable[[], object]) -> list[str]:
+    """Return the message of the ``UserError`` that a call raises, or an empty list."""
+    try:
+        call()
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -256,7 +256,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "export: a configuration with a program": (["convert", "export", "target", "out"], ["os.system", "not allowed"]),
     "generate: a configuration with a program": (["generate", "target", "hello"], ["os.system", "not allowed"]),
     "eval: no argument": (["eval", "--output", "out"], ["checkpoint"]),
-    "eval: no batch": (evaluate("--batch-size", "0"), ["--batch-size", "at least 1"]),
+    "eval: no batch": (evaluate("--batch-size", "0"), ["--batch-size", "above 0"]),
     "eval: nothing in parallel": (evaluate("--tensor-parallel", "0"), ["--tensor-parallel", "above 0"]),
     "import: nothing in parallel": (
         ["convert", "import", "model", "out", "--pipeline-parallel", "-2"],
@@ -301,11 +301,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "plan: unknown GPU": (["plan", "joint", "--gpus", "8", "--gpu", "h1000"], ["--gpu", "h1000"]),
     "plan: unknown recipe": (["plan", "jont", "--gpus", "8"], ["jont", "Did you mean 'joint'?"]),
     "launch: unknown recipe": (["launch", "jont", "--slurm"], ["jont", "Did you mean 'joint'?"]),
-    "launch: after no job": (["launch", "joint", "--slurm", "--after", "-1"], ["--after -1"]),
+    "launch: after no job": (["launch", "joint", "--slurm", "--after", "-1"], ["--after: '-1'"]),
     "launch: no time": (["launch", "joint", "--slurm", "--time", "soon"], ["--time soon"]),
     "launch: name of two lines": (["launch", "joint", "--slurm", "--name", "a\nb"], ["--name", "a\\nb"]),
     "launch: a key": (["launch", "joint", "--slurm", "--dry-run", "logger.comet_api_key=abc"], ["comet_api_key"]),
-    "train: an empty argument": (train(output=""), ["'output=' gives nothing"]),
+    "train: an empty argument": (train(output=""), ["'output=' has no value"]),
     "train: nothing in parallel, without a run": (
         train("--dry-run", "model.tensor_model_parallel_size=0"),
         ["model.tensor_model_parallel_size is 0"],

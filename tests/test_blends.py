@@ -41,7 +41,7 @@ def texts(folder: Path, name: str, letter: str, count: int, *options: str, token
 
 
 def samples(config: TextDatasetConfig, tokenizer: Any, cache: Path, count: int) -> list[list[int]]:
-    config.run_cache = str(cache)
+    config.index_folder = str(cache)
     train, _, _ = config.build_datasets(Context(tokenizer, count))  # type: ignore[arg-type]
     assert len(train) >= count
     return [train.samples[index]["tokens"].tolist() for index in range(count)]
@@ -67,9 +67,7 @@ def test_a_blend_without_weights_is_as_one_data_set_for_any_number_of_epochs(
 def test_data_prepared_anew_are_read_anew(tmp_path: Path, tokenizer_dir: str, megatron: Any) -> None:
     """The index of samples belongs to the content: the old one would read the old number of documents."""
     prefix = texts(tmp_path, "data", "a", 2, tokenizer=tokenizer_dir)
-    config = TextDatasetConfig(
-        seq_length=LENGTH, data=[prefix], split="100,0,0", path_to_cache=str(tmp_path / "cache")
-    )
+    config = TextDatasetConfig(seq_length=LENGTH, data=[prefix], split="100,0,0")
     samples(config, megatron, tmp_path, 5)
     rows = [{"text": letter * 60} for letter in "xyz"]
     assert run(write_jsonl(tmp_path / "new.jsonl", rows), tokenizer_dir, prefix, "--overwrite") == 0
@@ -96,7 +94,7 @@ def test_documents_end_where_the_data_say(tmp_path: Path, tokenizer_dir: str, me
         seq_length=64, data=[prefix], split="100,0,0", reset_attention_mask=True, eod_mask_loss=True
     )
     config.objective.stage = "ar"
-    config.run_cache = str(tmp_path)
+    config.index_folder = str(tmp_path)
     sample = config.build_datasets(Context(megatron, 2))[0][0]  # type: ignore[arg-type]
     ends = sample["tokens"] == load_tokenizer(tokenizer_dir).convert_tokens_to_ids("!")
     assert (

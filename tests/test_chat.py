@@ -435,15 +435,15 @@ def test_adapters_stay_with_their_base(
     [
         (DoRA(), "DoRA, whose adapters cannot be merged"),
         (CanonicalLoRA(), "CanonicalLoRA, whose adapters cannot be merged"),
-        (LoRA(target_modules=["linear_qkv", "output_layer"]), "'output_layer', which is no linear layer"),
-        (LoRA(target_modules=["word_embeddings"]), "'word_embeddings', which is no linear layer"),
+        (LoRA(target_modules=["linear_qkv", "output_layer"]), "'output_layer', which is not a linear layer"),
+        (LoRA(target_modules=["word_embeddings"]), "'word_embeddings', which is not a linear layer"),
         (LoRA(target_modules=[], exclude_modules=["linear_proj"]), "adapts the output layer"),
-        (LoRA(target_modules=["*.layers.9.*.linear_qkv"]), "'*.layers.9.*.linear_qkv', which is no linear layer"),
+        (LoRA(target_modules=["*.layers.9.*.linear_qkv"]), "'*.layers.9.*.linear_qkv', which is not a linear layer"),
     ],
 )
 def test_adapters_that_cannot_be_merged(model: Path, tmp_path: Path, peft: Any, said: str) -> None:
     config = small.chat(str(model), str(tmp_path / "data"), str(tmp_path / "run"))
-    assert adapters.problems(config) == []
+    assert list(adapters.problems(config)) == []
     config.peft = peft
     (line,) = adapters.problems(config)
     assert said in line
@@ -541,7 +541,7 @@ def test_talks_in_the_terminal(one: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert out.startswith(said * 2) and out.count("\n") == 3 and "\x1b" not in out + err
     assert "ar \N{MIDDLE DOT} 12 tokens in 12 forwards: 1.00 tokens per forward" in err
     assert err.count("linear \N{MIDDLE DOT} 12 tokens in ") == 2
-    assert "unknown mode 'nothing'" in err and "mode 'oracle' decodes" in err and "'/what' is no command" in err
+    assert "unknown mode 'nothing'" in err and "mode 'oracle' decodes" in err and "'/what' is not a command" in err
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     out, err = talk(monkeypatch, capsys, one, question)

@@ -78,7 +78,7 @@ def test_flash_attention_follows_the_rule(kind: str) -> None:
     from nemodiff_train.validation.kernels import attention_problems
 
     model = SimpleNamespace(attention_kernel="flash", attention_tile=0, context_parallel_size=1)
-    if found := attention_problems(model, 512, GPU):
+    if found := list(attention_problems(model, 512, GPU)):
         pytest.skip("; ".join(found))
     check_attention(kind, torch.bfloat16, select_kernel(DEVICE, False, "flash"))
 

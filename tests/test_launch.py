@@ -90,7 +90,7 @@ def test_submitting_from_a_read_only_folder(read_only: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "needle"),
     [
-        ([*WORDS, "--nodes", "0"], "--nodes 0"),
+        ([*WORDS, "--nodes", "0"], "--nodes: '0'"),
         ([*WORDS, "--time", "soon"], "--time soon"),
         ([*WORDS, "--name", "a\nb"], "--name"),
         ([*WORDS, "hello"], "key=value"),

@@ -77,7 +77,7 @@ def test_every_dtype_trains_on_a_cpu_and_is_saved_as_trained(folder: Path, ranks
     from nemodiff_train.config.precision import precision_of
 
     found = ranks.call("train", 1, train_every_dtype, logs=folder, folder=str(folder))
-    assert "was saved by a run in fp32" in found.pop("refused")
+    assert "was saved with fp32" in found.pop("refused")
     resumed = config_of(folder / "bfloat16", folder / "run-bfloat16")
     assert precision_of(resumed, True) == "fp32"  # a run goes on as it began, on a GPU as well
     for start, run in found.items():

@@ -232,7 +232,7 @@ def test_kernels_and_formats_that_this_machine_lacks(
 def test_published_sizes(family: str, tmp_path: Path) -> None:
     """Every size and stage can be laid out on 8 to 256 GPUs, and refuses another size's checkpoint."""
     init_runtime()
-    from nemodiff_train.validation import layout
+    from nemodiff_train.planning import rules
 
     recipes = importlib.import_module(f"recipes.{family}")
     for size in FAMILIES[family]:
@@ -240,7 +240,7 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
         for stage, tokens in (("ar", 10**12), ("joint", 3 * 10**11)):
             run = getattr(recipes, f"{family}_{size}_{stage}")(f"{tmp_path}/{size}", "data", "out")
             for gpus in (8, 16, 32, 64, 128, 256):
-                assert layout.problems(run, gpus) == []
+                assert rules.problems(run, gpus) == []
             run.comm_overlap.data_parallel_size = 8
             run.comm_overlap.finalize()
             run.comm_overlap.setup(run.model, run.optimizer, run.ddp)
@@ -255,9 +255,9 @@ def test_published_sizes(family: str, tmp_path: Path) -> None:
 
 
 def save_config(family: str, size: str, folder: Path) -> None:
-    from nemodiff_train.planning.published import write_config
+    from nemodiff_train.config.published import SIZES
 
-    assert write_config(f"{family}_{size}_joint", folder)
+    SIZES[family][size].config(family).save_pretrained(folder)
 
 
 FOUR_SPLITS = {

@@ -55,7 +55,7 @@ def test_text_is_shown_as_it_is_trained(
         ("chat.py", ["data=mock"], "data=mock is text"),
         ("recipe.py", ["data=data", "dataset.data=[mock,data]"], "the only data of a run"),
         ("recipe.py", ["data=nowhere"], "nowhere"),
-        ("recipe.py", ["data=data", "--count", "0"], "--count 0"),
+        ("recipe.py", ["data=data", "--count", "0"], "--count: '0'"),
     ],
 )
 def test_refusals(

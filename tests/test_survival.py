@@ -21,7 +21,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, iterations, mark_of
 from nemodiff_train.resilience.checkpoints import latest_complete
-from nemodiff_train.validation.settings import resilience_problems
+from nemodiff_train.validation.settings import section_problems
 from tools.support import faults, layouts, small
 from tools.support.ranks import RankPool, World
 
@@ -598,7 +598,7 @@ def test_metrics_are_cut_where_a_resume_begins(tmp_path: Path) -> None:
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], output: str) -> None:
-    (line,) = resilience_problems(ResilienceConfig(**changes))
+    (line,) = section_problems("resilience", ResilienceConfig(**changes))
     assert output in line
 
 

@@ -1,4 +1,4 @@
-"""The ``nemodiff`` command: one verb a module, each imported only when it is called."""
+"""The ``nemodiff`` command: one module per verb, each imported only when it is called."""
 
 import argparse
 import errno
@@ -38,7 +38,7 @@ VERBS = {
 
 
 def _refuse(error: UserError) -> int:
-    """Say what is wrong; ranks that nobody ends meanwhile met it alone, and say it too."""
+    """Print an error and return the exit code; other ranks wait, and print it if no launcher ends them meanwhile."""
     if not is_main_process():
         time.sleep(HEAD_START)
     print(f"nemodiff: error: {error}", file=sys.stderr)
@@ -46,11 +46,7 @@ def _refuse(error: UserError) -> int:
 
 
 _UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.ELOOP)
-"""What is wrong with a path as such, wherever it is met."""
-
-
-def _at(error: OSError) -> str:
-    return f" ('{os.fsdecode(error.filename)}')" if error.filename else ""
+"""Errors that are about a path itself."""
 
 
 def _reader_has_gone() -> bool:
@@ -63,16 +59,16 @@ def _reader_has_gone() -> bool:
     return any(event & select.POLLERR for _, event in pipe.poll(0))
 
 
-def _end_as_by_sigpipe() -> int:
-    """Leave nothing for Python to write when it ends, and return a shell's code for what SIGPIPE has ended."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
-
-
-def _unusable(error: OSError) -> str:
-    name = os.fsdecode(error.filename)
+def _refuse_path(error: OSError) -> int:
+    """Say which path cannot be used, and why; raise the error again where the path is not the reason."""
+    name = os.fsdecode(error.filename) if error.filename else ""
+    if disk_is_full(error):
+        where = f" ('{name}')" if name else ""
+        return _refuse(UserError(f"the disk is full{where}; make room and repeat the command"))
+    if error.errno not in _UNUSABLE or error.filename is None:
+        raise error
     shown = name if len(name) <= 200 else f"{name[:100]}..."
-    return f"'{shown}' cannot be used: {str(error.strerror).lower()}"
+    return _refuse(UserError(f"'{shown}' cannot be used: {str(error.strerror).lower()}"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,9 +82,8 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemodiff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, (module, summary) in VERBS.items():
-        sub = verbs.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", conflict_handler="resolve"
-        )
+        description = f"{summary[0].upper()}{summary[1:]}."
+        sub = verbs.add_parser(name, help=summary, description=description, conflict_handler="resolve")
         if name == verb:
             importlib.import_module(module).add_arguments(sub)
     return parser
@@ -129,14 +124,6 @@ def _check_words(words: Sequence[str]) -> None:
             raise UserError(f"{word.rstrip('=') or before} is empty; name what it is, or leave it out")
 
 
-def _extend(file: Path) -> None:
-    """Let a file of the user's add modes, tasks and families of models."""
-    init_runtime()
-    from nemodiff_train.config.recipes import run_file
-
-    run_file(file)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -147,18 +134,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
         if file := getattr(parsed, "extend", None):
-            _extend(Path(file))
+            init_runtime()
+            from nemodiff_train.config.recipes import run_file
+
+            run_file(Path(file))
         return importlib.import_module(VERBS[parsed.verb][0]).run(parsed) or 0
     except UserError as error:
         return _refuse(error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
-            return _end_as_by_sigpipe()
-        if disk_is_full(error):
-            return _refuse(UserError(f"the disk is full{_at(error)}; make room and repeat the command"))
-        if error.errno not in _UNUSABLE or error.filename is None:
-            raise
-        return _refuse(UserError(_unusable(error)))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+            return 128 + signal.SIGPIPE
+        return _refuse_path(error)
     except KeyboardInterrupt:
         if is_main_process():
             print("nemodiff: interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.cli.options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import PlainConsole, console
 from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
@@ -57,15 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
     opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
     chat = Chat(replace(opened, settings=opened.settings.stopping_at(end)), template)
     chat.choose_mode(arguments.mode)
-    console.print(_legend(PlainConsole().is_terminal))
+    if PlainConsole().is_terminal:
+        legend = " ".join(f"[{colour}]one[/{colour}]" for colour in COLOURS)
+        console.print(Text.from_markup(f"tokens of one colour came with one forward: {legend}"))
+    console.print(COMMANDS)
     _converse(chat)
-
-
-def _legend(coloured: bool) -> Text:
-    same = " ".join(f"[{colour}]one[/{colour}]" for colour in COLOURS)
-    return Text.from_markup(
-        f"{f'tokens of one colour came with one forward: {same}\n' if coloured else ''}{COMMANDS}"
-    )
 
 
 def _converse(chat: "Chat") -> None:
@@ -84,7 +80,14 @@ def _converse(chat: "Chat") -> None:
         if line == "/exit":
             return
         try:
-            chat.command(line) if line.startswith("/") else chat.answer(line)
+            if line == "/reset":
+                chat.messages.clear()
+            elif line.startswith("/mode ") and len(line.split()) == 2:
+                chat.choose_mode(line.split()[1])
+            elif line.startswith("/"):
+                raise UserError(f"'{line}' is not a command; use {COMMANDS}")
+            elif line:
+                chat.answer(line)
         except UserError as error:
             console.print(str(error), style="red", soft_wrap=True)
 
@@ -98,22 +101,12 @@ class Chat:
     mode: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def command(self, line: str) -> None:
-        """Do what a line that begins with a slash says.
+    def choose_mode(self, mode: str) -> None:
+        """Answer in another mode from now on.
 
         Raises:
-            UserError: There is no such command or mode, or the model cannot decode in it.
+            UserError: There is no such mode, or the model cannot decode in it.
         """
-        name, *words = line.split()
-        if name == "/reset" and not words:
-            self.messages.clear()
-        elif name == "/mode" and len(words) == 1:
-            self.choose_mode(words[0])
-        else:
-            raise UserError(f"'{line}' is no command; there are {COMMANDS}")
-
-    def choose_mode(self, mode: str) -> None:
-        """Answer in another mode from now on."""
         from nemodiff_train.decoding.decode import check_mode
         from nemodiff_train.decoding.pipeline import PipelineRunner
 
@@ -131,24 +124,22 @@ class Chat:
         """
         from nemodiff_train.decoding.decode import decode
 
-        if not question:
-            return
-        asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.opened.tokenizer(self.template(asked), add_special_tokens=False)["input_ids"]
-        shown = Answer(self.opened.settings)
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = self.opened.tokenizer(self.template(messages), add_special_tokens=False)["input_ids"]
+        answer = Answer(self.opened.settings)
         try:
-            _, session = decode(self.opened.model, [prompt], self.mode, replace(self.opened.settings, watch=shown))
+            _, session = decode(self.opened.model, [prompt], self.mode, replace(self.opened.settings, watch=answer))
         except KeyboardInterrupt:
-            cost = f"ended after {len(shown.tokens)} tokens"
+            cost = f"ended after {len(answer.tokens)} tokens"
         else:
             forwards = session.calls(0)
-            rate = len(shown.tokens) / forwards
-            cost = f"{len(shown.tokens)} tokens in {forwards} forwards: {rate:.2f} tokens per forward"
-        shown.end()
+            rate = len(answer.tokens) / forwards
+            cost = f"{len(answer.tokens)} tokens in {forwards} forwards: {rate:.2f} tokens per forward"
+        answer.end()
         console.print(f"{self.mode} \N{MIDDLE DOT} {cost}", style="dim")
-        if shown.tokens:
-            said = self.opened.settings.text(shown.tokens).strip()
-            self.messages = [*asked, {"role": "assistant", "content": said}]
+        if answer.tokens:
+            text = self.opened.settings.text(answer.tokens).strip()
+            self.messages = [*messages, {"role": "assistant", "content": text}]
 
 
 class Answer:

@@ -1,21 +1,17 @@
 """``nemodiff convert import|export|verify|inspect``."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import add_extend, add_model_parallel
-from nemodiff_train.distributed import world_size
+from nemodiff_train.cli.options import add_extend, add_model_parallel, check_world
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.runtime import init_runtime
 
-FORMATS = ("ar", "nemotron", "sdar", "tri-mode")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb and of its actions."""
+    """Add the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
     _add_import(actions.add_parser("import", help="Hugging Face model to Megatron checkpoint"))
     _add_export(actions.add_parser("export", help="Megatron checkpoint to Hugging Face directory"))
@@ -39,7 +35,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="directory to create; it must not exist yet")
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=("ar", "nemotron", "sdar", "tri-mode"),
         help="ar: the AR family's own; nemotron: NemotronLabsDiffusion; sdar: SDAR, of a block-causal Qwen 3; "
         "tri-mode: with code that decodes in every mode; by default nemotron for a model that came as one, else ar",
     )
@@ -67,26 +63,21 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0, or 1 where ``verify`` finds a difference.
     """
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "import": _import,
-        "export": _export,
-        "verify": _verify,
-        "inspect": _inspect,
-    }
-    return actions[arguments.action](arguments)
+    if arguments.action == "verify":
+        return _verify(arguments)
+    if arguments.action == "import":
+        _import(arguments)
+    elif arguments.action == "export":
+        _export(arguments)
+    else:
+        from nemodiff_train.conversion.inspection import inspect
+
+        inspect(arguments.path)
+    return 0
 
 
-def _check_world(arguments: argparse.Namespace) -> None:
-    world, ranks = world_size(), arguments.tensor_parallel * arguments.pipeline_parallel
-    if world != ranks:
-        raise UserError(
-            f"{world} processes were started, but --tensor-parallel {arguments.tensor_parallel} x "
-            f"--pipeline-parallel {arguments.pipeline_parallel} takes {ranks}; start that many with torchrun"
-        )
-
-
-def _import(arguments: argparse.Namespace) -> int:
-    _check_world(arguments)
+def _import(arguments: argparse.Namespace) -> None:
+    check_world(arguments)
     init_runtime()
     from nemodiff_train.conversion.importing import import_checkpoint
 
@@ -98,11 +89,10 @@ def _import(arguments: argparse.Namespace) -> int:
         mask_token=arguments.mask_token,
         add_mask_token=arguments.add_mask_token,
     )
-    return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    _check_world(arguments)
+def _export(arguments: argparse.Namespace) -> None:
+    check_world(arguments)
     check_free(Path(arguments.output))
     source = Checkpoint.open(arguments.source)
     init_runtime()
@@ -114,7 +104,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} belongs to a model; a drafter is exported as a PEFT directory")
         export_drafter(source, arguments.output, arguments.format)
-        return 0
+        return
     from nemodiff_train.conversion.exporting import export_checkpoint
 
     export_checkpoint(
@@ -128,7 +118,6 @@ def _export(arguments: argparse.Namespace) -> int:
         tensor_parallel=arguments.tensor_parallel,
         pipeline_parallel=arguments.pipeline_parallel,
     )
-    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -140,10 +129,3 @@ def _verify(arguments: argparse.Namespace) -> int:
     prompt = PROMPT if arguments.prompt is None else arguments.prompt
     equal = verify(arguments.a, arguments.b, tolerance=arguments.tolerance, prompt=prompt)
     return 0 if equal else 1
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from nemodiff_train.conversion.inspection import inspect
-
-    inspect(arguments.path)
-    return 0

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.cli.options import add_decoding_arguments, at_least_1, check_options, decoding_options
 from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", default="ar,diffusion,linear", help="comma-separated (default: %(default)s)")
     parser.add_argument("--thresholds", default="", help="further diffusion thresholds, comma-separated")
     parser.add_argument("--block-sizes", default="", help="further block sizes, each at each threshold")
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together (%(default)s)")
+    parser.add_argument("--batch-size", type=at_least_1, default=32, help="prompts decoded together (%(default)s)")
     parser.add_argument("--output", required=True, help="folder for the report")
     add_decoding_arguments(parser)
 
@@ -49,11 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     thresholds = _numbers("--thresholds", arguments.thresholds, float, "0.5,0.7,0.9")
     block_sizes = _numbers("--block-sizes", arguments.block_sizes, int, "8,16,32")
     modes = tuple(dict.fromkeys(arguments.modes.split(",")))
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     check_options(arguments)
     for threshold in thresholds:
-        DecodingSettings(threshold=threshold)  # refuses what is no probability
+        DecodingSettings(threshold=threshold)  # refuses what is not a probability
     for block_size in block_sizes:
         DecodingSettings(block_size=block_size)
     output = Path(arguments.output)

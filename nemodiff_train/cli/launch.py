@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nemodiff_train.cli.options import at_least_1
 from nemodiff_train.config.registry import check_arguments, check_recipe
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError
@@ -19,13 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
     parser.add_argument("--slurm", action="store_true", required=True, help="the scheduler")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
-    parser.add_argument("--time", default="04:00:00", metavar="LIMIT", help="of one job, as SLURM writes it")
-    parser.add_argument("--name", default="nemodiff", help="of the job and its log")
-    parser.add_argument("--partition", help="of the cluster (default: that of SBATCH_PARTITION or the site)")
-    parser.add_argument("--account", help="that pays (default: that of SBATCH_ACCOUNT or yours)")
+    parser.add_argument("--nodes", type=at_least_1, default=1, metavar="N", help="nodes (default 1)")
+    parser.add_argument(
+        "--time", default="04:00:00", metavar="LIMIT", help="time limit of one job, as SLURM writes it"
+    )
+    parser.add_argument("--name", default="nemodiff", help="name of the job and its log")
+    parser.add_argument(
+        "--partition", help="partition of the cluster (default: that of SBATCH_PARTITION or the site)"
+    )
+    parser.add_argument("--account", help="account that pays (default: that of SBATCH_ACCOUNT or yours)")
     parser.add_argument("--gres", help="what each node has to give, such as gpu:8 (default: all that it has)")
-    parser.add_argument("--after", type=int, metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--after", type=at_least_1, metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 
@@ -49,19 +54,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def script(arguments: argparse.Namespace) -> str:
-    """``slurm/train.sbatch`` with this job's options and words.
+    """Return ``slurm/train.sbatch`` with this job's options and words.
 
     Raises:
         UserError: An option is malformed, a recipe or word cannot be one, or a word holds a key or password.
     """
-    if arguments.nodes < 1:
-        raise UserError(f"--nodes {arguments.nodes}: use 1 or more")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", arguments.time):
-        raise UserError(f"--time {arguments.time} is no SLURM time; write hours:minutes:seconds or days-hours")
+        raise UserError(f"--time {arguments.time} is not a SLURM time; write hours:minutes:seconds or days-hours")
     if not re.fullmatch(r"[\w.-]+", arguments.name):
         raise UserError(f"--name {arguments.name}: use letters, digits, '.', '_' and '-'")
-    if arguments.after is not None and arguments.after < 1:
-        raise UserError(f"--after {arguments.after}: use the number of a job")
     for option in ("partition", "account", "gres"):
         if not re.fullmatch(r"[\w.:,=@-]+", value := getattr(arguments, option) or "none"):
             raise UserError(f"--{option} {value}: use letters, digits and '.:,=@_-'")

@@ -4,10 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import at_least_1
+from nemodiff_train.cli.options import at_least_1
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
@@ -20,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input", nargs="+", metavar="TEXT", help="text, JSONL or Parquet files, or directories of them"
     )
     parser.add_argument("--text-field", default="text", help="field of a record (%(default)s)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sample (%(default)s)")
-    parser.add_argument("--draws", type=int, default=8, help="noise draws of each sample (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples scored together (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sample (%(default)s)")
+    parser.add_argument("--draws", type=int, default=8, help="noise draws per sample (%(default)s)")
+    parser.add_argument("--batch-size", type=at_least_1, default=8, help="samples scored together (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
     parser.add_argument("--tensor-parallel", type=at_least_1, default=1, help="processes that share each layer")
     parser.add_argument("--output", help="JSON file for the figures")
 
@@ -33,8 +32,6 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.data.columns import TextColumn
     from nemodiff_train.data.sources import documents, resolve
 
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
@@ -55,11 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output:
         write_atomic(Path(arguments.output), json.dumps(result.figures(), indent=2) + "\n")
     if result.ar_loss is not None:
-        console.print(f"AR          {result.ar_loss:.4f} nats a token, perplexity {result.ar_perplexity:.3f}")
+        console.print(f"AR          {result.ar_loss:.4f} nats per token, perplexity {result.ar_perplexity:.3f}")
     error = f" ± {result.diffusion_error:.4f}" if result.draws > 1 else ""
     draws = f"{result.draws} draw{'s' if result.draws > 1 else ''}"
     console.print(
-        f"diffusion   {result.diffusion_loss:.4f}{error} nats a token at most ({draws}), "
+        f"diffusion   {result.diffusion_loss:.4f}{error} nats per token at most ({draws}), "
         f"perplexity {result.diffusion_perplexity:.3f}"
     )
     console.print(f"{result.tokens} tokens", style="dim")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from nemodiff_train.cli.options import at_least_1
 from nemodiff_train.console import PlainConsole
 from nemodiff_train.errors import UserError
 from nemodiff_train.planning.hardware import GPUS
@@ -21,25 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("recipe", help="a function in recipes/, or FILE.py[:function]")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's arguments, and overrides")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
+    parser.add_argument("--gpus", type=at_least_1, required=True, help="GPUs of the run")
     parser.add_argument("--gpu", choices=[*GPUS], default="h100", help="their kind (default h100)")
-    parser.add_argument("--top", type=int, default=10, help="layouts to show (default 10)")
+    parser.add_argument("--top", type=at_least_1, default=10, help="layouts to show (default 10)")
     parser.add_argument("--json", metavar="FILE", help="write all layouts that fit, in bytes and seconds")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the layouts that fit."""
-    if arguments.gpus < 1 or arguments.top < 1:
-        raise UserError("--gpus and --top take a number above 0")
     init_runtime()
     from nemodiff_train.planning.candidates import plan
     from nemodiff_train.planning.published import load_planned
-    from nemodiff_train.validation import layout
     from nemodiff_train.validation.settings import check_sizes
 
     config = load_planned(arguments.recipe, arguments.settings)
     check_sizes(config)
-    candidates = plan(config, arguments.gpus, arguments.gpu, layout.problems)
+    candidates = plan(config, arguments.gpus, arguments.gpu)
     if arguments.json:
         rows = [asdict(candidate) for candidate in candidates]
         try:

@@ -4,10 +4,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from nemodiff_train.cli.decoding_options import add_model_parallel, at_least_1
+from nemodiff_train.cli.options import add_model_parallel, at_least_1, check_world
 from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.distributed import world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -15,9 +14,9 @@ from nemodiff_train.runtime import init_runtime
 from nemodiff_train.sampler.description import HEAD_SIZE, LARGEST
 
 SEED = 2
-"""Of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
+"""Seed of the problems, drawn from the training split; the demo's text and conversations have seeds 0 and 1."""
 COUNT = 500
-"""Prompts of the built-in task."""
+"""Number of prompts of a built-in task."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trajectories", type=at_least_1, default=2000, help="blocks to decode for training (%(default)s)"
     )
     parser.add_argument("--steps", type=at_least_1, default=500, help="optimizer steps (%(default)s)")
-    parser.add_argument("--layers", type=at_least_1, default=4, help="of the network (%(default)s)")
-    parser.add_argument("--width", type=at_least_1, default=384, help="of the network (%(default)s)")
+    parser.add_argument("--layers", type=at_least_1, default=4, help="layers of the network (%(default)s)")
+    parser.add_argument("--width", type=at_least_1, default=384, help="width of the network (%(default)s)")
     parser.add_argument("--batch-size", type=at_least_1, default=64, help="blocks decoded together (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws and of the network (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws and of the network (%(default)s)")
     add_model_parallel(parser)
 
 
@@ -45,9 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     check_free(output)
     _check_sizes(arguments)
-    ranks = arguments.tensor_parallel * arguments.pipeline_parallel
-    if world_size() != ranks:
-        raise UserError(f"{world_size()} processes were started, but one copy of the model takes {ranks}")
+    check_world(arguments)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     texts = training_prompts(arguments.task, arguments.count)
     init_runtime()
@@ -66,12 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     prompts = encode_prompts(opened.tokenizer, texts, arguments.chat)
     opened = replace(opened, settings=opened.settings.stopping_at(prompts.end_of_turn))
-    options = SamplerOptions(
-        **{
-            name: getattr(arguments, name)
-            for name in ("trajectories", "steps", "layers", "width", "batch_size", "seed")
-        }
-    )
+    names = ("trajectories", "steps", "layers", "width", "batch_size", "seed")
+    options = SamplerOptions(**{name: getattr(arguments, name) for name in names})
     trained = train_sampler(opened, prompts.tokens, options, checkpoint, arguments.task)
     write_sampler(output, trained)
     say("held-out blocks: tokens per denoise forward, share of wrong tokens")
@@ -83,11 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_sizes(arguments: argparse.Namespace) -> None:
-    """Refuse what no sampler can be trained with, before hours of decoding for it.
-
-    Raises:
-        UserError: Names the option.
-    """
+    """Refuse what no sampler can be trained with, before hours of decoding for it."""
     DecodingSettings(seed=arguments.seed, **({"block_size": arguments.block_size} if arguments.block_size else {}))
     for name, largest in LARGEST.items():
         if (getattr(arguments, name) or 0) > largest:
@@ -99,7 +88,7 @@ def _check_sizes(arguments: argparse.Namespace) -> None:
 
 
 def training_prompts(task: str, count: int | None) -> list[str]:
-    """Return texts to continue, each once: of a built-in task, problems that no evaluation of it asks.
+    """Return texts to continue, each once; those of a built-in task are in no evaluation of it.
 
     Args:
         task: ``arithmetic``, ``questions``, or a JSONL file of objects with a ``prompt``.

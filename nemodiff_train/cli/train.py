@@ -6,14 +6,14 @@ import signal
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nemodiff_train.cli.ranks import add_nproc, start_ranks
+from nemodiff_train.cli.options import add_nproc, start_ranks
 from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.errors import UserError
 from nemodiff_train.resilience.signals import end_as_ever, end_at_once
 from nemodiff_train.runtime import init_runtime
 
 MOST_GPUS = 100_000
-"""More than one run has had; the groups of a layout list every rank."""
+"""More GPUs than any run has had; the groups of a layout list every rank."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_nproc(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, build nothing, print one page")
     parser.add_argument("--yaml", action="store_true", help="with --dry-run: print the whole configuration instead")
-    parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run; by default the fewest it takes")
+    parser.add_argument("--gpus", type=int, help="with --dry-run: GPUs of the run (default: the fewest)")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="with --dry-run: GB of one GPU (default 80)")
 
 
@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if not arguments.dry_run and (arguments.gpus is not None or arguments.yaml):
         raise UserError("--gpus and --yaml go with --dry-run; a run has the processes that torchrun starts")
-    if not 1 <= (arguments.gpus or 1) <= MOST_GPUS or arguments.gpus == 0 or not 0 < arguments.gpu_memory < math.inf:
+    gpus = 1 if arguments.gpus is None else arguments.gpus
+    if not 1 <= gpus <= MOST_GPUS or not 0 < arguments.gpu_memory < math.inf:
         raise UserError(f"--gpus takes a number from 1 to {MOST_GPUS:,}, --gpu-memory a number above 0")
     if arguments.nproc is not None:
         if arguments.dry_run:

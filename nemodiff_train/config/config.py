@@ -38,7 +38,7 @@ class TriModeConfig(ConfigContainer):
     """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting by its dotted key, as plain values: those of before where :attr:`given` has them."""
+        """Return every setting by its dotted key, as plain values: from :attr:`given` where the run has set it."""
         return self.given or flattened(self.sections())
 
     def sections(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class TriModeConfig(ConfigContainer):
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:
-        """Return a value as it is saved; None for what is no setting, but belongs to this process alone."""
+        """Return a value as it is saved; None for what belongs to this process alone."""
         return None if _belongs_to_process(value) else super()._convert_value_to_dict(value)
 
     def validate(self) -> None:
@@ -82,7 +82,9 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        data.rows, data.run_cache = model.vocab_size, f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        data.rows = model.vocab_size
+        in_run = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
+        data.index_folder = getattr(data, "path_to_cache", None) or in_run
         if data.holds_conversations:
             model.add_stop_token(data.stored_end())
         if self.has_masks:
@@ -95,13 +97,8 @@ class TriModeConfig(ConfigContainer):
 
     @property
     def selector_rank(self) -> int:
-        """Return the inner dimension of the path selector that is trained; 0 for none."""
+        """Return the inner dimension of the path selector, which then is all that is trained; 0 for none."""
         return self.peft.selector_rank if isinstance(self.peft, DraftLoRA) else 0
-
-    @property
-    def trains_selector(self) -> bool:
-        """Return whether a path selector is trained, and nothing else."""
-        return self.selector_rank > 0
 
     def fit_schedule(self) -> None:
         """Turn the schedule's shares of the run into steps."""

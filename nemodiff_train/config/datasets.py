@@ -36,7 +36,7 @@ class IndexedDatasetConfig(DatasetProvider):
     seq_length: int = 4096
     """L: clean tokens per sample."""
     data: list[str] = field(default_factory=list)
-    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``; ``mock`` for made-up text."""
+    """Prefixes of .bin/.idx, or weights and prefixes in turn: ``[0.7, a, 0.3, b]``; ``mock`` for generated text."""
     split: str = "99,1,0"
     """Shares of the documents for training, validation and test."""
     random_seed: int = 1234
@@ -50,34 +50,22 @@ class IndexedDatasetConfig(DatasetProvider):
     mask_token_id = 0
     rows = 0
     batch_size = 1
-    run_cache = ""
+    index_folder = ""
     samples_ahead = 0
     tokenizer = None
 
     holds_conversations: ClassVar[bool] = False
 
     @property
-    def index_folder(self) -> str:
-        """Return the folder of the sample index, which need not be there yet."""
-        return self.run_cache
-
-    def keep_index_in(self, folder: str) -> None:
-        """Keep the sample index in another folder."""
-        self.run_cache = folder
-
-    @property
     def prefixes(self) -> list[str]:
         """Return the data sets without their weights; none for mock text."""
-        return [] if self.is_mock else self._named
-
-    @property
-    def _named(self) -> list[str]:
-        return [part for part in map(str, self.data) if math.isnan(parse_number(part))]
+        names = [part for part in map(str, self.data) if math.isnan(parse_number(part))]
+        return [] if set(names) == {MOCK} else names
 
     @property
     def is_mock(self) -> bool:
-        """Return whether the text is made up: every prefix is ``mock``."""
-        return set(self._named) == {MOCK}
+        """Return whether the text is generated: every prefix is ``mock``."""
+        return MOCK in self.data and not self.prefixes
 
     @property
     def needs_segment_ids(self) -> bool:
@@ -106,7 +94,7 @@ class IndexedDatasetConfig(DatasetProvider):
         raise NotImplementedError
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
-        """Return the object that turns it into samples."""
+        """Return the object that turns them into samples."""
         raise NotImplementedError
 
     def _sample_counts(self, context: DatasetBuildContext) -> list[int]:
@@ -153,36 +141,25 @@ class TextDatasetConfig(IndexedDatasetConfig):
     """Leave the end-of-document tokens out of both losses: they are neither predicted nor masked."""
 
     @property
-    def index_folder(self) -> str:
-        """Return the named folder, or that of the run."""
-        return self.path_to_cache or self.run_cache
-
-    def keep_index_in(self, folder: str) -> None:
-        """Keep the sample index in another folder, also where one was named."""
-        self.path_to_cache = folder
-
-    @property
     def needs_segment_ids(self) -> bool:
         """Return whether the block boundaries differ between samples."""
         return self.reset_attention_mask or super().needs_segment_ids
 
     def read(self, context: DatasetBuildContext) -> Sequence[Any]:
         """Return samples of L tokens for each split."""
+        counts = self._sample_counts(context)
         if self.is_mock:
-            return self._read_mock(context)
+            mock = MockConfig(**self._megatron_settings(context), eod_mask_loss=False)
+            mock.rows, mock.mask_token_id = self.rows, self.mask_token_id if self.objective.noisy_views else -1
+            mock.finalize()
+            return BlendedMegatronDatasetBuilder(MockText, counts, lambda: True, mock).build()
         config = GPTDatasetConfig(
             **self._megatron_settings(context),
             path_to_cache=f"{self.index_folder}/{contents_digest(self.prefixes)}",
             eod_mask_loss=False,  # SampleMaker does this as well, by the token that the data end documents with
         )
         config.finalize()
-        return pretrain_train_valid_test_datasets_provider(self._sample_counts(context), config)
-
-    def _read_mock(self, context: DatasetBuildContext) -> Sequence[Any]:
-        config = MockConfig(**self._megatron_settings(context), eod_mask_loss=False)
-        config.rows, config.mask_token_id = self.rows, self.mask_token_id if self.objective.noisy_views else -1
-        config.finalize()
-        return BlendedMegatronDatasetBuilder(MockText, self._sample_counts(context), lambda: True, config).build()
+        return pretrain_train_valid_test_datasets_provider(counts, config)
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""

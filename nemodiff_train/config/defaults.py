@@ -99,14 +99,9 @@ def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> 
 
 
 def overlap_communication(config: TriModeConfig) -> None:
-    """Hide the communication of data-parallel ranks behind computation; takes ``adamw(..., sharded=True)``.
+    """Overlap the communication of data-parallel ranks with computation; takes ``adamw(..., sharded=True)``.
 
-    Gradients are reduced while the backward pass runs, and weights are gathered while the forward pass does.  It does
-    nothing on one replica.
-
-    Communication of tensor-parallel ranks is not hidden: Transformer Engine's buffers for it have the shape of a
-    training sample, and decoding in the loop has others.  ``comm_overlap.tp_comm_overlap=true`` hides it in runs
-    without such decoding.
+    That of tensor-parallel ranks excludes decoding in the loop, and is off; see docs/performance.md.
     """
     config.ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)
@@ -153,11 +148,6 @@ def checkpoints(output: str, start_from: str | None, every: int) -> CheckpointCo
         dist_ckpt_optim_fully_reshardable=True,
         async_write_results_mp_mode="spawn",  # a fork of a process with threads may stand still, and is as large
     )
-
-
-def enable_async_save(saving: CheckpointConfig) -> None:
-    """Continue training while a process of each rank writes the checkpoint from a copy in the host's memory."""
-    saving.async_save, saving.async_strategy = True, "mcore"
 
 
 def loggers(output: str, wandb_project: str | None = None) -> LoggerConfig:

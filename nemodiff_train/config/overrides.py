@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, cast
 
@@ -16,97 +17,68 @@ from nemodiff_train.config.schedule import SHARES
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.schema import check_type, declared_type
 
-_FROM_OBJECTIVE = "it follows from the section objective"
-_OURS = "every run needs it as it is"
-_BY_PRECISION = "set mixed_precision in the recipe, which decides on all of these"
-_SAVED = "run_config.yaml of every checkpoint holds the configuration"
-_OWN_ATTENTION = "the attention is this package's, which communicates in its own way"
-_BY_BRIDGE = "Bridge computes it from the schedule's steps"
 _WITHOUT_EFFECT = {
-    # Settings that something else decides, and what.
-    "train.rampup_batch_size": "Megatron-Core no longer ramps batches up; use train.global_batch_size alone",
-    "model.seq_length": "it follows from dataset.seq_length and the objective's views",
-    "model.noisy_views": _FROM_OBJECTIVE,
-    "model.block_size": "set objective.block_size",
-    "model.largest_block": _FROM_OBJECTIVE,
-    "model.clean_attention": "set objective.clean_attention",
-    "model.shift": "set objective.shift",
-    "model.mask_token_id": "set objective.mask_token",
-    "model.calculate_per_token_loss": _OURS,
-    "ddp.average_in_collective": _OURS,
-    "ddp.check_for_nan_in_grad": "resilience.on_non_finite decides",
-    "rerun_state_machine.check_for_nan_in_loss": "resilience.on_non_finite decides",
-    "train.check_optimizer_step_success": _OURS,
-    "train.exit_signal": "SIGTERM and SIGUSR1 end every run",
-    "train.exit_signal_handler": "SIGTERM and SIGUSR1 end every run",
-    "checkpoint.custom_manager_class": _OURS,
-    "checkpoint.also_save_hf_checkpoint": "use 'nemodiff convert export'",
-    "checkpoint.save_retain_interval": "set resilience.keep_every",
-    "dist.lazy_mpu_init": _OURS,
-    "model.config_logger_dir": _SAVED,
-    "optimizer.config_logger_dir": _SAVED,
-    "model.cp_comm_type": _OWN_ATTENTION,
-    "model.hierarchical_context_parallel_sizes": _OWN_ATTENTION,
-    "model.restore_modelopt_state": "models that ModelOpt has quantized are not trained",
-    "dist.distributed_backend": "it follows from the machine",
-    "scheduler.lr_warmup_steps": _BY_BRIDGE,
-    "scheduler.lr_decay_steps": _BY_BRIDGE,
-    "scheduler.wd_incr_steps": _BY_BRIDGE,
-    "scheduler.wsd_decay_steps": _BY_BRIDGE,
-    **dict.fromkeys(
-        (
-            "model.apply_residual_connection_post_layernorm",
-            "model.use_inference_optimized_layers",
-            "model.hf_model_revision",
-            "ddp.use_custom_fsdp",
-            "tokenizer.vocab_extra_ids",
-            "checkpoint.dist_ckpt_save_pre_mcore_014",
-            "train.step_batch_size_schedule",
-            "train.gpu_sniff_test_interval",
-            "checkpoint.save_params_interval",
-            "checkpoint.save_activations_interval",
-            "checkpoint.save_tokens_per_expert_interval",
-            "checkpoint.save_wgrads_interval",
-            "checkpoint.save_dgrads_interval",
-        ),
-        "no code of this version of Megatron and Bridge reads it",
+    "it follows from the section objective": ("model.noisy_views", "model.largest_block"),
+    "set objective.block_size": ("model.block_size",),
+    "set objective.clean_attention": ("model.clean_attention",),
+    "set objective.shift": ("model.shift",),
+    "set objective.mask_token": ("model.mask_token_id",),
+    "it follows from dataset.seq_length and the objective's views": ("model.seq_length",),
+    "Megatron-Core no longer ramps batches up; use train.global_batch_size alone": ("train.rampup_batch_size",),
+    "every run needs it as it is": (
+        "model.calculate_per_token_loss", "ddp.average_in_collective", "train.check_optimizer_step_success",
+        "checkpoint.custom_manager_class", "dist.lazy_mpu_init",
     ),
-}
-_PRECISION = {field.name for field in fields(MixedPrecisionConfig)}
-_OF_OTHER_KINDS = {
-    **dict.fromkeys(("model.moe_", "model.num_moe_", "model.expert_"), "the model has no experts"),
-    **dict.fromkeys(("model.mamba_", "model.linear_"), "the model has attention layers alone"),
-    **dict.fromkeys(("model.heterogeneous_", "model.hetereogenous_"), "the layers of the model are alike"),
-    **dict.fromkeys(
-        (
-            "model.window_", "model.dsa_", "model.experimental_attention_variant", "model.multi_latent_attention",
-            "model.softmax_scale", "model.softmax_type", "model.no_rope_freq", "model.mrope_", "model.rope_scal",
-            "model.yarn_", "model.rotary_scaling", "model.seq_len_interpolation_factor", "model.qk_clip",
-            "model.use_mup", "model.mup_",
-        ),
-        "the checkpoint's config.json decides what is computed",
+    "resilience.on_non_finite decides": (
+        "ddp.check_for_nan_in_grad", "rerun_state_machine.check_for_nan_in_loss",
     ),
-    "checkpoint.hf_": "use 'nemodiff convert export'",
-    "model.mtp_": "the model predicts one token per position",
-    **dict.fromkeys(
-        ("tokenizer.vocab_size", "tokenizer.padded_vocab_", "tokenizer.use_tokenizer_vocab_"),
-        "the checkpoint decides on its rows",
+    "SIGTERM and SIGUSR1 end every run": ("train.exit_signal", "train.exit_signal_handler"),
+    "set resilience.keep_every": ("checkpoint.save_retain_interval",),
+    "use 'nemodiff convert export'": ("checkpoint.also_save_hf_checkpoint", "checkpoint.hf_*"),
+    "run_config.yaml of every checkpoint holds the configuration": (
+        "model.config_logger_dir", "optimizer.config_logger_dir",
     ),
-    **dict.fromkeys(
-        ("checkpoint.non_persistent_", "checkpoint.replication"), "checkpoints are of one kind here"
+    "the attention is this package's, which communicates in its own way": (
+        "model.cp_comm_type", "model.hierarchical_context_parallel_sizes",
     ),
-    **dict.fromkeys(
-        (
-            "tokenizer.vocab_file", "tokenizer.merge_file", "tokenizer.metadata_path", "tokenizer.special_tokens",
-            "tokenizer.tiktoken_", "tokenizer.null_tokenizer_", "tokenizer.sp_tokenizer_", "tokenizer.image_tag_",
-            "tokenizer.tokenizer_sentencepiece_", "tokenizer.tokenizer_prompt_format",
-            "tokenizer.force_system_message", "tokenizer.make_vocab_size_divisible_by",
-            "tokenizer.tensor_model_parallel_size", "tokenizer.rank",
-        ),
-        "the tokenizer is a Hugging Face directory",
+    "models that ModelOpt has quantized are not trained": ("model.restore_modelopt_state",),
+    "it follows from the machine": ("dist.distributed_backend",),
+    "Bridge computes it from the schedule's steps": (
+        "scheduler.lr_warmup_steps", "scheduler.lr_decay_steps", "scheduler.wd_incr_steps",
+        "scheduler.wsd_decay_steps",
+    ),
+    "no code of this version of Megatron and Bridge reads it": (
+        "model.apply_residual_connection_post_layernorm", "model.use_inference_optimized_layers",
+        "model.hf_model_revision", "ddp.use_custom_fsdp", "tokenizer.vocab_extra_ids",
+        "checkpoint.dist_ckpt_save_pre_mcore_014", "train.step_batch_size_schedule",
+        "train.gpu_sniff_test_interval", "checkpoint.save_params_interval",
+        "checkpoint.save_activations_interval", "checkpoint.save_tokens_per_expert_interval",
+        "checkpoint.save_wgrads_interval", "checkpoint.save_dgrads_interval",
+    ),
+    "the model has no experts": ("model.moe_*", "model.num_moe_*", "model.expert_*"),
+    "the model has attention layers alone": ("model.mamba_*", "model.linear_*"),
+    "the layers of the model are alike": ("model.heterogeneous_*", "model.hetereogenous_*"),
+    "the checkpoint's config.json decides what is computed": (
+        "model.window_*", "model.dsa_*", "model.experimental_attention_variant*", "model.multi_latent_attention*",
+        "model.softmax_scale*", "model.softmax_type*", "model.no_rope_freq*", "model.mrope_*", "model.rope_scal*",
+        "model.yarn_*", "model.rotary_scaling*", "model.seq_len_interpolation_factor*", "model.qk_clip*",
+        "model.use_mup*", "model.mup_*",
+    ),
+    "the model predicts one token per position": ("model.mtp_*",),
+    "the checkpoint decides on its rows": (
+        "tokenizer.vocab_size*", "tokenizer.padded_vocab_*", "tokenizer.use_tokenizer_vocab_*",
+    ),
+    "checkpoints are of one kind here": ("checkpoint.non_persistent_*", "checkpoint.replication*"),
+    "the tokenizer is a Hugging Face directory": (
+        "tokenizer.vocab_file*", "tokenizer.merge_file*", "tokenizer.metadata_path*", "tokenizer.special_tokens*",
+        "tokenizer.tiktoken_*", "tokenizer.null_tokenizer_*", "tokenizer.sp_tokenizer_*", "tokenizer.image_tag_*",
+        "tokenizer.tokenizer_sentencepiece_*", "tokenizer.tokenizer_prompt_format*",
+        "tokenizer.force_system_message*", "tokenizer.make_vocab_size_divisible_by*",
+        "tokenizer.tensor_model_parallel_size*", "tokenizer.rank*",
     ),
 }  # fmt: skip
-"""Beginnings of settings that belong to kinds of models, or of checkpoints, that there are none of here."""
+"""Settings that would change nothing here, by the reason; a name may end in a wildcard."""
+_PRECISION = {field.name for field in fields(MixedPrecisionConfig)}
 
 
 def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConfig:
@@ -120,7 +92,7 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
         UserError: Unknown key, with the nearest match, or a value that does not fit.
     """
     for key in overrides:
-        if (remedy := without_effect(key.lstrip("+~"))) is not None:
+        if (remedy := without_effect(_without_sign(key))) is not None:
             raise UserError(f"{key} has no effect here: {remedy}")
         if _section_of(key) == "peft":  # an object that can be called, which Hydra leaves out
             raise UserError(f"{key} cannot be overridden; the recipe's arguments, such as lora_rank, say what adapts")
@@ -129,31 +101,30 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
             setattr(config.scheduler, share, None)
         if f"scheduler.{share}" in overrides and f"scheduler.{steps}" not in overrides:
             setattr(config.scheduler, steps, 0 if steps == "lr_warmup_iters" else None)
-    before = {key: _look_up(config, key.lstrip("+~")) for key in overrides}
+    before = {key: _look_up(config, key) for key in map(_without_sign, overrides)}
     for section, keys in groupby(sorted(overrides, key=_section_of), _section_of):
         node = getattr(config, section, None)
         # Only the sections that change: Hydra takes a third of a second for all.
         part, start = (node, len(section) + 1) if is_dataclass(node) else (config, 0)
-        words = [f"{_cut(key, start)}={_as_hydra_reads_it(config, key, overrides[key])}" for key in keys]
+        words = [_word(config, key, overrides[key], start) for key in keys]
         try:
             process_config_with_overrides(cast(Any, part), cli_overrides=words)
         except (OverridesError, TypeError, ValueError) as error:
             raise UserError(f"cannot apply the overrides: {str(error).splitlines()[-1].strip()}") from None
     for key, old in before.items():
-        _check_kind(key, old, _look_up(config, key.lstrip("+~")))
-        check_type(config, key.lstrip("+~"))
-        check_range(key.lstrip("+~"), _look_up(config, key.lstrip("+~")))
+        _check_kind(key, old, _look_up(config, key))
+        check_type(config, key)
+        check_range(key, _look_up(config, key))
     return config
 
 
+def _without_sign(key: str) -> str:
+    """Return a key without what Hydra takes before one to add or remove it, such as ``+``."""
+    return key.lstrip("+~")
+
+
 def _section_of(key: str) -> str:
-    return key.lstrip("+~").partition(".")[0]
-
-
-def _cut(key: str, start: int) -> str:
-    """Return a key without the ``start`` characters of its section, but with Hydra's signs before it."""
-    name = key.lstrip("+~")
-    return key[: len(key) - len(name)] + name[start:]
+    return _without_sign(key).partition(".")[0]
 
 
 def without_effect(key: str) -> str | None:
@@ -162,20 +133,17 @@ def without_effect(key: str) -> str | None:
     Args:
         key: ``section.field``.
     """
-    if reason := _WITHOUT_EFFECT.get(key):
-        return reason
     section, _, name = key.partition(".")
     if section in ("model", "optimizer", "ddp") and name in _PRECISION:  # Bridge copies each over its namesake
-        return _BY_PRECISION
-    return next((reason for start, reason in _OF_OTHER_KINDS.items() if key.startswith(start)), None)
+        return "set mixed_precision in the recipe, which decides on all of these"
+    for reason, patterns in _WITHOUT_EFFECT.items():
+        if any(fnmatchcase(key, pattern) for pattern in patterns):
+            return reason
+    return None
 
 
 def _look_up(config: TriModeConfig, key: str) -> object:
-    """Walk a dotted key and return its value, or that of the first part that is not a section.
-
-    Raises:
-        UserError: Names the first part that does not exist.
-    """
+    """Walk a dotted key and return its value, or that of the first part that is not a section."""
     node: Any = config
     walked: list[str] = []
     for part in key.split("."):
@@ -190,16 +158,21 @@ def _look_up(config: TriModeConfig, key: str) -> object:
     return node
 
 
-def _as_hydra_reads_it(config: TriModeConfig, key: str, value: str) -> str:
-    """Quote the value of a field that holds text: Hydra reads 17 as a number, and 99,1,0 as a choice of three."""
-    section, _, name = key.lstrip("+~").rpartition(".")
+def _word(config: TriModeConfig, key: str, value: str, start: int) -> str:
+    """Return an override as Hydra reads it, without the ``start`` characters of the section before its field.
+
+    The value of a field that holds text is quoted: Hydra reads 17 as a number, and 99,1,0 as a choice of three.
+    """
+    path = _without_sign(key)
+    word = key.removesuffix(path) + path[start:]
+    section, _, name = path.rpartition(".")
     node = functools.reduce(lambda owner, name: getattr(owner, name, None), section.split("."), cast(object, config))
     hint = declared_type(type(node), name) if is_dataclass(node) else None
     if hint not in (str, str | None) or value in ("", "null") or value[0] in "'\"[{":
-        return value
+        return f"{word}={value}"
     # In Hydra's quotes a backslash escapes a quote, and is written twice before one.
     escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), value)
-    return f"'{escaped}'"
+    return f"{word}='{escaped}'"
 
 
 def _check_kind(key: str, old: object, new: object) -> None:

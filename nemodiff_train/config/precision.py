@@ -19,7 +19,7 @@ def fp32() -> MixedPrecisionConfig:
 
 
 def precision_of(config: ConfigContainer, cuda: bool) -> str | MixedPrecisionConfig:
-    """Return what a run trains in: what it names, else what it began with, else what fits.
+    """Return the precision of a run: the one that it names, else the one that it began in, else one that fits.
 
     Without a name a GPU trains what is stored in 16 bits in bf16, with weights for the optimizer in fp32. All else
     trains in fp32.
@@ -51,7 +51,7 @@ def warning(precision: str | MixedPrecisionConfig, cuda: bool) -> str | None:
 
 
 def begun_precision(saved: Checkpoint) -> str:
-    """Return the precision that a run goes on in from one of its checkpoints, unless it names one."""
+    """Return the precision that a run continues in from one of its checkpoints, unless it names another."""
     model = saved.run_config["model"]
     return "bf16_mixed" if model.get("bf16") else "fp16_mixed" if model.get("fp16") else "fp32"
 

@@ -15,7 +15,6 @@ from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import (
     adamw,
     base_config,
-    enable_async_save,
     overlap_communication,
     schedule,
     set_tensor_parallel,
@@ -31,7 +30,6 @@ AR_TOKENS, JOINT_TOKENS = 10**12, 3 * 10**11
 """Clean tokens of each stage."""
 BATCH_SIZE, LENGTH = 512, 4096
 """Samples per step and clean tokens per sample."""
-
 
 _YARN = {
     "rope_type": "yarn",
@@ -92,20 +90,18 @@ SIZES = {
         "14b": Size(40, 5120, 40, 17408, tensor_parallel=8),
     },
 }
-"""By family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
+"""Shapes by family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
 
 
 def two_stages(size: Size) -> tuple[Recipe, Recipe]:
     """Return the recipes of both stages: AR training on one trillion tokens, then joint training on 300 billion.
 
-    Both take ``start_from``, a Hugging Face directory or name or a Megatron checkpoint; ``data``, the prefix of a
-    data set made by 'nemodiff data prepare'; ``output``, the folder of the run; and ``precision``, a name of Megatron
-    Bridge's, such as ``bf16_with_fp8_current_scaling_mixed``.  The joint stage takes ``mask_token``, a token that
-    never occurs in the data; by default it is the checkpoint's mask token, else the tokenizer's.
+    Their arguments are those of :func:`~nemodiff_train.config.defaults.base_config`; ``data`` is the prefix of a data
+    set of 'nemodiff data prepare', and ``mask_token`` a token that never occurs in it, by default the checkpoint's.
     """
 
     def ar(start_from: str, data: str, output: str, precision: str = "bf16_mixed") -> TriModeConfig:
-        """Train the AR model on, on one trillion tokens."""
+        """Continue the AR training of a model on one trillion tokens."""
         return _stage(size, ObjectiveConfig(stage="ar"), AR_TOKENS, start_from, data, output, precision)
 
     def joint(
@@ -121,11 +117,7 @@ def two_stages(size: Size) -> tuple[Recipe, Recipe]:
 def _stage(
     size: Size, objective: ObjectiveConfig, tokens: int, start_from: str, data: str, output: str, precision: str
 ) -> TriModeConfig:
-    """Return one stage.
-
-    Raises:
-        UserError: ``start_from`` is of another size.
-    """
+    """Return one stage."""
     model = model_from(start_from)
     if (model.num_layers, model.hidden_size) != (size.layers, size.hidden):
         raise UserError(
@@ -146,6 +138,7 @@ def _stage(
         precision=precision,
     )
     overlap_communication(config)
-    enable_async_save(config.checkpoint)
-    config.checkpoint.most_recent_k = 3  # a stage saves hundreds, each with the optimizer state
+    # A process of each rank writes while training goes on; a stage saves hundreds, each with the optimizer state.
+    config.checkpoint.async_save, config.checkpoint.async_strategy = True, "mcore"
+    config.checkpoint.most_recent_k = 3
     return config

@@ -19,7 +19,7 @@ class _Range:
     """Whether infinity is possible as well, for no limit."""
 
     def holds(self, value: float) -> bool:
-        """Return whether a value is in it; not a number never is."""
+        """Return whether a value is in the range; NaN never is."""
         if self.unlimited and value == math.inf:
             return True
         if self.ends:
@@ -27,8 +27,7 @@ class _Range:
         return self.lowest < value < self.highest
 
     def __str__(self) -> str:
-        between = f"from {self.lowest:g} to {self.highest:g}"
-        return f"a number {between}" if self.ends else f"a number between {self.lowest:g} and {self.highest:g}"
+        return f"a number {'from' if self.ends else 'above'} {self.lowest:g} to {self.highest:g}"
 
 
 _SECTIONS_OF_OURS = "objective|drafter|diagnostics|evaluation|resilience"
@@ -40,7 +39,12 @@ _RANGES = (
     _Range(r"checkpoint\.async_ckpt_cpu_priority", 0, 19),
     _Range(r"checkpoint\.async_ckpt_io_priority", 0, 3),
     _Range(r"logger\.logging_level", 0, 100),
-    _Range(r"evaluation\.(count|max_new_tokens)|resilience\.spike_window", 1, 1e7),
+    _Range(r"evaluation\.(count|max_new_tokens)", 1, 1e7),
+    _Range(r"resilience\.spike_window", 2, 1e7),
+    _Range(r"train\.train_iters|dataset\.seq_length|model\.num_layers|objective\.views", 1),
+    _Range(r"rng\.seed", 1, 2**31 - 1),
+    _Range(r"objective\.seed", 0, 2**32 - 1),
+    _Range(r"objective\.position_bias_half_life|drafter\.temperature|resilience\.exit_grace", 0, ends=False),
     # By kind.
     _Range(r".*seed", 0, 2**31 - 1),
     _Range(r".*(_workers|_per_rank)", 0, 1024),
@@ -54,7 +58,7 @@ _RANGES = (
     _Range(r".*(_shards|_n_ranks|_iters_per_.*|_num_layers|_chunks_for_.*)", 0),
     _Range(r".*", 0),
 )
-"""The first that names a setting counts.  Up to 1e12: more steps, samples or bytes than there will be."""
+"""The first that matches a setting counts.  1e12 is more steps, samples or bytes than there will be."""
 
 
 def check_range(key: str, value: object) -> None:
@@ -62,7 +66,7 @@ def check_range(key: str, value: object) -> None:
 
     Args:
         key: ``section.field``.
-        value: Of any type; what is no number is left to the declared type.
+        value: Of any type; what is not a number is left to the declared type.
 
     Raises:
         UserError: Names the setting, the value and the range.

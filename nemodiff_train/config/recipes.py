@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,20 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
     Raises:
         UserError: Unknown recipe, argument or key, with the nearest match; or a word that holds a key or password.
     """
-    recipe = _find(name)
+    recipe = _import_recipe(name)
     pairs = [split_word(word) for word in words]
     check_no_secrets(dict(pairs))
-    arguments = _convert_arguments(name, recipe, {key: value for key, value in pairs if not is_field(key)})
-    config = _call(name, lambda: recipe(**arguments))
+    parameters = inspect.signature(recipe).parameters
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    arguments: dict[str, str | int] = {key: value for key, value in pairs if not is_field(key)}
+    check_names(name, arguments, parameters, required)
+    for key, value in arguments.items():
+        if parameters[key].annotation is int:
+            try:
+                arguments[key] = int(value)
+            except ValueError:
+                raise UserError(f"recipe '{name}': {key}={value} is not a whole number") from None
+    config = _report_mistakes(name, lambda: recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
     config = override(config, {key: value for key, value in pairs if is_field(key)})
@@ -44,13 +53,13 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
 
 
 def recipe_defaults(name: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the settings that a recipe has by itself, with the arguments that it has to be given.
+    """Return the settings that a recipe has by itself, with its required arguments alone.
 
     Args:
         name: As :func:`load_recipe` takes it.
         words: All words of the command line.
     """
-    parameters = inspect.signature(_find(name)).parameters
+    parameters = inspect.signature(_import_recipe(name)).parameters
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     return load_recipe(name, [word for word in words if word.partition("=")[0] in required]).settings()
 
@@ -61,7 +70,7 @@ def describe_recipe(name: str) -> str:
     Raises:
         UserError: There is no such recipe.
     """
-    recipe = _find(name)
+    recipe = _import_recipe(name)
     lines = [f"recipe {name}:", *(f"  {line}".rstrip() for line in (inspect.getdoc(recipe) or "").splitlines()), ""]
     for key, parameter in inspect.signature(recipe).parameters.items():
         required = parameter.default is parameter.empty
@@ -69,7 +78,7 @@ def describe_recipe(name: str) -> str:
     return "\n".join([*lines, "  section.field=value overrides a field of the configuration that it returns"])
 
 
-def _find(name: str) -> Recipe:
+def _import_recipe(name: str) -> Recipe:
     check_recipe(name)
     if module_name := recipe_modules().get(name):
         recipe: Recipe = getattr(importlib.import_module(f"recipes.{module_name}"), name)
@@ -83,7 +92,7 @@ def _find(name: str) -> Recipe:
 
 
 def run_file(file: Path) -> dict[str, Any]:
-    """Run a recipe's file, once for a process and a version of the file, and return what it has defined.
+    """Run a recipe's file, once per process and version of the file, and return the names that it defines.
 
     Raises:
         UserError: There is no such file, or it cannot be run; names the line.
@@ -91,7 +100,7 @@ def run_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no recipe file '{file}'")
     state = file.stat()
-    return _call(str(file), lambda: _run_file(file.resolve(), state.st_mtime_ns, state.st_size))
+    return _report_mistakes(str(file), lambda: _run_file(file.resolve(), state.st_mtime_ns, state.st_size))
 
 
 @cache
@@ -100,12 +109,8 @@ def _run_file(file: Path, *version: int) -> dict[str, Any]:
     return runpy.run_path(str(file), run_name=file.stem)
 
 
-def _call[Result](name: str, call: Callable[[], Result]) -> Result:
-    """Run a part of a recipe and report the user's mistakes in one line.
-
-    Raises:
-        UserError: Names the line of the recipe.
-    """
+def _report_mistakes[Result](name: str, call: Callable[[], Result]) -> Result:
+    """Run a part of a recipe and report the user's mistakes in one line."""
     file = (split_file(name) or (Path(name), ""))[0]
     try:
         return call()
@@ -118,22 +123,3 @@ def _call[Result](name: str, call: Callable[[], Result]) -> Result:
         if line is None or isinstance(error, UserError):
             raise  # a mistake of this program keeps its traceback
         raise UserError(f"recipe '{file}', line {line}: {type(error).__name__}: {error}") from None
-
-
-def _convert_arguments(name: str, recipe: Recipe, arguments: Mapping[str, str]) -> dict[str, str | int]:
-    """Return the words as the arguments that a recipe takes, text or whole numbers.
-
-    Raises:
-        UserError: An argument is unknown, missing or not a number.
-    """
-    parameters = inspect.signature(recipe).parameters
-    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    check_names(name, arguments, parameters, required)
-    converted: dict[str, str | int] = dict(arguments)
-    for key, value in arguments.items():
-        if parameters[key].annotation is int:
-            try:
-                converted[key] = int(value)
-            except ValueError:
-                raise UserError(f"recipe '{name}': {key}={value} is not a whole number") from None
-    return converted

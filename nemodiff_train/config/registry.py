@@ -1,4 +1,4 @@
-"""The names of the recipes, found without importing one."""
+"""The names of the recipes, read without importing one."""
 
 import ast
 import re
@@ -18,12 +18,12 @@ def recipe_modules() -> dict[str, str]:
 
 def recipe_files() -> dict[str, tuple[str, list[str]]]:
     """Return for every module of recipes the first line of its docstring, and the names of its recipes."""
-    modules = {file.stem: ast.parse(file.read_text()) for file in sorted(Path(recipes.__path__[0]).glob("*.py"))}
-    described = {
-        name: ((ast.get_docstring(module) or "").partition("\n")[0], list(_defined_names(module)))
-        for name, module in modules.items()
-    }
-    return {name: (summary, names) for name, (summary, names) in described.items() if names}
+    files = {}
+    for file in sorted(Path(recipes.__path__[0]).glob("*.py")):
+        module = ast.parse(file.read_text())
+        if names := list(_defined_names(module)):
+            files[file.stem] = (ast.get_docstring(module) or "").partition("\n")[0], names
+    return files
 
 
 def _defined_names(module: ast.Module) -> Iterator[str]:
@@ -56,28 +56,45 @@ def is_field(key: str) -> bool:
 def check_arguments(name: str, words: Sequence[str]) -> None:
     """Refuse words that a recipe does not take, or the lack of one that it needs, without importing it.
 
-    The signature is read from the source of the recipe's function; one that is made another way, or whose file is on
+    The signature is read from the source of the recipe's function; one that is built otherwise, or whose file is on
     another machine, is left to the start of the run.
 
     Raises:
         UserError: Names the argument, and the nearest one that there is.
     """
     keys = [split_word(word)[0] for word in words]
-    if signature := _signature(name):
-        check_names(name, [key for key in keys if not is_field(key)], *signature)
+    file, function = split_file(name) or (Path(recipes.__path__[0]) / f"{recipe_modules().get(name)}.py", name)
+    if not file.is_file():
+        return
+    try:
+        module = ast.parse(file.read_text())
+    except (SyntaxError, ValueError):
+        return
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not functions and split_file(name) is None:  # two_stages() makes it of the function of its stage
+        stages = ast.parse((Path(__file__).parent / "published.py").read_text())
+        stage = name.rpartition("_")[2]
+        functions = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
+    if not functions or (taken := functions[-1].args).kwarg or taken.vararg:
+        return
+    names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
+    defaults = dict(zip((argument.arg for argument in taken.kwonlyargs), taken.kw_defaults, strict=True))
+    required = names[: len(names) - len(taken.defaults)]
+    required += [key for key, default in defaults.items() if default is None]
+    check_names(name, [key for key in keys if not is_field(key)], [*names, *defaults], required)
 
 
 def split_word(word: str) -> tuple[str, str]:
     """Return the key and the value of a ``key=value`` word.
 
     Raises:
-        UserError: It is none, or gives an argument nothing.
+        UserError: It has no equals sign, or an argument has no value.
     """
     key, equals, value = word.partition("=")
     if not equals:
         raise UserError(f"'{word}' is not of the form key=value")
     if not value and not is_field(key):
-        raise UserError(f"'{word}' gives nothing; name what {key or 'it'} is, or leave it out")
+        raise UserError(f"'{word}' has no value; name what {key or 'it'} is, or leave it out")
     return key, value
 
 
@@ -102,31 +119,6 @@ def check_names(name: str, given: Collection[str], known: Collection[str], requi
             )
     if missing := [key for key in required if key not in given]:
         raise UserError(f"recipe '{name}' needs {', '.join(f'{key}=...' for key in missing)}")
-
-
-def _signature(name: str) -> tuple[list[str], list[str]] | None:
-    """Return the arguments of a recipe and those without a default, or None where the source does not show them."""
-    file, function = split_file(name) or (Path(recipes.__path__[0]) / f"{recipe_modules().get(name)}.py", name)
-    if not file.is_file():
-        return None
-    try:
-        module = ast.parse(file.read_text())
-    except (SyntaxError, ValueError):
-        return None
-    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    if not functions and split_file(name) is None:  # two_stages() makes it of the function of its stage
-        stages = ast.parse((Path(__file__).parent / "published.py").read_text())
-        stage = name.rpartition("_")[2]
-        functions = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
-    if not functions:
-        return None
-    taken = functions[-1].args
-    if taken.kwarg or taken.vararg:
-        return None
-    names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]
-    required = names[: len(names) - len(taken.defaults)]
-    keyword = dict(zip((argument.arg for argument in taken.kwonlyargs), taken.kw_defaults, strict=True))
-    return [*names, *keyword], [*required, *(key for key, default in keyword.items() if default is None)]
 
 
 def check_recipe(name: str) -> None:

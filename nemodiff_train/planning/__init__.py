@@ -1,1 +1,1 @@
-"""Estimates of memory and step time for every layout of a run, without a GPU."""
+"""The layouts that a run can have, and estimates of their memory and step time, without a GPU."""

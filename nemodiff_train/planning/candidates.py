@@ -1,6 +1,5 @@
 """Layouts of a run with their estimated memory and step time, best first."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemodiff_train.config.config import TriModeConfig
@@ -10,9 +9,6 @@ from nemodiff_train.planning.layouts import Layout, layouts
 from nemodiff_train.planning.memory import Memory, memory_of
 from nemodiff_train.planning.time import StepTime, time_of
 from nemodiff_train.planning.workload import workload_of
-
-DAY = 86400.0
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +26,19 @@ class Candidate:
     """Time of all steps of the run, without validation and checkpoints."""
 
 
-def plan(
-    config: TriModeConfig, gpus: int, kind: str, problems: Callable[[TriModeConfig, int], list[str]]
-) -> list[Candidate]:
+def plan(config: TriModeConfig, gpus: int, kind: str) -> list[Candidate]:
     """Return the layouts that fit into memory, fastest first.
 
     Args:
         config: The run; its own layout does not matter, its batch sizes do.
         gpus: Number of GPUs.
         kind: One of :data:`~nemodiff_train.planning.hardware.GPUS`.
-        problems: Says what is wrong with a layout; see :mod:`nemodiff_train.validation.layout`.
 
     Raises:
         UserError: No layout divides model and batch, or none fits.
     """
     work, gpu = workload_of(config), GPUS[kind]
-    memories = {layout: memory_of(work, layout) for layout in layouts(config, gpus, problems)}
+    memories = {layout: memory_of(work, layout) for layout in layouts(config, gpus)}
     if not memories:
         raise UserError(
             f"no layout on {gpus} GPUs divides the model's {work.layers} layers and "
@@ -58,7 +51,7 @@ def plan(
             time = time_of(work, layout, gpu)
             samples = work.global_batch / time.total  # per second
             mfu = samples * work.flops / (gpus * gpu.flops)
-            days = config.train.train_iters * time.total / DAY
+            days = config.train.train_iters * time.total / 86_400
             candidates.append(Candidate(layout, memory, time, samples * work.length, mfu, days))
     if not candidates:
         least = min(memory.total for memory in memories.values())

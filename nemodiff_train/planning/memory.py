@@ -6,9 +6,6 @@ from nemodiff_train.model.head import DRAFT_CHUNK, LOGIT_CHUNK
 from nemodiff_train.planning.layouts import Layout
 from nemodiff_train.planning.workload import Workload
 
-GRADIENT_BYTES = 4
-"""Bytes per trained parameter: its gradient in fp32."""
-
 
 def optimizer_bytes(mixed: bool) -> int:
     """Return the bytes per trained parameter: Adam's two moments and, with mixed precision, the weight in fp32."""
@@ -85,7 +82,7 @@ def stage_memory(work: Workload, layout: Layout, stage: Stage, device: str = "cu
     last = stage.index == layout.pipeline - 1
     return Memory(
         weights=work.width * stage.parameters,
-        gradients=GRADIENT_BYTES * stage.trained,
+        gradients=4 * stage.trained,  # in fp32
         optimizer=optimizer_bytes(work.mixed) * stage.trained / shards,
         activations=_activations(work, layout, stage, device),
         logits=_logits(work, layout, device) if last else 0.0,
@@ -97,7 +94,7 @@ def _activations(work: Workload, layout: Layout, stage: Stage, device: str) -> f
     in_flight = min(layout.pipeline - stage.index, layout.micro_batches)
     positions = work.micro_batch * work.positions / layout.context
     # hidden: the input of a layer.  full: all that one layer saves.  working: its temporaries in the backward pass.
-    hidden = positions * work.hidden * work.width / (layout.tensor if layout.sequence else 1)
+    hidden = positions * work.hidden * work.width / layout.tensor
     full = _saved_by_layer(work, layout, device)
     working = positions * work.width * (3 * work.feed_forward / layout.tensor + 2 * work.hidden)
     if not work.backward:
@@ -122,7 +119,7 @@ def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
     dropped = (work.recompute_elementwise and not layout.recompute) or work.layer_adapters
     norms = 2 if work.layer_adapters or (dropped and device != "cuda") else 4
     # Elements per position: over the hidden size, and over the sizes that tensor parallelism splits.
-    shared = norms * work.hidden / (layout.tensor if layout.sequence else 1)
+    shared = norms * work.hidden / layout.tensor
     whole = layout.context == 1
     projected = work.queries + 2 * work.keys if whole or work.head_norms else 0
     inner = (2 if dropped else 3) if work.gated else 2

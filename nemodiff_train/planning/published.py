@@ -1,20 +1,10 @@
 """Runs of the published sizes that recipes are named after, planned without a checkpoint."""
 
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.published import SIZES
 from nemodiff_train.config.recipes import load_recipe
-
-
-def write_config(recipe: str, folder: Path) -> bool:
-    """Write the ``config.json`` of the model that a recipe is named after; return whether it is named after one."""
-    family, _, rest = recipe.partition("_")
-    size = SIZES.get(family, {}).get(rest.partition("_")[0])
-    if size is not None:
-        size.config(family).save_pretrained(folder)
-    return size is not None
 
 
 def load_planned(recipe: str, settings: list[str]) -> TriModeConfig:
@@ -25,8 +15,12 @@ def load_planned(recipe: str, settings: list[str]) -> TriModeConfig:
         settings: Likewise, ``key=value``.
     """
     given = {word.partition("=")[0] for word in settings}
-    with TemporaryDirectory() as folder:
-        if "start_from" not in given and recipe.isidentifier() and write_config(recipe, Path(folder)):
-            assumed = {"start_from": folder, "data": "data", "output": "output"}
-            settings = [*settings, *(f"{name}={value}" for name, value in assumed.items() if name not in given)]
+    family, _, rest = recipe.partition("_")
+    size = SIZES.get(family, {}).get(rest.partition("_")[0])
+    if size is None or "start_from" in given or not recipe.isidentifier():
         return load_recipe(recipe, settings)
+    with TemporaryDirectory() as folder:
+        size.config(family).save_pretrained(folder)
+        assumed = {"start_from": folder, "data": "data", "output": "output"}
+        more = [f"{name}={value}" for name, value in assumed.items() if name not in given]
+        return load_recipe(recipe, [*settings, *more])

@@ -35,13 +35,16 @@ def time_of(work: Workload, layout: Layout, gpu: Gpu) -> StepTime:
     compute = _micro_batch_compute(work, layout, gpu)
     communication = _micro_batch_communication(work, layout, gpu)
     parameters = estimated_stage(work, layout, layout.pipeline - 1).trained
-    shards = layout.data * layout.context if work.sharded else 1
+    replicas = layout.data * layout.context
+    # Gradients in fp32 are summed over the data-parallel ranks, and the weights sent back.
+    returned = work.width if work.sharded else 4
+    reduction = _ring(parameters * (4 + returned), replicas) / _speed(gpu, layout.tensor * replicas)
     return StepTime(
         compute=layout.micro_batches * compute,
         bubbles=(layout.pipeline - 1) * (compute + communication),  # 1F1B: (p - 1) / m of the rest
-        communication=layout.micro_batches * communication + _gradient_reduction(work, layout, gpu, parameters),
+        communication=layout.micro_batches * communication + reduction,
         # Reads gradients; reads and writes weight and both moments in fp32; writes the weight.
-        optimizer=parameters / shards * (4 + 2 * 12 + work.width) / gpu.bandwidth,
+        optimizer=parameters / (replicas if work.sharded else 1) * (4 + 2 * 12 + work.width) / gpu.bandwidth,
     )
 
 
@@ -66,13 +69,6 @@ def _micro_batch_communication(work: Workload, layout: Layout, gpu: Gpu) -> floa
     # Pipeline: the states forward, and their gradient back.
     states_sent = states / layout.tensor if layout.pipeline > 1 else 0.0
     return tensor + context + 2 * states_sent / _speed(gpu, reach * layout.data * 2)
-
-
-def _gradient_reduction(work: Workload, layout: Layout, gpu: Gpu, parameters: float) -> float:
-    """Return the seconds to sum gradients in fp32 over the data-parallel ranks, and to send the weights back."""
-    group = layout.data * layout.context
-    returned = work.width if work.sharded else 4
-    return _ring(parameters * (4 + returned), group) / _speed(gpu, layout.tensor * group)
 
 
 def _ring(size: float, ranks: int) -> float:

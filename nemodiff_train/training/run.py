@@ -20,7 +20,7 @@ from nemodiff_train.config.precision import precision_of, warning
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console, say
 from nemodiff_train.distributed import HEAD_START, ReservedPort, global_rank, is_main_process, world_size
-from nemodiff_train.errors import RunStopped, UserError, disk_is_full
+from nemodiff_train.errors import RunStopped, UserError, disk_is_full, refusal
 from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
@@ -38,7 +38,6 @@ from nemodiff_train.training.callbacks.run_log import RunLog
 from nemodiff_train.training.step import ForwardStep
 from nemodiff_train.validation.check import check
 from nemodiff_train.validation.dry_run import dry_run
-from nemodiff_train.validation.refusal import refusal
 from nemodiff_train.validation.resume import description, samples_ahead
 
 

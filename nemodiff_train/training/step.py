@@ -49,7 +49,7 @@ class ForwardStep:
             function that reduces them; elsewhere hidden states [positions, batch, hidden], and None.
         """
         config, chunk = config_of(state), unwrap_model(model)
-        objective, selects = config.objective, config.trains_selector
+        objective, selects = config.objective, config.selector_rank > 0
 
         # 1. The micro-batch: this context-parallel rank's positions, on the device.
         batch = self.reader.read(data_iterator, config, chunk)

@@ -2,16 +2,14 @@
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.errors import UserError
+from nemodiff_train.planning import rules
 from nemodiff_train.validation import (
     adapters,
     data,
-    drafter,
     kernels,
-    layout,
     objective,
     output,
     resume,
-    schedule,
     settings,
     size,
     start,
@@ -36,7 +34,7 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     """Return what keeps a configuration from running on ``world_size`` processes, one line per problem."""
     if lines := settings.size_problems(config):
         return lines  # the other rules divide by these sizes
-    lines = layout.problems(config, world_size) or size.problems(config, world_size)
-    for concern in (settings, schedule, objective, kernels, start, resume, adapters, drafter, data, output):
+    lines = rules.problems(config, world_size) or [*size.problems(config, world_size)]
+    for concern in (settings, objective, kernels, start, resume, adapters, data, output):
         lines += concern.problems(config)
     return lines

@@ -11,8 +11,7 @@ from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.mock import MOCK
 from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
-from nemodiff_train.errors import UserError
-from nemodiff_train.validation.refusal import refusal
+from nemodiff_train.errors import UserError, refusal
 
 
 def problems(config: TriModeConfig) -> list[str]:
@@ -64,11 +63,7 @@ def _check_files(config: TriModeConfig) -> None:
 
 
 def _check_split(prefix: str, split: str) -> None:
-    """Refuse a share of the documents that Megatron rounds to none: it would look for samples in them for ever.
-
-    Raises:
-        UserError: Names the share.
-    """
+    """Refuse a share of the documents that Megatron rounds to none: it would look for samples in them for ever."""
     documents = len(read_index(prefix).document_ends) - 1
     shares = [parse_number(share) for share in split.split(",")]
     if not math.isfinite(sum(shares)) or not sum(shares):

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.planning import rules
 from nemodiff_train.planning.hardware import USABLE_MEMORY
 from nemodiff_train.planning.layouts import layout_of
-from nemodiff_train.planning.memory import Memory, Stage, optimizer_bytes, stage_memory
+from nemodiff_train.planning.memory import Stage, optimizer_bytes, stage_memory
 from nemodiff_train.planning.workload import workload_of
 from nemodiff_train.runtime.memory import GB
-from nemodiff_train.validation import layout, rehearsal
+from nemodiff_train.validation import rehearsal
 from nemodiff_train.validation.check import problems
 from nemodiff_train.validation.rehearsal import as_rank, failures
 from nemodiff_train.validation.resume import description
@@ -43,7 +43,7 @@ def dry_run(
         defaults: The settings that its recipe has by itself, by their dotted keys.
         gpus: Number of processes; None for one replica of its layout.
         gpu_memory: Memory of one GPU in GB (1e9 bytes).
-        known_problems: Those that are known already.
+        known_problems: Problems that earlier checks have found.
 
     Returns:
         0 if there are no problems, else 2.
@@ -67,8 +67,13 @@ def dry_run(
     _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         page.add_row("resume", description(saved, config))
-    if not failed and not layout.problems(config, world_size):
-        measure = partial(_measure, config, world_size, gpu_memory, page, lines)
+    if not failed and not rules.problems(config, world_size):
+
+        def measure() -> None:
+            stages = build_stages(config, world_size)
+            lines.extend(_memory_problems(config, world_size, stages, gpu_memory, page))
+            lines.extend(_disk_problems(config, stages, page))
+
         failed = failures("Megatron cannot build the model", measure)
     lines += failed
     for number, line in enumerate(lines, start=1):
@@ -76,13 +81,6 @@ def dry_run(
     page.add_row("result", Text(f"{len(lines)} problems", "red") if lines else Text("ready", "green"))
     PlainConsole().print(page)
     return 2 if lines else 0
-
-
-def _measure(config: TriModeConfig, world_size: int, gpu_memory: float, page: Table, lines: list[str]) -> None:
-    """Build the model on the meta device; add its memory and checkpoints to the page, what does not fit to lines."""
-    stages = build_stages(config, world_size)
-    lines += _memory_problems(config, world_size, stages, gpu_memory, page)
-    lines += _disk_problems(config, stages, page)
 
 
 def _add_changes(page: Table, name: str, changes: Changes) -> None:
@@ -104,7 +102,8 @@ def _memory_problems(
         part = "a path selector" if work.selector_rank else "adapters"
         page.add_row("trained parameters", f"{trained:,} in {part}, the rest is frozen")
     needed, usable = memory.total / GB, USABLE_MEMORY * gpu_memory
-    page.add_row("memory per GPU", f"{needed:.2f} GB of {usable:g} GB that can be used: {_parts(memory)}")
+    parts = ", ".join(f"{field.name} {getattr(memory, field.name) / GB:.2f}" for field in fields(memory))
+    page.add_row("memory per GPU", f"{needed:.2f} GB of {usable:g} GB that can be used: {parts}")
     if needed > usable:
         yield (
             f"a GPU needs {needed:.2f} GB and can use {usable:g} GB of {gpu_memory:g} GB; raise "
@@ -113,17 +112,16 @@ def _memory_problems(
         )
 
 
-def _parts(memory: Memory) -> str:
-    return ", ".join(f"{field.name} {getattr(memory, field.name) / GB:.2f}" for field in fields(memory))
-
-
 def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> Iterator[str]:
     """Add the size of the checkpoints to the page, and yield a line if the disk cannot hold them."""
     mixed = is_mixed(precision_of(config, cuda=True))
     # A few rows too many: what tensor-parallel ranks replicate is saved once.
     trained = sum(stage.trained for stage in stages) * config.model.tensor_model_parallel_size
     size = trained * (optimizer_bytes(mixed) + (2 if mixed else 4)) / GB
-    count = _checkpoints_at_once(config)
+    # The checkpoints that exist together, with the one that is being written.
+    kept = config.checkpoint.most_recent_k
+    count = -(-config.train.train_iters // config.checkpoint.save_interval)
+    count = count if kept < 1 else min(count, kept + 1)
     folder = Path(config.checkpoint.save).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free / GB
@@ -135,23 +133,6 @@ def _disk_problems(config: TriModeConfig, stages: list[Stage], page: Table) -> I
         )
 
 
-def _checkpoints_at_once(config: TriModeConfig) -> int:
-    """Return the number of checkpoints that exist together, with the one that is being written."""
-    total = -(-config.train.train_iters // config.checkpoint.save_interval)
-    kept = config.checkpoint.most_recent_k
-    return int(total if kept < 1 else min(total, kept + 1))
-
-
-def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
-    """Build the first tensor-parallel rank of every pipeline stage on the meta device, and count its parameters."""
-    try:
-        config.propagate()
-    except UserError:
-        config.model.mask_token_id = None  # already among the problems; the shapes do not depend on it
-    stages = config.model.pipeline_model_parallel_size
-    return [_build_stage(config, world_size, index, index * (world_size // stages)) for index in range(stages)]
-
-
 class _WithoutMemory(TorchFunctionMode):
     """Makes tensors on the meta device also where Megatron names the GPU, of which a dry run would take gigabytes."""
 
@@ -160,20 +141,29 @@ class _WithoutMemory(TorchFunctionMode):
         return func(*args, **{**kwargs, "device": "meta"} if kwargs.get("device") is not None else kwargs)
 
 
-def _build_stage(config: TriModeConfig, world_size: int, index: int, rank: int) -> Stage:
-    with quiet(), as_rank(config, world_size, rank), _WithoutMemory():
-        config.model.finalize()
-        config.model.use_cpu_initialization = False
-        config.model.perform_initialization = False
-        config.model.bf16 = config.model.fp16 = False  # the wrappers of a low precision have no parameters
-        chunks = config.model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
-        if config.peft:
-            with torch.device("meta"):
-                config.peft(chunks)
+def build_stages(config: TriModeConfig, world_size: int) -> list[Stage]:
+    """Build the first tensor-parallel rank of every pipeline stage on the meta device, and count its parameters."""
+    try:
+        config.propagate()
+    except UserError:
+        config.model.mask_token_id = None  # already among the problems; the shapes do not depend on it
+    model, stages = config.model, []
+    count = model.pipeline_model_parallel_size
+    for index in range(count):
+        with quiet(), as_rank(config, world_size, index * (world_size // count)), _WithoutMemory():
+            model.finalize()
+            model.use_cpu_initialization = model.perform_initialization = False
+            model.bf16 = model.fp16 = False  # the wrappers of a low precision have no parameters
+            chunks = model.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
+            if config.peft:
+                with torch.device("meta"):
+                    config.peft(chunks)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        return Stage(
+        stage = Stage(
             index=index,
             layers=sum(len(chunk.decoder.layers) for chunk in chunks),
             parameters=sum(parameter.numel() for parameter in parameters),
             trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         )
+        stages.append(stage)
+    return stages

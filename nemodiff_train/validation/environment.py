@@ -1,4 +1,4 @@
-"""What a run would use on this machine, and what would be refused: asked of the code that decides it."""
+"""What a run would use on this machine, and what it would refuse, as the code decides that a run calls."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core import optimizer
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from nemodiff_train.attention.kernels import Kernel, select_kernel
+from nemodiff_train.attention.kernels import select_kernel
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule
@@ -18,7 +18,7 @@ from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.versions import Row
 from nemodiff_train.validation import kernels
 
-ASKED: dict[str, dict[str, str]] = {
+REQUESTS: dict[str, dict[str, str]] = {
     "joint training": {},
     "model.attention_kernel=flash": {"attention_kernel": "flash"},
     "fp8": {"mixed_precision": "bf16_with_fp8_current_scaling_mixed"},
@@ -50,7 +50,13 @@ def used() -> Iterator[Row]:
     local = "Megatron-Core's and this package's norms: no Transformer Engine"
     yield "layers", "Transformer Engine's" if HAVE_TE else local
     for name, causal in (("AR attention", True), ("joint attention", False)):
-        yield name, _described(select_kernel(device, causal), causal, host.cuda)
+        kernel = select_kernel(device, causal)
+        if kernel.name == "flex":
+            yield name, f"FlexAttention in tiles of {kernel.tile[0]} queries x {kernel.tile[1]} keys"
+        elif causal:
+            yield name, "SDPA's causal kernel"
+        else:
+            yield name, "SDPA, tile by tile: FlexAttention has no backward on a CPU"
     yield "optimizer", f"{optimizer.Adam.__name__} of {optimizer.Adam.__module__.partition('.')[0]}"
     yield "C compiler", kernels.c_compiler() or "none, which Triton needs on a GPU"
     fit_to_host(config.model)
@@ -68,17 +74,11 @@ def used() -> Iterator[Row]:
 
 def refused() -> Iterator[Row]:
     """Yield what this machine cannot do, by what asks for it."""
-    for asked, settings in ASKED.items():
+    for request, settings in REQUESTS.items():
         config = _example()
         for name, value in settings.items():
             setattr(config.model if hasattr(config.model, name) else config, name, value)
-        yield asked, "; ".join(kernels.problems(config)) or "possible"
-
-
-def _described(kernel: Kernel, causal: bool, cuda: bool) -> str:
-    if kernel.name == "flex":
-        return f"FlexAttention in tiles of {kernel.tile[0]} queries x {kernel.tile[1]} keys"
-    return "SDPA's causal kernel" if causal else "SDPA, tile by tile: FlexAttention has no backward on a CPU"
+        yield request, "; ".join(kernels.problems(config)) or "possible"
 
 
 def _example() -> TriModeConfig:
@@ -86,11 +86,10 @@ def _example() -> TriModeConfig:
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
     model = tri_mode(GPTModelProvider(**sizes, add_bias_linear=False, gated_linear_unit=True), {})
     model.activation_func, model.params_dtype = torch.nn.functional.silu, torch.bfloat16
-    data = TextDatasetConfig(seq_length=4096)
     return base_config(
         model,
         ObjectiveConfig(),
-        data,
+        TextDatasetConfig(seq_length=4096),
         start_from=None,
         output="none",
         steps=1,

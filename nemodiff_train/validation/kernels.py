@@ -34,8 +34,8 @@ def problems(config: TriModeConfig) -> list[str]:
     ]
 
 
-def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) -> list[str]:
-    """Return what keeps a model's attention settings from being used, one line each.
+def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) -> Iterator[str]:
+    """Yield what keeps a model's attention settings from being used, one line each.
 
     Args:
         model: The model.
@@ -43,13 +43,13 @@ def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) 
         cuda: Whether there is a GPU.
     """
     kernel, tile = model.attention_kernel, model.attention_tile
-    lines = []
     if kernel not in KERNELS:
         known = "' or '".join(KERNELS)
-        lines.append(f"model.attention_kernel is '{kernel}'; use '{known}'.{nearest(str(kernel), KERNELS)}")
+        yield f"model.attention_kernel is '{kernel}'; use '{known}'.{nearest(str(kernel), KERNELS)}"
     if tile < 0 or tile % 16:
-        lines.append(f"model.attention_tile is {tile}; use a multiple of 16, or 0 for the kernel's own")
-    return [*lines, *_flash_problems(model, positions, cuda)] if kernel == "flash" else lines
+        yield f"model.attention_tile is {tile}; use a multiple of 16, or 0 for the kernel's own"
+    if kernel == "flash":
+        yield from _flash_problems(model, positions, cuda)
 
 
 def _step_problems(config: TriModeConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
 
 _DRAWS, _STANDARD_ERRORS, _LOWEST = 2000, 6.0, 0.05
+"""Draws per noise level, the error that they may have, and the lowest level that is tried."""
 
 
 def problems(config: "TriModeConfig") -> list[str]:
@@ -22,22 +23,17 @@ def problems(config: "TriModeConfig") -> list[str]:
 
 def objective_problems(objective: ObjectiveConfig, seq_length: int) -> list[str]:
     """Return what is wrong with an objective for samples of ``seq_length`` clean tokens, one line each."""
-    lines = [*_names(objective), *_noise_problems(objective), *_block_problems(objective, seq_length)]
-    return [*lines, *_conflicts(objective)] or [*_sampling_problems(objective)]
-
-
-def _names(objective: ObjectiveConfig) -> Iterator[str]:
-    for field, known in (("mask_sampling", MASK_SAMPLINGS), ("weighting", WEIGHTINGS)):
-        if (name := getattr(objective, field)) not in known:
-            yield f"objective.{field} is '{name}'; use '{"', '".join(known)}'.{nearest(name, known)}"
+    lines = [*_noise_problems(objective), *_block_problems(objective, seq_length), *_conflicts(objective)]
+    return lines or [*_sampling_problems(objective)]
 
 
 def _noise_problems(objective: ObjectiveConfig) -> Iterator[str]:
+    for field, known in (("mask_sampling", MASK_SAMPLINGS), ("weighting", WEIGHTINGS)):
+        if (name := getattr(objective, field)) not in known:
+            yield f"objective.{field} is '{name}'; use '{"', '".join(known)}'.{nearest(name, known)}"
     low, high = objective.min_noise_level, objective.max_noise_level
     if not 0 < low <= high <= 1:
         yield f"objective.min_noise_level={low} and max_noise_level={high}: use 0 < min <= max <= 1"
-    if not 0 <= objective.seed < 2**32:
-        yield f"objective.seed={objective.seed} is not between 0 and 2**32 - 1"
 
 
 def _block_problems(objective: ObjectiveConfig, length: int) -> Iterator[str]:
@@ -90,7 +86,7 @@ def _conflicts(objective: ObjectiveConfig) -> Iterator[str]:
 
 
 def _sampling_problems(objective: ObjectiveConfig) -> Iterator[str]:
-    """Yield what is wrong with a recipe's own way to draw masks, found by drawing.
+    """Yield what is wrong with a mask sampling that a recipe has added, after drawing from it.
 
     Over many draws at a low, a middle and a high level, each position of two blocks must be masked as often as its
     inclusion probability says, since that is what ``weighting=inverse`` divides by.
@@ -98,21 +94,19 @@ def _sampling_problems(objective: ObjectiveConfig) -> Iterator[str]:
     name = objective.mask_sampling
     if MASK_SAMPLINGS[name].__module__ == noise.__name__ or objective.stage == "ar":
         return
+    low, high = max(objective.min_noise_level, _LOWEST), objective.max_noise_level
+    levels = (low, (low + high) / 2, high)
     try:
-        problem = next(filter(None, (_problem_at(objective, level) for level in _levels(objective))), None)
+        problem = next(filter(None, (_problem_at(objective, level) for level in levels)), None)
     except Exception as error:  # a recipe's function can raise anything
         problem = f"fails: {type(error).__name__}: {error}"
     if problem:
         yield f"objective.mask_sampling={name} {problem}"
 
 
-def _levels(objective: ObjectiveConfig) -> list[float]:
-    low, high = max(objective.min_noise_level, _LOWEST), objective.max_noise_level
-    return [low, (low + high) / 2, high]
-
-
 def _problem_at(objective: ObjectiveConfig, level: float) -> str | None:
     sample, size = MASK_SAMPLINGS[objective.mask_sampling], objective.block_size
+    # Two blocks at one noise level, all positions maskable; every array is [2 * size].
     blocks = np.arange(2 * size) // size
     scopes = blocks if objective.noise_granularity == "block" else np.zeros_like(blocks)
     canvas = Canvas(np.full(2 * size, level), np.full(2 * size, True), scopes, blocks, size, objective)
@@ -121,15 +115,17 @@ def _problem_at(objective: ObjectiveConfig, level: float) -> str | None:
         return "draws something else from the same generator; draw from the one that it is given alone"
     if first[0].dtype != np.bool_ or not first[0].shape == first[1].shape == blocks.shape:
         return "has to return booleans and probabilities, one for each level"
+    # How often a position is masked, and the mean of the probabilities returned for it.
     draws = [sample(noise.generator(0, 0, number), canvas) for number in range(_DRAWS)]
     frequency, stated = (np.mean([draw[index] for draw in draws], axis=0) for index in range(2))
     if not ((stated > 0) & (stated <= 1)).all():
         return f"gives inclusion probabilities that are not above 0 and at most 1 at level {level:.3g}"
+    # Positions whose frequency is further from that than chance takes it.
     far = np.abs(frequency - stated) > _STANDARD_ERRORS * np.sqrt(stated * (1 - stated) / _DRAWS) + 1e-9
     if not far.any():
         return None
-    place = int(far.argmax())
+    position = int(far.argmax())
     return (
-        f"masks position {place} of two blocks in {frequency[place]:.1%} of {_DRAWS} draws at level {level:.3g}, but "
-        f"says {stated[place]:.1%}; return the probability with which it is masked"
+        f"masks position {position} of two blocks in {frequency[position]:.1%} of {_DRAWS} draws at level "
+        f"{level:.3g}, but says {stated[position]:.1%}; return the probability with which it is masked"
     )

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.decoding.decode import MODES
-from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.errors import UserError, nearest, refusal
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.files import check_can_be_made
-from nemodiff_train.validation.refusal import refusal
 
 _WRITTEN = (
     "logger.tensorboard_dir",
@@ -23,23 +22,15 @@ _WRITTEN = (
 
 def problems(config: TriModeConfig) -> list[str]:
     """Return what is wrong with the output folder and the evaluation in the loop, one line each."""
-    return [
-        *refusal(lambda: _check_folder(config)),
-        *(line for key in _WRITTEN for line in refusal(partial(_check_written, config, key))),
-        *refusal(lambda: _check_evaluation(config)),
-    ]
-
-
-def _check_folder(config: TriModeConfig) -> None:
-    if not config.checkpoint.save:
-        raise UserError("checkpoint.save is not set; name the folder for the checkpoints")
-    check_can_be_made(Path(config.checkpoint.save))
-
-
-def _check_written(config: TriModeConfig, key: str) -> None:
-    section, _, name = key.partition(".")
-    if path := getattr(getattr(config, section), name, None):
-        check_can_be_made(Path(path).parent)
+    lines = ["checkpoint.save is not set; name the folder for the checkpoints"] if not config.checkpoint.save else []
+    folders = [Path(config.checkpoint.save)] if config.checkpoint.save else []
+    for key in _WRITTEN:
+        section, _, name = key.partition(".")
+        if path := getattr(getattr(config, section), name, None):
+            folders.append(Path(path).parent)
+    for folder in folders:
+        lines += refusal(partial(check_can_be_made, folder))
+    return [*lines, *refusal(partial(_check_evaluation, config))]
 
 
 def _check_evaluation(config: TriModeConfig) -> None:

@@ -30,7 +30,7 @@ from nemodiff_train.runtime import init_runtime
 _WIDTH = 16
 """Hidden size of the miniature on a tensor-parallel rank."""
 _FEW_SAMPLES = 1 << 12
-"""Of a data set of the rehearsal: the order of a run's, over many epochs of little data, takes minutes."""
+"""Largest data set of the rehearsal: to order a run's samples, over many epochs of little data, takes minutes."""
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -43,15 +43,15 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
         config: A run that the other rules accept; it is not changed.
         world_size: Number of processes.
     """
-    tried = copy.deepcopy(config)
-    tried.mixed_precision = precision_of(tried, init_runtime().cuda)
+    trial = copy.deepcopy(config)
+    trial.mixed_precision = precision_of(trial, init_runtime().cuda)
     steps: dict[str, Callable[[TriModeConfig], object]] = {
         "Bridge refuses the configuration": runtime_config_update,
         "Megatron cannot build the model and its optimizer": _build,
         "the data cannot be loaded": _load_batch,
     }
     with quiet(), as_rank(config, world_size, 0):
-        return next(filter(None, (failures(failure, partial(step, tried)) for failure, step in steps.items())), [])
+        return next(filter(None, (failures(failure, partial(step, trial)) for failure, step in steps.items())), [])
 
 
 def failures(what: str, call: Callable[[], object]) -> list[str]:
@@ -121,7 +121,7 @@ def datasets(config: TriModeConfig, most: float = math.inf) -> Iterator[tuple[An
     dataset, sizes = config.dataset, get_train_valid_test_num_samples(config)
     with tempfile.TemporaryDirectory() as folder:
         if max(sizes) > most or not Path(dataset.index_folder).is_dir():
-            dataset.keep_index_in(folder)
+            dataset.index_folder = folder
         sizes = [min(size, most) for size in sizes]
         yield tuple(dataset.build_datasets(DatasetBuildContext(*sizes, tokenizer=build_tokenizer(config.tokenizer))))
 

@@ -1,4 +1,4 @@
-"""A run that goes on: its settings are compared with those that it was saved with, as a whole."""
+"""A resumed run: its settings are compared with those that it was saved with, as a whole."""
 
 import torch
 
@@ -22,7 +22,7 @@ _ARCHITECTURE = (
     "add_qkv_bias", "gated_linear_unit", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling",
     "share_embeddings_and_output_weights", "mask_token_id",
 )  # fmt: skip
-"""The same of the section ``model``: what the model computes."""
+"""Settings of the section ``model`` that a run keeps: they decide what the model computes."""
 _SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "optimizer.min_lr", "scheduler")
 
 
@@ -32,20 +32,16 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     if not before:
         return {}
     changed = differences(before, config.settings())
-    # Without a name the precision is the one that the run began in, which may be named as well.
-    began = begun_precision(saved)
-    if len({_recipe(name or began) for name in changed.get("mixed_precision", ())}) == 1:
-        del changed["mixed_precision"]
+    if names := changed.pop("mixed_precision", None):
+        # Without a name the precision is the one that the run began in, which may be named as well.
+        old, new = (str(name or begun_precision(saved)).replace("-", "_") for name in names)
+        if old != new:
+            changed["mixed_precision"] = old, new
     return changed
 
 
-def _recipe(name: object) -> str:
-    """Return the name of a precision as Bridge finds it."""
-    return str(name).replace("-", "_")
-
-
 def problems(config: TriModeConfig) -> list[str]:
-    """Return the changes that a run cannot go on with, one line each."""
+    """Return the changes that a run cannot resume with, one line each."""
     saved = Checkpoint.find_complete(config.checkpoint.load)
     if saved is None:
         return []
@@ -67,14 +63,14 @@ def problems(config: TriModeConfig) -> list[str]:
 
 
 def description(saved: Checkpoint, config: TriModeConfig) -> str:
-    """Return one line on what has changed for a run that goes on from ``saved``."""
+    """Return one line on what has changed for a run that resumes from ``saved``."""
     changed = changes(saved, config)
     if not changed:
         return f"goes on from step {saved.step} with the settings it was saved with"
-    said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+    listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     rebased = any(_belongs(key, _SCHEDULE) for key in changed)
     schedule = f"; the learning rate is that of the new schedule at step {saved.step}" if rebased else ""
-    return f"goes on from step {saved.step} with changed settings: {said}{schedule}"
+    return f"goes on from step {saved.step} with changed settings: {listed}{schedule}"
 
 
 def samples_ahead(saved: Checkpoint, config: TriModeConfig) -> int:

@@ -1,69 +1,31 @@
-"""Single settings: values out of range, unknown choices, and what Bridge itself would refuse with a traceback."""
+"""Settings and the schedule: values out of range, unknown choices, and what Bridge refuses with a traceback."""
 
 import copy
 import importlib.util
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
+from nemodiff_train.config.ranges import check_range
 from nemodiff_train.config.run import ResilienceConfig
-from nemodiff_train.errors import UserError, nearest
+from nemodiff_train.errors import UserError, nearest, refusal
+from nemodiff_train.schema import check_type
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
 
-SIZES = {
-    "train.train_iters": 1,
-    "train.global_batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.exit_interval": 0,
-    "dataset.seq_length": 1,
-    "dataset.num_workers": 0,
-    "model.tensor_model_parallel_size": 1,
-    "model.pipeline_model_parallel_size": 1,
-    "model.context_parallel_size": 1,
-    "model.num_layers": 1,
-    "optimizer.lr": 0,
-    "scheduler.lr_warmup_iters": 0,
-    "checkpoint.save_interval": 0,
-    "logger.log_interval": 1,
-    "rng.seed": 1,
-}
-"""Smallest value of each setting that other rules compute with."""
-
-AT_LEAST = {
-    "objective.alpha": 0,
-    "objective.ar_weight": 0,
-    "objective.alpha_ramp_steps": 0,
-    "objective.mask_embedding_noise": 0,
-    "objective.mask_embedding_noise_steps": 0,
-    "objective.views": 1,
-    "drafter.support": 0,
-    "drafter.position_decay": 0,
-    "diagnostics.loss_interval": 0,
-    "diagnostics.line_interval": 0,
-    "evaluation.interval": 0,
-    "resilience.keep_every": 0,
-    "resilience.spike_factor": 0,
-    "resilience.spike_window": 2,
-    "resilience.max_consecutive_skips": 0,
-    "resilience.replica_check_interval": 0,
-    "resilience.hang_timeout": 0,
-    "resilience.setup_timeout": 0,
-    "resilience.straggler_interval": 0,
-    "resilience.restarts": 0,
-}
-"""Smallest value of each of the other settings."""
-
-ABOVE_ZERO = ("objective.position_bias_half_life", "drafter.temperature", "resilience.exit_grace")
-FRACTIONS = ("objective.fully_masked_fraction", "drafter.sampled_share")
-"""Settings between 0 and 1, both included."""
-
-
+SIZES = (
+    "train.train_iters", "train.global_batch_size", "train.micro_batch_size", "train.exit_interval",
+    "dataset.seq_length", "dataset.num_workers", "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size", "model.context_parallel_size", "model.num_layers", "optimizer.lr",
+    "scheduler.lr_warmup_iters", "checkpoint.save_interval", "logger.log_interval", "rng.seed",
+)  # fmt: skip
+"""Settings that other rules compute with."""
 CHOICES = {
     "checkpoint.ckpt_format": ("torch_dist",),
     "checkpoint.async_strategy": ("mcore",),
@@ -99,17 +61,17 @@ _ONLY_WITH = {
     "rerun_state_machine.error_injection_type": ("rerun_state_machine.error_injection_rate",),
     "rerun_state_machine.spiky_loss_factor": ("rerun_state_machine.check_for_spiky_loss",),
 }  # fmt: skip
-"""Settings, by the beginning of their name, and the ones without all of which nothing reads them."""
+"""Settings by the beginnings of their names, which nothing reads unless one of the listed ones is set."""
 _READ = ("dist.nccl_communicator_config_path", "dataset.dataloader_load")
 """Files that a run reads besides its own."""
 
 
 def problems(config: "TriModeConfig") -> list[str]:
     """Return the settings with an unknown choice or a value out of range, one line each."""
-    sections = ("objective", "drafter", "diagnostics", "evaluation")
+    sections = ("objective", "drafter", "diagnostics", "evaluation", "resilience")
     return [
         *(line for name in sections for line in section_problems(name, getattr(config, name))),
-        *resilience_problems(config.resilience),
+        *schedule_problems(config),
         *_bridge_choices(config),
         *_bridge_refusals(config),
     ]
@@ -117,7 +79,7 @@ def problems(config: "TriModeConfig") -> list[str]:
 
 def size_problems(config: "TriModeConfig") -> list[str]:
     """Return the sizes that are too small for other rules to be computed, one line each."""
-    return list(_too_small(SIZES, {key: getattr(config, key.partition(".")[0]) for key in SIZES}))
+    return [line for key in SIZES for line in refusal(partial(check_range, key, attrgetter(key)(config)))]
 
 
 def check_sizes(config: "TriModeConfig") -> None:
@@ -131,50 +93,47 @@ def check_sizes(config: "TriModeConfig") -> None:
 
 
 def section_problems(name: str, section: object | None) -> list[str]:
-    """Return the fields of one section with an unknown choice or a value out of range.
+    """Return the fields of one section with an unknown choice or a value out of range, one line each.
 
     Args:
         name: Name of the section in the configuration.
         section: A dataclass of this project's; None if the configuration has none.
     """
-    return [] if section is None else [*_unknown_choices(name, section), *_out_of_range(name, section)]
 
+    def check(key: str) -> None:
+        check_type(SimpleNamespace(**{name: section}), key, as_written=False)
+        check_range(key, attrgetter(key.partition(".")[2])(section))
 
-def resilience_problems(settings: ResilienceConfig) -> list[str]:
-    """Return what is wrong with the reactions to faults, one line each."""
-    lines = section_problems("resilience", settings)
-    if 0 < settings.spike_factor <= 1:
-        lines.append(f"resilience.spike_factor is {settings.spike_factor}; use a factor above 1, or 0 for none")
+    keys = [f"{name}.{field.name}" for field in fields(section)] if section is not None else []  # type: ignore[arg-type]
+    lines = [line for key in keys for line in refusal(partial(check, key))]
+    if isinstance(section, ResilienceConfig) and 0 < section.spike_factor <= 1:
+        lines.append(f"resilience.spike_factor is {section.spike_factor}; use a factor above 1, or 0 for none")
     return lines
 
 
-def _unknown_choices(name: str, section: object) -> Iterator[str]:
-    for field in fields(section):  # type: ignore[arg-type]
-        value, choices = getattr(section, field.name), get_args(field.type)
-        if get_origin(field.type) is Literal and value not in choices:
-            known = "', '".join(choices)
-            yield f"{name}.{field.name} is '{value}'; use '{known}'.{nearest(str(value), choices)}"
-
-
-def _out_of_range(name: str, section: object) -> Iterator[str]:
-    yield from _too_small(AT_LEAST, {key: section for key in AT_LEAST if key.startswith(f"{name}.")})
-    for key in (*ABOVE_ZERO, *FRACTIONS):
-        owner, _, field = key.partition(".")
-        value = getattr(section, field) if owner == name else None
-        if value is None:
-            continue
-        if key in ABOVE_ZERO and not value > 0:
-            yield f"{key} is {value}; use a number above 0"
-        if key in FRACTIONS and not 0 <= value <= 1:
-            yield f"{key} is {value}; use a number from 0 to 1"
-
-
-def _too_small(limits: dict[str, int], owners: dict[str, object]) -> Iterator[str]:
-    """Yield a line per setting below its limit; unset ones are left out."""
-    for key, owner in owners.items():
-        value = getattr(owner, key.partition(".")[2])
-        if value is not None and not limits[key] <= value < math.inf:
-            yield f"{key} is {value}; use {limits[key]} or more"
+def schedule_problems(config: "TriModeConfig") -> Iterator[str]:
+    """Yield what keeps the learning rate from its peak or its end, one line each."""
+    schedule, steps = config.scheduler, config.train.train_iters
+    if not steps:
+        return
+    length = schedule.max_steps or schedule.lr_decay_iters or steps
+    run = f"train.train_iters={steps}" if length == steps else f"a schedule of {length} steps"
+    if schedule.lr_decay_iters and schedule.lr_decay_iters > steps and not schedule.max_steps:
+        yield (
+            f"scheduler.lr_decay_iters={schedule.lr_decay_iters} does not fit train.train_iters={steps}: the rate "
+            "would not come down; leave it out"
+        )
+    warmup = schedule.lr_warmup_iters or round((schedule.lr_warmup_fraction or 0) * length)
+    if warmup >= length:
+        yield (
+            f"scheduler.lr_warmup_iters={warmup} does not fit {run}: the learning rate would not reach its peak; use "
+            "fewer steps, or a share of the run with scheduler.lr_warmup_fraction"
+        )
+    elif schedule.lr_decay_style == "WSD" and warmup + (decay := schedule.lr_wsd_decay_iters or length) > length:
+        yield (
+            f"scheduler.lr_wsd_decay_iters={decay} and {warmup} steps of warm-up do not fit {run}: the learning rate "
+            "would jump; use fewer steps, or a share of the run with scheduler.lr_wsd_decay_fraction"
+        )
 
 
 def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:

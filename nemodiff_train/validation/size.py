@@ -15,38 +15,29 @@ from nemodiff_train.runtime.memory import GB
 _BEYOND = 4
 """Multiple of a device's memory from which on the estimate, which is not exact, leaves no doubt."""
 _MOST_SAMPLES = 1 << 24
-"""Samples of a step: Megatron lists the micro-batches of a step, and those of a validation, in memory."""
-_BYTES_OF_A_SAMPLE = 16
-"""Of the order of the samples, which every rank holds: Megatron's document, offset and place in the shuffle."""
-_SHARE_OF_THE_ORDER = 0.25
-"""Of a machine's memory: making the order takes copies of it."""
+"""Largest number of samples per step: Megatron lists the micro-batches of a step, or a validation, in memory."""
+_ORDER_BYTES = 16
+"""Bytes per sample of the order, which every rank holds: Megatron's document, offset and index in the shuffle."""
+_ORDER_FRACTION = 0.25
+"""Fraction of a machine's memory that the order may take: computing it takes copies."""
 _FASTEST = 100
 """Steps per second beyond those of any run."""
 _YEAR = 365 * 24 * 3600
-"""Seconds: a run that nobody waits for."""
+"""Seconds of the longest run at that speed."""
 
 
-def problems(config: TriModeConfig, world_size: int) -> list[str]:
-    """Return what no device could hold, one line each; ``world_size`` ranks can have the layout."""
-    return [*_problems(config, world_size)]
-
-
-def _validation_steps(config: TriModeConfig) -> int:
-    """Return the steps of all validations of a run."""
-    settings = config.validation
-    times = config.train.train_iters // settings.eval_interval + 1 if settings.eval_interval else 1
-    return (settings.eval_iters or 0) * times
-
-
-def _problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
-    batch, steps = config.train.global_batch_size, config.train.train_iters
+def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    """Yield what no device could hold, one line each; ``world_size`` ranks can have the layout."""
+    batch, steps, validation = config.train.global_batch_size, config.train.train_iters, config.validation
     if batch > _MOST_SAMPLES:
         yield f"train.global_batch_size is {batch:,}; use {_MOST_SAMPLES:,} or fewer"
     if steps > _YEAR * _FASTEST:
         years = steps / _FASTEST / _YEAR
         yield f"train.train_iters is {steps:,}: {years:,.0f} years at {_FASTEST} steps per second; use fewer"
-    for name, count in (("train.train_iters", steps), ("validation.eval_iters", _validation_steps(config))):
-        if (order := count * batch * _BYTES_OF_A_SAMPLE) > _SHARE_OF_THE_ORDER * psutil.virtual_memory().total:
+    validations = steps // validation.eval_interval + 1 if validation.eval_interval else 1
+    validation_steps = (validation.eval_iters or 0) * validations
+    for name, count in (("train.train_iters", steps), ("validation.eval_iters", validation_steps)):
+        if (order := count * batch * _ORDER_BYTES) > _ORDER_FRACTION * psutil.virtual_memory().total:
             yield (
                 f"{name} makes {count:,} steps of train.global_batch_size={batch:,} samples, whose order alone takes "
                 f"about {order / GB:,.0f} GB of memory; lower one of them"

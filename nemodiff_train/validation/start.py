@@ -3,20 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES
-
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.config.precision import begun_precision
 from nemodiff_train.conversion.weights import check_weights
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, refusal
 from nemodiff_train.model.bridges import TESTED
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
-from nemodiff_train.model.provider import TriModeModelProvider
-from nemodiff_train.validation.refusal import refusal
 
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -34,12 +29,13 @@ def problems(config: TriModeConfig) -> list[str]:
 
 
 def _check_pretrained(config: TriModeConfig) -> None:
-    start = Path(config.checkpoint.pretrained_checkpoint or "")
-    checkpoint = Checkpoint.find(start) if config.checkpoint.pretrained_checkpoint else None
+    folder = config.checkpoint.pretrained_checkpoint
+    checkpoint = Checkpoint.find(folder) if folder else None
     if checkpoint is None and config.peft is not None and config.drafter is None:
         raise UserError("adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'")
-    if not config.checkpoint.pretrained_checkpoint:
+    if not folder:
         return
+    start = Path(folder)
     if checkpoint and checkpoint.kind is Kind.DRAFTER:
         raise UserError(f"'{start}' is a drafter; start from the model that it was trained for")
     if checkpoint and checkpoint.kind is Kind.LORA:
@@ -47,28 +43,21 @@ def _check_pretrained(config: TriModeConfig) -> None:
             f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
         )
     check_weights(start)
-    _check_shape(config, model_from(checkpoint or str(start)), start)
+    stored = model_from(checkpoint or str(start))
+    for setting in _SHAPE:  # Bridge would keep random weights where the checkpoint has none of this shape
+        expected, actual = getattr(stored, setting), getattr(config.model, setting)
+        if expected != actual:
+            raise UserError(f"model.{setting} is {actual}, but '{start}' has {expected}; leave it as it is there")
     if checkpoint or not (start / "config.json").is_file():
         return
     name = architecture(read_config(start))
-    if name not in (*TESTED, SDAR, TRI_MODE):
+    if name not in TESTED:
+        reason = f"is a {name}, whose computation is compared with Transformers' at import alone"
+        if name in (SDAR, TRI_MODE):
+            reason = "has code of its own, which never runs here"
         raise UserError(
-            f"'{start}' is a {name}, whose computation is compared with Transformers' at import alone; make a "
-            "Megatron checkpoint of it with 'nemodiff convert import' and start from that"
+            f"'{start}' {reason}; make a Megatron checkpoint of it with 'nemodiff convert import' and start from that"
         )
-    if name in (SDAR, TRI_MODE):
-        raise UserError(
-            f"'{start}' has code of its own, which never runs here; make a Megatron checkpoint of it with "
-            "'nemodiff convert import' and start from that"
-        )
-
-
-def _check_shape(config: TriModeConfig, stored: TriModeModelProvider, start: Path) -> None:
-    """Refuse another shape than the checkpoint's; Bridge would keep random weights where it has none."""
-    for name in _SHAPE:
-        expected, actual = getattr(stored, name), getattr(config.model, name)
-        if expected != actual:
-            raise UserError(f"model.{name} is {actual}, but '{start}' has {expected}; leave it as it is there")
 
 
 def _resume_problems(config: TriModeConfig) -> Iterator[str]:
@@ -78,7 +67,7 @@ def _resume_problems(config: TriModeConfig) -> Iterator[str]:
     try:
         saved = Checkpoint.find(load) if load else None
     except UserError:
-        return  # none is complete: AtomicCheckpointManager tells the damaged from the unfinished
+        return  # none is complete: AtomicCheckpointManager separates damaged from unfinished ones
     if load and load != config.checkpoint.save and saved is None:
         yield f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"
     elif step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
@@ -114,14 +103,6 @@ def _changes_since(saved: Checkpoint, config: TriModeConfig) -> Iterator[str]:
             f"run with start_from={saved.path} output=NEW"
         )
         return
-    if config.mixed_precision is not None:
-        began = begun_precision(saved)
-        named = MIXED_PRECISION_RECIPES.get(str(config.mixed_precision).replace("-", "_"))
-        if named and named().params_dtype != MIXED_PRECISION_RECIPES[began]().params_dtype:
-            yield (
-                f"'{iteration}' was saved by a run in {began}, whose optimizer state {config.mixed_precision} cannot "
-                f"load; set mixed_precision={began}, or start another run with start_from={saved.path} output=NEW"
-            )
     moved = [name for name in _LAYOUT if before["model"].get(name) != getattr(config.model, name)]
     if was_sharded and moved and not before["checkpoint"]["dist_ckpt_optim_fully_reshardable"]:
         yield (

@@ -1,4 +1,4 @@
-"""The layout over processes: parallel sizes, batch, and the split of the layers into pipeline stages."""
+"""What a layout over processes must be: parallel sizes, batch, and the split of the layers into pipeline stages."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,8 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-_COUNTED = {
-    "account_for_embedding_in_pipeline_split": "embedding",
-    "account_for_loss_in_pipeline_split": "loss",
-}
-_DRAWN = "pipeline_model_parallel_layout"
+_COUNTED = {"account_for_embedding_in_pipeline_split": "embedding", "account_for_loss_in_pipeline_split": "loss"}
+_CUSTOM = "pipeline_model_parallel_layout"
 
 
 def problems(config: TriModeConfig, world_size: int) -> list[str]:
@@ -24,12 +21,7 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
         config: The run; no size is below 1.
         world_size: Number of processes.
     """
-    lines = [
-        *_tensor_problems(config),
-        *_context_problems(config),
-        *_process_problems(config.model, world_size),
-    ]
-    chunks = 1
+    lines, chunks = [*_size_problems(config, world_size)], 1
     try:
         chunks = _model_chunks(config.model)
     except UserError as error:
@@ -37,8 +29,9 @@ def problems(config: TriModeConfig, world_size: int) -> list[str]:
     return [*lines, *_batch_problems(config, world_size, chunks)]
 
 
-def _tensor_problems(config: TriModeConfig) -> Iterator[str]:
-    model, tp = config.model, config.model.tensor_model_parallel_size
+def _size_problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    model, length = config.model, config.dataset.seq_length
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     if model.num_query_groups % tp:
         yield (
             f"model.tensor_model_parallel_size={tp} does not divide the model's {model.num_query_groups} "
@@ -46,32 +39,22 @@ def _tensor_problems(config: TriModeConfig) -> Iterator[str]:
         )
     if model.sequence_parallel and tp == 1:
         yield "model.sequence_parallel=true takes a model.tensor_model_parallel_size of 2 or more"
-    positions = config.dataset.seq_length * (config.objective.noisy_views + 1) // model.context_parallel_size
+    positions = length * (config.objective.noisy_views + 1) // cp
     if model.sequence_parallel and positions % tp:
         yield (
             f"model.sequence_parallel=true: model.tensor_model_parallel_size={tp} does not divide the {positions} "
-            f"positions of a sample on a rank (dataset.seq_length={config.dataset.seq_length})"
+            f"positions of a sample on a rank (dataset.seq_length={length})"
         )
-
-
-def _context_problems(config: TriModeConfig) -> Iterator[str]:
-    length, cp = config.dataset.seq_length, config.model.context_parallel_size
-    if cp == 1:
-        return
-    if length % (2 * cp):
+    if cp > 1 and length % (2 * cp):
         yield (
             f"dataset.seq_length={length} cannot be cut into the {2 * cp} equal chunks of "
             f"model.context_parallel_size={cp}; use a multiple of {2 * cp}"
         )
-    if config.objective.reduction == "bridge":
+    if cp > 1 and config.objective.reduction == "bridge":
         yield (
             f"objective.reduction=bridge divides each micro-batch by itself, which model.context_parallel_size={cp} "
             "splits; use another reduction, or a context parallel size of 1"
         )
-
-
-def _process_problems(model: TriModeModelProvider, world_size: int) -> Iterator[str]:
-    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     if world_size % (tp * pp * cp):
         yield (
             f"{world_size} processes were started, but the layout (tensor {tp} x pipeline {pp} x context {cp}) takes "
@@ -92,29 +75,21 @@ def _batch_problems(config: TriModeConfig, world_size: int, chunks: int) -> Iter
         return
     micro_batches = train.global_batch_size // samples
     group = model.microbatch_group_size_per_vp_stage or pp
-    if chunks > 1 and not _fill_pipeline(micro_batches, group, pp):
+    rest = micro_batches % group
+    # What Megatron's interleaved schedule can run.
+    if chunks > 1 and not (pp <= group <= micro_batches and (rest == 0 or rest >= pp)):
         yield (
             f"virtual pipeline stages take micro-batches {group} at a time, but a step has {micro_batches} of them; "
             f"make train.global_batch_size a multiple of {samples * group}"
         )
 
 
-def _fill_pipeline(micro_batches: int, group: int, pp: int) -> bool:
-    """Return whether Megatron's interleaved schedule can run so many micro-batches."""
-    rest = micro_batches % group
-    return pp <= group <= micro_batches and (rest == 0 or rest >= pp)
-
-
 def _model_chunks(model: TriModeModelProvider) -> int:
-    """Return the number of model chunks per process: its virtual pipeline stages.
-
-    Raises:
-        UserError: The layers cannot be split into stages as asked.
-    """
+    """Return the number of model chunks per process: its virtual pipeline stages."""
     pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     ends, counted = _set_fields(model, _ENDS), _set_fields(model, tuple(_COUNTED))
-    drawn = _set_fields(model, (_DRAWN,))
-    ways = [f"model.{names[0]}" for names in (ends, counted, drawn) if names]
+    custom = _set_fields(model, (_CUSTOM,))
+    ways = [f"model.{names[0]}" for names in (ends, counted, custom) if names]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} are different ways to split the layers; use one of them")
     if pp == 1 and (ways or vpp):
@@ -122,14 +97,24 @@ def _model_chunks(model: TriModeModelProvider) -> int:
         raise UserError(f"{name} takes a model.pipeline_model_parallel_size of 2 or more")
     if vpp is not None and vpp < 2:
         raise UserError(f"model.virtual_pipeline_model_parallel_size={vpp}: use 2 or more, or leave it unset")
-    if drawn:
-        return _drawn_chunks(model)
-    stages = _end_stages(model, ends) if ends else _even_stages(model, counted)
-    uneven = next((layers for layers in stages if vpp and layers % vpp), None)
-    if uneven is not None:
+    if custom:
+        return _custom_chunks(model)
+    note = f" ({' and '.join(_COUNTED[name] for name in counted)} counted)" if counted else ""
+    if ends:
+        stages = _uneven_stages(model, ends)
+    else:
+        layers = model.num_layers + len(counted)
+        stages = [layers // pp]
+        if layers % pp:
+            raise UserError(
+                f"model.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers{note}; "
+                f"model.{_ENDS[0]} and model.{_ENDS[1]} make an uneven split"
+            )
+    indivisible = next((layers for layers in stages if vpp and layers % vpp), None)
+    if indivisible is not None:
         raise UserError(
-            f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {uneven} layers of a stage"
-            f"{_counted_note(counted)}"
+            f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {indivisible} layers of a stage"
+            f"{note}"
         )
     return vpp or 1
 
@@ -138,32 +123,8 @@ def _set_fields(model: TriModeModelProvider, names: tuple[str, ...]) -> list[str
     return [name for name in names if getattr(model, name) is not None and getattr(model, name) is not False]
 
 
-def _counted_note(counted: list[str]) -> str:
-    """Return what counts as a layer besides the layers, for a message."""
-    return f" ({' and '.join(_COUNTED[name] for name in counted)} counted)" if counted else ""
-
-
-def _even_stages(model: TriModeModelProvider, counted: list[str]) -> list[int]:
-    """Return the layers of a stage where all take the same share.
-
-    Raises:
-        UserError: The stages do not divide the layers.
-    """
-    pp, layers = model.pipeline_model_parallel_size, model.num_layers + len(counted)
-    if layers % pp:
-        raise UserError(
-            f"model.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers"
-            f"{_counted_note(counted)}; model.{_ENDS[0]} and model.{_ENDS[1]} make an uneven split"
-        )
-    return [layers // pp]
-
-
-def _end_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
-    """Return the layers of the stages where the first or the last has a share of its own.
-
-    Raises:
-        UserError: A stage would have no layer, or the rest does not divide.
-    """
+def _uneven_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
+    """Return the layers of the stages where the first or the last has a share of its own."""
     shares = [getattr(model, name) for name in ends]
     words = ", ".join(f"model.{name}={layers}" for name, layers in zip(ends, shares, strict=True))
     left, stages = model.num_layers - sum(shares), model.pipeline_model_parallel_size - len(ends)
@@ -176,16 +137,12 @@ def _end_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
     return [*shares, *([left // stages] if stages else [])]
 
 
-def _drawn_chunks(model: TriModeModelProvider) -> int:
-    """Return the model chunks per process of a layout such as ``Ett|ttttL``, as Megatron reads it.
-
-    Raises:
-        UserError: Megatron refuses it, or it is not the model's.
-    """
-    drawn, vpp = model.pipeline_model_parallel_layout, model.virtual_pipeline_model_parallel_size
-    setting = f"model.{_DRAWN}={drawn}"
+def _custom_chunks(model: TriModeModelProvider) -> int:
+    """Return the model chunks per process of a layout such as ``Ett|ttttL``, as Megatron reads it."""
+    custom, vpp = model.pipeline_model_parallel_layout, model.virtual_pipeline_model_parallel_size
+    setting = f"model.{_CUSTOM}={custom}"
     try:
-        layout = PipelineParallelLayerLayout(drawn, model.pipeline_model_parallel_size)
+        layout = PipelineParallelLayerLayout(custom, model.pipeline_model_parallel_size)
         layers = layout.flatten_layout.count(LayerType.decoder)
         if layers != model.num_layers:
             raise UserError(f"{setting} has {layers} layers, but the model has {model.num_layers}")
