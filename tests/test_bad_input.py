@@ -288,6 +288,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "eval: programs without leave": (["eval", "empty", "--task", "mbpp", "--output", "out"], ["--run-code"]),
     "eval: deep prompts": (["eval", "empty", "--task", "deep.jsonl", "--output", "out"], ["deep.jsonl:1"]),
     "likelihood: no checkpoint": (["likelihood", "empty", "text.txt"], ["empty"]),
+    "likelihood: a folder for the figures": (
+        ["likelihood", "empty", "text.txt", "--output", "empty"],
+        ["--output empty", "JSON file"],
+    ),
+    "likelihood: a file for a folder": (
+        ["likelihood", "empty", "text.txt", "--output", "text.txt/figures.json"],
+        ["'text.txt' is a file"],
+    ),
     "likelihood: no text": (["likelihood", "empty", "nowhere.txt"], ["nowhere.txt"]),
     "likelihood: no batch": (["likelihood", "empty", "text.txt", "--batch-size", "0"], ["--batch-size"]),
     "generate: no temperature": (["generate", "empty", "a", "--temperature", "-1"], ["temperature", "-1"]),

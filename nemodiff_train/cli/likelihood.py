@@ -7,7 +7,8 @@ from pathlib import Path
 from nemodiff_train.cli.options import at_least_1
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.files import write_atomic
+from nemodiff_train.errors import UserError
+from nemodiff_train.files import check_can_be_made, usable_directory, write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
@@ -32,6 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.data.columns import TextColumn
     from nemodiff_train.data.sources import documents, resolve
 
+    output = Path(arguments.output) if arguments.output else None
+    if output:  # before the work, which takes hours on a large corpus
+        if output.is_dir():
+            raise UserError(f"--output {output}: a folder; name a JSON file")
+        check_can_be_made(output.parent)
     sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
@@ -49,8 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if not is_main_process():
         return
-    if arguments.output:
-        write_atomic(Path(arguments.output), json.dumps(result.figures(), indent=2) + "\n")
+    if output:
+        usable_directory(output.parent)
+        write_atomic(output, json.dumps(result.figures(), indent=2) + "\n")
     if result.ar_loss is not None:
         console.print(f"AR          {result.ar_loss:.4f} nats per token, perplexity {result.ar_perplexity:.3f}")
     error = f" ± {result.diffusion_error:.4f}" if result.draws > 1 else ""
