@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.data.chat import asked_at_once
-from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn
+from nemodiff_train.data.columns import AnswerColumns, Columns, Document, Record, TextColumn
 from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.messages import Conversation, Message
 from nemodiff_train.data.template import ChatTemplate
@@ -74,7 +74,7 @@ class RewriteOptions(InputOptions):
     def columns(self, template: str | None) -> Columns[Document]:
         """Return the fields to take from a record; an answer beside its prompt need not be there."""
         if self.prompt_field and self.answer_field:
-            return PromptColumn(self.prompt_field, self.answer_field, template=template)
+            return AnswerColumns(self.prompt_field, self.answer_field, template, unwritten=True)
         if self.prompt_field:
             return TextColumn(self.prompt_field, option="--prompt-field")
         return super().columns(template)
