@@ -67,11 +67,8 @@ class Provenance(_Record):
 
     def same_tokens(self, other: "Provenance") -> bool:
         """Return whether both turn text into the same ids."""
-        return (self.tokenizer.fingerprint, self.eod_token_id, self.chat_template) == (
-            other.tokenizer.fingerprint,
-            other.eod_token_id,
-            other.chat_template,
-        )
+        ours, theirs = ((it.tokenizer.fingerprint, it.eod_token_id, it.chat_template) for it in (self, other))
+        return ours == theirs
 
     def same_output(self, other: "Provenance") -> bool:
         """Return whether both produce the same data set."""
