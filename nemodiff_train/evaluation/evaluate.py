@@ -84,17 +84,10 @@ def _run(
                 unfinished.add(mode, values, decoded)
             records += decoded
             progress.advance(bar, len(batch))
-    return Run(mode, values, _gather(records, replicas))
-
-
-def _gather(records: list[DecodeRecord], replicas: dist.ProcessGroup) -> list[DecodeRecord]:
-    """Return the records of every data-parallel replica, each prompt's once, in the order of the prompts."""
-    by_replica = [records]
-    if replicas.size() > 1:
-        by_replica = [[] for _ in range(replicas.size())]
-        dist.all_gather_object(by_replica, records, group=replicas)
+    by_replica: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
+    dist.all_gather_object(by_replica, records, group=replicas)
     by_prompt = {record.prompt_index: record for part in by_replica for record in part}
-    return [by_prompt[index] for index in sorted(by_prompt)]
+    return Run(mode, values, [by_prompt[index] for index in sorted(by_prompt)])
 
 
 def _decode_batch(

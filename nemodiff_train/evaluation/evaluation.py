@@ -1,14 +1,14 @@
 """Reduce runs to one `Evaluation`: every metric and the records."""
 
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train import __version__
-from nemodiff_train.evaluation.categories import CategoryMetrics, by_category
 from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
 from nemodiff_train.evaluation.pareto import Areas, Point, areas
 from nemodiff_train.evaluation.prompts import Task
@@ -23,6 +23,19 @@ class Run:
     mode: str
     settings: Settings
     decoded: list[DecodeRecord]
+
+
+class CategoryMetrics(BaseModel):
+    """Metrics of one mode over the prompts of one category; the rules are those of `ModeMetrics`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    category: str
+    mode: str
+    prompts: int
+    accuracy: float | None
+    tpf_all: float
+    acceptance_length: float | None = Field(description="None in modes without cycles.")
 
 
 def _versions() -> dict[str, str]:
@@ -100,6 +113,21 @@ def assemble(
         categories=by_category([row for run in runs for row in logs[id(run)]]),
         records=[row for rows in logs.values() for row in rows],
     )
+
+
+def by_category(records: Sequence[LoggedRecord]) -> list[CategoryMetrics]:
+    """Reduce the records of each mode by category, both in order of occurrence; prompts without one are left out."""
+    groups: dict[str, dict[str, list[LoggedRecord]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.category is not None:
+            groups[record.category][record.mode].append(record)
+    reduced = []
+    for category, modes in groups.items():
+        for mode, rows in modes.items():
+            metrics = summarise([row.decoded for row in rows], [row.correct for row in rows], rows[0].settings)
+            figures = metrics.model_dump(include={"prompts", "accuracy", "tpf_all", "acceptance_length"})
+            reduced.append(CategoryMetrics(category=category, mode=mode, **figures))
+    return reduced
 
 
 def _log(run: Run, task: Task, decode: Callable[[list[int]], str]) -> list[LoggedRecord]:

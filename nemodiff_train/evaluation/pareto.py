@@ -86,7 +86,7 @@ def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     """
     varied = varied_settings(points)
     if len(varied) < 2:
-        return [(f"by {_words(varied[0])}" if varied else "one setting", list(points))]
+        return [(f"by {varied[0].replace('_', ' ')}" if varied else "one setting", list(points))]
     by_size: dict[str, list[Point]] = defaultdict(list)
     for point in points:
         by_size[f"block size {point.metrics.settings.get('block_size')}"].append(point)
@@ -107,7 +107,8 @@ def aup(points: Sequence[tuple[float, float]], best: float) -> float:
         best: The best accuracy of any method it is to be compared with, in percent.
     """
     # y W(y) at each point, then trapezoids; left of the first point lies a rectangle of unweighted accuracy.
-    weighted = [accuracy * _weight(accuracy, best) for _, accuracy in points]
+    weights = [min(math.exp(-3 * (1 - accuracy / best)), 1.0) if best else 1.0 for _, accuracy in points]
+    weighted = [accuracy * weight for (_, accuracy), weight in zip(points, weights, strict=True)]
     total = points[0][0] * points[0][1]
     for index in range(1, len(points)):
         step = points[index][0] - points[index - 1][0]
@@ -120,12 +121,3 @@ def _area(name: str, curve: Sequence[Point], best: float) -> Area:
     kept = [at for at in ordered if at[1] >= ordered[0][1] - DROP]
     dropped = len(ordered) - len(kept)
     return Area(mode=curve[0].mode, curve=name, points=kept, dropped=dropped, aup=aup(kept, best))
-
-
-def _weight(accuracy: float, best: float) -> float:
-    """Return W(y) = min(exp(-3 (1 - y / y_max)), 1)."""
-    return min(math.exp(-3 * (1 - accuracy / best)), 1.0) if best else 1.0
-
-
-def _words(setting: str) -> str:
-    return setting.replace("_", " ")
