@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _TRIES = 20
-"""Times that a part of messages is looked at in vain before it counts as not read without a look."""
+"""Number of messages in which a part changes nothing before it counts as unread without another comparison."""
 
 
 class Answer(NamedTuple):
@@ -53,7 +53,7 @@ class ChatEncoder(Encoder[Conversation]):
     """Turn conversations into documents of turns; every answer ends with ``eod_token_id``, the end of a turn."""
 
     now: datetime | None = None
-    """What a template that asks for the date gets; None for the time of each conversation."""
+    """Date for a template that asks for it; None for the time of each conversation."""
 
     def __post_init__(self) -> None:
         self.template = ChatTemplate(self.tokenizer, self.now)
@@ -118,7 +118,7 @@ class ChatEncoder(Encoder[Conversation]):
     def _unread(self, conversation: Conversation) -> Iterator[str]:
         """Yield the parts of messages that leave the text as it is, though the template names their keys.
 
-        Such as the content of a role that it does not know, or a ``name`` where it reads that of a tool.
+        Examples are the content of a role that it does not know, and a ``name`` where it reads that of a tool.
         """
         for index, message in enumerate(conversation.messages):
             for key, value in message.items():
@@ -222,7 +222,7 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
             token.
 
     Raises:
-        UserError: ``token`` is not in the vocabulary, there is no template, or no token that could end an answer.
+        UserError: ``token`` is not in the vocabulary, or there is no template, or no token that could end an answer.
     """
     end = template_end_of_turn(tokenizer, ChatTemplate(tokenizer)) if token is None else None
     if end is None:
@@ -238,7 +238,7 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
 def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:
     """Return the added token that a template ends an answer with, None where it writes none or takes no answers.
 
-    It follows an answer whether or not another turn does; a token that only ends the whole text is none.
+    It follows an answer whether or not another turn does; a token that only ends the whole text does not count.
     """
     said = "An answer."
     talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]

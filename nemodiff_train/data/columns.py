@@ -17,7 +17,7 @@ _RECORD_MARKS = ("weight", "train", "training", "trainable", "loss_mask")
 
 
 class Columns[Item](ABC):
-    """What is read of a record, and what becomes of it.
+    """The fields that are read of a record, and the document that they make.
 
     Args:
         option: The option that names the fields, for messages to the user.
@@ -70,7 +70,7 @@ class TextColumn(Columns[str]):
 
 
 class _ChatColumns(Columns[Conversation]):
-    """What conversations of either kind have beside their messages: tools, and a system prompt."""
+    """Fields of conversations of either kind beside the messages: tools, and a system prompt."""
 
     template: str | None
     """Source of the chat template; None to assume that it reads everything."""
@@ -111,7 +111,7 @@ class AnswerColumns(_ChatColumns):
         prompt: Name of the first field.
         answer: Name of the second field.
         template: Source of the chat template; None to assume that it reads everything.
-        unwritten: Whether answers are yet to be written: none has to be there, and none is read.
+        unwritten: Whether answers are yet to be written: a record needs none, and none is read.
     """
 
     def __init__(self, prompt: str, answer: str, template: str | None = None, unwritten: bool = False) -> None:
@@ -162,7 +162,7 @@ def read_record[Item](columns: Columns[Item], row: object, where: str) -> Item |
     """Return the document in a record, and count its fields that nothing reads.
 
     Raises:
-        UserError: The record is no object, lacks a field, or a field is not what it should be.
+        UserError: The record is not an object, lacks a field, or has one of another type.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with the field '{columns.names[0]}'")

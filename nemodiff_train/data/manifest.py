@@ -190,6 +190,7 @@ def count_tokens(
     tokens = np.memmap(path, dtype=dtype, mode="r")[:limit]
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK_TOKENS):
+        # [ids] counts of a chunk; longer than before where it holds larger ids.
         chunk_counts = np.bincount(tokens[start : start + _CHUNK_TOKENS], minlength=len(counts))
         counts = np.pad(counts, (0, len(chunk_counts) - len(counts))) + chunk_counts
     return counts

@@ -14,7 +14,7 @@ Message = dict[str, object]
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ANSWERS = ("assistant", "ai", "bot", "chatgpt", "function_call", "gpt", "model", "tool_call")
-"""Roles, in small letters, that speak for the model; a template knows only the first."""
+"""Roles of the model in public data, in lower case; a template knows only the first."""
 _MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 """Keys that say whether a message is learned: 1 or true, 0 or false."""
 _PARTIAL_MARKS = ("train_detail", "training_detail", "loss_scale")
@@ -40,7 +40,7 @@ class Conversation:
 
 
 class _WithoutText(Exception):
-    """A message has none."""
+    """A message has no text."""
 
 
 def read_conversation(
@@ -99,7 +99,7 @@ def names(template: str | None, key: str) -> bool:
 
 
 def _parsed(value: object) -> object:
-    """Return what a text says as JSON, if it does, else the value itself."""
+    """Return the content of a text of JSON, else the value itself."""
     if not isinstance(value, str):
         return value
     try:
@@ -160,7 +160,7 @@ def _read_message(message: Message, template: str | None) -> Message:
     """Return a message whose content is text and whose tool calls are objects.
 
     Raises:
-        _WithoutText: There is nothing in it.
+        _WithoutText: The message is empty.
     """
     role = message["role"]
     if not isinstance(role, str):

@@ -75,6 +75,7 @@ class PartialOutput:
     def __init__(self, prefix: str, provenance: Provenance) -> None:
         self._prefix = prefix
         self._folder = Path(f"{prefix}.partial")
+        self._afresh = f"remove the directory {self._folder} to start afresh"
         self.state = State(provenance=provenance)
         # The smallest type that Megatron stores ids of this vocabulary in.
         self._dtype = np.dtype(np.uint16 if provenance.tokenizer.vocab_size < 65_500 else np.int32)
@@ -136,10 +137,6 @@ class PartialOutput:
             raise UserError(f"'{error.filename}': {error.strerror}; {self._afresh}") from None
         except UserError as error:
             raise UserError(f"{error}; {self._afresh}") from None
-
-    @property
-    def _afresh(self) -> str:
-        return f"remove the directory {self._folder} to start afresh"
 
     def resumable(self) -> bool:
         """Return whether an interrupted run of the same output left its state."""

@@ -57,7 +57,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         The manifest of the finished data set.
 
     Raises:
-        UserError: An input, the tokenizer or the output cannot be used. Nothing is left behind then.
+        UserError: An input, the tokenizer or the output cannot be used. Nothing is written then.
     """
     options.check()
     tokenizer = load_tokenizer(options.tokenizer)

@@ -36,7 +36,7 @@ class Source[Item]:
     has_records: bool
     """Whether fields of records are read at all."""
     files: Sequence[Path] = ()
-    """Those on this machine that documents are read from."""
+    """Local files that documents are read from."""
 
 
 def resolve[Item](inputs: Sequence[str], columns: Columns[Item], split: str, glob: str) -> list[Source[Item]]:
@@ -45,7 +45,7 @@ def resolve[Item](inputs: Sequence[str], columns: Columns[Item], split: str, glo
     Raises:
         UserError: One is missing, empty or unreadable.
     """
-    return [_resolve_one(name, columns, split, glob) for name in inputs]
+    return [_source(name, columns, split, glob) for name in inputs]
 
 
 def documents[Item](sources: Iterable[Source[Item]]) -> Iterator[Item]:
@@ -53,7 +53,7 @@ def documents[Item](sources: Iterable[Source[Item]]) -> Iterator[Item]:
     return filter(None, chain.from_iterable(source.read() for source in sources))
 
 
-def _resolve_one[Item](name: str, columns: Columns[Item], split: str, glob: str) -> Source[Item]:
+def _source[Item](name: str, columns: Columns[Item], split: str, glob: str) -> Source[Item]:
     path = Path(name)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _saved(path, columns, split)
@@ -62,7 +62,7 @@ def _resolve_one[Item](name: str, columns: Columns[Item], split: str, glob: str)
         has_records = any(_suffix(file) in _RECORDS for file in files)
         return Source(_info(name, files), partial(_read_files, files, columns), has_records, files)
     hub = _HUB_NAME.fullmatch(name)
-    # Beside a directory called like the owner, the name is more likely a mistyped path.
+    # Where a directory is called like the owner, the name is more likely a mistyped path.
     if hub and not Path(hub["owner"]).exists():
         return _hub(name, columns, split)
     raise UserError(f"{name}: no such file or directory, nor a Hugging Face name (owner/name[:config])")
@@ -151,7 +151,7 @@ def _read_text(path: Path) -> str:
         ) from error
     first = [line for line in islice(text.splitlines(), 20) if line.strip()][:2]
     if len(first) == 2 and all(isinstance(_json(line), dict) for line in first):
-        raise UserError(f"{path}: a JSON object per line, which is no text; rename it to .jsonl")
+        raise UserError(f"{path}: a JSON object per line, not text; rename it to .jsonl")
     return text
 
 

@@ -37,7 +37,7 @@ def evaluate(
         covered: Modes and settings.
         checkpoint: Name for the report.
         shown: Whether this process shows progress; by default rank 0 does.
-        unfinished: Log of what is decoded; what it has already is not decoded again.
+        unfinished: Log of what is decoded; prompts that it holds are not decoded again.
     """
     prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
     settings = loaded.settings.stopping_at(prompts.end_of_turn)
@@ -74,8 +74,9 @@ def _run(
     swept = [f"{values[name]:g}" for name in ("block_size", "threshold") if name in values]
     replicas: dist.ProcessGroup = parallel_state.get_data_parallel_group()
     records = unfinished.of(mode, values) if unfinished is not None else []
-    there = {record.prompt_index for record in records}
-    numbers = [number for number in range(replicas.rank(), len(prompts), replicas.size()) if number not in there]
+    decoded_before = {record.prompt_index for record in records}
+    share = range(replicas.rank(), len(prompts), replicas.size())
+    numbers = [number for number in share if number not in decoded_before]
     with progress_bar(shown=shown) as progress:
         bar = progress.add_task(f"decoding ({', '.join([mode, *swept])})", total=len(numbers))
         for batch in batched(numbers, batch_size):

@@ -95,7 +95,8 @@ def assemble(
     """
     logs: dict[int, list[LoggedRecord]] = {}
     for run in (*runs, *sweep):
-        logs.setdefault(id(run), _log(run, task, decode))
+        if id(run) not in logs:
+            logs[id(run)] = _log(run, task, decode)
     ar = next((run.decoded for run in runs if run.mode == "ar"), None)
 
     def reduce(run: Run) -> ModeMetrics:
@@ -131,6 +132,7 @@ def by_category(records: Sequence[LoggedRecord]) -> list[CategoryMetrics]:
 
 
 def _log(run: Run, task: Task, decode: Callable[[list[int]], str]) -> list[LoggedRecord]:
+    """Score every record of a run."""
     rows = []
     for record in run.decoded:
         text, prompt = decode(record.tokens), task.prompts[record.prompt_index]

@@ -185,7 +185,7 @@ class NemodiffLM(HFLM):
     ) -> Tensor:
         """Return [batch, context + new] tokens of a batch that is padded on the left.
 
-        Each request has a random stream of its own, numbered in the harness' order, by which batches do not matter.
+        Each request has a random stream of its own, numbered in the harness' order, so batches do not matter.
         """
         prompts = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
         settings = self._settings(options, max_length - context.shape[1])

@@ -22,9 +22,9 @@ class PositionAgreement(BaseModel):
 
     position: int = Field(description="Drafted position, from 1; the block's first token is known, not drafted.")
     drafted: int = Field(description="Cycles that drafted this position.")
-    agreed: int = Field(description="Of those, cycles in which the verifier agreed here.")
+    agreed: int = Field(description="Cycles that drafted this position and in which the verifier agreed here.")
     reached: int = Field(description="Cycles in which the verifier agreed at every earlier position.")
-    accepted: int = Field(description="Of the cycles that reached this position, those that agreed here.")
+    accepted: int = Field(description="Cycles that reached this position and agreed here.")
     unconditional: float = Field(
         description="agreed / drafted. After a rejection the verifier still reads the rejected draft."
     )
