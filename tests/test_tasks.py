@@ -100,4 +100,4 @@ def test_arithmetic_takes_test_problems() -> None:
     assert [prompt.prompt for prompt in task.prompts] == [problem.prompt for problem in expected]
     assert task.score(1, f"that makes {expected[1].answer}.") and not task.score(1, "that makes 1000.")
     asked = load_task("questions", count=2)
-    assert [prompt.prompt for prompt in asked.prompts] == [problem.messages()[0]["content"] for problem in expected]
+    assert [prompt.prompt for prompt in asked.prompts] == [problem.question for problem in expected]

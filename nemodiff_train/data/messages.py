@@ -39,10 +39,6 @@ class Conversation:
         return [index for index, role in enumerate(roles) if role == "assistant" and index not in self.ignored]
 
 
-class _WithoutText(Exception):
-    """A message has no text."""
-
-
 def read_conversation(
     messages: object, tools: object, system: object, where: str, template: str | None, notes: Notes
 ) -> Conversation | None:
@@ -68,15 +64,15 @@ def read_conversation(
         raise UserError("not a list of messages with 'role' and 'content'")
     cleaned = [_renamed(_without_nulls(message, notes, where)) for message in listed]
     learned = [_is_learned(message) for message in cleaned]
-    try:
-        read = [_read_message(message, template) for message in cleaned]
-    except _WithoutText:
-        notes.add(LEFT_OUT, "a message without text", where)
-        return None
-    for message in read:
-        for key in message:
-            if key not in ("role", "content") and not names(template, key):
-                notes.add(UNREAD_KEYS, key, where)
+    read: list[Message] = []
+    for message in cleaned:
+        if (normal := _read_message(message, template)) is None:
+            notes.add(LEFT_OUT, "a message without text", where)
+            return None
+        read.append(normal)
+    for key in (key for message in read for key in message):
+        if key not in ("role", "content") and not names(template, key):
+            notes.add(UNREAD_KEYS, key, where)
     if system and _needs_system(read, system):
         read, learned = [{"role": "system", "content": system}, *read], [True, *learned]
     ignored = frozenset(index for index, is_learned in enumerate(learned) if not is_learned)
@@ -156,12 +152,8 @@ def _is_learned(message: Message) -> bool:
     return all(marks.values())
 
 
-def _read_message(message: Message, template: str | None) -> Message:
-    """Return a message whose content is text and whose tool calls are objects.
-
-    Raises:
-        _WithoutText: The message is empty.
-    """
+def _read_message(message: Message, template: str | None) -> Message | None:
+    """Return a message whose content is text and whose tool calls are objects; None if there is nothing in it."""
     role = message["role"]
     if not isinstance(role, str):
         raise UserError(f"a message's role is {role!r}; it has to be text")
@@ -170,14 +162,12 @@ def _read_message(message: Message, template: str | None) -> Message:
     content = _text(message.get("content"))
     known = ("role", "content", "name", "tool_call_id")
     others = [key for key in message if key not in known and names(template, key)]
-    if content is None and role != "tool" and not others:
-        raise _WithoutText
-    if role == "assistant" and not others and not (content or "").strip():
-        raise _WithoutText
-    read = {**message, "content": content or ""}
-    if "tool_calls" in message:
-        read["tool_calls"] = _tool_calls(message["tool_calls"])
-    return read
+    if not others and content is None and role != "tool":
+        return None
+    if not others and role == "assistant" and not (content or "").strip():
+        return None
+    calls = {"tool_calls": _tool_calls(message["tool_calls"])} if "tool_calls" in message else {}
+    return {**message, "content": content or "", **calls}
 
 
 def _text(content: object) -> str | None:

@@ -48,10 +48,6 @@ class Problem:
         """Return the question without the words around it."""
         return self.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
 
-    def messages(self) -> list[dict[str, str]]:
-        """Return the problem as a conversation."""
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution.strip()}]
-
 
 @dataclass(frozen=True)
 class Sum:
@@ -169,6 +165,8 @@ def write_conversations(file: Path, count: int) -> None:
     drawn = problems("train", count, seed=1)
     with file.open("w") as lines:
         while drawn:
-            turns = [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]
-            messages = [message for problem in turns for message in problem.messages()]
+            messages = []
+            for problem in [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]:
+                messages.append({"role": "user", "content": problem.question})
+                messages.append({"role": "assistant", "content": problem.solution.strip()})
             print(json.dumps({"messages": messages}), file=lines)
