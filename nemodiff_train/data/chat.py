@@ -6,7 +6,6 @@ reads when an answer is asked for: where a token crosses the border between both
 """
 
 import contextlib
-import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -253,8 +252,3 @@ def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTem
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []
     ends = [int(id) for id in ids if id in tokenizer.added_tokens_decoder]
     return ends[-1] if ends else None
-
-
-def template_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the SHA-256 (hex) of the chat template."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()

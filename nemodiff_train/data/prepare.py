@@ -1,5 +1,6 @@
 """Prepare one indexed data set from documents, continuing where an interrupted run stopped."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemodiff_train.console import console, progress_bar
-from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_digest
+from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
 from nemodiff_train.data.columns import Document
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.inputs import InputOptions
@@ -64,12 +65,13 @@ def prepare(options: PrepareOptions) -> Manifest:
     encoder: Encoder[Any]
     if not options.chat:
         encoder = TextEncoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
-        columns = options.columns(None)
+        columns, template_digest = options.columns(None), None
     elif not tokenizer.is_fast:
         raise UserError(f"{options.tokenizer}: conversations need a tokenizer with a tokenizer.json; convert it")
     else:
         encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, options.eod_token))
         columns = options.columns(encoder.template.source)
+        template_digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
     sources = options.sources(columns)
     provenance = Provenance(
         tokenizer=TokenizerInfo(
@@ -79,7 +81,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         ),
         eod_token_id=encoder.eod_token_id,
         text_field=" ".join(columns.names),
-        chat_template=template_digest(tokenizer) if options.chat else None,
+        chat_template=template_digest,
         inputs=[source.info for source in sources],
     )
     partial = PartialOutput(options.output, provenance)
