@@ -3,8 +3,7 @@
 import random
 
 from nemodiff_train.decoding.generation import Cycle
-from nemodiff_train.evaluation.categories import by_category
-from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
+from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble, by_category
 from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
 from nemodiff_train.evaluation.scorers import Scorer, make_scorer

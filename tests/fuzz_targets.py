@@ -140,15 +140,15 @@ def _read_lines(inputs: Inputs, content: bytes) -> None:
     from nemodiff_train.data.columns import AnswerColumns, MessagesColumn, TextColumn
     from nemodiff_train.data.sources import documents, resolve
     from nemodiff_train.evaluation.records import LoggedRecord, read_jsonl
-    from nemodiff_train.evaluation.tasks import task_from_file
+    from nemodiff_train.evaluation.tasks import load_task
 
     path = inputs.write("lines.jsonl", content)
     readers: list[Callable[[], Any]] = [
         lambda: list(documents(resolve([str(path)], TextColumn("text"), "train", "*"))),
         lambda: list(documents(resolve([str(path)], MessagesColumn("messages"), "train", "*"))),
         lambda: list(documents(resolve([str(path)], AnswerColumns("prompt", "answer"), "train", "*"))),
-        lambda: task_from_file(path, "exact"),
-        lambda: task_from_file(path, "numeric"),
+        lambda: load_task(str(path), scorer="exact"),
+        lambda: load_task(str(path), scorer="numeric"),
         lambda: read_jsonl(path, LoggedRecord),
     ]
     _all(readers)

@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from nemodiff_train.evaluation.arithmetic import Problem, Sum, chained_problems, problems, split_of
+from nemodiff_train.evaluation.arithmetic import Problem, Sum, problems, split_of
+from tools.support.chained import chained_problems
 
 # What a problem's question asks for, as signs between its numbers in order; found by its wording alone.
 WORDING = {

@@ -356,6 +356,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "train: shares of nothing": (train("dataset.split='0,0,0'"), ["dataset.split is '0,0,0'"]),
     "train: shares that are none": (train("dataset.split=abc"), ["dataset.split is 'abc'"]),
+    "train: no data": (train("dataset.data=[]"), ["dataset.data is empty"]),
     "train: a weight for one of two": (train("dataset.data=['0.5',data,data]"), ["weights for some"]),
     "train: a weight below nothing": (train("dataset.data=['-1',data,'0.3',data]"), ["not above 0"]),
     "train: nowhere to go on from": (train("checkpoint.load=nope"), ["checkpoint.load='nope'"]),

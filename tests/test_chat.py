@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nemodiff_train.cli import main
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
+from nemodiff_train.data.conversations import pack
 from nemodiff_train.data.messages import Conversation
-from nemodiff_train.data.packing import pack
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint

@@ -209,7 +209,6 @@ def test_check_blend(prepared: str, tokenizer_dir: str, tmp_path: Path) -> None:
     cases: list[tuple[list[str], Any, int, str]] = [
         ([str(tmp_path / "none")], tokenizer, mask, "none.bin: no such file"),
         ([str(tmp_path / "empty")], tokenizer, mask, "is empty"),
-        ([], tokenizer, mask, "no training data"),
         ([prepared], tokenizer, 300, "outside the tokenizer's ids 0..299"),
         ([prepared], tokenizer, -1, "outside"),
         ([prepared], smaller, mask, "prepared with another tokenizer"),

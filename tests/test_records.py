@@ -164,7 +164,7 @@ def test_marked_turns_are_read_and_not_learned(tokenizers: dict[str, str]) -> No
 
 def read(path: Path, *, template: str | None = TURNS, columns: Any = None) -> tuple[list[Any], dict[str, Any]]:
     """The documents of a file, and what is told of the rest."""
-    columns = columns or MessagesColumn("messages", template=template)
+    columns = columns or MessagesColumn("messages", template)
     found = list(documents(resolve([str(path)], columns, "train", "*")))
     return found, {kind: dict(counts) for kind, counts in columns.notes._counts.items()}
 

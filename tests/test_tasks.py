@@ -68,11 +68,11 @@ def test_task_from_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', r"bad.jsonl:2: answer: Field required"),
-        (b'{"prompt": "", "answer": "1"}\n', r"bad.jsonl:1: prompt: String should have at least 1"),
-        (b'{"prompt": "a", "answer": 1}\n', r"bad.jsonl:1: answer: Input should be a valid string"),
-        (b'{"prompt": "a", "answer": "x"}\n', r"bad.jsonl:1: answer: .*no number in it"),
-        (b"\n\n{oops\n", r"bad.jsonl:3: Invalid JSON"),
+        (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', r"bad.jsonl:2: answer: field required"),
+        (b'{"prompt": "", "answer": "1"}\n', r"bad.jsonl:1: prompt is .*: string should have at least 1"),
+        (b'{"prompt": "a", "answer": 1}\n', r"bad.jsonl:1: answer is 1: input should be a valid string"),
+        (b'{"prompt": "a", "answer": "x"}\n', r"bad.jsonl:1: answer is .*no number in it"),
+        (b"\n\n{oops\n", r"bad.jsonl:3: invalid JSON"),
         (b'{"prompt": "\xff"}\n', r"bad.jsonl:1: not UTF-8 at byte 13"),
         (b"\n", r"bad.jsonl is empty"),
     ],
@@ -100,4 +100,4 @@ def test_arithmetic_takes_test_problems() -> None:
     assert [prompt.prompt for prompt in task.prompts] == [problem.prompt for problem in expected]
     assert task.score(1, f"that makes {expected[1].answer}.") and not task.score(1, "that makes 1000.")
     asked = load_task("questions", count=2)
-    assert [prompt.prompt for prompt in asked.prompts] == [problem.messages()[0]["content"] for problem in expected]
+    assert [prompt.prompt for prompt in asked.prompts] == [problem.question for problem in expected]

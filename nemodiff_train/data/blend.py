@@ -44,11 +44,10 @@ def check_blend(
     vocab_size = vocabulary_size(tokenizer)
     if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
         raise UserError(f"mask token id {mask_token_id} is outside the tokenizer's ids 0..{vocab_size - 1}")
-    if not prefixes:
-        raise UserError("no training data: name at least one prefix made by 'nemodiff data prepare'")
     fingerprint = tokenizer_fingerprint(tokenizer)
-    manifests = {prefix: Manifest.read(prefix) for prefix in prefixes}
-    for prefix, manifest in manifests.items():
+    endings: dict[int, str] = {}
+    for prefix in dict.fromkeys(prefixes):
+        manifest = Manifest.read(prefix)
         check_files(prefix, manifest)
         if manifest is not None and manifest.tokenizer.fingerprint != fingerprint:
             raise UserError(
@@ -56,19 +55,19 @@ def check_blend(
                 f"('{manifest.tokenizer.name}'); prepare it again with the model's"
             )
         index = read_index(prefix)
-        if conversations != (manifest is not None and manifest.chat_template is not None):
-            raise UserError(_other_kind(prefix, conversations))
+        is_chat = manifest is not None and manifest.chat_template is not None
+        if conversations and not is_chat:
+            raise UserError(f"{prefix}: holds no conversations; prepare it with 'nemodiff data prepare --chat'")
+        if is_chat and not conversations:
+            raise UserError(
+                f"{prefix}: holds conversations, which this run does not read; use sft, or prepare it without --chat"
+            )
         _check_tokens(prefix, manifest, index, tokenizer, mask_token_id, vocab_size if rows is None else rows)
-    endings = {manifest.eod_token_id: prefix for prefix, manifest in manifests.items() if manifest}
+        if manifest is not None:
+            endings[manifest.eod_token_id] = prefix
     if len(endings) > 1:
         described = ", ".join(f"{prefix} with id {token}" for token, prefix in endings.items())
         raise UserError(f"the data sets end documents differently: {described}; prepare them alike")
-
-
-def _other_kind(prefix: str, conversations: bool) -> str:
-    if conversations:
-        return f"{prefix}: holds no conversations; prepare it with 'nemodiff data prepare --chat'"
-    return f"{prefix}: holds conversations, which this run does not read; use sft, or prepare it without --chat"
 
 
 def _check_tokens(

@@ -6,19 +6,17 @@ reads when an answer is asked for: where a token crosses the border between both
 """
 
 import contextlib
-import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nemodiff_train.data.encode import EncodedBatch, EncodedDocument
+from nemodiff_train.data.encode import EncodedBatch, EncodedDocument, Encoder
 from nemodiff_train.data.messages import Conversation, names
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import end_of_document_id
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _TRIES = 20
-"""Times that a part of messages is looked at in vain before it counts as not read without a look."""
+"""Number of messages in which a part changes nothing before it counts as unread without another comparison."""
 
 
 class Answer(NamedTuple):
@@ -49,21 +47,28 @@ class Rendered:
     answers: list[Answer]
 
 
-@dataclass(frozen=True)
-class ChatEncoder:
+@dataclass
+class ChatEncoder(Encoder[Conversation]):
     """Turn conversations into documents of turns; every answer ends with ``eod_token_id``, the end of a turn."""
 
-    tokenizer: "PreTrainedTokenizerBase"
-    eod_token_id: int
     now: datetime | None = None
-    """What a template that asks for the date gets; None for the time of each conversation."""
+    """Date for a template that asks for it; None for the time of each conversation."""
+
+    def __post_init__(self) -> None:
+        self.template = ChatTemplate(self.tokenizer, self.now)
+        self._end_of_turn = str(self.tokenizer.decode([self.eod_token_id]))
+        self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
+        self._acting: set[tuple[str, str, bool]] = set()
+        """Roles and keys that are known to change the text, of the first message and of others."""
+        self._misses: Counter[tuple[str, str, bool]] = Counter()
 
     def __call__(self, conversations: tuple[Conversation, ...]) -> EncodedBatch:
         left_out: Counter[str] = Counter()
         unread: Counter[str] = Counter()
         rendered: list[Rendered] = []
         for conversation in conversations:
-            documents = list(self._documents(conversation)) if self._begins(conversation) else []
+            begins = conversation.answers[0] > 0 or asked_at_once(self.template, conversation) is not None
+            documents = list(self._documents(conversation)) if begins else []
             if not documents or not documents[0].answers[0].start:
                 left_out["an answer with nothing before it"] += 1
             elif not all(self._says_something(document) for document in documents):
@@ -105,10 +110,6 @@ class ChatEncoder:
         else:
             yield from rendered
 
-    def _begins(self, conversation: Conversation) -> bool:
-        """Return whether the template takes a conversation that begins with an answer, if this one does."""
-        return conversation.answers[0] > 0 or asked_at_once(self._template, conversation) is not None
-
     def _says_something(self, document: Rendered) -> bool:
         texts = (document.text[answer.start : answer.end] for answer in document.answers)
         return all(text.removesuffix(self._end_of_turn).strip() for text in texts)
@@ -116,15 +117,15 @@ class ChatEncoder:
     def _unread(self, conversation: Conversation) -> Iterator[str]:
         """Yield the parts of messages that leave the text as it is, though the template names their keys.
 
-        Such as the content of a role that it does not know, or a ``name`` where it reads that of a tool.
+        Examples are the content of a role that it does not know, and a ``name`` where it reads that of a tool.
         """
         for index, message in enumerate(conversation.messages):
             for key, value in message.items():
                 part = (str(message["role"]), key, index == 0)
-                if key == "role" or not value or part in self._read or not names(self._template.source, key):
+                if key == "role" or not value or part in self._acting or not names(self.template.source, key):
                     continue
                 if self._misses[part] < _TRIES and self._acts(conversation, index, key):
-                    self._read.add(part)
+                    self._acting.add(part)
                 else:
                     self._misses[part] += 1
                     yield f"{key} of role '{part[0]}'"
@@ -142,30 +143,10 @@ class ChatEncoder:
         except UserError:  # the template asks for it
             return True
 
-    @cached_property
-    def _read(self) -> set[tuple[str, str, bool]]:
-        return set()  # roles and keys that were found to act, of the first message and of others
-
-    @cached_property
-    def _misses(self) -> Counter[tuple[str, str, bool]]:
-        return Counter()
-
-    @cached_property
-    def _end_of_turn(self) -> str:
-        return str(self.tokenizer.decode([self.eod_token_id]))
-
-    @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.added_tokens_decoder)
-
-    @cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.now)
-
     def _render(self, conversation: Conversation, count: int, add_generation_prompt: bool) -> str:
         """Render the first ``count`` messages."""
         try:
-            return self._template(conversation.messages[:count], add_generation_prompt, conversation.tools)
+            return self.template(conversation.messages[:count], add_generation_prompt, conversation.tools)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}") from None
 
@@ -210,16 +191,17 @@ class ChatEncoder:
 
     def _cut(self, ids: list[int], borders: list[int], ends: list[int]) -> EncodedDocument:
         """Cut ids into prompts and answers, and end each answer that lacks it with the end of a turn."""
-        sequences: list[list[int]] = []
-        done = 0
+        tokens: list[int] = []
+        lengths: list[int] = []
+        start = 0
         for border, end in zip(borders, ends, strict=True):
             answer = ids[border:end]
             if answer[-1:] != [self.eod_token_id]:
                 answer = [*answer, self.eod_token_id]
-            sequences += [ids[done:border], answer]
-            done = end
-        lengths = [len(sequence) for sequence in sequences]
-        return EncodedDocument(np.array([i for sequence in sequences for i in sequence], dtype=np.int32), lengths)
+            tokens += ids[start:border] + answer
+            lengths += [border - start, len(answer)]
+            start = end
+        return EncodedDocument(np.array(tokens, dtype=np.int32), lengths)
 
 
 def asked_at_once(template: ChatTemplate, conversation: Conversation) -> str | None:
@@ -239,13 +221,11 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
             token.
 
     Raises:
-        UserError: ``token`` is not in the vocabulary, there is no template, or no token that could end an answer.
+        UserError: ``token`` is not in the vocabulary, or there is no template, or no token that could end an answer.
     """
-    end = None
-    if token is None:
-        template = ChatTemplate(tokenizer)
-        end = template_end_of_turn(tokenizer, template)
-    end = end_of_document_id(tokenizer, token) if end is None else end
+    end = template_end_of_turn(tokenizer, ChatTemplate(tokenizer)) if token is None else None
+    if end is None:
+        end = end_of_document_id(tokenizer, token)
     if (added := tokenizer.added_tokens_decoder.get(end)) and added.single_word:
         raise UserError(
             f"'{added.content}' ends an answer, but the tokenizer in '{tokenizer.name_or_path}' does not read it "
@@ -257,7 +237,7 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) -> i
 def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:
     """Return the added token that a template ends an answer with, None where it writes none or takes no answers.
 
-    It follows an answer whether or not another turn does; a token that only ends the whole text is none.
+    It follows an answer whether or not another turn does; a token that only ends the whole text does not count.
     """
     said = "An answer."
     talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
@@ -272,8 +252,3 @@ def template_end_of_turn(tokenizer: "PreTrainedTokenizerBase", template: ChatTem
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []
     ends = [int(id) for id in ids if id in tokenizer.added_tokens_decoder]
     return ends[-1] if ends else None
-
-
-def template_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the SHA-256 (hex) of the chat template."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()

@@ -2,141 +2,130 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
 
 from nemodiff_train.data.messages import Conversation, check_text, read_conversation
 from nemodiff_train.data.notes import LEFT_OUT, UNREAD_FIELDS, UNREAD_KEYS, Notes
 from nemodiff_train.errors import UserError, nearest
 
 Document = str | Conversation
+Row = Mapping[str, object]
+"""The fields of a record."""
 
 _SYSTEM = ("system", "system_prompt")
 _RECORD_MARKS = ("weight", "train", "training", "trainable", "loss_mask")
-_UNWRITTEN = "?"
-"""Stands where an answer is yet to be written."""
 
 
-class Columns[Item](Protocol):
-    """What is read of a record, and what becomes of it."""
+class Columns[Item](ABC):
+    """The fields that are read of a record, and the document that they make.
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
+    Args:
+        option: The option that names the fields, for messages to the user.
+        *names: Names of the fields that a record needs.
+    """
 
-    @property
-    def option(self) -> str:
-        """The option that names the fields, for messages to the user."""
+    of_texts = False
+    """Whether the content of a file without records is such a field."""
 
-    @property
-    def notes(self) -> Notes:
+    def __init__(self, option: str, *names: str) -> None:
+        self.option, self.names = option, names
+        self.notes = Notes()
         """Counts what is not used."""
-
-    @property
-    def of_texts(self) -> bool:
-        """Whether the content of a file without records is such a field."""
 
     def reads(self, name: str) -> bool:
         """Return whether a field is used where it is there."""
+        return name in self.names
 
-    def document(self, row: Mapping[str, object], where: str) -> Item | None:
+    @abstractmethod
+    def document(self, row: Row, where: str) -> Item | None:
         """Return the document in a row that has the fields it needs, None where it is left out.
 
         Raises:
-            UserError: A field is of another type.
+            UserError: A field is of another type; it does not say where.
         """
 
+    def _text(self, row: Row, name: str) -> str:
+        """Return the text in a field, empty for null."""
+        text = "" if row[name] is None else row[name]
+        if not isinstance(text, str):
+            raise UserError(f"field '{name}' is of type {type(text).__name__}, not text ({self.option})")
+        check_text(text, name)
+        return text
 
-@dataclass(frozen=True)
-class TextColumn:
+
+class TextColumn(Columns[str]):
     """A field that holds a text."""
 
-    name: str
-    notes: Notes = field(default_factory=Notes)
-    option: str = "--text-field"
-    of_texts: ClassVar = True
+    of_texts = True
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
-        return (self.name,)
+    def __init__(self, name: str, option: str = "--text-field") -> None:
+        super().__init__(option, name)
 
-    def reads(self, name: str) -> bool:
-        """Return whether a field is used."""
-        return name == self.name
-
-    def document(self, row: Mapping[str, object], where: str) -> str | None:
+    def document(self, row: Row, where: str) -> str | None:
         """Return the text in a row; see :class:`Columns`."""
-        text = _text(row[self.name], self.name, where, self.option)
+        text = self._text(row, self.names[0])
         if not text:
             self.notes.add(LEFT_OUT, "no text", where)
         return text or None
 
 
-@dataclass(frozen=True)
-class _ChatColumns(ABC):
-    """What conversations of either kind have beside their messages: tools, and a system prompt."""
+class _ChatColumns(Columns[Conversation]):
+    """Fields of conversations of either kind beside the messages: tools, and a system prompt."""
 
-    notes: Notes = field(default_factory=Notes, kw_only=True)
-    template: str | None = field(default=None, kw_only=True)
-    """Source of the chat template; None to take it that it reads everything."""
-    of_texts: ClassVar = False
-
-    @property
-    @abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
+    template: str | None
+    """Source of the chat template; None to assume that it reads everything."""
 
     def reads(self, name: str) -> bool:
         """Return whether a field is used where it is there."""
         return name in (*self.names, "tools", *_SYSTEM, *_RECORD_MARKS)
 
-    def _conversation(self, messages: object, row: Mapping[str, object], where: str) -> Conversation | None:
+    def _conversation(self, messages: object, row: Row, where: str) -> Conversation | None:
         for mark in _RECORD_MARKS:
             if row.get(mark) not in (None, 1):  # True as well
-                raise UserError(f"{where}: '{mark}' is {row[mark]!r}; records are learned alike, so take it out")
+                raise UserError(f"'{mark}' is {row[mark]!r}; records are learned alike, so take it out")
         if row.get("tools") and self.template is not None and "tools" not in self.template:
             self.notes.add(UNREAD_KEYS, "tools (beside the messages)", where)
         systems = [row[name] for name in _SYSTEM if row.get(name)]
         if systems[1:] and systems[0] != systems[1]:
-            raise UserError(f"{where}: '{_SYSTEM[0]}' and '{_SYSTEM[1]}' are two system prompts; take one out")
+            raise UserError(f"'{_SYSTEM[0]}' and '{_SYSTEM[1]}' are two system prompts; take one out")
         system = systems[0] if systems else None
         return read_conversation(messages, row.get("tools"), system, where, self.template, self.notes)
 
 
-@dataclass(frozen=True)
 class MessagesColumn(_ChatColumns):
     """A field that holds a list of messages, each with ``role`` and ``content``."""
 
-    name: str
-    option: ClassVar = "--messages-field"
+    def __init__(self, name: str, template: str | None = None) -> None:
+        super().__init__("--messages-field", name)
+        self.template = template
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
-        return (self.name,)
-
-    def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
+    def document(self, row: Row, where: str) -> Conversation | None:
         """Return the conversation in a row; see :class:`Columns`."""
-        return self._conversation(row[self.name], row, where)
+        return self._conversation(row[self.names[0]], row, where)
 
 
-@dataclass(frozen=True)
 class AnswerColumns(_ChatColumns):
-    """Two fields that hold a prompt and its answer."""
+    """Two fields that hold a prompt and its answer.
 
-    prompt: str
-    answer: str
-    option: ClassVar = "--prompt-field, --answer-field"
+    Args:
+        prompt: Name of the first field.
+        answer: Name of the second field.
+        template: Source of the chat template; None to assume that it reads everything.
+        unwritten: Whether answers are yet to be written: a record needs none, and none is read.
+    """
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
-        return (self.prompt, self.answer)
+    def __init__(self, prompt: str, answer: str, template: str | None = None, unwritten: bool = False) -> None:
+        super().__init__("--prompt-field, --answer-field", *([prompt] if unwritten else [prompt, answer]))
+        self.prompt, self.answer, self.template, self.unwritten = prompt, answer, template, unwritten
 
-    def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
+    def reads(self, name: str) -> bool:
+        """Return whether a field is used where it is there."""
+        return name == self.answer or super().reads(name)
+
+    def document(self, row: Row, where: str) -> Conversation | None:
         """Return the conversation in a row; see :class:`Columns`."""
-        prompt, answer = (_text(row[name], name, where, self.option) for name in (self.prompt, self.answer))
+        prompt = self._text(row, self.prompt)
+        answer = "?" if self.unwritten else self._text(row, self.answer)
         if not prompt or not answer:
             self.notes.add(LEFT_OUT, "no text", where)
             return None
@@ -145,65 +134,46 @@ class AnswerColumns(_ChatColumns):
 
 
 @dataclass(frozen=True)
-class PromptColumn(AnswerColumns):
-    """A field that holds a prompt, and the name of one for the answer that it is to get."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the fields that a record needs."""
-        return (self.prompt,)
-
-    def reads(self, name: str) -> bool:
-        """Return whether a field is used where it is there."""
-        return name == self.answer or super().reads(name)
-
-    def document(self, row: Mapping[str, object], where: str) -> Conversation | None:
-        """Return the conversation in a row, its answer yet to be written; see :class:`Columns`."""
-        return super().document({**row, self.answer: _UNWRITTEN}, where)
-
-
-@dataclass(frozen=True)
 class Record[Item]:
     """A document beside the record that it was read from."""
 
-    fields: Mapping[str, object]
+    fields: Row
     document: Item
 
 
-class WholeRecords[Item]:
-    """Read every field of the records in which other columns find a document, and keep them.
-
-    Args:
-        columns: The other columns.
-    """
+class WholeRecords[Item](Columns[Record[Item]]):
+    """Every field of the records in which other columns find a document."""
 
     def __init__(self, columns: Columns[Item]) -> None:
-        self.columns = columns
-        self.names, self.option = columns.names, columns.option
-        self.notes, self.of_texts = columns.notes, columns.of_texts
+        super().__init__(columns.option, *columns.names)
+        self.columns, self.notes, self.of_texts = columns, columns.notes, columns.of_texts
 
     def reads(self, name: str) -> bool:
         """Return True: every field is kept."""
         return True
 
-    def document(self, row: Mapping[str, object], where: str) -> Record[Item] | None:
+    def document(self, row: Row, where: str) -> Record[Item] | None:
         """Return a row with its document; see :class:`Columns`."""
         document = self.columns.document(row, where)
         return None if document is None else Record(row, document)
 
 
-def read_record[Item](columns: Columns[Item], row: Mapping[str, object], where: str) -> Item | None:
+def read_record[Item](columns: Columns[Item], row: object, where: str) -> Item | None:
     """Return the document in a record, and count its fields that nothing reads.
 
     Raises:
-        UserError: It lacks a field, or a field is not what it should be.
+        UserError: The record is not an object, lacks a field, or has one of another type.
     """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object with the field '{columns.names[0]}'")
     require(columns, list(row), where)
     for name, value in row.items():
         if not columns.reads(name) and value is not None:
             columns.notes.add(UNREAD_FIELDS, name, where)
     try:
         return columns.document(row, where)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except RecursionError as error:
         raise UserError(f"{where}: nested too deeply; correct or remove it") from error
 
@@ -219,12 +189,3 @@ def require(columns: Columns[object], existing: Sequence[str], where: str) -> No
             known = ", ".join(existing) or "none"
             near = nearest(name, existing)
             raise UserError(f"{where}: no field '{name}'; its fields: {known} ({columns.option}).{near}")
-
-
-def _text(value: object, name: str, where: str, option: str) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field '{name}' is of type {type(value).__name__}, not text ({option})")
-    check_text(value, name, lambda problem: UserError(f"{where}: {problem}"))
-    return value

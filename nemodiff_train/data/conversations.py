@@ -1,5 +1,6 @@
 """Pack conversations from Megatron's indexed data set; see :mod:`nemodiff_train.objective.conversation`."""
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,6 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from nemodiff_train.console import warn
-from nemodiff_train.data.packing import pack
 from nemodiff_train.errors import UserError
 
 
@@ -91,3 +91,33 @@ class ConversationDataset(MegatronDataset):
             "answers": torch.tensor([turn % 2 == 1 for sequences in turns for turn in range(len(sequences))]),
             "conversations": torch.tensor([document for document, sequences in enumerate(turns) for _ in sequences]),
         }
+
+
+def pack(sizes: npt.NDArray[np.int64], capacity: int, seed: int) -> list[list[int]]:
+    """Pack by best fit in random order: each item goes to the open bin that it leaves the least room in.
+
+    The order is random so that a bin is a random draw of items, however the items were sorted.
+
+    Args:
+        sizes: [items] positions that each takes, 1 .. ``capacity``.
+        capacity: Number of positions in a bin.
+        seed: Seed of the order; the same seed gives the same bins.
+
+    Returns:
+        The item numbers in each bin.
+    """
+    smallest = int(sizes.min())
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (positions left, bin number), sorted
+    for item in np.random.default_rng(seed).permutation(len(sizes)).tolist():
+        size = int(sizes[item])
+        best = bisect_left(open_bins, (size, 0))
+        if best < len(open_bins):
+            left, number = open_bins.pop(best)
+            bins[number].append(item)
+        else:
+            left, number = capacity, len(bins)
+            bins.append([item])
+        if left - size >= smallest:
+            insort(open_bins, (left - size, number))
+    return bins

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import batched
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,42 +48,26 @@ class EncodedBatch:
     unread: Mapping[str, int] = field(default_factory=dict)
     """Number of parts of messages that the chat template does not read, by what they are."""
 
-    @property
-    def tokens(self) -> int:
-        """Number of token ids of all documents."""
-        return sum(len(document.tokens) for document in self.documents)
 
-
-class Encoder[Item](Protocol):
+@dataclass
+class Encoder[Item](ABC):
     """Turn texts or conversations into token ids; pickled to the workers."""
-
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer that it encodes with."""
-        ...
-
-    @property
-    def eod_token_id(self) -> int:
-        """The token that ends documents, or answers."""
-        ...
-
-    def __call__(self, batch: tuple[Item, ...], /) -> EncodedBatch:
-        """Encode a batch."""
-        ...
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Turn texts into documents of one sequence, with no special tokens but the end of the document."""
 
     tokenizer: "PreTrainedTokenizerBase"
     eod_token_id: int
+    """The token that ends documents, or answers."""
+
+    @abstractmethod
+    def __call__(self, batch: tuple[Item, ...], /) -> EncodedBatch:
+        """Encode a batch."""
+
+
+class TextEncoder(Encoder[str]):
+    """Turn texts into documents of one sequence, with no special tokens but the end of the document."""
 
     def __call__(self, texts: tuple[str, ...]) -> EncodedBatch:
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        sequences = [np.array([*ids, self.eod_token_id], dtype=np.int32) for ids in encoded]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        sequences = [np.array([*ids, self.eod_token_id], dtype=np.int32) for ids in encoded["input_ids"]]
         documents = [EncodedDocument(sequence, [len(sequence)]) for sequence in sequences]
         return EncodedBatch(len(texts), documents, sum(len(text.encode()) for text in texts))
 

@@ -68,7 +68,9 @@ def read_index(prefix: str) -> Index:
         document_ends=content[12 * sequences : 12 * sequences + 8 * ends].view("<i8"),
     )
     _check_sequences(path, index, Path(f"{prefix}.bin").stat().st_size)
-    _check_documents(path, index.document_ends, sequences)
+    documents = index.document_ends
+    if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents[: _CHECKED_SEQUENCES + 1]) < 0).any():
+        raise _damaged(path, f"its documents are not made of its {sequences} sequences")
     return index
 
 
@@ -84,12 +86,6 @@ def _check_sequences(path: Path, index: Index, bin_bytes: int) -> None:
     last = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
     if index.lengths[-1] < 0 or last != bin_bytes:
         raise _damaged(path, f"its sequences do not fill the {bin_bytes} bytes of .bin")
-
-
-def _check_documents(path: Path, ends: npt.NDArray[np.int64], sequences: int) -> None:
-    checked = ends[: _CHECKED_SEQUENCES + 1]
-    if ends[0] != 0 or ends[-1] != sequences or (np.diff(checked) < 0).any():
-        raise _damaged(path, f"its documents are not made of its {sequences} sequences")
 
 
 def _damaged(path: Path, problem: str) -> UserError:

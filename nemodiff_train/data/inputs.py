@@ -49,8 +49,8 @@ class InputOptions:
         if not self.chat:
             return TextColumn(self.text_field or "text")
         if self.prompt_field and self.answer_field:
-            return AnswerColumns(self.prompt_field, self.answer_field, template=template)
-        return MessagesColumn(self.messages_field or "messages", template=template)
+            return AnswerColumns(self.prompt_field, self.answer_field, template)
+        return MessagesColumn(self.messages_field or "messages", template)
 
     def sources[Item](self, columns: Columns[Item]) -> Sequence[Source[Item]]:
         """Find the inputs, without reading documents.

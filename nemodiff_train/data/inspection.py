@@ -41,19 +41,15 @@ def inspect(prefix: str, verify: bool) -> None:
 def _table(prefix: str, manifest: Manifest, verified: bool) -> Table:
     table = Table(title=prefix, show_header=False)
     tokenizer = manifest.tokenizer
-    rows = [
-        ("documents", f"{manifest.documents:,}"),
-        ("tokens", f"{manifest.tokens:,} ({manifest.dtype})"),
-        ("text", f"{manifest.bytes:,} bytes ({manifest.bytes / manifest.tokens:.2f} per token)"),
-        ("tokenizer", f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:12]})"),
-        ("end of turn" if manifest.chat_template else "end of document", str(manifest.eod_token_id)),
-        ("checksums", "verified" if verified else "not checked (--verify)"),
-    ]
+    table.add_row("documents", f"{manifest.documents:,}")
+    table.add_row("tokens", f"{manifest.tokens:,} ({manifest.dtype})")
+    table.add_row("text", f"{manifest.bytes:,} bytes ({manifest.bytes / manifest.tokens:.2f} per token)")
+    table.add_row("tokenizer", f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, {tokenizer.fingerprint[:12]})")
+    table.add_row("end of turn" if manifest.chat_template else "end of document", str(manifest.eod_token_id))
+    table.add_row("checksums", "verified" if verified else "not checked (--verify)")
     for source in manifest.inputs:
         split = f", split {source.split}" if source.split else ""
-        rows.append(("input", f"{source.path} ({source.files:,} files, {source.bytes:,} bytes{split})"))
-    for name, value in rows:
-        table.add_row(name, value)
+        table.add_row("input", f"{source.path} ({source.files:,} files, {source.bytes:,} bytes{split})")
     return table
 
 

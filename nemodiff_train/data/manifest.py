@@ -67,11 +67,8 @@ class Provenance(_Record):
 
     def same_tokens(self, other: "Provenance") -> bool:
         """Return whether both turn text into the same ids."""
-        return (self.tokenizer.fingerprint, self.eod_token_id, self.chat_template) == (
-            other.tokenizer.fingerprint,
-            other.eod_token_id,
-            other.chat_template,
-        )
+        ours, theirs = ((it.tokenizer.fingerprint, it.eod_token_id, it.chat_template) for it in (self, other))
+        return ours == theirs
 
     def same_output(self, other: "Provenance") -> bool:
         """Return whether both produce the same data set."""
@@ -193,6 +190,7 @@ def count_tokens(
     tokens = np.memmap(path, dtype=dtype, mode="r")[:limit]
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK_TOKENS):
+        # [ids] counts of a chunk; longer than before where it holds larger ids.
         chunk_counts = np.bincount(tokens[start : start + _CHUNK_TOKENS], minlength=len(counts))
         counts = np.pad(counts, (0, len(chunk_counts) - len(counts))) + chunk_counts
     return counts

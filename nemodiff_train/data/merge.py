@@ -24,23 +24,40 @@ def merge(shards: Sequence[str], output: str, overwrite: bool = False) -> Manife
 
     Raises:
         UserError: A shard is missing, damaged or named twice; two were made with different tokenizers; or the
-            output cannot be used. Nothing is left behind then.
+            output cannot be used. Nothing is written then.
     """
     check_output(output)
     manifests = [Manifest.require(shard) for shard in shards]
-    _check_alike(shards, manifests)
-    if any(Path(shard).absolute() == Path(output).absolute() for shard in shards):
-        raise UserError(f"--output {output}: one of the shards; choose another name")
-    provenance = _joint_provenance(manifests)
+    first = manifests[0]
+    for number, (shard, manifest) in enumerate(zip(shards, manifests, strict=True)):
+        if shard in shards[:number]:
+            raise UserError(f"{shard}: named twice; its documents would be in the result twice")
+        if not manifest.same_tokens(first) or manifest.dtype != first.dtype:
+            raise UserError(
+                f"{shard}: prepared with another tokenizer, end-of-document token or chat template than {shards[0]}; "
+                "prepare them alike"
+            )
+        if Path(shard).absolute() == Path(output).absolute():
+            raise UserError(f"--output {output}: one of the shards; choose another name")
+    provenance = Provenance(
+        tokenizer=first.tokenizer,
+        eod_token_id=first.eod_token_id,
+        chat_template=first.chat_template,
+        text_field=", ".join(dict.fromkeys(manifest.text_field for manifest in manifests)),
+        inputs=[source for manifest in manifests for source in manifest.inputs],
+    )
     partial = PartialOutput(output, provenance)
     if not overwrite and (finished := existing(output, provenance, partial)):
         return finished
     with partial.locked():
         partial.restore(overwrite)
         try:
+            chunks = []
             for shard, manifest in zip(shards, manifests, strict=True):
                 manifest.verify_checksums(shard)
-            partial.adopt([_chunk(shard, manifest) for shard, manifest in zip(shards, manifests, strict=True)])
+                size = Size(documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes)
+                chunks.append(Chunk(stem=str(Path(shard).absolute()), size=size))
+            partial.adopt(chunks)
             return partial.publish()
         except UserError:
             partial.discard()
@@ -48,32 +65,3 @@ def merge(shards: Sequence[str], output: str, overwrite: bool = False) -> Manife
         except OSError as error:
             partial.discard()
             raise UserError(f"{output}: {error}; the same command starts again") from error
-
-
-def _check_alike(shards: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """Refuse a shard that occurs twice, and tokens that do not mean the same as those of the first shard."""
-    for number, (shard, manifest) in enumerate(zip(shards, manifests, strict=True)):
-        if shard in shards[:number]:
-            raise UserError(f"{shard}: named twice; its documents would be in the result twice")
-        if not manifest.same_tokens(manifests[0]) or manifest.dtype != manifests[0].dtype:
-            raise UserError(
-                f"{shard}: prepared with another tokenizer, end-of-document token or chat template than {shards[0]}; "
-                "prepare them alike"
-            )
-
-
-def _joint_provenance(manifests: Sequence[Manifest]) -> Provenance:
-    """Return the provenance of one command for all inputs."""
-    first = manifests[0]
-    return Provenance(
-        tokenizer=first.tokenizer,
-        eod_token_id=first.eod_token_id,
-        chat_template=first.chat_template,
-        text_field=", ".join(dict.fromkeys(manifest.text_field for manifest in manifests)),
-        inputs=[source for manifest in manifests for source in manifest.inputs],
-    )
-
-
-def _chunk(shard: str, manifest: Manifest) -> Chunk:
-    size = Size(documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes)
-    return Chunk(stem=str(Path(shard).absolute()), size=size)

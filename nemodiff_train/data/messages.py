@@ -2,9 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from nemodiff_train.data.notes import LEFT_OUT, NULLS, TRAILING, UNREAD_KEYS, Notes
@@ -15,7 +14,7 @@ Message = dict[str, object]
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ANSWERS = ("assistant", "ai", "bot", "chatgpt", "function_call", "gpt", "model", "tool_call")
-"""Roles, in small letters, that speak for the model; a template knows only the first."""
+"""Roles of the model in public data, in lower case; a template knows only the first."""
 _MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 """Keys that say whether a message is learned: 1 or true, 0 or false."""
 _PARTIAL_MARKS = ("train_detail", "training_detail", "loss_scale")
@@ -40,10 +39,6 @@ class Conversation:
         return [index for index, role in enumerate(roles) if role == "assistant" and index not in self.ignored]
 
 
-class _WithoutText(Exception):
-    """A message has none."""
-
-
 def read_conversation(
     messages: object, tools: object, system: object, where: str, template: str | None, notes: Notes
 ) -> Conversation | None:
@@ -55,45 +50,42 @@ def read_conversation(
         tools: Definitions of tools, as a list or as JSON, or None.
         system: A text to begin with, or None.
         where: File and line.
-        template: Source of the chat template, to know which keys it reads; None to take it that it reads all.
+        template: Source of the chat template, to know which keys it reads; None to assume that it reads all.
         notes: Counts what is not used.
 
     Raises:
-        UserError: Something in there could not be learned as it was meant.
+        UserError: Something in there could not be learned as it was meant; it does not say where.
     """
-    refuse = _refuser(where)
-    given = _parsed(messages)
-    if not given:
+    listed = _parsed(messages)
+    if not listed:
         notes.add(LEFT_OUT, "no messages", where)
         return None
-    if not isinstance(given, list) or not all(_is_message(message) for message in given):
-        raise refuse("not a list of messages with 'role' and 'content'")
-    reads = partial(names, template)
-    cleaned = [_renamed(_without_nulls(message, notes, where)) for message in given]
-    ignored = frozenset(index for index, message in enumerate(cleaned) if not _is_learned(message, refuse))
-    try:
-        read = [_read_message(message, reads, refuse) for message in cleaned]
-    except _WithoutText:
-        notes.add(LEFT_OUT, "a message without text", where)
-        return None
-    for message in read:
-        for key in message:
-            if key not in ("role", "content") and not reads(key):
-                notes.add(UNREAD_KEYS, key, where)
-    read, ignored = _with_system(read, ignored, system, refuse)
-    conversation = Conversation(read, where, _tools(tools, refuse), ignored)
-    if not any(message["role"] == "assistant" for message in read):
-        raise refuse(f"no message of role 'assistant' to learn; its roles: {', '.join(str(m['role']) for m in read)}")
+    if not isinstance(listed, list) or not all(_is_message(message) for message in listed):
+        raise UserError("not a list of messages with 'role' and 'content'")
+    cleaned = [_renamed(_without_nulls(message, notes, where)) for message in listed]
+    learned = [_is_learned(message) for message in cleaned]
+    read: list[Message] = []
+    for message in cleaned:
+        if (normal := _read_message(message, template)) is None:
+            notes.add(LEFT_OUT, "a message without text", where)
+            return None
+        read.append(normal)
+    for key in (key for message in read for key in message):
+        if key not in ("role", "content") and not names(template, key):
+            notes.add(UNREAD_KEYS, key, where)
+    if system and _needs_system(read, system):
+        read, learned = [{"role": "system", "content": system}, *read], [True, *learned]
+    ignored = frozenset(index for index, is_learned in enumerate(learned) if not is_learned)
+    conversation = Conversation(read, where, _tools(tools), ignored)
+    roles = [str(message["role"]) for message in read]
+    if "assistant" not in roles:
+        raise UserError(f"no message of role 'assistant' to learn; its roles: {', '.join(roles)}")
     if not conversation.answers:
         notes.add(LEFT_OUT, "every answer is marked not to be learned", where)
         return None
-    if read[-1]["role"] != "assistant":
-        notes.add(TRAILING, f"of role '{read[-1]['role']}'", where)
+    if roles[-1] != "assistant":
+        notes.add(TRAILING, f"of role '{roles[-1]}'", where)
     return conversation
-
-
-def _refuser(where: str) -> Callable[[str], UserError]:
-    return lambda problem: UserError(f"{where}: {problem}")
 
 
 @cache
@@ -103,7 +95,7 @@ def names(template: str | None, key: str) -> bool:
 
 
 def _parsed(value: object) -> object:
-    """Return what a text says as JSON, if it does, else the value itself."""
+    """Return the content of a text of JSON, else the value itself."""
     if not isinstance(value, str):
         return value
     try:
@@ -147,108 +139,103 @@ def drop_nulls(value: object) -> tuple[object, int]:
     return {key: part for key, (part, _) in entries.items()}, dropped
 
 
-def _is_learned(message: Message, refuse: Callable[[str], UserError]) -> bool:
+def _is_learned(message: Message) -> bool:
     """Take the marks out of a message, and return what they say."""
     if partial := next((key for key in _PARTIAL_MARKS if key in message), None):
-        raise refuse(f"'{partial}' asks for a part of a message, and answers are learned whole; take it out")
+        raise UserError(f"'{partial}' asks for a part of a message, and answers are learned whole; take it out")
     marks = {key: message.pop(key) for key in _MARKS if key in message}
     for key, mark in marks.items():
         if mark not in (0, 1):  # True and False as well
-            raise refuse(f"'{key}' of a message is {mark!r}; use 0 or 1: an answer is learned or not")
+            raise UserError(f"'{key}' of a message is {mark!r}; use 0 or 1: an answer is learned or not")
         if mark and message["role"] != "assistant":
-            raise refuse(f"'{key}' asks for a message of role '{message['role']}' to be learned; only answers are")
+            raise UserError(f"'{key}' asks for a message of role '{message['role']}' to be learned; only answers are")
     return all(marks.values())
 
 
-def _read_message(message: Message, reads: Callable[[str], bool], refuse: Callable[[str], UserError]) -> Message:
-    """Return a message whose content is text and whose tool calls are objects.
-
-    Raises:
-        _WithoutText: There is nothing in it.
-    """
+def _read_message(message: Message, template: str | None) -> Message | None:
+    """Return a message whose content is text and whose tool calls are objects; None if there is nothing in it."""
     role = message["role"]
     if not isinstance(role, str):
-        raise refuse(f"a message's role is {role!r}; it has to be text")
+        raise UserError(f"a message's role is {role!r}; it has to be text")
     if role != "assistant" and role.lower() in _ANSWERS:
-        raise refuse(f"a message has the role '{role}'; rename it to 'assistant' if the model is to learn it")
-    content = _text(message.get("content"), refuse)
-    others = [key for key in message if key not in ("role", "content", "name", "tool_call_id") and reads(key)]
-    if content is None and role != "tool" and not others:
-        raise _WithoutText
-    if role == "assistant" and not others and not (content or "").strip():
-        raise _WithoutText
-    read = {**message, "content": content or ""}
-    if "tool_calls" in message:
-        read["tool_calls"] = _tool_calls(message["tool_calls"], refuse)
-    return read
+        raise UserError(f"a message has the role '{role}'; rename it to 'assistant' if the model is to learn it")
+    content = _text(message.get("content"))
+    known = ("role", "content", "name", "tool_call_id")
+    others = [key for key in message if key not in known and names(template, key)]
+    if not others and content is None and role != "tool":
+        return None
+    if not others and role == "assistant" and not (content or "").strip():
+        return None
+    calls = {"tool_calls": _tool_calls(message["tool_calls"])} if "tool_calls" in message else {}
+    return {**message, "content": content or "", **calls}
 
 
-def _text(content: object, refuse: Callable[[str], UserError]) -> str | None:
+def _text(content: object) -> str | None:
     """Return content as one text; parts of text are joined."""
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise refuse(f"a part of a message is of type {kind!r}; only text is learned")
+                raise UserError(f"a part of a message is of type {kind!r}; only text is learned")
             if extra := next((key for key in part if key not in ("type", "text")), None):
-                raise refuse(f"a part of a message has the key '{extra}', which nothing reads; take it out")
+                raise UserError(f"a part of a message has the key '{extra}', which nothing reads; take it out")
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
-        raise refuse(f"the content of a message is of type {type(content).__name__}, not text")
+        raise UserError(f"the content of a message is of type {type(content).__name__}, not text")
     if content is not None:
-        check_text(content, "content", refuse)
+        check_text(content, "content")
     return content
 
 
-def check_text(text: str, name: str, refuse: Callable[[str], UserError]) -> None:
+def check_text(text: str, name: str) -> None:
     """Refuse half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise refuse(f"half a surrogate pair in '{name}'; correct or remove it") from error
+        raise UserError(f"half a surrogate pair in '{name}'; correct or remove it") from error
 
 
-def _tool_calls(calls: object, refuse: Callable[[str], UserError]) -> list[object]:
+def _tool_calls(calls: object) -> list[object]:
     """Return tool calls with their arguments as objects; OpenAI's are JSON in a text, which templates would quote."""
     parsed = _parsed(calls)
     if not isinstance(parsed, list) or not all(isinstance(call, dict) for call in parsed):
-        raise refuse("'tool_calls' is not a list of objects")
-    return [_with_arguments(call, refuse) for call in parsed]
+        raise UserError("'tool_calls' is not a list of objects")
+    return [_with_arguments(call) for call in parsed]
 
 
-def _with_arguments(call: dict[str, Any], refuse: Callable[[str], UserError]) -> dict[str, Any]:
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(function := call.get("function"), dict):
-        return {**call, "function": _with_arguments(function, refuse)}
+        return {**call, "function": _with_arguments(function)}
     if not isinstance(call.get("arguments"), str):
         return call
     arguments = _parsed(call["arguments"] or "{}")
     if not isinstance(arguments, dict):
-        raise refuse(f"the arguments of a tool call are not a JSON object: {call['arguments'][:80]!r}")
+        raise UserError(f"the arguments of a tool call are not a JSON object: {call['arguments'][:80]!r}")
     return {**call, "arguments": arguments}
 
 
-def _tools(tools: object, refuse: Callable[[str], UserError]) -> list[object] | None:
+def _tools(tools: object) -> list[object] | None:
     """Return definitions of tools as objects; many data sets keep them as JSON in a text."""
     listed = _parsed(tools)
     if not listed:
         return None
     definitions = [_parsed(tool) for tool in listed] if isinstance(listed, list) else [listed]
     if not all(isinstance(tool, dict) for tool in definitions):
-        raise refuse("'tools' is not a list of objects")
+        raise UserError("'tools' is not a list of objects")
     return [drop_nulls(tool)[0] for tool in definitions]
 
 
-def _with_system(
-    messages: list[Message], ignored: frozenset[int], system: object, refuse: Callable[[str], UserError]
-) -> tuple[list[Message], frozenset[int]]:
-    """Put a system prompt that stands beside the messages before them."""
-    if not system:
-        return messages, ignored
+def _needs_system(messages: list[Message], system: object) -> bool:
+    """Return whether a system prompt that stands beside the messages has to be put before them.
+
+    Raises:
+        UserError: It is not text, or another one stands among the messages.
+    """
     if not isinstance(system, str):
-        raise refuse(f"the system prompt beside the messages is of type {type(system).__name__}, not text")
-    check_text(system, "system", refuse)
+        raise UserError(f"the system prompt beside the messages is of type {type(system).__name__}, not text")
+    check_text(system, "system")
     if messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages], frozenset(index + 1 for index in ignored)
+        return True
     if messages[0]["content"] != system:
-        raise refuse("a system prompt stands beside the messages and another one among them; take one out")
-    return messages, ignored
+        raise UserError("a system prompt stands beside the messages and another one among them; take one out")
+    return False

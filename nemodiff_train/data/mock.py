@@ -8,7 +8,7 @@ from megatron.bridge.training.config import GPTDatasetConfig
 from megatron.core.datasets.gpt_dataset import MockGPTDataset, MockGPTLowLevelDataset
 
 MOCK = "mock"
-"""What ``dataset.data`` names in the place of a prefix."""
+"""Value of ``dataset.data`` in the place of a prefix."""
 
 
 @dataclass(init=False)  # the parent's __init__ takes no further settings
@@ -35,7 +35,7 @@ class _Documents(MockGPTLowLevelDataset):
 
 
 class MockText(MockGPTDataset):
-    """Samples of such documents."""
+    """Samples of Megatron's mock documents."""
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str | None, config: MockConfig) -> _Documents:

@@ -14,7 +14,7 @@ LEFT_OUT = "records left out"
 
 
 class Notes:
-    """How often each remark holds, and where it did first; printed once, a line per kind."""
+    """The count of each remark and its first place; printed once, one line per kind."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[str]] = {}

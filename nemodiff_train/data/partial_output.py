@@ -8,7 +8,7 @@ data sets are merged, they are the chunks, and they stay where they are.
 import fcntl
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -39,11 +39,7 @@ class Size(BaseModel):
     bytes: NonNegativeInt = 0
 
     def __add__(self, other: "Size") -> "Size":
-        return Size(
-            documents=self.documents + other.documents,
-            tokens=self.tokens + other.tokens,
-            bytes=self.bytes + other.bytes,
-        )
+        return Size(**{name: value + getattr(other, name) for name, value in self})
 
 
 class Chunk(BaseModel):
@@ -58,10 +54,14 @@ class Chunk(BaseModel):
     """Number of parts of messages that the chat template does not read."""
 
 
-class _State(BaseModel):
+class State(BaseModel):
+    """What ``state.json`` holds."""
+
     provenance: Provenance
     started: datetime = Field(default_factory=datetime.now)
+    """When the first chunk was begun, by whichever run."""
     chunks: list[Chunk] = []
+    """The finished ones."""
 
 
 class PartialOutput:
@@ -75,8 +75,10 @@ class PartialOutput:
     def __init__(self, prefix: str, provenance: Provenance) -> None:
         self._prefix = prefix
         self._folder = Path(f"{prefix}.partial")
-        self._state = _State(provenance=provenance)
-        self._dtype = np.dtype(token_type(provenance.tokenizer.vocab_size))
+        self._afresh = f"remove the directory {self._folder} to start afresh"
+        self.state = State(provenance=provenance)
+        # The smallest type that Megatron stores ids of this vocabulary in.
+        self._dtype = np.dtype(np.uint16 if provenance.tokenizer.vocab_size < 65_500 else np.int32)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -110,10 +112,10 @@ class PartialOutput:
             UserError: They were made from other inputs or with another tokenizer, or one is damaged.
         """
         stored = self._stored()
-        if stored is not None and stored.provenance.same_output(self._state.provenance):
+        if stored is not None and stored.provenance.same_output(self.state.provenance):
             for number, chunk in enumerate(stored.chunks):
                 self._check_chunk(number, chunk)
-            self._state.chunks, self._state.started = stored.chunks, stored.started
+            self.state.chunks, self.state.started = stored.chunks, stored.started
         elif stored is not None and not overwrite:
             raise UserError(
                 f"{self._folder}: left by an interrupted run with other inputs, tokenizer or options; "
@@ -136,87 +138,57 @@ class PartialOutput:
         except UserError as error:
             raise UserError(f"{error}; {self._afresh}") from None
 
-    @property
-    def _afresh(self) -> str:
-        return f"remove the directory {self._folder} to start afresh"
-
     def resumable(self) -> bool:
         """Return whether an interrupted run of the same output left its state."""
         stored = self._stored()
-        return stored is not None and stored.provenance.same_output(self._state.provenance)
+        return stored is not None and stored.provenance.same_output(self.state.provenance)
 
-    def _stored(self) -> _State | None:
+    def _stored(self) -> State | None:
         path = self._folder / "state.json"
         try:
-            return _State.model_validate_json(path.read_bytes()) if path.is_file() else None
+            return State.model_validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
             raise UserError(f"{path}: damaged ({first_problem(error)}); {self._afresh}") from error
 
     @property
     def size(self) -> Size:
         """The size of all finished chunks."""
-        return sum((chunk.size for chunk in self._state.chunks), Size())
-
-    @property
-    def started(self) -> datetime:
-        """When the first chunk was begun, by whichever run."""
-        return self._state.started
-
-    @property
-    def left_out(self) -> Counter[str]:
-        """Number of inputs of all finished chunks without a document, by reason."""
-        return sum((Counter(chunk.left_out) for chunk in self._state.chunks), Counter())
-
-    @property
-    def unread(self) -> Counter[str]:
-        """Number of parts of messages in all finished chunks that the chat template does not read."""
-        return sum((Counter(chunk.unread) for chunk in self._state.chunks), Counter())
+        return sum((chunk.size for chunk in self.state.chunks), Size())
 
     def adopt(self, chunks: Sequence[Chunk]) -> None:
         """Use finished data sets as the chunks."""
-        self._state.chunks = list(chunks)
+        self.state.chunks = list(chunks)
         self._save_state()
 
-    def write(self, batches: Iterator[EncodedBatch], progress: Callable[[Size], None]) -> None:
-        """Write all batches, chunk by chunk; ``progress`` is called with the size of each batch."""
-        while (chunk := self._write_chunk(batches, progress)).size.documents:
-            self._state.chunks.append(chunk)
+    def write(self, batches: Iterator[EncodedBatch]) -> Iterator[Size]:
+        """Write all batches, chunk by chunk, and yield the size of each batch."""
+        while True:
+            stem = f"{len(self.state.chunks):05d}"
+            size, left_out, unread = Size(), Counter[str](), Counter[str]()
+            with self._builder(stem) as builder:
+                for batch in batches:
+                    left_out.update(batch.left_out)
+                    unread.update(batch.unread)
+                    tokens = sum(len(document.tokens) for document in batch.documents)
+                    for document in batch.documents:
+                        builder.add_document(*document)
+                    written = Size(documents=batch.inputs, tokens=tokens, bytes=batch.text_bytes)
+                    size += written
+                    yield written
+                    if size.bytes >= CHUNK_BYTES:
+                        break
+            if not size.documents:
+                return
+            self.state.chunks.append(Chunk(stem=stem, size=size, left_out=left_out, unread=unread))
             self._save_state()
-
-    def _write_chunk(self, batches: Iterator[EncodedBatch], progress: Callable[[Size], None]) -> Chunk:
-        stem = f"{len(self._state.chunks):05d}"
-        builder = self._builder(stem)
-        size, left_out, unread = Size(), Counter[str](), Counter[str]()
-        for batch in batches:
-            left_out.update(batch.left_out)
-            unread.update(batch.unread)
-            for document in batch.documents:
-                builder.add_document(*document)
-            written = Size(documents=batch.inputs, tokens=batch.tokens, bytes=batch.text_bytes)
-            size += written
-            progress(written)
-            if size.bytes >= CHUNK_BYTES:
-                break
-        self._finalize(builder, stem)
-        return Chunk(stem=stem, size=size, left_out=left_out, unread=unread)
 
     def publish(self) -> Manifest:
         """Join the chunks, move the result into place and remove the chunks."""
         joined = str(self._folder / "joined")
-        builder = self._builder("joined")
-        for chunk in self._state.chunks:
-            builder.add_index(str(self._folder / chunk.stem))
-        self._finalize(builder, "joined")
-        manifest = self._describe(joined)
-        Path(f"{self._prefix}.json").unlink(missing_ok=True)  # it describes the files about to be replaced
-        for suffix in SUFFIXES:
-            replace_atomic(Path(joined + suffix), Path(self._prefix + suffix))
-        self.discard()
-        return manifest
-
-    def _describe(self, joined: str) -> Manifest:
-        """Write the counts and the manifest of the joined files."""
-        provenance = self._state.provenance
+        with self._builder("joined") as builder:
+            for chunk in self.state.chunks:
+                builder.add_index(str(self._folder / chunk.stem))
+        provenance = self.state.provenance
         counts = count_tokens(Path(f"{joined}.bin"), self._dtype, provenance.tokenizer.vocab_size)
         np.save(f"{joined}.counts.npy", counts)
         manifest = Manifest(
@@ -227,26 +199,26 @@ class PartialOutput:
             idx_sha256=sha256_of(Path(f"{joined}.idx")),
         )
         Path(f"{joined}.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        Path(f"{self._prefix}.json").unlink(missing_ok=True)  # it describes the files about to be replaced
+        for suffix in SUFFIXES:
+            replace_atomic(Path(joined + suffix), Path(self._prefix + suffix))
+        self.discard()
         return manifest
 
     def discard(self) -> None:
         """Remove the chunks."""
         shutil.rmtree(self._folder)
 
-    def _builder(self, stem: str) -> "IndexedDatasetBuilder":
+    @contextmanager
+    def _builder(self, stem: str) -> Iterator["IndexedDatasetBuilder"]:
+        """Yield what writes a ``.bin`` and its ``.idx``; at the end of the context both are on the disk."""
         from nemodiff_train.data.indexed import IndexedDatasetBuilder
 
-        return IndexedDatasetBuilder(f"{self._folder / stem}.bin", dtype=self._dtype.type)
-
-    def _finalize(self, builder: "IndexedDatasetBuilder", stem: str) -> None:
+        builder = IndexedDatasetBuilder(f"{self._folder / stem}.bin", dtype=self._dtype.type)
+        yield builder
         builder.finalize(f"{self._folder / stem}.idx")
         for suffix in (".bin", ".idx"):
             sync(self._folder / f"{stem}{suffix}")
 
     def _save_state(self) -> None:
-        write_atomic(self._folder / "state.json", self._state.model_dump_json())
-
-
-def token_type(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """Return the smallest type that Megatron stores ids of this vocabulary in."""
-    return np.uint16 if vocab_size < 65_500 else np.int32
+        write_atomic(self._folder / "state.json", self.state.model_dump_json())

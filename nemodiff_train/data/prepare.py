@@ -1,16 +1,16 @@
 """Prepare one indexed data set from documents, continuing where an interrupted run stopped."""
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nemodiff_train.console import console, progress_bar
-from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id, template_digest
+from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
 from nemodiff_train.data.columns import Document
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.inputs import InputOptions
@@ -18,7 +18,6 @@ from nemodiff_train.data.manifest import Manifest, Provenance, TokenizerInfo
 from nemodiff_train.data.notes import LEFT_OUT, UNREAD_KEYS, Notes
 from nemodiff_train.data.partial_output import SUFFIXES, PartialOutput, Size
 from nemodiff_train.data.sources import Source, documents
-from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import (
     end_of_document_id,
     load_tokenizer,
@@ -59,18 +58,20 @@ def prepare(options: PrepareOptions) -> Manifest:
         The manifest of the finished data set.
 
     Raises:
-        UserError: An input, the tokenizer or the output cannot be used. Nothing is left behind then.
+        UserError: An input, the tokenizer or the output cannot be used. Nothing is written then.
     """
     options.check()
     tokenizer = load_tokenizer(options.tokenizer)
     encoder: Encoder[Any]
-    if options.chat:
-        if not tokenizer.is_fast:
-            raise UserError(f"{options.tokenizer}: conversations need a tokenizer with a tokenizer.json; convert it")
-        encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, options.eod_token))
-    else:
+    if not options.chat:
         encoder = TextEncoder(tokenizer, end_of_document_id(tokenizer, options.eod_token))
-    columns = options.columns(ChatTemplate(tokenizer).source if options.chat else None)
+        columns, template_digest = options.columns(None), None
+    elif not tokenizer.is_fast:
+        raise UserError(f"{options.tokenizer}: conversations need a tokenizer with a tokenizer.json; convert it")
+    else:
+        encoder = ChatEncoder(tokenizer, end_of_turn_id(tokenizer, options.eod_token))
+        columns = options.columns(encoder.template.source)
+        template_digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
     sources = options.sources(columns)
     provenance = Provenance(
         tokenizer=TokenizerInfo(
@@ -80,7 +81,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         ),
         eod_token_id=encoder.eod_token_id,
         text_field=" ".join(columns.names),
-        chat_template=template_digest(tokenizer) if options.chat else None,
+        chat_template=template_digest,
         inputs=[source.info for source in sources],
     )
     partial = PartialOutput(options.output, provenance)
@@ -138,19 +139,28 @@ def _continue(
     partial: PartialOutput,
     notes: Notes,
 ) -> Manifest:
-    """Write the chunks that are missing, then publish and tell what was not used."""
+    """Write the chunks that are missing, then publish and print what was not used."""
     done = partial.restore(options.overwrite)
     if done.documents:
         console.print(f"continuing after {done.documents:,} documents")
     # One date for all conversations, also of a run that is continued.
-    dated: Encoder[Any] = replace(encoder, now=partial.started) if isinstance(encoder, ChatEncoder) else encoder
+    dated: Encoder[Any] = replace(encoder, now=partial.state.started) if isinstance(encoder, ChatEncoder) else encoder
+    remaining = islice(documents(sources), done.documents, None)
+    columns = "{task.fields[tokens]:,.0f} tokens/s", "{task.fields[megabytes]:.2f} MB/s"
+    started, written = time.monotonic(), Size()
     try:
-        remaining = islice(documents(sources), done.documents, None)
-        with _progress(done) as advance:
-            partial.write(encode_in_order(remaining, dated, options.workers), advance)
-        for kind, counts in ((LEFT_OUT, partial.left_out), (UNREAD_KEYS, partial.unread)):
-            for what, count in counts.items():
-                notes.add(kind, what, ", ".join(options.inputs), count)
+        # A log file would get one last frame of the bar between its lines.
+        with progress_bar(*columns, shown=console.is_terminal) as bar:
+            task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
+            for size in partial.write(encode_in_order(remaining, dated, options.workers)):
+                written += size
+                seconds = time.monotonic() - started
+                tokens, megabytes = written.tokens / seconds, written.bytes / seconds / 1e6
+                bar.update(task, advance=size.documents, tokens=tokens, megabytes=megabytes)
+        for chunk in partial.state.chunks:
+            for kind, counts in ((LEFT_OUT, chunk.left_out), (UNREAD_KEYS, chunk.unread)):
+                for what, count in counts.items():
+                    notes.add(kind, what, ", ".join(options.inputs), count)
         notes.print()
         if partial.size.tokens == 0:
             raise UserError(f"{', '.join(options.inputs)}: no documents with content in there")
@@ -160,27 +170,3 @@ def _continue(
         raise
     except (OSError, BrokenProcessPool) as error:
         raise UserError(f"{options.output}: {error}; the same command continues from there") from error
-
-
-@contextmanager
-def _progress(done: Size) -> Iterator[Callable[[Size], None]]:
-    """Show documents, tokens per second and megabytes per second; the total is not known beforehand."""
-    columns = "{task.fields[tokens]:,.0f} tokens/s", "{task.fields[megabytes]:.2f} MB/s"
-    start = time.monotonic()
-    written = Size()
-    # A log file would get one last frame of the bar between its lines.
-    with progress_bar(*columns, shown=console.is_terminal) as bar:
-        task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
-
-        def advance(batch: Size) -> None:
-            nonlocal written
-            written += batch
-            seconds = time.monotonic() - start
-            bar.update(
-                task,
-                advance=batch.documents,
-                tokens=written.tokens / seconds,
-                megabytes=written.bytes / seconds / 1e6,
-            )
-
-        yield advance

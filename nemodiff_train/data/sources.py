@@ -36,7 +36,7 @@ class Source[Item]:
     has_records: bool
     """Whether fields of records are read at all."""
     files: Sequence[Path] = ()
-    """Those on this machine that documents are read from."""
+    """Local files that documents are read from."""
 
 
 def resolve[Item](inputs: Sequence[str], columns: Columns[Item], split: str, glob: str) -> list[Source[Item]]:
@@ -45,7 +45,7 @@ def resolve[Item](inputs: Sequence[str], columns: Columns[Item], split: str, glo
     Raises:
         UserError: One is missing, empty or unreadable.
     """
-    return [_resolve_one(name, columns, split, glob) for name in inputs]
+    return [_source(name, columns, split, glob) for name in inputs]
 
 
 def documents[Item](sources: Iterable[Source[Item]]) -> Iterator[Item]:
@@ -53,16 +53,16 @@ def documents[Item](sources: Iterable[Source[Item]]) -> Iterator[Item]:
     return filter(None, chain.from_iterable(source.read() for source in sources))
 
 
-def _resolve_one[Item](name: str, columns: Columns[Item], split: str, glob: str) -> Source[Item]:
+def _source[Item](name: str, columns: Columns[Item], split: str, glob: str) -> Source[Item]:
     path = Path(name)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            return _saved(path, columns, split)
-        return _local(name, _walk(path, glob), columns)
-    if path.is_file():
-        return _local(name, [path], columns)
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        return _saved(path, columns, split)
+    if path.is_dir() or path.is_file():
+        files = _walk(path, glob) if path.is_dir() else [path]
+        has_records = any(_suffix(file) in _RECORDS for file in files)
+        return Source(_info(name, files), partial(_read_files, files, columns), has_records, files)
     hub = _HUB_NAME.fullmatch(name)
-    # Beside a directory called like the owner, the name is more likely a mistyped path.
+    # Where a directory is called like the owner, the name is more likely a mistyped path.
     if hub and not Path(hub["owner"]).exists():
         return _hub(name, columns, split)
     raise UserError(f"{name}: no such file or directory, nor a Hugging Face name (owner/name[:config])")
@@ -106,15 +106,6 @@ def _info(name: str, files: Sequence[Path], split: str | None = None) -> InputIn
     return InputInfo(path=name, split=split, files=len(files), bytes=total, version=version)
 
 
-def _local[Item](name: str, files: Sequence[Path], columns: Columns[Item]) -> Source[Item]:
-    return Source(_info(name, files), partial(_read_files, files, columns), any(map(holds_records, files)), files)
-
-
-def holds_records(path: Path) -> bool:
-    """Return whether the name of a file says that it holds records."""
-    return _suffix(path) in _RECORDS
-
-
 def _suffix(path: Path) -> str:
     """Return what a file holds by its name, whether or not it is compressed."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
@@ -133,7 +124,7 @@ def _read_files[Item](files: Sequence[Path], columns: Columns[Item]) -> Iterator
                 readable = f"{', '.join(_RECORDS)}, also compressed ({', '.join(_COMPRESSED)})"
                 raise UserError(f"{path}: records are read from {readable}; convert it, or choose files with --glob")
             case _:
-                yield columns.document({columns.names[0]: _read_text(path)}, str(path))
+                yield read_record(columns, {columns.names[0]: _read_text(path)}, str(path))
 
 
 @contextmanager
@@ -160,7 +151,7 @@ def _read_text(path: Path) -> str:
         ) from error
     first = [line for line in islice(text.splitlines(), 20) if line.strip()][:2]
     if len(first) == 2 and all(isinstance(_json(line), dict) for line in first):
-        raise UserError(f"{path}: a JSON object per line, which is no text; rename it to .jsonl")
+        raise UserError(f"{path}: a JSON object per line, not text; rename it to .jsonl")
     return text
 
 
@@ -169,8 +160,13 @@ def _read_jsonl[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | Non
     # fields, and it cannot name the line that is malformed.
     with _unpacked(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse_record(line, columns, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: malformed JSON ({error}); correct or remove the line") from error
+            yield read_record(columns, record, f"{path}:{number}")
 
 
 def _read_json[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None]:
@@ -186,7 +182,7 @@ def _read_json[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: malformed JSON ({error}); correct it, or choose files with --glob") from error
     for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
-        yield _read_object(record, columns, f"{path}, record {number}")
+        yield read_record(columns, record, f"{path}, record {number}")
 
 
 def _object(entries: list[tuple[str, object]]) -> dict[str, object]:
@@ -203,20 +199,6 @@ def _json(text: str | bytes) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _parse_record[Item](line: bytes, columns: Columns[Item], where: str) -> Item | None:
-    try:
-        record = json.loads(line, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: malformed JSON ({error}); correct or remove the line") from error
-    return _read_object(record, columns, where)
-
-
-def _read_object[Item](record: object, columns: Columns[Item], where: str) -> Item | None:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object with the field '{columns.names[0]}'")
-    return read_record(columns, record, where)
 
 
 def _read_parquet[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | None]:

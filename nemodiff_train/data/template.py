@@ -1,7 +1,7 @@
 """Render conversations through a model's chat template, in a process with limits.
 
 A chat template is a program that comes with a model. Jinja's sandbox keeps it from files and from Python, but not
-from running for ever or filling the memory; the limits of the process do.
+from running without end or filling the memory; the limits of the process do.
 """
 
 import functools
@@ -55,12 +55,11 @@ class ChatTemplate:
             with_tools = tokenizer.get_chat_template(tools=[{}])  # another one, where there are several
         except ValueError as error:
             raise self._refusal(str(error).partition("\n")[0]) from None
-        named = tokenizer.special_tokens_map.items()
-        tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
         self.source = template if with_tools == template else f"{template}\n{with_tools}"
         """Text of the template, with that for conversations with tools."""
         self._templates = {False: template, True: with_tools}
-        self._tokens = tokens
+        named = tokenizer.special_tokens_map.items()
+        self._tokens = {name: token if isinstance(token, list) else str(token) for name, token in named}
 
     def __call__(
         self,
@@ -78,10 +77,15 @@ class ChatTemplate:
         Raises:
             UserError: The template is malformed, refuses the conversation, or takes too much time or memory.
         """
-        given = {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
-        template = self._templates[bool(tools)]
-        request = {"template": template, "tokens": self._tokens, "now": self._now}
-        response = _renderer(os.getpid()).ask({**request, **given})
+        request = {
+            "template": self._templates[bool(tools)],
+            "tokens": self._tokens,
+            "now": self._now,
+            "messages": list(messages),
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        response = _renderer(os.getpid()).ask(request)
         if "text" not in response:
             raise self._refusal(response["problem"])
         return response["text"]
@@ -107,15 +111,14 @@ class _Renderer:
                 text=True,
                 encoding="utf-8",
             )
-            started = self._exchange(self._process, {}, _START_SECONDS)
-            if "problem" in started or self._process is None:
+            started = self._exchange({}, _START_SECONDS)
+            if "problem" in started:
                 return started
-        return self._exchange(self._process, {**request, "seconds": SECONDS}, SECONDS)
+        return self._exchange({**request, "seconds": SECONDS}, SECONDS)
 
-    def _exchange(
-        self, process: "subprocess.Popen[str]", request: Mapping[str, object], seconds: float
-    ) -> dict[str, str]:
-        assert process.stdin is not None and process.stdout is not None
+    def _exchange(self, request: Mapping[str, object], seconds: float) -> dict[str, str]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
         response = {"problem": "it ended the process"}
         try:
             process.stdin.write(json.dumps(request, default=str) + "\n")  # columns of Arrow hold dates

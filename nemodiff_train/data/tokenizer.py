@@ -62,7 +62,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def files_of_tokenizer(source: Path) -> list[Path]:
-    """Return the files of a tokenizer in a Hugging Face directory, sorted; none if it is no directory.
+    """Return the files of a tokenizer in a Hugging Face directory, sorted; none if it is not a directory.
 
     A link is followed inside the directory alone, or from a snapshot in Hugging Face's cache to the files of the same
     repository: a directory from elsewhere could name any file of this machine, and checkpoints would carry it away.

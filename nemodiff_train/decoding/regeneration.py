@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import console, progress_bar, say, told_progress
 from nemodiff_train.data.chat import template_end_of_turn
-from nemodiff_train.data.columns import Columns, Document, PromptColumn, Record, TextColumn, WholeRecords
+from nemodiff_train.data.columns import AnswerColumns, Columns, Document, Record, TextColumn, WholeRecords
 from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.sources import Source, documents
 from nemodiff_train.data.template import ChatTemplate
@@ -62,7 +62,7 @@ class RegenerateOptions(InputOptions):
     def columns(self, template: str | None) -> Columns[Document]:
         """Return the fields to take from a record; an answer beside its prompt need not be there."""
         if self.prompt_field and self.answer_field:
-            return PromptColumn(self.prompt_field, self.answer_field, template=template)
+            return AnswerColumns(self.prompt_field, self.answer_field, template, unwritten=True)
         if self.prompt_field:
             return TextColumn(self.prompt_field, option="--prompt-field")
         return super().columns(template)

@@ -9,7 +9,9 @@ question: a reader who can do the sum knows every word of the answer in advance.
 run far ahead; real worked answers allow it too, only less strictly.
 """
 
+import itertools
 import json
+import operator
 import random
 import zlib
 from collections.abc import Callable
@@ -27,7 +29,10 @@ NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Id
 THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps")
 GOODS = ("bag", "ball", "book", "chair", "clock", "lamp", "shirt", "table")
 
-TEST_SHARE = 10  # one sum in ten is held out
+TEST_SHARE = 10
+"""One sum in so many is held out."""
+_MOST = 100_000
+"""Problems of a split that are drawn without meeting the same ones again and again."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,6 @@ class Problem:
     def question(self) -> str:
         """Return the question without the words around it."""
         return self.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-
-    def messages(self) -> list[dict[str, str]]:
-        """Return the problem as a conversation."""
-        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution.strip()}]
 
 
 @dataclass(frozen=True)
@@ -77,28 +78,26 @@ def split_of(sum_: Sum, story: str) -> Split:
 
 
 @cache
-def _sums(split: Split, sign: Sign, story: str) -> tuple[Sum, ...]:
+def sums(split: Split, sign: Sign, story: str) -> tuple[Sum, ...]:
     """Return every sum of a split in a story: no zero among the operands' digits, no carry and no borrow."""
     numbers = [number for number in range(11, 100) if number % 10]
-    sums = (Sum(left, sign, right) for left in numbers for right in numbers)
-    return tuple(s for s in sums if _is_plain(s) and split_of(s, story) == split)
+    combine = operator.add if sign == "+" else operator.sub
+    owned = []
+    for left, right in itertools.product(numbers, numbers):
+        tens, ones = combine(left // 10, right // 10), combine(left % 10, right % 10)
+        if 1 <= tens <= 9 and 0 <= ones <= 9 and split_of(Sum(left, sign, right), story) == split:
+            owned.append(Sum(left, sign, right))
+    return tuple(owned)
 
 
-def _is_plain(s: Sum) -> bool:
-    """Return whether a sum has neither carry nor borrow, and a two-digit result."""
-    (left_tens, left_ones), (right_tens, right_ones) = divmod(s.left, 10), divmod(s.right, 10)
-    if s.sign == "+":
-        return left_tens + right_tens <= 9 and left_ones + right_ones <= 9
-    return left_tens > right_tens and left_ones >= right_ones
-
-
-def _problem(question: str, worked: str, answer: int) -> Problem:
+def make_problem(question: str, worked: str, answer: int) -> Problem:
+    """Return a problem in the words around its question and its worked answer."""
     return Problem(f"Question: {question}\nAnswer:", f" {worked} The answer is {answer}.", str(answer))
 
 
 def _gift(draw: random.Random, split: Split) -> Problem:
-    s, (name, friend), things = draw.choice(_sums(split, "+", "gift")), draw.sample(NAMES, 2), draw.choice(THINGS)
-    return _problem(
+    s, (name, friend), things = draw.choice(sums(split, "+", "gift")), draw.sample(NAMES, 2), draw.choice(THINGS)
+    return make_problem(
         f"{name} has {s.left} {things}. {friend} gives {name} {s.right} more {things}. "
         f"How many {things} does {name} have now?",
         f"{name} has {s.left} {things} and gets {s.right} more from {friend}. {s.worked()}. "
@@ -108,8 +107,8 @@ def _gift(draw: random.Random, split: Split) -> Problem:
 
 
 def _shelves(draw: random.Random, split: Split) -> Problem:
-    s, things = draw.choice(_sums(split, "+", "shelves")), draw.choice(THINGS)
-    return _problem(
+    s, things = draw.choice(sums(split, "+", "shelves")), draw.choice(THINGS)
+    return make_problem(
         f"There are {s.left} {things} in one box and {s.right} {things} in another box. "
         f"How many {things} are there in both boxes?",
         f"One box holds {s.left} {things} and the other box holds {s.right} {things}. {s.worked()}. "
@@ -119,8 +118,8 @@ def _shelves(draw: random.Random, split: Split) -> Problem:
 
 
 def _prices(draw: random.Random, split: Split) -> Problem:
-    s, name, (first, second) = draw.choice(_sums(split, "+", "prices")), draw.choice(NAMES), draw.sample(GOODS, 2)
-    return _problem(
+    s, name, (first, second) = draw.choice(sums(split, "+", "prices")), draw.choice(NAMES), draw.sample(GOODS, 2)
+    return make_problem(
         f"{name} buys a {first} for ${s.left} and a {second} for ${s.right}. How much does {name} pay?",
         f"The {first} costs ${s.left} and the {second} costs ${s.right}. {s.worked()}. So {name} pays ${s.result}.",
         s.result,
@@ -128,8 +127,8 @@ def _prices(draw: random.Random, split: Split) -> Problem:
 
 
 def _giving(draw: random.Random, split: Split) -> Problem:
-    s, (name, friend), things = draw.choice(_sums(split, "-", "giving")), draw.sample(NAMES, 2), draw.choice(THINGS)
-    return _problem(
+    s, (name, friend), things = draw.choice(sums(split, "-", "giving")), draw.sample(NAMES, 2), draw.choice(THINGS)
+    return make_problem(
         f"{name} has {s.left} {things} and gives {s.right} of them to {friend}. "
         f"How many {things} does {name} have left?",
         f"{name} starts with {s.left} {things} and gives away {s.right}. {s.worked()}. "
@@ -138,47 +137,7 @@ def _giving(draw: random.Random, split: Split) -> Problem:
     )
 
 
-_TEMPLATES: tuple[Callable[[random.Random, Split], Problem], ...] = (
-    _gift,
-    _shelves,
-    _prices,
-    _giving,
-)
-
-
-def _chained(draw: random.Random, split: Split) -> Problem:
-    """Return a problem of two sums, both trained on alone, whose pair belongs to a split."""
-    while True:
-        first = draw.choice(_sums("train", "+", "gift"))
-        seconds = [s for s in _sums("train", "-", "giving") if s.left == first.result]
-        story = f"{min(first.left, first.right)}+{max(first.left, first.right)} then"
-        pairs = [s for s in seconds if split_of(s, story) == split]
-        if pairs:
-            break
-    second, (name, friend, other), things = draw.choice(pairs), draw.sample(NAMES, 3), draw.choice(THINGS)
-    return _problem(
-        f"{name} has {first.left} {things}. {friend} gives {name} {first.right} more {things}. "
-        f"Then {name} gives {second.right} of them to {other}. How many {things} does {name} have left?",
-        f"{name} has {first.left} {things} and gets {first.right} more from {friend}. {first.worked()}. "
-        f"Then {name} gives away {second.right}. {second.worked()}. "
-        f"So {name} has {second.result} {things} left.",
-        second.result,
-    )
-
-
-def chained_problems(split: Split, count: int, seed: int) -> list[Problem]:
-    """Draw `count` different problems of two steps, which compose what :func:`problems` asks one at a time.
-
-    Every sum of either split is trained on alone; what is held out is the pair.
-
-    Raises:
-        UserError: There are not as many.
-    """
-    return _different(lambda draw: _chained(draw, split), count, f"chained {split} {seed}")
-
-
-_MOST = 100_000
-"""Problems of a split that are drawn without meeting the same ones again and again."""
+_STORIES = (_gift, _shelves, _prices, _giving)
 
 
 def problems(split: Split, count: int, seed: int) -> list[Problem]:
@@ -187,10 +146,11 @@ def problems(split: Split, count: int, seed: int) -> list[Problem]:
     Raises:
         UserError: There are not as many.
     """
-    return _different(lambda draw: draw.choice(_TEMPLATES)(draw, split), count, f"{split} {seed}")
+    return different_problems(lambda draw: draw.choice(_STORIES)(draw, split), count, f"{split} {seed}")
 
 
-def _different(make: Callable[[random.Random], Problem], count: int, seed: str) -> list[Problem]:
+def different_problems(make: Callable[[random.Random], Problem], count: int, seed: str) -> list[Problem]:
+    """Draw `count` different problems with a function; see :func:`problems`."""
     if count > _MOST:
         raise UserError(f"{count:,} arithmetic problems are too many to be different; ask for {_MOST:,} or fewer")
     draw = random.Random(seed)
@@ -205,6 +165,8 @@ def write_conversations(file: Path, count: int) -> None:
     drawn = problems("train", count, seed=1)
     with file.open("w") as lines:
         while drawn:
-            turns = [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]
-            messages = [message for problem in turns for message in problem.messages()]
+            messages = []
+            for problem in [drawn.pop() for _ in range(min(len(drawn), 1 + len(drawn) % 2))]:
+                messages.append({"role": "user", "content": problem.question})
+                messages.append({"role": "assistant", "content": problem.solution.strip()})
             print(json.dumps({"messages": messages}), file=lines)

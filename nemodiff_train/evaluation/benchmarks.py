@@ -28,7 +28,7 @@ class Benchmark:
     prompt: Callable[[Row], Prompt]
     """Makes a prompt of a row; raises KeyError where the row lacks a field."""
     scorer: Scorer | None = None
-    """None where answers are programs, or where there are none."""
+    """None where answers are programs, or where prompts have no answers."""
     code: bool = False
     """Whether answers are programs that have to be run."""
 
@@ -69,28 +69,25 @@ def load_benchmark(name: str, source: str | None, count: int | None, run_code: b
 def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
     import datasets  # a second of start-up, for benchmarks alone
 
-    name, configuration = benchmark.hub
+    name, configuration = benchmark.hub if source is None else (source, None)
+    path = Path(name)
+    files: list[Path] = []
+    if source is not None and path.exists():
+        candidates = sorted(path.rglob("*.*")) if path.is_dir() else [path]
+        files = [file for file in candidates if file.suffix in _READERS]
+        if not files:
+            raise UserError(f"'{path}' has no .jsonl, .json or .parquet file")
+    elif source is not None and (path.suffix or path.is_absolute()):
+        raise UserError(f"there is no file '{source}'")
     try:
-        if source is not None and Path(source).exists():
-            files = _data_files(Path(source))
-            return datasets.load_dataset(_READERS[files[0].suffix], data_files=[*map(str, files)], split="train")
-        if source is not None and (Path(source).suffix or Path(source).is_absolute()):
-            raise UserError(f"there is no file '{source}'")
-        return datasets.load_dataset(source or name, None if source else configuration, split="test")
-    except UserError:
-        raise
+        if not files:
+            return datasets.load_dataset(name, configuration, split="test")
+        reader = _READERS[files[0].suffix]
+        readable = [str(file) for file in files if _READERS[file.suffix] == reader]
+        return datasets.load_dataset(reader, data_files=readable, split="train")
     except Exception as error:  # of many kinds: no network, no such name, damaged files
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"cannot read '{source or name}': {reason}; --data takes a local file as well") from error
-
-
-def _data_files(path: Path) -> list[Path]:
-    """Return the files of a path that have the format of the first one that can be read."""
-    candidates = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-    files = [file for file in candidates if file.suffix in _READERS]
-    if not files:
-        raise UserError(f"'{path}' has no .jsonl, .json or .parquet file")
-    return [file for file in files if _READERS[file.suffix] == _READERS[files[0].suffix]]
+        raise UserError(f"cannot read '{name}': {reason}; --data takes a local file as well") from error
 
 
 class CodeTask(Task):
@@ -113,10 +110,10 @@ _PYTHON = re.compile(r"[{.]*(?:py|python)[0-9.]*\}?", re.IGNORECASE)
 def program(prompt: str, text: str) -> str:
     """Return the program in an answer.
 
-    Of several fenced blocks it is the first that defines what is asked for, else the first one; Python's come before
-    those without a language, other languages' are left out.  A block that begins with an indented line goes behind
-    the prompt, others behind what the prompt has before its last function.  Without a block, the answer continues the
-    prompt, up to the first line that starts in the first column with a statement or comment.
+    It is the first fenced block that defines what is asked for, else the first block; blocks of Python come before
+    those without a language, and other languages are left out. A block that begins with an indented line follows the
+    prompt, another one follows what the prompt has before its last function. Without a block, the answer continues
+    the prompt, up to the first line that starts in the first column with a statement or comment.
 
     Args:
         prompt: The prompt, which may end in code or in an open fence.
@@ -125,22 +122,18 @@ def program(prompt: str, text: str) -> str:
     text = text.replace("\r\n", "\n")
     if prompt.rstrip().endswith("```python") and (opened := text.partition("```")[0]).strip():
         return opened
-    head = list(re.finditer(r"^(?:async )?def (\w+)", prompt, re.MULTILINE))
-    if block := _block(text, head[-1][1] if head else ""):
-        indented = block.lstrip("\n").startswith((" ", "\t"))
-        return (prompt if indented else prompt[: head[-1].start()] if head else "") + block
-    end = re.search(r"\n(?=(?:def|class|if|print|assert|import|from)\b|[#@])", text)
-    return prompt + (text[: end.start()] if end else text)
-
-
-def _block(text: str, name: str) -> str | None:
-    """Return the fenced block of an answer that is its program, best one that defines ``name``."""
     matches = list(_FENCE.finditer(text))
     named = [match["code"] for match in matches if _PYTHON.fullmatch(match["language"])]
     unnamed = [match["code"] for match in matches if not match["language"]]
-    blocks = [code for code in named + unnamed if code.strip()]
-    defining = (code for code in blocks if name and re.search(rf"^(?:async )?def {name}\b", code, re.MULTILINE))
-    return next(defining, blocks[0] if blocks else None)
+    functions = list(re.finditer(r"^(?:async )?def (\w+)", prompt, re.MULTILINE))
+    if blocks := [code for code in named + unnamed if code.strip()]:
+        asked = rf"^(?:async )?def {functions[-1][1]}\b" if functions else r"\A"
+        block = next((code for code in blocks if re.search(asked, code, re.MULTILINE)), blocks[0])
+        if block.lstrip("\n").startswith((" ", "\t")):
+            return prompt + block
+        return (prompt[: functions[-1].start()] if functions else "") + block
+    end = re.search(r"\n(?=(?:def|class|if|print|assert|import|from)\b|[#@])", text)
+    return prompt + (text[: end.start()] if end else text)
 
 
 def boxed(text: str) -> str | None:
@@ -159,7 +152,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
-_MULTIPLES = "(?:hundred|thousand|million|billion|trillion|dozen)"  # words behind a number that are no units
+_MULTIPLES = "(?:hundred|thousand|million|billion|trillion|dozen)"  # words after a number that are not units
 # Rewritings of a LaTeX answer that keep its meaning: spacing, sizes, units, text, optional braces, separators.
 _LATEX = (
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|,|!|;|:|quad|qquad)(?![a-zA-Z])|(?<!\\)\\ ", ""),

@@ -37,7 +37,7 @@ def evaluate(
         covered: Modes and settings.
         checkpoint: Name for the report.
         shown: Whether this process shows progress; by default rank 0 does.
-        unfinished: Log of what is decoded; what it has already is not decoded again.
+        unfinished: Log of what is decoded; prompts that it holds are not decoded again.
     """
     prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
     settings = loaded.settings.stopping_at(prompts.end_of_turn)
@@ -74,8 +74,9 @@ def _run(
     swept = [f"{values[name]:g}" for name in ("block_size", "threshold") if name in values]
     replicas: dist.ProcessGroup = parallel_state.get_data_parallel_group()
     records = unfinished.of(mode, values) if unfinished is not None else []
-    there = {record.prompt_index for record in records}
-    numbers = [number for number in range(replicas.rank(), len(prompts), replicas.size()) if number not in there]
+    decoded_before = {record.prompt_index for record in records}
+    share = range(replicas.rank(), len(prompts), replicas.size())
+    numbers = [number for number in share if number not in decoded_before]
     with progress_bar(shown=shown) as progress:
         bar = progress.add_task(f"decoding ({', '.join([mode, *swept])})", total=len(numbers))
         for batch in batched(numbers, batch_size):
@@ -84,17 +85,10 @@ def _run(
                 unfinished.add(mode, values, decoded)
             records += decoded
             progress.advance(bar, len(batch))
-    return Run(mode, values, _gather(records, replicas))
-
-
-def _gather(records: list[DecodeRecord], replicas: dist.ProcessGroup) -> list[DecodeRecord]:
-    """Return the records of every data-parallel replica, each prompt's once, in the order of the prompts."""
-    by_replica = [records]
-    if replicas.size() > 1:
-        by_replica = [[] for _ in range(replicas.size())]
-        dist.all_gather_object(by_replica, records, group=replicas)
+    by_replica: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
+    dist.all_gather_object(by_replica, records, group=replicas)
     by_prompt = {record.prompt_index: record for part in by_replica for record in part}
-    return [by_prompt[index] for index in sorted(by_prompt)]
+    return Run(mode, values, [by_prompt[index] for index in sorted(by_prompt)])
 
 
 def _decode_batch(

@@ -1,14 +1,14 @@
 """Reduce runs to one `Evaluation`: every metric and the records."""
 
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train import __version__
-from nemodiff_train.evaluation.categories import CategoryMetrics, by_category
 from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
 from nemodiff_train.evaluation.pareto import Areas, Point, areas
 from nemodiff_train.evaluation.prompts import Task
@@ -23,6 +23,19 @@ class Run:
     mode: str
     settings: Settings
     decoded: list[DecodeRecord]
+
+
+class CategoryMetrics(BaseModel):
+    """Metrics of one mode over the prompts of one category; the rules are those of `ModeMetrics`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    category: str
+    mode: str
+    prompts: int
+    accuracy: float | None
+    tpf_all: float
+    acceptance_length: float | None = Field(description="None in modes without cycles.")
 
 
 def _versions() -> dict[str, str]:
@@ -82,7 +95,8 @@ def assemble(
     """
     logs: dict[int, list[LoggedRecord]] = {}
     for run in (*runs, *sweep):
-        logs.setdefault(id(run), _log(run, task, decode))
+        if id(run) not in logs:
+            logs[id(run)] = _log(run, task, decode)
     ar = next((run.decoded for run in runs if run.mode == "ar"), None)
 
     def reduce(run: Run) -> ModeMetrics:
@@ -102,7 +116,23 @@ def assemble(
     )
 
 
+def by_category(records: Sequence[LoggedRecord]) -> list[CategoryMetrics]:
+    """Reduce the records of each mode by category, both in order of occurrence; prompts without one are left out."""
+    groups: dict[str, dict[str, list[LoggedRecord]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.category is not None:
+            groups[record.category][record.mode].append(record)
+    reduced = []
+    for category, modes in groups.items():
+        for mode, rows in modes.items():
+            metrics = summarise([row.decoded for row in rows], [row.correct for row in rows], rows[0].settings)
+            figures = metrics.model_dump(include={"prompts", "accuracy", "tpf_all", "acceptance_length"})
+            reduced.append(CategoryMetrics(category=category, mode=mode, **figures))
+    return reduced
+
+
 def _log(run: Run, task: Task, decode: Callable[[list[int]], str]) -> list[LoggedRecord]:
+    """Score every record of a run."""
     rows = []
     for record in run.decoded:
         text, prompt = decode(record.tokens), task.prompts[record.prompt_index]

@@ -1,8 +1,7 @@
 """Likelihood of text under a model: AR perplexity, and the bound of block diffusion."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from typing import Any
@@ -25,6 +24,8 @@ from nemodiff_train.runtime.memory import require_memory
 
 NO_TOKEN = -1
 """Label after the end of a text."""
+_MOST_DRAWS = 1_000_000
+"""Each scores the whole text once more; a thousand give three digits."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,18 @@ def likelihood(
         UserError: No text, no draws, a length that does not fit, or a model without a joint stage.
     """
     config = PipelineRunner(model).config
+    if config.mask_token_id is None:
+        raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
     _check(config, length, draws, seed)
+    samples = _samples([text for text in texts if len(text) > 1], length, config.vocab_size)
+    device = next(model[0].parameters()).device
+    rows = min(batch_size, len(samples))
+    require_memory(  # a layer's activations at both halves' positions, and some of their logits twice, in fp32
+        rows * 2 * length * config.hidden_size * 32 + LOGIT_CHUNK[device.type] * config.vocab_size * 8,
+        device,
+        f"the states of {rows:,} samples of {length:,} tokens",
+        "use a smaller --batch-size or --length",
+    )
     objective = ObjectiveConfig(
         block_size=config.block_size,
         shift=config.shift,
@@ -98,63 +110,32 @@ def likelihood(
         noise_granularity="block",
         seed=seed,
     )
-    assert config.mask_token_id is not None  # refused above
     maker = SampleMaker(objective=objective, mask_id=config.mask_token_id)
-    texts = [text for text in texts if len(text) > 1]
-    if texts:
-        check_prompts(texts, config.vocab_size)
-    samples = [sample for text in texts for sample in _samples(text, length)]
-    if not samples:
-        raise UserError("there is no text to score: every document is shorter than 2 tokens")
-    rows = min(batch_size, len(samples))
-    device = next(model[0].parameters()).device
-    require_memory(  # a layer's activations at both halves' positions, and some of their logits twice, in fp32
-        rows * 2 * length * config.hidden_size * 32 + LOGIT_CHUNK[device.type] * config.vocab_size * 8,
-        device,
-        f"the states of {rows:,} samples of {length:,} tokens",
-        "use a smaller --batch-size or --length",
-    )
-    bounds = torch.zeros(draws, dtype=torch.float64)
-    ar_loss, ar_targets, tokens = 0.0, 0, 0
-    with _of_one_view(config), progress_bar() as progress:
-        bar = progress.add_task("scoring", total=draws * len(samples))
-        for draw in range(draws):
-            for numbers in batched(range(len(samples)), batch_size):
-                noised = [maker.make(samples[number], 1, number * draws + draw) for number in numbers]
-                scores = _score(model[0], {name: torch.stack([row[name] for row in noised]) for name in noised[0]})
-                # With the shift, the clean position before a block predicts its first token, and diffusion does not.
-                bounds[draw] += scores.diffusion + (scores.seeds if config.shift else 0.0)
-                if draw == 0:
-                    ar_loss, ar_targets = ar_loss + scores.ar, ar_targets + scores.ar_targets
-                    tokens += scores.tokens
-                progress.update(bar, advance=len(numbers))
-    means = bounds / tokens  # [draws]
+    sums = torch.zeros(draws, 4, dtype=torch.float64)  # per draw, the sums of _score
+    trained_views, config.noisy_views = config.noisy_views, 1  # [noisy | clean], whatever it was trained on
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task("scoring", total=draws * len(samples))
+            for draw in range(draws):
+                for numbers in batched(range(len(samples)), batch_size):
+                    noised = [maker.make(samples[number], 1, number * draws + draw) for number in numbers]
+                    batch = {name: torch.stack([row[name] for row in noised]) for name in noised[0]}
+                    sums[draw] += _score(model[0], batch, config.shift)
+                    progress.update(bar, advance=len(numbers))
+    finally:
+        config.noisy_views = trained_views
+    ar, ar_targets, _, tokens = sums[0].tolist()  # the same in every draw
+    means = sums[:, 2] / tokens  # [draws]
     return Likelihood(
-        tokens=tokens,
-        ar_loss=ar_loss / ar_targets if config.clean_attention == "causal" else None,
+        tokens=int(tokens),
+        ar_loss=ar / ar_targets if config.clean_attention == "causal" else None,
         diffusion_loss=float(means.mean()),
         diffusion_error=float(means.std() / math.sqrt(draws)) if draws > 1 else math.nan,
         draws=draws,
     )
 
 
-@contextmanager
-def _of_one_view(config: TriModeModelProvider) -> Iterator[None]:
-    """Let forwards be over [noisy | clean], whatever the model was trained on: no view yet, or several."""
-    trained, config.noisy_views = config.noisy_views, 1
-    try:
-        yield
-    finally:
-        config.noisy_views = trained
-
-
-_MOST_DRAWS = 1_000_000
-"""Each scores the whole text once more; a thousand give three digits."""
-
-
 def _check(config: TriModeModelProvider, length: int, draws: int, seed: int) -> None:
-    if config.mask_token_id is None:
-        raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
     if not 1 <= draws <= _MOST_DRAWS:
         raise UserError(f"the number of draws must be from 1 to {_MOST_DRAWS:,}, not {draws}")
     if not 0 <= seed < 2**32:
@@ -163,46 +144,37 @@ def _check(config: TriModeModelProvider, length: int, draws: int, seed: int) -> 
         raise UserError(f"the length {length} is not a multiple of the model's block size {config.block_size}")
 
 
-def _samples(text: Sequence[int], length: int) -> Iterator[Sample]:
-    """Yield a text in parts of ``length`` tokens; the last is padded with positions that do not count."""
-    for start in range(0, len(text), length):
-        tokens = torch.tensor(text[start : start + length + 1])
-        if len(tokens) < 2:
-            continue
-        count = min(len(tokens), length)
-        padded = F.pad(tokens, (0, length + 1 - len(tokens)), value=NO_TOKEN)  # [length + 1]
-        yield {
-            "tokens": padded[:-1].clamp(min=0),
-            "labels": padded[1:],
-            "loss_mask": (torch.arange(length) < count).float(),
-        }
+def _samples(texts: Sequence[Sequence[int]], length: int, vocab_size: int) -> list[Sample]:
+    """Cut texts of 2 tokens or more into samples; the last one of each is padded with positions that do not count."""
+    if not texts:
+        raise UserError("there is no text to score: every document is shorter than 2 tokens")
+    check_prompts(texts, vocab_size)
+    samples = []
+    for text in texts:
+        for start in range(0, len(text) - 1, length):
+            tokens = torch.tensor(text[start : start + length + 1])
+            padded = F.pad(tokens, (0, length + 1 - len(tokens)), value=NO_TOKEN)  # [length + 1]
+            loss_mask = (padded[:-1] != NO_TOKEN).float()
+            samples.append({"tokens": padded[:-1].clamp(min=0), "labels": padded[1:], "loss_mask": loss_mask})
+    return samples
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Sums over one batch of samples, in nats, and the tokens that they are over."""
+def _score(chunk: GPTModel, batch: Sample, shift: bool) -> Tensor:
+    """Return [4] fp64 sums over a batch of samples.
 
-    ar: float
-    ar_targets: int
-    diffusion: float
-    seeds: float
-    """Sum of the AR losses of the first tokens of blocks."""
-    tokens: int
-
-
-def _score(chunk: GPTModel, batch: Sample) -> _Scores:
-    """Add up the losses of a batch of samples."""
+    They are the AR losses, the number of tokens that these predict, the bound of block diffusion, and the number of
+    tokens that it is over.
+    """
     device = next(chunk.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
-
     labels = batch["labels"]
-    everywhere = torch.arange(labels.numel(), device=device)
+    indices = torch.arange(labels.numel(), device=device)
 
     def losses_of(
         *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **context: Any
     ) -> Tensor:
         size = chunk.config.vocab_size
-        return token_losses(hidden_states, labels, everywhere, batch["loss_mask"], size, output_layer, output_weight)
+        return token_losses(hidden_states, labels, indices, batch["loss_mask"], size, output_layer, output_weight)
 
     def forward() -> Tensor:
         """Return [batch, 2L] cross-entropies: the noisy half, then the clean half."""
@@ -212,18 +184,17 @@ def _score(chunk: GPTModel, batch: Sample) -> _Scores:
 
     losses = forward()
     check_finite(losses, [chunk], batch["position_ids"], forward, "losses")
-    counts = batch["maskable"]  # [batch, L]
+    # [batch, L] AR losses of the clean half; the last token of a text predicts nothing.
+    counts = batch["maskable"]
     length = counts.shape[1]
     clean = losses[:, length:]
-    ar_targets = counts & (batch["labels"][:, length:] != NO_TOKEN)
-    # [batch, L] clean positions whose next token begins a block.
-    block = batch["segment_ids"][:, 1]
-    before_block = torch.zeros_like(ar_targets)
-    before_block[:, :-1] = (block[:, 1:] != block[:, :-1]) & counts[:, 1:]
-    return _Scores(
-        ar=float((clean * ar_targets).sum()),
-        ar_targets=int(ar_targets.sum()),
-        diffusion=float((losses * batch["loss_mask"])[:, :length].sum()),
-        seeds=float((clean * before_block).sum()),
-        tokens=int(counts.sum()),
-    )
+    ar_targets = counts & (labels[:, length:] != NO_TOKEN)
+    bound = (losses * batch["loss_mask"])[:, :length].sum()
+    if shift:
+        # The clean position before a block predicts its first token, and diffusion does not: [batch, L].
+        block = batch["segment_ids"][:, 1]
+        before_block = torch.zeros_like(ar_targets)
+        before_block[:, :-1] = (block[:, 1:] != block[:, :-1]) & counts[:, 1:]
+        bound = bound + (clean * before_block).sum()
+    scores = torch.stack([(clean * ar_targets).sum(), ar_targets.sum(), bound, counts.sum()])
+    return scores.double().cpu()

@@ -4,11 +4,12 @@ It is the harness' own Hugging Face model with another forward and another decod
 warnings are the harness', so that figures equal those of ``--model hf`` on the same weights.
 """
 
-import contextlib
+import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from nemodiff_train.console import console, warn
 from nemodiff_train.data.template import ChatTemplate
@@ -30,6 +30,8 @@ from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import config_from
+
+_warn_once = functools.cache(warn)
 
 SAMPLING = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -54,14 +56,6 @@ MODEL_ARGS = (
     "checkpoint", "mode", "drafter", "sampler", "tensor_parallel", "pipeline_parallel", *_SETTINGS, *_OF_THE_HARNESS,
 )  # fmt: skip
 """Words of ``--model_args``."""
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What the harness asks of a Transformers model besides logits and new tokens."""
-
-    config: PretrainedConfig
-    device: torch.device
 
 
 @register_model("nemodiff")
@@ -96,17 +90,20 @@ class NemodiffLM(HFLM):
             words["drafter"] = Checkpoint.open(drafter).require_drafter()
         self.loaded = load_decoding_model(opened, modes=(mode,), **words)
         runner = PipelineRunner(self.loaded.model)
-        weights = _Weights(config_from(runner.config.hf_config), runner.device)
+        # What the harness asks of a Transformers model besides logits and new tokens.
+        weights = SimpleNamespace(config=config_from(runner.config.hf_config), device=runner.device)
         sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size or 64}
-        with _quiet_harness():  # which warns of a model that is already in memory
-            super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns of a model that is already in memory
+        super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
+        logger.setLevel(level)
         positions = position_limit(runner.config)
         if positions and self.max_length > positions:
             raise UserError(f"--model_args max_length={self.max_length}: the model has {positions} positions")
         self.mode = mode
         self._limit = int(words["max_new_tokens"]) if "max_new_tokens" in words else super().max_gen_toks
         self._chat: ChatTemplate | None = None
-        self._warned: set[str] = set()
         self._decoded = 0
         self.forwards: Counter[str] = Counter()
         """Forwards of all generations so far, by kind."""
@@ -146,13 +143,8 @@ class NemodiffLM(HFLM):
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            self._warn_once(f"{error}; the system message is left out, as --model hf does")
+            _warn_once(f"{error}; the system message is left out, as --model hf does")
             return self._chat(others, add_generation_prompt)
-
-    def _warn_once(self, line: str) -> None:
-        if line not in self._warned:
-            self._warned.add(line)
-            warn(line)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue every request until one of its stop strings; print tokens per forward at the end.
@@ -193,7 +185,7 @@ class NemodiffLM(HFLM):
     ) -> Tensor:
         """Return [batch, context + new] tokens of a batch that is padded on the left.
 
-        Each request has a random stream of its own, numbered in the harness' order, by which batches do not matter.
+        Each request has a random stream of its own, numbered in the harness' order, so batches do not matter.
         """
         prompts = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
         settings = self._settings(options, max_length - context.shape[1])
@@ -218,17 +210,6 @@ class NemodiffLM(HFLM):
         session = Session(self.loaded.model, len(inps), inps.shape[1], None)
         check_prompts(inps.tolist(), session.vocab_size)
         return session.forward(inps, torch.arange(len(inps)), "prefill", causal=True)
-
-
-@contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_keywords(options: Mapping[str, Any]) -> None:

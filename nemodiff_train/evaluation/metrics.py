@@ -22,9 +22,9 @@ class PositionAgreement(BaseModel):
 
     position: int = Field(description="Drafted position, from 1; the block's first token is known, not drafted.")
     drafted: int = Field(description="Cycles that drafted this position.")
-    agreed: int = Field(description="Of those, cycles in which the verifier agreed here.")
+    agreed: int = Field(description="Cycles that drafted this position and in which the verifier agreed here.")
     reached: int = Field(description="Cycles in which the verifier agreed at every earlier position.")
-    accepted: int = Field(description="Of the cycles that reached this position, those that agreed here.")
+    accepted: int = Field(description="Cycles that reached this position and agreed here.")
     unconditional: float = Field(
         description="agreed / drafted. After a rejection the verifier still reads the rejected draft."
     )
@@ -132,11 +132,24 @@ def summarise(
 
 def agreement_by_position(accept_masks: Sequence[Sequence[bool]]) -> list[PositionAgreement]:
     """Count agreement at each drafted position; drafts may differ in length."""
-    longest = max(map(len, accept_masks), default=0)
-    return [
-        _agreement_at(position, [mask for mask in accept_masks if len(mask) >= position])
-        for position in range(1, longest + 1)
-    ]
+    positions = []
+    for position in range(1, max(map(len, accept_masks), default=0) + 1):
+        masks = [mask for mask in accept_masks if len(mask) >= position]
+        agreed = sum(mask[position - 1] for mask in masks)
+        reached = sum(all(mask[: position - 1]) for mask in masks)
+        accepted = sum(all(mask[:position]) for mask in masks)
+        positions.append(
+            PositionAgreement(
+                position=position,
+                drafted=len(masks),
+                agreed=agreed,
+                reached=reached,
+                accepted=accepted,
+                unconditional=agreed / len(masks),
+                conditional=_ratio(accepted, reached),
+            )
+        )
+    return positions
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -146,22 +159,6 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     centre = (share + spread / 2) / (1 + spread)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _agreement_at(position: int, accept_masks: list[Sequence[bool]]) -> PositionAgreement:
-    # Verified here; every earlier position accepted; this one accepted as well.
-    agreed = sum(mask[position - 1] for mask in accept_masks)
-    reached = sum(all(mask[: position - 1]) for mask in accept_masks)
-    accepted = sum(all(mask[:position]) for mask in accept_masks)
-    return PositionAgreement(
-        position=position,
-        drafted=len(accept_masks),
-        agreed=agreed,
-        reached=reached,
-        accepted=accepted,
-        unconditional=agreed / len(accept_masks),
-        conditional=_ratio(accepted, reached),
-    )
 
 
 def _identical(records: Sequence[DecodeRecord], ar: Sequence[DecodeRecord]) -> float:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train.evaluation.metrics import ModeMetrics
@@ -70,12 +71,13 @@ def front(points: Sequence[Point]) -> list[Point]:
 def areas(points: Sequence[Point]) -> Areas:
     """Return the area under every curve that the points make up."""
     best = max(points, key=lambda point: point.accuracy)
-    modes = dict.fromkeys(point.mode for point in points)
-    rows = [
-        _area(name, curve, best.accuracy)
-        for mode in modes
-        for name, curve in curves([point for point in points if point.mode == mode])
-    ]
+    rows = []
+    for mode in dict.fromkeys(point.mode for point in points):
+        for name, curve in curves([point for point in points if point.mode == mode]):
+            ordered = sorted(((point.tpf, point.accuracy) for point in curve), key=lambda at: (at[0], -at[1]))
+            kept = [at for at in ordered if at[1] >= ordered[0][1] - DROP]
+            area = aup(kept, best.accuracy)
+            rows.append(Area(mode=mode, curve=name, points=kept, dropped=len(ordered) - len(kept), aup=area))
     return Areas(best=best.accuracy, best_mode=best.mode, rows=rows)
 
 
@@ -86,7 +88,7 @@ def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     """
     varied = varied_settings(points)
     if len(varied) < 2:
-        return [(f"by {_words(varied[0])}" if varied else "one setting", list(points))]
+        return [(f"by {varied[0].replace('_', ' ')}" if varied else "one setting", list(points))]
     by_size: dict[str, list[Point]] = defaultdict(list)
     for point in points:
         by_size[f"block size {point.metrics.settings.get('block_size')}"].append(point)
@@ -107,25 +109,8 @@ def aup(points: Sequence[tuple[float, float]], best: float) -> float:
         best: The best accuracy of any method it is to be compared with, in percent.
     """
     # y W(y) at each point, then trapezoids; left of the first point lies a rectangle of unweighted accuracy.
-    weighted = [accuracy * _weight(accuracy, best) for _, accuracy in points]
-    total = points[0][0] * points[0][1]
-    for index in range(1, len(points)):
-        step = points[index][0] - points[index - 1][0]
-        total += step / 2 * (weighted[index] + weighted[index - 1])
-    return total
-
-
-def _area(name: str, curve: Sequence[Point], best: float) -> Area:
-    ordered = sorted(((point.tpf, point.accuracy) for point in curve), key=lambda at: (at[0], -at[1]))
-    kept = [at for at in ordered if at[1] >= ordered[0][1] - DROP]
-    dropped = len(ordered) - len(kept)
-    return Area(mode=curve[0].mode, curve=name, points=kept, dropped=dropped, aup=aup(kept, best))
-
-
-def _weight(accuracy: float, best: float) -> float:
-    """Return W(y) = min(exp(-3 (1 - y / y_max)), 1)."""
-    return min(math.exp(-3 * (1 - accuracy / best)), 1.0) if best else 1.0
-
-
-def _words(setting: str) -> str:
-    return setting.replace("_", " ")
+    weighted = []
+    for _, accuracy in points:
+        weighted.append(accuracy * (min(math.exp(-3 * (1 - accuracy / best)), 1.0) if best else 1.0))
+    rectangle = points[0][0] * points[0][1]
+    return rectangle + float(np.trapezoid(weighted, [tpf for tpf, _ in points]))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from nemodiff_train.decoding.generation import Cycle, ForwardKind
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
+from nemodiff_train.schema import first_problem
 
 Settings = dict[str, JsonValue]
 
@@ -85,18 +86,16 @@ def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    rows = [_row(f"{path}:{number}", line, model) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(model.model_validate_json(line.decode()))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from error
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: {first_problem(error)}") from error
     if not rows:
         raise UserError(f"{path} is empty: expected one JSON object per line")
     return rows
-
-
-def _row[Row: BaseModel](where: str, line: bytes, model: type[Row]) -> Row:
-    try:
-        return model.model_validate_json(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {name + ': ' if name else ''}{first['msg']}") from error

@@ -79,20 +79,6 @@ os.write(report, token.encode())
 """
 
 
-def passes(program: str, seconds: int = SECONDS) -> bool:
-    """Return whether a Python program runs to its end without an error.
-
-    Args:
-        program: Source text.
-        seconds: Limit on its processor time, and, with the time to start Python, on the clock.
-
-    Raises:
-        UserError: The kernel does not allow the sandbox.
-    """
-    check_sandbox()
-    return _ends(program, seconds)
-
-
 @functools.cache
 def check_sandbox() -> None:
     """Refuse to run programs where the kernel does not allow the sandbox.
@@ -101,7 +87,7 @@ def check_sandbox() -> None:
         UserError: Says so, and what to do.
     """
     try:
-        works = _ends("import tempfile; tempfile.TemporaryFile().write(b'x')", SECONDS)
+        works = passes("import tempfile; tempfile.TemporaryFile().write(b'x')")
     except OSError:  # util-linux is not installed
         works = False
     if not works:
@@ -112,7 +98,13 @@ def check_sandbox() -> None:
         )
 
 
-def _ends(program: str, seconds: int) -> bool:
+def passes(program: str, seconds: int = SECONDS) -> bool:
+    """Return whether a Python program runs to its end without an error; :func:`check_sandbox` comes first.
+
+    Args:
+        program: Source text.
+        seconds: Limit on its processor time, and, with the time to start Python, on the clock.
+    """
     token = secrets.token_hex()
     python = (sys.executable, "-I", "-B", "-c")
     limits = {"AS": _MEMORY, "CPU": seconds, "NPROC": _PROCESSES, "CORE": 0}

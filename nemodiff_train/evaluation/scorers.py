@@ -38,12 +38,22 @@ def numeric(text: str, answer: str) -> bool:
     return number is not None and number == last_number(answer)
 
 
-def regex(pattern: str) -> Scorer:
-    """Make a scorer: the first group of the pattern's first match equals the answer, both stripped.
+def make_scorer(name: str, pattern: str | None = None) -> Scorer:
+    """Return the scorer called ``name``.
+
+    Args:
+        name: One of :data:`SCORERS`.
+        pattern: Of ``regex`` alone: the first group of its first match has to equal the answer, both stripped.
 
     Raises:
-        UserError: The pattern does not compile or has no group.
+        UserError: Unknown name; or a pattern is missing, not wanted, does not compile or has no group.
     """
+    if name not in SCORERS:
+        raise UserError(f"unknown scorer '{name}'; known: {', '.join(SCORERS)}.{nearest(name, SCORERS)}")
+    if (pattern is not None) != (name == "regex"):
+        raise UserError("a pattern goes with the scorer 'regex', and only with it")
+    if pattern is None:
+        return {"exact": exact, "numeric": numeric}[name]
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -56,18 +66,3 @@ def regex(pattern: str) -> Scorer:
         return match is not None and match[1] is not None and exact(match[1], answer)
 
     return score
-
-
-def make_scorer(name: str, pattern: str | None = None) -> Scorer:
-    """Return the scorer called ``name``; ``regex`` needs a pattern, the others take none.
-
-    Raises:
-        UserError: Unknown name, or a pattern missing or not wanted.
-    """
-    if name not in SCORERS:
-        raise UserError(f"unknown scorer '{name}'; known: {', '.join(SCORERS)}.{nearest(name, SCORERS)}")
-    if (pattern is not None) != (name == "regex"):
-        raise UserError("a pattern goes with the scorer 'regex', and only with it")
-    if pattern is not None:
-        return regex(pattern)
-    return {"exact": exact, "numeric": numeric}[name]

@@ -4,15 +4,6 @@ from dataclasses import dataclass, replace
 
 from nemodiff_train.decoding.generation import DecodingSettings
 
-# The parameter that each policy of block diffusion depends on.
-POLICY_PARAMETER = {
-    "threshold": "threshold",
-    "leftmost": "threshold",
-    "trained": "threshold",
-    "entropy": "entropy_bound",
-    "fixed": "steps",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
@@ -47,7 +38,7 @@ def relevant_settings(mode: str, settings: DecodingSettings) -> tuple[str, ...]:
     if mode != "ar":
         names += ("block_size",)
     if mode == "diffusion":
-        names += ("policy", POLICY_PARAMETER[settings.policy])
+        names += ("policy", {"entropy": "entropy_bound", "fixed": "steps"}.get(settings.policy, "threshold"))
     names += {"tree": ("tree_nodes", "tree_width"), "oracle": ("search_budget",)}.get(mode, ())
     if settings.temperature:
         names += ("temperature", "top_k", "top_p", "seed")

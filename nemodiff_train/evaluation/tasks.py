@@ -39,7 +39,8 @@ def load_task(
     """Load a task by the path of a JSONL file, or by the name of a built-in task or benchmark.
 
     Args:
-        name: A path that ends in ``.jsonl`` (or is a file), else a name in ``TASKS`` or ``BENCHMARKS``.
+        name: Path of a file of ``{"prompt": ..., "answer": ...}`` lines, with other fields ignored; it ends in
+            ``.jsonl`` or exists. Else a name in ``TASKS`` or ``BENCHMARKS``.
         scorer: How a file's prompts are scored; other tasks bring their own scorer.
         pattern: The regular expression of the scorer ``regex``.
         count: Number of prompts to take, from the first (default: all; 200 of a built-in task).
@@ -47,37 +48,22 @@ def load_task(
         run_code: Whether programs that the model writes may be run.
 
     Raises:
-        UserError: Unknown task, unreadable file, bad scorer or count.
+        UserError: Unknown task, unreadable file, bad scorer or count; ``file:line`` of a malformed line, a missing or
+            empty field, or an answer without a number where the scorer is ``numeric``.
     """
     if count is not None and count < 1:
         raise UserError(f"the number of prompts must be at least 1, not {count}")
     path = Path(name)
     if path.suffix == ".jsonl" or path.is_file():
-        return task_from_file(path, scorer, pattern, count)
+        score = make_scorer(scorer, pattern)
+        prompts = read_jsonl(path, _NumericPrompt if scorer == "numeric" else _AnsweredPrompt)
+        return Task(path.stem, [*prompts[:count]], score)
     if name in BENCHMARKS:
         return load_benchmark(name, source, count, run_code)
     if name in TASKS:
         return TASKS[name](count)
     known = [*TASKS, *BENCHMARKS]
     raise UserError(f"unknown task '{name}'; known: {', '.join(known)}, or a .jsonl file.{nearest(name, known)}")
-
-
-def task_from_file(path: Path, scorer: str, pattern: str | None = None, count: int | None = None) -> Task:
-    """Read a file of ``{"prompt": ..., "answer": ...}`` lines; other fields are ignored.
-
-    Args:
-        path: The file.
-        scorer: Name of a scorer.
-        pattern: The regular expression of the scorer ``regex``.
-        count: Number of prompts to take; None for all.
-
-    Raises:
-        UserError: Names ``file:line`` for a malformed line, a missing or empty field, or an answer
-            without a number where the scorer is ``numeric``.
-    """
-    score = make_scorer(scorer, pattern)
-    prompts: list[Prompt] = [*read_jsonl(path, _NumericPrompt if scorer == "numeric" else _AnsweredPrompt)]
-    return Task(path.stem, prompts[:count], score)
 
 
 BUILT_IN = ("arithmetic", "questions")

@@ -1,5 +1,6 @@
 """The records of an evaluation that has not finished: written as they are made, taken over by a repetition."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -29,8 +30,8 @@ class _Line(BaseModel):
 class UnfinishedRecords(LineLog):
     """The log of one data-parallel replica.
 
-    A repetition of the same evaluation reads the logs of all replicas of before, whose number may have been another.
-    What another evaluation has left is passed over, and a line that was cut short is decoded again.
+    A repetition of the same evaluation reads the earlier logs of all replicas, whose number may have been another.
+    Lines of another evaluation are passed over, and a line that was cut short is decoded again.
 
     Args:
         output: Folder of the report.
@@ -40,17 +41,21 @@ class UnfinishedRecords(LineLog):
 
     def __init__(self, output: Path, evaluation: Settings, replica: int | None) -> None:
         self._output, self._evaluation = output, evaluation
-        self._found = [line for path in self._logs() for line in _read(path) if line.evaluation == evaluation]
+        self._earlier: list[_Line] = []
+        for text in (text for path in self._logs() for text in path.read_bytes().splitlines()):
+            with contextlib.suppress(ValidationError):  # the end of a log that was cut short
+                self._earlier.append(_Line.model_validate_json(text))
         super().__init__(None if replica is None else usable_directory(output) / f"unfinished-{replica}.jsonl")
 
     def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
-        """Return what is there already of a mode with its settings, in the order of the prompts, each once."""
-        records = [line.decoded for line in self._found if (line.mode, line.settings) == (mode, settings)]
+        """Return the earlier records of a mode with its settings, in the order of the prompts, each once."""
+        key = self._evaluation, mode, settings
+        records = [line.decoded for line in self._earlier if (line.evaluation, line.mode, line.settings) == key]
         by_prompt = {record.prompt_index: record for record in records}
         return [by_prompt[index] for index in sorted(by_prompt)]
 
     def add(self, mode: str, settings: Settings, records: Iterable[DecodeRecord]) -> None:
-        """Write records that have just been made."""
+        """Write records."""
         make = partial(_Line, evaluation=self._evaluation, mode=mode, settings=settings)
         self.write(make(decoded=record).model_dump_json() for record in records)
 
@@ -85,15 +90,5 @@ def open_log(
         "decoding": json.dumps(decoding),
     }
     ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    writes = ranks == (0, 0)
-    return UnfinishedRecords(output, evaluation, parallel_state.get_data_parallel_rank() if writes else None)
-
-
-def _read(path: Path) -> list[_Line]:
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            lines.append(_Line.model_validate_json(text))
-        except ValidationError:
-            continue  # the end of a log that was cut short
-    return lines
+    replica = parallel_state.get_data_parallel_rank() if ranks == (0, 0) else None
+    return UnfinishedRecords(output, evaluation, replica)
