@@ -1,18 +1,20 @@
 """Compare what Megatron computes with what Transformers does: a miniature with a model's settings, and the model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
 
 import torch
+from accelerate import cpu_offload
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemodiff_train.conversion.headers import Stored, opened
+from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.distributed import from_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import HFConfig, ar_settings, architecture, stored_name
+from nemodiff_train.model.families import VOCABULARY_TENSORS, HFConfig, ar_settings, architecture, stored_name
 from nemodiff_train.model.pretrained import build_reference, config_from, empty_reference
 
 POSITIONS = 300
@@ -60,22 +62,48 @@ def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) 
     return model.eval()
 
 
-def reference(settings: HFConfig, stored: Mapping[str, Stored]) -> PreTrainedModel:
-    """Return Transformers' model of a directory, with the weights where they are on the disk.
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of an AR model in a directory, without a tied output layer: read when they are used, and not kept.
+
+    Args:
+        settings: The ``config.json`` of the directory.
+        stored: Headers of the model's tensors by their names in the files.
+        dtype: Dtype of the tensors that are returned.
+    """
+
+    def __init__(self, settings: HFConfig, stored: Mapping[str, Stored], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        kind = architecture(settings)
+        names = {name: stored_name(kind, name) for name in expected_shapes(ar_settings(settings))}
+        self.files = {name: (stored[name_there].file, name_there) for name, name_there in names.items()}
+        """File of each tensor, and its name there."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, name_there = self.files[name]
+        with opened(file) as content:
+            values: Tensor = content.get_tensor(name_there)
+        return values.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def reference(settings: HFConfig, stored: Mapping[str, Stored], dtype: torch.dtype) -> PreTrainedModel:
+    """Return Transformers' model of a directory; a forward has the weights of one layer at a time in memory.
 
     Args:
         settings: The ``config.json``.
         stored: Headers of the model's tensors by their names in the files.
+        dtype: Dtype of the computation.
     """
-    model = empty_reference(config_from(ar_settings(settings)))
-    weights = {}
-    for name in model.state_dict():
-        if tensor := stored.get(stored_name(architecture(settings), name)):
-            with opened(tensor.file) as content:
-                weights[name] = content.get_tensor(stored_name(architecture(settings), name))
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model.eval()
+    model = empty_reference(config_from(ar_settings(settings)), dtype=dtype).eval()
+    weights, (embedding, head) = StoredWeights(settings, stored, dtype), VOCABULARY_TENSORS
+    weights.files.setdefault(head, weights.files[embedding])  # tied
+    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
+    return model
 
 
 def logits_differ(

@@ -107,13 +107,15 @@ def full_tensors(models: list[GPTModel], settings: HFConfig) -> Iterator[tuple[s
         settings: The ``config.json``.
 
     Yields:
-        Names and tensors on the CPU; also a tied output layer.
+        Names and tensors on the CPU, without a tied output layer.
     """
-    rows = ar_settings(settings)["vocab_size"]
-    vocabulary_tensors = {stored_name(architecture(settings), name) for name in VOCABULARY_TENSORS}
+    ar_config, kind = ar_settings(settings), architecture(settings)
+    embedding, head = (stored_name(kind, name) for name in VOCABULARY_TENSORS)
+    is_tied, rows = config_from(ar_config).tie_word_embeddings, ar_config["vocab_size"]
     for name, values in auto_bridge(config_from(settings)).export_hf_weights(models, cpu=True, show_progress=False):
-        # The vocabulary is padded to a multiple of the tensor-parallel size; the padding is cut off.
-        yield name, values[:rows] if name in vocabulary_tensors else values
+        if name != head or not is_tied:
+            # The vocabulary is padded to a multiple of the tensor-parallel size; the padding is cut off.
+            yield name, values[:rows] if name in (embedding, head) else values
 
 
 def _write_weights(models: list[GPTModel], settings: HFConfig, writer: ShardWriter, description: str) -> None:
@@ -123,8 +125,6 @@ def _write_weights(models: list[GPTModel], settings: HFConfig, writer: ShardWrit
     with bytes_bar() as bar:
         task = bar.add_task(description, total=writer.total)
         for name, values in full_tensors(models, settings):
-            if name not in writer.shapes:  # a tied output layer
-                continue
             if writer.owner(name, world_size()) == global_rank():
                 writer.write(name, values)
             bar.advance(task, values.nbytes)

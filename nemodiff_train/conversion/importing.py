@@ -5,14 +5,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
 from megatron.bridge.training.model_load_save import save_megatron_model
 from megatron.core.models.gpt import GPTModel
-from rich.filesize import decimal
 from rich.text import Text
 from torch import Tensor
 
@@ -35,7 +33,6 @@ from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
     barrier,
-    from_main_process,
     global_rank,
     is_main_process,
     world_size,
@@ -87,7 +84,9 @@ def import_checkpoint(
     _check_contents(Path(source), stored)
     set_dtype(provider, DTYPES[next(iter(stored.values())).dtype])  # whatever config.json says
     if token:
-        token.configure(provider)
+        provider.mask_token_id = token.id
+    if token and token.id >= provider.vocab_size:  # there is no row to spare
+        provider.vocab_size = provider.hf_config["vocab_size"] = token.id + 1
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
@@ -140,7 +139,7 @@ def check_computation(source: str, tensor_parallel: int = 1, pipeline_parallel: 
 
 
 def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Stored], token: MaskToken | None) -> None:
-    """Compare what was imported with Transformers' model on a few tokens, where both fit in memory; on all ranks.
+    """Compare what was imported with Transformers' model on a few tokens; called on all ranks.
 
     The row of a new mask token, which may be one that no token had, is left out.
 
@@ -148,14 +147,10 @@ def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Store
         NotFinite: Some are infinite or not numbers in the dtype of the weights; decoding would refuse them too.
         UserError: They differ by more than rounding.
     """
-    size = sum(tensor.nbytes for tensor in stored.values())
-    if from_main_process(lambda: psutil.virtual_memory().available) < size:
-        warn(f"logits were not compared with Transformers': that takes {decimal(size)} of memory")
-        return
-    settings = stored_settings(source)
-    model = reference(settings, stored)
+    dtype = DTYPES[next(iter(stored.values())).dtype]
+    model = reference(stored_settings(source), stored, dtype)
     difference, largest = logits_differ(model, models, COMPARED_TOKENS, token.id if token and token.added else None)
-    allowed = ROUNDING * torch.finfo(model.dtype).eps * largest
+    allowed = ROUNDING * torch.finfo(dtype).eps * largest
     if not difference <= allowed:
         raise UserError(
             f"the imported model's logits are up to {difference:.2g} away from Transformers', of {largest:.2g}, "
@@ -188,8 +183,10 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
     Raises:
         UserError: A tensor of the directory was not read, or a parameter of the model got no values.
     """
-    for parameter in _parameters(models):  # a parameter that is left out keeps these
-        parameter.view(-1)[[0, -1]] = torch.nan
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.numel():  # one that is left out keeps these
+                parameter.view(-1)[[0, -1]] = torch.nan
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
     pretrained.config = hf_config(source)  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
@@ -204,13 +201,11 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
     _check_all_read(models, source, reader.read)
 
 
-def _parameters(models: list[GPTModel]) -> list[torch.nn.Parameter]:
-    return [parameter for model in models for parameter in model.parameters() if parameter.numel()]
-
-
 def _check_all_read(models: list[GPTModel], source: str, read: set[str]) -> None:
     """Refuse a model of which something was left out on the way; called on all ranks."""
-    empty = [name for model in models for name, p in model.named_parameters() if p.numel() and _is_empty(p)]
+    parameters = [named for model in models for named in model.named_parameters()]
+    # First and last element are still what load_weights() put there.
+    empty = [name for name, p in parameters if p.numel() and p.view(-1)[[0, -1]].isnan().any()]
     everything = all_gather_object((read, empty))
     names = set().union(*(names for names, _ in everything))
     settings = stored_settings(source)
@@ -220,11 +215,6 @@ def _check_all_read(models: list[GPTModel], source: str, read: set[str]) -> None
             f"{architecture(settings)} is not supported as '{source}/config.json' describes it: '{left_out[0]}' and "
             f"{len(left_out) - 1} more tensors have no counterpart"
         )
-
-
-def _is_empty(parameter: torch.nn.Parameter) -> bool:
-    """Return whether a parameter still holds what stood in it before weights were read."""
-    return bool(parameter.view(-1)[[0, -1]].isnan().any())
 
 
 class _Reader(SafeTensorsStateSource):

@@ -25,12 +25,6 @@ class MaskToken:
     added: bool
     """Whether it is new to the tokenizer."""
 
-    def configure(self, provider: TriModeModelProvider) -> None:
-        """Set the model's mask token, and let the vocabulary grow by one row where it has none to spare."""
-        provider.mask_token_id = self.id
-        if self.id >= provider.vocab_size:
-            provider.vocab_size = provider.hf_config["vocab_size"] = self.id + 1
-
     def add_row(self, weight: Tensor) -> Tensor:
         """Return an embedding or output layer in which the token's row is the mean of the other rows.
 

@@ -125,13 +125,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     return check_config(read_json(file), file)
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Return the ``generation_config.json`` of a Hugging Face directory; nothing where there is none.
-
-    Raises:
-        UserError: The same.
-    """
-    file = folder / "generation_config.json"
-    return check_generation_config(read_json(file), file) if file.is_file() else {}

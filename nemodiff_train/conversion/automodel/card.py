@@ -60,7 +60,7 @@ def write_card(directory: Path, settings: HFConfig, origin: HFConfig, results: d
     Args:
         directory: Where weights, code and configuration are.
         settings: The ``config.json``.
-        origin: What :func:`~nemodiff_train.model.origin.origin_of` found.
+        origin: Name and licence of the model that it was made from.
         results: What :func:`read_results` returned, or None.
     """
     head = {**origin, "library_name": "transformers", "pipeline_tag": "text-generation"}
