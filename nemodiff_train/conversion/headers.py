@@ -33,7 +33,7 @@ class Stored:
 
     file: Path
     dtype: str
-    """As safetensors names it, such as ``BF16``."""
+    """Its name in safetensors, such as ``BF16``."""
     shape: tuple[int, ...]
 
     @property

@@ -43,7 +43,7 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import write_checksums
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
 from nemodiff_train.model.loading import set_dtype, set_parallelism, start_model_parallel
-from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, model_like, stored_settings
+from nemodiff_train.model.pretrained import config_from, local_copy, model_from, model_like, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 
@@ -80,7 +80,7 @@ def import_checkpoint(
     files_of_tokenizer(Path(source))
     token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
-    check_computation(source, tensor_parallel, pipeline_parallel)
+    _check_computation(source, tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
     set_dtype(provider, DTYPES[next(iter(stored.values())).dtype])  # whatever config.json says
     if token:
@@ -112,13 +112,8 @@ def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_par
 
 
 @torch.no_grad()
-def check_computation(source: str, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+def _check_computation(source: str, tensor_parallel: int, pipeline_parallel: int) -> None:
     """Refuse a ``config.json`` with a setting that Megatron computes otherwise than Transformers; on all ranks.
-
-    Args:
-        source: The directory.
-        tensor_parallel: Ranks that share each layer.
-        pipeline_parallel: Ranks that share the layers out.
 
     Raises:
         UserError: Names the settings that are not the family's defaults.
@@ -188,13 +183,13 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
             if parameter.numel():  # one that is left out keeps these
                 parameter.view(-1)[[0, -1]] = torch.nan
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
-    pretrained.config = hf_config(source)  # Transformers would run the code of a directory that has its own
+    settings = stored_settings(source)
+    pretrained.config = config_from(settings)  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
         task = bar.add_task(description, total=sum(p.nbytes for model in models for p in model.parameters()))
-        kind = architecture(stored_settings(source))
         changes: dict[str, Callable[[Tensor], Tensor]] = {}
         if token and token.added:
-            changes = {stored_name(kind, name): token.add_row for name in VOCABULARY_TENSORS}
+            changes = {stored_name(architecture(settings), name): token.add_row for name in VOCABULARY_TENSORS}
         reader = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), changes)
         pretrained._state_dict_accessor = StateDict(reader)
         AutoBridge(pretrained).load_hf_weights(models)

@@ -13,7 +13,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 
 _NAMED_RESERVED = re.compile(r"mask|reserved|unused|fim_pad|special_\d", re.IGNORECASE)
-"""How tokens without a use are named: ``<|reserved_special_token_0|>``, ``<|fim_pad|>``, ``<SPECIAL_20>``, ..."""
+"""Names of tokens without a use: ``<|reserved_special_token_0|>``, ``<|fim_pad|>``, ``<SPECIAL_20>``, ..."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,14 @@ def check_weights(directory: Path) -> dict[str, Stored]:
         if not is_left_out(architecture(settings), name)
     }
     _check_against_model(directory, settings, stored)
-    _check_mappings(directory, settings, stored)
+    # A tensor that Bridge would leave out, such as the biases of attention_bias.
+    mappings = auto_bridge(config_from(settings))._model_bridge.mapping_registry()
+    for name in stored:
+        if mappings.hf_to_megatron_lookup(name) is None:
+            raise UserError(
+                f"{architecture(settings)} is not supported as '{directory}/config.json' describes it: Megatron has "
+                f"no place for the tensor '{name}'"
+            )
     _check_dtypes(stored)
     return stored
 
@@ -90,17 +97,6 @@ def _check_against_model(directory: Path, settings: HFConfig, stored: dict[str, 
             raise UserError(
                 f"'{name}' in '{stored[name].file}' is not a tensor of {architecture(settings)} as config.json "
                 "describes it; take weights and config.json from the same model"
-            )
-
-
-def _check_mappings(directory: Path, settings: HFConfig, stored: dict[str, Stored]) -> None:
-    """Refuse a model with a tensor that Bridge would leave out, such as the biases of ``attention_bias``."""
-    mappings = auto_bridge(config_from(settings))._model_bridge.mapping_registry()
-    for name in stored:
-        if mappings.hf_to_megatron_lookup(name) is None:
-            raise UserError(
-                f"{architecture(settings)} is not supported as '{directory}/config.json' describes it: Megatron has "
-                f"no place for the tensor '{name}'"
             )
 
 

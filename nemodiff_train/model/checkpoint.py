@@ -30,7 +30,6 @@ class Kind(StrEnum):
     """Adapters to be merged into the weights of the model that they were trained on."""
 
 
-@with_config(AS_WRITTEN)
 class _Model(TypedDict, total=False):
     num_layers: Annotated[int, Field(gt=0, le=10_000)]
     hidden_size: Size
@@ -56,32 +55,27 @@ class _Model(TypedDict, total=False):
     origin: dict[str, Any]
 
 
-@with_config(AS_WRITTEN)
 class _Optimizer(TypedDict):
     use_distributed_optimizer: bool
     lr: NotRequired[float | None]
     min_lr: NotRequired[float | None]
 
 
-@with_config(AS_WRITTEN)
 class _Saving(TypedDict):
     dist_ckpt_optim_fully_reshardable: bool
     pretrained_checkpoint: NotRequired[str | None]
 
 
-@with_config(AS_WRITTEN)
 class _Training(TypedDict):
     global_batch_size: Size | None
 
 
-@with_config(AS_WRITTEN)
 class _Adapters(TypedDict):
     dim: Size
     alpha: Annotated[float, Field(gt=0)]
     selector_rank: NotRequired[Annotated[int, Field(ge=0)]]
 
 
-@with_config(AS_WRITTEN)
 class _AdapterBase(TypedDict):
     iteration: str
     checksum: str
@@ -89,7 +83,10 @@ class _AdapterBase(TypedDict):
 
 @with_config(AS_WRITTEN)
 class _RunConfig(TypedDict, total=False):
-    """What is read of a ``run_config.yaml``; Bridge reads the model and the adapters as well."""
+    """What is read of a ``run_config.yaml``; Bridge reads the model and the adapters as well.
+
+    The sections above take its configuration.
+    """
 
     model: Required[_Model]
     optimizer: _Optimizer | None

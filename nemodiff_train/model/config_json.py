@@ -16,7 +16,6 @@ Positive = Annotated[float, Field(gt=0, lt=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@with_config(AS_WRITTEN)
 class Rope(TypedDict, total=False):
     rope_type: str
     type: str

@@ -27,7 +27,6 @@ PROJECTIONS = {
 }  # fmt: skip
 """Hugging Face's names of the linear layers that an adapter may act on, by those of Megatron Bridge."""
 
-
 _WITHIN_LAYERS = ("kv_channels", "num_query_groups", "ffn_hidden_size")
 """Sizes that may be unset, to follow from the others; adapters of the attention output depend on the first alone."""
 

@@ -45,16 +45,9 @@ _MADE_FROM = {NEMOTRON: ("Ministral3ForCausalLM", "ministral3"), SDAR: ("Qwen3Fo
 
 # Settings of a NemotronLabsDiffusion or SDAR model that an AR model does not have.
 _DIFFUSION_KEYS = {
-    "auto_map",
-    "mask_token_id",
-    "block_size",
-    "dlm_paradigm",
-    "dlm_type",
-    "dlm_loss_weight",
-    "ar_loss_weight",
-    "dp_varying_mask_ratio",
-    "attn_implementation",
-}
+    "auto_map", "mask_token_id", "block_size", "dlm_paradigm", "dlm_type", "dlm_loss_weight", "ar_loss_weight",
+    "dp_varying_mask_ratio", "attn_implementation",
+}  # fmt: skip
 
 
 def architecture(settings: HFConfig) -> str:

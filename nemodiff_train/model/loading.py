@@ -28,7 +28,7 @@ from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import halves_joined_in_place
 
 _LONGEST_WAIT = timedelta(hours=6)
-"""Until a collective fails: replicas that decode prompts of different lengths wait for each other at the end."""
+"""Timeout of a collective: replicas that decode prompts of different lengths wait for each other at the end."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def project(values: Tensor, matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelectorTables:
-    """A path selector as decoding takes it: what every token contributes, on every rank."""
+    """Contributions of every token to the scores of a path selector, computed once for decoding; on every rank."""
 
     before: Tensor
     """[HISTORY, vocabulary, rank] A_i e(t) of every token t, fp32."""

@@ -66,7 +66,7 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     if checkpoint := Checkpoint.find(source):
         return _megatron_model(checkpoint)
     settings = stored_settings(source)
-    provider = _provider(config_from(ar_settings(settings)))
+    provider = model_like(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
     directory = Path(local_copy(source))
     if (generation := directory / "generation_config.json").is_file():
@@ -107,20 +107,16 @@ def model_like(config: PretrainedConfig) -> TriModeModelProvider:
     Raises:
         UserError: The architecture is not supported.
     """
-    provider = _provider(config)
-    provider.hf_config = json.loads(config.to_json_string())
-    return provider
-
-
-def _provider(config: PretrainedConfig) -> TriModeModelProvider:
     from nemodiff_train.model.bridges import auto_bridge  # seconds, which a Megatron checkpoint does not need
 
     bridge = auto_bridge(config)
     try:
-        provider = bridge.to_megatron_provider(load_weights=False)
+        source = bridge.to_megatron_provider(load_weights=False)
     except Exception as error:  # for example an activation that Megatron lacks
         raise _unusable(architecture(config.to_dict()), error) from None
-    return tri_mode(provider, config.to_dict())
+    provider = tri_mode(source, config.to_dict())
+    provider.hf_config = json.loads(config.to_json_string())
+    return provider
 
 
 def _unusable(name: str, error: Exception) -> UserError:
@@ -189,15 +185,6 @@ def empty_reference(config: PretrainedConfig, **options: Any) -> PreTrainedModel
     """
     with init_empty_weights(), no_init_weights():  # drawing weights on no device would load torch's compiler
         return build_reference(config, **options)
-
-
-def hf_config(source: str) -> PretrainedConfig:
-    """Return the configuration of a Hugging Face directory or name.
-
-    Raises:
-        UserError: There is none, or Transformers does not know the model.
-    """
-    return config_from(stored_settings(source))
 
 
 def local_copy(source: str) -> str:

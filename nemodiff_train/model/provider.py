@@ -216,27 +216,13 @@ def _leave_out_extra_state(model: GPTModel) -> None:
 _EXTRA_STATE = "_extra_state"
 
 _OF_A_RUN = (
-    "tensor_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "sequence_parallel",
-    "context_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "microbatch_group_size_per_vp_stage",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-    "attention_kernel",
-    "attention_tile",
-    "attention_options",
-    "transformer_impl",
-    "perform_initialization",
-    "use_cpu_initialization",
-    "enable_cuda_graph",
-    "use_te_rng_tracker",
-)
+    "tensor_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "context_parallel_size",
+    "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "microbatch_group_size_per_vp_stage",
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout",
+    "attention_kernel", "attention_tile", "attention_options", "transformer_impl", "perform_initialization",
+    "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker",
+)  # fmt: skip
 """Fields that belong to a machine and a run: parallelism, kernels, initialization."""
 _PREFIXES_OF_A_RUN = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
 """Beginnings of more of them: precision, overlap, recomputation."""

@@ -22,7 +22,6 @@ _FIGURES = {
 """Columns of the results, by their names in ``metrics.json``."""
 
 
-@with_config(AS_WRITTEN)
 class _Figures(TypedDict, total=False):
     accuracy: float | None
     tpf_all: float | None
