@@ -277,7 +277,7 @@ def fit_to_host(provider: TriModeModelProvider) -> None:
 
 
 def _rope_scaling(provider: TriModeModelProvider) -> tuple[Tensor, float] | None:
-    """Return the frequencies [kv_channels / 2] fp32 of a scaled rotary embedding, and the factor of sine and cosine.
+    """Return the frequencies [head_dim / 2] fp32 of a scaled rotary embedding, and the factor of sine and cosine.
 
     Both are those of Transformers' own functions. Without a scaling, return None.
     """
@@ -286,7 +286,8 @@ def _rope_scaling(provider: TriModeModelProvider) -> tuple[Tensor, float] | None
         return None
     config: Any = PreTrainedConfig()
     config.max_position_embeddings = rope.get("original_max_position_embeddings")
-    config.rope_parameters, config.head_dim = rope, provider.kv_channels
-    config.hidden_size, config.num_attention_heads = provider.kv_channels, 1  # looked up, but head_dim is used
+    head_dim = provider.kv_channels or provider.hidden_size // provider.num_attention_heads  # None until finalize()
+    config.rope_parameters, config.head_dim = rope, head_dim
+    config.hidden_size, config.num_attention_heads = head_dim, 1  # looked up, but head_dim is used
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     return frequencies, float(factor)

@@ -580,7 +580,9 @@ def _force_end(tokens: Tensor, before: Tensor, budget: int | None, end: int | No
     Returns:
         [batch, k] next tokens.
     """
-    index = tokens.shape[1] if budget is None or end is None else max(budget - before.shape[1], 0)
+    if budget is None or end is None:
+        return tokens
+    index = max(budget - before.shape[1], 0)
     if index >= tokens.shape[1]:
         return tokens
     ended = (torch.cat([before, tokens[:, :index]], dim=1) == end).any(1)
