@@ -107,7 +107,7 @@ def reference(settings: HFConfig, stored: Mapping[str, Stored], dtype: torch.dty
 
 
 def logits_differ(
-    model: PreTrainedModel, chunks: list[GPTModel], length: int, but: int | None = None
+    model: PreTrainedModel, chunks: list[GPTModel], length: int, left_out: int | None = None
 ) -> tuple[float, float]:
     """Return the largest difference between the causal logits of two implementations, and the largest logit.
 
@@ -115,28 +115,24 @@ def logits_differ(
         model: Transformers' model, used on the main process alone.
         chunks: This rank's chunks of Megatron's model.
         length: Tokens of the random text.
-        but: Id of a token that has other weights in both, on purpose: it is not in the text, and has no logit.
+        left_out: Id of a token that has other weights in both, on purpose: it is not in the text, and has no logit.
     """
-    ids = torch.tensor([token for token in range(model.config.vocab_size) if token != but])
+    ids = torch.tensor([token for token in range(model.config.vocab_size) if token != left_out])
     tokens = ids[torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))]
+    # [1, length, vocabulary] logits of both, without that token's.
     session = Session(chunks, 1, length, None)
     logits = session.forward(tokens.to(session.device), torch.arange(1), "verify", causal=True).cpu()
 
+    @torch.inference_mode()
     def compare() -> tuple[float, float]:
-        expected = _logits(model, tokens)[..., ids]
+        try:
+            expected = model(tokens).logits.float()[..., ids]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"Transformers cannot run the model that config.json describes: {reason}") from None
         return float((logits[..., ids] - expected).abs().max()), float(expected.abs().max())
 
     return from_main_process(compare)
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    try:
-        logits: Tensor = model(tokens).logits
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"Transformers cannot run the model that config.json describes: {reason}") from None
-    return logits.float()
 
 
 def unusual_settings(config: PreTrainedConfig) -> list[str]:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemodiff_train.console import quiet, say, warn
-from nemodiff_train.conversion.formats import FORMATS, own_format
+from nemodiff_train.conversion.formats import FORMATS, default_format
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory
@@ -71,7 +71,7 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
     drafter = open_drafter(source, provider)
     kind = _kind_around(Path(output), provider, drafter)
     if format or kind is None:
-        named = architecture(FORMATS[format or own_format(provider)].settings(provider))
+        named = architecture(FORMATS[format or default_format(provider)].settings(provider))
         if kind not in (None, named):
             raise UserError(f"--format {format} does not fit '{Path(output).parent}', a {kind}; leave it out")
         kind = named
@@ -83,7 +83,7 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
 
 
 def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: bool) -> None:
-    """Refuse to write a drafter where engines would take it for another kind; tell what they do not know.
+    """Refuse to write a drafter where engines would take it for another kind; warn of what they do not know.
 
     Args:
         source: Its checkpoint.

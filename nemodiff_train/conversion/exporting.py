@@ -13,7 +13,7 @@ from nemodiff_train.console import bytes_bar, quiet, say, warn
 from nemodiff_train.conversion import automodel
 from nemodiff_train.conversion.automodel.card import read_results, write_card
 from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, check_engine, write_drafter
-from nemodiff_train.conversion.formats import FORMATS, code_files, own_format
+from nemodiff_train.conversion.formats import FORMATS, code_files, default_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
@@ -62,7 +62,7 @@ def export_checkpoint(
     check_free(Path(output))
     provider = model_from(source.require_model())
     check_stages(provider, pipeline_parallel)
-    name = format or own_format(provider)
+    name = format or default_format(provider)
     settings = FORMATS[name].settings(provider)
     if remote_code and not FORMATS[name].needs_code:
         raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
@@ -87,7 +87,7 @@ def export_checkpoint(
             write_drafter(drafter, opened, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
-            for file in (*code, *(Path(automodel.__path__[0]) / file for file in FORMATS[name].brings)):
+            for file in (*code, *(Path(automodel.__path__[0]) / file for file in FORMATS[name].includes)):
                 shutil.copyfile(file, partial / file.name)  # never run here
             if name == "tri-mode":
                 write_card(partial, settings, provider.origin, figures)

@@ -44,7 +44,7 @@ class Format:
     """Returns the ``config.json`` of a model; refuses a model that the format cannot hold."""
     needs_code: bool = False
     """Whether the directory is loaded by Python files of its publisher."""
-    brings: tuple[str, ...] = ()
+    includes: tuple[str, ...] = ()
     """Python files of this project, beside :mod:`.automodel.card`, that the directory gets."""
 
 
@@ -203,14 +203,14 @@ FORMATS = {
     "ar": Format(ar_format),
     "nemotron": Format(nemotron_format, needs_code=True),
     # Without the class that its config.json names, rope_theta would be lost; see the file.
-    "sdar": Format(sdar_format, brings=("configuration_sdar.py",)),
-    "tri-mode": Format(tri_mode_format, brings=("configuration_tri_mode.py", "modeling_tri_mode.py")),
+    "sdar": Format(sdar_format, includes=("configuration_sdar.py",)),
+    "tri-mode": Format(tri_mode_format, includes=("configuration_tri_mode.py", "modeling_tri_mode.py")),
 }
 """Formats by their names in ``--format``."""
 
 
-def own_format(provider: TriModeModelProvider) -> str:
-    """Return the name of the format that a model came in, which is the default of an export."""
+def default_format(provider: TriModeModelProvider) -> str:
+    """Return the name of the format that a model came in."""
     return "nemotron" if architecture(provider.hf_config) == NEMOTRON else "ar"
 
 

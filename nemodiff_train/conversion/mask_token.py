@@ -35,6 +35,7 @@ class MaskToken:
             [max(vocabulary, id + 1), hidden].
         """
         others = torch.arange(len(weight)) != self.id  # [vocabulary]: the token may have an unused row already
+        # [1, hidden] mean of the other rows, and [max(vocabulary, id + 1), hidden] with as many new rows as needed.
         mean = weight[others].mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
         longer = torch.cat([weight, mean.expand(max(self.id + 1 - len(weight), 0), -1)])
         longer[self.id] = mean

@@ -103,7 +103,7 @@ class Checkpoint:
     """The newest complete iteration of a Megatron checkpoint; its run configuration is parsed at most once."""
 
     path: Path
-    """The folder as it was named: one ``iter_*``, or a folder of them."""
+    """The folder that the user named: one ``iter_*``, or a folder of them."""
     iteration: Path
     """The ``iter_*`` folder itself."""
 
@@ -130,7 +130,7 @@ class Checkpoint:
         try:
             return cls.find(path) if path else None
         except UserError:
-            return None  # AtomicCheckpointManager tells the damaged from the unfinished
+            return None  # AtomicCheckpointManager distinguishes the damaged from the unfinished
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -238,7 +238,7 @@ class Checkpoint:
         """Compare every byte with the recorded checksums.
 
         Returns:
-            The checkpoint itself, or where it is damaged the newest older iteration that is not; one line says so.
+            The checkpoint itself, or the newest older iteration that is intact, with a warning.
 
         Raises:
             UserError: No iteration in the folder is complete; the damaged file is named.

@@ -81,13 +81,13 @@ def load_model(
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
         if drafter and opened:
-            tell_other_base(drafter, weights)
+            warn_of_other_base(drafter, weights)
             load_drafter(chunks, drafter, opened)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
 
 
-def tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
-    """Say that a drafter was trained on other weights: the text stays right, with fewer tokens per forward."""
+def warn_of_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
+    """Warn of a drafter that was trained on other weights: the text stays right, with fewer tokens per forward."""
     base = drafter.run_config.get("adapter_base") or {}
     if base.get("checksum") != identity(weights.iteration):
         line = f"'{drafter.path}' was trained for {base.get('iteration')}, not for '{weights.iteration}'"

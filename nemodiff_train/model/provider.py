@@ -261,7 +261,7 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
 
 
 def fit_to_host(provider: TriModeModelProvider) -> None:
-    """Set the fused kernels that this machine has, at every start: what a checkpoint says of them is not asked."""
+    """Set the fused kernels that this machine has, whatever the checkpoint says; called at every start."""
     provider.transformer_impl = LAYERS
     # Megatron's SwiGLU is one function in plain torch, which keeps only its input for the backward pass.
     swiglu = provider.gated_linear_unit and provider.activation_func is F.silu

@@ -99,6 +99,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         """Add the drafter's part to an attention's output projection, [batch, length, hidden], in drafts alone."""
         if not self._drafting:
             return output
+        # [batch, length, rank] and [batch, length, hidden], in the adapters' dtype.
         low = F.linear(inputs[0].to(projection.draft_a.dtype), projection.draft_a)
         return output + F.linear(low, projection.draft_b).to(output.dtype)
 
