@@ -6,7 +6,6 @@ ever held in memory, and several ranks can write at once.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,14 +96,9 @@ class ShardWriter:
             raise ValueError(f"{name} is {actual}, but {planned} was planned")
         values = values.detach().cpu()
         self.checksums[name] = checksum(values)
-        rest, offset = raw(values), self._offsets[name]
-        descriptor = os.open(self.directory / self._file_of[name], os.O_WRONLY)
-        try:
-            while rest:  # the kernel takes at most 2 GB per call
-                written = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
-        finally:
-            os.close(descriptor)
+        with (self.directory / self._file_of[name]).open("r+b") as file:
+            file.seek(self._offsets[name])
+            file.write(raw(values))
 
     def close(self, checksums: dict[str, str]) -> None:
         """Record the checksums of all tensors; called on one rank, after all have written.

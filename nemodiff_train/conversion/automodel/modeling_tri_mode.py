@@ -166,10 +166,8 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         """
         self._check(prompt_ids, max_new_tokens, temperature, causal=True)
         session = _Session(self, self.config.mask_token_id)
-        stops, force_end = (
-            _Stops(eos_token_id),
-            partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id),
-        )
+        stops = _Stops(eos_token_id)
+        force_end = partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id)
         new = prompt_ids[:, :0]
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             logits = session.forward(new[:, -1:] if new.shape[1] else prompt_ids, last=True)
@@ -380,10 +378,8 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"linear_spec_generate takes one row, not {len(prompt_ids)}; call it for each")
         size = block_length or self.config.block_size
         session = _Session(self, self.config.mask_token_id if mask_token_id is None else mask_token_id)
-        stops, force_end = (
-            _Stops(eos_token_id),
-            partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id),
-        )
+        stops = _Stops(eos_token_id)
+        force_end = partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id)
         wanted = torch.ones(1, size, dtype=torch.bool, device=prompt_ids.device)
 
         new = prompt_ids[:, :0]
