@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nemodiff_train.conversion.headers import Stored, opened
+from nemodiff_train.conversion.headers import TensorHeader, open_safetensors
 from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.distributed import from_main_process
@@ -30,7 +30,7 @@ ROUNDING = 32
 def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) -> PreTrainedModel:
     """Return a random fp32 model of a few layers in which all settings but the sizes are those of a ``config.json``.
 
-    The same on every rank. What a setting changes, it changes here as well, wherever the model itself may fit.
+    It is the same on every rank.
 
     Args:
         settings: The ``config.json``.
@@ -42,11 +42,11 @@ def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) 
     groups = 2 * tensor_parallel if config.num_key_value_heads != 1 else tensor_parallel
     heads = groups if config.num_key_value_heads == config.num_attention_heads else 2 * groups
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    own_head_dim = head_dim * config.num_attention_heads != config.hidden_size
+    separate_head_dim = head_dim * config.num_attention_heads != config.hidden_size
     layers = 2 * pipeline_parallel
     small = {
         "vocab_size": 64 * tensor_parallel,
-        "hidden_size": head_dim * heads + (64 if own_head_dim else 0),
+        "hidden_size": head_dim * heads + (64 if separate_head_dim else 0),
         "intermediate_size": 128 * tensor_parallel,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -71,7 +71,7 @@ class StoredWeights(Mapping[str, Tensor]):
         dtype: Dtype of the tensors that are returned.
     """
 
-    def __init__(self, settings: HFConfig, stored: Mapping[str, Stored], dtype: torch.dtype) -> None:
+    def __init__(self, settings: HFConfig, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> None:
         self._dtype = dtype
         kind = architecture(settings)
         names = {name: stored_name(kind, name) for name in expected_shapes(ar_settings(settings))}
@@ -80,7 +80,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, name_there = self.files[name]
-        with opened(file) as content:
+        with open_safetensors(file) as content:
             values: Tensor = content.get_tensor(name_there)
         return values.to(self._dtype)
 
@@ -91,7 +91,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.files)
 
 
-def reference(settings: HFConfig, stored: Mapping[str, Stored], dtype: torch.dtype) -> PreTrainedModel:
+def reference(settings: HFConfig, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> PreTrainedModel:
     """Return Transformers' model of a directory; a forward has the weights of one layer at a time in memory.
 
     Args:

@@ -28,7 +28,7 @@ _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorHeader:
     """Header of one tensor in a file."""
 
     file: Path
@@ -42,7 +42,7 @@ class Stored:
         return _ITEM_SIZES.get(self.dtype, 1) * math.prod(self.shape)
 
 
-def read_headers(directory: Path) -> dict[str, Stored]:
+def read_headers(directory: Path) -> dict[str, TensorHeader]:
     """Return every tensor of a directory by name, from the headers of its files.
 
     Raises:
@@ -63,14 +63,14 @@ def read_headers(directory: Path) -> dict[str, Stored]:
         raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
     for file in files:
         _check_siblings(file)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorHeader] = {}
     for file in files:
-        with opened(file, framework="np") as content:
+        with open_safetensors(file, framework="np") as content:
             for name in content.keys():  # noqa: SIM118  (not a mapping)
                 if name in tensors:
                     raise UserError(f"'{name}' is both in '{tensors[name].file}' and in '{file}'; fetch both again")
                 header = content.get_slice(name)
-                tensors[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+                tensors[name] = TensorHeader(file, header.get_dtype(), tuple(header.get_shape()))
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].file.name != file_name:
             raise UserError(
@@ -84,7 +84,7 @@ def read_headers(directory: Path) -> dict[str, Stored]:
 
 
 @contextmanager
-def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
+def open_safetensors(file: Path, framework: str = "pt") -> Iterator[Any]:
     """Open a safetensors file for reading.
 
     Args:

@@ -25,7 +25,7 @@ from nemodiff_train.conversion.comparison import (
     reference,
     unusual_settings,
 )
-from nemodiff_train.conversion.headers import Stored, read_headers
+from nemodiff_train.conversion.headers import TensorHeader, read_headers
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token
 from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights, expected_shapes
 from nemodiff_train.data.tokenizer import files_of_tokenizer, load_tokenizer, tokens_without_row
@@ -133,7 +133,9 @@ def _check_computation(source: str, tensor_parallel: int, pipeline_parallel: int
         )
 
 
-def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Stored], token: MaskToken | None) -> None:
+def _compare_logits(
+    models: list[GPTModel], source: str, stored: dict[str, TensorHeader], token: MaskToken | None
+) -> None:
     """Compare what was imported with Transformers' model on a few tokens; called on all ranks.
 
     The row of a new mask token, which may be one that no token had, is left out.
@@ -232,7 +234,7 @@ class _Reader(SafeTensorsStateSource):
         return tensors
 
 
-def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
+def _check_contents(directory: Path, stored: dict[str, TensorHeader]) -> None:
     """Read all weights once before anything is built; each rank reads a part of them."""
     shard = slice(global_rank(), None, world_size())
     with bytes_bar() as bar:

@@ -15,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from nemodiff_train.conversion.headers import INDEX
-from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, checksum, raw
+from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, checksum, raw_bytes
 from nemodiff_train.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -98,7 +98,7 @@ class ShardWriter:
         self.checksums[name] = checksum(values)
         with (self.directory / self._file_of[name]).open("r+b") as file:
             file.seek(self._offsets[name])
-            file.write(raw(values))
+            file.write(raw_bytes(values))
 
     def close(self, checksums: dict[str, str]) -> None:
         """Record the checksums of all tensors; called on one rank, after all have written.

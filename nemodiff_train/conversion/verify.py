@@ -17,7 +17,7 @@ from torch import Tensor
 from nemodiff_train.console import PlainConsole, console, quiet
 from nemodiff_train.conversion.comparison import StoredWeights, reference
 from nemodiff_train.conversion.exporting import full_tensors
-from nemodiff_train.conversion.headers import Stored
+from nemodiff_train.conversion.headers import TensorHeader
 from nemodiff_train.conversion.importing import build, load_weights
 from nemodiff_train.conversion.weights import DTYPES, check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
@@ -43,9 +43,8 @@ PROMPT = "The quick brown fox jumps over the lazy dog. In 1969 two people walked
 def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> bool:
     """Compare every tensor of two checkpoints, and their logits on a prompt; print a table.
 
-    Logits are computed in fp32, whatever is stored, one checkpoint after the other.  AR logits of a Hugging Face
-    directory are Transformers', a layer at a time.  Comparing it with what was imported from it therefore compares
-    two implementations as well, which may differ by rounding.
+    Logits are computed in fp32, one checkpoint after the other; AR logits of a Hugging Face directory are computed by
+    Transformers, all others by Megatron.
 
     Args:
         a: Hugging Face directory or Megatron checkpoint.
@@ -109,7 +108,7 @@ class _Side:
     """Dtype of the weights as they are stored."""
     checkpoint: Checkpoint | None
     """None for a Hugging Face directory."""
-    stored: dict[str, Stored]
+    stored: dict[str, TensorHeader]
     """Headers of the tensors of a Hugging Face directory by their names in the files."""
 
     @property

@@ -243,13 +243,13 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
     name = (hf_config.get("architectures") or [type(source).__name__])[0]
     rope = hf_config.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
+    layer_types = hf_config.get("layer_types")
+    has_window = hf_config.get("sliding_window") is not None or getattr(source, "window_size", None) is not None
     features = {
         "its own model class": type(source).provide is not GPTModelProvider.provide,
         "mixture of experts": source.num_moe_experts is not None,
         "latent attention": source.multi_latent_attention,
-        "sliding-window attention": "sliding_attention" in hf_config["layer_types"]
-        if hf_config.get("layer_types")
-        else hf_config.get("sliding_window") is not None or getattr(source, "window_size", None) is not None,
+        "sliding-window attention": "sliding_attention" in layer_types if layer_types else has_window,
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
         f"rope scaling '{kind}', whose angles depend on the length of the text": kind not in SCALINGS,
