@@ -1,4 +1,4 @@
-"""Compare what Megatron computes with what Transformers does: a miniature with a model's settings, and the model."""
+"""Compare Megatron's logits with Transformers': those of a miniature with a model's settings, and of the model."""
 
 from collections.abc import Iterator, Mapping
 from itertools import cycle, islice

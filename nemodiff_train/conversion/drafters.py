@@ -87,7 +87,7 @@ def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: boo
 
     Args:
         source: Its checkpoint.
-        drafter: What it is.
+        drafter: Its kind and settings.
         kind: Architecture of the model's directory.
         in_folder: Whether it is to be the ``linear_spec_lora`` of that directory.
 
@@ -112,10 +112,10 @@ def write_drafter(source: Checkpoint, drafter: Drafter, layers: int, kind: str, 
 
     Args:
         source: The drafter's checkpoint.
-        drafter: What it is.
+        drafter: Its kind and settings.
         layers: Layers of its model.
         kind: Architecture of the directory whose names the tensors get.
-        directory: Where they go.
+        directory: Folder to write them to.
     """
     lora = drafter.lora
     alpha = lora.alpha if drafter.kind.uniform_noise else SCALE * lora.dim

@@ -125,7 +125,7 @@ def check_contents(
     """Read the weights once: compare them with the checksums, where there are any, and find NaN and infinity.
 
     Args:
-        directory: Where they are.
+        directory: Folder of the weights.
         stored: Headers, from :func:`check_weights`.
         advance: Called with the bytes of each tensor.
         shard: Which of the tensors this rank reads.

@@ -83,9 +83,9 @@ class _AdapterBase(TypedDict):
 
 @with_config(AS_WRITTEN)
 class _RunConfig(TypedDict, total=False):
-    """What is read of a ``run_config.yaml``; Bridge reads the model and the adapters as well.
+    """Keys of a ``run_config.yaml`` that are read; Bridge reads the model and the adapters as well.
 
-    The sections above take its configuration.
+    The sections above are checked as strictly: they take the configuration of this type.
     """
 
     model: Required[_Model]
@@ -126,7 +126,7 @@ class Checkpoint:
 
     @classmethod
     def find_complete(cls, path: str | Path | None) -> Self | None:
-        """Open the checkpoint that a run would go on from; None where there is none, or where none is complete."""
+        """Open the checkpoint that a run would resume from; None where there is none, or where none is complete."""
         try:
             return cls.find(path) if path else None
         except UserError:

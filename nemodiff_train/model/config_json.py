@@ -1,4 +1,4 @@
-"""What a ``config.json`` and a ``generation_config.json`` may hold: types and ranges of every key that is read."""
+"""Types and ranges of every key that is read in a ``config.json`` and a ``generation_config.json``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -85,7 +85,7 @@ class _Nested(_Config, total=False):
 
 @with_config(AS_WRITTEN)
 class _TriMode(TypedDict):
-    """What a directory that decodes in every mode has to say."""
+    """Keys that a directory that decodes in every mode must have."""
 
     mask_token_id: Annotated[int, Field(ge=0)]
     block_size: int

@@ -161,7 +161,7 @@ class DraftLoRA(CanonicalLoRA):
 
 @dataclass(frozen=True)
 class Drafter:
-    """What a drafter's checkpoint says of it."""
+    """Kind, adapter settings and block size of a drafter, as its checkpoint has them."""
 
     name: Literal["nemotron", "uno"]
     """Its kind's, in :data:`~nemodiff_train.objective.drafts.DRAFT_KINDS`."""
@@ -171,7 +171,7 @@ class Drafter:
 
     @property
     def kind(self) -> DraftKind:
-        """Return what its drafts look like."""
+        """Return the kind of its drafts."""
         return DRAFT_KINDS[self.name]
 
 
@@ -240,7 +240,7 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
     Args:
         models: This rank's chunks.
         checkpoint: The drafter's checkpoint.
-        drafter: What :func:`open_drafter` returned for it.
+        drafter: Its kind and settings, from :func:`open_drafter`.
     """
     drafter.lora(models, training=False)
     load_adapters(models, checkpoint.verify_contents(), drafter.lora)

@@ -1,4 +1,4 @@
-"""What a ``config.json`` describes: which AR family, under which names, with which diffusion settings.
+"""AR family, tensor names and diffusion settings of the model that a ``config.json`` describes.
 
 Only dictionaries and strings, so that a directory can be inspected without importing anything large.
 """
@@ -11,7 +11,7 @@ HFConfig = dict[str, Any]
 NEMOTRON = "NemotronLabsDiffusionModel"
 VISION_LANGUAGE = "Mistral3ForConditionalGeneration"
 TRI_MODE = "TriModeModel"
-"""What this package exports: an AR family's weights under their own names, with code that decodes in every mode."""
+"""Architecture of this package's exports: an AR family's weights and names, with code that decodes in every mode."""
 
 SDAR = "SDARForCausalLM"
 """A Qwen 3 that predicts without shift and attends block-causally."""

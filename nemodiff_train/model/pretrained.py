@@ -87,8 +87,8 @@ def _origin(source: str, directory: Path) -> HFConfig:
     """Return the name of a Hugging Face model as ``base_model``, and what its own card says about the licence.
 
     Args:
-        source: What the user wrote: a directory, or a name on the hub.
-        directory: Where its files are.
+        source: Directory or name on the hub, as the user wrote it.
+        directory: Folder of its files.
     """
     cached = next((match for part in directory.absolute().parts if (match := _CACHED.fullmatch(part))), None)
     name = "/".join(cached.groups()) if cached else Path(source).resolve().name if Path(source).is_dir() else source

@@ -171,7 +171,7 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     """Turn the provider that Bridge returns for a family into a tri-mode one; nothing else about it changes.
 
     Args:
-        source: What ``AutoBridge.to_megatron_provider(load_weights=False)`` returned.
+        source: The provider that ``AutoBridge.to_megatron_provider(load_weights=False)`` returned.
         hf_config: The model's Hugging Face configuration as a dictionary, complete with defaults.
 
     Raises:

@@ -66,7 +66,7 @@ class _RecomputedInput:
     def _after_source(
         self, source: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
     ) -> None:
-        """Remember what the input of the linear layer is computed from."""
+        """Keep the tensor that the input of the linear layer is computed from."""
         whole_layers = self.config.recompute_granularity == "full" and self.config.recompute_method == "uniform"
         if self.config.recompute_elementwise and not whole_layers and torch.is_grad_enabled():
             kept = output[0] if self.from_output else inputs[0]

@@ -1,4 +1,4 @@
-"""The card of a directory that decodes itself: what it is, what it was made from, how good it is, how to use it."""
+"""The model card of a directory that decodes itself: base model, licence, results and usage."""
 
 from pathlib import Path
 from typing import Any, TypedDict
@@ -40,7 +40,7 @@ def read_results(folder: str) -> dict[str, Any]:
     """Return an evaluation's ``metrics.json``.
 
     Args:
-        folder: What ``nemodiff eval --output`` has written.
+        folder: Output of ``nemodiff eval``.
 
     Raises:
         UserError: It is not there, or holds something else.
