@@ -41,7 +41,7 @@ def _difference(
 
     from nemodiff_train.model.bridges import auto_bridge
     from nemodiff_train.model.loading import set_dtype, set_parallelism
-    from nemodiff_train.model.pretrained import hf_config, model_from
+    from nemodiff_train.model.pretrained import config_from, model_from, stored_settings
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -56,7 +56,7 @@ def _difference(
         provider.query_scale_beta = 0.0
     provider.finalize()
     models = provider.provide_distributed_model(wrap_with_ddp=False)
-    auto_bridge(hf_config(source)).load_hf_weights(models, hf_path=source)
+    auto_bridge(config_from(stored_settings(source))).load_hf_weights(models, hf_path=source)
 
     def step(batch: Any, model: Any) -> tuple[torch.Tensor, Any]:
         positions = torch.arange(ids.shape[1]).expand_as(ids)

@@ -38,7 +38,7 @@ def build(directory: Path, family: Callable[[Path], None]) -> Any:
     init_runtime()
     from nemodiff_train.model.bridges import auto_bridge
     from nemodiff_train.model.loading import set_parallelism, start_model_parallel
-    from nemodiff_train.model.pretrained import hf_config, model_from
+    from nemodiff_train.model.pretrained import config_from, model_from, stored_settings
 
     family(directory)
     provider = model_from(str(directory))
@@ -47,7 +47,7 @@ def build(directory: Path, family: Callable[[Path], None]) -> Any:
     set_parallelism(provider)
     provider.finalize()
     models = provider.provide_distributed_model(wrap_with_ddp=False)
-    auto_bridge(hf_config(str(directory))).load_hf_weights(models, hf_path=str(directory))
+    auto_bridge(config_from(stored_settings(str(directory)))).load_hf_weights(models, hf_path=str(directory))
     return models[0].eval()
 
 

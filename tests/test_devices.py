@@ -124,9 +124,10 @@ def test_comparison_with_transformers(model: Any, devices: TwoDevices) -> None:
 
 def test_verification(model: Any, devices: TwoDevices) -> None:
     """What 'convert verify' computes of a Megatron model comes back to the host, where it is compared."""
-    from nemodiff_train.conversion.verify import _Megatron
+    from nemodiff_train.conversion.verify import _Side
+    from nemodiff_train.model.checkpoint import Checkpoint
 
-    side = _Megatron("", model.config, Path(), torch.float32, checkpoint=None)  # type: ignore[arg-type]
+    side = _Side("", model.config, torch.float32, Checkpoint(Path(), Path()), stored={})
     vars(side)["chunks"], tokens = [model], torch.tensor(PROMPTS[2:])
     for logits in (side.ar_logits(tokens, torch.arange(7)[None]), side.diffusion_logits(tokens, model.config)):
         assert not is_marked(logits) and logits.shape[-1] == model.config.vocab_size

@@ -127,12 +127,15 @@ def test_keys_that_a_file_leaves_out() -> None:
     from nemodiff_train.runtime import init_runtime
 
     init_runtime()
+    from nemodiff_train.model.families import diffusion_settings
     from nemodiff_train.model.pretrained import config_from
 
     settings = {"architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion"}
-    found: Any = config_from(settings)
-    assert (found.mask_token_id, found.eos_token_id, found.block_size) == (-1, 2, 32)
-    assert (found.hidden_size, found.intermediate_size, found.num_hidden_layers) == (4096, 14336, 34)
+    diffusion: Any = {"mask_token_id": None, "block_size": 32, "shift": False, "clean_attention": "causal"}
+    assert diffusion_settings(settings) == diffusion_settings({**settings, "mask_token_id": -1}) == diffusion
+    config: Any = config_from(settings)
+    assert config.eos_token_id == 2
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (4096, 14336, 34)
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def test_weights_that_overflow_are_not_imported(
 def test_logits_that_are_not_finite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No text is made of them, no score, and no equality, where a model was too large to be compared at import."""
+    """No text is made of them, no score, and no equality, where an import did not compare them."""
     overflowing(tmp_path / "source", 1e20, torch.float32)
     monkeypatch.setattr(importing, "_compare_logits", lambda *arguments: None)
     assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 0

@@ -21,7 +21,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     init_runtime()
     from nemodiff_train.model.bridges import auto_bridge
     from nemodiff_train.model.loading import set_parallelism, start_model_parallel
-    from nemodiff_train.model.pretrained import hf_config, model_from
+    from nemodiff_train.model.pretrained import config_from, model_from, stored_settings
 
     directory: Path = tmp_path_factory.mktemp("likelihood") / "qwen3"
     small.qwen3(directory)
@@ -31,7 +31,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     set_parallelism(provider)
     provider.finalize()
     models = provider.provide_distributed_model(wrap_with_ddp=False)
-    auto_bridge(hf_config(str(directory))).load_hf_weights(models, hf_path=str(directory))
+    auto_bridge(config_from(stored_settings(str(directory)))).load_hf_weights(models, hf_path=str(directory))
     return models[0].eval(), directory
 
 

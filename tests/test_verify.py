@@ -111,20 +111,20 @@ def test_another_dtype_of_the_same_numbers_is_named(
 
 def test_layers_of_transformers_are_read_one_at_a_time(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two layers are in memory at once, so that a model of any size is compared."""
-    from nemodiff_train.conversion import verify
+    from nemodiff_train.conversion import comparison, verify
 
     held: list[int] = []
-    empty = verify._HuggingFace._empty_model
+    empty = comparison.empty_reference
 
-    def watched(side: Any) -> Any:
-        model = empty(side)
+    def watched(config: Any, **options: Any) -> Any:
+        model = empty(config, **options)
         for layer in model.model.layers:
             layer.register_forward_hook(
                 lambda *call: held.append(sum(p.numel() for p in model.parameters() if p.device.type == "cpu"))
             )
         return model
 
-    monkeypatch.setattr(verify._HuggingFace, "_empty_model", watched)
+    monkeypatch.setattr(comparison, "empty_reference", watched)
     verify.start_model_parallel(1)
     side = verify._open_side(str(imported / "llama3"))
     logits = side.ar_logits(torch.arange(20, 60)[None], torch.arange(40)[None])

@@ -1,18 +1,20 @@
-"""Compare what Megatron computes with what Transformers does: a miniature with a model's settings, and the model."""
+"""Compare Megatron's logits with Transformers': those of a miniature with a model's settings, and of the model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
 
 import torch
+from accelerate import cpu_offload
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nemodiff_train.conversion.headers import Stored, opened
+from nemodiff_train.conversion.headers import TensorHeader, open_safetensors
+from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.distributed import from_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import HFConfig, ar_settings, architecture, stored_name
+from nemodiff_train.model.families import VOCABULARY_TENSORS, HFConfig, ar_settings, architecture, stored_name
 from nemodiff_train.model.pretrained import build_reference, config_from, empty_reference
 
 POSITIONS = 300
@@ -28,7 +30,7 @@ ROUNDING = 32
 def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) -> PreTrainedModel:
     """Return a random fp32 model of a few layers in which all settings but the sizes are those of a ``config.json``.
 
-    The same on every rank. What a setting changes, it changes here as well, wherever the model itself may fit.
+    It is the same on every rank.
 
     Args:
         settings: The ``config.json``.
@@ -40,11 +42,11 @@ def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) 
     groups = 2 * tensor_parallel if config.num_key_value_heads != 1 else tensor_parallel
     heads = groups if config.num_key_value_heads == config.num_attention_heads else 2 * groups
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    own_head_dim = head_dim * config.num_attention_heads != config.hidden_size
+    separate_head_dim = head_dim * config.num_attention_heads != config.hidden_size
     layers = 2 * pipeline_parallel
     small = {
         "vocab_size": 64 * tensor_parallel,
-        "hidden_size": head_dim * heads + (64 if own_head_dim else 0),
+        "hidden_size": head_dim * heads + (64 if separate_head_dim else 0),
         "intermediate_size": 128 * tensor_parallel,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -60,26 +62,52 @@ def miniature(settings: HFConfig, tensor_parallel: int, pipeline_parallel: int) 
     return model.eval()
 
 
-def reference(settings: HFConfig, stored: Mapping[str, Stored]) -> PreTrainedModel:
-    """Return Transformers' model of a directory, with the weights where they are on the disk.
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of an AR model in a directory, without a tied output layer: read when they are used, and not kept.
+
+    Args:
+        settings: The ``config.json`` of the directory.
+        stored: Headers of the model's tensors by their names in the files.
+        dtype: Dtype of the tensors that are returned.
+    """
+
+    def __init__(self, settings: HFConfig, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        kind = architecture(settings)
+        names = {name: stored_name(kind, name) for name in expected_shapes(ar_settings(settings))}
+        self.files = {name: (stored[name_there].file, name_there) for name, name_there in names.items()}
+        """File of each tensor, and its name there."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, name_there = self.files[name]
+        with open_safetensors(file) as content:
+            values: Tensor = content.get_tensor(name_there)
+        return values.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def reference(settings: HFConfig, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> PreTrainedModel:
+    """Return Transformers' model of a directory; a forward has the weights of one layer at a time in memory.
 
     Args:
         settings: The ``config.json``.
         stored: Headers of the model's tensors by their names in the files.
+        dtype: Dtype of the computation.
     """
-    model = empty_reference(config_from(ar_settings(settings)))
-    weights = {}
-    for name in model.state_dict():
-        if tensor := stored.get(stored_name(architecture(settings), name)):
-            with opened(tensor.file) as content:
-                weights[name] = content.get_tensor(stored_name(architecture(settings), name))
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model.eval()
+    model = empty_reference(config_from(ar_settings(settings)), dtype=dtype).eval()
+    weights, (embedding, head) = StoredWeights(settings, stored, dtype), VOCABULARY_TENSORS
+    weights.files.setdefault(head, weights.files[embedding])  # tied
+    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
+    return model
 
 
 def logits_differ(
-    model: PreTrainedModel, chunks: list[GPTModel], length: int, but: int | None = None
+    model: PreTrainedModel, chunks: list[GPTModel], length: int, left_out: int | None = None
 ) -> tuple[float, float]:
     """Return the largest difference between the causal logits of two implementations, and the largest logit.
 
@@ -87,28 +115,24 @@ def logits_differ(
         model: Transformers' model, used on the main process alone.
         chunks: This rank's chunks of Megatron's model.
         length: Tokens of the random text.
-        but: Id of a token that has other weights in both, on purpose: it is not in the text, and has no logit.
+        left_out: Id of a token that has other weights in both, on purpose: it is not in the text, and has no logit.
     """
-    ids = torch.tensor([token for token in range(model.config.vocab_size) if token != but])
+    ids = torch.tensor([token for token in range(model.config.vocab_size) if token != left_out])
     tokens = ids[torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))]
+    # [1, length, vocabulary] logits of both, without that token's.
     session = Session(chunks, 1, length, None)
     logits = session.forward(tokens.to(session.device), torch.arange(1), "verify", causal=True).cpu()
 
+    @torch.inference_mode()
     def compare() -> tuple[float, float]:
-        expected = _logits(model, tokens)[..., ids]
+        try:
+            expected = model(tokens).logits.float()[..., ids]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"Transformers cannot run the model that config.json describes: {reason}") from None
         return float((logits[..., ids] - expected).abs().max()), float(expected.abs().max())
 
     return from_main_process(compare)
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    try:
-        logits: Tensor = model(tokens).logits
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"Transformers cannot run the model that config.json describes: {reason}") from None
-    return logits.float()
 
 
 def unusual_settings(config: PreTrainedConfig) -> list[str]:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemodiff_train.console import quiet, say, warn
-from nemodiff_train.conversion.formats import FORMATS, own_format
+from nemodiff_train.conversion.formats import FORMATS, default_format
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory
@@ -71,7 +71,7 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
     drafter = open_drafter(source, provider)
     kind = _kind_around(Path(output), provider, drafter)
     if format or kind is None:
-        named = architecture(FORMATS[format or own_format(provider)].settings(provider))
+        named = architecture(FORMATS[format or default_format(provider)].settings(provider))
         if kind not in (None, named):
             raise UserError(f"--format {format} does not fit '{Path(output).parent}', a {kind}; leave it out")
         kind = named
@@ -83,11 +83,11 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
 
 
 def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: bool) -> None:
-    """Refuse to write a drafter where engines would take it for another kind; tell what they do not know.
+    """Refuse to write a drafter where engines would take it for another kind; warn of what they do not know.
 
     Args:
         source: Its checkpoint.
-        drafter: What it is.
+        drafter: Its kind and settings.
         kind: Architecture of the model's directory.
         in_folder: Whether it is to be the ``linear_spec_lora`` of that directory.
 
@@ -112,10 +112,10 @@ def write_drafter(source: Checkpoint, drafter: Drafter, layers: int, kind: str, 
 
     Args:
         source: The drafter's checkpoint.
-        drafter: What it is.
+        drafter: Its kind and settings.
         layers: Layers of its model.
         kind: Architecture of the directory whose names the tensors get.
-        directory: Where they go.
+        directory: Folder to write them to.
     """
     lora = drafter.lora
     alpha = lora.alpha if drafter.kind.uniform_noise else SCALE * lora.dim

@@ -13,7 +13,7 @@ from nemodiff_train.console import bytes_bar, quiet, say, warn
 from nemodiff_train.conversion import automodel
 from nemodiff_train.conversion.automodel.card import read_results, write_card
 from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, check_engine, write_drafter
-from nemodiff_train.conversion.formats import FORMATS, code_files, own_format
+from nemodiff_train.conversion.formats import FORMATS, code_files, default_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
 from nemodiff_train.conversion.weights import expected_shapes
@@ -62,7 +62,7 @@ def export_checkpoint(
     check_free(Path(output))
     provider = model_from(source.require_model())
     check_stages(provider, pipeline_parallel)
-    name = format or own_format(provider)
+    name = format or default_format(provider)
     settings = FORMATS[name].settings(provider)
     if remote_code and not FORMATS[name].needs_code:
         raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
@@ -87,7 +87,7 @@ def export_checkpoint(
             write_drafter(drafter, opened, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
-            for file in (*code, *(Path(automodel.__path__[0]) / file for file in FORMATS[name].brings)):
+            for file in (*code, *(Path(automodel.__path__[0]) / file for file in FORMATS[name].includes)):
                 shutil.copyfile(file, partial / file.name)  # never run here
             if name == "tri-mode":
                 write_card(partial, settings, provider.origin, figures)
@@ -107,13 +107,15 @@ def full_tensors(models: list[GPTModel], settings: HFConfig) -> Iterator[tuple[s
         settings: The ``config.json``.
 
     Yields:
-        Names and tensors on the CPU; also a tied output layer.
+        Names and tensors on the CPU, without a tied output layer.
     """
-    rows = ar_settings(settings)["vocab_size"]
-    vocabulary_tensors = {stored_name(architecture(settings), name) for name in VOCABULARY_TENSORS}
+    ar_config, kind = ar_settings(settings), architecture(settings)
+    embedding, head = (stored_name(kind, name) for name in VOCABULARY_TENSORS)
+    is_tied, rows = config_from(ar_config).tie_word_embeddings, ar_config["vocab_size"]
     for name, values in auto_bridge(config_from(settings)).export_hf_weights(models, cpu=True, show_progress=False):
-        # The vocabulary is padded to a multiple of the tensor-parallel size; the padding is cut off.
-        yield name, values[:rows] if name in vocabulary_tensors else values
+        if name != head or not is_tied:
+            # The vocabulary is padded to a multiple of the tensor-parallel size; the padding is cut off.
+            yield name, values[:rows] if name in (embedding, head) else values
 
 
 def _write_weights(models: list[GPTModel], settings: HFConfig, writer: ShardWriter, description: str) -> None:
@@ -123,8 +125,6 @@ def _write_weights(models: list[GPTModel], settings: HFConfig, writer: ShardWrit
     with bytes_bar() as bar:
         task = bar.add_task(description, total=writer.total)
         for name, values in full_tensors(models, settings):
-            if name not in writer.shapes:  # a tied output layer
-                continue
             if writer.owner(name, world_size()) == global_rank():
                 writer.write(name, values)
             bar.advance(task, values.nbytes)

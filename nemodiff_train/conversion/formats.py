@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, HFConfig, ar_settings, architecture
+from nemodiff_train.model.families import (
+    NEMOTRON,
+    SDAR,
+    SDAR_MASK_TOKEN,
+    TRI_MODE,
+    HFConfig,
+    ar_settings,
+    architecture,
+)
 from nemodiff_train.model.pretrained import config_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
@@ -21,22 +29,10 @@ BACKBONES = ("Ministral3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 """Families that compute what a NemotronLabsDiffusion model does, where their attention and MLP have no biases."""
 
 _SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 """Settings of every dense family, whose defaults differ from class to class: written whatever they are."""
 
 
@@ -48,7 +44,7 @@ class Format:
     """Returns the ``config.json`` of a model; refuses a model that the format cannot hold."""
     needs_code: bool = False
     """Whether the directory is loaded by Python files of its publisher."""
-    brings: tuple[str, ...] = ()
+    includes: tuple[str, ...] = ()
     """Python files of this project, beside :mod:`.automodel.card`, that the directory gets."""
 
 
@@ -65,7 +61,15 @@ def nemotron_format(provider: TriModeModelProvider) -> HFConfig:
         UserError: The model is of another family, has no mask token, or decodes in another way.
     """
     settings = ar_settings(provider.hf_config)
-    _check_backbone(settings)
+    family = architecture(settings)
+    other = [f"{key}=true" for key in ("attention_bias", "mlp_bias") if settings.get(key)]
+    if settings.get("hidden_act", "silu") != "silu":
+        other.append(f"hidden_act={settings['hidden_act']}")
+    if family not in BACKBONES or other:
+        raise UserError(
+            "--format nemotron holds Ministral 3, Llama and Mistral models without biases, but this is "
+            f"{' with '.join([family, *other])}; use --format ar or tri-mode"
+        )
     if provider.mask_token_id is None:
         raise UserError(
             "--format nemotron needs a mask token, but this checkpoint has none; train it jointly, or import it with "
@@ -81,12 +85,16 @@ def nemotron_format(provider: TriModeModelProvider) -> HFConfig:
         "block_size": provider.block_size,
         "tie_word_embeddings": False,  # the head is always written
     }
-    named = {"auto_map": REMOTE_CODE, "rope_parameters": _query_scaled(settings)}
+    config = config_from(settings)
+    # The query scale of a Ministral 3, which is 1 for other families.
+    scale = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": config.max_position_embeddings}
+    unscaled = {} if "llama_4_scaling_beta" in config.rope_parameters else scale
+    named = {"auto_map": REMOTE_CODE, "rope_parameters": {**unscaled, **config.rope_parameters}}
     if architecture(provider.hf_config) == NEMOTRON:
         return _in_dtype({**named, **provider.hf_config, **diffusion}, provider.params_dtype)
-    known = config_from(settings).to_dict()
+    known = config.to_dict()
     # Other keys of a family say nothing to a Ministral 3.
-    kept = settings if architecture(settings) == "Ministral3ForCausalLM" else {}
+    kept = settings if family == "Ministral3ForCausalLM" else {}
     return _in_dtype(
         {
             **kept,
@@ -120,9 +128,9 @@ def sdar_format(provider: TriModeModelProvider) -> HFConfig:
             "--format sdar holds a Qwen3ForCausalLM with shift=false and clean_attention=block_causal, but this is "
             f"{architecture(settings)} with {_objective(provider)}; use --format tri-mode"
         )
-    if provider.mask_token_id != OF_SDAR["mask_token_id"]:
+    if provider.mask_token_id != SDAR_MASK_TOKEN:
         raise UserError(
-            f"--format sdar is decoded with the mask token {OF_SDAR['mask_token_id']}, but this model has "
+            f"--format sdar is decoded with the mask token {SDAR_MASK_TOKEN}, but this model has "
             f"{provider.mask_token_id}; import Qwen 3 with --add-mask-token, which gives it this id"
         )
     return {
@@ -133,23 +141,6 @@ def sdar_format(provider: TriModeModelProvider) -> HFConfig:
         "mask_token_id": provider.mask_token_id,
         "block_size": provider.block_size,
     }
-
-
-def _check_backbone(settings: HFConfig) -> None:
-    """Refuse a family that a NemotronLabsDiffusion model cannot be.
-
-    Raises:
-        UserError: Names what it has.
-    """
-    kind = architecture(settings)
-    other = [f"{key}=true" for key in ("attention_bias", "mlp_bias") if settings.get(key)]
-    if settings.get("hidden_act", "silu") != "silu":
-        other.append(f"hidden_act={settings['hidden_act']}")
-    if kind not in BACKBONES or other:
-        raise UserError(
-            "--format nemotron holds Ministral 3, Llama and Mistral models without biases, but this is "
-            f"{' with '.join([kind, *other])}; use --format ar or tri-mode"
-        )
 
 
 def _objective(provider: TriModeModelProvider) -> str:
@@ -176,13 +167,6 @@ def _keys_of_engines(settings: HFConfig) -> HFConfig:
         keys["original_max_position_embeddings"] = length = rope["original_max_position_embeddings"]
         keys["llama_4_scaling"] = {"original_max_position_embeddings": length, "beta": beta}
     return keys
-
-
-def _query_scaled(settings: HFConfig) -> HFConfig:
-    """Return a model's ``rope_parameters`` with the query scale of a Ministral 3, which is 1 for other families."""
-    config = config_from(settings)
-    unscaled = {"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": config.max_position_embeddings}
-    return {**({} if "llama_4_scaling_beta" in config.rope_parameters else unscaled), **config.rope_parameters}
 
 
 def tri_mode_format(provider: TriModeModelProvider) -> HFConfig:
@@ -219,14 +203,14 @@ FORMATS = {
     "ar": Format(ar_format),
     "nemotron": Format(nemotron_format, needs_code=True),
     # Without the class that its config.json names, rope_theta would be lost; see the file.
-    "sdar": Format(sdar_format, brings=("configuration_sdar.py",)),
-    "tri-mode": Format(tri_mode_format, brings=("configuration_tri_mode.py", "modeling_tri_mode.py")),
+    "sdar": Format(sdar_format, includes=("configuration_sdar.py",)),
+    "tri-mode": Format(tri_mode_format, includes=("configuration_tri_mode.py", "modeling_tri_mode.py")),
 }
 """Formats by their names in ``--format``."""
 
 
-def own_format(provider: TriModeModelProvider) -> str:
-    """Return the name of the format that a model came in, which is the default of an export."""
+def default_format(provider: TriModeModelProvider) -> str:
+    """Return the name of the format that a model came in."""
     return "nemotron" if architecture(provider.hf_config) == NEMOTRON else "ar"
 
 

@@ -28,12 +28,12 @@ _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorHeader:
     """Header of one tensor in a file."""
 
     file: Path
     dtype: str
-    """As safetensors names it, such as ``BF16``."""
+    """Its name in safetensors, such as ``BF16``."""
     shape: tuple[int, ...]
 
     @property
@@ -42,7 +42,7 @@ class Stored:
         return _ITEM_SIZES.get(self.dtype, 1) * math.prod(self.shape)
 
 
-def read_headers(directory: Path) -> dict[str, Stored]:
+def read_headers(directory: Path) -> dict[str, TensorHeader]:
     """Return every tensor of a directory by name, from the headers of its files.
 
     Raises:
@@ -63,33 +63,28 @@ def read_headers(directory: Path) -> dict[str, Stored]:
         raise UserError(f"'{directory}' has no *.safetensors; only safetensors weights are read")
     for file in files:
         _check_siblings(file)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorHeader] = {}
     for file in files:
-        with opened(file, framework="np") as content:
+        with open_safetensors(file, framework="np") as content:
             for name in content.keys():  # noqa: SIM118  (not a mapping)
                 if name in tensors:
                     raise UserError(f"'{name}' is both in '{tensors[name].file}' and in '{file}'; fetch both again")
                 header = content.get_slice(name)
-                tensors[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
-    _check_index(directory, weight_map, tensors)
-    return tensors
-
-
-def _check_index(directory: Path, weight_map: dict[str, str], tensors: dict[str, Stored]) -> None:
-    """Refuse an index that names other tensors than the files hold; a directory without one has an empty map."""
+                tensors[name] = TensorHeader(file, header.get_dtype(), tuple(header.get_shape()))
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].file.name != file_name:
             raise UserError(
                 f"'{directory / INDEX}' says that '{name}' is in {file_name}, but it is not; fetch it again"
             )
-    if extra := sorted(set(tensors) - set(weight_map)) if weight_map else []:
+    if weight_map and (extra := sorted(set(tensors) - set(weight_map))):
         raise UserError(
             f"'{tensors[extra[0]].file}' holds '{extra[0]}', which '{INDEX}' does not name; fetch it again"
         )
+    return tensors
 
 
 @contextmanager
-def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
+def open_safetensors(file: Path, framework: str = "pt") -> Iterator[Any]:
     """Open a safetensors file for reading.
 
     Args:
@@ -114,14 +109,10 @@ def _index(directory: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     names = checked(_Index, read_json(file), file)["weight_map"]
-    if outside := [shard for shard in names.values() if not _is_file_name(shard)]:
-        raise UserError(f"'{file}' names '{outside[0]!s:.200}', which is not a file beside it; fetch it again")
+    for shard in names.values():
+        if Path(shard).name != shard or len(shard.encode(errors="replace")) > _LONGEST:
+            raise UserError(f"'{file}' names '{shard:.200}', which is not a file beside it; fetch it again")
     return names
-
-
-def _is_file_name(shard: str) -> bool:
-    """Return whether an index names what a file can be called, and not a path."""
-    return Path(shard).name == shard and len(shard.encode(errors="replace")) <= _LONGEST
 
 
 def _check_siblings(file: Path) -> None:

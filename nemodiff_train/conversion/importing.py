@@ -5,14 +5,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource, StateDict
 from megatron.bridge.training.model_load_save import save_megatron_model
 from megatron.core.models.gpt import GPTModel
-from rich.filesize import decimal
 from rich.text import Text
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from nemodiff_train.conversion.comparison import (
     reference,
     unusual_settings,
 )
-from nemodiff_train.conversion.headers import Stored, read_headers
+from nemodiff_train.conversion.headers import TensorHeader, read_headers
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token
 from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights, expected_shapes
 from nemodiff_train.data.tokenizer import files_of_tokenizer, load_tokenizer, tokens_without_row
@@ -35,7 +33,6 @@ from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.distributed import (
     all_gather_object,
     barrier,
-    from_main_process,
     global_rank,
     is_main_process,
     world_size,
@@ -46,7 +43,7 @@ from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import write_checksums
 from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
 from nemodiff_train.model.loading import set_dtype, set_parallelism, start_model_parallel
-from nemodiff_train.model.pretrained import hf_config, local_copy, model_from, model_like, stored_settings
+from nemodiff_train.model.pretrained import config_from, local_copy, model_from, model_like, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 
@@ -83,11 +80,13 @@ def import_checkpoint(
     files_of_tokenizer(Path(source))
     token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
-    check_computation(source, tensor_parallel, pipeline_parallel)
+    _check_computation(source, tensor_parallel, pipeline_parallel)
     _check_contents(Path(source), stored)
     set_dtype(provider, DTYPES[next(iter(stored.values())).dtype])  # whatever config.json says
     if token:
-        token.configure(provider)
+        provider.mask_token_id = token.id
+    if token and token.id >= provider.vocab_size:  # there is no row to spare
+        provider.vocab_size = provider.hf_config["vocab_size"] = token.id + 1
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
@@ -113,13 +112,8 @@ def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_par
 
 
 @torch.no_grad()
-def check_computation(source: str, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+def _check_computation(source: str, tensor_parallel: int, pipeline_parallel: int) -> None:
     """Refuse a ``config.json`` with a setting that Megatron computes otherwise than Transformers; on all ranks.
-
-    Args:
-        source: The directory.
-        tensor_parallel: Ranks that share each layer.
-        pipeline_parallel: Ranks that share the layers out.
 
     Raises:
         UserError: Names the settings that are not the family's defaults.
@@ -139,8 +133,10 @@ def check_computation(source: str, tensor_parallel: int = 1, pipeline_parallel: 
         )
 
 
-def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Stored], token: MaskToken | None) -> None:
-    """Compare what was imported with Transformers' model on a few tokens, where both fit in memory; on all ranks.
+def _compare_logits(
+    models: list[GPTModel], source: str, stored: dict[str, TensorHeader], token: MaskToken | None
+) -> None:
+    """Compare what was imported with Transformers' model on a few tokens; called on all ranks.
 
     The row of a new mask token, which may be one that no token had, is left out.
 
@@ -148,14 +144,10 @@ def _compare_logits(models: list[GPTModel], source: str, stored: dict[str, Store
         NotFinite: Some are infinite or not numbers in the dtype of the weights; decoding would refuse them too.
         UserError: They differ by more than rounding.
     """
-    size = sum(tensor.nbytes for tensor in stored.values())
-    if from_main_process(lambda: psutil.virtual_memory().available) < size:
-        warn(f"logits were not compared with Transformers': that takes {decimal(size)} of memory")
-        return
-    settings = stored_settings(source)
-    model = reference(settings, stored)
+    dtype = DTYPES[next(iter(stored.values())).dtype]
+    model = reference(stored_settings(source), stored, dtype)
     difference, largest = logits_differ(model, models, COMPARED_TOKENS, token.id if token and token.added else None)
-    allowed = ROUNDING * torch.finfo(model.dtype).eps * largest
+    allowed = ROUNDING * torch.finfo(dtype).eps * largest
     if not difference <= allowed:
         raise UserError(
             f"the imported model's logits are up to {difference:.2g} away from Transformers', of {largest:.2g}, "
@@ -188,29 +180,29 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
     Raises:
         UserError: A tensor of the directory was not read, or a parameter of the model got no values.
     """
-    for parameter in _parameters(models):  # a parameter that is left out keeps these
-        parameter.view(-1)[[0, -1]] = torch.nan
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.numel():  # one that is left out keeps these
+                parameter.view(-1)[[0, -1]] = torch.nan
     pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
-    pretrained.config = hf_config(source)  # Transformers would run the code of a directory that has its own
+    settings = stored_settings(source)
+    pretrained.config = config_from(settings)  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
         task = bar.add_task(description, total=sum(p.nbytes for model in models for p in model.parameters()))
-        kind = architecture(stored_settings(source))
         changes: dict[str, Callable[[Tensor], Tensor]] = {}
         if token and token.added:
-            changes = {stored_name(kind, name): token.add_row for name in VOCABULARY_TENSORS}
+            changes = {stored_name(architecture(settings), name): token.add_row for name in VOCABULARY_TENSORS}
         reader = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), changes)
         pretrained._state_dict_accessor = StateDict(reader)
         AutoBridge(pretrained).load_hf_weights(models)
     _check_all_read(models, source, reader.read)
 
 
-def _parameters(models: list[GPTModel]) -> list[torch.nn.Parameter]:
-    return [parameter for model in models for parameter in model.parameters() if parameter.numel()]
-
-
 def _check_all_read(models: list[GPTModel], source: str, read: set[str]) -> None:
     """Refuse a model of which something was left out on the way; called on all ranks."""
-    empty = [name for model in models for name, p in model.named_parameters() if p.numel() and _is_empty(p)]
+    parameters = [named for model in models for named in model.named_parameters()]
+    # First and last element are still what load_weights() put there.
+    empty = [name for name, p in parameters if p.numel() and p.view(-1)[[0, -1]].isnan().any()]
     everything = all_gather_object((read, empty))
     names = set().union(*(names for names, _ in everything))
     settings = stored_settings(source)
@@ -220,11 +212,6 @@ def _check_all_read(models: list[GPTModel], source: str, read: set[str]) -> None
             f"{architecture(settings)} is not supported as '{source}/config.json' describes it: '{left_out[0]}' and "
             f"{len(left_out) - 1} more tensors have no counterpart"
         )
-
-
-def _is_empty(parameter: torch.nn.Parameter) -> bool:
-    """Return whether a parameter still holds what stood in it before weights were read."""
-    return bool(parameter.view(-1)[[0, -1]].isnan().any())
 
 
 class _Reader(SafeTensorsStateSource):
@@ -247,7 +234,7 @@ class _Reader(SafeTensorsStateSource):
         return tensors
 
 
-def _check_contents(directory: Path, stored: dict[str, Stored]) -> None:
+def _check_contents(directory: Path, stored: dict[str, TensorHeader]) -> None:
     """Read all weights once before anything is built; each rank reads a part of them."""
     shard = slice(global_rank(), None, world_size())
     with bytes_bar() as bar:

@@ -11,7 +11,7 @@ from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.config_json import read_config
-from nemodiff_train.model.families import NEMOTRON, SDAR, TRI_MODE, ar_settings, architecture
+from nemodiff_train.model.families import ar_settings, architecture, diffusion_settings
 
 _SHAPE = {
     "layers": "num_hidden_layers",
@@ -52,7 +52,7 @@ def _describe_hugging_face(folder: Path) -> dict[str, str]:
         "model": _shape(ar_settings(settings)),
         "weights": f"{_size(files)}, tensors: {len(stored)}",
         "dtype": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
-        "mask token": _mask_token(settings) if architecture(settings) in (NEMOTRON, SDAR, TRI_MODE) else "none",
+        "mask token": _mask_token(diffusion_settings(settings)),
         "next": f"nemodiff convert import {folder} OUTPUT",
     }
 
@@ -92,6 +92,4 @@ def _shape(settings: dict[str, Any]) -> str:
 
 def _mask_token(settings: dict[str, Any]) -> str:
     token = settings.get("mask_token_id")
-    if token is None or token < 0:  # a released AR model has -1
-        return "none"
-    return f"id {token}, blocks of {settings.get('block_size', 32)}"
+    return "none" if token is None else f"id {token}, blocks of {settings.get('block_size', 32)}"

@@ -13,7 +13,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.provider import TriModeModelProvider
 
 _NAMED_RESERVED = re.compile(r"mask|reserved|unused|fim_pad|special_\d", re.IGNORECASE)
-"""How tokens without a use are named: ``<|reserved_special_token_0|>``, ``<|fim_pad|>``, ``<SPECIAL_20>``, ..."""
+"""Names of tokens without a use: ``<|reserved_special_token_0|>``, ``<|fim_pad|>``, ``<SPECIAL_20>``, ..."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,6 @@ class MaskToken:
     added: bool
     """Whether it is new to the tokenizer."""
 
-    def configure(self, provider: TriModeModelProvider) -> None:
-        """Set the model's mask token, and let the vocabulary grow by one row where it has none to spare."""
-        provider.mask_token_id = self.id
-        if self.id >= provider.vocab_size:
-            provider.vocab_size = provider.hf_config["vocab_size"] = self.id + 1
-
     def add_row(self, weight: Tensor) -> Tensor:
         """Return an embedding or output layer in which the token's row is the mean of the other rows.
 
@@ -41,6 +35,7 @@ class MaskToken:
             [max(vocabulary, id + 1), hidden].
         """
         others = torch.arange(len(weight)) != self.id  # [vocabulary]: the token may have an unused row already
+        # [1, hidden] mean of the other rows, and [max(vocabulary, id + 1), hidden] with as many new rows as needed.
         mean = weight[others].mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
         longer = torch.cat([weight, mean.expand(max(self.id + 1 - len(weight), 0), -1)])
         longer[self.id] = mean

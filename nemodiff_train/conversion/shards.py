@@ -6,7 +6,6 @@ ever held in memory, and several ranks can write at once.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from nemodiff_train.conversion.headers import INDEX
-from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, checksum, raw
+from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, checksum, raw_bytes
 from nemodiff_train.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,11 +52,15 @@ class ShardWriter:
             )
         except ValueError as error:
             raise UserError(f"--max-shard-size {self.max_shard_size}: {error}") from None
-        self._files = plan.filename_to_tensors
-        self._file_of = plan.tensor_to_filename
-        self._sharded = plan.is_sharded
-        self._headers = {name: self._header(tensors) for name, tensors in self._files.items()}
-        self._offsets = dict(self._find_offsets())
+        self._file_of, self._sharded = plan.tensor_to_filename, plan.is_sharded
+        self._headers: dict[str, bytes] = {}
+        """Table of each file with its length, in the order in which the files are dealt out."""
+        self._offsets: dict[str, int] = {}
+        """Offset of each tensor's data from the start of its file."""
+        self._sizes: dict[str, int] = {}
+        """Bytes of each file."""
+        for file, tensors in plan.filename_to_tensors.items():
+            self._lay_out(file, tensors)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of a tensor of this shape."""
@@ -70,15 +73,14 @@ class ShardWriter:
 
     def owner(self, name: str, ranks: int) -> int:
         """Return the rank that writes a tensor: files are dealt out in turn."""
-        return list(self._files).index(self._file_of[name]) % ranks
+        return list(self._headers).index(self._file_of[name]) % ranks
 
     def create_files(self) -> None:
         """Create the files, complete but for the data, and the index; called on one rank."""
-        for name, tensors in self._files.items():
-            header = self._headers[name]
+        for name, header in self._headers.items():
             with (self.directory / name).open("wb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
-                file.truncate(8 + len(header) + sum(self.nbytes(self.shapes[tensor]) for tensor in tensors))
+                file.write(header)
+                file.truncate(self._sizes[name])
         if self._sharded:
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self._file_of.items()))}
             (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -94,14 +96,9 @@ class ShardWriter:
             raise ValueError(f"{name} is {actual}, but {planned} was planned")
         values = values.detach().cpu()
         self.checksums[name] = checksum(values)
-        rest, offset = raw(values), self._offsets[name]
-        descriptor = os.open(self.directory / self._file_of[name], os.O_WRONLY)
-        try:
-            while rest:  # the kernel takes at most 2 GB per call
-                written = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
-        finally:
-            os.close(descriptor)
+        with (self.directory / self._file_of[name]).open("r+b") as file:
+            file.seek(self._offsets[name])
+            file.write(raw_bytes(values))
 
     def close(self, checksums: dict[str, str]) -> None:
         """Record the checksums of all tensors; called on one rank, after all have written.
@@ -113,24 +110,16 @@ class ShardWriter:
             raise ValueError(f"{len(missing)} tensors were not written, such as {missing[0]}")
         (self.directory / CHECKSUMS).write_text(json.dumps(dict(sorted(checksums.items())), indent=2) + "\n")
 
-    def _header(self, tensors: Iterable[str]) -> bytes:
-        """Return the table of one file; offsets in it count from the end of the table."""
+    def _lay_out(self, file: str, tensors: Iterable[str]) -> None:
+        """Lay out one file: its table, in which offsets count from the end of the table, and its tensors in turn."""
         table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
+        starts, end = {}, 0
         for name in tensors:
-            start, end = end, end + self.nbytes(self.shapes[name])
-            table[name] = {
-                "dtype": _NAMES[self.dtype],
-                "shape": list(self.shapes[name]),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(table, separators=(",", ":")).encode()
-        return text + b" " * (-len(text) % 8)  # data begin at a multiple of 8
-
-    def _find_offsets(self) -> Iterable[tuple[str, int]]:
-        """Yield each tensor's name and the offset of its data from the start of its file."""
-        for file, tensors in self._files.items():
-            offset = 8 + len(self._headers[file])
-            for name in tensors:
-                yield name, offset
-                offset += self.nbytes(self.shapes[name])
+            starts[name], end = end, end + self.nbytes(self.shapes[name])
+            offsets = [starts[name], end]
+            table[name] = {"dtype": _NAMES[self.dtype], "shape": list(self.shapes[name]), "data_offsets": offsets}
+        header = json.dumps(table, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # data begin at a multiple of 8
+        self._headers[file] = len(header).to_bytes(8, "little") + header
+        self._sizes[file] = 8 + len(header) + end
+        self._offsets |= {name: 8 + len(header) + start for name, start in starts.items()}

@@ -2,34 +2,31 @@
 
 import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import cpu_offload
 from megatron.core.models.gpt import GPTModel
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from nemodiff_train.console import PlainConsole, console, quiet
+from nemodiff_train.conversion.comparison import StoredWeights, reference
 from nemodiff_train.conversion.exporting import full_tensors
-from nemodiff_train.conversion.headers import Stored, opened
+from nemodiff_train.conversion.headers import TensorHeader
 from nemodiff_train.conversion.importing import build, load_weights
 from nemodiff_train.conversion.weights import DTYPES, check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.session import Layout, Session, check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.families import VOCABULARY_TENSORS, ar_settings, architecture, stored_name
+from nemodiff_train.model.families import HFConfig, ar_settings
 from nemodiff_train.model.loading import load_model, set_dtype, start_model_parallel
-from nemodiff_train.model.pretrained import config_from, empty_reference, local_copy, model_from, stored_settings
+from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
 from nemodiff_train.model.provider import TriModeModelProvider
 
 ROUNDING = 128
@@ -37,10 +34,8 @@ ROUNDING = 128
 
 In units of the spacing of numbers at the largest logit."""
 
-_EMBEDDING, _HEAD = VOCABULARY_TENSORS
-
 POSITIONS = 64
-"""Positions whose logits are compared: half of them from 0 on, half far behind them."""
+"""Positions whose logits are compared: half of them from 0 on, half far after them."""
 
 PROMPT = "The quick brown fox jumps over the lazy dog. In 1969 two people walked on the Moon: def area(r): return r"
 
@@ -48,9 +43,8 @@ PROMPT = "The quick brown fox jumps over the lazy dog. In 1969 two people walked
 def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> bool:
     """Compare every tensor of two checkpoints, and their logits on a prompt; print a table.
 
-    Logits are computed in fp32, whatever is stored, one checkpoint after the other.  AR logits of a Hugging Face
-    directory are Transformers', a layer at a time.  Comparing it with what was imported from it therefore compares
-    two implementations as well, which may differ by rounding.
+    Logits are computed in fp32, one checkpoint after the other; AR logits of a Hugging Face directory are computed by
+    Transformers, all others by Megatron.
 
     Args:
         a: Hugging Face directory or Megatron checkpoint.
@@ -71,16 +65,22 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> b
         with console.status("comparing tensors"):
             rows = _compare_tensors(sides[0], sides[1], tolerance)
         masked = next((side.provider for side in sides if side.provider.mask_token_id is not None), None)
-        logits = []
+        ar_logits, diffusion_logits = [], []
         for side in sides:
             with console.status(Text(f"computing the logits of {side.path}")):
-                ar = side.ar_logits(tokens, positions)
-                logits.append((ar, side.diffusion_logits(tokens, masked) if masked else None))
+                ar_logits.append(side.ar_logits(tokens, positions))
+                if masked:
+                    diffusion_logits.append(side.diffusion_logits(tokens, masked))
                 side.free()
-    (ar, diffusion), (other_ar, other_diffusion) = logits
-    rows.append(_compare_ar_logits(ar, other_ar, tolerance, two_implementations=type(sides[0]) is not type(sides[1])))
-    if diffusion is not None and other_diffusion is not None:
-        rows.append(_row("block-diffusion logits", _difference(diffusion, other_diffusion), tolerance))
+    difference, limit, remark = _difference(*ar_logits), tolerance, ""
+    if bool(sides[0].checkpoint) != bool(sides[1].checkpoint):
+        rounding = ROUNDING * torch.finfo(torch.float32).eps * float(ar_logits[0].abs().max())
+        limit = max(tolerance, rounding)
+        remark = f"Transformers and Megatron in fp32; rounding is allowed up to {rounding:.1e}"
+    rows.append(_Row("AR logits", 1, difference, difference <= limit, remark))
+    if masked:
+        difference = _difference(*diffusion_logits)
+        rows.append(_Row("block-diffusion logits", 1, difference, difference <= tolerance))
     _print(rows, a, b)
     return all(row.equal for row in rows)
 
@@ -99,32 +99,51 @@ class _Row:
 
 
 @dataclass
-class _Side(ABC):
+class _Side:
     """One of the two checkpoints."""
 
     path: str
     provider: TriModeModelProvider
-    tokenizer: Path
     dtype: torch.dtype
-    """Of the weights as they are stored."""
+    """Dtype of the weights as they are stored."""
+    checkpoint: Checkpoint | None
+    """None for a Hugging Face directory."""
+    stored: dict[str, TensorHeader]
+    """Headers of the tensors of a Hugging Face directory by their names in the files."""
 
     @property
-    def ar_config(self) -> dict[str, Any]:
+    def ar_config(self) -> HFConfig:
         """Return the ``config.json`` of the AR model."""
         return ar_settings(self.provider.hf_config)
 
     @cached_property
-    @abstractmethod
     def chunks(self) -> list[GPTModel]:
         """Return the Megatron model with its weights in fp32."""
+        if self.checkpoint:
+            return load_model(self.checkpoint, dtype=torch.float32).chunks
+        set_dtype(self.provider, torch.float32)
+        chunks = build(self.provider)
+        load_weights(chunks, self.path, f"reading {self.path}")
+        return chunks
 
     @cached_property
-    @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:
         """Return the tensors of the AR model by name, without a tied output layer."""
+        if self.checkpoint:
+            return dict(full_tensors(self.chunks, self.ar_config))
+        return StoredWeights(stored_settings(self.path), self.stored, torch.float32)
 
     def ar_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the fp32 logits [1, n, vocabulary] of a causal forward over tokens [1, n] at positions [1, n]."""
+        """Return the fp32 logits [1, n, vocabulary] of a causal forward over tokens [1, n] at positions [1, n].
+
+        Those of a Hugging Face directory are computed by Transformers.
+        """
+        if not self.checkpoint:
+            model = reference(stored_settings(self.path), self.stored, torch.float32)
+            mask = torch.ones_like(tokens)  # without it, a jump of positions would begin another text
+            with torch.inference_mode():
+                logits: Tensor = model(tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
+            return logits
         session = Session(self.chunks, 1, tokens.shape[1], None)
         causal = torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=session.device).tril()
         layout = Layout(positions.to(session.device), causal, int(positions.max()) + 1)
@@ -149,89 +168,20 @@ class _Side(ABC):
         vars(self).pop("chunks", None)
 
 
-@dataclass
-class _Megatron(_Side):
-    checkpoint: Checkpoint
-
-    @cached_property
-    def chunks(self) -> list[GPTModel]:
-        return load_model(self.checkpoint, dtype=torch.float32).chunks
-
-    @cached_property
-    def weights(self) -> Mapping[str, Tensor]:
-        return _without_tied_head(dict(full_tensors(self.chunks, self.ar_config)), self.ar_config)
-
-
-@dataclass
-class _HuggingFace(_Side):
-    stored: dict[str, Stored]
-    """Headers of the tensors by their names in the files."""
-
-    @cached_property
-    def chunks(self) -> list[GPTModel]:
-        set_dtype(self.provider, torch.float32)
-        chunks = build(self.provider)
-        load_weights(chunks, self.path, f"reading {self.path}")
-        return chunks
-
-    @cached_property
-    def weights(self) -> Mapping[str, Tensor]:
-        return _Files(self._files)
-
-    @cached_property
-    def _files(self) -> dict[str, tuple[Path, str]]:
-        """Return the file of each tensor of the AR model and its name there, without a tied output layer."""
-        kind = architecture(stored_settings(self.path))
-        names = {name: stored_name(kind, name) for name in self._empty_model().state_dict()}
-        files = {name: (self.stored[stored].file, stored) for name, stored in names.items() if stored in self.stored}
-        return _without_tied_head(files, self.ar_config)
-
-    def ar_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the logits as Transformers computes them, with the weights of one layer at a time in memory."""
-        model, files = self._empty_model().eval(), dict(self._files)
-        files.setdefault(_HEAD, files[_EMBEDDING])  # tied
-        cpu_offload(model, execution_device=torch.device("cpu"), state_dict=_Files(files))
-        mask = torch.ones_like(tokens)  # without it, a jump of positions would begin another text
-        with torch.inference_mode():
-            logits: Tensor = model(tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
-        return logits
-
-    def _empty_model(self) -> PreTrainedModel:
-        return empty_reference(config_from(self.ar_config), dtype=torch.float32)
-
-
-class _Files(Mapping[str, Tensor]):
-    """Tensors in files, read in fp32 where they are used and not kept."""
-
-    def __init__(self, places: dict[str, tuple[Path, str]]) -> None:
-        self.places = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, stored = self.places[name]
-        with opened(file) as content:
-            values: Tensor = content.get_tensor(stored)
-        return values.float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
 def _open_side(path: str) -> _Side:
     if checkpoint := Checkpoint.find(path):
         provider = model_from(checkpoint)
-        return _Megatron(path, provider, checkpoint.tokenizer_directory, provider.params_dtype, checkpoint)
+        return _Side(path, provider, provider.params_dtype, checkpoint, {})
     path = local_copy(path)
     provider = model_from(path)
     stored = check_weights(Path(path))
-    return _HuggingFace(path, provider, Path(path), DTYPES[next(iter(stored.values())).dtype], stored)
+    return _Side(path, provider, DTYPES[next(iter(stored.values())).dtype], None, stored)
 
 
 def _tokenize(side: _Side, prompt: str) -> Tensor:
     """Return a prompt, repeated, as token ids [1, n]."""
-    tokens = load_tokenizer(str(side.tokenizer))(prompt)["input_ids"]
+    directory = side.checkpoint.tokenizer_directory if side.checkpoint else side.path
+    tokens = load_tokenizer(str(directory))(prompt)["input_ids"]
     if not tokens:
         raise UserError(f"--prompt '{prompt}' has no tokens; give some text")
     check_prompts([tokens], side.provider.vocab_size)
@@ -249,12 +199,6 @@ def _positions(side: _Side) -> Tensor:
     end = min(int(config.max_position_embeddings), max(8192, 2 * original))
     near = torch.arange(POSITIONS // 2)
     return torch.cat([near, near + max(end, POSITIONS) - POSITIONS // 2])[None]
-
-
-def _without_tied_head[Value](weights: dict[str, Value], settings: dict[str, Any]) -> dict[str, Value]:
-    if config_from(settings).tie_word_embeddings:
-        weights.pop(_HEAD, None)
-    return weights
 
 
 def _compare_tensors(one: _Side, other: _Side, tolerance: float) -> list[_Row]:
@@ -276,21 +220,6 @@ def _compare_tensors(one: _Side, other: _Side, tolerance: float) -> list[_Row]:
         if difference > tolerance:
             row.equal, row.remark = False, row.remark or remark
     return list(rows.values())
-
-
-def _compare_ar_logits(logits: Tensor, other: Tensor, tolerance: float, two_implementations: bool) -> _Row:
-    """Return the row of the AR logits; two implementations may differ by rounding."""
-    difference = _difference(logits, other)
-    if not two_implementations:
-        return _row("AR logits", difference, tolerance)
-    rounding = ROUNDING * torch.finfo(torch.float32).eps * float(logits.abs().max())
-    row = _row("AR logits", difference, max(tolerance, rounding))
-    row.remark = f"Transformers and Megatron in fp32; rounding is allowed up to {rounding:.1e}"
-    return row
-
-
-def _row(name: str, difference: float, tolerance: float) -> _Row:
-    return _Row(name, 1, difference, difference <= tolerance)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemodiff_train.conversion.headers import Stored, opened, read_headers
+from nemodiff_train.conversion.headers import TensorHeader, open_safetensors, read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.config_json import read_config
@@ -22,7 +22,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes of plain weights by their names in safetensors."""
 
 
-def check_weights(directory: Path) -> dict[str, Stored]:
+def check_weights(directory: Path) -> dict[str, TensorHeader]:
     """Refuse weights that are missing, damaged, incomplete, or not those of the model; reads no data.
 
     A hub name is left to Transformers, which verifies what it downloads, and a Megatron checkpoint to Megatron.
@@ -49,7 +49,14 @@ def check_weights(directory: Path) -> dict[str, Stored]:
         if not is_left_out(architecture(settings), name)
     }
     _check_against_model(directory, settings, stored)
-    _check_mappings(directory, settings, stored)
+    # A tensor that Bridge would leave out, such as the biases of attention_bias.
+    mappings = auto_bridge(config_from(settings))._model_bridge.mapping_registry()
+    for name in stored:
+        if mappings.hf_to_megatron_lookup(name) is None:
+            raise UserError(
+                f"{architecture(settings)} is not supported as '{directory}/config.json' describes it: Megatron has "
+                f"no place for the tensor '{name}'"
+            )
     _check_dtypes(stored)
     return stored
 
@@ -66,7 +73,7 @@ def expected_shapes(settings: HFConfig) -> dict[str, tuple[int, ...]]:
     return {stored_name(architecture(settings), name): shape for name, shape in shapes.items()}
 
 
-def _check_against_model(directory: Path, settings: HFConfig, stored: dict[str, Stored]) -> None:
+def _check_against_model(directory: Path, settings: HFConfig, stored: dict[str, TensorHeader]) -> None:
     """Refuse tensors that are missing, of another shape, or not the model's; a tied output layer may be written."""
     layers = int(ar_settings(settings).get("num_hidden_layers") or 0)
     if layers > len(stored):  # before a model of so many is built
@@ -93,24 +100,13 @@ def _check_against_model(directory: Path, settings: HFConfig, stored: dict[str, 
             )
 
 
-def _check_mappings(directory: Path, settings: HFConfig, stored: dict[str, Stored]) -> None:
-    """Refuse a model with a tensor that Bridge would leave out, such as the biases of ``attention_bias``."""
-    mappings = auto_bridge(config_from(settings))._model_bridge.mapping_registry()
-    for name in stored:
-        if mappings.hf_to_megatron_lookup(name) is None:
-            raise UserError(
-                f"{architecture(settings)} is not supported as '{directory}/config.json' describes it: Megatron has "
-                f"no place for the tensor '{name}'"
-            )
-
-
-def _equal(one: Stored, name: str, other: Stored, other_name: str) -> bool:
+def _equal(one: TensorHeader, name: str, other: TensorHeader, other_name: str) -> bool:
     """Return whether two stored tensors are the same; reads both."""
-    with opened(one.file) as first, opened(other.file) as second:
+    with open_safetensors(one.file) as first, open_safetensors(other.file) as second:
         return one.shape == other.shape and torch.equal(first.get_tensor(name), second.get_tensor(other_name))
 
 
-def _check_dtypes(stored: dict[str, Stored]) -> None:
+def _check_dtypes(stored: dict[str, TensorHeader]) -> None:
     """Refuse quantized tensors, and dtypes that differ."""
     first, usual = next(iter(stored.items()))
     for name, tensor in stored.items():
@@ -124,12 +120,12 @@ def _check_dtypes(stored: dict[str, Stored]) -> None:
 
 
 def check_contents(
-    directory: Path, stored: dict[str, Stored], advance: Callable[[int], None], shard: slice = slice(None)
+    directory: Path, stored: dict[str, TensorHeader], advance: Callable[[int], None], shard: slice = slice(None)
 ) -> list[str]:
     """Read the weights once: compare them with the checksums, where there are any, and find NaN and infinity.
 
     Args:
-        directory: Where they are.
+        directory: Folder of the weights.
         stored: Headers, from :func:`check_weights`.
         advance: Called with the bytes of each tensor.
         shard: Which of the tensors this rank reads.
@@ -141,7 +137,7 @@ def check_contents(
     checksums = checked(dict[str, str], read_json(file), file) if file.is_file() else {}
     problems = []
     for name, tensor in list(stored.items())[shard]:
-        with opened(tensor.file) as content:
+        with open_safetensors(tensor.file) as content:
             values = content.get_tensor(name)
         if name in checksums and checksum(values) != checksums[name]:
             problems.append(
@@ -156,9 +152,9 @@ def check_contents(
 
 def checksum(values: Tensor) -> str:
     """Return the CRC-32 of a tensor's bytes, in hexadecimal."""
-    return f"{zlib.crc32(raw(values)):08x}"
+    return f"{zlib.crc32(raw_bytes(values)):08x}"
 
 
-def raw(values: Tensor) -> memoryview:
+def raw_bytes(values: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU, without a copy where it is contiguous."""
     return memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy())

@@ -37,21 +37,16 @@ def auto_bridge(config: PretrainedConfig) -> Any:
         )
     if not AutoBridge.supports(config):
         raise unsupported(name)
-    _register(name)
+    if name in _OURS:
+        importlib.import_module("nemodiff_train.model.ministral3").register()
+    elif name in _MODULES:
+        importlib.import_module(_MODULES[name])
+    else:  # takes seconds
+        execute("megatron.bridge")
     try:
         return AutoBridge.from_hf_config(config)
     except (ValueError, NotImplementedError):
         raise unsupported(name) from None
-
-
-def _register(architecture: str) -> None:
-    """Make Bridge know an architecture, which takes seconds for one that is not tested here."""
-    if architecture in _OURS:
-        importlib.import_module("nemodiff_train.model.ministral3").register()
-    elif architecture in _MODULES:
-        importlib.import_module(_MODULES[architecture])
-    else:
-        execute("megatron.bridge")
 
 
 def unsupported(name: str) -> UserError:

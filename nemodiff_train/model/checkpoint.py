@@ -30,7 +30,6 @@ class Kind(StrEnum):
     """Adapters to be merged into the weights of the model that they were trained on."""
 
 
-@with_config(AS_WRITTEN)
 class _Model(TypedDict, total=False):
     num_layers: Annotated[int, Field(gt=0, le=10_000)]
     hidden_size: Size
@@ -56,32 +55,27 @@ class _Model(TypedDict, total=False):
     origin: dict[str, Any]
 
 
-@with_config(AS_WRITTEN)
 class _Optimizer(TypedDict):
     use_distributed_optimizer: bool
     lr: NotRequired[float | None]
     min_lr: NotRequired[float | None]
 
 
-@with_config(AS_WRITTEN)
 class _Saving(TypedDict):
     dist_ckpt_optim_fully_reshardable: bool
     pretrained_checkpoint: NotRequired[str | None]
 
 
-@with_config(AS_WRITTEN)
 class _Training(TypedDict):
     global_batch_size: Size | None
 
 
-@with_config(AS_WRITTEN)
 class _Adapters(TypedDict):
     dim: Size
     alpha: Annotated[float, Field(gt=0)]
     selector_rank: NotRequired[Annotated[int, Field(ge=0)]]
 
 
-@with_config(AS_WRITTEN)
 class _AdapterBase(TypedDict):
     iteration: str
     checksum: str
@@ -89,7 +83,10 @@ class _AdapterBase(TypedDict):
 
 @with_config(AS_WRITTEN)
 class _RunConfig(TypedDict, total=False):
-    """What is read of a ``run_config.yaml``; Bridge reads the model and the adapters as well."""
+    """Keys of a ``run_config.yaml`` that are read; Bridge reads the model and the adapters as well.
+
+    The sections above are checked as strictly: they take the configuration of this type.
+    """
 
     model: Required[_Model]
     optimizer: _Optimizer | None
@@ -106,7 +103,7 @@ class Checkpoint:
     """The newest complete iteration of a Megatron checkpoint; its run configuration is parsed at most once."""
 
     path: Path
-    """The folder as it was named: one ``iter_*``, or a folder of them."""
+    """The folder that the user named: one ``iter_*``, or a folder of them."""
     iteration: Path
     """The ``iter_*`` folder itself."""
 
@@ -129,11 +126,11 @@ class Checkpoint:
 
     @classmethod
     def find_complete(cls, path: str | Path | None) -> Self | None:
-        """Open the checkpoint that a run would go on from; None where there is none, or where none is complete."""
+        """Open the checkpoint that a run would resume from; None where there is none, or where none is complete."""
         try:
             return cls.find(path) if path else None
         except UserError:
-            return None  # AtomicCheckpointManager tells the damaged from the unfinished
+            return None  # AtomicCheckpointManager distinguishes the damaged from the unfinished
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -241,7 +238,7 @@ class Checkpoint:
         """Compare every byte with the recorded checksums.
 
         Returns:
-            The checkpoint itself, or where it is damaged the newest older iteration that is not; one line says so.
+            The checkpoint itself, or the newest older iteration that is intact, with a warning.
 
         Raises:
             UserError: No iteration in the folder is complete; the damaged file is named.

@@ -18,7 +18,7 @@ _READERS = 4  # hashing lets go of the interpreter, so threads share the work
 
 
 class Digest(TypedDict):
-    """What a file has to hold."""
+    """Recorded size and digest of a file."""
 
     bytes: int
     sha256: str

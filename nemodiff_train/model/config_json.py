@@ -1,4 +1,4 @@
-"""What a ``config.json`` and a ``generation_config.json`` may hold: types and ranges of every key that is read."""
+"""Types and ranges of every key that is read in a ``config.json`` and a ``generation_config.json``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -16,7 +16,6 @@ Positive = Annotated[float, Field(gt=0, lt=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@with_config(AS_WRITTEN)
 class Rope(TypedDict, total=False):
     rope_type: str
     type: str
@@ -86,7 +85,7 @@ class _Nested(_Config, total=False):
 
 @with_config(AS_WRITTEN)
 class _TriMode(TypedDict):
-    """What a directory that decodes in every mode has to say."""
+    """Keys that a directory that decodes in every mode must have."""
 
     mask_token_id: Annotated[int, Field(ge=0)]
     block_size: int
@@ -125,13 +124,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     return check_config(read_json(file), file)
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Return the ``generation_config.json`` of a Hugging Face directory; nothing where there is none.
-
-    Raises:
-        UserError: The same.
-    """
-    file = folder / "generation_config.json"
-    return check_generation_config(read_json(file), file) if file.is_file() else {}

@@ -27,7 +27,6 @@ PROJECTIONS = {
 }  # fmt: skip
 """Hugging Face's names of the linear layers that an adapter may act on, by those of Megatron Bridge."""
 
-
 _WITHIN_LAYERS = ("kv_channels", "num_query_groups", "ffn_hidden_size")
 """Sizes that may be unset, to follow from the others; adapters of the attention output depend on the first alone."""
 
@@ -74,6 +73,7 @@ class DraftLinear(AdapterWrapper):
             x: [positions, batch, inputs]; under sequence parallelism maybe this rank's part of the positions.
             positions: Number of positions of the forward.
         """
+        # Indices of the drafted positions, then counted from this rank's first.
         first, end = self.state.drafted(positions, self.to_wrap.config.noisy_views)
         if first == end:
             return None
@@ -82,12 +82,14 @@ class DraftLinear(AdapterWrapper):
             first, end = (min(max(at - offset, 0), len(x)) for at in (first, end))
         if end - first < len(x):  # zeros, which stay zeros, because sequence parallelism needs equal parts
             x = nn.functional.pad(x[first:end], (0, 0, 0, 0, first, len(x) - end))
+        # [positions, batch, outputs] of one adapter, or of several side by side.
         if not isinstance(self.adapter, nn.ModuleDict):
             correction: Tensor = self.adapter(x)
             return correction
         if "adapter_q" not in self.adapter:
             return torch.cat([self.adapter[f"adapter_{name}"](x) for name in ("gate", "up")], dim=-1)
-        # Megatron has the queries of a key head, its key and its value one after another.
+        # Megatron has the queries of a key head, its key and its value one after another: [positions, batch, groups,
+        # (queries + 2) * kv_channels], flattened.
         parts = [self.adapter[f"adapter_{name}"](x) for name in ("q", "k", "v")]
         groups = parts[1].shape[-1] // self.to_wrap.config.kv_channels
         return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
@@ -114,20 +116,17 @@ class DraftLoRA(CanonicalLoRA):
     ) -> MegatronModule | list[MegatronModule]:
         """Add adapters to a model, or to each of its chunks; B is zero, so that nothing changes yet."""
         adapted = super().__call__(model, training)
-        for chunk in adapted if isinstance(adapted, list) else [adapted]:
+        for wrapped in adapted if isinstance(adapted, list) else [adapted]:
+            chunk: GPTModel = unwrap_model(wrapped)
             for module in chunk.modules():
                 if isinstance(module, DraftLinear):
-                    module.state = unwrap_model(chunk).attention_state
+                    module.state = chunk.attention_state
             if self.selector_rank:
-                chunk.requires_grad_(False)
-                self._add_selector(unwrap_model(chunk), training)
+                wrapped.requires_grad_(False)
+            if self.selector_rank and chunk.post_process:  # the last stage, which has the output layer
+                selector = PathSelector(chunk.config.hidden_size, self.selector_rank, next(chunk.parameters()))
+                chunk.selector = selector.requires_grad_(training)
         return adapted
-
-    def _add_selector(self, chunk: GPTModel, training: bool) -> None:
-        """Add the selector to the last stage, which has the output layer."""
-        if chunk.post_process:
-            like = next(chunk.parameters())
-            chunk.selector = PathSelector(chunk.config.hidden_size, self.selector_rank, like).requires_grad_(training)
 
     @property
     def shape(self) -> list[str]:
@@ -162,7 +161,7 @@ class DraftLoRA(CanonicalLoRA):
 
 @dataclass(frozen=True)
 class Drafter:
-    """What a drafter's checkpoint says of it."""
+    """Kind, adapter settings and block size of a drafter, as its checkpoint has them."""
 
     name: Literal["nemotron", "uno"]
     """Its kind's, in :data:`~nemodiff_train.objective.drafts.DRAFT_KINDS`."""
@@ -172,7 +171,7 @@ class Drafter:
 
     @property
     def kind(self) -> DraftKind:
-        """Return what its drafts look like."""
+        """Return the kind of its drafts."""
         return DRAFT_KINDS[self.name]
 
 
@@ -241,7 +240,7 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
     Args:
         models: This rank's chunks.
         checkpoint: The drafter's checkpoint.
-        drafter: What :func:`open_drafter` returned for it.
+        drafter: Its kind and settings, from :func:`open_drafter`.
     """
     drafter.lora(models, training=False)
     load_adapters(models, checkpoint.verify_contents(), drafter.lora)

@@ -1,4 +1,4 @@
-"""What a ``config.json`` describes: which AR family, under which names, with which diffusion settings.
+"""AR family, tensor names and diffusion settings of the model that a ``config.json`` describes.
 
 Only dictionaries and strings, so that a directory can be inspected without importing anything large.
 """
@@ -11,13 +11,22 @@ HFConfig = dict[str, Any]
 NEMOTRON = "NemotronLabsDiffusionModel"
 VISION_LANGUAGE = "Mistral3ForConditionalGeneration"
 TRI_MODE = "TriModeModel"
-"""What this package exports: an AR family's weights under their own names, with code that decodes in every mode."""
+"""Architecture of this package's exports: an AR family's weights and names, with code that decodes in every mode."""
 
 SDAR = "SDARForCausalLM"
 """A Qwen 3 that predicts without shift and attends block-causally."""
 
-OF_SDAR = {"mask_token_id": 151669, "block_size": 4, "shift": False, "clean_attention": "block_causal"}
-"""How an SDAR model is decoded where its ``config.json`` does not say; servers have the mask token in their code."""
+SDAR_MASK_TOKEN = 151669
+"""Mask token of every SDAR model; servers have it in their code."""
+
+_DIFFUSION_DEFAULTS: dict[str, HFConfig] = {
+    NEMOTRON: {"mask_token_id": None, "block_size": 32, "shift": False, "clean_attention": "causal"},
+    SDAR: {
+        "mask_token_id": SDAR_MASK_TOKEN, "block_size": 4, "shift": False, "clean_attention": "block_causal",
+    },
+    TRI_MODE: {},
+}  # fmt: skip
+"""How a model of block diffusion is decoded where its ``config.json`` does not say."""
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors of an AR model with one row per token."""
@@ -36,16 +45,9 @@ _MADE_FROM = {NEMOTRON: ("Ministral3ForCausalLM", "ministral3"), SDAR: ("Qwen3Fo
 
 # Settings of a NemotronLabsDiffusion or SDAR model that an AR model does not have.
 _DIFFUSION_KEYS = {
-    "auto_map",
-    "mask_token_id",
-    "block_size",
-    "dlm_paradigm",
-    "dlm_type",
-    "dlm_loss_weight",
-    "ar_loss_weight",
-    "dp_varying_mask_ratio",
-    "attn_implementation",
-}
+    "auto_map", "mask_token_id", "block_size", "dlm_paradigm", "dlm_type", "dlm_loss_weight", "ar_loss_weight",
+    "dp_varying_mask_ratio", "attn_implementation",
+}  # fmt: skip
 
 
 def architecture(settings: HFConfig) -> str:
@@ -71,6 +73,17 @@ def ar_settings(settings: HFConfig) -> HFConfig:
         family, model_type = _MADE_FROM[kind]
         return {**kept, "architectures": [family], "model_type": model_type}
     return settings
+
+
+def diffusion_settings(settings: HFConfig) -> HFConfig:
+    """Return mask token, block size, shift and clean attention of a model of block diffusion; nothing of another."""
+    defaults = _DIFFUSION_DEFAULTS.get(architecture(settings))
+    if defaults is None:
+        return {}
+    known = {**defaults, **settings}
+    if (known["mask_token_id"] or 0) < 0:  # a released AR model has -1
+        known["mask_token_id"] = None
+    return {key: known[key] for key in ("mask_token_id", "block_size", "shift", "clean_attention")}
 
 
 def stored_name(kind: str, name: str) -> str:

@@ -44,24 +44,21 @@ def token_losses(
     Returns:
         [batch, positions] fp32, in nats; 0 where no loss is carried.
     """
-    _run_pre_forward_hooks(layer)
+    # What otherwise runs when the layer is called: with ddp.overlap_param_gather, waiting for its weight.
+    for hook in list(getattr(layer, "_forward_pre_hooks", {}).values()):
+        hook(layer, ())
     hidden_states = gather_hidden_states(hidden_states, layer)
     # [n, hidden] states at the indices into [batch, positions].
     states = hidden_states[loss_indices % len(hidden_states), loss_indices // len(hidden_states)]
+    # [n] targets as rows of this rank's part of the weight, and what their losses are multiplied with.
     weight = layer.weight if weight is None else weight
-    first_token = layer.tp_group.rank() * len(weight)  # of this rank's rows
+    first_token = layer.tp_group.rank() * len(weight)
     targets = labels.flatten()[loss_indices] - first_token
     scales = loss_weights.flatten()[loss_indices] if torch.is_grad_enabled() else None
     if len(weight) > vocab_size - first_token:  # a slice has a gradient of its own to be copied
         weight = weight[: vocab_size - first_token]
     losses: Tensor = _CrossEntropy.apply(states, weight, targets, scales, layer.tp_group)
     return torch.zeros(labels.numel(), device=labels.device).index_put((loss_indices,), losses).view(labels.shape)
-
-
-def _run_pre_forward_hooks(layer: ColumnParallelLinear) -> None:
-    """Run what otherwise runs when the layer is called: with ``ddp.overlap_param_gather``, waiting for its weight."""
-    for hook in list(getattr(layer, "_forward_pre_hooks", {}).values()):
-        hook(layer, ())
 
 
 def gather_hidden_states(states: Tensor, layer: ColumnParallelLinear) -> Tensor:
@@ -121,7 +118,9 @@ class _CrossEntropy(torch.autograd.Function):
             # [c, v] logits, less each position's maximum over the whole vocabulary, so that exp cannot overflow.
             logits = _logits(state, weight)
             maximum = _all_reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
-            row, is_local = _local_targets(target, len(weight))
+            # [c] row of each target, and 1.0 where this rank holds it; elsewhere row 0, and 0.0.
+            held = (target >= 0) & (target < len(weight))
+            row, is_local = target * held, held.float()
             target_logit = logits.gather(-1, row[:, None])[:, 0].sub_(maximum).mul_(is_local)
             exponentials = logits.sub_(maximum[:, None]).exp_()
             # [c] target logit and sum of exponentials over all ranks: loss = log(sum) - target logit.
@@ -168,12 +167,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _logits(states: Tensor, weight: Tensor) -> Tensor:
     """Return [n, v] fp32."""
     return (states @ weight.T).float()
-
-
-def _local_targets(targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Return the row of each target, and 1.0 where this rank holds it; where it does not, row 0 and 0.0."""
-    is_local = (targets >= 0) & (targets < rows)
-    return targets * is_local, is_local.float()
 
 
 def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:

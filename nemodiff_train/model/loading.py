@@ -28,7 +28,7 @@ from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import halves_joined_in_place
 
 _LONGEST_WAIT = timedelta(hours=6)
-"""Until a collective fails: replicas that decode prompts of different lengths wait for each other at the end."""
+"""Timeout of a collective: replicas that decode prompts of different lengths wait for each other at the end."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def load_model(
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
         if drafter and opened:
-            tell_other_base(drafter, weights)
+            warn_of_other_base(drafter, weights)
             load_drafter(chunks, drafter, opened)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
 
 
-def tell_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
-    """Say that a drafter was trained on other weights: the text stays right, with fewer tokens per forward."""
+def warn_of_other_base(drafter: Checkpoint, weights: Checkpoint) -> None:
+    """Warn of a drafter that was trained on other weights: the text stays right, with fewer tokens per forward."""
     base = drafter.run_config.get("adapter_base") or {}
     if base.get("checksum") != identity(weights.iteration):
         line = f"'{drafter.path}' was trained for {base.get('iteration')}, not for '{weights.iteration}'"

@@ -54,6 +54,7 @@ class PathSelector(nn.Module):
             candidates: [..., candidates, hidden] those of the candidates.
             states: [..., hidden] final states of the draft at the candidates' positions.
         """
+        # [..., rank] key: G h and the sum of A_i e(a_i); then its product with B e(b) per candidate.
         key = self.contexts(states)
         for token, matrix in zip(previous.unbind(-2), self.before, strict=True):
             key = key + project(token, matrix)
@@ -72,7 +73,7 @@ def project(values: Tensor, matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelectorTables:
-    """A path selector as decoding takes it: what every token contributes, on every rank."""
+    """Contributions of every token to the scores of a path selector, computed once for decoding; on every rank."""
 
     before: Tensor
     """[HISTORY, vocabulary, rank] A_i e(t) of every token t, fp32."""
@@ -98,6 +99,7 @@ class SelectorTables:
             rows = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
             rows = last.output_layer.weight if rows is None else rows
             selector: PathSelector = last.selector
+            # [HISTORY + 1, vocabulary / tensor-parallel size, rank], gathered to [HISTORY + 1, vocabulary, rank].
             with torch.no_grad():
                 local = torch.stack([project(rows, matrix) for matrix in (*selector.before, selector.after)])
             parts = [torch.empty_like(local, dtype=torch.float32) for _ in range(tensor.size())]

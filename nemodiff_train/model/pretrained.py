@@ -2,12 +2,13 @@
 
 import copy
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from megatron.bridge.training.utils.config_utils import apply_run_config_backward_compat
 from megatron.bridge.utils.instantiate_utils import InstantiationException, instantiate
@@ -25,27 +26,28 @@ from nemodiff_train.console import quiet
 from nemodiff_train.data.tokenizer import PATTERNS
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.model.config_json import (
-    check_config,
-    check_generation_config,
-    read_config,
-    read_generation_config,
+from nemodiff_train.model.config_json import check_config, check_generation_config, read_config
+from nemodiff_train.model.families import (
+    NEMOTRON,
+    SDAR,
+    TRI_MODE,
+    HFConfig,
+    ar_settings,
+    architecture,
+    diffusion_settings,
 )
-from nemodiff_train.model.families import NEMOTRON, OF_SDAR, SDAR, TRI_MODE, HFConfig, ar_settings, architecture
-from nemodiff_train.model.origin import origin_of
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
-from nemodiff_train.schema import check_type
+from nemodiff_train.schema import check_type, read_json
 
 
 class NemotronLabsDiffusionConfig(Ministral3Config):
-    """Configuration of a NemotronLabsDiffusion model; the defaults hold where a file leaves a key out."""
+    """Configuration of a NemotronLabsDiffusion model."""
 
     model_type = "nemotron_labs_diffusion"
 
-    mask_token_id: int = -1
-    block_size: int = 32
-    dlm_paradigm: str = "bidirectional"
 
+_CACHED = re.compile(r"models--(.+?)--(.+)")
+"""Folder of a model in Hugging Face's cache."""
 
 AutoConfig.register(NemotronLabsDiffusionConfig.model_type, NemotronLabsDiffusionConfig)
 
@@ -64,17 +66,13 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     if checkpoint := Checkpoint.find(source):
         return _megatron_model(checkpoint)
     settings = stored_settings(source)
-    provider = _provider(config_from(ar_settings(settings)))
+    provider = model_like(config_from(ar_settings(settings)))
     provider.hf_config = settings if architecture(settings) == NEMOTRON else ar_settings(settings)
-    provider.hf_generation_config = read_generation_config(Path(local_copy(source)))
-    provider.origin = origin_of(source, Path(local_copy(source)))
-    if architecture(settings) == NEMOTRON:
-        diffusion = config_from(settings).to_dict()  # with the defaults of keys that are left out
-        provider.block_size = provider.largest_block = diffusion["block_size"]
-        mask_token: int | None = diffusion["mask_token_id"]
-        provider.mask_token_id = mask_token if mask_token is not None and mask_token >= 0 else None
-    if architecture(settings) in (TRI_MODE, SDAR):
-        diffusion = {**OF_SDAR, **settings}
+    directory = Path(local_copy(source))
+    if (generation := directory / "generation_config.json").is_file():
+        provider.hf_generation_config = check_generation_config(read_json(generation), generation)
+    provider.origin = _origin(source, directory)
+    if diffusion := diffusion_settings(settings):
         provider.mask_token_id, provider.shift = diffusion["mask_token_id"], diffusion["shift"]
         provider.block_size = provider.largest_block = diffusion["block_size"]
         provider.clean_attention = diffusion["clean_attention"]
@@ -85,26 +83,40 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
     return provider
 
 
+def _origin(source: str, directory: Path) -> HFConfig:
+    """Return the name of a Hugging Face model as ``base_model``, and what its own card says about the licence.
+
+    Args:
+        source: Directory or name on the hub, as the user wrote it.
+        directory: Folder of its files.
+    """
+    cached = next((match for part in directory.absolute().parts if (match := _CACHED.fullmatch(part))), None)
+    name = "/".join(cached.groups()) if cached else Path(source).resolve().name if Path(source).is_dir() else source
+    try:
+        card = metadata_load(directory / "README.md") or {}
+    except (OSError, ValueError):  # there is none, or its head is not YAML
+        card = {}
+    return {"base_model": name} | {
+        key: card[key] for key in ("license", "license_name", "license_link") if key in card
+    }
+
+
 def model_like(config: PretrainedConfig) -> TriModeModelProvider:
     """Return the configuration of a new model of the shape that a Hugging Face configuration describes.
 
     Raises:
         UserError: The architecture is not supported.
     """
-    provider = _provider(config)
-    provider.hf_config = json.loads(config.to_json_string())
-    return provider
-
-
-def _provider(config: PretrainedConfig) -> TriModeModelProvider:
     from nemodiff_train.model.bridges import auto_bridge  # seconds, which a Megatron checkpoint does not need
 
     bridge = auto_bridge(config)
     try:
-        provider = bridge.to_megatron_provider(load_weights=False)
+        source = bridge.to_megatron_provider(load_weights=False)
     except Exception as error:  # for example an activation that Megatron lacks
         raise _unusable(architecture(config.to_dict()), error) from None
-    return tri_mode(provider, config.to_dict())
+    provider = tri_mode(source, config.to_dict())
+    provider.hf_config = json.loads(config.to_json_string())
+    return provider
 
 
 def _unusable(name: str, error: Exception) -> UserError:
@@ -173,15 +185,6 @@ def empty_reference(config: PretrainedConfig, **options: Any) -> PreTrainedModel
     """
     with init_empty_weights(), no_init_weights():  # drawing weights on no device would load torch's compiler
         return build_reference(config, **options)
-
-
-def hf_config(source: str) -> PretrainedConfig:
-    """Return the configuration of a Hugging Face directory or name.
-
-    Raises:
-        UserError: There is none, or Transformers does not know the model.
-    """
-    return config_from(stored_settings(source))
 
 
 def local_copy(source: str) -> str:

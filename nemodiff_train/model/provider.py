@@ -17,6 +17,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import get_pg_rank
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.modules import PositionLookupRotary, TriModeAttention
@@ -25,7 +28,9 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import HFConfig
 from nemodiff_train.model.norm import head_norm, replicated_norm
 from nemodiff_train.model.recompute import recompute_activations
-from nemodiff_train.model.rotary import SCALINGS, scaled_frequencies
+
+SCALINGS = ("default", "linear", "llama3", "yarn")
+"""Values of ``rope_type`` whose frequencies do not depend on the length of the text."""
 
 LAYERS: Literal["local", "transformer_engine"] = "transformer_engine" if HAVE_TE else "local"
 """Whose layers a model is trained with on this machine; both have weights of the same names."""
@@ -49,21 +54,16 @@ def tri_mode_layer_spec(
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = TriModeAttention
         return spec
-    layer = _local_layer_spec(config)
-    # Given a single layer, Core would select the final norm by itself.
-    stage = get_pg_rank(config._pg_collection.pp) if config._pg_collection else None
-    layers = get_num_layers_to_build(config, vp_stage, stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=replicated_norm)
-
-
-def _local_layer_spec(config: "TriModeModelProvider") -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = replicated_norm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = head_norm
     attention.core_attention = TriModeAttention
-    return spec
+    # Given a single layer, Core would select the final norm by itself.
+    stage = get_pg_rank(config._pg_collection.pp) if config._pg_collection else None
+    layers = get_num_layers_to_build(config, vp_stage, stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=replicated_norm)
 
 
 @dataclass
@@ -154,29 +154,25 @@ class TriModeModelProvider(GPTModelProvider):
             if isinstance(module, TriModeAttention):
                 module.state = state
         model.rotary_pos_emb = PositionLookupRotary(model.rotary_pos_emb, self, state)
-        if self.rope_parameters.get("rope_type", "default") != "default":
-            self._scale_rotary(model)
+        with torch.device("cpu"):  # a dry run builds the model without memory, where nothing can be copied from
+            scaling = _rope_scaling(self)
+        if scaling:
+            rotary = model.rotary_pos_emb
+            rotary.rotary.inv_freq, rotary.factor = scaling[0].to(rotary.rotary.inv_freq.device), scaling[1]
+            for layer in model.decoder.layers:
+                layer.self_attention._yarn_concentration_factor = rotary.factor  # what Core multiplies angles by
         model.attention_state = state
         recompute_activations(model)
         if not self.fp8 and not self.fp4:
             _leave_out_extra_state(model)
         return model
 
-    def _scale_rotary(self, model: GPTModel) -> None:
-        """Give a model the frequencies and the factor of its rope scaling."""
-        rotary = model.rotary_pos_emb
-        with torch.device("cpu"):  # a dry run builds the model without memory, where nothing can be copied from
-            frequencies, rotary.factor = scaled_frequencies(self.rope_parameters, self.kv_channels)
-        rotary.rotary.inv_freq = frequencies.to(rotary.rotary.inv_freq.device)
-        for layer in model.decoder.layers:
-            layer.self_attention._yarn_concentration_factor = rotary.factor  # what Core multiplies angles by
-
 
 def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvider:
     """Turn the provider that Bridge returns for a family into a tri-mode one; nothing else about it changes.
 
     Args:
-        source: What ``AutoBridge.to_megatron_provider(load_weights=False)`` returned.
+        source: The provider that ``AutoBridge.to_megatron_provider(load_weights=False)`` returned.
         hf_config: The model's Hugging Face configuration as a dictionary, complete with defaults.
 
     Raises:
@@ -220,30 +216,17 @@ def _leave_out_extra_state(model: GPTModel) -> None:
 
 _EXTRA_STATE = "_extra_state"
 
-PARALLELISM = (
-    "tensor_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "sequence_parallel",
-    "context_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "microbatch_group_size_per_vp_stage",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-)
-KERNEL = ("attention_kernel", "attention_tile", "attention_options")
-HOST = (
-    "transformer_impl",
-    "perform_initialization",
-    "use_cpu_initialization",
-    "enable_cuda_graph",
-    "use_te_rng_tracker",
-)
-HOST_PREFIXES = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
-"""Fields, and beginnings of fields, that belong to a machine and a run: precision helpers, overlap, recomputation."""
+_OF_A_RUN = (
+    "tensor_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "context_parallel_size",
+    "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "microbatch_group_size_per_vp_stage",
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout",
+    "attention_kernel", "attention_tile", "attention_options", "transformer_impl", "perform_initialization",
+    "use_cpu_initialization", "enable_cuda_graph", "use_te_rng_tracker",
+)  # fmt: skip
+"""Fields that belong to a machine and a run: parallelism, kernels, initialization."""
+_PREFIXES_OF_A_RUN = ("fp8", "fp4", "tp_comm_", "cuda_graph_", "recompute_")
+"""Beginnings of more of them: precision, overlap, recomputation."""
 
 
 def reset_parallelism(provider: TriModeModelProvider) -> None:
@@ -252,7 +235,7 @@ def reset_parallelism(provider: TriModeModelProvider) -> None:
     A checkpoint holds those that trained it, and every run has its own.
     """
     for setting in fields(provider):
-        if setting.name in (*PARALLELISM, *KERNEL, *HOST) or setting.name.startswith(HOST_PREFIXES):
+        if setting.name in _OF_A_RUN or setting.name.startswith(_PREFIXES_OF_A_RUN):
             default = setting.default if setting.default_factory is MISSING else setting.default_factory()
             setattr(provider, setting.name, default)
 
@@ -261,13 +244,13 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
     name = (hf_config.get("architectures") or [type(source).__name__])[0]
     rope = hf_config.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
+    layer_types = hf_config.get("layer_types")
+    has_window = hf_config.get("sliding_window") is not None or getattr(source, "window_size", None) is not None
     features = {
         "its own model class": type(source).provide is not GPTModelProvider.provide,
         "mixture of experts": source.num_moe_experts is not None,
         "latent attention": source.multi_latent_attention,
-        "sliding-window attention": "sliding_attention" in hf_config["layer_types"]
-        if hf_config.get("layer_types")
-        else hf_config.get("sliding_window") is not None or getattr(source, "window_size", None) is not None,
+        "sliding-window attention": "sliding_attention" in layer_types if layer_types else has_window,
         "multi-token prediction": bool(source.mtp_num_layers),
         "biases in attention outputs": source.add_bias_linear,
         f"rope scaling '{kind}', whose angles depend on the length of the text": kind not in SCALINGS,
@@ -279,7 +262,7 @@ def _refuse_unsupported(source: GPTModelProvider, hf_config: HFConfig) -> None:
 
 
 def fit_to_host(provider: TriModeModelProvider) -> None:
-    """Set the fused kernels that this machine has, at every start: what a checkpoint says of them is not asked."""
+    """Set the fused kernels that this machine has, whatever the checkpoint says; called at every start."""
     provider.transformer_impl = LAYERS
     # Megatron's SwiGLU is one function in plain torch, which keeps only its input for the backward pass.
     swiglu = provider.gated_linear_unit and provider.activation_func is F.silu
@@ -288,11 +271,24 @@ def fit_to_host(provider: TriModeModelProvider) -> None:
     # An extension of Apex's, which Core's output layer asks for even where Transformer Engine has one of its own.
     provider.gradient_accumulation_fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     # Transformer Engine's kernel knows no factor; a forward whose rows differ in angles is left to Core's own.
-    provider.apply_rope_fusion = HAVE_TE and _rope_factor(provider) == 1
+    scaling = _rope_scaling(provider)
+    provider.apply_rope_fusion = HAVE_TE and (scaling is None or scaling[1] == 1)
     # The head and the attention are this package's.
     provider.cross_entropy_loss_fusion = provider.masked_softmax_fusion = False
 
 
-def _rope_factor(provider: TriModeModelProvider) -> float:
-    scaled = provider.rope_parameters.get("rope_type", "default") != "default"
-    return scaled_frequencies(provider.rope_parameters, provider.kv_channels)[1] if scaled else 1.0
+def _rope_scaling(provider: TriModeModelProvider) -> tuple[Tensor, float] | None:
+    """Return the frequencies [head_dim / 2] fp32 of a scaled rotary embedding, and the factor of sine and cosine.
+
+    Both are those of Transformers' own functions. Without a scaling, return None.
+    """
+    rope = provider.rope_parameters
+    if rope.get("rope_type", "default") == "default":
+        return None
+    config: Any = PreTrainedConfig()
+    config.max_position_embeddings = rope.get("original_max_position_embeddings")
+    head_dim = provider.kv_channels or provider.hidden_size // provider.num_attention_heads  # None until finalize()
+    config.rope_parameters, config.head_dim = rope, head_dim
+    config.hidden_size, config.num_attention_heads = head_dim, 1  # looked up, but head_dim is used
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    return frequencies, float(factor)

@@ -25,20 +25,18 @@ def recompute_activations(model: GPTModel) -> None:
     gradients stay the same to the bit. Norms that Transformer Engine computes inside a linear layer, and
     feed-forwards other than SwiGLU, are left out.
     """
+    config = model.config
+    # Megatron's swiglu keeps only its input for the backward pass.
+    is_swiglu = config.gated_linear_unit and config.activation_func is F.silu and config.bias_activation_fusion
     for layer in model.decoder.layers:
         for norm, linear in (
             (layer.input_layernorm, layer.self_attention.linear_qkv),
             (layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
         ):
             if not isinstance(norm, IdentityOp):
-                _RecomputedInput(model.config, norm, linear, norm.forward)
-        if _is_swiglu(model.config):
-            _RecomputedInput(model.config, layer.mlp.linear_fc1, layer.mlp.linear_fc2, swiglu, from_output=True)
-
-
-def _is_swiglu(config: TransformerConfig) -> bool:
-    """Return whether Megatron's feed-forward is its :func:`swiglu`, which keeps only its input."""
-    return bool(config.gated_linear_unit and config.activation_func is F.silu and config.bias_activation_fusion)
+                _RecomputedInput(config, norm, linear, norm.forward)
+        if is_swiglu:
+            _RecomputedInput(config, layer.mlp.linear_fc1, layer.mlp.linear_fc2, swiglu, from_output=True)
 
 
 class _RecomputedInput:
@@ -68,7 +66,7 @@ class _RecomputedInput:
     def _after_source(
         self, source: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
     ) -> None:
-        """Remember what the input of the linear layer is computed from."""
+        """Keep the tensor that the input of the linear layer is computed from."""
         whole_layers = self.config.recompute_granularity == "full" and self.config.recompute_method == "uniform"
         if self.config.recompute_elementwise and not whole_layers and torch.is_grad_enabled():
             kept = output[0] if self.from_output else inputs[0]

@@ -1,4 +1,4 @@
-"""The card of a directory that decodes itself: what it is, what it was made from, how good it is, how to use it."""
+"""The model card of a directory that decodes itself: base model, licence, results and usage."""
 
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,7 +22,6 @@ _FIGURES = {
 """Columns of the results, by their names in ``metrics.json``."""
 
 
-@with_config(AS_WRITTEN)
 class _Figures(TypedDict, total=False):
     accuracy: float | None
     tpf_all: float | None
@@ -41,7 +40,7 @@ def read_results(folder: str) -> dict[str, Any]:
     """Return an evaluation's ``metrics.json``.
 
     Args:
-        folder: What ``nemodiff eval --output`` has written.
+        folder: Output of ``nemodiff eval``.
 
     Raises:
         UserError: It is not there, or holds something else.
@@ -60,7 +59,7 @@ def write_card(directory: Path, settings: HFConfig, origin: HFConfig, results: d
     Args:
         directory: Where weights, code and configuration are.
         settings: The ``config.json``.
-        origin: What :func:`~nemodiff_train.model.origin.origin_of` found.
+        origin: Name and licence of the model that it was made from.
         results: What :func:`read_results` returned, or None.
     """
     head = {**origin, "library_name": "transformers", "pipeline_tag": "text-generation"}

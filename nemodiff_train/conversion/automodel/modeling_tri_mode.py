@@ -6,8 +6,7 @@ The network is the AR family's own class from Transformers, under the family's o
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,17 +99,9 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         """Add the drafter's part to an attention's output projection, [batch, length, hidden], in drafts alone."""
         if not self._drafting:
             return output
+        # [batch, length, rank] and [batch, length, hidden], in the adapters' dtype.
         low = F.linear(inputs[0].to(projection.draft_a.dtype), projection.draft_a)
         return output + F.linear(low, projection.draft_b).to(output.dtype)
-
-    @contextmanager
-    def _drafts(self) -> Iterator[None]:
-        """Let the drafter act, while the context is entered."""
-        self._drafting = True
-        try:
-            yield
-        finally:
-            self._drafting = False
 
     def forward(
         self,
@@ -175,11 +166,12 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         """
         self._check(prompt_ids, max_new_tokens, temperature, causal=True)
         session = _Session(self, self.config.mask_token_id)
-        stops, thinking = _Stops(eos_token_id), _Thinking(max_thinking_tokens, end_think_token_id)
+        stops = _Stops(eos_token_id)
+        force_end = partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id)
         new = prompt_ids[:, :0]
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             logits = session.forward(new[:, -1:] if new.shape[1] else prompt_ids, last=True)
-            new = torch.cat([new, thinking.force_end(_sample(logits, temperature), new)], dim=1)
+            new = torch.cat([new, force_end(_sample(logits, temperature), new)], dim=1)
         return torch.cat([prompt_ids, stops.cut(new)], dim=1), session.nfe
 
     @torch.no_grad()
@@ -234,8 +226,8 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: An argument is out of its range, or asks for what block diffusion cannot do.
         """
-        thinking = _Thinking(max_thinking_tokens, end_think_token_id)
-        blocks = _Blocks(block_length or self.config.block_size, threshold, causal_context, thinking)
+        force_end = partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id)
+        blocks = _Blocks(block_length or self.config.block_size, threshold, causal_context, force_end)
         if self.config.shift and not causal_context:
             raise ValueError("causal_context=False: a model with the shift predicts no first token of a block itself")
         if prompt_ids is not None:
@@ -260,11 +252,10 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         blocks: "_Blocks",
         stops: "_Stops",
         choose: Callable[[Tensor], Tensor],
-        criteria: "_Criteria | None" = None,
+        criteria: Sequence[Any] = (),
     ) -> tuple[Tensor, int]:
         """Decode rows [batch, length] without padding; see :meth:`generate`."""
-        size, thinking = blocks.size, blocks.thinking
-        block_causal = self.config.clean_attention == "block_causal"
+        size, block_causal = blocks.size, self.config.clean_attention == "block_causal"
         seeded = self.config.shift or (blocks.causal_context and not block_causal)
         session = _Session(self, self.config.mask_token_id)
 
@@ -280,7 +271,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
                     block[:, :1] = choose(logits)
             known = text.shape[1] - start  # positions of a first block-causal block that the prompt fills
             block[:, :known] = text[:, start:]
-            block[:, known:] = thinking.force_end(block[:, known:], text[:, length:])
+            block[:, known:] = blocks.force_end(block[:, known:], text[:, length:])
             position = torch.arange(size, device=text.device)  # within the block
             # [batch, size]: positions to fill are new, within the limit, and in rows without a stop token.
             wanted = (position >= known) & (position < end - start) & ~stops.met(text[:, length:])[:, None]
@@ -288,7 +279,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             before = text.shape[1]
             text = torch.cat([text[:, :start], uncached], dim=1)[:, :end]
             start += size
-            cut = criteria.end(text, before) if criteria else None
+            cut = _length_by(criteria, text, before)
             if cut or start >= end or stops.all_met(text[:, length:]):
                 text = text[:, :cut]
                 return torch.cat([prompt_ids, stops.cut(text[:, length:])], dim=1), session.nfe
@@ -329,17 +320,17 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             top_k=(config.top_k or 0) if sampled else 0,
             top_p=(config.top_p or 1.0) if sampled else 1.0,
         )
-        stops, criteria = _Stops(config.eos_token_id), _Criteria(stopping_criteria or [])
+        stops, criteria = _Stops(config.eos_token_id), stopping_criteria or ()
         self._check(ids, limit, choose.keywords["temperature"])
         rows = []
         for row, seen in zip(ids, mask, strict=True):
             prompt = row[seen.bool()][None]
-            decoded, _ = self._diffuse(prompt, limit, blocks, stops, choose, criteria if len(ids) == 1 else None)
+            decoded, _ = self._diffuse(prompt, limit, blocks, stops, choose, criteria if len(ids) == 1 else ())
             rows.append(decoded[0, prompt.shape[1] :])
         padding = config.pad_token_id if config.pad_token_id is not None else [*stops.tokens, 0][0]
         new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         text = torch.cat([ids, new], dim=1)
-        if len(ids) > 1 and (end := criteria.end(text, length)) is not None:
+        if len(ids) > 1 and (end := _length_by(criteria, text, length)) is not None:
             return text[:, :end]
         return text
 
@@ -387,19 +378,23 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"linear_spec_generate takes one row, not {len(prompt_ids)}; call it for each")
         size = block_length or self.config.block_size
         session = _Session(self, self.config.mask_token_id if mask_token_id is None else mask_token_id)
-        stops, thinking = _Stops(eos_token_id), _Thinking(max_thinking_tokens, end_think_token_id)
+        stops = _Stops(eos_token_id)
+        force_end = partial(_force_end, budget=max_thinking_tokens, end=end_think_token_id)
         wanted = torch.ones(1, size, dtype=torch.bool, device=prompt_ids.device)
 
         new = prompt_ids[:, :0]
         choose = partial(_sample, temperature=temperature)
-        new = thinking.force_end(choose(session.forward(prompt_ids, last=True)), new)
+        new = force_end(choose(session.forward(prompt_ids, last=True)), new)
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             block = torch.cat([new[:, -1:], session.masks(1, size - 1)], dim=1)
-            with self._drafts():
+            self._drafting = True
+            try:
                 draft = session.denoise(block, wanted, threshold, choose)[:, 1:]
+            finally:
+                self._drafting = False
             # [1, size] choices of the verifier: one for each of the size - 1 draft tokens, and one after them.
             verified = choose(session.forward(torch.cat([new[:, -1:], draft], dim=1)))
-            forced = thinking.force_end(verified, new)
+            forced = force_end(verified, new)
             # A token that was forced in place of the verifier's ends the cycle, as a rejected draft token does.
             accept_mask = (verified[:, :-1] == draft) & (forced == verified)[:, :-1]
             committed = int(accept_mask.long().cumprod(1).sum()) + 1  # the accepted ones, and one of the verifier
@@ -436,7 +431,8 @@ class _Blocks:
     size: int
     threshold: float | None
     causal_context: bool
-    thinking: "_Thinking"
+    force_end: Callable[[Tensor, Tensor], Tensor]
+    """See :func:`_force_end`."""
 
 
 class _Session:
@@ -452,11 +448,6 @@ class _Session:
         self.mask_token_id = mask_token_id
         self.cache = DynamicCache()
         self.nfe = 0
-
-    @property
-    def cached(self) -> int:
-        """Return the number of tokens in the cache."""
-        return int(self.cache.get_seq_length())
 
     def crop(self, tokens: int) -> None:
         """Remove a number of tokens from the end of the cache."""
@@ -478,7 +469,14 @@ class _Session:
         Returns:
             Logits [batch, new or 1, vocab], fp32, minus infinity for the mask token.
         """
-        mask = None if block is None else self._block_mask(tokens.shape[1], block)
+        mask = None
+        if block is not None:
+            # [1, 1, new, cached + new], added to the scores: 0 where a position can attend, else the minimum.
+            new, cached, dtype = tokens.shape[1], int(self.cache.get_seq_length()), self.model.dtype
+            position = torch.arange(new, device=self.model.device)
+            can_attend = position // block <= position[:, None] // block  # [queries, keys]
+            mask = torch.zeros(1, 1, new, cached + new, dtype=dtype, device=self.model.device)
+            mask[..., cached:].masked_fill_(~can_attend, torch.finfo(dtype).min)
         output = self.model(
             tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=int(last)
         )
@@ -526,15 +524,6 @@ class _Session:
             unmask = unmask.scatter(1, confidence.argmax(1, keepdim=True), True)
             block = torch.where(unmask & masked, tokens, block)
 
-    def _block_mask(self, new: int, block: int) -> Tensor:
-        """Return the additive mask [1, 1, new, cached + new]: 0 where a position can attend, else the minimum."""
-        dtype, device = self.model.dtype, self.model.device
-        position = torch.arange(new, device=device)
-        can_attend = position // block <= position[:, None] // block  # [queries, keys]
-        mask = torch.zeros(new, self.cached + new, dtype=dtype, device=device)
-        mask[:, self.cached :].masked_fill_(~can_attend, torch.finfo(dtype).min)
-        return mask[None, None]
-
 
 class _Stops:
     """Stop tokens.
@@ -576,57 +565,41 @@ class _Stops:
         return new.gather(1, index)[:, : int(first.max()) + 1]
 
 
-class _Thinking:
-    """A limit on the tokens of a thinking section.
+def _force_end(tokens: Tensor, before: Tensor, budget: int | None, end: int | None) -> Tensor:
+    """Force the token that closes the thinking where its budget is used up, in rows that have not had it.
 
     Args:
+        tokens: [batch, k] next tokens.
+        before: [batch, n] new tokens so far.
         budget: Maximum number of new tokens before ``end``; None for no limit.
-        end: Token that closes the section; None for no limit.
+        end: Token that closes the thinking; None for no limit.
+
+    Returns:
+        [batch, k] next tokens.
     """
-
-    def __init__(self, budget: int | None, end: int | None) -> None:
-        self.budget, self.end = budget, end
-
-    def force_end(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """Force the closing token where the budget is used up, in rows that have not had it.
-
-        Args:
-            tokens: [batch, k] next tokens.
-            before: [batch, n] new tokens so far.
-
-        Returns:
-            [batch, k] next tokens.
-        """
-        if self.budget is None or self.end is None:
-            return tokens
-        index = max(self.budget - before.shape[1], 0)
-        if index >= tokens.shape[1]:
-            return tokens
-        ended = (torch.cat([before, tokens[:, :index]], dim=1) == self.end).any(1)
-        tokens = tokens.clone()
-        tokens[~ended, index] = self.end
+    if budget is None or end is None:
         return tokens
+    index = max(budget - before.shape[1], 0)
+    if index >= tokens.shape[1]:
+        return tokens
+    ended = (torch.cat([before, tokens[:, :index]], dim=1) == end).any(1)
+    tokens = tokens.clone()
+    tokens[~ended, index] = end
+    return tokens
 
 
-class _Criteria:
-    """Stopping criteria of Transformers, asked after every token, as their own decoding asks them.
+def _length_by(criteria: Sequence[Any], text: Tensor, start: int) -> int | None:
+    """Return the length, above ``start``, at which stopping criteria end the last row of a text [batch, n], or None.
 
-    Args:
-        criteria: Called with ids [batch, n] and None.
+    They are asked after every token, as Transformers' own decoding asks them.
     """
-
-    def __init__(self, criteria: Sequence[Any]) -> None:
-        self.criteria = criteria
-
-    def end(self, text: Tensor, start: int) -> int | None:
-        """Return the length, above ``start``, at which the last row of a text [batch, n] ends, or None."""
-        done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-        for length in range(start + 1, text.shape[1] + 1) if self.criteria else ():
-            for criterion in self.criteria:
-                done |= torch.as_tensor(criterion(text[:, :length], None), device=text.device)
-            if done.all():
-                return length
-        return None
+    done = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    for length in range(start + 1, text.shape[1] + 1) if criteria else ():
+        for criterion in criteria:
+            done |= torch.as_tensor(criterion(text[:, :length], None), device=text.device)
+        if done.all():
+            return length
+    return None
 
 
 def _adapter_size(file: Path) -> tuple[int, float]:

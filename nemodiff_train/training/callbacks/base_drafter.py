@@ -7,7 +7,7 @@ from nemodiff_train.config.context import config_of
 from nemodiff_train.model.adapters import load_adapters
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.draft_adapter import DraftLoRA, open_drafter
-from nemodiff_train.model.loading import tell_other_base
+from nemodiff_train.model.loading import warn_of_other_base
 
 
 class BaseDrafter(Callback):
@@ -19,6 +19,6 @@ class BaseDrafter(Callback):
         if context.state.train_state.step or not isinstance(config.peft, DraftLoRA) or not config.peft.drafter:
             return
         drafter = Checkpoint.open(config.peft.drafter)
-        tell_other_base(drafter, Checkpoint.open(str(config.checkpoint.pretrained_checkpoint)))
+        warn_of_other_base(drafter, Checkpoint.open(str(config.checkpoint.pretrained_checkpoint)))
         lora = open_drafter(drafter, config.model).lora
         load_adapters([unwrap_model(chunk) for chunk in context.model], drafter.verify_contents(), lora)
