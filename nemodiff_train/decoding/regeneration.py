@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from nemodiff_train.console import console, progress_bar, say, told_progress
+from nemodiff_train.console import LoopProgress, console, progress_bar, say
 from nemodiff_train.data.chat import template_end_of_turn
 from nemodiff_train.data.columns import Document, Record, WholeRecords
 from nemodiff_train.data.sources import Source, documents
@@ -183,13 +183,12 @@ class Regeneration[Item]:
         name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
         with (
             self.unfinished.log(replica if ranks == (0, 0) else None) as log,
-            told_progress(name, total, "tokens") as advance,
+            LoopProgress(name, total, "tokens") as progress,
         ):
             for answers in writer.write((number, record, there.of(number)) for number, record in records):
                 log.write(answer.model_dump_json() for answer in answers)
-                advance(
-                    writer.finished - shown, sum(answer.tokens for answer in answers), before=writer.complete_before
-                )
+                tokens = sum(answer.tokens for answer in answers)
+                progress.advance(writer.finished - shown, tokens, before=writer.complete_before)
                 shown = writer.finished
         barrier()
 

@@ -28,7 +28,7 @@ from nemodiff_train.distributed import (
     world_size,
 )
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
-from nemodiff_train.files import copy_atomic, sync, write_atomic
+from nemodiff_train.files import atomic_file, sync, write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import (
     content_damage,
@@ -49,9 +49,9 @@ MANAGER = f"{__name__}.AtomicCheckpointManager"
 _QUARANTINE = "damaged-"  # before the name of a checkpoint that cannot be loaded
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
 _WRITER_ERRORS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
-_CHOSEN = ("max_lr", "min_lr", "betas", "eps", "wd_mult", "lr_mult")
+_GROUP_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "wd_mult", "lr_mult")
 """Settings in the optimizer's groups, which it would take from the checkpoint."""
-_TICK = 0.05  # seconds between looks at a process that writes
+_POLL = 0.05  # seconds between looks at a process that writes
 _FULL = 1 << 20  # bytes that may be free on a disk that is called full
 
 
@@ -63,7 +63,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
     """
 
     of_run: "ClassVar[AtomicCheckpointManager]"
-    """That of this process's run; Bridge makes it, and does not hand it to callbacks."""
+    """The manager of this process's run; Bridge makes it, and does not hand it to callbacks."""
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         super().__init__(checkpoint_config)
@@ -71,12 +71,12 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         self.keep_last = checkpoint_config.most_recent_k
         self.saving: list[Path] = []
         """Checkpoints that are not published yet, in order."""
-        # Here, since Bridge asks for the trackers next, and would start anew without them.
+        # Now, since Bridge asks for the trackers next, and would start anew without them.
         if checkpoint_config.load is not None and Path(checkpoint_config.load).is_dir():
             latest_complete(Path(checkpoint_config.load), checkpoint_config.ckpt_step)
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
-        """Load as Bridge does, and keep the learning rate's settings and the optimizer's constants of this start."""
+        """Load as Bridge does, under the learning rate and the optimizer's constants of this start's settings."""
         return load_under_settings(super().load, ctx, str(self.checkpoint_config.load))
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
@@ -92,7 +92,12 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         self.finalize_async_saves(ctx.state, blocking=True)  # one at a time: a kill costs no more than one of them
         self.checkpoint_config.most_recent_k = -1  # Bridge would remove older ones before this one is published
         try:
-            _begin(iteration)
+            if is_main_process():  # mark it as unfinished before its first byte is written
+                iteration.parent.mkdir(parents=True, exist_ok=True)
+                mark_of(iteration).touch()
+                sync(iteration.parent)
+                shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
+            barrier()
             with helpers_held():
                 super().save(ctx, callback_manager)
             self.saving.append(iteration)
@@ -114,7 +119,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         try:
             while blocking and _running(state):  # Megatron's own waiting does not look at the process
                 super().finalize_async_saves(state)
-                time.sleep(_TICK)
+                time.sleep(_POLL)
                 self._check_writer(state)
             super().finalize_async_saves(state, blocking, terminate)
             self._publish_finished(state)
@@ -149,10 +154,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
 
 
 def last_published(state: GlobalState) -> Path | None:
-    """Return the checkpoint that the run would resume from, once what it is saving is published; None without one.
-
-    Called on all ranks. What is found does not depend on how fast a save in the background is.
-    """
+    """Publish what is being saved, then return the checkpoint that the run would resume from; called on all ranks."""
     AtomicCheckpointManager.of_run.finalize_async_saves(state, blocking=True)
     folder = Path(str(cast(TriModeConfig, state.cfg).checkpoint.load))
     return from_main_process(lambda: next((i for i in iterations(folder) if structure_damage(i) is None), None))
@@ -170,19 +172,18 @@ def load_under_settings(
     """
     if ctx.optimizer is None or ctx.opt_param_scheduler is None:
         return load(ctx)
-    settings_before = [
-        {name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups
-    ]
+    groups = ctx.optimizer.param_groups
+    settings_of_groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in groups]
     now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
     # Megatron finds a group of the checkpoint by its learning rates.
     if before is not None and "optimizer" in before.run_config:
-        for group in ctx.optimizer.param_groups:
+        for group in groups:
             for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
                 if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
                     group[name] = before.run_config["optimizer"][field]
     ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
     loaded = load(ctx)
-    for group, settings in zip(ctx.optimizer.param_groups, settings_before, strict=True):
+    for group, settings in zip(ctx.optimizer.param_groups, settings_of_groups, strict=True):
         group.update(settings)
     if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
         # Megatron counts the steps of a schedule in samples.
@@ -196,16 +197,6 @@ def _running(state: GlobalState) -> int:
     """Return the number of asynchronous saves that have not been finished, the same on all ranks."""
     queue = state.async_calls_queue
     return int(queue.get_num_unfinalized_calls()) if queue is not None else 0
-
-
-def _begin(iteration: Path) -> None:
-    """Mark a checkpoint as unfinished before its first byte is written."""
-    if is_main_process():
-        iteration.parent.mkdir(parents=True, exist_ok=True)
-        mark_of(iteration).touch()
-        sync(iteration.parent)
-        shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
-    barrier()
 
 
 def publish(iteration: Path) -> None:
@@ -229,7 +220,8 @@ def write_trackers(iteration: Path) -> None:
     """Name a checkpoint as the one to load in Bridge's two files, atomically."""
     folder, train_state = iteration.parent, iteration / "train_state.pt"
     if train_state.is_file():
-        copy_atomic(train_state, folder / _TRACKED_STATE)
+        with atomic_file(folder / _TRACKED_STATE) as draft:
+            shutil.copyfile(train_state, draft)
     write_atomic(folder / _TRACKED_STEP, str(step_of(iteration)))
     sync(folder)
 
@@ -294,11 +286,7 @@ _REMEDY = "put a copy in its place, or name another output to start anew"
 
 
 def _refuse_to_start_anew(folder: Path, damages: dict[Path, str]) -> None:
-    """Refuse to begin at step 0 where a checkpoint was complete once, in this start or before a quarantine.
-
-    Raises:
-        UserError: Names the damaged checkpoints.
-    """
+    """Refuse to begin at step 0 where a checkpoint was complete once, in this start or before a quarantine."""
     if not all(from_main_process(lambda: [mark_of(iteration).exists() for iteration in damages])):
         reasons = ", ".join(f"'{iteration.name}': {damage}" for iteration, damage in damages.items())
         raise UserError(f"no checkpoint in '{folder}' is complete ({reasons}); {_REMEDY}")

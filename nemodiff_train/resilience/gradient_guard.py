@@ -1,5 +1,6 @@
 """Keep gradients that are not finite, or far too large, away from the weights."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -27,10 +28,10 @@ NON_FINITE, SPIKE = "non_finite", "spike"
 
 
 class GradientGuard(Callback):
-    """Look at each step's gradient before the optimizer does, and let all ranks decide the same.
+    """Check each step's gradient before the optimizer uses it, and let all ranks decide the same.
 
     Megatron leaves an update out if the optimizer's ``prepare_grads`` reports a fault, so this replaces that method.
-    Each rank's own gradient is checked before replicas add theirs together, since afterwards all have the fault.
+    The gradient of each rank is checked before replicas add theirs together, since afterwards all have the fault.
 
     Args:
         shared: Receives the figures, and knows where the norms of earlier steps are recorded.
@@ -55,7 +56,7 @@ class GradientGuard(Callback):
         self.local_fault.zero_()
 
     def _check_local_gradient(self) -> None:
-        """Set ``local_fault`` if this rank's own gradient is not finite; the host does not wait for it."""
+        """Set ``local_fault`` if the gradient of this rank is not finite; the host does not wait for it."""
         for chunk in self.context.model:
             for buffer in chunk.buffers:
                 self.local_fault |= ~torch.isfinite(buffer.grad_data.sum(dtype=torch.float32)).reshape(1)
@@ -74,17 +75,16 @@ class GradientGuard(Callback):
         return True
 
     def _agree(self, norm: Tensor | float) -> tuple[float, str | None]:
-        """Return this rank's norm as a number, and the fault that any rank has found.
-
-        The host waits for the device here; otherwise it only does so to log.
-        """
+        """Return the norm of this rank as a number, and a fault that any rank has; the host waits for the device."""
         local_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.local_fault.device).reshape(1)
         finite = local_norm.isfinite()
         # [2]: is any gradient not finite, is any norm a spike?
         faults = torch.cat([~finite | (self.local_fault > 0), finite & (local_norm > self._spike_limit())]).float()
         dist.all_reduce(faults, op=dist.ReduceOp.MAX)
         non_finite, spike, value = torch.cat([faults, local_norm]).tolist()
-        return value, NON_FINITE if non_finite else SPIKE if spike else None
+        if non_finite:
+            return value, NON_FINITE
+        return value, SPIKE if spike else None
 
     def _spike_limit(self) -> float:
         """Return the norm above which a step counts as a spike."""
@@ -124,8 +124,7 @@ class GradientGuard(Callback):
             )
         self.rollback_due = policy == "rollback"
         self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
-        action = "back to the last checkpoint's weights" if self.rollback_due else "no update"
-        warn(f"{line}: {action}")
+        warn(f"{line}: {"back to the last checkpoint's weights" if self.rollback_due else 'no update'}")
 
     def _describe(self, fault: str, norm: float) -> str:
         step = self.context.state.train_state.step + 1
@@ -147,22 +146,19 @@ class GradientGuard(Callback):
             _roll_back(context)
 
 
-def recorded_norms(path: Path, count: int) -> list[float]:
-    """Return the gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
-    with path.open("rb") as file:
-        return list(deque((norm for line in file if (norm := _norm(line)) is not None), maxlen=count))
-
-
 class _Figures(BaseModel):
     grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
-def _norm(line: bytes) -> float | None:
-    """Return the gradient norm of a line; None where it has none, or is no line of this project's."""
-    try:
-        return _Figures.model_validate_json(line).grad_norm
-    except ValidationError:
-        return None
+def recorded_norms(path: Path, count: int) -> list[float]:
+    """Return the gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
+    norms: deque[float] = deque(maxlen=count)
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValidationError):  # a damaged line has no norm
+                if (norm := _Figures.model_validate_json(line).grad_norm) is not None:
+                    norms.append(norm)
+    return list(norms)
 
 
 def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Callable[[], None]) -> None:
@@ -183,11 +179,7 @@ def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Ca
 
 
 def _roll_back(context: CallbackContext) -> None:
-    """Load weights, optimizer and schedule of the last published checkpoint; steps and data continue.
-
-    Raises:
-        RunStopped: There is no checkpoint.
-    """
+    """Load weights, optimizer and schedule of the last published checkpoint; steps and data continue."""
     state = context.state
     checkpoint = config_of(state).checkpoint
     if not checkpoint.load or last_published(state) is None:

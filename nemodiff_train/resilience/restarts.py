@@ -38,7 +38,7 @@ _STARTS = TypeAdapter(list[Start])
 
 @contextlib.contextmanager
 def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
-    """Record a start of the run in ``restarts.json``, and how it ends.  Only rank 0 does.
+    """Record a start of the run in ``restarts.json``, and how it ends, from rank 0.
 
     Args:
         output: Folder of the run.
@@ -54,7 +54,12 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
         yield lambda ending: None
         return
     file = output / "restarts.json"
-    starts, step = _read(file), _saved_step(output / "checkpoints")
+    try:
+        starts = _STARTS.validate_json(file.read_bytes())
+    except (OSError, ValueError):  # missing, or not what this module has written
+        starts = []
+    saved = Checkpoint.find_complete(output / "checkpoints")
+    step = saved.step if saved else 0
     _refuse_without_progress(file, starts, step, limit)
     starts = [*starts[1 - _RECORDED :], {"step": step, "time": time.time(), "ended": KILLED}]
 
@@ -76,20 +81,6 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
         end(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise
     end(COMPLETED)
-
-
-def _read(file: Path) -> list[Start]:
-    """Return the recorded starts, none where the file is missing or is not what this module has written."""
-    try:
-        return _STARTS.validate_json(file.read_bytes())
-    except (OSError, ValueError):
-        return []
-
-
-def _saved_step(folder: Path) -> int:
-    """Return the step that the run will go on from."""
-    checkpoint = Checkpoint.find_complete(folder)
-    return checkpoint.step if checkpoint else 0
 
 
 def _refuse_without_progress(file: Path, starts: list[Start], step: int, limit: int) -> None:
@@ -115,21 +106,12 @@ def keep_wandb_run(output: Path) -> Iterator[None]:
     if is_main_process() and not file.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_atomic(file, secrets.token_hex(4))
-    variables = {"WANDB_RUN_ID": _wait_for(file), "WANDB_RESUME": os.environ.get("WANDB_RESUME", "allow")}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    end = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < end:  # until rank 0 has written it
+        time.sleep(0.05)
+    os.environ["WANDB_RUN_ID"] = file.read_text()
+    os.environ.setdefault("WANDB_RESUME", "allow")
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _wait_for(file: Path, seconds: float = 60.0) -> str:
-    """Return the text of a file that rank 0 writes."""
-    end = time.monotonic() + seconds
-    while not file.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    return file.read_text()
+        os.environ.pop("WANDB_RUN_ID", None)  # another run of this process is another one there
