@@ -72,36 +72,29 @@ def _print_sample(
 def _blocks(
     sample: Sample, hidden: Tensor, weights: Tensor, end: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Text]:
-    """Yield a line per block: its number, its document, what it is, the weights of its losses, and its text.
+    """Yield a line per block of a view: its number, its document, what it is, the weights of its losses, its text.
 
-    Args:
-        sample: The training sample.
-        hidden: [L] bool: masked in this view.
-        weights: [L] fp32: weight of the loss at each position of the view.
-        end: Token that ends a document.
-        tokenizer: Turns ids into text.
+    ``hidden`` is [L] bool, whether a position is masked; ``weights`` are those of its loss, [L]; ``end`` is the token
+    that ends a document.
     """
     maskable, length = sample["maskable"], len(sample["maskable"])
-    clean, learned = sample["tokens"][-length:].tolist(), (sample["loss_mask"][-length:] > 0).tolist()
+    clean, has_ar_loss = sample["tokens"][-length:].tolist(), (sample["loss_mask"][-length:] > 0).tolist()
     documents, blocks, _ = sample["segment_ids"].tolist()
-    predicting = weights.tolist()
     for block in dict.fromkeys(blocks):
         inside = [index for index in range(length) if blocks[index] == block]
-        first = inside[0]
+        document = documents[inside[0]]
         learns = bool(maskable[inside].any())
-        kind = "padding" if documents[first] < 0 else "learned" if learns else "context"
-        counted = [predicting[index] for index in inside if predicting[index] > 0]
+        kind = "padding" if document < 0 else "learned" if learns else "context"
+        counted = [weight for weight in weights[inside].tolist() if weight > 0]
         weight = f"w {span(counted)}" if counted else ""
-        line = Text(
-            f"{block:>5} document {max(documents[first], -1 - documents[first]):<3} {kind:<8}{weight:<12}|", "dim"
-        )
+        line = Text(f"{block:>5} document {max(document, -1 - document):<3} {kind:<8}{weight:<12}|", "dim")
         for index in inside:
             shade = f"{COLOURS[block % 2]} {'black' if learns else 'bright_black'}"
             if documents[index] < 0:
                 line.append(PADDING, shade)
                 continue
             written = in_a_line(str(tokenizer.decode([clean[index]])))
-            marks = "¶" * (clean[index] == end) + "°" * (learns and not learned[index])
+            marks = "¶" * (clean[index] == end) + "°" * (learns and not has_ar_loss[index])
             line.append(
                 f"⟦{written}⟧{marks}" if hidden[index] else f"{written}{marks}",
                 f"{shade}{' bold reverse' if hidden[index] else ''}",
