@@ -27,7 +27,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 
 
 class ForwardStep:
-    """Runs one micro-batch forward, as Bridge's ``pretrain()`` asks.
+    """Run one micro-batch forward, as Bridge's ``pretrain()`` asks.
 
     Args:
         shared: What the callbacks learn of the step.

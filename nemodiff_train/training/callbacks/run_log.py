@@ -31,7 +31,7 @@ PAGE_SECONDS = 10.0
 
 
 class RunLog(Callback):
-    """Shows and records each step on the last rank, the one that has the losses.
+    """Show and record each step on the last rank, the one that has the losses.
 
     Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second`` and
     the figures in ``shared`` there, a progress line on the console, and ``metrics.jsonl``, one object per step:
@@ -95,7 +95,11 @@ class RunLog(Callback):
         speed = {"tokens_per_second": self.tokens_per_step / seconds}
         if self.ideal:
             speed["mfu"] = self.ideal / seconds
-        _write_to_loggers(context.state, {**speed, **added}, step)
+        if board := context.state.tensorboard_logger:
+            for name, value in {**speed, **added}.items():
+                board.add_scalar(name, value, step)
+        if context.state.wandb_logger:
+            context.state.wandb_logger.log({**speed, **added}, step)
         update = {
             "learning_rate": self.learning_rate,
             "grad_norm": None if context.grad_norm is None else float(context.grad_norm),
@@ -103,16 +107,11 @@ class RunLog(Callback):
         counted = {"step": step, "tokens": step * self.tokens_per_step}
         record = {**counted, **losses, **update, **speed, "seconds": seconds, **added}
         print(json.dumps(record), file=self.file, flush=True)
-        assert self.progress is not None
+        assert self.progress is not None and self.page is not None
         self.progress.update(self.task, completed=step, figures=_headline({**losses, **speed}))
         due = self.line_interval and (step % self.line_interval == 0 or step == self.steps)
         if due and not console.is_terminal:
             self._print_line(record)
-        self._show(record)
-
-    def _show(self, record: Mapping[str, Any]) -> None:
-        """Add a step to the page, and write it where it is time."""
-        assert self.page is not None
         self.page.add(record)
         evaluated, self.shared.evaluated = self.shared.evaluated, None
         if evaluated is not None:
@@ -160,32 +159,20 @@ def drop_after(path: Path, step: int) -> None:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or _step(line) > step:
+            try:
+                if not line.endswith(b"\n") or not float(json.loads(line)["step"]) <= step:
+                    break
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break
             end += len(line)
     os.truncate(path, end)
 
 
 def _hide_after(state: GlobalState, step: int) -> None:
-    """Let TensorBoard hide what an earlier start has logged after ``step``, and this one logs again."""
+    """Let TensorBoard hide what an earlier start has logged after ``step`` and this start logs again."""
     if state.tensorboard_logger:
         start = SessionLog(status=SessionLog.START)
         state.tensorboard_logger.file_writer.add_event(Event(session_log=start), step=step + 1)
-
-
-def _step(line: bytes) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return float("inf")
-
-
-def _write_to_loggers(state: GlobalState, figures: dict[str, float], step: int) -> None:
-    if state.tensorboard_logger:
-        for name, value in figures.items():
-            state.tensorboard_logger.add_scalar(name, value, step)
-    if state.wandb_logger:
-        state.wandb_logger.log(figures, step)
 
 
 def _headline(figures: dict[str, float]) -> str:
