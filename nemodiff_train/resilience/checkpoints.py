@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -58,8 +58,7 @@ _FULL = 1 << 20  # bytes that may be free on a disk that is called full
 class AtomicCheckpointManager(DefaultCheckpointManager):
     """Bridge's checkpoint manager, made safe against a process that ends at any moment.
 
-    A mark beside the folder says that a checkpoint is unfinished.  When all of it is on the disk, the checksums of
-    its files are written into it, the mark goes, the trackers are replaced, and only then older ones are removed.
+    A mark beside the folder says that a checkpoint is unfinished; :func:`publish` removes it.
     """
 
     of_run: "ClassVar[AtomicCheckpointManager]"
@@ -76,8 +75,28 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             latest_complete(Path(checkpoint_config.load), checkpoint_config.ckpt_step)
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
-        """Load as Bridge does, under the learning rate and the optimizer's constants of this start's settings."""
-        return load_under_settings(super().load, ctx, str(self.checkpoint_config.load))
+        """Load as Bridge does; the schedule and the optimizer's constants stay those of this start's settings."""
+        if ctx.optimizer is None or ctx.opt_param_scheduler is None:
+            return super().load(ctx)
+        groups = ctx.optimizer.param_groups
+        settings_of_groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in groups]
+        now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(str(self.checkpoint_config.load))
+        # Megatron finds a group of the checkpoint by its learning rates.
+        if before is not None and "optimizer" in before.run_config:
+            for group in groups:
+                for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
+                    if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
+                        group[name] = before.run_config["optimizer"][field]
+        ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
+        loaded = super().load(ctx)
+        for group, settings in zip(ctx.optimizer.param_groups, settings_of_groups, strict=True):
+            group.update(settings)
+        if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
+            # Megatron counts the steps of a schedule in samples.
+            schedule, batch = ctx.opt_param_scheduler, int(before.run_config["train"]["global_batch_size"])
+            schedule.num_steps = schedule.num_steps * now.train.global_batch_size // batch
+            schedule.step(increment=0)
+        return loaded
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
         """Save and publish; an asynchronous save is published by :meth:`finalize_async_saves`.
@@ -128,6 +147,12 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
                 raise _not_saved(self.saving[0], error, reason) from error
             raise
 
+    def last_published(self, state: GlobalState) -> Path | None:
+        """Publish what is being saved, then return the checkpoint to resume from, if any; called on all ranks."""
+        self.finalize_async_saves(state, blocking=True)
+        saved = iterations(Path(str(self.checkpoint_config.load)))
+        return from_main_process(lambda: next((path for path in saved if structure_damage(path) is None), None))
+
     def _check_writer(self, state: GlobalState) -> None:
         """Stop where a process that writes was killed; Megatron would wait for it for ever."""
         queue = state.async_calls_queue
@@ -151,46 +176,6 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             if is_main_process():
                 prune(iteration.parent, self.keep_last, config.resilience.keep_every)
             barrier()  # Bridge asks at every step, in most of which there is nothing to wait for
-
-
-def last_published(state: GlobalState) -> Path | None:
-    """Publish what is being saved, then return the checkpoint that the run would resume from; called on all ranks."""
-    AtomicCheckpointManager.of_run.finalize_async_saves(state, blocking=True)
-    folder = Path(str(cast(TriModeConfig, state.cfg).checkpoint.load))
-    return from_main_process(lambda: next((i for i in iterations(folder) if structure_damage(i) is None), None))
-
-
-def load_under_settings(
-    load: Callable[[CheckpointLoadContext], tuple[int, int]], ctx: CheckpointLoadContext, folder: str
-) -> tuple[int, int]:
-    """Load a run's checkpoint as Bridge does; the schedule and the optimizer's constants stay those of this start.
-
-    Args:
-        load: Bridge's loading.
-        ctx: What is loaded into.
-        folder: Folder of the checkpoint that is loaded.
-    """
-    if ctx.optimizer is None or ctx.opt_param_scheduler is None:
-        return load(ctx)
-    groups = ctx.optimizer.param_groups
-    settings_of_groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in groups]
-    now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
-    # Megatron finds a group of the checkpoint by its learning rates.
-    if before is not None and "optimizer" in before.run_config:
-        for group in groups:
-            for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
-                if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
-                    group[name] = before.run_config["optimizer"][field]
-    ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
-    loaded = load(ctx)
-    for group, settings in zip(ctx.optimizer.param_groups, settings_of_groups, strict=True):
-        group.update(settings)
-    if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
-        # Megatron counts the steps of a schedule in samples.
-        schedule, batch = ctx.opt_param_scheduler, int(before.run_config["train"]["global_batch_size"])
-        schedule.num_steps = schedule.num_steps * now.train.global_batch_size // batch
-        schedule.step(increment=0)
-    return loaded
 
 
 def _running(state: GlobalState) -> int:

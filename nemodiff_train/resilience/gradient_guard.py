@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.checkpointing import CheckpointLoadContext, DefaultCheckpointManager
+from megatron.bridge.training.checkpointing import CheckpointLoadContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.core.distributed import DistributedDataParallel
 from pydantic import BaseModel, Field, ValidationError
@@ -22,7 +22,7 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import warn
 from nemodiff_train.distributed import all_gather_object, global_rank, world_size
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.resilience.checkpoints import last_published, load_under_settings
+from nemodiff_train.resilience.checkpoints import AtomicCheckpointManager
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 
@@ -180,17 +180,16 @@ def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Ca
 
 def _roll_back(context: CallbackContext) -> None:
     """Load weights, optimizer and schedule of the last published checkpoint; steps and data continue."""
-    state = context.state
-    checkpoint = config_of(state).checkpoint
-    if not checkpoint.load or last_published(state) is None:
+    state, manager = context.state, AtomicCheckpointManager.of_run
+    checkpoint = manager.checkpoint_config
+    if not checkpoint.load or manager.last_published(state) is None:
         raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
     progress = {field.name: getattr(state.train_state, field.name) for field in dataclasses.fields(state.train_state)}
     # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
     finetune, checkpoint.finetune = checkpoint.finetune, False
     fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
     try:
-        loading = CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler)
-        step, _ = load_under_settings(DefaultCheckpointManager(checkpoint).load, loading, checkpoint.load)
+        step, _ = manager.load(CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler))
     finally:
         checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
     for name, value in progress.items():

@@ -28,21 +28,15 @@ HEADLINE = {"ar_loss": "AR", "diffusion_loss": "diffusion", "draft_loss": "draft
 """Figures of the progress line, and what it calls them."""
 
 PAGE_SECONDS = 10.0
+"""Between two versions of the page, evaluations apart."""
 
 
 class RunLog(Callback):
     """Show and record each step on the last rank, the one that has the losses.
 
-    Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second`` and
-    the figures in ``shared`` there, a progress line on the console, and ``metrics.jsonl``, one object per step:
-    ``step``, ``tokens`` (clean ones, since the run began), the reported losses (nats), ``learning_rate``,
-    ``grad_norm``, ``tokens_per_second``, ``seconds``, ``mfu`` on a GPU whose peak is known, and the figures in
-    ``shared``.  Where the console is not a terminal, the progress line is a line every ``diagnostics.line_interval``
-    steps.  ``index.html`` shows all of it, and what the evaluation in the loop has decoded; it is rewritten after
-    each evaluation, at the end, and otherwise every :data:`PAGE_SECONDS`.
-
-    MFU is the share of the GPUs' peak that the operations of the model take, those of attention counted by the pairs
-    that its rule allows.
+    Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second``,
+    ``mfu`` and the figures in ``shared`` there, and writes ``metrics.jsonl``, ``index.html`` and a progress line.
+    docs/training.md describes them.
 
     Args:
         shared: Figures that other callbacks have added; cleared after each step.
