@@ -28,7 +28,7 @@ def checked[Kind](schema: type[Kind], content: object, where: object, remedy: st
     Raises:
         UserError: Names the file, the field, its value, and what it should be.
     """
-    adapter: TypeAdapter[Kind] = _adapter(schema)
+    adapter: TypeAdapter[Kind] = _ADAPTERS.get(schema) or _ADAPTERS.setdefault(schema, TypeAdapter(schema))
     try:
         return adapter.validate_json(content) if isinstance(content, bytes) else adapter.validate_python(content)
     except ValidationError as error:
@@ -139,4 +139,4 @@ def _type_adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 _hints = functools.cache(get_type_hints)
-_adapter = functools.cache(TypeAdapter)  # making one takes milliseconds
+_ADAPTERS: dict[object, TypeAdapter[Any]] = {}  # of the schemas that were asked for: making one takes milliseconds

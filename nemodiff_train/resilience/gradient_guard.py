@@ -71,27 +71,22 @@ class GradientGuard(Callback):
             self.consecutive_skips = 0
             self._recorded_norms().append(norm)
             return False
-        self.apply_policy(fault, norm)
+        self._apply_policy(fault, norm)
         return True
 
     def _agree(self, norm: Tensor | float) -> tuple[float, str | None]:
         """Return the norm of this rank as a number, and a fault that any rank has; the host waits for the device."""
         local_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.local_fault.device).reshape(1)
-        finite = local_norm.isfinite()
+        finite, limit, norms = local_norm.isfinite(), math.inf, self._recorded_norms()
+        if self.settings.spike_factor and len(norms) >= self.settings.spike_window // 2:
+            limit = self.settings.spike_factor * statistics.median(norms)
         # [2]: is any gradient not finite, is any norm a spike?
-        faults = torch.cat([~finite | (self.local_fault > 0), finite & (local_norm > self._spike_limit())]).float()
+        faults = torch.cat([~finite | (self.local_fault > 0), finite & (local_norm > limit)]).float()
         dist.all_reduce(faults, op=dist.ReduceOp.MAX)
         non_finite, spike, value = torch.cat([faults, local_norm]).tolist()
         if non_finite:
             return value, NON_FINITE
         return value, SPIKE if spike else None
-
-    def _spike_limit(self) -> float:
-        """Return the norm above which a step counts as a spike."""
-        settings, norms = self.settings, self._recorded_norms()
-        if not settings.spike_factor or len(norms) < settings.spike_window // 2:
-            return math.inf
-        return settings.spike_factor * statistics.median(norms)
 
     def _recorded_norms(self) -> deque[float]:
         """Return the norms of the last updates, including those before a resume, so that it changes no decision."""
@@ -102,16 +97,8 @@ class GradientGuard(Callback):
             self.norms = deque(all_gather_object(norms)[-1], maxlen=window)
         return self.norms
 
-    def apply_policy(self, fault: str, norm: float) -> None:
-        """Stop the run, or skip the update and note whether to roll back.
-
-        Args:
-            fault: ``NON_FINITE`` or ``SPIKE``.
-            norm: The gradient norm.
-
-        Raises:
-            RunStopped: The policy is to stop, or too many consecutive updates were skipped.
-        """
+    def _apply_policy(self, fault: str, norm: float) -> None:
+        """Stop the run, or skip the update and note whether to roll back."""
         line = self._describe(fault, norm)
         policy = self.settings.on_non_finite if fault == NON_FINITE else self.settings.on_spike
         self.consecutive_skips += 1

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TypedDict
 
@@ -60,7 +61,16 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
         starts = []
     saved = Checkpoint.find_complete(output / "checkpoints")
     step = saved.step if saved else 0
-    _refuse_without_progress(file, starts, step, limit)
+
+    def is_stuck(start: Start) -> bool:
+        return start["step"] == step and start["ended"] not in (COMPLETED, TOLD_TO_END)
+
+    stuck = list(takewhile(is_stuck, reversed(starts)))
+    if limit and len(stuck) >= limit:
+        raise RunStopped(
+            f"the last {len(stuck)} starts went on from step {step} and ended without a new checkpoint, the last "
+            f"with: {stuck[0]['ended']}. Remove the cause, then '{file}'"
+        )
     starts = [*starts[1 - _RECORDED :], {"step": step, "time": time.time(), "ended": KILLED}]
 
     def end(how: str) -> None:
@@ -81,19 +91,6 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
         end(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise
     end(COMPLETED)
-
-
-def _refuse_without_progress(file: Path, starts: list[Start], step: int, limit: int) -> None:
-    without_progress = 0
-    for start in reversed(starts):
-        if start["step"] != step or start["ended"] in (COMPLETED, TOLD_TO_END):
-            break
-        without_progress += 1
-    if limit and without_progress >= limit:
-        raise RunStopped(
-            f"the last {without_progress} starts went on from step {step} and ended without a new checkpoint, the "
-            f"last with: {starts[-1]['ended']}. Remove the cause, then '{file}'"
-        )
 
 
 @contextlib.contextmanager

@@ -65,12 +65,8 @@ def _prepare_cuda() -> None:
 
 
 def _refuse_broken_cuda() -> None:
-    """Refuse to compute on the CPU where a GPU was meant; ``NEMODIFF_CPU=1`` says that it was not.
-
-    Raises:
-        UserError: The machine has a GPU that CUDA cannot use; with CUDA's reason.
-    """
-    # SLURM hides the GPUs that a step has not asked for as "NoDevFiles"; the others are a user's own words.
+    """Refuse to compute on the CPU where a GPU was meant; ``NEMODIFF_CPU=1`` says that it was not."""
+    # A user hides the GPUs by one of these values; SLURM those that a step has not asked for, by "NoDevFiles".
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     given = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_JOB_GPUS")
     if hidden or os.environ.get("NEMODIFF_CPU") == "1" or not (given or Path("/dev/nvidia0").exists()):
@@ -89,11 +85,7 @@ def _refuse_broken_cuda() -> None:
 
 
 def _refuse_broken_engine() -> None:
-    """Refuse a Transformer Engine that is installed but cannot be imported, as one that was built for another torch.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse a Transformer Engine that cannot be imported, for example one that was built for another torch."""
     if importlib.util.find_spec("transformer_engine") is None:
         return
     try:

@@ -7,7 +7,6 @@ import netrc
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -136,7 +135,10 @@ def _run(config: TriModeConfig, output: Path) -> None:
         record_end = stack.enter_context(record_start(output, config.resilience.restarts))
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
-        stack.enter_context(_redirect_prints(output / "train.log"))
+        prints = global_rank() in (0, world_size() - 1)  # the last rank has the losses
+        output.mkdir(parents=True, exist_ok=True)
+        log_file = stack.enter_context(open(output / "train.log" if prints else os.devnull, "a", buffering=1))
+        stack.enter_context(contextlib.redirect_stdout(log_file))
         watchdog = stack.enter_context(Watchdog(output, config.resilience, record_end))
         stack.callback(log.close)
         # After a step, what measures comes before what may stop the run or go back to a checkpoint; the log comes
@@ -222,13 +224,3 @@ def _stay_offline_unless_logged_in(config: TriModeConfig) -> None:
         logged_in = False
     if not logged_in:
         os.environ.setdefault("WANDB_MODE", "offline")
-
-
-@contextlib.contextmanager
-def _redirect_prints(path: Path) -> Iterator[None]:
-    """Write what the first rank and the last, which has the losses, print to a file."""
-    prints = global_rank() in (0, world_size() - 1)
-    if prints:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path if prints else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
-        yield

@@ -38,35 +38,29 @@ def show_samples(config: TriModeConfig, count: int) -> None:
     config.propagate()
     output, tokenizer = PlainConsole(), load_tokenizer(str(config.tokenizer.tokenizer_model))
     output.print(Text(LEGEND, "dim"))
+    stored_end = config.dataset.stored_end()
+    end = tokenizer.eos_token_id if stored_end is None else stored_end
     for number, sample in enumerate(first_samples(config, count)):
-        _print_sample(number, sample, config, tokenizer, output)
+        length = len(sample["maskable"])
+        views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
+        counts = f"{length} tokens, {int(sample['maskable'].sum())} that may be masked, {ar_targets} AR targets"
+        output.print(Text.assemble("\n", (f"sample {number}", "bold"), f": {counts}"), soft_wrap=True)
+        for view in range(max(views, 1)):
+            # Of one view, or of the text alone in the AR stage, [L]: the weights of its losses, what is masked.
+            here = slice(view * length, (view + 1) * length)
+            weights = sample["loss_mask"][here] if views else sample["loss_mask"].new_zeros(length)
+            hidden = sample["tokens"][here] != sample["tokens"][-length:]
+            if views:
+                masked, weighted = int(hidden.sum()), int((weights > 0).sum())
+                output.print(f"view {view}: {masked} masked, {weighted} with a loss", soft_wrap=True)
+            for line in _blocks(sample, hidden, weights, int(end if end is not None else -1), tokenizer):
+                output.print(line, soft_wrap=True)
 
 
 def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
     """Return the first training samples of a run; its folder is not made, but what it has there is used."""
     with quiet(), datasets(config) as (train, *_):
         return [train[index] for index in range(min(count, len(train)))]
-
-
-def _print_sample(
-    number: int, sample: Sample, config: TriModeConfig, tokenizer: "PreTrainedTokenizerBase", output: PlainConsole
-) -> None:
-    """Print one sample: a heading, then a line per block of each noisy view."""
-    length = len(sample["maskable"])
-    views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
-    counts = f"{length} tokens, {int(sample['maskable'].sum())} that may be masked, {ar_targets} AR targets"
-    output.print(Text.assemble("\n", (f"sample {number}", "bold"), f": {counts}"), soft_wrap=True)
-    end = config.dataset.stored_end()
-    end = tokenizer.eos_token_id if end is None else end
-    for view in range(max(views, 1)):
-        here = slice(view * length, (view + 1) * length)
-        weights = sample["loss_mask"][here] if views else sample["loss_mask"].new_zeros(length)
-        hidden = sample["tokens"][here] != sample["tokens"][-length:]
-        if views:
-            masked, weighted = int(hidden.sum()), int((weights > 0).sum())
-            output.print(f"view {view}: {masked} masked, {weighted} with a loss", soft_wrap=True)
-        for line in _blocks(sample, hidden, weights, int(end if end is not None else -1), tokenizer):
-            output.print(line, soft_wrap=True)
 
 
 def _blocks(

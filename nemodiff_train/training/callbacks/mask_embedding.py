@@ -38,7 +38,7 @@ class MaskEmbedding(Callback):
         if not config.has_masks or not first.pre_process:
             return
         embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
-        mask, others = root_mean_squares(embedding, mask_id, config.model.vocab_size)
+        mask, others = _root_mean_squares(embedding, mask_id, config.model.vocab_size)
         if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
             warn(
                 f"the embedding of mask token {mask_id} is {mask / others:.1%} of the "
@@ -66,12 +66,8 @@ class MaskEmbedding(Callback):
     ) -> Tensor:
         """Return standard normal noise at masked positions, 0 elsewhere, of the shape of the embedding's output.
 
-        Args:
-            config: The run.
-            embedding: Its embedding.
-            shard: This context-parallel rank's shard of the sequence.
-            tokens: [batch, (V + 1) L / ranks] ids.
-            output: [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
+        ``tokens`` are [batch, (V + 1) L / ranks] ids of a context-parallel rank; ``output`` is
+        [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
         """
         objective, length, indices = config.objective, config.dataset.seq_length, self.shared.sample_indices
         assert indices is not None  # a stage that embeds tokens has read them
@@ -93,18 +89,13 @@ class MaskEmbedding(Callback):
         return noise.to(output.dtype)
 
 
-def root_mean_squares(embedding: VocabParallelEmbedding, row: int, rows: int) -> tuple[float, float]:
-    """Return the root mean square of one row of an embedding, and of the vocabulary's other rows.
-
-    Args:
-        embedding: Its [rows / tensor-parallel size, hidden] weight is this rank's part.
-        row: Id of the token.
-        rows: Size of the vocabulary; rows after it are padding.
-    """
+def _root_mean_squares(embedding: VocabParallelEmbedding, row: int, rows: int) -> tuple[float, float]:
+    """Return the root mean square of one row of an embedding, and of the others of a vocabulary of ``rows`` rows."""
     start, end = embedding.vocab_start_index, min(embedding.vocab_end_index, rows)
-    # Mean squares of this rank's rows of the vocabulary, [rows].
+    # Mean squares of this rank's rows, [rows / tensor-parallel size]; those after the vocabulary are padding.
     squares = embedding.weight.detach()[: max(end - start, 0)].float().square().mean(-1)
     of_row = squares[row - start] if start <= row < end else squares.new_zeros(())
+    # The square of the row, and the sum over all rows: [2], added over tensor-parallel ranks.
     totals = torch.stack([of_row, squares.sum()])
     dist.all_reduce(totals, group=embedding.tp_group)
     mask, total = totals.tolist()
