@@ -58,7 +58,7 @@ class GradientGuard(Callback):
     def _check_local_gradient(self) -> None:
         """Set ``local_fault`` if the gradient of this rank is not finite; the host does not wait for it."""
         for chunk in self.context.model:
-            for buffer in chunk.buffers:
+            for buffer in chunk.buffers:  # [elements] of a buffer; their sum is not finite if one of them is not
                 self.local_fault |= ~torch.isfinite(buffer.grad_data.sum(dtype=torch.float32)).reshape(1)
 
     @torch.no_grad()

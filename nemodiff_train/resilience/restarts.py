@@ -81,11 +81,9 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     end(KILLED)
     try:
         yield end
-    except ToldToEnd:
-        end(TOLD_TO_END)
-        raise
     except SystemExit as leaving:
-        end(f"exit code {leaving.code}" if leaving.code else TOLD_TO_END)
+        failed = leaving.code and not isinstance(leaving, ToldToEnd)
+        end(f"exit code {leaving.code}" if failed else TOLD_TO_END)
         raise
     except BaseException as error:
         end(str(error).strip().partition("\n")[0] or type(error).__name__)
