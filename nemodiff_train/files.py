@@ -21,12 +21,8 @@ def usable_directory(directory: Path) -> Path:
     Raises:
         UserError: It cannot be made or written to.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the output directory {directory}: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"the output directory {directory} is not writable")
+    check_can_be_made(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
@@ -153,11 +149,10 @@ def atomic_directory(output: Path) -> Iterator[Path]:
                 partial.rename(output)
                 sync(output.parent)
             barrier()
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write '{output}': {error.strerror or error}") from None
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write '{output}': {error.strerror or error}") from None
             raise
 
 

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from megatron.bridge.training.callbacks import CallbackManager
 from megatron.bridge.training.checkpointing import (
@@ -16,7 +16,7 @@ from megatron.bridge.training.config import CheckpointConfig
 from megatron.bridge.training.state import GlobalState
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.context import config_of
 from nemodiff_train.console import warn
 from nemodiff_train.data.tokenizer_files import restore_tokenizer
 from nemodiff_train.distributed import (
@@ -80,7 +80,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             return super().load(ctx)
         groups = ctx.optimizer.param_groups
         settings_of_groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in groups]
-        now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(str(self.checkpoint_config.load))
+        now, before = config_of(ctx.state), Checkpoint.find(str(self.checkpoint_config.load))
         # Megatron finds a group of the checkpoint by its learning rates.
         if before is not None and "optimizer" in before.run_config:
             for group in groups:
@@ -167,7 +167,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
                 )
 
     def _publish_finished(self, state: GlobalState) -> None:
-        config = cast(TriModeConfig, state.cfg)
+        config = config_of(state)
         while len(self.saving) > _running(state):
             iteration = self.saving.pop(0)
             if is_main_process():
@@ -228,29 +228,26 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def latest_complete(folder: Path, step: int | None = None) -> Path | None:
-    """Make the newest complete checkpoint the one that Bridge loads; called on all ranks, which share the reading.
+    """Make the newest complete checkpoint the one that Bridge loads, and return it; called on all ranks.
 
     What is unfinished or damaged is renamed ``damaged-iter_*``; one line names each.
 
     Args:
         folder: Folder of the checkpoints.
-        step: Take the one of this step and no other.
-
-    Returns:
-        The checkpoint, or None if the run has none yet.
+        step: Take the checkpoint of this step and no other.
 
     Raises:
         UserError: None is complete, and not all were merely unfinished; nothing is renamed then.
     """
     complete, damages = find_complete(folder, step)
     if is_main_process():
-        quarantine_damaged(folder, complete, damages)
+        _quarantine_damaged(folder, complete, damages)
     barrier()
     return complete
 
 
 def find_complete(folder: Path, step: int | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest complete checkpoint of a run, and the damage of those after it; changes nothing.
+    """Return the newest complete checkpoint of a run, if any, and the damage of later ones; change nothing.
 
     Raises:
         UserError: None is complete, and not all were merely unfinished.
@@ -289,7 +286,7 @@ def _find_damage(iteration: Path) -> str | None:
     return next((damage for damage in damages if damage), None)
 
 
-def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, str]) -> None:
+def _quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, str]) -> None:
     """Rename what cannot be loaded, finish removals that had begun, and let the trackers name the complete one."""
     for iteration, damage in damages.items():
         quarantined = iteration.with_name(f"{_QUARANTINE}{iteration.name}")
