@@ -128,9 +128,24 @@ class GradientGuard(Callback):
         return f"step {step}: gradient not finite on {', '.join(ranks) or 'no rank alone, only in the sum'}"
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        if self.rollback_due:
-            self.rollback_due = False
-            _roll_back(context)
+        """Where it is due, go back to the last checkpoint's weights, optimizer and schedule; steps and data go on."""
+        if not self.rollback_due:
+            return
+        self.rollback_due = False
+        state, manager = context.state, AtomicCheckpointManager.of_run
+        checkpoint = manager.checkpoint_config
+        if not checkpoint.load or manager.last_published(state) is None:
+            raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
+        progress = dataclasses.replace(state.train_state)
+        # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
+        finetune, checkpoint.finetune = checkpoint.finetune, False
+        fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
+        try:
+            step, _ = manager.load(CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler))
+        finally:
+            checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
+        vars(state.train_state).update(vars(progress))
+        warn(f"went back to step {step} of '{checkpoint.load}'")
 
 
 class _Figures(BaseModel):
@@ -163,22 +178,3 @@ def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Ca
         finish_grad_sync(*arguments, **named)
 
     model[0].finish_grad_sync = finish
-
-
-def _roll_back(context: CallbackContext) -> None:
-    """Load weights, optimizer and schedule of the last published checkpoint; steps and data continue."""
-    state, manager = context.state, AtomicCheckpointManager.of_run
-    checkpoint = manager.checkpoint_config
-    if not checkpoint.load or manager.last_published(state) is None:
-        raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
-    progress = {field.name: getattr(state.train_state, field.name) for field in dataclasses.fields(state.train_state)}
-    # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
-    finetune, checkpoint.finetune = checkpoint.finetune, False
-    fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
-    try:
-        step, _ = manager.load(CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler))
-    finally:
-        checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
-    for name, value in progress.items():
-        setattr(state.train_state, name, value)
-    warn(f"went back to step {step} of '{checkpoint.load}'")
