@@ -7,6 +7,8 @@ from torch import Tensor
 from nemodiff_train.errors import UserError
 from nemodiff_train.runtime import init_runtime
 
+GB = 1e9
+
 
 def require_memory(needed: float, device: torch.device, what: str, remedy: str) -> None:
     """Refuse what would take more memory than is free.
@@ -23,7 +25,7 @@ def require_memory(needed: float, device: torch.device, what: str, remedy: str) 
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
-        raise UserError(f"{what} would take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; {remedy}")
+        raise UserError(f"{what} would take {needed / GB:,.1f} GB, and {free / GB:,.1f} GB are free; {remedy}")
 
 
 def copied_to(device: torch.device, values: Tensor) -> Tensor:
