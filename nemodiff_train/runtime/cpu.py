@@ -27,13 +27,10 @@ _DEVICES = 64
 
 def _as_cpu(device: Any) -> Any:
     """Return ``device`` with every spelling of a CUDA device replaced by the CPU."""
-    if isinstance(device, int) and not isinstance(device, bool):
-        return CPU
-    if isinstance(device, str) and device.startswith("cuda"):
-        return CPU
-    if isinstance(device, torch.device) and device.type == "cuda":
-        return CPU
-    return device
+    is_index = isinstance(device, int) and not isinstance(device, bool)
+    is_name = isinstance(device, str) and device.startswith("cuda")
+    is_device = isinstance(device, torch.device) and device.type == "cuda"
+    return CPU if is_index or is_name or is_device else device
 
 
 class _CudaMeansCpu(TorchFunctionMode):

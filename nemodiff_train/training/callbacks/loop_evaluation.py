@@ -59,23 +59,15 @@ class LoopEvaluation(Callback):
             return
         started = time.perf_counter()
         with _ready_for_decoding(context.model):
-            evaluation = evaluate(
-                DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding),
-                self.task,
-                self.settings,
-                f"step {step}",
-                shown=False,
-            )
+            model = DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding)
+            evaluation = evaluate(model, self.task, self.settings, f"step {step}", shown=False)
         seconds = time.perf_counter() - started
         self.shared.figures["eval/seconds"] = seconds
         for mode, metrics in evaluation.modes.items():
-            figures = {
-                "accuracy": metrics.accuracy,
-                "tpf": metrics.tpf_all,
-                "acceptance_length": metrics.acceptance_length,
-            }
-            known = {f"eval/{name}/{mode}": value for name, value in figures.items() if value is not None}
-            self.shared.figures.update(known)
+            measured = metrics.accuracy, metrics.tpf_all, metrics.acceptance_length
+            for name, value in zip(("accuracy", "tpf", "acceptance_length"), measured, strict=True):
+                if value is not None:
+                    self.shared.figures[f"eval/{name}/{mode}"] = value
         self.shared.evaluated = evaluation, self.decoding.text
         if is_main_process():
             modes = (f"{mode} {percent(m.accuracy)} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())

@@ -52,10 +52,9 @@ class RunLog(Callback):
         config, step = config_of(context.state), context.state.train_state.step
         self.tokens_per_step = config.train.global_batch_size * config.dataset.seq_length
         self.steps, self.line_interval = config.train.train_iters, config.diagnostics.line_interval
-        is_last_rank = global_rank() == world_size() - 1
-        self.progress = progress_bar("{task.fields[figures]}", shown=is_last_rank and console.is_terminal)
-        if not is_last_rank:
+        if global_rank() != world_size() - 1:
             return
+        self.progress = progress_bar("{task.fields[figures]}", shown=console.is_terminal)
         gpu = gpu_named(torch.cuda.get_device_name()) if init_runtime().cuda else None
         step_flops = workload_of(config).flops * config.train.global_batch_size
         self.ideal = step_flops / (world_size() * gpu.flops) if gpu else 0.0  # seconds per step at the GPUs' peak
