@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Protocol
+from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
@@ -26,7 +26,7 @@ from nemodiff_train.shown import visible
 
 
 class PlainConsole(Console):
-    """A console on which text is text: brackets are no markup, control codes are spelled out.
+    """A console on which text is text: brackets are not markup, control codes are spelled out.
 
     Args:
         stderr: Whether it writes to standard error.
@@ -37,7 +37,7 @@ class PlainConsole(Console):
         super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Return the parts of what is printed; rich's own movements of the cursor are no text."""
+        """Return the parts of what is printed; rich's own movements of the cursor are not text."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
 
@@ -78,10 +78,7 @@ def progress_bar(*extra_columns: str, shown: bool | None = None) -> Progress:
 
 
 def bytes_bar() -> Progress:
-    """Return a progress bar that counts bytes and shows bytes per second; it disappears when done.
-
-    It is shown on a terminal only: in a file it would leave one line per bar.
-    """
+    """Return a progress bar that counts bytes, on a terminal alone: in a file it would leave one line per bar."""
     shown = is_main_process() and console.is_interactive
     return _bar(DownloadColumn(), TransferSpeedColumn(), shown=shown, transient=True)
 
@@ -103,47 +100,47 @@ LINE_SECONDS = 30.0
 """Between two lines of a loop where there is no terminal."""
 
 
-class Advance(Protocol):
-    """Tells how much further a loop is."""
-
-    def __call__(self, count: int, units: int = 0, before: int = 0) -> None:
-        """Show that more is done.
-
-        Args:
-            count: How many more.
-            units: How many units have been made meanwhile, whose number per second is shown.
-            before: How many of all that are done so far took no time, as an earlier start had done them.
-        """
-
-
-@contextlib.contextmanager
-def told_progress(description: str, total: int, unit: str = "") -> Iterator[Advance]:
+class LoopProgress:
     """Show how far a loop is and how long it will take: a bar on a terminal, elsewhere a line now and then.
+
+    A context manager.
 
     Args:
         description: What is counted.
         total: Number of it.
-        unit: Name of the units that are made, in the plural; empty for none.
-
-    Yields:
-        The function to call.
+        unit: Name, in the plural, of what the loop makes, whose number per second is shown; empty for none.
     """
-    done, units_done, started = 0, 0, time.monotonic()
-    last_line = started
-    columns = [f"{{task.fields[speed]:,.0f}} {unit}/s"] if unit else []
-    with progress_bar(*columns, shown=is_main_process() and console.is_terminal) as bar:
-        task = bar.add_task(description, total=total, speed=0.0)
 
-        def advance(count: int, units: int = 0, before: int = 0) -> None:
-            nonlocal done, units_done, last_line
-            done, units_done, now = done + count, units_done + units, time.monotonic()
-            spent = now - started
-            bar.update(task, advance=count, speed=units_done / spent)
-            if console.is_terminal or (now - last_line < LINE_SECONDS and done < total):
-                return
-            last_line = now
-            speed = f", {units_done / spent:,.0f} {unit}/s" if unit else ""
-            left = timedelta(seconds=round(spent / (done - before) * (total - done))) if done > before else "?"
-            say(f"{description}: {done:,}/{total:,} in {timedelta(seconds=round(spent))}{speed}, {left} left")
+    def __init__(self, description: str, total: int, unit: str = "") -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done = self._units = 0
+        self._started = self._last_line = time.monotonic()
+        columns = [f"{{task.fields[speed]:,.0f}} {unit}/s"] if unit else []
+        self._bar = progress_bar(*columns, shown=is_main_process() and console.is_terminal)
+        self._task = self._bar.add_task(description, total=total, speed=0.0)
 
-        yield advance
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int, units: int = 0, before: int = 0) -> None:
+        """Show that more is done.
+
+        Args:
+            count: How many more.
+            units: How many units the loop has made meanwhile.
+            before: How many of all that are done so far took no time, as an earlier start had done them.
+        """
+        self._done, self._units, now = self._done + count, self._units + units, time.monotonic()
+        spent = now - self._started
+        self._bar.update(self._task, advance=count, speed=self._units / spent)
+        if console.is_terminal or (now - self._last_line < LINE_SECONDS and self._done < self._total):
+            return
+        self._last_line, timed = now, self._done - before
+        speed = f", {self._units / spent:,.0f} {self._unit}/s" if self._unit else ""
+        left = timedelta(seconds=round(spent / timed * (self._total - self._done))) if timed > 0 else "?"
+        progress = f"{self._done:,}/{self._total:,} in {timedelta(seconds=round(spent))}"
+        say(f"{self._description}: {progress}{speed}, {left} left")

@@ -74,9 +74,8 @@ def from_main_process[Value](compute: Callable[[], Value]) -> Value:
 class ReservedPort:
     """A TCP port of this machine that a process is to listen on, kept from all others until then.
 
-    A port that was merely free a moment ago may be given to another program before the process asks for it.  This
-    one stays bound as long as the object lives, which does not hinder a server that sets ``SO_REUSEADDR``, as
-    torch's stores do; Linux gives a bound port to nobody who asks for any port.
+    It stays bound as long as the object lives, so Linux gives it to nobody who asks for any port; a server that sets
+    ``SO_REUSEADDR``, as torch's stores do, can listen to it nevertheless.
 
     Attributes:
         number: The port.

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from nemodiff_train.console import warn
@@ -22,12 +21,8 @@ def usable_directory(directory: Path) -> Path:
     Raises:
         UserError: It cannot be made or written to.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the output directory {directory}: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"the output directory {directory} is not writable")
+    check_can_be_made(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
@@ -59,15 +54,11 @@ def check_free(output: Path) -> None:
     check_can_be_made(output.parent)
 
 
-_HELD = (errno.EACCES, errno.EAGAIN)
-"""What a lock is refused with that another process has."""
-
-
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Keep other processes from writing an output, until the context ends or this process does, however it ends.
 
-    The lock is a file ``.NAME.lock`` beside the output.  Of several ranks the first takes it.
+    The lock is a file ``.NAME.lock`` beside the output, which rank 0 takes for all ranks.
 
     Raises:
         UserError: Another process writes the output.
@@ -86,7 +77,7 @@ def locked(output: Path) -> Iterator[None]:
     except OSError as error:
         holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
         os.close(descriptor)
-        if error.errno in _HELD:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has the lock
             raise UserError(f"'{output}' is being written by {holder}; wait for it, or name another output") from None
         warn(f"'{output}' cannot be locked ({error.strerror}): start it only once at a time")
         yield
@@ -115,19 +106,13 @@ def replace_atomic(draft: Path, path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> Path:
     """Write ``text`` as UTF-8; on any failure an older file stays."""
-    with _draft_of(path) as draft:
+    with atomic_file(path) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
-def copy_atomic(source: Path, path: Path) -> None:
-    """Copy the content of a file; on any failure an older copy stays."""
-    with _draft_of(path) as draft:
-        shutil.copyfile(source, draft)
-
-
 @contextmanager
-def _draft_of(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a name beside ``path`` for a file that takes its place when it is complete and on the disk."""
     # Not tempfile: its files are private (0600), and a rename would keep that.
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -164,11 +149,10 @@ def atomic_directory(output: Path) -> Iterator[Path]:
                 partial.rename(output)
                 sync(output.parent)
             barrier()
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write '{output}': {error.strerror or error}") from None
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write '{output}': {error.strerror or error}") from None
             raise
 
 
@@ -180,28 +164,21 @@ class LineLog:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else path.open("a", encoding="utf-8")
-        if path is not None and _ends_in_a_line(path):
-            self.write([""])  # a line that was cut short stays one of its own
+        self._file = None if path is None else path.open("ab+")
+        if self._file is not None and self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read() != b"\n":
+                self.write([""])  # a line that was cut short keeps to itself
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
 
     def write(self, lines: Iterable[str]) -> None:
         """Append lines, which have no ends yet."""
         if self._file is not None:
-            self._file.writelines(line + "\n" for line in lines)
+            self._file.writelines(f"{line}\n".encode() for line in lines)
             self._file.flush()
-
-
-def _ends_in_a_line(path: Path) -> bool:
-    """Return whether the last line of a file has no end."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1))
-        return file.read(1) not in (b"", b"\n")

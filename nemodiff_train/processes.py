@@ -8,10 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Iterator, Sequence
 from multiprocessing import parent_process, resource_tracker
-from types import FrameType
+from types import FrameType, ModuleType
 
 import psutil
 
@@ -20,8 +19,6 @@ from nemodiff_train.errors import UserError
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals to end a training: from a scheduler, from ``slurm/train.sbatch`` before the time limit, and Ctrl-C."""
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 3.0
 """Seconds that the other ranks have after one has failed, which may be about to say why as well."""
 _LEAST_MEMORY = 200e6
@@ -78,7 +75,7 @@ def run_ranks(command: Sequence[str], count: int) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         for index in range(count):
@@ -95,7 +92,8 @@ def run_ranks(command: Sequence[str], count: int) -> int:
 
 def _end_with_parent() -> None:
     """Run between fork and exec: ask the kernel to kill this process when its parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _wait(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
@@ -118,8 +116,15 @@ def follow_parent() -> None:
     Helpers are processes of :mod:`multiprocessing`.  What is sent to the process group of the parent, by a terminal
     or a launcher, does not reach a helper: the parent decides what becomes of its work.
     """
+    parent = parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
     os.setpgid(0, 0)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def serve_parent_alone() -> None:
@@ -151,15 +156,8 @@ def helpers_held() -> Iterator[None]:
 def program_unseen() -> Iterator[None]:
     """Let processes that are spawned meanwhile not run this process's program as a module, as they do by default."""
     program = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = program
-
-
-def _exit_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

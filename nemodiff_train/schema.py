@@ -12,8 +12,6 @@ from pydantic.errors import PydanticUserError
 
 from nemodiff_train.errors import UserError, nearest
 
-_ALLOW_ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
-
 AS_WRITTEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """Configuration of a schema for a file that others write: its types are not converted, and other keys are theirs."""
 
@@ -81,7 +79,7 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
     hint, value = declared_type(type(section), name), getattr(section, name)
     _check_choice(key, value, hint)
     if isinstance(value, float) and math.isnan(value):
-        raise UserError(f"{key}={value} is no number")
+        raise UserError(f"{key}={value} is not a number")
     adapter = _type_adapter(hint)
     if adapter is None:
         return
@@ -92,12 +90,12 @@ def check_type(config: object, key: str, *, as_written: bool = True) -> None:
     try:
         converted = adapter.validate_python(value)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(f"{key}={value!r:.200}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        message = error.errors()[0]["msg"]
+        raise UserError(f"{key}={value!r:.200}: {message[0].lower()}{message[1:]}") from None
     if isinstance(value, str) and isinstance(converted, bool | int | float):
         raise UserError(f"{key}={value!r:.200} is text in quotes; write it without")
     if as_written and isinstance(value, bool) != isinstance(converted, bool):
-        raise UserError(f"{key}={value} is {'no number' if isinstance(value, bool) else 'neither true nor false'}")
+        raise UserError(f"{key}={value} is {'not a number' if isinstance(value, bool) else 'neither true nor false'}")
     if as_written and isinstance(value, float) and isinstance(converted, bool | int):
         raise UserError(f"{key}={value} is written as a fraction; write {converted}")
 
@@ -132,8 +130,9 @@ def _type_adapter(hint: Any) -> TypeAdapter[Any] | None:
     """Return a validator of a type, or None for Megatron's own types."""
     if hint is None:
         return None
+    allow_any_class = ConfigDict(arbitrary_types_allowed=True)
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if is_dataclass(hint) else _ALLOW_ANY_CLASS)
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=None if is_dataclass(hint) else allow_any_class)
         return adapter if adapter.pydantic_complete else None
     except (NameError, TypeError, PydanticUserError):
         return None

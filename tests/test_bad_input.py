@@ -390,7 +390,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "train: a list where text is meant": (train("checkpoint.save=[1]"), ["checkpoint.save", "string"]),
     "train: text where a list is meant": (train("dataset.data=abc"), ["dataset.data='abc'", "list"]),
     "train: a fraction where a count is meant": (train("train.train_iters=2.5"), ["train.train_iters=2.5"]),
-    "train: no number": (train("optimizer.lr=nan"), ["optimizer.lr=nan", "no number"]),
+    "train: no number": (train("optimizer.lr=nan"), ["optimizer.lr=nan", "not a number"]),
     "train: half a list": (train("dataset.data=[a"), ["cannot apply the overrides"]),
     "train: index cut off": (train(data="cut"), ["cut.idx", "do not hold"]),
     "train: index of too many sequences": (train(data="huge"), ["huge.idx", "do not hold"]),

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
-from nemodiff_train.console import console, progress_bar, say, told_progress
+from nemodiff_train.console import LoopProgress, console, progress_bar, say
 from nemodiff_train.data.chat import template_end_of_turn
 from nemodiff_train.data.columns import AnswerColumns, Columns, Document, Record, TextColumn, WholeRecords
 from nemodiff_train.data.inputs import InputOptions
@@ -196,12 +196,12 @@ class _Regeneration[Item]:
         name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
         with (
             self.unfinished.log(replica if ranks == (0, 0) else None) as log,
-            told_progress(name, total, "tokens") as advance,
+            LoopProgress(name, total, "tokens") as progress,
         ):
             for answers in self._batches((number, record, existing.of(number)) for number, record in records):
                 log.write(answer.model_dump_json() for answer in answers)
                 new_tokens = sum(answer.tokens for answer in answers)
-                advance(self.finished - shown, new_tokens, before=self.complete_before)
+                progress.advance(self.finished - shown, new_tokens, before=self.complete_before)
                 shown = self.finished
         barrier()
 

@@ -7,7 +7,7 @@ from itertools import batched
 import torch
 from torch import Tensor
 
-from nemodiff_train.console import told_progress
+from nemodiff_train.console import LoopProgress
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.diffusion import has_seeds
 from nemodiff_train.decoding.loading import DecodingModel
@@ -114,12 +114,12 @@ def references(opened: DecodingModel, prompts: Sequence[list[int]], batch_size: 
     on_grid, seeds = config.clean_attention == "block_causal", has_seeds(config)
     careful = replace(settings, policy="fixed", steps=settings.block_size)
     blocks = []
-    with told_progress("reference answers", len(prompts)) as advance:
+    with LoopProgress("reference answers", len(prompts)) as progress:
         for batch in batched(prompts, batch_size):
             answers, _ = decode(opened.model, batch, "diffusion" if on_grid else "ar", careful)
             for prompt, answer in zip(batch, answers, strict=True):
                 blocks.append(reference_blocks(prompt, answer, settings.block_size, on_grid=on_grid, seeds=seeds))
-            advance(len(batch))
+            progress.advance(len(batch))
     return blocks
 
 
@@ -146,8 +146,8 @@ class _Recorder:
         while len(order) < count:
             order += torch.randperm(len(blocks), generator=self.draw).tolist()
         cuts = (_HIGHEST * torch.rand(count, generator=self.draw)).sigmoid()
-        with told_progress(description, count) as advance:
-            parts = self._decoded([blocks[index] for index in order[:count]], judge, cuts, advance)
+        with LoopProgress(description, count) as progress:
+            parts = self._decoded([blocks[index] for index in order[:count]], judge, cuts, progress.advance)
         return States.joined([part.states for part in parts])
 
     def points(
@@ -155,9 +155,9 @@ class _Recorder:
     ) -> list[Point]:
         """Decode blocks at every cut, and sum up."""
         points = []
-        with told_progress(description, len(cuts) * len(blocks)) as advance:
+        with LoopProgress(description, len(cuts) * len(blocks)) as progress:
             for cut in cuts:
-                parts = self._decoded(blocks, judge, torch.full((len(blocks),), cut), advance)
+                parts = self._decoded(blocks, judge, torch.full((len(blocks),), cut), progress.advance)
                 tokens, forwards = sum(part.tokens for part in parts), sum(part.forwards for part in parts)
                 wrong = sum(part.wrong for part in parts)
                 points.append(Point(cut=cut, tokens_per_forward=tokens / forwards, wrong=wrong / tokens))
@@ -179,9 +179,9 @@ def _train(network: SlotNetwork, states: States, steps: int, options: SamplerOpt
     """Train a network, in place, on rank 0, and give all ranks its weights: they have to decide alike to the bit."""
 
     def fitted() -> dict[str, Tensor]:
-        with told_progress(description, steps) as advance:
+        with LoopProgress(description, steps) as progress:
             for _ in fit(network, states, steps=steps, batch_size=32, learning_rate=1e-3, seed=options.seed):
-                advance(1)
+                progress.advance(1)
         return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
     network.load_state_dict(from_main_process(fitted))

@@ -2,9 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from megatron.bridge.training.callbacks import CallbackManager
 from megatron.bridge.training.checkpointing import (
@@ -16,7 +16,7 @@ from megatron.bridge.training.config import CheckpointConfig
 from megatron.bridge.training.state import GlobalState
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.context import config_of
 from nemodiff_train.console import warn
 from nemodiff_train.data.tokenizer_files import restore_tokenizer
 from nemodiff_train.distributed import (
@@ -28,7 +28,7 @@ from nemodiff_train.distributed import (
     world_size,
 )
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full
-from nemodiff_train.files import copy_atomic, sync, write_atomic
+from nemodiff_train.files import atomic_file, sync, write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import (
     content_damage,
@@ -49,21 +49,20 @@ MANAGER = f"{__name__}.AtomicCheckpointManager"
 _QUARANTINE = "damaged-"  # before the name of a checkpoint that cannot be loaded
 _TRACKED_STATE, _TRACKED_STEP = "latest_train_state.pt", "latest_checkpointed_iteration.txt"
 _WRITER_ERRORS = ("Worker failure", "PytorchStreamWriter failed", "inline_container.cc")
-_CHOSEN = ("max_lr", "min_lr", "betas", "eps", "wd_mult", "lr_mult")
+_GROUP_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "wd_mult", "lr_mult")
 """Settings in the optimizer's groups, which it would take from the checkpoint."""
-_TICK = 0.05  # seconds between looks at a process that writes
+_POLL = 0.05  # seconds between looks at a process that writes
 _FULL = 1 << 20  # bytes that may be free on a disk that is called full
 
 
 class AtomicCheckpointManager(DefaultCheckpointManager):
     """Bridge's checkpoint manager, made safe against a process that ends at any moment.
 
-    A mark beside the folder says that a checkpoint is unfinished.  When all of it is on the disk, the checksums of
-    its files are written into it, the mark goes, the trackers are replaced, and only then older ones are removed.
+    A mark beside the folder says that a checkpoint is unfinished; :func:`publish` removes it.
     """
 
     of_run: "ClassVar[AtomicCheckpointManager]"
-    """That of this process's run; Bridge makes it, and does not hand it to callbacks."""
+    """The manager of this process's run; Bridge makes it, and does not hand it to callbacks."""
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         super().__init__(checkpoint_config)
@@ -71,13 +70,33 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         self.keep_last = checkpoint_config.most_recent_k
         self.saving: list[Path] = []
         """Checkpoints that are not published yet, in order."""
-        # Here, since Bridge asks for the trackers next, and would start anew without them.
+        # Now, since Bridge asks for the trackers next, and would start anew without them.
         if checkpoint_config.load is not None and Path(checkpoint_config.load).is_dir():
             latest_complete(Path(checkpoint_config.load), checkpoint_config.ckpt_step)
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
-        """Load as Bridge does, and keep the learning rate's settings and the optimizer's constants of this start."""
-        return load_under_settings(super().load, ctx, str(self.checkpoint_config.load))
+        """Load as Bridge does; the schedule and the optimizer's constants stay those of this start's settings."""
+        if ctx.optimizer is None or ctx.opt_param_scheduler is None:
+            return super().load(ctx)
+        groups = ctx.optimizer.param_groups
+        settings_of_groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in groups]
+        now, before = config_of(ctx.state), Checkpoint.find(str(self.checkpoint_config.load))
+        # Megatron finds a group of the checkpoint by its learning rates.
+        if before is not None and "optimizer" in before.run_config:
+            for group in groups:
+                for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
+                    if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
+                        group[name] = before.run_config["optimizer"][field]
+        ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
+        loaded = super().load(ctx)
+        for group, settings in zip(ctx.optimizer.param_groups, settings_of_groups, strict=True):
+            group.update(settings)
+        if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
+            # Megatron counts the steps of a schedule in samples.
+            schedule, batch = ctx.opt_param_scheduler, int(before.run_config["train"]["global_batch_size"])
+            schedule.num_steps = schedule.num_steps * now.train.global_batch_size // batch
+            schedule.step(increment=0)
+        return loaded
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
         """Save and publish; an asynchronous save is published by :meth:`finalize_async_saves`.
@@ -92,7 +111,12 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         self.finalize_async_saves(ctx.state, blocking=True)  # one at a time: a kill costs no more than one of them
         self.checkpoint_config.most_recent_k = -1  # Bridge would remove older ones before this one is published
         try:
-            _begin(iteration)
+            if is_main_process():  # mark it as unfinished before its first byte is written
+                iteration.parent.mkdir(parents=True, exist_ok=True)
+                mark_of(iteration).touch()
+                sync(iteration.parent)
+                shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
+            barrier()
             with helpers_held():
                 super().save(ctx, callback_manager)
             self.saving.append(iteration)
@@ -114,7 +138,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
         try:
             while blocking and _running(state):  # Megatron's own waiting does not look at the process
                 super().finalize_async_saves(state)
-                time.sleep(_TICK)
+                time.sleep(_POLL)
                 self._check_writer(state)
             super().finalize_async_saves(state, blocking, terminate)
             self._publish_finished(state)
@@ -122,6 +146,12 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             if self.saving and (reason := _cannot_write(error, self.saving[0].parent)):
                 raise _not_saved(self.saving[0], error, reason) from error
             raise
+
+    def last_published(self, state: GlobalState) -> Path | None:
+        """Publish what is being saved, then return the checkpoint to resume from, if any; called on all ranks."""
+        self.finalize_async_saves(state, blocking=True)
+        saved = iterations(Path(str(self.checkpoint_config.load)))
+        return from_main_process(lambda: next((path for path in saved if structure_damage(path) is None), None))
 
     def _check_writer(self, state: GlobalState) -> None:
         """Stop where a process that writes was killed; Megatron would wait for it for ever."""
@@ -137,7 +167,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
                 )
 
     def _publish_finished(self, state: GlobalState) -> None:
-        config = cast(TriModeConfig, state.cfg)
+        config = config_of(state)
         while len(self.saving) > _running(state):
             iteration = self.saving.pop(0)
             if is_main_process():
@@ -148,64 +178,10 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             barrier()  # Bridge asks at every step, in most of which there is nothing to wait for
 
 
-def last_published(state: GlobalState) -> Path | None:
-    """Return the checkpoint that the run would resume from, once what it is saving is published; None without one.
-
-    Called on all ranks. What is found does not depend on how fast a save in the background is.
-    """
-    AtomicCheckpointManager.of_run.finalize_async_saves(state, blocking=True)
-    folder = Path(str(cast(TriModeConfig, state.cfg).checkpoint.load))
-    return from_main_process(lambda: next((i for i in iterations(folder) if structure_damage(i) is None), None))
-
-
-def load_under_settings(
-    load: Callable[[CheckpointLoadContext], tuple[int, int]], ctx: CheckpointLoadContext, folder: str
-) -> tuple[int, int]:
-    """Load a run's checkpoint as Bridge does; the schedule and the optimizer's constants stay those of this start.
-
-    Args:
-        load: Bridge's loading.
-        ctx: What is loaded into.
-        folder: Folder of the checkpoint that is loaded.
-    """
-    if ctx.optimizer is None or ctx.opt_param_scheduler is None:
-        return load(ctx)
-    settings_before = [
-        {name: group[name] for name in _CHOSEN if name in group} for group in ctx.optimizer.param_groups
-    ]
-    now, before = cast(TriModeConfig, ctx.state.cfg), Checkpoint.find(folder)
-    # Megatron finds a group of the checkpoint by its learning rates.
-    if before is not None and "optimizer" in before.run_config:
-        for group in ctx.optimizer.param_groups:
-            for name, field in (("max_lr", "lr"), ("min_lr", "min_lr")):
-                if group.get(name) is not None and group[name] == getattr(now.optimizer, field):
-                    group[name] = before.run_config["optimizer"][field]
-    ctx.opt_param_scheduler.num_steps = 0  # loading adds to it
-    loaded = load(ctx)
-    for group, settings in zip(ctx.optimizer.param_groups, settings_before, strict=True):
-        group.update(settings)
-    if ctx.state.train_state.step and before is not None:  # else the weights of a pretrained model alone
-        # Megatron counts the steps of a schedule in samples.
-        schedule, batch = ctx.opt_param_scheduler, int(before.run_config["train"]["global_batch_size"])
-        schedule.num_steps = schedule.num_steps * now.train.global_batch_size // batch
-        schedule.step(increment=0)
-    return loaded
-
-
 def _running(state: GlobalState) -> int:
     """Return the number of asynchronous saves that have not been finished, the same on all ranks."""
     queue = state.async_calls_queue
     return int(queue.get_num_unfinalized_calls()) if queue is not None else 0
-
-
-def _begin(iteration: Path) -> None:
-    """Mark a checkpoint as unfinished before its first byte is written."""
-    if is_main_process():
-        iteration.parent.mkdir(parents=True, exist_ok=True)
-        mark_of(iteration).touch()
-        sync(iteration.parent)
-        shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
-    barrier()
 
 
 def publish(iteration: Path) -> None:
@@ -229,7 +205,8 @@ def write_trackers(iteration: Path) -> None:
     """Name a checkpoint as the one to load in Bridge's two files, atomically."""
     folder, train_state = iteration.parent, iteration / "train_state.pt"
     if train_state.is_file():
-        copy_atomic(train_state, folder / _TRACKED_STATE)
+        with atomic_file(folder / _TRACKED_STATE) as draft:
+            shutil.copyfile(train_state, draft)
     write_atomic(folder / _TRACKED_STEP, str(step_of(iteration)))
     sync(folder)
 
@@ -251,29 +228,26 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def latest_complete(folder: Path, step: int | None = None) -> Path | None:
-    """Make the newest complete checkpoint the one that Bridge loads; called on all ranks, which share the reading.
+    """Make the newest complete checkpoint the one that Bridge loads, and return it; called on all ranks.
 
     What is unfinished or damaged is renamed ``damaged-iter_*``; one line names each.
 
     Args:
         folder: Folder of the checkpoints.
-        step: Take the one of this step and no other.
-
-    Returns:
-        The checkpoint, or None if the run has none yet.
+        step: Take the checkpoint of this step and no other.
 
     Raises:
         UserError: None is complete, and not all were merely unfinished; nothing is renamed then.
     """
     complete, damages = find_complete(folder, step)
     if is_main_process():
-        quarantine_damaged(folder, complete, damages)
+        _quarantine_damaged(folder, complete, damages)
     barrier()
     return complete
 
 
 def find_complete(folder: Path, step: int | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest complete checkpoint of a run, and the damage of those after it; changes nothing.
+    """Return the newest complete checkpoint of a run, if any, and the damage of later ones; change nothing.
 
     Raises:
         UserError: None is complete, and not all were merely unfinished.
@@ -294,11 +268,7 @@ _REMEDY = "put a copy in its place, or name another output to start anew"
 
 
 def _refuse_to_start_anew(folder: Path, damages: dict[Path, str]) -> None:
-    """Refuse to begin at step 0 where a checkpoint was complete once, in this start or before a quarantine.
-
-    Raises:
-        UserError: Names the damaged checkpoints.
-    """
+    """Refuse to begin at step 0 where a checkpoint was complete once, in this start or before a quarantine."""
     if not all(from_main_process(lambda: [mark_of(iteration).exists() for iteration in damages])):
         reasons = ", ".join(f"'{iteration.name}': {damage}" for iteration, damage in damages.items())
         raise UserError(f"no checkpoint in '{folder}' is complete ({reasons}); {_REMEDY}")
@@ -316,7 +286,7 @@ def _find_damage(iteration: Path) -> str | None:
     return next((damage for damage in damages if damage), None)
 
 
-def quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, str]) -> None:
+def _quarantine_damaged(folder: Path, complete: Path | None, damages: dict[Path, str]) -> None:
     """Rename what cannot be loaded, finish removals that had begun, and let the trackers name the complete one."""
     for iteration, damage in damages.items():
         quarantined = iteration.with_name(f"{_QUARANTINE}{iteration.name}")

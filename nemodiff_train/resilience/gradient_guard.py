@@ -1,5 +1,6 @@
 """Keep gradients that are not finite, or far too large, away from the weights."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -11,7 +12,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.checkpointing import CheckpointLoadContext, DefaultCheckpointManager
+from megatron.bridge.training.checkpointing import CheckpointLoadContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.core.distributed import DistributedDataParallel
 from pydantic import BaseModel, Field, ValidationError
@@ -21,16 +22,16 @@ from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import warn
 from nemodiff_train.distributed import all_gather_object, global_rank, world_size
 from nemodiff_train.errors import RunStopped
-from nemodiff_train.resilience.checkpoints import last_published, load_under_settings
+from nemodiff_train.resilience.checkpoints import AtomicCheckpointManager
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 
 
 class GradientGuard(Callback):
-    """Look at each step's gradient before the optimizer does, and let all ranks decide the same.
+    """Check each step's gradient before the optimizer uses it, and let all ranks decide the same.
 
     Megatron leaves an update out if the optimizer's ``prepare_grads`` reports a fault, so this replaces that method.
-    Each rank's own gradient is checked before replicas add theirs together, since afterwards all have the fault.
+    The gradient of each rank is checked before replicas add theirs together, since afterwards all have the fault.
 
     Args:
         shared: Receives the figures, and knows where the norms of earlier steps are recorded.
@@ -55,9 +56,9 @@ class GradientGuard(Callback):
         self.local_fault.zero_()
 
     def _check_local_gradient(self) -> None:
-        """Set ``local_fault`` if this rank's own gradient is not finite; the host does not wait for it."""
+        """Set ``local_fault`` if the gradient of this rank is not finite; the host does not wait for it."""
         for chunk in self.context.model:
-            for buffer in chunk.buffers:
+            for buffer in chunk.buffers:  # [elements] of a buffer; their sum is not finite if one of them is not
                 self.local_fault |= ~torch.isfinite(buffer.grad_data.sum(dtype=torch.float32)).reshape(1)
 
     @torch.no_grad()
@@ -70,28 +71,22 @@ class GradientGuard(Callback):
             self.consecutive_skips = 0
             self._recorded_norms().append(norm)
             return False
-        self.apply_policy(fault, norm)
+        self._apply_policy(fault, norm)
         return True
 
     def _agree(self, norm: Tensor | float) -> tuple[float, str | None]:
-        """Return this rank's norm as a number, and the fault that any rank has found.
-
-        The host waits for the device here; otherwise it only does so to log.
-        """
+        """Return the norm of this rank as a number, and a fault that any rank has; the host waits for the device."""
         local_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.local_fault.device).reshape(1)
-        finite = local_norm.isfinite()
+        finite, limit, norms = local_norm.isfinite(), math.inf, self._recorded_norms()
+        if self.settings.spike_factor and len(norms) >= self.settings.spike_window // 2:
+            limit = self.settings.spike_factor * statistics.median(norms)
         # [2]: is any gradient not finite, is any norm a spike?
-        faults = torch.cat([~finite | (self.local_fault > 0), finite & (local_norm > self._spike_limit())]).float()
+        faults = torch.cat([~finite | (self.local_fault > 0), finite & (local_norm > limit)]).float()
         dist.all_reduce(faults, op=dist.ReduceOp.MAX)
         non_finite, spike, value = torch.cat([faults, local_norm]).tolist()
-        return value, NON_FINITE if non_finite else SPIKE if spike else None
-
-    def _spike_limit(self) -> float:
-        """Return the norm above which a step counts as a spike."""
-        settings, norms = self.settings, self._recorded_norms()
-        if not settings.spike_factor or len(norms) < settings.spike_window // 2:
-            return math.inf
-        return settings.spike_factor * statistics.median(norms)
+        if non_finite:
+            return value, NON_FINITE
+        return value, SPIKE if spike else None
 
     def _recorded_norms(self) -> deque[float]:
         """Return the norms of the last updates, including those before a resume, so that it changes no decision."""
@@ -102,16 +97,8 @@ class GradientGuard(Callback):
             self.norms = deque(all_gather_object(norms)[-1], maxlen=window)
         return self.norms
 
-    def apply_policy(self, fault: str, norm: float) -> None:
-        """Stop the run, or skip the update and note whether to roll back.
-
-        Args:
-            fault: ``NON_FINITE`` or ``SPIKE``.
-            norm: The gradient norm.
-
-        Raises:
-            RunStopped: The policy is to stop, or too many consecutive updates were skipped.
-        """
+    def _apply_policy(self, fault: str, norm: float) -> None:
+        """Stop the run, or skip the update and note whether to roll back."""
         line = self._describe(fault, norm)
         policy = self.settings.on_non_finite if fault == NON_FINITE else self.settings.on_spike
         self.consecutive_skips += 1
@@ -124,8 +111,7 @@ class GradientGuard(Callback):
             )
         self.rollback_due = policy == "rollback"
         self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
-        action = "back to the last checkpoint's weights" if self.rollback_due else "no update"
-        warn(f"{line}: {action}")
+        warn(f"{line}: {"back to the last checkpoint's weights" if self.rollback_due else 'no update'}")
 
     def _describe(self, fault: str, norm: float) -> str:
         step = self.context.state.train_state.step + 1
@@ -142,27 +128,39 @@ class GradientGuard(Callback):
         return f"step {step}: gradient not finite on {', '.join(ranks) or 'no rank alone, only in the sum'}"
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        if self.rollback_due:
-            self.rollback_due = False
-            _roll_back(context)
-
-
-def recorded_norms(path: Path, count: int) -> list[float]:
-    """Return the gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
-    with path.open("rb") as file:
-        return list(deque((norm for line in file if (norm := _norm(line)) is not None), maxlen=count))
+        """Where it is due, go back to the last checkpoint's weights, optimizer and schedule; steps and data go on."""
+        if not self.rollback_due:
+            return
+        self.rollback_due = False
+        state, manager = context.state, AtomicCheckpointManager.of_run
+        checkpoint = manager.checkpoint_config
+        if not checkpoint.load or manager.last_published(state) is None:
+            raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
+        progress = dataclasses.replace(state.train_state)
+        # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
+        finetune, checkpoint.finetune = checkpoint.finetune, False
+        fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
+        try:
+            step, _ = manager.load(CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler))
+        finally:
+            checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
+        vars(state.train_state).update(vars(progress))
+        warn(f"went back to step {step} of '{checkpoint.load}'")
 
 
 class _Figures(BaseModel):
     grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
-def _norm(line: bytes) -> float | None:
-    """Return the gradient norm of a line; None where it has none, or is no line of this project's."""
-    try:
-        return _Figures.model_validate_json(line).grad_norm
-    except ValidationError:
-        return None
+def recorded_norms(path: Path, count: int) -> list[float]:
+    """Return the gradient norms of the last ``count`` updates in ``metrics.jsonl``."""
+    norms: deque[float] = deque(maxlen=count)
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValidationError):  # a damaged line has no norm
+                if (norm := _Figures.model_validate_json(line).grad_norm) is not None:
+                    norms.append(norm)
+    return list(norms)
 
 
 def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Callable[[], None]) -> None:
@@ -180,27 +178,3 @@ def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Ca
         finish_grad_sync(*arguments, **named)
 
     model[0].finish_grad_sync = finish
-
-
-def _roll_back(context: CallbackContext) -> None:
-    """Load weights, optimizer and schedule of the last published checkpoint; steps and data continue.
-
-    Raises:
-        RunStopped: There is no checkpoint.
-    """
-    state = context.state
-    checkpoint = config_of(state).checkpoint
-    if not checkpoint.load or last_published(state) is None:
-        raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
-    progress = {field.name: getattr(state.train_state, field.name) for field in dataclasses.fields(state.train_state)}
-    # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
-    finetune, checkpoint.finetune = checkpoint.finetune, False
-    fixed_step, checkpoint.ckpt_step = checkpoint.ckpt_step, None
-    try:
-        loading = CheckpointLoadContext(state, context.model, context.optimizer, context.scheduler)
-        step, _ = load_under_settings(DefaultCheckpointManager(checkpoint).load, loading, checkpoint.load)
-    finally:
-        checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
-    for name, value in progress.items():
-        setattr(state.train_state, name, value)
-    warn(f"went back to step {step} of '{checkpoint.load}'")

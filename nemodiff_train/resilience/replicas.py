@@ -70,6 +70,7 @@ def _hash_parameters(model: Sequence[nn.Module]) -> Tensor:
 
 def _hash(values: Tensor) -> Tensor:
     """Return an int64 hash on the values' device; a change of any single element changes it."""
+    # [elements] integers with the bits of the values.
     bits = values.contiguous().reshape(-1)
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=values.device)

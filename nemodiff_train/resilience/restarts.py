@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TypedDict
 
@@ -38,7 +39,7 @@ _STARTS = TypeAdapter(list[Start])
 
 @contextlib.contextmanager
 def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
-    """Record a start of the run in ``restarts.json``, and how it ends.  Only rank 0 does.
+    """Record a start of the run in ``restarts.json``, and how it ends, from rank 0.
 
     Args:
         output: Folder of the run.
@@ -54,8 +55,22 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
         yield lambda ending: None
         return
     file = output / "restarts.json"
-    starts, step = _read(file), _saved_step(output / "checkpoints")
-    _refuse_without_progress(file, starts, step, limit)
+    try:
+        starts = _STARTS.validate_json(file.read_bytes())
+    except (OSError, ValueError):  # missing, or not what this module has written
+        starts = []
+    saved = Checkpoint.find_complete(output / "checkpoints")
+    step = saved.step if saved else 0
+
+    def is_stuck(start: Start) -> bool:
+        return start["step"] == step and start["ended"] not in (COMPLETED, TOLD_TO_END)
+
+    stuck = list(takewhile(is_stuck, reversed(starts)))
+    if limit and len(stuck) >= limit:
+        raise RunStopped(
+            f"the last {len(stuck)} starts went on from step {step} and ended without a new checkpoint, the last "
+            f"with: {stuck[0]['ended']}. Remove the cause, then '{file}'"
+        )
     starts = [*starts[1 - _RECORDED :], {"step": step, "time": time.time(), "ended": KILLED}]
 
     def end(how: str) -> None:
@@ -66,43 +81,14 @@ def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     end(KILLED)
     try:
         yield end
-    except ToldToEnd:
-        end(TOLD_TO_END)
-        raise
     except SystemExit as leaving:
-        end(f"exit code {leaving.code}" if leaving.code else TOLD_TO_END)
+        failed = leaving.code and not isinstance(leaving, ToldToEnd)
+        end(f"exit code {leaving.code}" if failed else TOLD_TO_END)
         raise
     except BaseException as error:
         end(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise
     end(COMPLETED)
-
-
-def _read(file: Path) -> list[Start]:
-    """Return the recorded starts, none where the file is missing or is not what this module has written."""
-    try:
-        return _STARTS.validate_json(file.read_bytes())
-    except (OSError, ValueError):
-        return []
-
-
-def _saved_step(folder: Path) -> int:
-    """Return the step that the run will go on from."""
-    checkpoint = Checkpoint.find_complete(folder)
-    return checkpoint.step if checkpoint else 0
-
-
-def _refuse_without_progress(file: Path, starts: list[Start], step: int, limit: int) -> None:
-    without_progress = 0
-    for start in reversed(starts):
-        if start["step"] != step or start["ended"] in (COMPLETED, TOLD_TO_END):
-            break
-        without_progress += 1
-    if limit and without_progress >= limit:
-        raise RunStopped(
-            f"the last {without_progress} starts went on from step {step} and ended without a new checkpoint, the "
-            f"last with: {starts[-1]['ended']}. Remove the cause, then '{file}'"
-        )
 
 
 @contextlib.contextmanager
@@ -115,21 +101,12 @@ def keep_wandb_run(output: Path) -> Iterator[None]:
     if is_main_process() and not file.exists():
         output.mkdir(parents=True, exist_ok=True)
         write_atomic(file, secrets.token_hex(4))
-    variables = {"WANDB_RUN_ID": _wait_for(file), "WANDB_RESUME": os.environ.get("WANDB_RESUME", "allow")}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    end = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < end:  # until rank 0 has written it
+        time.sleep(0.05)
+    os.environ["WANDB_RUN_ID"] = file.read_text()
+    os.environ.setdefault("WANDB_RESUME", "allow")
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _wait_for(file: Path, seconds: float = 60.0) -> str:
-    """Return the text of a file that rank 0 writes."""
-    end = time.monotonic() + seconds
-    while not file.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    return file.read_text()
+        os.environ.pop("WANDB_RUN_ID", None)  # another run of this process is another one there

@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -45,24 +44,21 @@ def _leave(number: int, frame: FrameType | None) -> None:
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)  # while the process cleans up
     announce(number)
-    exit_error = ToldToEnd(code_after(number))
-    sys.unraisablehook = functools.partial(_again, exit_error, sys.unraisablehook)
-    raise exit_error
-
-
-def _again(
-    exit_error: ToldToEnd, otherwise: Callable[["UnraisableHookArgs"], object], lost: "UnraisableHookArgs"
-) -> None:
-    """Raise once more, moments later, what came while Python ran a callback that may not raise, and was dropped."""
-    if lost.exc_value is not exit_error:
-        otherwise(lost)
-        return
+    exit_error, hook = ToldToEnd(code_after(number)), sys.unraisablehook
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise exit_error
 
-    signal.signal(signal.SIGALRM, leave)
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    def raise_again(lost: "UnraisableHookArgs") -> None:
+        """Raise once more, moments later, what came while Python ran a callback that may not raise."""
+        if lost.exc_value is not exit_error:
+            hook(lost)
+            return
+        signal.signal(signal.SIGALRM, leave)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    sys.unraisablehook = raise_again
+    raise exit_error
 
 
 @functools.cache

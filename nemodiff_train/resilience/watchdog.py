@@ -27,20 +27,17 @@ _STATUS_INTERVAL = 5.0
 _POLL_INTERVAL = 0.2
 """Seconds that the thread waits for a signal at a time."""
 _LAST_WORDS = 1.0
-"""Seconds that the other ranks of a hang have for stacks of their own: a launcher ends them after the first."""
+"""Seconds that the other ranks have to write their stacks: a launcher ends them after the first."""
 _SETUP_GRACE = 0.5
 """Seconds after a signal before the first step: there is nothing to save, but a collective may be waiting."""
 
 
 class Watchdog(Callback):
-    """Watch the run from a thread of its own, which a hanging collective does not block.
+    """Watch the run from a separate thread, which a hanging collective does not block.
 
-    After SIGTERM, SIGUSR1 or Ctrl-C Bridge saves at the end of the step and exits with 0; the watchdog allows
-    ``resilience.exit_grace`` seconds for that, and a second Ctrl-C ends the process at once.  After
-    ``resilience.hang_timeout`` seconds without progress (``setup_timeout`` before the first step) it writes the
-    stacks of all threads to ``stacks/rank_K.txt`` and ends the process with 1.  On rank 0 it writes ``status.json``:
-    ``step``, ``phase``, ``seconds`` in it, ``time`` (Unix), ``seconds_per_step`` and the figures of
-    :class:`~nemodiff_train.resilience.stragglers.StragglerMonitor`.
+    Bridge saves at the end of the step after a signal and exits with 0; the watchdog ends a process that does not
+    get there within ``resilience.exit_grace`` seconds, or that makes no progress, and writes its stacks before.
+    docs/training.md describes the files.
 
     A context manager: the thread runs while it is open.
 
@@ -93,7 +90,7 @@ class Watchdog(Callback):
         bridge_handler = signal.getsignal(signal.SIGUSR1)
         self.handlers = {number: signal.signal(number, bridge_handler) for number in ENDING}
         try:
-            barrier()  # no rank ends as in set-up while another is in a step
+            barrier()  # no rank may still end as in set-up when another is in a step
         except RuntimeError:
             time.sleep(_SETUP_GRACE)  # for the signal that the other has followed
             if not self.ending_signal:
@@ -116,15 +113,14 @@ class Watchdog(Callback):
     def on_eval_step_end(self, context: CallbackContext) -> None:
         self.last_progress = time.monotonic()
 
-    def on_checkpoint_save(self, context: CallbackContext) -> None:
-        self.last_progress = time.monotonic()
+    on_checkpoint_save = on_eval_step_end
 
     def _enter(self, phase: str) -> None:
         self.phase = phase
         self.phase_started = self.last_progress = time.monotonic()
 
     def _run(self) -> None:
-        """Run in the thread: poll for signals, compare the limits, write the status."""
+        """Poll for signals, compare the limits, and write the status, until the watchdog is closed."""
         written = 0.0
         while not self.closed.is_set():
             if select.select([self.pipe], [], [], _POLL_INTERVAL)[0]:

@@ -4,8 +4,8 @@
 * :mod:`~nemodiff_train.runtime.packages` stands in for packages that Megatron imports without a guard;
 * :mod:`~nemodiff_train.runtime.cpu` is the CPU backend: the CPU in the place of CUDA, where no GPU works.
 
-:func:`init_runtime` does all of it, once, and must run before anything imports ``megatron``.  Importing this package
-imports none of them, so that the command line can refuse arguments without loading torch.
+:func:`init_runtime` does all of it, once, and must run before anything imports ``megatron``.  This package imports
+none of these modules by itself, so that the command line can refuse arguments without loading torch.
 """
 
 import functools
@@ -44,10 +44,7 @@ def init_without_device() -> None:
 
 @contextmanager
 def _nothing_is_garbage() -> Iterator[None]:
-    """Look for no garbage during imports, and later for none in what they have made, which is there to stay.
-
-    Python would go through all of it again and again, as it grows: a tenth of the time of a start.
-    """
+    """Collect no garbage during imports, nor later what they have made: that takes a tenth of the time of a start."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -10,11 +10,6 @@ from nemodiff_train.runtime import init_runtime
 GB = 1e9
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of a device that nothing uses yet; of a CPU, those of the machine."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def require_memory(needed: float, device: torch.device, what: str, remedy: str) -> None:
     """Refuse what would take more memory than is free.
 
@@ -27,7 +22,8 @@ def require_memory(needed: float, device: torch.device, what: str, remedy: str) 
     Raises:
         UserError: Names both sizes.
     """
-    free = free_memory(device)
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"{what} would take {needed / GB:,.1f} GB, and {free / GB:,.1f} GB are free; {remedy}")
 

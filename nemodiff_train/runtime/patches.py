@@ -52,59 +52,41 @@ def show_absence_of_transformer_engine() -> None:
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
 
 
-def give_new_optimizer_a_step() -> None:
-    """Give torch's Adam a step number before its first step.
+def load_torch_adam() -> None:
+    """Let Core save and load a distributed optimizer of torch's Adam, which it uses without Transformer Engine.
 
-    Without Transformer Engine, Core reads it from the state of the new optimizer when it loads a checkpoint, and
-    stops because there is none.  The checkpoint overwrites what is given here.
+    Core takes one step number for all parameters from the state of the new optimizer, and stops because there is
+    none; it expects one of every parameter in the checkpoint; and it leaves one tensor to all parameters, which Adam,
+    counting in place, would count up once for each of them.
 
     Until: Core loads a distributed optimizer of torch's Adam (not in 0.19.2).
     """
 
     def state_dict(self: Any) -> Any:
         inner = self.optimizer
-        if isinstance(inner, torch.optim.Adam) and not inner.state:
+        if isinstance(inner, torch.optim.Adam) and not inner.state:  # new: what a checkpoint has overwrites this
             for parameter in (p for group in inner.param_groups for p in group["params"]):
                 moments = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        return original(self)
-
-    original = replace(DistributedOptimizer, "state_dict", state_dict, takes="self")
-
-
-def give_each_parameter_its_step() -> None:
-    """Give every parameter a step number of its own after a checkpoint is loaded.
-
-    Core leaves one tensor as that of all parameters, and torch's Adam, which counts in place, would count it up once
-    for each of them.
-
-    Until: Core loads a distributed optimizer of torch's Adam (not in 0.19.2).
-    """
+        return original_state_dict(self)
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        original(self, state_dict)
+        original_load(self, state_dict)
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
 
-    original = replace(DistributedOptimizer, "load_state_dict", load_state_dict, takes="self, state_dict")
-
-
-def load_one_step_for_all_parameters() -> None:
-    """Keep Core from expecting a step number of every parameter in a checkpoint, where there is one for all.
-
-    Until: Core loads a distributed optimizer of torch's Adam (not in 0.19.2).
-    """
-
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        original(self, model_param, {**tensors, "step": None})  # what is not a tensor is left as it is
+        original_set(self, model_param, {**tensors, "step": None})  # what is not a tensor is left as it is
 
+    original_state_dict = replace(DistributedOptimizer, "state_dict", state_dict, takes="self")
+    original_load = replace(DistributedOptimizer, "load_state_dict", load_state_dict, takes="self, state_dict")
     name = "_set_main_param_and_optimizer_states"
-    original = replace(DistributedOptimizer, name, set_states, takes="self, model_param, tensors")
+    original_set = replace(DistributedOptimizer, name, set_states, takes="self, model_param, tensors")
 
 
 def fuse_angles_where_rows_agree() -> None:
-    """Rotate by Transformer Engine's kernel only where all rows of a batch have the same angles, which it asks for.
+    """Rotate by Transformer Engine's kernel only where all rows of a batch have the same angles, as it requires.
 
     Rows differ in packed samples, and in decoding.
 
@@ -112,10 +94,11 @@ def fuse_angles_where_rows_agree() -> None:
     """
 
     def rotate(t: Tensor, freqs: Tensor, transpose_output_memory: bool = False, interleaved: bool = False) -> Tensor:
+        # Heads t [positions, rows, heads, width]; angles freqs [positions, rows or 1, 1, width].
+        plain: Callable[..., Tensor] = rope_utils._apply_rotary_pos_emb_bshd
         if freqs.shape[1] > 1:
-            rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
-        else:
-            rotated = original(t, freqs, interleaved=interleaved)
+            return plain(t, freqs, rotary_interleaved=interleaved)
+        rotated: Tensor = original(t, freqs, interleaved=interleaved)
         return rotated
 
     takes = "t, freqs, transpose_output_memory, interleaved"
@@ -146,27 +129,24 @@ def tell_adapters_whether_transformer_engine_is_there(peft_utils: ModuleType) ->
 
 
 def let_tokenizers_be_larger(setup: ModuleType) -> None:
-    """Train a model whose tokenizer has tokens without a row; data that hold one are refused before.
+    """Train a model whose tokenizer has tokens without a row; data with such a token are refused before.
 
     Args:
         setup: ``megatron.bridge.training.setup``, which is imported late.
 
     Until: Bridge looks at the data's tokens instead of the tokenizer's size (not in 0.6.2).
     """
-
-    def vocabulary(model_vocab_size: int, **unused: Any) -> tuple[int, bool]:
-        return model_vocab_size, False
-
     takes = "model_vocab_size, tokenizer_vocab_size, use_tokenizer_vocab_size"
-    replace(setup, "_validate_and_set_vocab_size", vocabulary, takes=takes)
+    size = "_validate_and_set_vocab_size"
+    replace(setup, size, lambda model_vocab_size, **unused: (model_vocab_size, False), takes=takes)
 
 
 @contextmanager
 def halves_joined_in_place() -> Iterator[None]:
     """Keep Core from copying what it has loaded in place, while the context is entered.
 
-    It reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
-    those of all layers before the first is used: two fifths of a model, held twice.
+    Core reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
+    for all layers before the first is used: two fifths of a model, held twice.
 
     Until: Core joins parts that already lie together without a copy (not in 0.19.2).
     """
@@ -186,15 +166,15 @@ def halves_joined_in_place() -> Iterator[None]:
 
 def _joined(join: Callable[[Any], Any], parts: Any) -> Any:
     """Return parts that lie one after the other as the tensor that they are; others as Megatron joins them."""
-    if isinstance(parts, list) and all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
-        storage, offset = parts[0].untyped_storage(), parts[0].storage_offset()
-        for part in parts:
-            if part.untyped_storage().data_ptr() != storage.data_ptr() or part.storage_offset() != offset:
-                return join(parts)
-            offset += part.numel()
-        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-        return parts[0].as_strided(shape, parts[0].stride())
-    return join(parts)
+    if not isinstance(parts, list) or not all(isinstance(part, Tensor) and part.is_contiguous() for part in parts):
+        return join(parts)
+    storage, offset = parts[0].untyped_storage(), parts[0].storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage.data_ptr() or part.storage_offset() != offset:
+            return join(parts)
+        offset += part.numel()
+    # [sum of the parts' rows, ...], a view of the storage that all of them share.
+    return parts[0].as_strided((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].stride())
 
 
 def keep_random_states_on_cpu() -> None:
@@ -216,6 +196,15 @@ def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
 
     Until: Core's helpers look whether their rank is alive (not in 0.19.2).
     """
+
+    def write_results_queue(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            with helpers_held(), program_unseen():
+                manager.start(initializer=serve_parent_alone)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
     replace(filesystem_async, "get_write_results_queue", write_results_queue, takes="mp_mode")
     parameters = "rank, queue, preload_q, comp_q, log_level, cpu_priority, io_priority"
     replace(PersistentAsyncCaller, "async_loop", staticmethod(worker), takes=parameters)
@@ -224,16 +213,14 @@ def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
 def take_signals_in_silence(sig_utils: ModuleType) -> None:
     """Let Bridge's signal handlers print nothing: printing fails where the signal has interrupted printing.
 
+    The watchdog says what a signal does.
+
     Args:
         sig_utils: ``megatron.bridge.training.utils.sig_utils``, which is imported late.
 
     Until: Bridge's handler only sets its flag (not in 0.6.2).
     """
-    replace(sig_utils, "print_rank_0", _say_nothing, takes="message")
-
-
-def _say_nothing(message: str) -> None:
-    """Leave it to the watchdog to say what a signal does."""
+    replace(sig_utils, "print_rank_0", lambda message: None, takes="message")
 
 
 def start_writer_alone() -> None:
@@ -245,36 +232,21 @@ def start_writer_alone() -> None:
     Until: Core's wait looks whether the writer is alive (not in 0.19.2).
     """
 
+    def join_while_alive(join: Callable[[], None], process: BaseProcess) -> None:
+        waiting = threading.Thread(target=join, daemon=True)
+        waiting.start()
+        while waiting.is_alive() and process.is_alive():
+            waiting.join(0.2)
+
     def start(cls: type[PersistentAsyncCaller], *arguments: Any, **named: Any) -> Any:
         with program_unseen():
             process, queue = original(*arguments, **named), cls._persistent_preload_q
         if "join" not in vars(queue):
-            queue.join = partial(_join_while_alive, queue.join, process)
+            queue.join = partial(join_while_alive, queue.join, process)
         return process
 
     takes = "rank, mp_mode, cpu_priority, io_priority"
     original = replace(PersistentAsyncCaller, "_get_process", classmethod(start), takes=takes)
-
-
-def _join_while_alive(join: Callable[[], None], process: BaseProcess) -> None:
-    waiting = threading.Thread(target=join, daemon=True)
-    waiting.start()
-    while waiting.is_alive() and process.is_alive():
-        waiting.join(0.2)
-
-
-def write_results_queue(mp_mode: str = "spawn") -> Any:
-    """Return Core's queue of the results of writing, whose process ends with this one.
-
-    Args:
-        mp_mode: How the process is started: ``spawn``, ``fork`` or ``forkserver``.
-    """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        with helpers_held(), program_unseen():
-            manager.start(initializer=serve_parent_alone)
-        filesystem_async._results_queue = manager.Queue()
-    return filesystem_async._results_queue
 
 
 def copy_what_is_saved() -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nemodiff_train.console import console
-from nemodiff_train.distributed import is_main_process
+from nemodiff_train.console import say
 from nemodiff_train.errors import UserError
 from nemodiff_train.processes import serve_parent_alone
 from nemodiff_train.runtime.cpu import compile_nothing, cpu_as_cuda
@@ -34,7 +33,7 @@ class Host:
 
     @property
     def backend(self) -> str:
-        """The collective backend of ``torch.distributed``."""
+        """Return the collective backend of ``torch.distributed``."""
         return "nccl" if self.cuda else "gloo"
 
     def without_device_rewriting(self) -> AbstractContextManager[None]:
@@ -54,7 +53,7 @@ def _quiet_third_parties() -> None:
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    # The project shows its own bars.  The environment variable for it is read too early, when torch imports tqdm.
+    # The project shows its own bars.  torch imports tqdm, which then reads its environment variable: too early.
     replace(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True), takes="self, iterable, desc, total, ...")
 
 
@@ -66,12 +65,8 @@ def _prepare_cuda() -> None:
 
 
 def _refuse_broken_cuda() -> None:
-    """Refuse to compute on the CPU where a GPU was meant; ``NEMODIFF_CPU=1`` says that it was not.
-
-    Raises:
-        UserError: The machine has a GPU that CUDA cannot use; with CUDA's reason.
-    """
-    # SLURM hides the GPUs that a step has not asked for as "NoDevFiles"; the others are a user's own words.
+    """Refuse to compute on the CPU where a GPU was meant; ``NEMODIFF_CPU=1`` says that it was not."""
+    # A user hides the GPUs by one of these values; SLURM those that a step has not asked for, by "NoDevFiles".
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     given = os.environ.get("SLURM_GPUS_ON_NODE") or os.environ.get("SLURM_JOB_GPUS")
     if hidden or os.environ.get("NEMODIFF_CPU") == "1" or not (given or Path("/dev/nvidia0").exists()):
@@ -90,11 +85,7 @@ def _refuse_broken_cuda() -> None:
 
 
 def _refuse_broken_engine() -> None:
-    """Refuse a Transformer Engine that is installed but cannot be imported, as one that was built for another torch.
-
-    Raises:
-        UserError: With the reason.
-    """
+    """Refuse a Transformer Engine that cannot be imported, for example one that was built for another torch."""
     if importlib.util.find_spec("transformer_engine") is None:
         return
     try:
@@ -109,13 +100,12 @@ def _refuse_broken_engine() -> None:
 
 def announce(host: Host) -> None:
     """Print one line that says what this machine has, from rank 0."""
-    if is_main_process():
-        console.print(str(host), style="dim")
+    say(str(host), "dim")
 
 
 @functools.cache
 def init_quietly() -> Host:
-    """Prepare this process without a word; for one that a prepared process has started, else use ``init_runtime``."""
+    """Prepare this process and print nothing; for one that a prepared process has started, else ``init_runtime``."""
     cuda = torch.cuda.is_available()
     if cuda:
         _prepare_cuda()
@@ -127,16 +117,14 @@ def init_quietly() -> Host:
     if not cuda:
         compile_nothing()
     large = stand_in_for(LARGE_PACKAGES)
-    # Core is imported here: it is to see what is missing, before there are stand-ins for it.
+    # This imports Core, which is to see what is missing, before there are stand-ins for it.
     from nemodiff_train.runtime import patches
 
     if patches.HAVE_TE:
         patches.fuse_angles_where_rows_agree()
     else:
         patches.show_absence_of_transformer_engine()
-        patches.give_new_optimizer_a_step()
-        patches.give_each_parameter_its_step()
-        patches.load_one_step_for_all_parameters()
+        patches.load_torch_adam()
     missing = stand_in_for(OPTIONAL_PACKAGES)
     patches.keep_compiled_dataset_helpers()
     patches.end_save_helpers_with_rank(save_worker)
@@ -152,7 +140,6 @@ def init_quietly() -> Host:
     return Host(cuda=cuda, missing_packages=(*missing, *large))
 
 
-@functools.cache
 def init_without_device() -> None:
     """Prepare a process that runs no model: what it does not use is not imported, and nothing is compiled."""
     if not init_quietly.cache_info().currsize:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 Row = tuple[str, str]
-"""A name and what there is to say of it."""
+"""A name and what is known of it."""
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {

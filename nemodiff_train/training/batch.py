@@ -15,12 +15,9 @@ from nemodiff_train.config.context import StepContext
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.runtime.memory import copied_to
 
-_UNSHARDED = ("segment_ids",)  # every context-parallel rank needs all of it
-_ON_HOST = ("index",)  # seeds generators
-
 
 class BatchReader:
-    """Reads the micro-batches of this process's model chunks.
+    """Read the micro-batches of this process's model chunks.
 
     Args:
         shared: Where the time spent waiting for the loader is added up.
@@ -64,29 +61,23 @@ def to_device(samples: Sample, shard: ContextParallelShard) -> Sample:
         shard: The rank's shard of the sequence.
     """
     length = samples["maskable"].shape[1]
-
-    def moved(name: str, values: Tensor) -> Tensor:
-        if name in _ON_HOST:
-            return values
-        values = values.cuda(non_blocking=True)
-        return values if name in _UNSHARDED else shard.take(values, length)
-
+    # [n] indices into the flattened loss mask of this rank, [batch * (V + 1) L / ranks].
     loss_indices = shard.take(samples["loss_mask"], length).flatten().nonzero()[:, 0]
-    batch = {name: moved(name, values) for name, values in samples.items()}
+    batch = {"index": samples["index"], "host_segment_ids": samples["segment_ids"]}
+    for name, values in samples.items():
+        if name == "segment_ids":  # attention needs those of all ranks
+            batch[name] = values.cuda(non_blocking=True)
+        elif name != "index":
+            batch[name] = shard.take(values.cuda(non_blocking=True), length)
     batch["loss_indices"] = copied_to(batch["loss_mask"].device, loss_indices)
-    batch["host_segment_ids"] = samples["segment_ids"]
     return batch
 
 
 def _targets_per_masked(batches: list[Sample], group: dist.ProcessGroup) -> Tensor:
-    """Return the AR targets per masked position (a mean over views) in the global batch, a scalar.
-
-    Args:
-        batches: This rank's micro-batches of the step.
-        group: The data- and context-parallel ranks.
-    """
+    """Return the AR targets per masked position in the global batch, a scalar, from this rank's part of a step."""
     length = batches[0]["maskable"].shape[1]
     views = batches[0]["loss_mask"].shape[1] // length - 1
+    # Masked positions, a mean over views, and AR targets: scalars of this rank, then sums over all replicas.
     masked = sum((batch["loss_mask"][:, : views * length] > 0).sum() for batch in batches) / views
     targets = sum(batch["loss_mask"][:, views * length :].sum() for batch in batches)
     counts = torch.stack([torch.as_tensor(targets), torch.as_tensor(masked)]).float()

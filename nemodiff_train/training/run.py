@@ -7,7 +7,6 @@ import netrc
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -27,13 +26,19 @@ from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.provider import fit_to_host
 from nemodiff_train.processes import ENDING
 from nemodiff_train.resilience.checkpoints import MANAGER, causes_of, find_complete
+from nemodiff_train.resilience.gradient_guard import GradientGuard
+from nemodiff_train.resilience.replicas import ReplicaConsistencyCheck
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.signals import ToldToEnd, end_as_ever, end_at_once
+from nemodiff_train.resilience.stragglers import StragglerMonitor
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import let_tokenizers_be_larger, take_signals_in_silence
+from nemodiff_train.training.callbacks.base_drafter import BaseDrafter
+from nemodiff_train.training.callbacks.fused_optimizer import FusedOptimizer
+from nemodiff_train.training.callbacks.loop_evaluation import LoopEvaluation
 from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
-from nemodiff_train.training.callbacks.order import callbacks_in_order
+from nemodiff_train.training.callbacks.mask_embedding import MaskEmbedding
 from nemodiff_train.training.callbacks.run_log import RunLog
 from nemodiff_train.training.step import ForwardStep
 from nemodiff_train.validation.check import check
@@ -94,7 +99,9 @@ def train(config: TriModeConfig) -> None:
     check(config, world_size())
     if slow := warning(config.mixed_precision, init_runtime().cuda):
         say(slow)
-    _record_base(config)
+    if config.peft is not None and (start := config.checkpoint.pretrained_checkpoint):
+        base = Checkpoint.open(start).iteration  # the checkpoints of adapters say which weights they are trained on
+        config.adapter_base = AdapterBase(base.name, identity(base))
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         config.dataset.samples_ahead = samples_ahead(saved, config)
         say(description(saved, config))
@@ -103,8 +110,10 @@ def train(config: TriModeConfig) -> None:
     output = Path(config.checkpoint.save).parent
     try:
         _run(config, output)
-    except OSError as error:
-        stop = _stopped_by(error, output)
+    except OSError as error:  # on a full disk, closing a log fails as well, after the error that counts
+        stop = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
+        if stop is None and disk_is_full(error):
+            stop = RunStopped(f"the disk of '{output}' is full; make room and repeat the command", alone=True)
         if stop is None:
             raise
         raise stop from error
@@ -123,17 +132,31 @@ def _run(config: TriModeConfig, output: Path) -> None:
         stack.callback(end_as_ever)
         end_at_once(*ENDING)
         stack.enter_context(locked(output))
-        ending = stack.enter_context(record_start(output, config.resilience.restarts))
+        record_end = stack.enter_context(record_start(output, config.resilience.restarts))
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
-        stack.enter_context(_redirect_prints(output / "train.log"))
-        watch = stack.enter_context(Watchdog(output, config.resilience, ending))
+        prints = global_rank() in (0, world_size() - 1)  # the last rank has the losses
+        output.mkdir(parents=True, exist_ok=True)
+        log_file = stack.enter_context(open(output / "train.log" if prints else os.devnull, "a", buffering=1))
+        stack.enter_context(contextlib.redirect_stdout(log_file))
+        watchdog = stack.enter_context(Watchdog(output, config.resilience, record_end))
         stack.callback(log.close)
-        callbacks = callbacks_in_order(shared, breakdown, watch, log)
+        # After a step, what measures comes before what may stop the run or go back to a checkpoint; the log comes
+        # last and writes the figures that all others have added to `shared`.
+        callbacks = [
+            BaseDrafter(),
+            FusedOptimizer(),
+            MaskEmbedding(shared),
+            breakdown,
+            LoopEvaluation(shared),
+            ReplicaConsistencyCheck(),
+            StragglerMonitor(shared, watchdog),
+            GradientGuard(shared),
+            watchdog,
+            log,
+        ]
         try:
             pretrain(config, ForwardStep(shared, breakdown), callbacks=callbacks)
-        except ToldToEnd:
-            raise
         except RuntimeError as error:
             if not _another_rank_is_gone(error):
                 raise
@@ -141,8 +164,8 @@ def _run(config: TriModeConfig, output: Path) -> None:
             line = f"rank {global_rank()}: the connection to another rank is gone; what that one said last tells why"
             raise RunStopped(line, alone=True) from error
         except SystemExit as leaving:
-            if not leaving.code and is_main_process():
-                console.print(f"stopped after step {watch.step}, which is saved; repeat the command to go on")
+            if not leaving.code and not isinstance(leaving, ToldToEnd) and is_main_process():
+                console.print(f"stopped after step {watchdog.step}, which is saved; repeat the command to go on")
             raise
 
 
@@ -161,22 +184,6 @@ def _announcement(config: TriModeConfig) -> str:
         f"{train.global_batch_size:,} x {config.dataset.seq_length:,} tokens on "
         f"{ranks} process{'es' if ranks > 1 else ''}{f' ({layout})' if layout else ''}"
     )
-
-
-def _record_base(config: TriModeConfig) -> None:
-    """Let the checkpoints of adapters say which weights they are trained on."""
-    start = config.checkpoint.pretrained_checkpoint
-    if config.peft is not None and start:
-        iteration = Checkpoint.open(start).iteration
-        config.adapter_base = AdapterBase(iteration.name, identity(iteration))
-
-
-def _stopped_by(error: OSError, output: Path) -> RunStopped | None:
-    """Return what stopped the run; on a full disk, closing a log fails as well, after the error that counts."""
-    known = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
-    if known is None and disk_is_full(error):
-        return RunStopped(f"the disk of '{output}' is full; make room and repeat the command", alone=True)
-    return known
 
 
 def _protect(config: TriModeConfig) -> None:
@@ -224,7 +231,7 @@ def _fit_to_host(config: TriModeConfig) -> None:
 
 
 def _stay_offline_unless_logged_in(config: TriModeConfig) -> None:
-    """Set the mode of Weights & Biases, which it reads when it is imported, from where it keeps a login."""
+    """Set the mode that Weights & Biases reads when it is imported, by whether it has a login."""
     if not config.logger.wandb_project or os.environ.get("WANDB_API_KEY"):
         return
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -234,13 +241,3 @@ def _stay_offline_unless_logged_in(config: TriModeConfig) -> None:
         logged_in = False
     if not logged_in:
         os.environ.setdefault("WANDB_MODE", "offline")
-
-
-@contextlib.contextmanager
-def _redirect_prints(path: Path) -> Iterator[None]:
-    """Write what the first rank and the last, which has the losses, print to a file."""
-    prints = global_rank() in (0, world_size() - 1)
-    if prints:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path if prints else os.devnull, "a", buffering=1) as file, contextlib.redirect_stdout(file):
-        yield

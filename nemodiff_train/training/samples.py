@@ -38,8 +38,23 @@ def show_samples(config: TriModeConfig, count: int) -> None:
     config.propagate()
     output, tokenizer = PlainConsole(), load_tokenizer(str(config.tokenizer.tokenizer_model))
     output.print(Text(LEGEND, "dim"))
+    stored_end = config.dataset.stored_end()
+    end = tokenizer.eos_token_id if stored_end is None else stored_end
     for number, sample in enumerate(first_samples(config, count)):
-        _print_sample(number, sample, config, tokenizer, output)
+        length = len(sample["maskable"])
+        views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
+        counts = f"{length} tokens, {int(sample['maskable'].sum())} that may be masked, {ar_targets} AR targets"
+        output.print(Text.assemble("\n", (f"sample {number}", "bold"), f": {counts}"), soft_wrap=True)
+        for view in range(max(views, 1)):
+            # Of one view, or of the text alone in the AR stage, [L]: the weights of its losses, what is masked.
+            here = slice(view * length, (view + 1) * length)
+            weights = sample["loss_mask"][here] if views else sample["loss_mask"].new_zeros(length)
+            hidden = sample["tokens"][here] != sample["tokens"][-length:]
+            if views:
+                masked, weighted = int(hidden.sum()), int((weights > 0).sum())
+                output.print(f"view {view}: {masked} masked, {weighted} with a loss", soft_wrap=True)
+            for line in _blocks(sample, hidden, weights, int(end if end is not None else -1), tokenizer):
+                output.print(line, soft_wrap=True)
 
 
 def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
@@ -48,60 +63,32 @@ def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
         return [train[index] for index in range(min(count, len(train)))]
 
 
-def _print_sample(
-    number: int, sample: Sample, config: TriModeConfig, tokenizer: "PreTrainedTokenizerBase", output: PlainConsole
-) -> None:
-    """Print one sample: a heading, then a line per block of each noisy view."""
-    length = len(sample["maskable"])
-    views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
-    counts = f"{length} tokens, {int(sample['maskable'].sum())} that may be masked, {ar_targets} AR targets"
-    output.print(Text.assemble("\n", (f"sample {number}", "bold"), f": {counts}"), soft_wrap=True)
-    end = config.dataset.stored_end()
-    end = tokenizer.eos_token_id if end is None else end
-    for view in range(max(views, 1)):
-        here = slice(view * length, (view + 1) * length)
-        weights = sample["loss_mask"][here] if views else sample["loss_mask"].new_zeros(length)
-        hidden = sample["tokens"][here] != sample["tokens"][-length:]
-        if views:
-            masked, weighted = int(hidden.sum()), int((weights > 0).sum())
-            output.print(f"view {view}: {masked} masked, {weighted} with a loss", soft_wrap=True)
-        for line in _blocks(sample, hidden, weights, int(end if end is not None else -1), tokenizer):
-            output.print(line, soft_wrap=True)
-
-
 def _blocks(
     sample: Sample, hidden: Tensor, weights: Tensor, end: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Text]:
-    """Yield a line per block: its number, its document, what it is, the weights of its losses, and its text.
+    """Yield a line per block of a view: its number, its document, what it is, the weights of its losses, its text.
 
-    Args:
-        sample: The training sample.
-        hidden: [L] bool: masked in this view.
-        weights: [L] fp32: weight of the loss at each position of the view.
-        end: Token that ends a document.
-        tokenizer: Turns ids into text.
+    ``hidden`` is [L] bool, whether a position is masked; ``weights`` are those of its loss, [L]; ``end`` is the token
+    that ends a document.
     """
     maskable, length = sample["maskable"], len(sample["maskable"])
-    clean, learned = sample["tokens"][-length:].tolist(), (sample["loss_mask"][-length:] > 0).tolist()
+    clean, has_ar_loss = sample["tokens"][-length:].tolist(), (sample["loss_mask"][-length:] > 0).tolist()
     documents, blocks, _ = sample["segment_ids"].tolist()
-    predicting = weights.tolist()
     for block in dict.fromkeys(blocks):
         inside = [index for index in range(length) if blocks[index] == block]
-        first = inside[0]
+        document = documents[inside[0]]
         learns = bool(maskable[inside].any())
-        kind = "padding" if documents[first] < 0 else "learned" if learns else "context"
-        counted = [predicting[index] for index in inside if predicting[index] > 0]
+        kind = "padding" if document < 0 else "learned" if learns else "context"
+        counted = [weight for weight in weights[inside].tolist() if weight > 0]
         weight = f"w {span(counted)}" if counted else ""
-        line = Text(
-            f"{block:>5} document {max(documents[first], -1 - documents[first]):<3} {kind:<8}{weight:<12}|", "dim"
-        )
+        line = Text(f"{block:>5} document {max(document, -1 - document):<3} {kind:<8}{weight:<12}|", "dim")
         for index in inside:
             shade = f"{COLOURS[block % 2]} {'black' if learns else 'bright_black'}"
             if documents[index] < 0:
                 line.append(PADDING, shade)
                 continue
             written = in_a_line(str(tokenizer.decode([clean[index]])))
-            marks = "¶" * (clean[index] == end) + "°" * (learns and not learned[index])
+            marks = "¶" * (clean[index] == end) + "°" * (learns and not has_ar_loss[index])
             line.append(
                 f"⟦{written}⟧{marks}" if hidden[index] else f"{written}{marks}",
                 f"{shade}{' bold reverse' if hidden[index] else ''}",

@@ -27,7 +27,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 
 
 class ForwardStep:
-    """Runs one micro-batch forward, as Bridge's ``pretrain()`` asks.
+    """Run one micro-batch forward, as Bridge's ``pretrain()`` asks.
 
     Args:
         shared: What the callbacks learn of the step.
@@ -67,8 +67,8 @@ class ForwardStep:
             else:
                 alpha = alpha_at(objective, state.train_state.step)
                 # A validation loss is a mean over counted tokens, whatever the micro-batch and the step before.
-                judged = objective if model.training else replace(objective, reduction="global")
-                weights, denominator = loss_weights(batch, judged, alpha, self.reader.diffusion_scale)
+                reduced_by = objective if model.training else replace(objective, reduction="global")
+                weights, denominator = loss_weights(batch, reduced_by, alpha, self.reader.diffusion_scale)
                 loss = TriModeLoss(batch, weights, denominator, config, self.breakdown if model.training else None)
 
         # 3. The model; on the last stage the loss takes the place of Megatron's output layer and loss.

@@ -372,13 +372,11 @@ def _fork(job: _Job, rank: int, port: int, answers: TextIO) -> int:
 def _fork_helper_for_saving() -> None:
     """Have Megatron fork the processes of its saves, which it would spawn to import torch anew."""
     import torch
-    from megatron.core.dist_checkpointing.strategies import async_utils
-
-    from nemodiff_train.runtime.patches import write_results_queue
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
     fork: Any = torch.multiprocessing.get_context("fork")
     setattr(async_utils, "mp", SimpleNamespace(get_context=lambda mode: fork))  # noqa: B010
-    write_results_queue("fork")  # the one that later saves find
+    filesystem_async.get_write_results_queue("fork")  # the one that later saves find
 
 
 def _preload() -> None:

@@ -11,10 +11,9 @@ from nemodiff_train.model.loading import warn_of_other_base
 
 
 class BaseDrafter(Callback):
-    """Loads the frozen adapters at the first start; later ones find them in the run's own checkpoints."""
+    """Load the frozen adapters at the first start; later ones find them in the run's own checkpoints."""
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """Load them."""
         config = config_of(context.state)
         if context.state.train_state.step or not isinstance(config.peft, DraftLoRA) or not config.peft.drafter:
             return

@@ -6,17 +6,14 @@ from megatron.core.optimizer import MegatronOptimizer
 
 
 class FusedOptimizer(Callback):
-    """Lets torch's Adam update all parameters of a GPU in one kernel, for which Core has no setting."""
+    """Let torch's Adam update all parameters of a GPU in one kernel, for which Core has no setting."""
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """Set it, after a checkpoint has been loaded."""
-        fuse(context.optimizer)
+        fuse(context.optimizer)  # a checkpoint has been loaded by now
 
 
 def fuse(optimizer: MegatronOptimizer) -> None:
-    """Set for every group of parameters whether its update is fused, whatever a checkpoint says.
-
-    A fused update counts its steps on the device of the parameter.
+    """Fuse the update of every group of parameters on a GPU, and of no other, whatever a checkpoint says.
 
     Args:
         optimizer: Core's, around one or several others; those that are not torch's Adam are left alone.
@@ -27,5 +24,6 @@ def fuse(optimizer: MegatronOptimizer) -> None:
             parameters = group["params"]
             group["fused"] = bool(parameters) and all(parameter.is_cuda for parameter in parameters)
             group["foreach"] = False if group["fused"] else None
+            # A fused update counts its steps on the device of the parameter.
             for state in (inner.state[parameter] for parameter in parameters if parameter in inner.state):
                 state["step"] = state["step"].to(state["exp_avg"].device if group["fused"] else "cpu")

@@ -17,7 +17,6 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import DecodingModel, for_tokenizer
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.evaluation.evaluate import evaluate
-from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.parameters import gathered_parameters
@@ -25,7 +24,7 @@ from nemodiff_train.report.display import percent
 
 
 class LoopEvaluation(Callback):
-    """Every ``evaluation.interval`` steps, decodes a fixed set of prompts in every mode.
+    """Decode a fixed set of prompts in every mode, every ``evaluation.interval`` steps.
 
     All ranks take part: tensor and pipeline ranks share the model as in training, data-parallel replicas split the
     prompts, context-parallel ranks repeat each other.  Training is not affected: weights are only read, and random
@@ -60,39 +59,24 @@ class LoopEvaluation(Callback):
             return
         started = time.perf_counter()
         with _ready_for_decoding(context.model):
-            evaluation = evaluate(
-                DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding),
-                self.task,
-                self.settings,
-                f"step {step}",
-                shown=False,
-            )
+            model = DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding)
+            evaluation = evaluate(model, self.task, self.settings, f"step {step}", shown=False)
         seconds = time.perf_counter() - started
-        self.shared.figures.update(_figures(evaluation, seconds))
+        self.shared.figures["eval/seconds"] = seconds
+        for mode, metrics in evaluation.modes.items():
+            measured = metrics.accuracy, metrics.tpf_all, metrics.acceptance_length
+            for name, value in zip(("accuracy", "tpf", "acceptance_length"), measured, strict=True):
+                if value is not None:
+                    self.shared.figures[f"eval/{name}/{mode}"] = value
         self.shared.evaluated = evaluation, self.decoding.text
         if is_main_process():
             modes = (f"{mode} {percent(m.accuracy)} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())
             console.print(f"step {step}: {', '.join(modes)} ({seconds:.0f} s)")
 
 
-def _figures(evaluation: Evaluation, seconds: float) -> dict[str, float]:
-    """Return the figures by key: ``eval/seconds``, and per mode ``eval/accuracy``, ``eval/tpf``, ..."""
-    figures = {"eval/seconds": seconds}
-    for mode, metrics in evaluation.modes.items():
-        if metrics.accuracy is not None:
-            figures[f"eval/accuracy/{mode}"] = metrics.accuracy
-        figures[f"eval/tpf/{mode}"] = metrics.tpf_all
-        if metrics.acceptance_length is not None:
-            figures[f"eval/acceptance_length/{mode}"] = metrics.acceptance_length
-    return figures
-
-
 @contextlib.contextmanager
 def _ready_for_decoding(chunks: Sequence[MegatronModule]) -> Iterator[None]:
-    """Turn the training model into one for decoding, and back.
-
-    It has complete weights, and neither sequence or context parallelism nor dropout.
-    """
+    """Give the model complete weights, and neither sequence or context parallelism nor dropout, for a while."""
     random_state = torch.get_rng_state(), torch.cuda.get_rng_state()
     sequence_parallel = [
         (module, name)

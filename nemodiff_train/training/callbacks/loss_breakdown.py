@@ -16,7 +16,7 @@ OCTAVES = 12
 
 
 class LossBreakdown(Callback):
-    """Adds up the unweighted losses of masked positions, and reports their means.
+    """Add up the unweighted losses of masked positions, and report their means.
 
     Every ``diagnostics.loss_interval`` steps the figures ``diffusion_loss_by_noise_level/LOW-HIGH`` and
     ``diffusion_loss_by_position/FIRST-LAST``, in nats, go to the log.
@@ -58,16 +58,12 @@ class LossBreakdown(Callback):
         dist.all_reduce(self.totals, group=group)
         sums, counts = self.totals.tolist()
         self.totals = None
-        return {name: sums[i] / counts[i] for i, name in enumerate(_names()) if counts[i]}
+        levels = [f"diffusion_loss_by_noise_level/{i / LEVELS:.1f}-{(i + 1) / LEVELS:.1f}" for i in range(LEVELS)]
+        octaves = ["1", "2", *(f"{2 ** (i - 1) + 1}-{2**i}" for i in range(2, OCTAVES))]
+        names = levels + [f"diffusion_loss_by_position/{octave}" for octave in octaves]
+        return {name: sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         interval = config_of(context.state).diagnostics.loss_interval
         if interval and (context.state.train_state.step + 1) % interval == 0 and context.loss_dict:
             self.shared.figures.update(self.take(get_pg_collection(context.model).dp_cp))
-
-
-def _names() -> list[str]:
-    levels = [f"diffusion_loss_by_noise_level/{i / LEVELS:.1f}-{(i + 1) / LEVELS:.1f}" for i in range(LEVELS)]
-    octaves = [(1, 1), *((2 ** (i - 1) + 1, 2**i) for i in range(1, OCTAVES))]
-    positions = [f"diffusion_loss_by_position/{low}" + (f"-{high}" if high > low else "") for low, high in octaves]
-    return levels + positions

@@ -12,7 +12,6 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.console import warn
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.noise import EMBEDDINGS, generator
 from nemodiff_train.objective.schedule import embedding_noise_at
 
@@ -22,7 +21,7 @@ occurred in pretraining towards zero."""
 
 
 class MaskEmbedding(Callback):
-    """Warns when the mask token's row has decayed, and adds noise to it early in training when asked.
+    """Warn when the mask token's row has decayed, and add noise to it early in training when asked.
 
     LLaDA2.0 (arXiv 2512.15745) reports that the row has decayed towards zero in AR pretraining, which makes gradients
     explode at high noise levels, and adds Gaussian noise to the embedding's output there.
@@ -39,28 +38,23 @@ class MaskEmbedding(Callback):
         if not config.has_masks or not first.pre_process:
             return
         embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
-        mask, others = root_mean_squares(embedding, mask_id, config.model.vocab_size)
+        mask, others = _root_mean_squares(embedding, mask_id, config.model.vocab_size)
         if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
             warn(
                 f"the embedding of mask token {mask_id} is {mask / others:.1%} of the "
                 "other rows' size, which can make gradients large at high noise levels; "
                 "objective.mask_embedding_noise=1 adds noise to it early in training"
             )
-        if config.objective.mask_embedding_noise:
-            self._add_noise(context, embedding, first.attention_state.shard, others)
+        if not config.objective.mask_embedding_noise:
+            return
 
-    def _add_noise(
-        self, context: CallbackContext, embedding: VocabParallelEmbedding, shard: ContextParallelShard, size: float
-    ) -> None:
-        config = config_of(context.state)
-
-        def hook(module: VocabParallelEmbedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            std = size * embedding_noise_at(config.objective, context.state.train_state.step)
+        def add_noise(module: VocabParallelEmbedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            std = others * embedding_noise_at(config.objective, context.state.train_state.step)
             if not module.training or not std:
                 return output
-            return output + std * self._noise(config, module, shard, inputs[0], output)
+            return output + std * self._noise(config, module, first.attention_state.shard, inputs[0], output)
 
-        embedding.register_forward_hook(hook)
+        embedding.register_forward_hook(add_noise)
 
     def _noise(
         self,
@@ -72,45 +66,36 @@ class MaskEmbedding(Callback):
     ) -> Tensor:
         """Return standard normal noise at masked positions, 0 elsewhere, of the shape of the embedding's output.
 
-        Args:
-            config: The run.
-            embedding: Its embedding.
-            shard: This context-parallel rank's shard of the sequence.
-            tokens: [batch, (V + 1) L / ranks] ids.
-            output: [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
+        ``tokens`` are [batch, (V + 1) L / ranks] ids of a context-parallel rank; ``output`` is
+        [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
         """
-        indices, length = self.shared.sample_indices, config.dataset.seq_length
+        objective, length, indices = config.objective, config.dataset.seq_length, self.shared.sample_indices
         assert indices is not None  # a stage that embeds tokens has read them
-        noise = torch.stack([_gaussian(config.objective, int(index), length, output) for index in indices])
+        # Noise of whole samples, [batch, V L, hidden]: a function of the seed and the sample alone.
+        samples = []
+        for index in indices:
+            seed = int(generator(objective.seed, EMBEDDINGS, int(index)).integers(2**63))
+            draw = torch.Generator(output.device).manual_seed(seed)
+            shape = (objective.noisy_views * length, output.shape[-1])
+            samples.append(torch.randn(shape, generator=draw, device=output.device))
         # This rank's positions of every view, where they are masked; then zeros for the clean half.
-        views = range(config.objective.noisy_views)
+        views = range(objective.noisy_views)
         held = torch.cat([view * length + shard.positions(length) for view in views])
-        noise = noise[:, held.to(noise.device)] * (tokens[:, : len(held)] == config.model.mask_token_id)[..., None]
+        masked = tokens[:, : len(held)] == config.model.mask_token_id
+        noise = torch.stack(samples)[:, held.to(output.device)] * masked[..., None]
         noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(held)))
         if embedding.reduce_scatter_embeddings:  # sequence parallel: [positions / tensor ranks, batch, hidden]
             noise = noise.transpose(0, 1).chunk(embedding.tp_group.size())[embedding.tp_group.rank()]
         return noise.to(output.dtype)
 
 
-def _gaussian(objective: ObjectiveConfig, index: int, length: int, like: Tensor) -> Tensor:
-    """Return [V L, hidden] noise of one sample, a function of the seed and the sample alone."""
-    seed = int(generator(objective.seed, EMBEDDINGS, index).integers(2**63))
-    draw = torch.Generator(like.device).manual_seed(seed)
-    shape = (objective.noisy_views * length, like.shape[-1])
-    return torch.randn(shape, generator=draw, device=like.device)
-
-
-def root_mean_squares(embedding: VocabParallelEmbedding, row: int, rows: int) -> tuple[float, float]:
-    """Return the root mean square of one row of an embedding, and of the vocabulary's other rows.
-
-    Args:
-        embedding: Its [rows / tensor-parallel size, hidden] weight is this rank's part.
-        row: Id of the token.
-        rows: Size of the vocabulary; rows after it are padding.
-    """
+def _root_mean_squares(embedding: VocabParallelEmbedding, row: int, rows: int) -> tuple[float, float]:
+    """Return the root mean square of one row of an embedding, and of the others of a vocabulary of ``rows`` rows."""
     start, end = embedding.vocab_start_index, min(embedding.vocab_end_index, rows)
+    # Mean squares of this rank's rows, [rows / tensor-parallel size]; those after the vocabulary are padding.
     squares = embedding.weight.detach()[: max(end - start, 0)].float().square().mean(-1)
     of_row = squares[row - start] if start <= row < end else squares.new_zeros(())
+    # The square of the row, and the sum over all rows: [2], added over tensor-parallel ranks.
     totals = torch.stack([of_row, squares.sum()])
     dist.all_reduce(totals, group=embedding.tp_group)
     mask, total = totals.tolist()

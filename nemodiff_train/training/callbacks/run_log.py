@@ -28,21 +28,15 @@ HEADLINE = {"ar_loss": "AR", "diffusion_loss": "diffusion", "draft_loss": "draft
 """Figures of the progress line, and what it calls them."""
 
 PAGE_SECONDS = 10.0
+"""Between two versions of the page, evaluations apart."""
 
 
 class RunLog(Callback):
-    """Shows and records each step on the last rank, the one that has the losses.
+    """Show and record each step on the last rank, the one that has the losses.
 
-    Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second`` and
-    the figures in ``shared`` there, a progress line on the console, and ``metrics.jsonl``, one object per step:
-    ``step``, ``tokens`` (clean ones, since the run began), the reported losses (nats), ``learning_rate``,
-    ``grad_norm``, ``tokens_per_second``, ``seconds``, ``mfu`` on a GPU whose peak is known, and the figures in
-    ``shared``.  Where the console is not a terminal, the progress line is a line every ``diagnostics.line_interval``
-    steps.  ``index.html`` shows all of it, and what the evaluation in the loop has decoded; it is rewritten after
-    each evaluation, at the end, and otherwise every :data:`PAGE_SECONDS`.
-
-    MFU is the share of the GPUs' peak that the operations of the model take, those of attention counted by the pairs
-    that its rule allows.
+    Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second``,
+    ``mfu`` and the figures in ``shared`` there, and writes ``metrics.jsonl``, ``index.html`` and a progress line.
+    docs/training.md describes them.
 
     Args:
         shared: Figures that other callbacks have added; cleared after each step.
@@ -58,10 +52,9 @@ class RunLog(Callback):
         config, step = config_of(context.state), context.state.train_state.step
         self.tokens_per_step = config.train.global_batch_size * config.dataset.seq_length
         self.steps, self.line_interval = config.train.train_iters, config.diagnostics.line_interval
-        is_last_rank = global_rank() == world_size() - 1
-        self.progress = progress_bar("{task.fields[figures]}", shown=is_last_rank and console.is_terminal)
-        if not is_last_rank:
+        if global_rank() != world_size() - 1:
             return
+        self.progress = progress_bar("{task.fields[figures]}", shown=console.is_terminal)
         gpu = gpu_named(torch.cuda.get_device_name()) if init_runtime().cuda else None
         step_flops = workload_of(config).flops * config.train.global_batch_size
         self.ideal = step_flops / (world_size() * gpu.flops) if gpu else 0.0  # seconds per step at the GPUs' peak
@@ -95,7 +88,11 @@ class RunLog(Callback):
         speed = {"tokens_per_second": self.tokens_per_step / seconds}
         if self.ideal:
             speed["mfu"] = self.ideal / seconds
-        _write_to_loggers(context.state, {**speed, **added}, step)
+        if board := context.state.tensorboard_logger:
+            for name, value in {**speed, **added}.items():
+                board.add_scalar(name, value, step)
+        if context.state.wandb_logger:
+            context.state.wandb_logger.log({**speed, **added}, step)
         update = {
             "learning_rate": self.learning_rate,
             "grad_norm": None if context.grad_norm is None else float(context.grad_norm),
@@ -103,16 +100,11 @@ class RunLog(Callback):
         counted = {"step": step, "tokens": step * self.tokens_per_step}
         record = {**counted, **losses, **update, **speed, "seconds": seconds, **added}
         print(json.dumps(record), file=self.file, flush=True)
-        assert self.progress is not None
+        assert self.progress is not None and self.page is not None
         self.progress.update(self.task, completed=step, figures=_headline({**losses, **speed}))
         due = self.line_interval and (step % self.line_interval == 0 or step == self.steps)
         if due and not console.is_terminal:
             self._print_line(record)
-        self._show(record)
-
-    def _show(self, record: Mapping[str, Any]) -> None:
-        """Add a step to the page, and write it where it is time."""
-        assert self.page is not None
         self.page.add(record)
         evaluated, self.shared.evaluated = self.shared.evaluated, None
         if evaluated is not None:
@@ -160,32 +152,20 @@ def drop_after(path: Path, step: int) -> None:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or _step(line) > step:
+            try:
+                if not line.endswith(b"\n") or not float(json.loads(line)["step"]) <= step:
+                    break
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break
             end += len(line)
     os.truncate(path, end)
 
 
 def _hide_after(state: GlobalState, step: int) -> None:
-    """Let TensorBoard hide what an earlier start has logged after ``step``, and this one logs again."""
+    """Let TensorBoard hide what an earlier start has logged after ``step`` and this start logs again."""
     if state.tensorboard_logger:
         start = SessionLog(status=SessionLog.START)
         state.tensorboard_logger.file_writer.add_event(Event(session_log=start), step=step + 1)
-
-
-def _step(line: bytes) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return float("inf")
-
-
-def _write_to_loggers(state: GlobalState, figures: dict[str, float], step: int) -> None:
-    if state.tensorboard_logger:
-        for name, value in figures.items():
-            state.tensorboard_logger.add_scalar(name, value, step)
-    if state.wandb_logger:
-        state.wandb_logger.log(figures, step)
 
 
 def _headline(figures: dict[str, float]) -> str:
