@@ -27,8 +27,8 @@ def demo_ar(tokenizer: str, problems: str, code: str, output: str) -> TriModeCon
     model.init_method_std, model.embedding_init_method_std = 0.08, 1.0  # so small a model learns sooner
     objective = ObjectiveConfig(stage="ar")
     config = _demo(model, objective, _text(problems, code), None, output, steps=900, warmup=50, peak=8e-3)
-    config.train.micro_batch_size = 4
     config.tokenizer = tokenizer_of(tokenizer)
+    config.train.micro_batch_size = 4
     return config
 
 
@@ -37,9 +37,9 @@ def demo_joint(
     problems: str,
     code: str,
     output: str,
-    mask_token: str | None = None,
     tensor_parallel: int = 1,
     steps: int = 700,
+    mask_token: str | None = None,
 ) -> TriModeConfig:
     """Turn an AR model into a tri-mode model.
 
@@ -48,9 +48,9 @@ def demo_joint(
         problems: Prefix of the arithmetic problems, prepared with the model's tokenizer.
         code: Prefix of the standard library's source.
         output: Folder of the run.
-        mask_token: A token of the model's tokenizer that never occurs in text; by default its mask token.
         tensor_parallel: Tensor-parallel size.
         steps: Training steps of 1024 tokens.
+        mask_token: A token of the model's tokenizer that never occurs in text; by default its mask token.
     """
     model = model_from(start_from)
     model.tensor_model_parallel_size = tensor_parallel
@@ -77,9 +77,7 @@ def demo_drafter(start_from: str, problems: str, output: str, steps: int = 600) 
     model = model_from(start_from)
     objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift)
     config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=4e-3)
-    config.train.global_batch_size = 16
-    config.drafter, config.peft = DrafterConfig(), DraftLoRA(dim=128, alpha=512)
-    return config
+    return _with_drafter(config, DrafterConfig(), DraftLoRA(dim=128, alpha=512))
 
 
 def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 600) -> TriModeConfig:
@@ -94,9 +92,7 @@ def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 6
     model = model_from(start_from)
     objective = uno_objective(steps, model.shift)
     config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=1e-3)
-    config.train.global_batch_size = 16
-    config.drafter, config.peft = uno(), DraftLoRA(dim=128, alpha=2048, target_modules=adapted_layers("all"))
-    return config
+    return _with_drafter(config, uno(), DraftLoRA(dim=128, alpha=2048, target_modules=adapted_layers("all")))
 
 
 def demo_selector(
@@ -115,9 +111,7 @@ def demo_selector(
     drafts = with_selector(model, drafter, rank=256)
     objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
     config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=5e-3)
-    config.train.global_batch_size = 16
-    config.drafter, config.peft = selector(drafts.name), drafts.lora
-    return config
+    return _with_drafter(config, selector(drafts.name), drafts.lora)
 
 
 def demo_sft(start_from: str, data: str, output: str, lora_rank: int = 0, tensor_parallel: int = 1) -> TriModeConfig:
@@ -164,6 +158,13 @@ def _demo(
         save_interval=steps,
         precision=None,
     )
+
+
+def _with_drafter(config: TriModeConfig, drafter: DrafterConfig, adapters: DraftLoRA) -> TriModeConfig:
+    """Return the run with a drafter to train, in batches of 16 samples."""
+    config.train.global_batch_size = 16
+    config.drafter, config.peft = drafter, adapters
+    return config
 
 
 def _text(problems: str, code: str | None = None) -> TextDatasetConfig:

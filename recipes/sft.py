@@ -19,8 +19,8 @@ def sft(
     data: str,
     output: str,
     tensor_parallel: int = 1,
-    lora_rank: int = 0,
     mask_token: str | None = None,
+    lora_rank: int = 0,
 ) -> TriModeConfig:
     """Train on answers with the joint objective.
 
@@ -29,8 +29,8 @@ def sft(
         data: Prefix of a data set made by 'nemodiff data prepare --chat' with the model's tokenizer.
         output: Folder of the run.
         tensor_parallel: Tensor-parallel size.
-        lora_rank: Rank of LoRA, which takes a Megatron checkpoint; 0 to train all weights.
         mask_token: For a model without one: a token of its tokenizer that never occurs in the data.
+        lora_rank: Rank of LoRA, which takes a Megatron checkpoint; 0 to train all weights.
     """
     model = set_tensor_parallel(model_from(start_from), tensor_parallel)
     steps = -(-TOKENS // (BATCH_SIZE * LENGTH))
