@@ -51,6 +51,7 @@ FEW = {
     "generate": ["--max-new-tokens", "4"],
     "sampler": ["--count", "10", "--max-new-tokens", "32", "--trajectories", "2", "--steps", "2"],
     "likelihood": ["--draws", "1", "--length", "64"],
+    "data show": ["train.train_iters=1", "train.global_batch_size=2"],
 }  # fmt: skip
 """What is added to the words of a verb."""
 REFUSED = ("--format nemotron", "--format sdar")
@@ -95,7 +96,8 @@ class Command:
     def made_small(self) -> tuple[int, list[str]]:
         """Return the number of ranks and the words."""
         if not self.trains:
-            few = FEW.get(self.words[0], []) if "--dry-run" not in self.words else []
+            verbs = [" ".join(self.words[:count]) for count in (1, 2)]
+            few = [] if "--dry-run" in self.words else [word for verb in verbs for word in FEW.get(verb, [])]
             return (self.ranks if self.words[0] != "train" else 1), [*self.words, *few]
         sizes = [f"model.tensor_model_parallel_size={min(self.ranks, RANKS)}"] if self.ranks > 1 else []
         words = [word for word in self.words if not word.startswith(("train.train_iters", "model.pipeline"))]
