@@ -101,9 +101,7 @@ LINE_SECONDS = 30.0
 
 
 class LoopProgress:
-    """Show how far a loop is and how long it will take: a bar on a terminal, elsewhere a line now and then.
-
-    A context manager.
+    """A context that shows how far a loop is and what time is left: a bar on a terminal, else a line now and then.
 
     Args:
         description: What is counted.

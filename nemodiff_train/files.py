@@ -22,7 +22,10 @@ def usable_directory(directory: Path) -> Path:
         UserError: It cannot be made or written to.
     """
     check_can_be_made(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a link that leads nowhere
+        raise UserError(f"cannot make the folder '{directory}': {str(error.strerror).lower()}") from error
     return directory
 
 

@@ -220,6 +220,9 @@ def test_unusable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot make the folder .* is a file"):
         usable_directory(tmp_path / "file" / "report")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        usable_directory(tmp_path / "link")
 
 
 def test_ticks_and_label_spreading() -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemodiff_train.cli import main
 from tools.support import faults, small
@@ -19,7 +20,8 @@ class Runs:
     def __init__(self, folder: Path, ranks: RankPool) -> None:
         self.folder, self.ranks = folder, ranks
         faults.furnish(folder)
-        assert self.train("first", f"train.exit_interval={SAVED}")[0] == 0
+        code, said = self.train("first", f"train.exit_interval={SAVED}")
+        assert code == 0 and f"training: joint stage, from {folder}" in said and f"; {STEPS} steps of 8 x " in said
 
     def words(self, name: str, *more: str) -> list[str]:
         return [*faults.words(self.folder, self.folder / name, steps=STEPS, interval=2, kept=2), *more]
@@ -73,7 +75,7 @@ def test_what_a_run_takes_over(runs: Runs, name: str, changed: list[str], steps:
     assert code == 0 and "Traceback" not in said
     assert f"goes on from step {SAVED} with changed settings: " in said and "new schedule at step 4" in said
     assert all(word.partition("=")[0] in said for word in changed)
-    assert f"training: joint stage, from {runs.folder}" in said and f"; {steps} steps of " in said
+    assert f"training: joint stage, from step {SAVED}; {steps} steps of " in said
     assert [line["step"] for line in small.figures(runs.folder / name)] == [*range(1, steps + 1)]
     expected = [cosine(step, steps, peak) for step in range(SAVED + 1, steps + 1)]
     assert runs.rates(name) == pytest.approx(expected, rel=1e-5)
@@ -110,3 +112,15 @@ def test_nothing_has_changed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["train", *runs.words("first", "train.global_batch_size=4"), "--dry-run"]) == 0
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"train.exit_interval {SAVED} -> None, train.global_batch_size 8 -> 4; the learning rate" in page
+
+
+def test_the_precision_of_a_run_from_elsewhere_is_kept(runs: Runs) -> None:
+    """Its checkpoints do not hold the settings that it was given."""
+    runs.copy("elsewhere")
+    for file in (runs.folder / "elsewhere" / "checkpoints").glob("iter_*/run_config.yaml"):
+        (file.parent / "checksums.json").unlink()
+        config = yaml.safe_load(file.read_text())
+        del config["given"]
+        file.write_text(yaml.safe_dump(config))
+    code, said = runs.train("elsewhere", "mixed_precision=bf16_mixed")
+    assert code == 2 and "mixed_precision is bf16_mixed, but '" in said and "Traceback" not in said

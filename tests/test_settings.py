@@ -18,7 +18,7 @@ from nemodiff_train.config.defaults import schedule
 from nemodiff_train.config.overrides import _WITHOUT_EFFECT, override, without_effect
 from nemodiff_train.errors import UserError
 from nemodiff_train.schema import declared_type
-from nemodiff_train.validation.settings import schedule_problems
+from nemodiff_train.validation.settings import problems, schedule_problems
 from tests import small
 
 ALL = bool(os.environ.get("NEMODIFF_HOSTILE"))
@@ -255,6 +255,31 @@ def test_a_split_that_is_no_number_is_a_line(config: Any, split: str) -> None:
 def test_a_choice_cannot_be_unset(config: Any, key: str) -> None:
     with pytest.raises(UserError, match=f"{key} cannot be null"):
         override(config, {key: "null"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needle"),
+    [
+        ("objective.stage", None, "objective.stage"),
+        ("objective.reduction", None, "objective.reduction"),
+        ("resilience.on_spike", None, "resilience.on_spike"),
+        ("resilience.on_spike", "skp", "Did you mean 'skip'?"),
+        ("objective.alpha", -1.0, "use 0 or more"),
+        ("objective.seed", -1, "from 0 to 4,294,967,295"),
+        ("objective.fully_masked_fraction", 2.0, "from 0 to 1"),
+        ("resilience.exit_grace", 0.0, "above 0"),
+    ],
+)
+def test_a_recipe_is_checked_as_its_overrides_are(config: Any, key: str, value: object, needle: str) -> None:
+    section, name = key.split(".")
+    setattr(getattr(config, section), name, value)
+    (line,) = (line for line in problems(config) if line.startswith(key))
+    assert needle in line
+
+
+def test_a_recipe_may_say_what_a_command_line_cannot(config: Any) -> None:
+    config.resilience.exit_grace, config.evaluation.task = math.inf, Path("problems.jsonl")
+    assert not [line for line in problems(config) if line.startswith(("resilience", "evaluation"))]
 
 
 @pytest.mark.parametrize("key", ["model.fp8_margin", "optimizer.initial_loss_scale", "ddp.grad_reduce_in_fp32"])

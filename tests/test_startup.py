@@ -33,6 +33,15 @@ def test_help_is_light(verb: str) -> None:
     assert code == 0, errors
 
 
+@pytest.mark.parametrize("verb", ["train", "launch", "demo", "plan"])
+def test_a_launcher_can_stop_a_verb_soon(verb: str) -> None:
+    """What is imported before the handlers of signals are set has to be little."""
+    code = (
+        f"import sys, nemodiff_train.cli.{verb}; sys.exit(any(name in sys.modules for name in ('pydantic', 'yaml')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @pytest.mark.parametrize("action", ["import", "export", "verify", "inspect"])
 def test_help_of_a_conversion_is_light(action: str) -> None:
     code, errors = start("convert", action, "--help")

@@ -61,11 +61,11 @@ def _reader_has_gone() -> bool:
 
 def _refuse_path(error: OSError) -> int:
     """Say which path cannot be used, and why; raise the error again where the path is not the reason."""
-    name = os.fsdecode(error.filename) if error.filename else ""
+    name = "" if isinstance(error.filename, int | None) else os.fsdecode(error.filename)
     if disk_is_full(error):
         where = f" ('{name}')" if name else ""
         return _refuse(UserError(f"the disk is full{where}; make room and repeat the command"))
-    if error.errno not in _UNUSABLE or error.filename is None:
+    if error.errno not in _UNUSABLE or not name:
         raise error
     shown = name if len(name) <= 200 else f"{name[:100]}..."
     return _refuse(UserError(f"'{shown}' cannot be used: {str(error.strerror).lower()}"))

@@ -80,10 +80,11 @@ def _converse(chat: "Chat") -> None:
         if line == "/exit":
             return
         try:
-            if line == "/reset":
+            words = line.split()
+            if words == ["/reset"]:
                 chat.messages.clear()
-            elif line.startswith("/mode ") and len(line.split()) == 2:
-                chat.choose_mode(line.split()[1])
+            elif words[:1] == ["/mode"] and len(words) == 2:
+                chat.choose_mode(words[1])
             elif line.startswith("/"):
                 raise UserError(f"'{line}' is not a command; use {COMMANDS}")
             elif line:

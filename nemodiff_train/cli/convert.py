@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nemodiff_train.cli.options import add_extend, add_model_parallel, check_world
+from nemodiff_train.cli.ranks import add_extend, add_model_parallel, check_world
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint, Kind

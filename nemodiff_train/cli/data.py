@@ -5,14 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemodiff_train.cli.options import (
-    add_decoding_arguments,
-    add_nproc,
-    at_least_1,
-    check_options,
-    decoding_options,
-    start_ranks,
-)
+from nemodiff_train.cli.options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.cli.ranks import add_nproc, at_least_1, start_ranks
 from nemodiff_train.console import console, say
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_can_be_made, locked

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nemodiff_train.cli.options import at_least_1
+from nemodiff_train.cli.ranks import at_least_1
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_can_be_made
 from nemodiff_train.runtime import init_runtime
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder for everything the demo makes; new or empty")
     parser.add_argument("--start-from", metavar="DIR", help="your own Hugging Face AR model instead of a new one")
     parser.add_argument("--mask-token", metavar="TOKEN", help="a token of its that never occurs in text")
-    parser.add_argument("--count", type=at_least_1, help="held-out problems to score (200; fewer where that is slow)")
+    parser.add_argument("--count", type=at_least_1, help="problems to score (200; fewer of a large model on a CPU)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from nemodiff_train.cli.options import add_decoding_arguments, at_least_1, check_options, decoding_options
+from nemodiff_train.cli.options import add_decoding_arguments, check_options, decoding_options
+from nemodiff_train.cli.ranks import at_least_1
 from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process

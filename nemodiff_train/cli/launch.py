@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemodiff_train.cli.options import at_least_1
+from nemodiff_train.cli.ranks import at_least_1
 from nemodiff_train.config.registry import check_arguments, check_recipe
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--account", help="account that pays (default: that of SBATCH_ACCOUNT or yours)")
     parser.add_argument("--gres", help="what each node has to give, such as gpu:8 (default: all that it has)")
-    parser.add_argument("--after", type=at_least_1, metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--after", type=int, metavar="JOB", help="start when this job has ended well")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 
@@ -66,6 +66,8 @@ def script(arguments: argparse.Namespace) -> str:
     for option in ("partition", "account", "gres"):
         if not re.fullmatch(r"[\w.:,=@-]+", value := getattr(arguments, option) or "none"):
             raise UserError(f"--{option} {value}: use letters, digits and '.:,=@_-'")
+    if arguments.after is not None and arguments.after < 1:
+        raise UserError(f"--after {arguments.after}: use the number of a job")
     check_recipe(arguments.recipe)
     check_no_secrets(dict(word.partition("=")[::2] for word in arguments.settings))
     check_arguments(arguments.recipe, arguments.settings)

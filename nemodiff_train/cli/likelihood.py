@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from nemodiff_train.cli.options import at_least_1
+from nemodiff_train.cli.ranks import at_least_1
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from nemodiff_train.cli.options import add_extend
+from nemodiff_train.cli.ranks import add_extend
 from nemodiff_train.errors import UserError, line_in
 from nemodiff_train.runtime import init_runtime
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from nemodiff_train.cli.options import at_least_1
+from nemodiff_train.cli.ranks import at_least_1
 from nemodiff_train.console import PlainConsole
 from nemodiff_train.errors import UserError
 from nemodiff_train.planning.hardware import GPUS

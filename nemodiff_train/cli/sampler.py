@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from nemodiff_train.cli.options import add_model_parallel, at_least_1, check_world
+from nemodiff_train.cli.ranks import add_model_parallel, at_least_1, check_world
 from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError

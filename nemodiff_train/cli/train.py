@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nemodiff_train.cli.options import add_nproc, start_ranks
+from nemodiff_train.cli.ranks import add_nproc, start_ranks
 from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.errors import UserError
 from nemodiff_train.resilience.signals import end_as_ever, end_at_once

@@ -101,7 +101,7 @@ def adamw(peak: float = 1e-5, floor: float = 3e-6, *, sharded: bool = False) -> 
 def overlap_communication(config: TriModeConfig) -> None:
     """Overlap the communication of data-parallel ranks with computation; takes ``adamw(..., sharded=True)``.
 
-    That of tensor-parallel ranks excludes decoding in the loop, and is off; see docs/performance.md.
+    The communication of tensor-parallel ranks is not: it excludes decoding in the loop; see docs/performance.md.
     """
     config.ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)

@@ -96,8 +96,9 @@ SIZES = {
 def two_stages(size: Size) -> tuple[Recipe, Recipe]:
     """Return the recipes of both stages: AR training on one trillion tokens, then joint training on 300 billion.
 
-    Their arguments are those of :func:`~nemodiff_train.config.defaults.base_config`; ``data`` is the prefix of a data
-    set of 'nemodiff data prepare', and ``mask_token`` a token that never occurs in it, by default the checkpoint's.
+    Their arguments: ``start_from``, ``output`` and ``precision`` as in
+    :func:`~nemodiff_train.config.defaults.base_config`; ``data``, the prefix of a data set of 'nemodiff data
+    prepare'; and ``mask_token``, a token that never occurs in it, by default the checkpoint's, else the tokenizer's.
     """
 
     def ar(start_from: str, data: str, output: str, precision: str = "bf16_mixed") -> TriModeConfig:

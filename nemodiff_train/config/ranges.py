@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from nemodiff_train.errors import UserError
 
+_HIGHEST = 1e12
+"""More steps, samples or bytes than there will be."""
+
 
 @dataclass(frozen=True)
 class _Range:
     names: str
     """Regular expression of whole names."""
     lowest: float
-    highest: float = 1e12
+    highest: float = _HIGHEST
     ends: bool = True
     """Whether the lowest and the highest number are possible themselves, where they are not counts."""
     unlimited: bool = False
@@ -27,7 +30,12 @@ class _Range:
         return self.lowest < value < self.highest
 
     def __str__(self) -> str:
-        return f"a number {'from' if self.ends else 'above'} {self.lowest:g} to {self.highest:g}"
+        lowest, highest = (
+            f"{int(end):,}" if end == int(end) else f"{end:.9g}" for end in (self.lowest, self.highest)
+        )
+        if self.highest == _HIGHEST:
+            return f"{lowest} or more" if self.ends else f"a number above {lowest}"
+        return f"a number from {lowest} to {highest}" if self.ends else f"a number between {lowest} and {highest}"
 
 
 _SECTIONS_OF_OURS = "objective|drafter|diagnostics|evaluation|resilience"
@@ -44,7 +52,8 @@ _RANGES = (
     _Range(r"train\.train_iters|dataset\.seq_length|model\.num_layers|objective\.views", 1),
     _Range(r"rng\.seed", 1, 2**31 - 1),
     _Range(r"objective\.seed", 0, 2**32 - 1),
-    _Range(r"objective\.position_bias_half_life|drafter\.temperature|resilience\.exit_grace", 0, ends=False),
+    _Range(r"objective\.position_bias_half_life|drafter\.temperature", 0, ends=False),
+    _Range(r"resilience\.exit_grace", 0, ends=False, unlimited=True),
     # By kind.
     _Range(r".*seed", 0, 2**31 - 1),
     _Range(r".*(_workers|_per_rank)", 0, 1024),
@@ -58,7 +67,7 @@ _RANGES = (
     _Range(r".*(_shards|_n_ranks|_iters_per_.*|_num_layers|_chunks_for_.*)", 0),
     _Range(r".*", 0),
 )
-"""The first that matches a setting counts.  1e12 is more steps, samples or bytes than there will be."""
+"""The first that matches a setting counts."""
 
 
 def check_range(key: str, value: object) -> None:

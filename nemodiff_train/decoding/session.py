@@ -109,7 +109,11 @@ class Session:
         batch = replace(batch, is_draft=kind == "draft")
         with kernels_for_any_length():
             logits = self.model(tokens, batch, indices).float()
-        check_finite(logits, self.model.chunks, batch.positions, lambda: self.model(tokens, batch, indices))
+        # A path selector's contexts follow the logits: they decide on drafts alone, never on the text.
+        check_finite(
+            logits[..., : self.vocab_size], self.model.chunks, batch.positions,
+            lambda: self.model(tokens, batch, indices)[..., : self.vocab_size],
+        )  # fmt: skip
         if kind in MASK_FILLING and not causal and self.model.config.shift:
             logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
         if self.mask_token_id is not None:

@@ -62,7 +62,7 @@ def draft_tokens(
 
 @dataclass(frozen=True)
 class DraftLoss:
-    """The drafter's loss of a micro-batch, in the place of the step's :class:`TriModeLoss`.
+    """The drafter's loss of a micro-batch, in the place of the step's ``TriModeLoss``.
 
     A context-parallel rank has n = L / size of the positions and S of the slots of its samples.
     """

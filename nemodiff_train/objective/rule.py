@@ -60,8 +60,8 @@ def can_attend(query: Positions, key: Positions, block_causal: bool = False, cau
     Returns:
         Boolean tensor of the broadcast shape.
     """
-    # Each of the broadcast shape, [..., queries, keys]: what a query sees of clean text, and of the noisy views.
     query_clean, key_clean = query.view == CLEAN, key.view == CLEAN
+    # Of the broadcast shape, [..., queries, keys]: the keys that a query sees of clean text, and of the noisy views.
     not_later = query.block >= key.block if block_causal else query.position >= key.position
     visible_text = torch.where(query_clean, not_later, query.block > key.block)
     same_block = (query.view == key.view) & (query.block == key.block)  # False for a clean query and a noisy key

@@ -104,9 +104,12 @@ def keep_wandb_run(output: Path) -> Iterator[None]:
     end = time.monotonic() + 60
     while not file.exists() and time.monotonic() < end:  # until rank 0 has written it
         time.sleep(0.05)
-    os.environ["WANDB_RUN_ID"] = file.read_text()
-    os.environ.setdefault("WANDB_RESUME", "allow")
+    added = {"WANDB_RUN_ID": file.read_text()}
+    if "WANDB_RESUME" not in os.environ:
+        added["WANDB_RESUME"] = "allow"
+    os.environ.update(added)
     try:
         yield
     finally:
-        os.environ.pop("WANDB_RUN_ID", None)  # another run of this process is another one there
+        for name in added:  # another run of this process is another one there
+            os.environ.pop(name, None)

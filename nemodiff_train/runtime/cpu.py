@@ -92,7 +92,7 @@ def set_random_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None
 def cpu_as_cuda() -> None:
     """Point every CUDA call of torch at the CPU, for the rest of this process."""
     _replace_cuda_module()
-    _replace_tensor_methods()
+    _replace_methods()
     _CudaMeansCpu().__enter__()
 
 
@@ -136,7 +136,7 @@ def _replace_cuda_module() -> None:
     replace(torch.cuda, "default_generators", (torch.default_generator,) * _DEVICES, takes=None)
 
 
-def _replace_tensor_methods() -> None:
+def _replace_methods() -> None:
     for kind in ("Float", "Double", "Int", "Long", "Byte"):
         replace(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"), takes=None)
     replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self, takes=None)

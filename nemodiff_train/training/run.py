@@ -105,11 +105,10 @@ def train(config: TriModeConfig) -> None:
     if saved := Checkpoint.find_complete(config.checkpoint.load):
         config.dataset.samples_ahead = samples_ahead(saved, config)
         say(description(saved, config))
-    say(_announcement(config))
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
-        _run(config, output)
+        _run(config, output, saved)
     except OSError as error:  # on a full disk, closing a log fails as well, after the error that counts
         stop = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
         if stop is None and disk_is_full(error):
@@ -119,7 +118,7 @@ def train(config: TriModeConfig) -> None:
         raise stop from error
 
 
-def _run(config: TriModeConfig, output: Path) -> None:
+def _run(config: TriModeConfig, output: Path, saved: Checkpoint | None) -> None:
     from megatron.bridge.training import setup
     from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
     from megatron.bridge.training.utils import sig_utils
@@ -133,6 +132,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
         end_at_once(*ENDING)
         stack.enter_context(locked(output))
         record_end = stack.enter_context(record_start(output, config.resilience.restarts))
+        say(_announcement(config, saved))
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
         prints = global_rank() in (0, world_size() - 1)  # the last rank has the losses
@@ -169,9 +169,10 @@ def _run(config: TriModeConfig, output: Path) -> None:
             raise
 
 
-def _announcement(config: TriModeConfig) -> str:
+def _announcement(config: TriModeConfig, saved: Checkpoint | None) -> str:
     """Return one line on what is about to be trained; the first step may be minutes away."""
-    start, ranks, model, train = config.checkpoint.pretrained_checkpoint, world_size(), config.model, config.train
+    ranks, model, train = world_size(), config.model, config.train
+    start = config.checkpoint.pretrained_checkpoint or "random weights"
     trained = "drafter" if config.drafter else "adapters" if config.peft else f"{config.objective.stage} stage"
     sizes = {
         "tensor": model.tensor_model_parallel_size,
@@ -180,7 +181,7 @@ def _announcement(config: TriModeConfig) -> str:
     }
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     return (
-        f"training: {trained}, from {start or 'random weights'}; {train.train_iters:,} steps of "
+        f"training: {trained}, from {f'step {saved.step}' if saved else start}; {train.train_iters:,} steps of "
         f"{train.global_batch_size:,} x {config.dataset.seq_length:,} tokens on "
         f"{ranks} process{'es' if ranks > 1 else ''}{f' ({layout})' if layout else ''}"
     )

@@ -1,4 +1,4 @@
-"""What a run would use on this machine, and what it would refuse, as the code decides that a run calls."""
+"""What a run would use on this machine, and what it would refuse, found out by the code that a run calls."""
 
 from collections.abc import Iterator
 

@@ -27,16 +27,19 @@ _SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "op
 
 
 def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
-    """Return the settings that differ from those that a run was saved with; none for a run from elsewhere."""
+    """Return the settings that differ from those that a run was saved with."""
     before = saved.run_config.get("given")
-    if not before:
-        return {}
-    changed = differences(before, config.settings())
-    if names := changed.pop("mixed_precision", None):
+    changed: Changes = {
+        "mixed_precision": (None, config.mixed_precision)
+    }  # all that is known of a run from elsewhere
+    if before:
+        changed = differences(before, config.settings())
+    if names := changed.get("mixed_precision"):
         # Without a name the precision is the one that the run began in, which may be named as well.
         old, new = (str(name or begun_precision(saved)).replace("-", "_") for name in names)
-        if old != new:
-            changed["mixed_precision"] = old, new
+        changed["mixed_precision"] = old, new
+        if old == new:
+            del changed["mixed_precision"]
     return changed
 
 

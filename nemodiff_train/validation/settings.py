@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -101,8 +101,10 @@ def section_problems(name: str, section: object | None) -> list[str]:
     """
 
     def check(key: str) -> None:
-        check_type(SimpleNamespace(**{name: section}), key, as_written=False)
-        check_range(key, attrgetter(key.partition(".")[2])(section))
+        value = getattr(section, key.partition(".")[2])
+        if not isinstance(value, PurePath):  # a text as good as any
+            check_type(SimpleNamespace(**{name: section}), key, as_written=value is None)
+        check_range(key, value)
 
     keys = [f"{name}.{field.name}" for field in fields(section)] if section is not None else []  # type: ignore[arg-type]
     lines = [line for key in keys for line in refusal(partial(check, key))]
