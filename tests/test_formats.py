@@ -133,6 +133,11 @@ def test_keys_that_a_file_leaves_out() -> None:
     settings = {"architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion"}
     diffusion: Any = {"mask_token_id": None, "block_size": 32, "shift": False, "clean_attention": "causal"}
     assert diffusion_settings(settings) == diffusion_settings({**settings, "mask_token_id": -1}) == diffusion
+    foreign = {"shift": True, "clean_attention": "block_causal"}  # NVIDIA's code knows neither
+    assert diffusion_settings({**settings, **foreign}) == diffusion
+    sdar = {"architectures": ["SDARForCausalLM"]}
+    assert diffusion_settings(sdar)["mask_token_id"] == 151669
+    assert diffusion_settings({**sdar, "mask_token_id": -1})["mask_token_id"] is None
     config: Any = config_from(settings)
     assert config.eos_token_id == 2
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (4096, 14336, 34)

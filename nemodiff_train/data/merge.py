@@ -24,7 +24,7 @@ def merge(shards: Sequence[str], output: str, overwrite: bool = False) -> Manife
 
     Raises:
         UserError: A shard is missing, damaged or named twice; two were made with different tokenizers; or the
-            output cannot be used. Nothing is written then.
+            output cannot be used. Nothing is left behind then.
     """
     check_output(output)
     manifests = [Manifest.require(shard) for shard in shards]

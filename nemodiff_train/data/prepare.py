@@ -58,7 +58,8 @@ def prepare(options: PrepareOptions) -> Manifest:
         The manifest of the finished data set.
 
     Raises:
-        UserError: An input, the tokenizer or the output cannot be used. Nothing is written then.
+        UserError: An input, the tokenizer or the output cannot be used, and nothing is left behind; or the disk
+            fails, and the same command continues from there.
     """
     options.check()
     tokenizer = load_tokenizer(options.tokenizer)

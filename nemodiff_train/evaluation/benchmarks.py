@@ -72,19 +72,21 @@ def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
     name, configuration = benchmark.hub if source is None else (source, None)
     path = Path(name)
     files: list[Path] = []
-    if source is not None and path.exists():
-        candidates = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-        files = [file for file in candidates if file.suffix in _READERS]
-        if not files:
-            raise UserError(f"'{path}' has no .jsonl, .json or .parquet file")
-    elif source is not None and (path.suffix or path.is_absolute()):
-        raise UserError(f"there is no file '{source}'")
     try:
+        if source is not None and path.exists():
+            candidates = sorted(path.rglob("*.*")) if path.is_dir() else [path]
+            files = [file for file in candidates if file.suffix in _READERS]
+            if not files:
+                raise UserError(f"'{path}' has no .jsonl, .json or .parquet file")
+        elif source is not None and (path.suffix or path.is_absolute()):
+            raise UserError(f"there is no file '{source}'")
         if not files:
             return datasets.load_dataset(name, configuration, split="test")
         reader = _READERS[files[0].suffix]
         readable = [str(file) for file in files if _READERS[file.suffix] == reader]
         return datasets.load_dataset(reader, data_files=readable, split="train")
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no network, no such name, damaged files
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"cannot read '{name}': {reason}; --data takes a local file as well") from error

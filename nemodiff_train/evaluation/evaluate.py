@@ -85,8 +85,9 @@ def _run(
                 unfinished.add(mode, values, decoded)
             records += decoded
             progress.advance(bar, len(batch))
-    by_replica: list[list[DecodeRecord]] = [[] for _ in range(replicas.size())]
-    dist.all_gather_object(by_replica, records, group=replicas)
+    by_replica = [records] * replicas.size()
+    if replicas.size() > 1:
+        dist.all_gather_object(by_replica, records, group=replicas)
     by_prompt = {record.prompt_index: record for part in by_replica for record in part}
     return Run(mode, values, [by_prompt[index] for index in sorted(by_prompt)])
 

@@ -31,8 +31,6 @@ from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import config_from
 
-_warn_once = functools.cache(warn)
-
 SAMPLING = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 KEYWORDS = ("do_sample", "until", *SAMPLING, *LENGTHS)
@@ -96,14 +94,17 @@ class NemodiffLM(HFLM):
         logger = logging.getLogger("lm_eval.models.huggingface")
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns of a model that is already in memory
-        super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
-        logger.setLevel(level)
+        try:
+            super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
+        finally:
+            logger.setLevel(level)
         positions = position_limit(runner.config)
         if positions and self.max_length > positions:
             raise UserError(f"--model_args max_length={self.max_length}: the model has {positions} positions")
         self.mode = mode
         self._limit = int(words["max_new_tokens"]) if "max_new_tokens" in words else super().max_gen_toks
         self._chat: ChatTemplate | None = None
+        self._warn_once = functools.cache(warn)
         self._decoded = 0
         self.forwards: Counter[str] = Counter()
         """Forwards of all generations so far, by kind."""
@@ -143,7 +144,7 @@ class NemodiffLM(HFLM):
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            _warn_once(f"{error}; the system message is left out, as --model hf does")
+            self._warn_once(f"{error}; the system message is left out, as --model hf does")
             return self._chat(others, add_generation_prompt)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train.evaluation.metrics import ModeMetrics
@@ -112,5 +111,8 @@ def aup(points: Sequence[tuple[float, float]], best: float) -> float:
     weighted = []
     for _, accuracy in points:
         weighted.append(accuracy * (min(math.exp(-3 * (1 - accuracy / best)), 1.0) if best else 1.0))
-    rectangle = points[0][0] * points[0][1]
-    return rectangle + float(np.trapezoid(weighted, [tpf for tpf, _ in points]))
+    total = points[0][0] * points[0][1]
+    for index in range(1, len(points)):
+        step = points[index][0] - points[index - 1][0]
+        total += step / 2 * (weighted[index] + weighted[index - 1])
+    return total

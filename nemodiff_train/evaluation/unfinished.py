@@ -41,16 +41,16 @@ class UnfinishedRecords(LineLog):
 
     def __init__(self, output: Path, evaluation: Settings, replica: int | None) -> None:
         self._output, self._evaluation = output, evaluation
-        self._earlier: list[_Line] = []
+        self._earlier: list[_Line] = []  # of this evaluation
         for text in (text for path in self._logs() for text in path.read_bytes().splitlines()):
             with contextlib.suppress(ValidationError):  # the end of a log that was cut short
-                self._earlier.append(_Line.model_validate_json(text))
+                if (line := _Line.model_validate_json(text)).evaluation == evaluation:
+                    self._earlier.append(line)
         super().__init__(None if replica is None else usable_directory(output) / f"unfinished-{replica}.jsonl")
 
     def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
         """Return the earlier records of a mode with its settings, in the order of the prompts, each once."""
-        key = self._evaluation, mode, settings
-        records = [line.decoded for line in self._earlier if (line.evaluation, line.mode, line.settings) == key]
+        records = [line.decoded for line in self._earlier if (line.mode, line.settings) == (mode, settings)]
         by_prompt = {record.prompt_index: record for record in records}
         return [by_prompt[index] for index in sorted(by_prompt)]
 

@@ -81,6 +81,8 @@ def diffusion_settings(settings: HFConfig) -> HFConfig:
     if defaults is None:
         return {}
     known = {**defaults, **settings}
+    if architecture(settings) == NEMOTRON:  # its code knows neither
+        known |= {name: defaults[name] for name in ("shift", "clean_attention")}
     if (known["mask_token_id"] or 0) < 0:  # a released AR model has -1
         known["mask_token_id"] = None
     return {key: known[key] for key in ("mask_token_id", "block_size", "shift", "clean_attention")}

@@ -119,12 +119,6 @@ def train(config: TriModeConfig) -> None:
 
 
 def _run(config: TriModeConfig, output: Path, saved: Checkpoint | None) -> None:
-    from megatron.bridge.training import setup
-    from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
-    from megatron.bridge.training.utils import sig_utils
-
-    let_tokenizers_be_larger(setup)
-    take_signals_in_silence(sig_utils)
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
@@ -133,6 +127,12 @@ def _run(config: TriModeConfig, output: Path, saved: Checkpoint | None) -> None:
         stack.enter_context(locked(output))
         record_end = stack.enter_context(record_start(output, config.resilience.restarts))
         say(_announcement(config, saved))
+        from megatron.bridge.training import setup  # after the line: these take a second
+        from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
+        from megatron.bridge.training.utils import sig_utils
+
+        let_tokenizers_be_larger(setup)
+        take_signals_in_silence(sig_utils)
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
         prints = global_rank() in (0, world_size() - 1)  # the last rank has the losses
