@@ -309,7 +309,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "plan: unknown GPU": (["plan", "joint", "--gpus", "8", "--gpu", "h1000"], ["--gpu", "h1000"]),
     "plan: unknown recipe": (["plan", "jont", "--gpus", "8"], ["jont", "Did you mean 'joint'?"]),
     "launch: unknown recipe": (["launch", "jont", "--slurm"], ["jont", "Did you mean 'joint'?"]),
-    "launch: after no job": (["launch", "joint", "--slurm", "--after", "-1"], ["--after: '-1'"]),
+    "launch: after no job": (["launch", "joint", "--slurm", "--after", "-1"], ["--after -1"]),
     "launch: no time": (["launch", "joint", "--slurm", "--time", "soon"], ["--time soon"]),
     "launch: name of two lines": (["launch", "joint", "--slurm", "--name", "a\nb"], ["--name", "a\\nb"]),
     "launch: a key": (["launch", "joint", "--slurm", "--dry-run", "logger.comet_api_key=abc"], ["comet_api_key"]),

@@ -373,17 +373,15 @@ def test_a_real_model_decodes_the_same_everywhere(tmp_path: Path) -> None:
     texts = ["The capital of France is", "def fibonacci(n):\n    if n <", "Once upon a time, there"]
     tokenizer = load_tokenizer(str(REAL))
     job = {"prompts": [tokenizer(text)["input_ids"] for text in texts], "new": NEW, "text": TEXT}
-    before = run(
-        sys.executable, "engine_transformers.py", {"real": ("ar", {"directory": str(REAL), **job})}, tmp_path
-    )
-    work = {"real": ("ar", {"directory": out, **job})}
-    found = [
-        run(sys.executable, "engine_transformers.py", work, tmp_path),
+    work = {"export": ("ar", {"directory": out, **job})}
+    with_model = {"model": ("ar", {"directory": str(REAL), **job}), **work}
+    transformers = run(sys.executable, "engine_transformers.py", with_model, tmp_path)
+    others = [
         run(sys.executable, "engine_transformers.py", work, tmp_path, PYTHONPATH=str(TRANSFORMERS_4)),
         run(MLX, "engine_mlx.py", work, tmp_path),
     ]
-    assert [engine["real"] for engine in found] == [before["real"]] * 3
-    assert "Paris" in tokenizer.decode(before["real"]["tokens"][0])
+    assert [engine["export"] for engine in (transformers, *others)] == [transformers["model"]] * 3
+    assert "Paris" in tokenizer.decode(transformers["model"]["tokens"][0])
 
 
 @pytest.fixture(scope="module")
