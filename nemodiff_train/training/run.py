@@ -173,7 +173,8 @@ def _announcement(config: TriModeConfig, saved: Checkpoint | None) -> str:
     """Return one line on what is about to be trained; the first step may be minutes away."""
     ranks, model, train = world_size(), config.model, config.train
     start = config.checkpoint.pretrained_checkpoint or "random weights"
-    trained = "drafter" if config.drafter else "adapters" if config.peft else f"{config.objective.stage} stage"
+    stage = "AR stage" if config.objective.stage == "ar" else "joint stage"
+    trained = "drafter" if config.drafter else "adapters" if config.peft else stage
     sizes = {
         "tensor": model.tensor_model_parallel_size,
         "pipeline": model.pipeline_model_parallel_size,
