@@ -141,7 +141,9 @@ def _check(config: TriModeModelProvider, length: int, draws: int, seed: int) -> 
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed {seed} is not between 0 and 2**32 - 1")
     if length < 2 or length % config.block_size:
-        raise UserError(f"the length {length} is not a multiple of the model's block size {config.block_size}")
+        raise UserError(
+            f"the length is {length}; use a multiple of the model's block size {config.block_size}, 2 or more"
+        )
 
 
 def _samples(texts: Sequence[Sequence[int]], length: int, vocab_size: int) -> list[Sample]:

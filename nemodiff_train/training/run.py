@@ -172,9 +172,10 @@ def _run(config: TriModeConfig, output: Path, saved: Checkpoint | None) -> None:
 def _announcement(config: TriModeConfig, saved: Checkpoint | None) -> str:
     """Return one line on what is about to be trained; the first step may be minutes away."""
     ranks, model, train = world_size(), config.model, config.train
-    start = config.checkpoint.pretrained_checkpoint or "random weights"
-    stage = "AR stage" if config.objective.stage == "ar" else "joint stage"
-    trained = "drafter" if config.drafter else "adapters" if config.peft else stage
+    start = f"step {saved.step}" if saved else config.checkpoint.pretrained_checkpoint or "random weights"
+    trained = "AR stage" if config.objective.stage == "ar" else "joint stage"
+    if config.peft:
+        trained = "path selector" if config.selector_rank else "drafter" if config.drafter else "adapters"
     sizes = {
         "tensor": model.tensor_model_parallel_size,
         "pipeline": model.pipeline_model_parallel_size,
@@ -182,7 +183,7 @@ def _announcement(config: TriModeConfig, saved: Checkpoint | None) -> str:
     }
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     return (
-        f"training: {trained}, from {f'step {saved.step}' if saved else start}; {train.train_iters:,} steps of "
+        f"training: {trained}, from {start}; {train.train_iters:,} steps of "
         f"{train.global_batch_size:,} x {config.dataset.seq_length:,} tokens on "
         f"{ranks} process{'es' if ranks > 1 else ''}{f' ({layout})' if layout else ''}"
     )

@@ -37,9 +37,10 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     if names := changed.get("mixed_precision"):
         # Without a name the precision is the one that the run began in, which may be named as well.
         old, new = (str(name or begun_precision(saved)).replace("-", "_") for name in names)
-        changed["mixed_precision"] = old, new
         if old == new:
             del changed["mixed_precision"]
+        else:
+            changed["mixed_precision"] = old, new
     return changed
 
 
