@@ -114,6 +114,19 @@ def test_nothing_has_changed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> 
     assert f"train.exit_interval {SAVED} -> None, train.global_batch_size 8 -> 4; the learning rate" in page
 
 
+def test_it_goes_on_from_the_step_that_is_asked_for(runs: Runs) -> None:
+    """Its settings are compared with those of that step, which later ones may have changed."""
+    name, all_kept = runs.copy("back"), "checkpoint.most_recent_k=-1"
+    assert runs.train(name, all_kept, "optimizer.lr=4e-4", "train.global_batch_size=4")[0] == 0
+    assert runs.train("straight")[0] == 0
+    code, said = runs.train(name, all_kept, f"checkpoint.ckpt_step={SAVED}")
+    assert code == 0 and "Traceback" not in said
+    assert f"goes on from step {SAVED} with changed settings: " in said and "optimizer.lr" not in said
+    assert small.figures(runs.folder / name) == small.figures(runs.folder / "straight")
+    code, said = runs.train(name, all_kept, "checkpoint.ckpt_step=5")
+    assert code == 2 and "checkpoint.ckpt_step=5: there is no such checkpoint in" in said
+
+
 def test_the_precision_of_a_run_from_elsewhere_is_kept(runs: Runs) -> None:
     """Its checkpoints do not hold the settings that it was given."""
     runs.copy("elsewhere")

@@ -20,6 +20,8 @@ from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import CHECKSUMS, damage, files_of, iterations, mark_of
+from nemodiff_train.model.loading import load_model
+from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.resilience.checkpoints import latest_complete
 from nemodiff_train.validation.settings import section_problems
 from tools.support import faults, layouts, small
@@ -182,6 +184,17 @@ def test_a_damaged_file_is_named_and_its_checkpoint_skipped(
     assert (copied / "damaged-iter_0000006").is_dir() and not iteration.exists()
     assert (copied / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert (copied / "latest_train_state.pt").read_bytes() == (newest / "train_state.pt").read_bytes()
+
+
+def test_settings_and_weights_are_of_one_iteration(copied: Path) -> None:
+    """Also where the damage is a setting: as large as before, and as good as any."""
+    file = copied / "iter_0000006" / "run_config.yaml"
+    changed = file.read_text().replace("mask_token_id: 1", "mask_token_id: 2")
+    assert changed != file.read_text()
+    file.write_text(changed)
+    checkpoint = Checkpoint.open(copied)
+    assert checkpoint.run_config["model"]["mask_token_id"] == 2
+    assert load_model(checkpoint, provider=model_from(checkpoint)).provider.mask_token_id == 1
 
 
 def test_no_silent_start_from_the_beginning(copied: Path) -> None:

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,6 +18,7 @@ from nemodiff_train.config.schedule import ScheduleConfig
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.drafter.config import DrafterConfig
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.draft_adapter import DraftLoRA
 from nemodiff_train.objective import ObjectiveConfig
 
@@ -37,18 +38,40 @@ class TriModeConfig(ConfigContainer):
     given: dict[str, Any] = field(default_factory=dict)
     """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
 
+    @cached_property
+    def start(self) -> Checkpoint | None:
+        """Return the Megatron checkpoint whose weights the run starts from; None for a Hugging Face model or none.
+
+        Raises:
+            UserError: None of its iterations is complete.
+        """
+        folder = self.checkpoint.pretrained_checkpoint
+        return Checkpoint.find(folder) if folder else None
+
+    @cached_property
+    def saved(self) -> Checkpoint | None:
+        """Return the run's own checkpoint that this start resumes from; None at its first start."""
+        return Checkpoint.to_resume(self.checkpoint.load, self.checkpoint.ckpt_step)
+
     def settings(self) -> dict[str, Any]:
         """Return every setting by its dotted key, as plain values: from :attr:`given` where the run has set it."""
         return self.given or flattened(self.sections())
 
     def sections(self) -> dict[str, Any]:
         """Return the configuration as it is now: plain values by section, as YAML can hold them."""
-        with safe_yaml_representers():
-            # As if it had been written and read, without the text in between.
-            node = yaml.SafeDumper(io.StringIO()).represent_data(self.to_dict())
-        sections: dict[str, Any] = yaml.constructor.SafeConstructor().construct_document(node)
+        # As if it had been written and read, without the text in between.
+        sections: dict[str, Any] = yaml.constructor.SafeConstructor().construct_document(self._node())
         del sections["given"]
         return sections
+
+    def to_yaml(self, yaml_path: str) -> None:
+        """Write the text that Bridge would, by libyaml: all ranks wait for it at every checkpoint."""
+        with open(yaml_path, "w") as file:
+            yaml.serialize(self._node(), file, Dumper=yaml.CSafeDumper)
+
+    def _node(self) -> yaml.Node:
+        with safe_yaml_representers():
+            return yaml.SafeDumper(io.StringIO()).represent_data(self.to_dict())
 
     @classmethod
     def _convert_value_to_dict(cls, value: Any) -> Any:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, MixedPrecisionConfig, register
 
+from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.conversion.weights import DTYPES
 from nemodiff_train.errors import UserError
@@ -18,7 +18,7 @@ def fp32() -> MixedPrecisionConfig:
     return MixedPrecisionConfig(fp32=True, params_dtype=torch.float32, pipeline_dtype=torch.float32)
 
 
-def precision_of(config: ConfigContainer, cuda: bool) -> str | MixedPrecisionConfig:
+def precision_of(config: TriModeConfig, cuda: bool) -> str | MixedPrecisionConfig:
     """Return the precision of a run: the one that it names, else the one that it began in, else one that fits.
 
     Without a name a GPU trains what is stored in 16 bits in bf16, with weights for the optimizer in fp32. All else
@@ -31,8 +31,8 @@ def precision_of(config: ConfigContainer, cuda: bool) -> str | MixedPrecisionCon
     if config.mixed_precision is not None:
         named: str | MixedPrecisionConfig = config.mixed_precision
         return named
-    if saved := Checkpoint.find_complete(config.checkpoint.load):
-        return begun_precision(saved)
+    if config.saved:
+        return begun_precision(config.saved)
     return "bf16_mixed" if cuda and _stored_dtype(config) != torch.float32 else "fp32"
 
 
@@ -56,7 +56,7 @@ def begun_precision(saved: Checkpoint) -> str:
     return "bf16_mixed" if model.get("bf16") else "fp16_mixed" if model.get("fp16") else "fp32"
 
 
-def _stored_dtype(config: ConfigContainer) -> torch.dtype:
+def _stored_dtype(config: TriModeConfig) -> torch.dtype:
     """Return the dtype of the weights that a run starts from: of the files where there are any, else the model's."""
     dtype: torch.dtype = config.model.params_dtype
     start = Path(config.checkpoint.pretrained_checkpoint or "")

@@ -110,6 +110,7 @@ def load_decoding_model(
     decoding = DecodingSettings(block_size=block_size, **settings)
     loaded = load_model(
         checkpoint,
+        provider=provider,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
         drafter=drafter,

@@ -125,10 +125,17 @@ class Checkpoint:
         return cls(path, _newest_complete(path, structure_damage))
 
     @classmethod
-    def find_complete(cls, path: str | Path | None) -> Self | None:
-        """Open the checkpoint that a run would resume from; None where there is none, or where none is complete."""
+    def to_resume(cls, folder: str | Path | None, step: int | None) -> Self | None:
+        """Open the checkpoint that a run would resume from; None where there is none, or where none is complete.
+
+        Args:
+            folder: Folder of the run's checkpoints, if any.
+            step: Step to resume from; None for the newest.
+        """
+        if not folder:
+            return None
         try:
-            return cls.find(path) if path else None
+            return cls.find(folder if step is None else Path(folder) / f"iter_{step:07d}")
         except UserError:
             return None  # AtomicCheckpointManager distinguishes the damaged from the unfinished
 
@@ -235,7 +242,7 @@ class Checkpoint:
         return self
 
     def verify_contents(self) -> Self:
-        """Compare every byte with the recorded checksums.
+        """Compare every byte with the recorded checksums, when it is first called.
 
         Returns:
             The checkpoint itself, or the newest older iteration that is intact, with a warning.
@@ -243,6 +250,10 @@ class Checkpoint:
         Raises:
             UserError: No iteration in the folder is complete; the damaged file is named.
         """
+        return self._verified
+
+    @cached_property
+    def _verified(self) -> Self:
         verified = _newest_complete(self.path, damage)
         if verified == self.iteration:
             return self

@@ -45,6 +45,7 @@ class LoadedModel:
 def load_model(
     checkpoint: Checkpoint,
     *,
+    provider: TriModeModelProvider | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     drafter: Checkpoint | None = None,
@@ -55,6 +56,7 @@ def load_model(
     Args:
         checkpoint: A model's, or one of LoRA. Every byte is verified; where it is damaged, the newest older one that
             is intact is loaded.
+        provider: What :func:`~nemodiff_train.model.pretrained.model_from` has returned for it; None to ask for it.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out; where there are more ranks, they hold replicas.
         drafter: A drafter that was trained for this model.
@@ -64,13 +66,16 @@ def load_model(
         UserError: It is a drafter, no iteration is intact, the layout does not fit the world size, or the drafter is
             one of another model.
     """
-    provider = model_from(checkpoint.require_model())
+    with console.status(Text(f"verifying {checkpoint.path}")):
+        verified = checkpoint.verify_contents()
+    if provider is None or verified is not checkpoint:
+        provider = model_from(verified.require_model())
+    checkpoint = verified
     opened = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     if line := tokens_without_row(tokenizer, provider.vocab_size):
         warn(line)
     with quiet(), console.status(Text(f"loading {checkpoint.path}")):
-        checkpoint = checkpoint.verify_contents()
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)

@@ -80,7 +80,8 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             return super().load(ctx)
         groups = ctx.optimizer.param_groups
         settings_of_groups = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in groups]
-        now, before = config_of(ctx.state), Checkpoint.find(str(self.checkpoint_config.load))
+        now = config_of(ctx.state)
+        before = Checkpoint.to_resume(self.checkpoint_config.load, self.checkpoint_config.ckpt_step)
         # Megatron finds a group of the checkpoint by its learning rates.
         if before is not None and "optimizer" in before.run_config:
             for group in groups:

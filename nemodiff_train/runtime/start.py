@@ -126,6 +126,7 @@ def init_quietly() -> Host:
         patches.show_absence_of_transformer_engine()
         patches.load_torch_adam()
     missing = stand_in_for(OPTIONAL_PACKAGES)
+    patches.parse_yaml_in_c()
     patches.keep_compiled_dataset_helpers()
     patches.end_save_helpers_with_rank(save_worker)
     patches.start_writer_alone()

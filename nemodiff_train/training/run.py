@@ -21,7 +21,6 @@ from nemodiff_train.console import console, say
 from nemodiff_train.distributed import HEAD_START, ReservedPort, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, refusal
 from nemodiff_train.files import locked
-from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
 from nemodiff_train.model.provider import fit_to_host
 from nemodiff_train.processes import ENDING
@@ -99,16 +98,16 @@ def train(config: TriModeConfig) -> None:
     check(config, world_size())
     if slow := warning(config.mixed_precision, init_runtime().cuda):
         say(slow)
-    if config.peft is not None and (start := config.checkpoint.pretrained_checkpoint):
-        base = Checkpoint.open(start).iteration  # the checkpoints of adapters say which weights they are trained on
+    if config.peft is not None and config.start:  # the checkpoints of adapters say which weights they are trained on
+        base = config.start.iteration
         config.adapter_base = AdapterBase(base.name, identity(base))
-    if saved := Checkpoint.find_complete(config.checkpoint.load):
-        config.dataset.samples_ahead = samples_ahead(saved, config)
-        say(description(saved, config))
+    if config.saved:
+        config.dataset.samples_ahead = samples_ahead(config.saved, config)
+        say(description(config.saved, config))
     _stay_offline_unless_logged_in(config)
     output = Path(config.checkpoint.save).parent
     try:
-        _run(config, output, saved)
+        _run(config, output)
     except OSError as error:  # on a full disk, closing a log fails as well, after the error that counts
         stop = next((cause for cause in causes_of(error) if isinstance(cause, RunStopped)), None)
         if stop is None and disk_is_full(error):
@@ -118,15 +117,15 @@ def train(config: TriModeConfig) -> None:
         raise stop from error
 
 
-def _run(config: TriModeConfig, output: Path, saved: Checkpoint | None) -> None:
+def _run(config: TriModeConfig, output: Path) -> None:
     shared = StepContext(output)
     breakdown, log = LossBreakdown(shared), RunLog(shared)
     with contextlib.ExitStack() as stack:
         stack.callback(end_as_ever)
         end_at_once(*ENDING)
         stack.enter_context(locked(output))
-        record_end = stack.enter_context(record_start(output, config.resilience.restarts))
-        say(_announcement(config, saved))
+        record_end = stack.enter_context(record_start(output, config.saved, config.resilience.restarts))
+        say(_announcement(config))
         from megatron.bridge.training import setup  # after the line: these take a second
         from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
         from megatron.bridge.training.utils import sig_utils
@@ -169,10 +168,12 @@ def _run(config: TriModeConfig, output: Path, saved: Checkpoint | None) -> None:
             raise
 
 
-def _announcement(config: TriModeConfig, saved: Checkpoint | None) -> str:
+def _announcement(config: TriModeConfig) -> str:
     """Return one line on what is about to be trained; the first step may be minutes away."""
     ranks, model, train = world_size(), config.model, config.train
-    start = f"step {saved.step}" if saved else config.checkpoint.pretrained_checkpoint or "random weights"
+    start = (
+        f"step {config.saved.step}" if config.saved else config.checkpoint.pretrained_checkpoint or "random weights"
+    )
     trained = "AR stage" if config.objective.stage == "ar" else "joint stage"
     if config.peft:
         trained = "path selector" if config.selector_rank else "drafter" if config.drafter else "adapters"

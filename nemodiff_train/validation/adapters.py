@@ -44,7 +44,7 @@ def problems(config: TriModeConfig) -> Iterator[str]:
     if not config.drafter:
         return
     start = config.checkpoint.pretrained_checkpoint
-    if not start or not Checkpoint.find(start):
+    if not config.start:
         yield f"a drafter starts from a Megatron checkpoint, which '{start}' is not; use 'nemodiff convert import'"
     if config.model.mask_token_id is None and config.has_masks:
         yield f"'{start}' has no mask token; a drafter is trained for a model after its joint stage"

@@ -15,7 +15,6 @@ from nemodiff_train.config.config import Changes, TriModeConfig, differences, fl
 from nemodiff_train.config.precision import is_mixed, precision_of
 from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.planning import rules
 from nemodiff_train.planning.hardware import USABLE_MEMORY
 from nemodiff_train.planning.layouts import layout_of
@@ -65,8 +64,8 @@ def dry_run(
     given = config.settings()
     _add_changes(page, "not as in the recipe", differences(defaults, given))
     _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
-    if saved := Checkpoint.find_complete(config.checkpoint.load):
-        page.add_row("resume", description(saved, config))
+    if config.saved:
+        page.add_row("resume", description(config.saved, config))
     if not failed and not rules.problems(config, world_size):
 
         def measure() -> None:

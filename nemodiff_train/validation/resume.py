@@ -46,7 +46,7 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
 
 def problems(config: TriModeConfig) -> list[str]:
     """Return the changes that a run cannot resume with, one line each."""
-    saved = Checkpoint.find_complete(config.checkpoint.load)
+    saved = config.saved
     if saved is None:
         return []
     changed, steps = changes(saved, config), config.train.train_iters

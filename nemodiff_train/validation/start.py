@@ -8,7 +8,7 @@ from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError, refusal
 from nemodiff_train.model.bridges import TESTED
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
-from nemodiff_train.model.checksums import identity
+from nemodiff_train.model.checksums import identity, iterations
 from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
 from nemodiff_train.model.pretrained import model_from
@@ -30,7 +30,7 @@ def problems(config: TriModeConfig) -> list[str]:
 
 def _check_pretrained(config: TriModeConfig) -> None:
     folder = config.checkpoint.pretrained_checkpoint
-    checkpoint = Checkpoint.find(folder) if folder else None
+    checkpoint = config.start
     if checkpoint is None and config.peft is not None and config.drafter is None:
         raise UserError("adapters start from a Megatron checkpoint; make one with 'nemodiff convert import'")
     if not folder:
@@ -64,27 +64,24 @@ def _resume_problems(config: TriModeConfig) -> Iterator[str]:
     load, step = config.checkpoint.load, config.checkpoint.ckpt_step
     if not load:
         yield "checkpoint.load is not set: no start would go on from the checkpoints of the one before; leave it out"
-    try:
-        saved = Checkpoint.find(load) if load else None
-    except UserError:
-        return  # none is complete: AtomicCheckpointManager separates damaged from unfinished ones
-    if load and load != config.checkpoint.save and saved is None:
+    elif config.saved is not None:
+        yield from _changes_since(config.saved, config)
+    elif load != config.checkpoint.save and not iterations(Path(load)):
         yield f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"
-    elif step is not None and not (Path(load or "") / f"iter_{step:07d}").is_dir():
+    elif step is not None and not (Path(load) / f"iter_{step:07d}").is_dir():
         yield f"checkpoint.ckpt_step={step}: there is no such checkpoint in '{load}'"
-    elif saved is not None:
-        yield from _changes_since(saved, config)
 
 
 def _check_base(saved: Checkpoint, config: TriModeConfig) -> None:
     """Refuse to go on with adapters on other weights: Bridge loads the base's newest iteration at every start."""
     if config.peft is None or saved.kind not in (Kind.LORA, Kind.DRAFTER):
         return
-    base, start = saved.base, Checkpoint.open(str(config.checkpoint.pretrained_checkpoint))
-    if identity(start.iteration) != identity(base.iteration):
+    base, start = saved.base, config.start
+    if start is None or identity(start.iteration) != identity(base.iteration):
         raise UserError(
             f"'{saved.iteration}' holds adapters of '{base.iteration}', but the run would start from "
-            f"'{start.iteration}'; name another output, or the folder of that checkpoint as start_from"
+            f"'{start.iteration if start else config.checkpoint.pretrained_checkpoint}'; name another output, or the "
+            "folder of that checkpoint as start_from"
         )
 
 

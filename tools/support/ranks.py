@@ -34,10 +34,18 @@ GRACE = 1.0
 """Seconds between SIGTERM and SIGKILL for the ranks that outlive a failed one."""
 
 PRELOADED = (
+    "antlr4.LL1Analyzer",
     "hydra",
+    "megatron.bridge.models.mla_provider",
+    "megatron.bridge.models.qwen.qwen3_bridge",
     "megatron.bridge.training.pretrain",
     "megatron.bridge.training.utils.omegaconf_utils",
+    "megatron.core.datasets.helpers",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.tokenizers.text.models",
     "tensorboard.backend.event_processing.event_accumulator",
+    "torch.utils.serialization",
     "torch.utils.tensorboard",
     "transformers.models.ministral3.modeling_ministral3",
     "transformers.models.qwen3.modeling_qwen3",
