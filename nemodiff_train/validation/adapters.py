@@ -7,7 +7,6 @@ from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.utils import wildcard_match
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
 from nemodiff_train.objective import ObjectiveConfig
 
