@@ -1,10 +1,11 @@
 """Decode with exported directories in mlx-lm and mlx-vlm, on a CPU.
 
-``build/engines/bin/python tests/engine_mlx.py JOBS RESULTS``; imports nothing of this project.
+``build/engines/bin/python tests/engine_mlx.py`` answers each line of its input; imports nothing of this project.
 """
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,5 +56,8 @@ def draft(model: Any, prompt: list[int], block: int, enabled: bool) -> list[list
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     run = {"ar": ar, "diffusion": diffusion}
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps({name: run[kind](**job) for name, (kind, job) in jobs.items()}))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints
+    for line in sys.stdin:
+        kind, job = json.loads(line)
+        print(json.dumps(run[kind](**job)), file=answers, flush=True)

@@ -1,11 +1,11 @@
 """Decode greedily with exported directories in whichever Transformers is installed, and tokenize a text.
 
-``python tests/engine_transformers.py JOBS RESULTS``; imports nothing of this project.
+``python tests/engine_transformers.py`` answers each line of its input; imports nothing of this project.
 """
 
 import json
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +34,15 @@ def tokenizer(directory: str, text: str) -> dict[str, Any]:
     return {"text": found(text)["input_ids"], "mask": found.mask_token_id}
 
 
+def version() -> str:
+    return transformers.__version__
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run = {"ar": ar, "config": config, "tokenizer": tokenizer}
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: run[kind](**job) for name, (kind, job) in jobs.items()}
-    Path(sys.argv[2]).write_text(json.dumps({"version": transformers.__version__, **results}))
+    run = {"ar": ar, "config": config, "tokenizer": tokenizer, "version": version}
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints
+    for line in sys.stdin:
+        kind, job = json.loads(line)
+        print(json.dumps(run[kind](**job)), file=answers, flush=True)

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +180,58 @@ def test_code_is_named_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "lacks configuration_nemotron_labs_diffusion.py" in capsys.readouterr().err
 
 
-def run(python: Path | str, script: str, work: dict[str, Any], folder: Path, **environment: str) -> dict[str, Any]:
-    """Let a program in another environment do jobs; return what it found."""
-    (folder / "jobs.json").write_text(json.dumps(work))
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    inherited |= {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    command = [str(python), str(ROOT / "tests" / script), str(folder / "jobs.json"), str(folder / "results.json")]
-    ended = subprocess.run(command, env=inherited, cwd=folder, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads((folder / "results.json").read_text())
+class Engine:
+    """A program in another environment, which starts at its first job.
+
+    Args:
+        folder: Where it keeps what it downloads, and its log.
+        python: Interpreter of the environment.
+        script: The program in ``tests``.
+        environment: Added to this process's.
+    """
+
+    def __init__(self, folder: Path, python: Path | str, script: str, **environment: str) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.environment = inherited | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.environment |= environment
+        self.command = [str(python), str(ROOT / "tests" / script)]
+        self.log = folder / "log"
+
+    @cached_property
+    def process(self) -> subprocess.Popen[str]:
+        pipe, log = subprocess.PIPE, self.log.open("w")
+        return subprocess.Popen(
+            self.command, env=self.environment, cwd=self.log.parent, stdin=pipe, stdout=pipe, stderr=log, text=True
+        )
+
+    def __call__(self, kind: str, **job: Any) -> Any:
+        """Do a job; return what the program found."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps([kind, job]), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, self.log.read_text()
+        return json.loads(answer)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+    """Those that are there: Transformers 5, Transformers 4, and MLX with mlx-lm and mlx-vlm."""
+    program = "engine_transformers.py"
+    found = {"transformers 5": Engine(tmp_path_factory.mktemp("transformers5"), sys.executable, program)}
+    if TRANSFORMERS_4.is_dir():
+        folder = tmp_path_factory.mktemp("transformers4")
+        found["transformers 4"] = Engine(folder, sys.executable, program, PYTHONPATH=str(TRANSFORMERS_4))
+    if MLX.exists():
+        found["mlx"] = Engine(tmp_path_factory.mktemp("mlx"), MLX, "engine_mlx.py")
+    yield found
+    for engine in found.values():
+        if "process" in vars(engine):
+            engine.process.kill()
+            engine.process.communicate()
+
+
+def of_transformers(engines: dict[str, Engine]) -> list[Engine]:
+    return [engine for name, engine in engines.items() if name != "mlx"]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +255,9 @@ def sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sdar_of_a_block_causal_qwen_3(sdar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sdar_of_a_block_causal_qwen_3(
+    sdar: Path, engines: dict[str, Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The names, mask token and rotary base that SGLang 0.5.23 and lmdeploy read; and what they could not decode."""
     out = sdar / "out"
     assert main(["convert", "export", str(sdar / "sdar-checkpoint"), str(out), "--format", "sdar"]) == 0
@@ -222,10 +269,9 @@ def test_sdar_of_a_block_causal_qwen_3(sdar: Path, capsys: pytest.CaptureFixture
     assert main(["convert", "import", str(out), str(sdar / "again")]) == 0  # comes back as what it was
     assert main(["convert", "export", str(sdar / "again"), str(sdar / "out-again"), "--format", "sdar"]) == 0
     assert json.loads((sdar / "out-again" / "config.json").read_text()) == settings
-    work = {"sdar": ("config", {"directory": str(out)})}
-    for environment in ({}, {"PYTHONPATH": str(TRANSFORMERS_4)}) if TRANSFORMERS_4.is_dir() else ({},):
-        found = run(sys.executable, "engine_transformers.py", work, sdar, **environment)
-        assert found["sdar"] == {"class": "SDARConfig", "rope_theta": 5e4, "architectures": ["SDARForCausalLM"]}
+    for engine in of_transformers(engines):
+        found = engine("config", directory=str(out))
+        assert found == {"class": "SDARConfig", "rope_theta": 5e4, "architectures": ["SDARForCausalLM"]}
     for name, reason in (("other-mask", "151669"), ("causal", "clean_attention=causal"), ("shifted", "shift=true")):
         capsys.readouterr()
         words = ["convert", "export", str(sdar / f"{name}-checkpoint"), str(sdar / "none"), "--format", "sdar"]
@@ -298,7 +344,7 @@ def test_an_added_mask_token_is_all_that_changes(tokenized: Path) -> None:
     assert after["added_tokens_decoder"].pop(added)["special"] and after == before
 
 
-def test_tokenizers_load_in_transformers_4_and_5(tokenized: Path) -> None:
+def test_tokenizers_load_in_transformers_4_and_5(tokenized: Path, engines: dict[str, Engine]) -> None:
     """Also one that Transformers 5 has saved, with a class and a field that the older version does not know."""
     newer, out = tokenized / "newer", tokenized / "newer-out"
     shutil.copytree(tokenized / "source", newer)
@@ -309,14 +355,12 @@ def test_tokenizers_load_in_transformers_4_and_5(tokenized: Path) -> None:
     assert main(["convert", "import", str(newer), str(tokenized / "newer-checkpoint")]) == 0
     assert main(["convert", "export", str(tokenized / "newer-checkpoint"), str(out)]) == 0
     folders = ("source", "trained", "masked", "newer-out")
-    work = {name: ("tokenizer", {"directory": str(tokenized / name), "text": TEXT}) for name in folders}
-    versions = [{}] + ([{"PYTHONPATH": str(TRANSFORMERS_4)}] if TRANSFORMERS_4.is_dir() else [])
-    for environment in versions:
-        found = run(sys.executable, "engine_transformers.py", work, tokenized, **environment)
+    for engine in of_transformers(engines):
+        found = {name: engine("tokenizer", directory=str(tokenized / name), text=TEXT) for name in folders}
         assert len({tuple(found[name]["text"]) for name in folders}) == 1
         assert found["masked"]["mask"] not in (None, found["source"]["mask"])
-    if TRANSFORMERS_4.is_dir():
-        assert found["version"].startswith("4.57")
+    if "transformers 4" in engines:
+        assert engines["transformers 4"]("version").startswith("4.57")
 
 
 @pytest.fixture(scope="module")
@@ -336,33 +380,32 @@ def expected(served: Served) -> Tokens:
     return found
 
 
-def ar_jobs(served: Served, names: Any) -> dict[str, Any]:
-    return {
-        name: ("ar", {"directory": served.path(name, "ar"), "prompts": PROMPTS, "new": NEW, "text": TEXT})
-        for name in names
-    }
+def decoded_by(engine: Engine, served: Served, name: str) -> dict[str, Any]:
+    """Decode a family's prompts and tokenize a text."""
+    return engine("ar", directory=served.path(name, "ar"), prompts=PROMPTS, new=NEW, text=TEXT)
 
 
 @pytest.mark.skipif(not MLX.exists(), reason="no build/engines; make it with tools/engines")
-def test_mlx_lm_decodes_every_family(served: Served, expected: Tokens, tmp_path: Path) -> None:
-    found = run(MLX, "engine_mlx.py", ar_jobs(served, FAMILIES), tmp_path)
+def test_mlx_lm_decodes_every_family(served: Served, expected: Tokens, engines: dict[str, Engine]) -> None:
     for name in FAMILIES:
-        assert found[name]["tokens"] == expected[name]["ar"], name
+        assert decoded_by(engines["mlx"], served, name)["tokens"] == expected[name]["ar"], name
 
 
 @pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason="no build/engines; make it with tools/engines")
-def test_transformers_4_and_5_decode_every_family(served: Served, expected: Tokens, tmp_path: Path) -> None:
+def test_transformers_4_and_5_decode_every_family(
+    served: Served, expected: Tokens, engines: dict[str, Engine]
+) -> None:
     older_ones = [name for name in FAMILIES if name != "ministral3"]  # which Transformers 4 does not have
-    for names, environment in ((FAMILIES, {}), (older_ones, {"PYTHONPATH": str(TRANSFORMERS_4)})):
-        found = run(sys.executable, "engine_transformers.py", ar_jobs(served, names), tmp_path, **environment)
+    for version, names in (("transformers 5", list(FAMILIES)), ("transformers 4", older_ones)):
+        found = {name: decoded_by(engines[version], served, name) for name in names}
         for name in names:
-            assert found[name]["tokens"] == expected[name]["ar"], (name, found["version"])
+            assert found[name]["tokens"] == expected[name]["ar"], (name, version)
             assert found[name]["text"] == found["qwen3"]["text"]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no runs/models/smollm2; make it with tools/real_model")
 @pytest.mark.skipif(not MLX.exists(), reason="no build/engines; make it with tools/engines")
-def test_a_real_model_decodes_the_same_everywhere(tmp_path: Path) -> None:
+def test_a_real_model_decodes_the_same_everywhere(tmp_path: Path, engines: dict[str, Engine]) -> None:
     """The model itself in Transformers 5; its export there, in Transformers 4 and mlx-lm: tokens of texts."""
     from nemodiff_train.data.tokenizer import load_tokenizer
 
@@ -373,15 +416,9 @@ def test_a_real_model_decodes_the_same_everywhere(tmp_path: Path) -> None:
     texts = ["The capital of France is", "def fibonacci(n):\n    if n <", "Once upon a time, there"]
     tokenizer = load_tokenizer(str(REAL))
     job = {"prompts": [tokenizer(text)["input_ids"] for text in texts], "new": NEW, "text": TEXT}
-    work = {"export": ("ar", {"directory": out, **job})}
-    with_model = {"model": ("ar", {"directory": str(REAL), **job}), **work}
-    transformers = run(sys.executable, "engine_transformers.py", with_model, tmp_path)
-    others = [
-        run(sys.executable, "engine_transformers.py", work, tmp_path, PYTHONPATH=str(TRANSFORMERS_4)),
-        run(MLX, "engine_mlx.py", work, tmp_path),
-    ]
-    assert [engine["export"] for engine in (transformers, *others)] == [transformers["model"]] * 3
-    assert "Paris" in tokenizer.decode(transformers["model"]["tokens"][0])
+    model = engines["transformers 5"]("ar", directory=str(REAL), **job)
+    assert [engine("ar", directory=out, **job) for engine in engines.values()] == [model] * 3
+    assert "Paris" in tokenizer.decode(model["tokens"][0])
 
 
 @pytest.fixture(scope="module")
@@ -446,13 +483,12 @@ def test_mlx_vlm_decodes_every_backbone(
     served: Served,
     expected: Tokens,
     drafted: tuple[dict[str, str], Any],
-    tmp_path: Path,
+    engines: dict[str, Engine],
 ) -> None:
     """Tokens of three modes; and the logits of a draft, with and without the drafter."""
     settings = {"prompts": PROMPTS, "new": NEW, "block": BLOCK, "threshold": THRESHOLD}
     directories = {name: served.path(name, "nemotron") for name in BACKBONES} | {"drafted": drafted[0]["nemotron"]}
-    work = {name: ("diffusion", {"directory": folder, **settings}) for name, folder in directories.items()}
-    found = run(MLX, "engine_mlx.py", work, tmp_path)
+    found = {name: engines["mlx"]("diffusion", directory=folder, **settings) for name, folder in directories.items()}
     for name in directories:
         for mode, tokens in expected["llama3" if name == "drafted" else name].items():
             assert found[name][mode] == tokens, (name, mode)
