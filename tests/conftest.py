@@ -1,5 +1,6 @@
 """Fixtures used by more than one module."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ def end_process_groups() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def no_groups_left() -> Iterator[None]:
     """Process groups end with the module that began them: the next one may need other ones."""
+    gc.collect()
+    gc.freeze()  # what earlier modules have imported is not looked through again
     yield
     end_process_groups()
 
