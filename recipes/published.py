@@ -15,12 +15,12 @@ from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import (
     adamw,
     base_config,
+    check_size,
     overlap_communication,
     schedule,
     set_tensor_parallel,
 )
 from nemodiff_train.config.recipes import Recipe
-from nemodiff_train.errors import UserError
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.presets import preset
@@ -107,11 +107,7 @@ def _stage(
 ) -> TriModeConfig:
     """Return one stage."""
     model = model_from(start_from)
-    if (model.num_layers, model.hidden_size) != (size.layers, size.hidden):
-        raise UserError(
-            f"'{start_from}' has {model.num_layers} layers of width {model.hidden_size}, but this recipe is for "
-            f"{size.layers} of width {size.hidden}; take the recipe of its size, or 'joint' for another model"
-        )
+    check_size(model, start_from, size.layers, size.hidden)
     steps = -(-tokens // (BATCH_SIZE * LENGTH))
     config = base_config(
         set_tensor_parallel(model, size.tensor_parallel),
