@@ -168,14 +168,14 @@ def figures(output: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
+def data(prefix: Path, documents: int = 100) -> None:
     """Write documents of a learnable sequence of ids 20 to 219 as .bin/.idx."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     draw = np.random.default_rng(0)
     for _ in range(documents):
-        size = int(draw.integers(length // 20, length))  # documents end anywhere inside samples
+        size = int(draw.integers(15, 300))  # documents end anywhere inside samples
         ids = np.append(np.cumsum(draw.integers(0, 3, size - 1)) % 200 + 20, 0)
         builder.add_document(torch.from_numpy(ids), [size])
     builder.finalize(f"{prefix}.idx")
