@@ -1,16 +1,17 @@
 """The demo's runs, in minutes on two cores: an AR model, its joint stage, drafters for both, and conversations."""
 
+from typing import Any
+
 from transformers import Qwen3Config
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.config.datasets import ChatDatasetConfig, IndexedDatasetConfig, TextDatasetConfig
+from nemodiff_train.config.datasets import ChatDatasetConfig, TextDatasetConfig
 from nemodiff_train.config.defaults import adamw, base_config, schedule, tokenizer_of
 from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
 from nemodiff_train.drafter.config import DrafterConfig, selector, uno, uno_objective
 from nemodiff_train.model.adapters import lora
 from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from, model_like
-from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 
 
@@ -26,7 +27,8 @@ def demo_ar(tokenizer: str, problems: str, code: str, output: str) -> TriModeCon
     model = model_like(_small_qwen3(tokenizer))
     model.init_method_std, model.embedding_init_method_std = 0.08, 1.0  # so small a model learns sooner
     objective = ObjectiveConfig(stage="ar")
-    config = _demo(model, objective, _text(problems, code), None, output, steps=900, warmup=50, peak=8e-3)
+    run = _short_run(steps=900, warmup=50, peak=8e-3)
+    config = base_config(model, objective, _text(problems, code), start_from=None, output=output, **run)
     config.tokenizer = tokenizer_of(tokenizer)
     config.train.micro_batch_size = 4
     return config
@@ -58,8 +60,8 @@ def demo_joint(
     # Two departures from the paper, for a training of minutes: a one-shot draft starts from fully masked samples, and
     # the shift lets the noisy half reuse the sums that the AR model can do already.
     objective = ObjectiveConfig(block_size=32, mask_token=mask_token, fully_masked_fraction=0.5, shift=True)
-    warmup = min(30, steps // 10)
-    config = _demo(model, objective, _text(problems, code), start_from, output, steps, warmup, peak)
+    run = _short_run(steps, min(30, steps // 10), peak)
+    config = base_config(model, objective, _text(problems, code), start_from=start_from, output=output, **run)
     if tensor_parallel == 1:
         config.train.micro_batch_size = 4  # there may be two replicas
     return config
@@ -76,7 +78,8 @@ def demo_drafter(start_from: str, problems: str, output: str, steps: int = 600) 
     """
     model = model_from(start_from)
     objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift)
-    config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=4e-3)
+    run = _short_run(steps, warmup=10, peak=4e-3)
+    config = base_config(model, objective, _text(problems), start_from=start_from, output=output, **run)
     return _with_drafter(config, DrafterConfig(), DraftLoRA(dim=128, alpha=512))
 
 
@@ -91,7 +94,8 @@ def demo_drafter_uno(start_from: str, problems: str, output: str, steps: int = 6
     """
     model = model_from(start_from)
     objective = uno_objective(steps, model.shift)
-    config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=1e-3)
+    run = _short_run(steps, warmup=10, peak=1e-3)
+    config = base_config(model, objective, _text(problems), start_from=start_from, output=output, **run)
     return _with_drafter(config, uno(), DraftLoRA(dim=128, alpha=2048, target_modules=adapted_layers("all")))
 
 
@@ -110,7 +114,8 @@ def demo_selector(
     model = model_from(start_from)
     drafts = with_selector(model, drafter, rank=256)
     objective = ObjectiveConfig(block_size=drafts.block_size, shift=model.shift)
-    config = _demo(model, objective, _text(problems), start_from, output, steps=steps, warmup=10, peak=5e-3)
+    run = _short_run(steps, warmup=10, peak=5e-3)
+    config = base_config(model, objective, _text(problems), start_from=start_from, output=output, **run)
     return _with_drafter(config, selector(drafts.name), drafts.lora)
 
 
@@ -128,36 +133,23 @@ def demo_sft(start_from: str, data: str, output: str, lora_rank: int = 0, tensor
     model.tensor_model_parallel_size = tensor_parallel
     objective = ObjectiveConfig(block_size=model.block_size, shift=model.shift, fully_masked_fraction=0.2)
     dataset = ChatDatasetConfig(seq_length=256, data=[data], split="100,0,0")
-    config = _demo(model, objective, dataset, start_from, output, steps=300, warmup=10, peak=1e-3)
+    run = _short_run(steps=300, warmup=10, peak=1e-3)
+    config = base_config(model, objective, dataset, start_from=start_from, output=output, **run)
     config.peft = lora(lora_rank)
     return config
 
 
-def _demo(
-    model: TriModeModelProvider,
-    objective: ObjectiveConfig,
-    dataset: IndexedDatasetConfig,
-    start_from: str | None,
-    output: str,
-    steps: int,
-    warmup: int,
-    peak: float,
-) -> TriModeConfig:
-    """Return a run with one checkpoint at its end."""
-    return base_config(
-        model,
-        objective,
-        dataset,
-        start_from=start_from,
-        output=output,
-        steps=steps,
-        batch_size=8,
-        micro_batch_size=8,
-        optimizer=adamw(peak, peak / 20),
-        scheduler=schedule(warmup / steps, style="cosine"),
-        save_interval=steps,
-        precision=None,
-    )
+def _short_run(steps: int, warmup: int, peak: float) -> dict[str, Any]:
+    """Return what all runs have in common: batches of 8, one checkpoint at the end, the machine's precision."""
+    return {
+        "steps": steps,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "optimizer": adamw(peak, peak / 20),
+        "scheduler": schedule(warmup / steps, style="cosine"),
+        "save_interval": steps,
+        "precision": None,
+    }
 
 
 def _with_drafter(config: TriModeConfig, drafter: DrafterConfig, adapters: DraftLoRA) -> TriModeConfig:

@@ -10,7 +10,7 @@ from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import indexed_dataset
 from nemodiff_train.config.defaults import adamw, base_config, schedule, set_tensor_parallel
 from nemodiff_train.drafter.config import DrafterConfig, uno, uno_objective
-from nemodiff_train.drafter.config import selector as switches
+from nemodiff_train.drafter.config import selector as selector_switches
 from nemodiff_train.model.draft_adapter import DraftLoRA, adapted_layers, with_selector
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
@@ -122,5 +122,5 @@ def selector(
         optimizer=adamw(peak, peak / 10, sharded=True),
         scheduler=schedule(0.025, style="cosine"),
     )
-    config.drafter, config.peft = switches(drafts.name), drafts.lora
+    config.drafter, config.peft = selector_switches(drafts.name), drafts.lora
     return config

@@ -5,31 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nemodiff_train.cli import main
 from nemodiff_train.data.manifest import sha256_of
 from nemodiff_train.data.tokenizer import load_tokenizer
+from nemodiff_train.demo.tokenizer import byte_level_bpe
 
 TEXTS = [f"def f{n}(x):\n    return x * {n}  # caf\u00e9 \u2028 {'long ' * (n % 7)}\n" for n in range(300)]
 SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")
 
 
 def save_tokenizer(folder: Path, vocab_size: int, eos: bool = True) -> str:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<eos>", "<mask>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
+    inner = byte_level_bpe(TEXTS, vocab_size, ["<eos>", "<mask>"])
     names = {"eos_token": "<eos>"} if eos else {}
-    PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="<mask>", **names).save_pretrained(folder)
     return str(folder)
 
 

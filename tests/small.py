@@ -8,40 +8,11 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.objective.rule import CLEAN, Positions
-from tools.support.small import (
-    EOD,
-    MASK,
-    QWEN3,
-    VOCABULARY,
-    YARN,
-    batch,
-    build,
-    built,
-    chat,
-    data,
-    dense,
-    documents,
-    drafter,
-    figures,
-    loss,
-    of_preset,
-    qwen3,
-    recipe,
-    sampler,
-    save,
-    selector,
-    sizes,
-    step,
-    tokenizer,
-    uno,
-)
+from tools.support.small import *  # noqa: F403
+from tools.support.small import VOCABULARY, YARN, data, qwen3, save, sizes
 
-__all__ = [
-    "EOD", "MASK", "QWEN3", "VOCABULARY", "YARN", "batch", "build", "built", "chat", "data", "dense", "documents",
-    "drafter", "figures", "llama3", "loss", "ministral3", "ministral3_vision", "mistral", "nemotron", "of_preset",
-    "qwen2", "qwen3", "recipe", "run_inputs", "same", "sample_positions", "sampler", "selector", "step",
-    "tokenizer", "uno", "weights",
-]  # fmt: skip
+QWEN3: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+"""Settings of a model that :func:`built` makes."""
 
 
 def qwen2(directory: Path, **changes: Any) -> None:

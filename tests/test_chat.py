@@ -344,15 +344,13 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory, ranks: RankPool)
 @pytest.fixture(scope="module")
 def one(runs: Jobs) -> str:
     """The checkpoint of joint fine-tuning on one rank."""
-    assert runs["one"]
-    return str(runs.folder / "one" / "checkpoints")
+    return runs.checkpoints("one")
 
 
 @pytest.fixture(scope="module")
 def lora(runs: Jobs) -> str:
     """The checkpoint of LoRA on one rank."""
-    assert runs["lora"]
-    return str(runs.folder / "lora" / "checkpoints")
+    return runs.checkpoints("lora")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

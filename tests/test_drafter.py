@@ -262,15 +262,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Jobs:
 @pytest.fixture(scope="module")
 def base(runs: Jobs) -> str:
     """The checkpoint of the tri-mode model."""
-    assert runs["base"]
-    return str(runs.folder / "base" / "checkpoints")
+    return runs.checkpoints("base")
 
 
 @pytest.fixture(scope="module")
 def drafter(runs: Jobs) -> str:
     """The checkpoint of the drafter on one rank."""
-    assert runs["one"]
-    return str(runs.folder / "one" / "checkpoints")
+    return runs.checkpoints("one")
 
 
 def continued(runs: Jobs, layout: str) -> tuple[layouts.Steps, layouts.Steps]:
@@ -396,8 +394,7 @@ def test_it_acts_on_drafts_alone(base: str, drafter: str, monkeypatch: pytest.Mo
 @pytest.fixture(scope="module")
 def uno(runs: Jobs) -> tuple[str, str]:
     """The checkpoints of an AR model and of its ``uno`` drafter on one rank."""
-    assert runs["uno"]
-    return str(runs.folder / "ar" / "checkpoints"), str(runs.folder / "uno" / "checkpoints")
+    return str(runs.folder / "ar" / "checkpoints"), runs.checkpoints("uno")
 
 
 def opened(model: str, drafter: str | None) -> Any:
@@ -517,8 +514,7 @@ def test_refused_in_one_line(
     folder = runs.folder
     output, (plain, own) = tmp_path / "output", uno
     train = ["train", "drafter", f"start_from={base}", f"data={folder / 'data'}", f"output={output}"]
-    assert runs["own_selector"]
-    select, own_selector = ["train", "selector", *train[2:]], str(folder / "own_selector" / "checkpoints")
+    select, own_selector = ["train", "selector", *train[2:]], runs.checkpoints("own_selector")
     train_uno = ["train", "drafter_uno", f"start_from={plain}", *train[3:]]
     other = tmp_path / "other"
     small.qwen3(other, num_hidden_layers=2)

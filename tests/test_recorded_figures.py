@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nemodiff_train.objective.presets import preset
 from nemodiff_train.runtime import init_runtime
 from tests import jobs, small
 from tools.support.ranks import RankPool
@@ -39,13 +40,17 @@ def _run(folder: Path, name: str, settings: list[str], recipe: str = "recipe", *
     return [{key: value for key, value in step.items() if key not in apart} for step in found["steps"]]
 
 
+def _overrides(name: str) -> list[str]:
+    return [f"objective.{key}={value}" for key, value in vars(preset(name)).items() if value is not None]
+
+
 def train_everything(folder: str | Path) -> dict[str, list[Any]]:
     """Return the figures of every step, by objective."""
     folder = Path(folder)
     init_runtime()
     small.qwen3(folder / "qwen3")
     small.data(folder / "data")
-    figures = {name: _run(folder, name, [], recipe="of_preset", preset=name) for name in PRESETS}
+    figures = {name: _run(folder, name, _overrides(name)) for name in PRESETS}
     for name, settings in SWITCHES.items():
         figures[name] = _run(folder, name, settings)
     figures["ar"] = _run(folder, "ar", [], stage="ar")

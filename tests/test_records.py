@@ -19,6 +19,7 @@ from nemodiff_train.data.indexed import IndexedDataset
 from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.sources import documents, resolve
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from nemodiff_train.demo.tokenizer import byte_level_bpe
 from nemodiff_train.errors import UserError
 from tests.prepared import one_line, read_back, run, write_jsonl
 
@@ -40,22 +41,16 @@ TALK = [
 
 def saved(folder: Path, kind: str, template: str = TURNS, **config: Any) -> str:
     """Save a tokenizer: ``bytes``, or ``words`` with a space before every text as SentencePiece has it."""
-    backend = Tokenizer(models.BPE(byte_fallback=kind == "words", unk_token="<unk>" if kind == "words" else None))
-    alphabet: list[str] = []
-    if kind == "bytes":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:
+    backend = byte_level_bpe(TEXTS, 700, SPECIAL)
+    if kind == "words":
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         backend.decoder = decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if kind == "words" else []
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=SPECIAL + fallback, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
+        special = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+        backend.train_from_iterator(TEXTS, trainer)
     described = json.loads(backend.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] in SPECIAL]
     backend = Tokenizer.from_str(json.dumps(described))

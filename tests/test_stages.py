@@ -64,8 +64,7 @@ def test_a_stage_starts_from_the_one_before(runs: Jobs, stage: str) -> None:
 
 def test_what_is_saved_is_settings_alone(runs: Jobs) -> None:
     """Nothing in the file is a method of the run, or anything else that only its process has."""
-    assert runs["joint"]
-    model = Checkpoint.open(runs.folder / "joint" / "checkpoints").run_config["model"]
+    model = Checkpoint.open(runs.checkpoints("joint")).run_config["model"]
     assert [name for name, value in model.items() if name.endswith("_func") and value] == ["activation_func"]
     assert model["timers"] is None
 

@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the layouts that fit."""
     init_runtime()
-    from nemodiff_train.planning.candidates import plan
-    from nemodiff_train.planning.published import load_planned
+    from nemodiff_train.planning.candidates import load_planned, plan
     from nemodiff_train.validation.settings import check_sizes
 
     config = load_planned(arguments.recipe, arguments.settings)

@@ -16,6 +16,7 @@ from megatron.bridge.training.config import (
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.datasets import IndexedDatasetConfig
 from nemodiff_train.config.schedule import ScheduleConfig
+from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.pretrained import local_copy
 from nemodiff_train.model.provider import TriModeModelProvider
@@ -69,6 +70,19 @@ def base_config(
         rng=RNGConfig(seed=1),
         mixed_precision=precision,
     )
+
+
+def check_size(model: TriModeModelProvider, start_from: str, layers: int, hidden: int) -> None:
+    """Refuse a model that is not of the size that a recipe is for.
+
+    Raises:
+        UserError: Names both sizes.
+    """
+    if (model.num_layers, model.hidden_size) != (layers, hidden):
+        raise UserError(
+            f"'{start_from}' has {model.num_layers} layers of width {model.hidden_size}, but this recipe is for "
+            f"{layers} of width {hidden}; take the recipe of its size, or 'joint' for another model"
+        )
 
 
 def set_tensor_parallel(model: TriModeModelProvider, size: int) -> TriModeModelProvider:

@@ -10,10 +10,11 @@ from typing import Any
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.overrides import override
-from nemodiff_train.config.published import Recipe
 from nemodiff_train.config.registry import check_names, check_recipe, is_field, recipe_modules, split_file, split_word
 from nemodiff_train.credentials import check_no_secrets
 from nemodiff_train.errors import UserError, line_in
+
+Recipe = Callable[..., TriModeConfig]
 
 
 def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:

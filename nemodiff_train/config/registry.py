@@ -71,10 +71,9 @@ def check_arguments(name: str, words: Sequence[str]) -> None:
     except (SyntaxError, ValueError):
         return
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    if not functions and split_file(name) is None:  # two_stages() makes it of the function of its stage
-        stages = ast.parse((Path(__file__).parent / "published.py").read_text())
+    if not functions and split_file(name) is None:  # recipes/published.py makes it of the function of its stage
         stage = name.rpartition("_")[2]
-        functions = [node for node in ast.walk(stages) if isinstance(node, ast.FunctionDef) and node.name == stage]
+        functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef) and node.name == stage]
     if not functions or (taken := functions[-1].args).kwarg or taken.vararg:
         return
     names = [argument.arg for argument in (*taken.posonlyargs, *taken.args)]

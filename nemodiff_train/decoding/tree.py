@@ -98,7 +98,7 @@ def _verify_tree(
 ) -> Tensor:
     """Verify the most probable continuations and keep the branch that the verifier follows."""
     settings, length = sampler.settings, draft.logits.shape[1]
-    tree = DraftTree.most_probable(*_candidates(session, last, draft, settings), last, settings.tree_nodes)
+    tree = DraftTree.most_probable(*_candidates(session, draft, settings), last, settings.tree_nodes)
     tokens, sees = torch.cat([last, tree.tokens[:, 1:]], dim=1), tree.ancestors()
     logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
     choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
@@ -129,9 +129,7 @@ def _verify_tree(
     return choices.gather(1, session.cache.moved(ends))
 
 
-def _candidates(
-    session: Session, last: Tensor, draft: Draft, settings: DecodingSettings
-) -> tuple[NextLogProbs, Tensor]:
+def _candidates(session: Session, draft: Draft, settings: DecodingSettings) -> tuple[NextLogProbs, Tensor]:
     """Return what a draft says of candidates, and their ids [batch, k, width]."""
     width, temperature = min(settings.tree_width, settings.tree_nodes - 1), settings.temperature or 1.0
     if session.selector_tables is None:

@@ -1,14 +1,17 @@
 """Layouts of a run with their estimated memory and step time, best first."""
 
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 from nemodiff_train.config.config import TriModeConfig
+from nemodiff_train.config.recipes import load_recipe
 from nemodiff_train.errors import UserError
 from nemodiff_train.planning.hardware import GPUS, USABLE_MEMORY
 from nemodiff_train.planning.layouts import Layout, layouts
 from nemodiff_train.planning.memory import Memory, memory_of
 from nemodiff_train.planning.time import StepTime, time_of
 from nemodiff_train.planning.workload import workload_of
+from recipes.published import SIZES
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,25 @@ class Candidate:
     """Share of the GPUs' peak that goes into operations that training needs."""
     days: float
     """Time of all steps of the run, without validation and checkpoints."""
+
+
+def load_planned(recipe: str, settings: list[str]) -> TriModeConfig:
+    """Return a run to plan; a recipe of a published size needs no model, data or output for it.
+
+    Args:
+        recipe: As :func:`~nemodiff_train.config.recipes.load_recipe` takes it.
+        settings: Likewise, ``key=value``.
+    """
+    given = {word.partition("=")[0] for word in settings}
+    family, _, rest = recipe.partition("_")
+    size = SIZES.get(family, {}).get(rest.partition("_")[0])
+    if size is None or "start_from" in given or not recipe.isidentifier():
+        return load_recipe(recipe, settings)
+    with TemporaryDirectory() as folder:
+        size.config(family).save_pretrained(folder)
+        assumed = {"start_from": folder, "data": "data", "output": "output"}
+        more = [f"{name}={value}" for name, value in assumed.items() if name not in given]
+        return load_recipe(recipe, [*settings, *more])
 
 
 def plan(config: TriModeConfig, gpus: int, kind: str) -> list[Candidate]:

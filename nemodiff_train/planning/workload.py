@@ -76,12 +76,6 @@ class Workload:
         return self.vocabulary * self.hidden
 
     @property
-    def parameters(self) -> int:
-        """Return the parameters of the whole model without head norms."""
-        layers = self.layers * (self.layer_matrices + self.layer_norms)
-        return layers + self.hidden + self.table * (1 if self.tied else 2)
-
-    @property
     def pairs(self) -> int:
         """Return the (query, key) pairs per sample that the attention rule allows; see docs/method.md."""
         clean = self.length * (self.length + 1) // 2

@@ -1,7 +1,7 @@
 """Run functions on several ranks that start at once: one process imports Bridge and forks the ranks of every job.
 
-Importing Bridge takes about 20 seconds per process; a fork has it already. A job is kept as torchrun keeps one: when
-a rank fails, the others are ended.
+Importing Bridge is most of what a short job would take; a fork has it already. A job is kept as torchrun keeps one:
+when a rank fails, the others are ended.
 """
 
 import contextlib
@@ -276,6 +276,11 @@ class Jobs:
         if isinstance(result, RankError):
             raise result
         return result
+
+    def checkpoints(self, name: str) -> str:
+        """Return the folder of the checkpoints of a training job, after running it if it has not run."""
+        assert self[name]
+        return str(self.folder / name / "checkpoints")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._jobs)

@@ -15,15 +15,12 @@ EOD, MASK = "<|endoftext|>", "<|mask|>"
 
 def tokenizer(directory: Path) -> None:
     """Save a byte-level tokenizer of 320 tokens in the format of Transformers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[EOD, MASK], initial_alphabet=alphabet)
-    inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, 0123456789 times"] * 4, trainer)
+    from nemodiff_train.demo.tokenizer import byte_level_bpe
+
+    texts = ["the quick brown fox jumps over the lazy dog, 0123456789 times"] * 4
+    inner = byte_level_bpe(texts, VOCABULARY, [EOD, MASK])
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, mask_token=MASK).save_pretrained(directory)
     rename_for_transformers_4(directory)
 
@@ -74,10 +71,6 @@ def save(model_class: Any, config: Any, directory: Path, mask_row: float = 1.0) 
     model.get_input_embeddings().weight.data[1] *= mask_row
     model.save_pretrained(directory)
     tokenizer(directory)
-
-
-QWEN3: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
-"""Settings of a model that :func:`built` makes."""
 
 
 def built(settings: dict[str, Any]) -> Any:
@@ -175,14 +168,14 @@ def figures(output: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def data(prefix: Path, documents: int = 100, length: int = 300) -> None:
+def data(prefix: Path, documents: int = 100) -> None:
     """Write documents of a learnable sequence of ids 20 to 219 as .bin/.idx."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     draw = np.random.default_rng(0)
     for _ in range(documents):
-        size = int(draw.integers(length // 20, length))  # documents end anywhere inside samples
+        size = int(draw.integers(15, 300))  # documents end anywhere inside samples
         ids = np.append(np.cumsum(draw.integers(0, 3, size - 1)) % 200 + 20, 0)
         builder.add_document(torch.from_numpy(ids), [size])
     builder.finalize(f"{prefix}.idx")
@@ -222,15 +215,6 @@ def recipe(start_from: str, data: str, output: str, stage: Any = "joint", seq_le
         logger=bridge.LoggerConfig(log_interval=1),
         rng=bridge.RNGConfig(seed=1),
     )  # fmt: skip
-
-
-def of_preset(start_from: str, data: str, output: str, preset: str) -> Any:
-    """Return :func:`recipe` with a published objective."""
-    from nemodiff_train.objective.presets import preset as objective
-
-    config = recipe(start_from, data, output)
-    config.objective = objective(preset)
-    return config
 
 
 def drafter(start_from: str, data: str, output: str, rank: int = 16, alpha: int = 64) -> Any:

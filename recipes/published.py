@@ -1,10 +1,10 @@
-"""The paper's two stages on a published model, as variants of the base configuration, for 8 to 256 GPUs of 80 GB.
+"""The paper's two stages on Ministral 3 and Qwen 3, for 8 to 256 GPUs: AR training, then joint training.
 
-Tokens, learning rates, batch, length and weight decay are the paper's (Nemotron-Labs-Diffusion, arXiv 2607.05722,
-section 5), which does not give the shares of warm-up and decay; 1% and 20% are those of Megatron Bridge's recipe.
+The GPUs have 80 GB.  Tokens, learning rates, batch, length and weight decay are the paper's (Nemotron-Labs-Diffusion,
+arXiv 2607.05722, section 5), which does not give the shares of warm-up and decay; 1% and 20% are those of Megatron
+Bridge's recipe.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,33 +15,20 @@ from nemodiff_train.config.datasets import TextDatasetConfig
 from nemodiff_train.config.defaults import (
     adamw,
     base_config,
+    check_size,
     overlap_communication,
     schedule,
     set_tensor_parallel,
 )
-from nemodiff_train.errors import UserError
+from nemodiff_train.config.recipes import Recipe
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.presets import preset
-
-Recipe = Callable[..., TriModeConfig]
 
 AR_TOKENS, JOINT_TOKENS = 10**12, 3 * 10**11
 """Clean tokens of each stage."""
 BATCH_SIZE, LENGTH = 512, 4096
 """Samples per step and clean tokens per sample."""
-
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,7 @@ class Size:
         }
         if family == "ministral3":
             names = ["Ministral3ForCausalLM"]
-            return Ministral3Config(architectures=names, vocab_size=131072, rope_parameters=_YARN, **settings)
+            return Ministral3Config(architectures=names, vocab_size=131072, **settings)
         return Qwen3Config(architectures=["Qwen3ForCausalLM"], vocab_size=151936, **settings)
 
 
@@ -93,7 +80,7 @@ SIZES = {
 """Shapes by family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
 
 
-def two_stages(size: Size) -> tuple[Recipe, Recipe]:
+def _two_stages(size: Size) -> tuple[Recipe, Recipe]:
     """Return the recipes of both stages: AR training on one trillion tokens, then joint training on 300 billion.
 
     Their arguments: ``start_from``, ``output`` and ``precision`` as in
@@ -120,11 +107,7 @@ def _stage(
 ) -> TriModeConfig:
     """Return one stage."""
     model = model_from(start_from)
-    if (model.num_layers, model.hidden_size) != (size.layers, size.hidden):
-        raise UserError(
-            f"'{start_from}' has {model.num_layers} layers of width {model.hidden_size}, but this recipe is for "
-            f"{size.layers} of width {size.hidden}; take the recipe of its size, or 'joint' for another model"
-        )
+    check_size(model, start_from, size.layers, size.hidden)
     steps = -(-tokens // (BATCH_SIZE * LENGTH))
     config = base_config(
         set_tensor_parallel(model, size.tensor_parallel),
@@ -143,3 +126,11 @@ def _stage(
     config.checkpoint.async_save, config.checkpoint.async_strategy = True, "mcore"
     config.checkpoint.most_recent_k = 3
     return config
+
+
+ministral3_3b_ar, ministral3_3b_joint = _two_stages(SIZES["ministral3"]["3b"])
+ministral3_8b_ar, ministral3_8b_joint = _two_stages(SIZES["ministral3"]["8b"])
+ministral3_14b_ar, ministral3_14b_joint = _two_stages(SIZES["ministral3"]["14b"])
+qwen3_4b_ar, qwen3_4b_joint = _two_stages(SIZES["qwen3"]["4b"])
+qwen3_8b_ar, qwen3_8b_joint = _two_stages(SIZES["qwen3"]["8b"])
+qwen3_14b_ar, qwen3_14b_joint = _two_stages(SIZES["qwen3"]["14b"])
