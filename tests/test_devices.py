@@ -139,6 +139,7 @@ def test_a_drafter(devices: TwoDevices, kind: Any) -> None:
     from nemodiff_train.drafter.config import DrafterConfig
     from nemodiff_train.drafter.step import DraftLoss, draft_tokens
     from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
+    from nemodiff_train.model.head import output_processor
 
     config, built = DrafterConfig(kind=kind), small.built({})
     DraftLoRA(target_modules=list(PROJECTIONS), dim=4, alpha=16)(built)
@@ -149,7 +150,7 @@ def test_a_drafter(devices: TwoDevices, kind: Any) -> None:
     for _ in range(2):  # the first one makes the plan
         before = devices.waits.copy()
         loss = DraftLoss(batch, config, built.config, 0, state)
-        total = built(batch["tokens"], batch["position_ids"], None, output_processor=loss.from_hidden_states)
+        total = built(batch["tokens"], batch["position_ids"], None, output_processor=output_processor(loss.losses))
         total.backward()
     assert devices.waits == before and all(map(is_marked, loss.report.values()))
     for mode in ("linear", "tree"):

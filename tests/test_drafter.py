@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -617,3 +618,42 @@ def test_inspected_as_what_it_is(
     ):
         assert main(["convert", "inspect", checkpoint]) == 0
         assert f"Megatron checkpoint: drafter, {kind}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("drafts", [True, False], ids=["drafter", "model"])
+def test_a_spike_of_the_loss_is_seen(drafts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rerun_state_machine.check_for_spiky_loss asks for it; otherwise nobody waits for the loss."""
+    from nemodiff_train.config.context import StepContext
+    from nemodiff_train.model.draft_adapter import DraftLoRA
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.training import step
+
+    built, objective = small.built({}), ObjectiveConfig()
+    if drafts:
+        DraftLoRA(target_modules=["linear_proj"], dim=4, alpha=16)(built)
+    seen: list[tuple[str, bool, bool]] = []
+    machine = SimpleNamespace(
+        spiky_loss_factor=7.0,
+        is_unexpectedly_large=lambda loss, threshold, context: (threshold, context) == (7.0, "loss") and loss > 0,
+        validate_result=lambda loss, rejects, message, fatal: seen.append((message, bool(rejects(loss)), fatal)),
+    )
+    monkeypatch.setattr(step, "get_rerun_state_machine", lambda: machine)
+    reruns = SimpleNamespace(check_for_spiky_loss=False)
+    config = SimpleNamespace(
+        objective=objective,
+        selector_rank=0,
+        drafter=DrafterConfig() if drafts else None,
+        model=built.config,
+        dataset=SimpleNamespace(needs_segment_ids=False),
+        diagnostics=SimpleNamespace(loss_interval=1),
+        rerun_state_machine=reruns,
+    )
+    state: Any = SimpleNamespace(cfg=config, train_state=SimpleNamespace(step=0))
+    forward = step.ForwardStep(StepContext(tmp_path))
+    monkeypatch.setattr(forward.reader, "read", lambda *arguments: small.batch(built, 64))
+    for reruns.check_for_spiky_loss, expected in ((False, []), (True, [("Spiky loss", True, False)])):
+        output, reduce = forward(state, iter([]), built)
+        assert reduce is not None
+        total, denominator, report = reduce(output)
+        assert seen == expected and total.item() > 0 and denominator > 0
+        assert ("draft_loss" if drafts else "diffusion_loss") in report

@@ -134,7 +134,7 @@ def test_head_in_chunks(dtype: torch.dtype) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
     places = weights.flatten().nonzero()[:, 0]
-    found = token_losses(states, labels, places, weights, vocabulary, layer)
+    found = token_losses(states, labels, places, weights, vocabulary, layer, table)
     gradients = torch.autograd.grad((found * weights).sum(), (states, table))
     logits = states.double()[:, 0] @ table.double().T
     expected = torch.nn.functional.cross_entropy(logits, labels[0], reduction="none") * (weights[0] > 0)

@@ -3,8 +3,6 @@
 Shown with tensors that have no values. The test of the output layer is in tests/test_head.py.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -53,15 +51,14 @@ def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
     from nemodiff_train.runtime import init_runtime
 
     init_runtime()
-    from nemodiff_train.config.context import StepContext
-    from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
+    from nemodiff_train.objective.breakdown import Breakdown
 
     with fake:
         samples, losses = batch(), torch.zeros(ROWS, 2 * LENGTH)
         objective = ObjectiveConfig()
         weights, denominator = loss_weights(samples, objective, 0.3)
         report(losses, samples, (losses * weights).sum(), denominator, objective)
-        breakdown = LossBreakdown(StepContext(Path()))
+        breakdown = Breakdown()
         breakdown.add(samples, losses)
         breakdown.add(samples, losses)
 
