@@ -9,7 +9,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.distributed import world_size
-from nemodiff_train.resilience.gradient_guard import before_gradient_reduction
+from nemodiff_train.runtime.patches import before_gradient_reduction
 
 
 class StragglerMonitor(Callback):
