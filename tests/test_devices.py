@@ -190,12 +190,12 @@ def test_kernels_of_decoding(model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ragged.mask is not None and not ragged.causal
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, n, 8, generator=draw) for heads, n in ((6, 3), (2, 7), (2, 7)))
-    expected = attend_cached(query, key, value, ragged.mask)
+    expected = attend_cached(query, key, value, ragged.mask, False, None)
     torch.testing.assert_close(attend_by_group(query, key, value, ragged.mask, None), expected)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", True)
         patch.setattr(kernels, "attend_by_group", lambda *states: states[3])
-        assert attend_cached(query, key, value, ragged.mask) is ragged.mask
+        assert attend_cached(query, key, value, ragged.mask, False, None) is ragged.mask
     seen: list[bool] = []
     hook = model.output_layer.register_forward_pre_hook(
         lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled())

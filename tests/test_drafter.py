@@ -589,13 +589,13 @@ def test_a_selectors_checkpoint_has_the_adapters_too(runs: Jobs, drafter: str) -
     rows = chunk.output_layer.weight.double()
     rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     for matrix, table in ((chunk.selector.before, "before"), (chunk.selector.after, "after")):
-        found = getattr(chunk.attention_state.selector_tables, table)
+        found = getattr(chunk.selector_tables, table)
         assert matrix.std() > 1e-3
         torch.testing.assert_close(found.double(), rows @ matrix.double().mT, rtol=1e-4, atol=1e-5)
     own = opened(str(runs.folder / "base" / "checkpoints"), str(runs.folder / "own_selector" / "checkpoints"))
     assert own.model[0].selector.after.any()
     assert not any("adapter" in name for name, _ in own.model[0].named_parameters())
-    assert Chain.of(own.model[0].attention_state.selector_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
+    assert Chain.of(own.model[0].selector_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
 
 
 @pytest.mark.parametrize(("name", "parts"), [("selector", "2x2"), ("uno_selector", "2x1")])
