@@ -121,7 +121,7 @@ def drafts(models: list[str], tensor: int, pipeline: int) -> dict[str, Any]:
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
     rows = {mode: decode(opened.model, prompts, mode, opened.settings)[0] for mode in ("ar", "linear", "tree")}
     for chunk in opened.model:
-        chunk.attention_state.selector_tables = None
+        chunk.selector_tables = None
     rows["unselected"] = decode(opened.model, prompts, "linear", opened.settings)[0]
     found: dict[str, Any] = {
         mode: [[cycle.draft_tokens for cycle in row.cycles] for row in rows[mode]]

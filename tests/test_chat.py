@@ -39,7 +39,7 @@ BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
 
 def maker(**switches: Any) -> ConversationMaker:
     objective = ObjectiveConfig(**{"block_size": BLOCK, **switches})
-    assert not objective_problems(objective, LENGTH)
+    assert not [*objective_problems(objective, LENGTH)]
     return ConversationMaker(objective=objective, mask_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
 
 

@@ -65,7 +65,7 @@ def run(model: Any, prompts: list[list[int]], mode: str, numbers: list[int] | No
     *words, mode = mode.split()
     chunk = getattr(model, "module", model)
     chunk.attention_state.draft_kind = DRAFT_KINDS["uno" if "uno" in words else "nemotron"]
-    chunk.attention_state.selector_tables = SelectorTables.of([chunk], rank=6) if "selected" in words else None
+    chunk.selector_tables = SelectorTables.of([chunk], rank=6) if "selected" in words else None
     return decode(
         model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}), numbers
     )

@@ -139,6 +139,7 @@ def test_a_drafter(devices: TwoDevices, kind: Any) -> None:
     from nemodiff_train.drafter.config import DrafterConfig
     from nemodiff_train.drafter.step import DraftLoss, draft_tokens
     from nemodiff_train.model.draft_adapter import PROJECTIONS, DraftLoRA
+    from nemodiff_train.model.head import output_processor
 
     config, built = DrafterConfig(kind=kind), small.built({})
     DraftLoRA(target_modules=list(PROJECTIONS), dim=4, alpha=16)(built)
@@ -149,7 +150,7 @@ def test_a_drafter(devices: TwoDevices, kind: Any) -> None:
     for _ in range(2):  # the first one makes the plan
         before = devices.waits.copy()
         loss = DraftLoss(batch, config, built.config, 0, state)
-        total = built(batch["tokens"], batch["position_ids"], None, output_processor=loss.from_hidden_states)
+        total = built(batch["tokens"], batch["position_ids"], None, output_processor=output_processor(loss.losses))
         total.backward()
     assert devices.waits == before and all(map(is_marked, loss.report.values()))
     for mode in ("linear", "tree"):
@@ -189,12 +190,12 @@ def test_kernels_of_decoding(model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ragged.mask is not None and not ragged.causal
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, n, 8, generator=draw) for heads, n in ((6, 3), (2, 7), (2, 7)))
-    expected = attend_cached(query, key, value, ragged.mask)
+    expected = attend_cached(query, key, value, ragged.mask, False, None)
     torch.testing.assert_close(attend_by_group(query, key, value, ragged.mask, None), expected)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", True)
         patch.setattr(kernels, "attend_by_group", lambda *states: states[3])
-        assert attend_cached(query, key, value, ragged.mask) is ragged.mask
+        assert attend_cached(query, key, value, ragged.mask, False, None) is ragged.mask
     seen: list[bool] = []
     hook = model.output_layer.register_forward_pre_hook(
         lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled())

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -584,13 +585,13 @@ def test_a_selectors_checkpoint_has_the_adapters_too(runs: Jobs, drafter: str) -
     rows = chunk.output_layer.weight.double()
     rows = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     for matrix, table in ((chunk.selector.before, "before"), (chunk.selector.after, "after")):
-        found = getattr(chunk.attention_state.selector_tables, table)
+        found = getattr(chunk.selector_tables, table)
         assert matrix.std() > 1e-3
         torch.testing.assert_close(found.double(), rows @ matrix.double().mT, rtol=1e-4, atol=1e-5)
     own = opened(str(runs.folder / "base" / "checkpoints"), str(runs.folder / "own_selector" / "checkpoints"))
     assert own.model[0].selector.after.any()
     assert not any("adapter" in name for name, _ in own.model[0].named_parameters())
-    assert Chain.of(own.model[0].attention_state.selector_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
+    assert Chain.of(own.model[0].selector_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
 
 
 @pytest.mark.parametrize(("name", "parts"), [("selector", "2x2"), ("uno_selector", "2x1")])
@@ -613,3 +614,42 @@ def test_inspected_as_what_it_is(
     ):
         assert main(["convert", "inspect", checkpoint]) == 0
         assert f"Megatron checkpoint: drafter, {kind}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("drafts", [True, False], ids=["drafter", "model"])
+def test_a_spike_of_the_loss_is_seen(drafts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rerun_state_machine.check_for_spiky_loss asks for it; otherwise nobody waits for the loss."""
+    from nemodiff_train.config.context import StepContext
+    from nemodiff_train.model.draft_adapter import DraftLoRA
+    from nemodiff_train.objective import ObjectiveConfig
+    from nemodiff_train.training import step
+
+    built, objective = small.built({}), ObjectiveConfig()
+    if drafts:
+        DraftLoRA(target_modules=["linear_proj"], dim=4, alpha=16)(built)
+    seen: list[tuple[str, bool, bool]] = []
+    machine = SimpleNamespace(
+        spiky_loss_factor=7.0,
+        is_unexpectedly_large=lambda loss, threshold, context: (threshold, context) == (7.0, "loss") and loss > 0,
+        validate_result=lambda loss, rejects, message, fatal: seen.append((message, bool(rejects(loss)), fatal)),
+    )
+    monkeypatch.setattr(step, "get_rerun_state_machine", lambda: machine)
+    reruns = SimpleNamespace(check_for_spiky_loss=False)
+    config = SimpleNamespace(
+        objective=objective,
+        selector_rank=0,
+        drafter=DrafterConfig() if drafts else None,
+        model=built.config,
+        dataset=SimpleNamespace(needs_segment_ids=False),
+        diagnostics=SimpleNamespace(loss_interval=1),
+        rerun_state_machine=reruns,
+    )
+    state: Any = SimpleNamespace(cfg=config, train_state=SimpleNamespace(step=0))
+    forward = step.ForwardStep(StepContext(tmp_path))
+    monkeypatch.setattr(forward.reader, "read", lambda *arguments: small.batch(built, 64))
+    for reruns.check_for_spiky_loss, expected in ((False, []), (True, [("Spiky loss", True, False)])):
+        output, reduce = forward(state, iter([]), built)
+        assert reduce is not None
+        total, denominator, report = reduce(output)
+        assert seen == expected and total.item() > 0 and denominator > 0
+        assert ("draft_loss" if drafts else "diffusion_loss") in report

@@ -84,15 +84,15 @@ def later_more(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_schedule_is_undone_by_its_weights(later_more: Any) -> None:
     """The mean weight of a position over all draws is 1, masked or not; a weighting of one's own is what it says."""
     objective = ObjectiveConfig(block_size=8, mask_sampling="later_more", min_noise_level=0.1)
-    assert objective_problems(objective, 16) == []
+    assert not [*objective_problems(objective, 16)]
     blocks, everywhere = np.arange(16) // 8, np.full(16, True)
-    draws = [draw_noise(Key(1, 0, index), everywhere, blocks, objective, 8, 1) for index in range(20_000)]
+    draws = [draw_noise(Key(1, 0, index), everywhere, blocks, objective, 8, 1, None) for index in range(20_000)]
     weights = np.concatenate([each.weight for each in draws])
     assert np.abs(weights.mean(0) - 1).max() < 6 * weights.std(0).max() / len(weights) ** 0.5
     masked = np.concatenate([each.masked for each in draws]).mean(0)
     assert masked[7] > 2 * masked[0]
     objective.weighting = "at_most_ten"
-    assert draw_noise(Key(1, 0, 0), everywhere, blocks, objective, 8, 1).weight.max() <= 10
+    assert draw_noise(Key(1, 0, 0), everywhere, blocks, objective, 8, 1, None).weight.max() <= 10
 
 
 def wrong_probability(draw: np.random.Generator, canvas: Canvas) -> Any:
@@ -130,7 +130,7 @@ def test_a_schedule_that_owes_something_is_refused(sampling: Any, monkeypatch: p
     monkeypatch.setitem(MASK_SAMPLINGS, "own", sampling)
     (said,) = objective_problems(ObjectiveConfig(block_size=8, mask_sampling="own"), 16)
     assert said.startswith("objective.mask_sampling=own ") and SAID[sampling] in said, said
-    assert objective_problems(ObjectiveConfig(block_size=8, mask_sampling="own", stage="ar"), 16) == []
+    assert not [*objective_problems(ObjectiveConfig(block_size=8, mask_sampling="own", stage="ar"), 16)]
 
 
 def test_a_mistake_in_the_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

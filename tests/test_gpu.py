@@ -39,12 +39,12 @@ def plan_of(kind: str, rows: int, length: int) -> Any:
 
     match kind:
         case "causal":
-            return uniform_plan(0, length, 32, False, ContextParallelShard(), DEVICE)
+            return uniform_plan(0, length, 32, False, ContextParallelShard(), DEVICE, False)
         case "joint":
-            return uniform_plan(1, length, 32, False, ContextParallelShard(), DEVICE)
+            return uniform_plan(1, length, 32, False, ContextParallelShard(), DEVICE, False)
         case "two views, block-causal":
-            return uniform_plan(2, length, 16, True, ContextParallelShard(), DEVICE)
-    return segmented_plan(1, segment_ids(rows, length), False, 32, ContextParallelShard())
+            return uniform_plan(2, length, 16, True, ContextParallelShard(), DEVICE, False)
+    return segmented_plan(1, segment_ids(rows, length), False, 32, ContextParallelShard(), False)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def check_attention(kind: str, dtype: torch.dtype, kernel: Any = None) -> None:
     mask = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), plan.block_causal)
     states = heads(rows, len(plan.queries.view), len(plan.keys.view), dtype)
     upstream = torch.randn(states[0].shape, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
-    found = kernels.attend(*states, plan, None, kernel)
+    found = kernels.attend(*states, plan, None, kernel or kernels.select_kernel(DEVICE, plan.causal))
     gradients = torch.autograd.grad(found, states, upstream)
     expected = dense(*states, mask if mask.dim() == 2 else mask.view(-1, 1, *mask.shape[-2:]))
     assert difference(found, expected) < TOLERANCE[dtype]
@@ -109,7 +109,7 @@ def test_attention_to_a_cache(masked: bool) -> None:
     query, key, value = heads(2, new, visible, torch.float32)
     places = torch.arange(visible, device=DEVICE)
     mask = (places <= places[-new:, None]).expand(2, 1, -1, -1) if masked else None
-    found = kernels.attend_cached(query, key, value, mask)
+    found = kernels.attend_cached(query, key, value, mask, False, None)
     everything = torch.ones(new, visible, dtype=torch.bool, device=DEVICE)
     assert (
         difference(found, dense(query, key, value, everything if mask is None else mask)) < TOLERANCE[torch.float32]
@@ -134,7 +134,7 @@ def test_head_in_chunks(dtype: torch.dtype) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=table)
     places = weights.flatten().nonzero()[:, 0]
-    found = token_losses(states, labels, places, weights, vocabulary, layer)
+    found = token_losses(states, labels, places, weights, vocabulary, layer, table)
     gradients = torch.autograd.grad((found * weights).sum(), (states, table))
     logits = states.double()[:, 0] @ table.double().T
     expected = torch.nn.functional.cross_entropy(logits, labels[0], reduction="none") * (weights[0] > 0)

@@ -39,7 +39,7 @@ def test_losses_and_gradients(
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
     indices = loss_weights.flatten().nonzero()[:, 0]
 
-    losses = head.token_losses(states, labels, indices, 4 * loss_weights, vocab_size, layer)
+    losses = head.token_losses(states, labels, indices, 4 * loss_weights, vocab_size, layer, weight)
     (losses * loss_weights).sum().backward()
     ours = losses.detach(), states.grad, weight.grad
     states.grad = weight.grad = None
@@ -64,7 +64,9 @@ def test_only_what_carries_loss_has_logits_and_once(
     monkeypatch.setattr(head, "_logits", lambda part, weight: (chunks.append(len(part)), plain(part, weight))[1])
     states, weight, loss_weights = torch.randn(12, 3, 8, requires_grad=True), torch.randn(50, 8), torch.ones(3, 12)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
-    losses = head.token_losses(states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), loss_weights, 50, layer)
+    losses = head.token_losses(
+        states, torch.zeros(3, 12).long(), torch.arange(0, 36, 4), loss_weights, 50, layer, weight
+    )
     losses.sum().backward()
     assert chunks == [4, 4, 1]
 
@@ -76,7 +78,7 @@ def test_a_weight_is_cut_only_where_it_is_padded(group: torch.distributed.Proces
 
     states, weight = torch.randn(4, 1, 8), torch.randn(50 + padding, 8, requires_grad=True)
     layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
-    losses = token_losses(states, torch.zeros(1, 4).long(), torch.arange(4), torch.ones(1, 4), 50, layer)
+    losses = token_losses(states, torch.zeros(1, 4).long(), torch.arange(4), torch.ones(1, 4), 50, layer, weight)
     operations, waiting = [], [losses.grad_fn]
     while waiting:
         if (operation := waiting.pop()) is not None:
@@ -95,7 +97,7 @@ def test_a_frozen_output_layer_gets_no_gradient(group: torch.distributed.Process
     labels, indices, gradients = torch.randint(50, (3, 12)), torch.arange(36), []
     for trains in (True, False):
         layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight.clone().requires_grad_(trains))
-        (token_losses(states, labels, indices, loss_weights, 50, layer) * loss_weights).sum().backward()
+        (token_losses(states, labels, indices, loss_weights, 50, layer, layer.weight) * loss_weights).sum().backward()
         assert (layer.weight.grad is not None) == trains
         gradients.append(states.grad)
         states.grad = None
@@ -112,7 +114,7 @@ def test_the_host_never_waits_for_the_device(group: torch.distributed.ProcessGro
         weight, states = torch.zeros(50, 8, requires_grad=True), torch.zeros(12, 3, 8, requires_grad=True)
         layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
         labels, indices = torch.zeros(3, 12).long(), torch.zeros(20).long()
-        token_losses(states, labels, indices, torch.zeros(3, 12), 50, layer).sum().backward()
+        token_losses(states, labels, indices, torch.zeros(3, 12), 50, layer, weight).sum().backward()
         assert states.grad is not None and weight.grad is not None
 
 
@@ -135,7 +137,7 @@ def test_what_a_gpu_does_otherwise(group: torch.distributed.ProcessGroup, monkey
         labels = torch.zeros(1, 4000, device="cuda", dtype=torch.long)
         scales = torch.ones(1, 4000, device="cuda")
         layer = SimpleNamespace(sequence_parallel=False, tp_group=group, weight=weight)
-        losses = head.token_losses(states, labels, torch.arange(4000, device="cuda"), scales, 50, layer)
+        losses = head.token_losses(states, labels, torch.arange(4000, device="cuda"), scales, 50, layer, weight)
         assert losses.dtype == torch.float32 and losses.shape == (1, 4000)
         # In two chunks: logits and the gradient of the states, and no product of 16 bits for that of the weight.
         assert (operations.calls["mm"], operations.calls["addmm"]) == (4, 2)

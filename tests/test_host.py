@@ -21,6 +21,7 @@ init_runtime()
 from megatron.bridge.peft.lora_layers import LoRALinear  # noqa: E402
 
 from nemodiff_train.attention.kernels import select_kernel  # noqa: E402
+from nemodiff_train.cli import machine  # noqa: E402
 from nemodiff_train.model import adapters, loading, provider, recompute  # noqa: E402
 from nemodiff_train.model.norm import RMSNorm  # noqa: E402
 from nemodiff_train.runtime import memory, start  # noqa: E402
@@ -28,7 +29,7 @@ from nemodiff_train.runtime.packages import without_stand_ins  # noqa: E402
 from nemodiff_train.runtime.start import Host  # noqa: E402
 from nemodiff_train.training import batch, run  # noqa: E402
 from nemodiff_train.training.callbacks.fused_optimizer import fuse  # noqa: E402
-from nemodiff_train.validation import environment, kernels  # noqa: E402
+from nemodiff_train.validation import kernels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +276,7 @@ def test_a_missing_compiler_is_a_problem(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
-    config = environment._example()
+    config = machine._example()
     found = problems_on_a_gpu(config, monkeypatch)
     assert "C compiler" in found and f"'{tmp_path}/Python.h'" in found
     config.objective.stage = "ar"  # compiles no attention
@@ -288,7 +289,7 @@ def test_a_missing_compiler_is_a_problem(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_tiles_shorter_than_the_steps_of_a_kernel_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention would end the first step with a message of the compiler's."""
-    config = environment._example()
+    config = machine._example()
     config.mixed_precision, config.model.kv_channels, config.model.attention_tile = "bf16_mixed", 128, 64
     assert "multiple of 128" in problems_on_a_gpu(config, monkeypatch)
     for tile, options, width, precision in (

@@ -96,13 +96,16 @@ def check_kernel(plan: AttentionPlan, table: torch.Tensor, scale: float | None =
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(("length", "block"), SHAPES)
 def test_the_kernel_is_dense_attention(length: int, block: int, scale: float | None) -> None:
-    check_kernel(uniform_plan(1, length, block, False, ContextParallelShard(), CPU), grid(length, block), scale)
+    check_kernel(
+        uniform_plan(1, length, block, False, ContextParallelShard(), CPU, False), grid(length, block), scale
+    )
 
 
 @pytest.mark.parametrize(("views", "block_causal"), [(1, True), (2, False), (3, True), (0, False)])
 def test_the_kernel_with_views_and_a_block_causal_clean_half(views: int, block_causal: bool) -> None:
     check_kernel(
-        uniform_plan(views, 160, 32, block_causal, ContextParallelShard(), CPU), grid(160, 32, views, block_causal)
+        uniform_plan(views, 160, 32, block_causal, ContextParallelShard(), CPU, False),
+        grid(160, 32, views, block_causal),
     )
 
 
@@ -126,7 +129,7 @@ def test_the_kernel_with_documents(views: int, block_causal: bool) -> None:
     rows = [documents(300, 16, [5, 6, 150, 299]), documents(300, 16, [127])]
     segment_ids = torch.tensor([[numbers, blocks, [0] * 300] for blocks, numbers in rows])
     table = torch.stack([brute_force(300, *row, views, block_causal) for row in rows])[:, None]
-    check_kernel(segmented_plan(views, segment_ids, block_causal, 16, ContextParallelShard()), table)
+    check_kernel(segmented_plan(views, segment_ids, block_causal, 16, ContextParallelShard(), False), table)
 
 
 @pytest.mark.parametrize("irregular", [False, True])
@@ -178,7 +181,7 @@ def test_a_context_parallel_rank_computes_its_part(
             torch.cat([x[:, :, mine[:noisy]], everyone[:, :, plan.layout.received]], dim=2)
             for x, everyone in zip((k, v), sent, strict=True)
         )
-        out = kernels.attend_sdpa(q[:, :, mine], keys, values, plan)
+        out = kernels.attend_sdpa(q[:, :, mine], keys, values, plan, None)
         torch.testing.assert_close(out, expected[:, :, mine], rtol=1e-9, atol=1e-9)
         if not irregular and length // (2 * size) % block == 0:
             assert len(plan.layout.sent) == length // size  # nothing but clean positions

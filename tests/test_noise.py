@@ -39,7 +39,7 @@ SCHEDULES: dict[str, dict[str, object]] = {
 
 
 def draw(index: int, objective: ObjectiveConfig, split: int = 0) -> Noise:
-    return draw_noise(Key(objective.seed, split, index), MASKABLE, BLOCKS, objective, BLOCK, BATCH)
+    return draw_noise(Key(objective.seed, split, index), MASKABLE, BLOCKS, objective, BLOCK, BATCH, None)
 
 
 def draw_many(objective: ObjectiveConfig) -> Noise:
@@ -70,7 +70,7 @@ def test_every_schedule_over_many_draws(name: str) -> None:
     there it holds for the mean over each block, and the preference is tested below.
     """
     objective = ObjectiveConfig(**{"block_size": BLOCK, **SCHEDULES[name]})  # type: ignore[arg-type]
-    assert not objective_problems(objective, LENGTH)
+    assert not [*objective_problems(objective, LENGTH)]
     masked, weight, level = draw_many(objective)
     assert masked.shape == (DRAWS, LENGTH)
     assert not masked[:, ~MASKABLE].any() and not weight[:, ~MASKABLE].any()
@@ -129,7 +129,7 @@ def test_half_life_draws_without_replacement(level: float) -> None:
     everywhere, blocks = np.ones(size * SEQUENCES, dtype=bool), np.arange(size * SEQUENCES) // size
     drawn = np.concatenate(
         [
-            draw_noise(Key(1, 0, index), everywhere, blocks, objective, size, 1).masked.reshape(-1, size)
+            draw_noise(Key(1, 0, index), everywhere, blocks, objective, size, 1, None).masked.reshape(-1, size)
             for index in range(DRAWS // SEQUENCES)
         ]
     )

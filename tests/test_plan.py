@@ -107,7 +107,7 @@ def test_pairs_are_those_of_the_rule(views: int, length: int, block: int) -> Non
     from nemodiff_train.attention.plan import uniform_plan
     from nemodiff_train.objective.rule import can_attend
 
-    places = uniform_plan(views, length, block, False, ContextParallelShard(), torch.device("cpu"))
+    places = uniform_plan(views, length, block, False, ContextParallelShard(), torch.device("cpu"), False)
     allowed = can_attend(places.queries.as_queries(), places.keys.as_keys(), False)
     assert workload(views=views, length=length, block=block).pairs == int(allowed.sum())
 

@@ -55,7 +55,7 @@ def ours(model: Transformer, batch: list[dict[str, Tensor]], objective: Objectiv
             model(sample["tokens"], sample["position_ids"], table), sample["labels"], reduction="none"
         )
         batch_of_one = {name: value[None] for name, value in sample.items()}
-        weights, denominator = loss_weights(batch_of_one, objective, objective.alpha)
+        weights, denominator = loss_weights(batch_of_one, objective, objective.alpha, 1.0)
         total, count = total + (losses * weights).sum(), count + int(denominator)
     return total / count
 
@@ -172,7 +172,7 @@ FORMULAS = [nemotron, efficient_dlm, tidar, set_block, fast_dllm_v2, bd3]
 def test_a_preset_is_its_paper_s_formula(formula: Callable[..., Tensor]) -> None:
     """Loss and every parameter's gradient; weights are stored in float32, hence 1e-6."""
     objective = preset(formula.__name__)
-    assert not objective_problems(objective, LENGTH)
+    assert not [*objective_problems(objective, LENGTH)]
     draw = torch.Generator().manual_seed(3)
     maker = SampleMaker(objective=objective, mask_id=MASK, batch_size=2)
     batch = []
@@ -215,6 +215,8 @@ def test_the_noise_is_the_reference_s_with_the_same_draws(monkeypatch: pytest.Mo
         counts = (text % 7 != 3).long()
         _, masked, level = dllm.forward_process_simple_masking(text, MASK, loss_mask=counts)
         monkeypatch.undo()
-        found = noise.draw_noise(key, counts[0].bool().numpy(), np.arange(LENGTH) // 32, ObjectiveConfig(), 32, 1)
+        found = noise.draw_noise(
+            key, counts[0].bool().numpy(), np.arange(LENGTH) // 32, ObjectiveConfig(), 32, 1, None
+        )
         assert np.array_equal(found.masked, masked.numpy())
         np.testing.assert_allclose(found.level, level.numpy(), rtol=1e-6)

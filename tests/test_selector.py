@@ -112,6 +112,7 @@ def test_loss_and_gradient_are_those_of_the_formula(kind: Any, monkeypatch: pyte
     from nemodiff_train.drafter.selector import SelectorLoss
     from nemodiff_train.drafter.step import draft_tokens
     from nemodiff_train.model.draft_adapter import DraftLoRA
+    from nemodiff_train.model.head import output_processor
     from nemodiff_train.objective.drafts import DRAFT_KINDS
 
     many = 100  # of 320 tokens: a random model's draft seldom has the verifier's choice among 16
@@ -130,11 +131,11 @@ def test_loss_and_gradient_are_those_of_the_formula(kind: Any, monkeypatch: pyte
     batch["tokens"] = draft_tokens(batch, built.config, DRAFT_KINDS[kind], 0, built.attention_state.shard)
     loss, states = SelectorLoss(batch, config, built.config, 0, built.attention_state, selector=built.selector), []
 
-    def process(**arguments: Any) -> Tensor:
-        states.append(arguments["hidden_states"][:, 0].detach().double())
-        return loss.from_hidden_states(**arguments)
+    def losses_of(hidden_states: Tensor, layer: Any, weight: Tensor) -> Tensor:
+        states.append(hidden_states[:, 0].detach().double())
+        return loss.losses(hidden_states, layer, weight)
 
-    total = built(batch["tokens"], batch["position_ids"], None, output_processor=process)
+    total = built(batch["tokens"], batch["position_ids"], None, output_processor=output_processor(losses_of))
     total.backward()
 
     rows = built.output_layer.weight.detach().double()[: built.config.vocab_size]

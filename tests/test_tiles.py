@@ -91,7 +91,7 @@ def test_few_tiles_are_computed_in_vain(make: Any) -> None:
     computed = needed = 0
     for seed in range(40):
         segment_ids = make(torch.Generator().manual_seed(seed), 256, 16)[None]
-        plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard())
+        plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard(), False)
         allowed = can_attend(plan.queries.as_queries(), plan.keys.as_keys(), False)
         computed += int(plan.block_mask((32, 32)).to_dense().sum())
         needed += int(allowed.view(16, 32, 16, 32).any(1).any(2).sum())
@@ -118,7 +118,7 @@ def test_flex_attention_is_sdpa(kind: str, shard: ContextParallelShard) -> None:
     make = {"text": small.documents, "conversations": conversations}[kind]
     generator = torch.Generator().manual_seed(3)
     segment_ids = torch.stack([make(generator, 200, 16) for _ in range(2)])
-    plan = segmented_plan(2, segment_ids, False, 16, shard)
+    plan = segmented_plan(2, segment_ids, False, 16, shard, False)
     shapes = [(2, 4, len(plan.queries.view), 8), *[(2, 2, len(plan.keys.view), 8)] * 2]
     states = [torch.randn(shape, generator=generator) for shape in shapes]
     output = kernels.attend(*states, plan, 0.3, Kernel("flex", (128, 128)))
@@ -140,11 +140,11 @@ def graphs_of_samples() -> int:
     torch._dynamo.utils.counters.clear()
     generator = torch.Generator().manual_seed(0)
     for number, make in enumerate((small.documents, small.documents, conversations)):
-        plan = segmented_plan(1, make(generator, 128, 16)[None], False, 16, ContextParallelShard())
+        plan = segmented_plan(1, make(generator, 128, 16)[None], False, 16, ContextParallelShard(), False)
         states = [torch.randn(1, heads, 256, 8, generator=generator) for heads in (4, 2, 2)]
         torch._dynamo.config.error_on_recompile = number > 0
         output = attend(*states, block_mask=plan.block_mask((64, 64)), enable_gqa=True)
-        torch.testing.assert_close(output, kernels.attend_sdpa(*states, plan), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output, kernels.attend_sdpa(*states, plan, None), rtol=1e-4, atol=1e-5)
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

@@ -3,8 +3,6 @@
 Shown with tensors that have no values. The test of the output layer is in tests/test_head.py.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -43,9 +41,9 @@ def test_reading_a_value_is_noticed(fake: FakeTensorMode) -> None:
 def test_plans_of_samples_that_differ(fake: FakeTensorMode, shard: ContextParallelShard) -> None:
     """Plans with their block mask, after the first one of a shape."""
     segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
-    segmented_plan(1, segment_ids, False, 16, shard).block_mask((32, 32))
+    segmented_plan(1, segment_ids, False, 16, shard, False).block_mask((32, 32))
     with fake:
-        mask = segmented_plan(1, torch.empty_like(segment_ids), False, 16, shard).block_mask((32, 32))
+        mask = segmented_plan(1, torch.empty_like(segment_ids), False, 16, shard, False).block_mask((32, 32))
         assert mask.kv_indices.shape[0] == ROWS and mask.q_indices is not None
 
 
@@ -53,24 +51,23 @@ def test_losses_and_what_is_told_of_them(fake: FakeTensorMode) -> None:
     from nemodiff_train.runtime import init_runtime
 
     init_runtime()
-    from nemodiff_train.config.context import StepContext
-    from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
+    from nemodiff_train.objective.breakdown import Breakdown
 
     with fake:
         samples, losses = batch(), torch.zeros(ROWS, 2 * LENGTH)
         objective = ObjectiveConfig()
-        weights, denominator = loss_weights(samples, objective, 0.3)
+        weights, denominator = loss_weights(samples, objective, 0.3, 1.0)
         report(losses, samples, (losses * weights).sum(), denominator, objective)
-        breakdown = LossBreakdown(StepContext(Path()))
+        breakdown = Breakdown()
         breakdown.add(samples, losses)
         breakdown.add(samples, losses)
 
 
 def test_attention_over_a_plan(fake: FakeTensorMode) -> None:
     segment_ids = torch.zeros(ROWS, 3, LENGTH, dtype=torch.int32)
-    plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard())
+    plan = segmented_plan(1, segment_ids, False, 16, ContextParallelShard(), False)
     assert plan.query_tiles
     with fake:
         states = [torch.zeros(ROWS, heads, 2 * LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
-        kernels.attend(*states, plan).sum().backward()
+        kernels.attend(*states, plan, None, kernels.select_kernel(states[0].device, False)).sum().backward()
         assert states[0].grad is not None

@@ -70,8 +70,8 @@ def attend(
     key: Tensor,
     value: Tensor,
     plan: AttentionPlan,
-    scale: float | None = None,
-    kernel: Kernel | None = None,
+    scale: float | None,
+    kernel: Kernel,
 ) -> Tensor:
     """Compute the attention of a training pass.
 
@@ -81,12 +81,11 @@ def attend(
         value: Likewise.
         plan: Who attends to whom.
         scale: Softmax scale; None for 1/sqrt(head_dim).
-        kernel: What :func:`select_kernel` returned; None for what it selects without settings.
+        kernel: What :func:`select_kernel` returned.
 
     Returns:
         [batch, heads, queries, head_dim].
     """
-    kernel = kernel or select_kernel(query.device, plan.causal)
     if kernel.name == "sdpa":
         return attend_sdpa(query, key, value, plan, scale)
     # FlexAttention: one sparse kernel, one block mask shared by all layers.
@@ -94,7 +93,7 @@ def attend(
     return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options)
 
 
-def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None = None) -> Tensor:
+def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None) -> Tensor:
     """Follow the rule with SDPA calls that together visit little more than the allowed pairs.
 
     The clean half of a single document is causal attention. Everything else is computed one query tile at a time,
@@ -179,7 +178,7 @@ def kernels_for_any_length() -> AbstractContextManager[object]:
 
 
 def attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
     """Compute the attention of new tokens to a cache and to themselves.
 

@@ -1,7 +1,5 @@
 """The two modules that a Megatron GPT model is given to become tri-mode."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -11,10 +9,7 @@ from torch.distributed import ProcessGroup
 
 from nemodiff_train.attention import kernels
 from nemodiff_train.attention.context_parallel import KeyQueryLayout
-from nemodiff_train.attention.state import AttentionState
-
-if TYPE_CHECKING:
-    from nemodiff_train.model.provider import TriModeModelProvider
+from nemodiff_train.attention.state import AttentionSettings, AttentionState
 
 
 class TriModeAttention(MegatronModule):
@@ -26,7 +21,7 @@ class TriModeAttention(MegatronModule):
 
     def __init__(
         self,
-        config: "TriModeModelProvider",
+        config: AttentionSettings,
         layer_number: int,
         *unused: object,
         softmax_scale: float | None = None,
@@ -123,7 +118,7 @@ class PositionLookupRotary(nn.Module):
     factor = 1.0
     """What a rope scaling multiplies sine and cosine by (YaRN's attention factor)."""
 
-    def __init__(self, rotary: RotaryEmbedding, config: "TriModeModelProvider", state: AttentionState) -> None:
+    def __init__(self, rotary: RotaryEmbedding, config: AttentionSettings, state: AttentionState) -> None:
         super().__init__()
         self.rotary = rotary
         self.config = config

@@ -69,7 +69,7 @@ class AttentionPlan:
         shard: ContextParallelShard,
         halo: int,
         tile_size: int,
-        causal_noise: bool = False,
+        causal_noise: bool,
     ) -> None:
         self.views, self.block_causal, self.causal_noise, self.shard = views, block_causal, causal_noise, shard
         self.halo, self.tile_size = halo, tile_size
@@ -157,7 +157,7 @@ def uniform_plan(
     block_causal: bool,
     shard: ContextParallelShard,
     device: torch.device,
-    causal_noise: bool = False,
+    causal_noise: bool,
 ) -> AttentionPlan:
     """Return the plan of samples that are one document, cut into blocks of one size.
 
@@ -183,7 +183,7 @@ def segmented_plan(
     block_causal: bool,
     largest_block: int,
     shard: ContextParallelShard,
-    causal_noise: bool = False,
+    causal_noise: bool,
 ) -> AttentionPlan:
     """Return the plan of samples with documents, or with blocks of changing size.
 

@@ -1,7 +1,7 @@
 """What the attention modules of one model share during a forward pass."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +12,23 @@ from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.plan import AttentionPlan, segmented_plan, uniform_plan
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 
-if TYPE_CHECKING:
-    from nemodiff_train.model.path_selector import SelectorTables
-    from nemodiff_train.model.provider import TriModeModelProvider
-
 # More than a pipeline rank has micro-batches in flight in most layouts; a plan that is missing is constructed again.
 PLANS_KEPT = 16
+
+
+class AttentionSettings(Protocol):
+    """What attention reads of a model's configuration, of which ``TriModeModelProvider`` documents the fields."""
+
+    noisy_views: int
+    block_size: int
+    largest_block: int
+    clean_attention: str
+    causal_noise: bool
+    attention_kernel: str
+    attention_tile: int
+    attention_options: dict[str, Any]
+    query_scale_beta: float
+    query_scale_original_length: int
 
 
 @dataclass
@@ -40,8 +51,6 @@ class AttentionState:
     """The segment ids of the micro-batch that is about to run forward, for the rotary embedding."""
     draft_kind: DraftKind = DRAFT_KINDS["nemotron"]
     """What the drafts of the model's drafter look like, and those of a model without one."""
-    selector_tables: "SelectorTables | None" = None
-    """The path selector of the model's drafter, for decoding; None without one."""
     plans: dict[tuple[int, ...], tuple[Tensor, AttentionPlan]] = field(default_factory=dict)
     """Plans of the last few micro-batches, by the address and shape of their segment ids."""
 
@@ -59,7 +68,7 @@ class AttentionState:
         return int(not self.draft_kind.seed_in_block), positions
 
     def plan(
-        self, config: "TriModeModelProvider", queries: int, segment_ids: Tensor | None, device: torch.device
+        self, config: AttentionSettings, queries: int, segment_ids: Tensor | None, device: torch.device
     ) -> AttentionPlan:
         """Return who attends to whom in a training forward.
 
@@ -84,7 +93,7 @@ class AttentionState:
         return self.plans[key][1]
 
     def positions(
-        self, config: "TriModeModelProvider", queries: int, segment_ids: Tensor | None, device: torch.device
+        self, config: AttentionSettings, queries: int, segment_ids: Tensor | None, device: torch.device
     ) -> Tensor:
         """Return the position of every query of a forward on this rank: [batch or 1, queries].
 

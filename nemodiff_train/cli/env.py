@@ -5,12 +5,13 @@ import importlib
 
 from nemodiff_train.runtime import init_runtime
 
+_MACHINE = "nemodiff_train.cli.machine"  # which imports Megatron
 SECTIONS = (
     ("Machine", "nemodiff_train.runtime.versions", "machine"),
     ("Packages", "nemodiff_train.runtime.versions", "packages"),
-    ("CUDA", "nemodiff_train.validation.environment", "torch_and_cuda"),
-    ("A run would use", "nemodiff_train.validation.environment", "used"),
-    ("A run may ask for", "nemodiff_train.validation.environment", "refused"),
+    ("CUDA", _MACHINE, "torch_and_cuda"),
+    ("A run would use", _MACHINE, "used"),
+    ("A run may ask for", _MACHINE, "refused"),
 )
 """Title, module and function of each part; one whose module cannot be imported says so, and the next one follows."""
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     for title, module, function in SECTIONS:
         print(title, flush=True)
         try:
-            if "validation" in module:  # which imports Megatron
+            if module == _MACHINE:
                 init_runtime()
             for name, value in getattr(importlib.import_module(module), function)():
                 print(f"  {name:<30}{value}", flush=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.evaluation.evaluation import Evaluation
+from nemodiff_train.objective.breakdown import Breakdown
 from nemodiff_train.report.trace import Decode
 
 
@@ -23,8 +24,14 @@ class StepContext:
 
     output: Path
     """Folder of the run."""
+    step: int = 0
+    """Steps that have been done."""
     figures: dict[str, float] = field(default_factory=dict)
     """More figures of the step that has just run: any callback adds some, the log writes those of the last rank."""
+    rank_figures: dict[str, float] = field(default_factory=dict)
+    """What the straggler monitor has found last, for ``status.json``."""
+    breakdown: Breakdown = field(default_factory=Breakdown)
+    """Diffusion losses since they were last reported; the forward step adds those of each micro-batch."""
     evaluated: tuple[Evaluation, Decode] | None = None
     """What the evaluation after the step has decoded, and what turns its tokens into text."""
     data_wait: float = 0.0

@@ -24,7 +24,6 @@ _WITHOUT_EFFECT = {
     "set objective.shift": ("model.shift",),
     "set objective.mask_token": ("model.mask_token_id",),
     "it follows from dataset.seq_length and the objective's views": ("model.seq_length",),
-    "Megatron-Core no longer ramps batches up; use train.global_batch_size alone": ("train.rampup_batch_size",),
     "every run needs it as it is": (
         "model.calculate_per_token_loss", "ddp.average_in_collective", "train.check_optimizer_step_success",
         "checkpoint.custom_manager_class", "dist.lazy_mpu_init",

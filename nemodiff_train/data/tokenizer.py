@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.runtime.replace import replace_in
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,7 +121,8 @@ def use_tokenizer_file(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
                 f"{stored.token_to_id(str(token))}; correct one of them"
             )
     stored.post_processor = backend.post_processor  # the tokens that tokenizer_config.json adds at either end
-    tokenizer._tokenizer = stored
+    # Until: a tokenizer of a class of its own can be given another backend (not in Transformers 5.12.1).
+    replace_in(tokenizer, "_tokenizer", stored, takes=None)
     for kind, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str) and stored.token_to_id(token) is None:
             setattr(tokenizer, kind, None)

@@ -80,7 +80,7 @@ def logits_at(states: Tensor, indices: Tensor | None, chunk: GPTModel) -> Tensor
     logits: Tensor = chunk.output_layer(states, weight=shared, runtime_gather_output=True)[0]
     logits = logits[..., : chunk.config.vocab_size]  # the weight is padded
     state: AttentionState = chunk.attention_state
-    if state.selector_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
+    if chunk.selector_tables is not None and state.decode_batch is not None and state.decode_batch.is_draft:
         logits = torch.cat([logits, chunk.selector.contexts(states)], dim=-1)
     return logits.transpose(0, 1)
 

@@ -29,7 +29,7 @@ class PipelineRunner:
         self.config: TriModeModelProvider = self.chunks[0].config
         self.device: torch.device = next(self.chunks[0].parameters()).device
         self.draft_kind: DraftKind = self.chunks[0].attention_state.draft_kind
-        self.selector_tables: SelectorTables | None = self.chunks[0].attention_state.selector_tables
+        self.selector_tables: SelectorTables | None = self.chunks[0].selector_tables
         self.layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
         self._fast = all(can_fast_forward(chunk) for chunk in self.chunks)
         self._group: dist.ProcessGroup = self.chunks[0].pg_collection.pp

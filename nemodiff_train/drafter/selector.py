@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
 from nemodiff_train.drafter.slots import Slots
-from nemodiff_train.drafter.step import DraftLoss, Head, JudgedSlots, in_chunks
+from nemodiff_train.drafter.step import DraftLoss, Head, JudgedSlots, OwnSlots, in_chunks
 from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, PathSelector
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SelectorLoss(DraftLoss):
     """The loss of a path selector, for the chain that it makes of a drafter's drafts.
 
@@ -34,11 +34,10 @@ class SelectorLoss(DraftLoss):
         index = torch.arange(HISTORY, device=within.device).minimum(within)
         return torch.stack(tokens[-HISTORY:], dim=-1).gather(-1, index)
 
-    def _judge(
-        self, head: Head, drafts: Tensor, verifiers: Tensor, uniform: Tensor, slots: Slots, index: Tensor
-    ) -> JudgedSlots:
-        """Judge each slot; the arguments are those of the base class."""
-        previous = self._history(slots).flatten(0, 1)[index]  # [S, HISTORY]
+    def _judge(self, head: Head, slots: OwnSlots) -> JudgedSlots:
+        """Judge each slot."""
+        previous = self._history(slots.of_samples).flatten(0, 1)[slots.index]  # [S, HISTORY]
+        drafts, verifiers, uniform = slots.drafts, slots.verifiers, slots.uniform
         parts: list[tuple[Tensor, ...]] = []
         with torch.no_grad():
             for draft, verifier, draw, before in in_chunks(drafts, verifiers, uniform, previous):

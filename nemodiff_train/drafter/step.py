@@ -60,7 +60,7 @@ def draft_tokens(
     return torch.cat([noisy, clean], dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DraftLoss:
     """The drafter's loss of a micro-batch, in the place of the step's ``TriModeLoss``.
 
@@ -74,30 +74,23 @@ class DraftLoss:
     """Seed of the draws that find the accepted prefix of a draft."""
     state: AttentionState
     """The rank's positions, and its group."""
-    report: Report = field(default_factory=dict)
-    """[sum, count] per figure; the count of ``draft_loss`` is the denominator."""
+    report: Report = field(init=False)
+    """Of the forward pass, which returns one tensor: [sum, count] per figure; the count of ``draft_loss`` is the
+    denominator."""
 
     @property
     def shifted(self) -> bool:
         """Return whether a position predicts the next token."""
         return self.settings.draft_kind.shifted(self.model.shift)
 
-    def from_hidden_states(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: ColumnParallelLinear,
-        output_weight: Tensor | None,
-        **context: object,
-    ) -> Tensor:
-        """Return the sum of the slots' losses, a scalar, and fill in the report.
+    def losses(self, states: Tensor, layer: ColumnParallelLinear, weight: Tensor) -> Tensor:
+        """Return the sum of the slots' losses, a scalar, and make the report.
 
         The logits of a few slots exist at once, with their gradient, which is all that is kept of them: whether a
         slot counts depends on earlier ones, which other ranks may have, and is known when all have been judged.
+        The arguments are those of :func:`~nemodiff_train.model.head.output_processor`.
         """
-        weight = output_layer.weight if output_weight is None else output_weight
-        head = Head(weight, self.model, output_layer.tp_group)
-        shard, group, device = self.state.shard, self.state.context_group, hidden_states.device
+        shard, group, device = self.state.shard, self.state.context_group, states.device
         # The host finds the slots, in its own copy of the ids: it need not wait for the device to count them.
         slots = Slots.of(self.batch["host_segment_ids"], self.settings.draft_kind, self.shifted)
         index_on_host = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
@@ -105,7 +98,7 @@ class DraftLoss:
         index, slots = copied_to(device, index_on_host), slots.copied_to(device)
 
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
-        noisy, clean = gather_hidden_states(hidden_states, output_layer).transpose(0, 1).chunk(2, dim=1)
+        noisy, clean = gather_hidden_states(states, layer).transpose(0, 1).chunk(2, dim=1)
         # The token after a prompt is the verifier's own: drafts begin in answers.
         usable = (self.batch["loss_mask"][:, -clean.shape[1] :] > 0) & self.batch["maskable"]
         clean = clean.detach()
@@ -113,7 +106,8 @@ class DraftLoss:
             clean, usable = (shard.before(values, group) for values in (clean, usable))
         drafts, verifiers = (values.flatten(0, 1)[index] for values in (noisy, clean))  # [S, hidden] each
 
-        judged = self._judge(head, drafts, verifiers, uniform, slots, index)
+        head = Head(weight, self.model, layer.tp_group)
+        judged = self._judge(head, OwnSlots(slots, index, drafts, verifiers, uniform))
         # Outcomes of the slots of whole samples, [batch, L] each; False where there is no slot.
         outcomes = torch.stack([usable, torch.zeros_like(usable), torch.zeros_like(usable)], dim=2)
         outcomes.view(-1, 3)[index, 1:] = torch.stack([judged.agrees, judged.accepted], dim=1)
@@ -121,31 +115,20 @@ class DraftLoss:
         verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
         counted, weights = (self._own(values).flatten()[index] for values in (verdict.counted, verdict.weights))
         total = judged.total(weights * judged.has_loss)
-        self.report.update(self._figures(slots, verdict))
-        self.report["counted_slots"] = pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
-        self.report["draft_loss"] = pair(total, self.report["counted_slots"][0])
+        counted_slots = pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
+        figures = {"counted_slots": counted_slots, "draft_loss": pair(total, counted_slots[0])}
+        self.report = {**self._figures(slots, verdict), **figures}
         return total
 
     def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Return the sum of the losses, the number of slots that count, and the report."""
         return losses, self.report["draft_loss"][1].to(torch.int32), self.report
 
-    def _judge(
-        self, head: "Head", drafts: Tensor, verifiers: Tensor, uniform: Tensor, slots: Slots, index: Tensor
-    ) -> "JudgedSlots":
-        """Judge each slot, and compute its loss with the gradient that takes the place of its logits.
-
-        Args:
-            head: The output layer.
-            drafts: [S, hidden] states that draft.
-            verifiers: [S, hidden] states that verify.
-            uniform: [S, 2] draws for :func:`~nemodiff_train.drafter.loss.judge`.
-            slots: The slots of the whole samples.
-            index: [S] of this rank's slots in its flattened positions, [batch, n].
-        """
+    def _judge(self, head: "Head", slots: "OwnSlots") -> "JudgedSlots":
+        """Judge each slot, and compute its loss with the gradient that takes the place of its logits."""
         learns = torch.is_grad_enabled()
         parts: list[tuple[Tensor, ...]] = []
-        for draft, verifier, draw in in_chunks(drafts, verifiers, uniform):
+        for draft, verifier, draw in in_chunks(slots.drafts, slots.verifiers, slots.uniform):
             # Logits of the draft q and of the verifier p, [slots, vocabulary].
             with torch.no_grad():
                 q, p = head.logits(draft), head.logits(verifier)
@@ -164,7 +147,9 @@ class DraftLoss:
             weighted = (losses * weights).sum()
             if not learns:
                 return weighted
-            result: Tensor = _WithGradient.apply(drafts, weighted, gradients * weights[:, None].to(gradients.dtype))
+            result: Tensor = _WithGradient.apply(
+                slots.drafts, weighted, gradients * weights[:, None].to(gradients.dtype)
+            )
             return result
 
         return JudgedSlots(agrees, accepted, torch.ones_like(agrees), total)
@@ -204,6 +189,22 @@ class DraftLoss:
 def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield parts of [S, ...] values, of as many slots as may have logits at once."""
     return zip(*(part.split(DRAFT_CHUNK[part.device.type]) for part in values), strict=True)
+
+
+@dataclass(frozen=True)
+class OwnSlots:
+    """A rank's S slots, before they are judged."""
+
+    of_samples: Slots
+    """All slots of the samples."""
+    index: Tensor
+    """[S] into the rank's flattened positions, [batch, n]."""
+    drafts: Tensor
+    """[S, hidden] states that draft."""
+    verifiers: Tensor
+    """[S, hidden] states that verify."""
+    uniform: Tensor
+    """[S, 2] draws for :func:`~nemodiff_train.drafter.loss.judge`."""
 
 
 @dataclass(frozen=True)

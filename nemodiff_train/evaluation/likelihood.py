@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from nemodiff_train.console import progress_bar
@@ -16,7 +16,7 @@ from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import check_prompts
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.head import LOGIT_CHUNK, token_losses
+from nemodiff_train.model.head import LOGIT_CHUNK, output_processor, token_losses
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.sample import Sample, SampleMaker
@@ -172,16 +172,14 @@ def _score(chunk: GPTModel, batch: Sample, shift: bool) -> Tensor:
     labels = batch["labels"]
     indices = torch.arange(labels.numel(), device=device)
 
-    def losses_of(
-        *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **context: Any
-    ) -> Tensor:
-        size = chunk.config.vocab_size
-        return token_losses(hidden_states, labels, indices, batch["loss_mask"], size, output_layer, output_weight)
+    def losses_of(states: Tensor, layer: ColumnParallelLinear, weight: Tensor) -> Tensor:
+        return token_losses(states, labels, indices, batch["loss_mask"], chunk.config.vocab_size, layer, weight)
 
     def forward() -> Tensor:
         """Return [batch, 2L] cross-entropies: the noisy half, then the clean half."""
         with torch.inference_mode():
-            losses: Tensor = chunk(batch["tokens"], batch["position_ids"], None, output_processor=losses_of)
+            process = output_processor(losses_of)
+            losses: Tensor = chunk(batch["tokens"], batch["position_ids"], None, output_processor=process)
             return losses.double()
 
     losses = forward()

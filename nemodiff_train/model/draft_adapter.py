@@ -248,4 +248,4 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
     rank = drafter.lora.selector_rank
     tables = SelectorTables.of(chunks, rank) if rank else None
     for chunk in chunks:
-        chunk.attention_state.draft_kind, chunk.attention_state.selector_tables = drafter.kind, tables
+        chunk.attention_state.draft_kind, chunk.selector_tables = drafter.kind, tables

@@ -1,5 +1,7 @@
 """The output layer and its cross-entropy, at the positions that carry loss, one chunk of them at a time."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -23,7 +25,7 @@ def token_losses(
     loss_weights: Tensor,
     vocab_size: int,
     layer: ColumnParallelLinear,
-    weight: Tensor | None = None,
+    weight: Tensor,
 ) -> Tensor:
     """Compute the cross-entropy of the output layer's logits.
 
@@ -39,7 +41,7 @@ def token_losses(
         loss_weights: [batch, positions] gradient that each loss will receive, up to one common factor.
         vocab_size: Number of tokens; rows of the weight from there on are padding and take no part.
         layer: The model's output layer.
-        weight: [vocabulary / tensor-parallel size, hidden] where it is not the layer's own.
+        weight: [vocabulary / tensor-parallel size, hidden]; the embedding's where the two are one.
 
     Returns:
         [batch, positions] fp32, in nats; 0 where no loss is carried.
@@ -51,7 +53,6 @@ def token_losses(
     # [n, hidden] states at the indices into [batch, positions].
     states = hidden_states[loss_indices % len(hidden_states), loss_indices // len(hidden_states)]
     # [n] targets as rows of this rank's part of the weight, and what their losses are multiplied with.
-    weight = layer.weight if weight is None else weight
     first_token = layer.tp_group.rank() * len(weight)
     targets = labels.flatten()[loss_indices] - first_token
     scales = loss_weights.flatten()[loss_indices] if torch.is_grad_enabled() else None
@@ -59,6 +60,27 @@ def token_losses(
         weight = weight[: vocab_size - first_token]
     losses: Tensor = _CrossEntropy.apply(states, weight, targets, scales, layer.tp_group)
     return torch.zeros(labels.numel(), device=labels.device).index_put((loss_indices,), losses).view(labels.shape)
+
+
+def output_processor(losses_of: Callable[[Tensor, ColumnParallelLinear, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return what Megatron calls on the last stage instead of its output layer and loss.
+
+    Args:
+        losses_of: Takes the last layer's states [positions, batch, hidden], under sequence parallelism this rank's
+            positions; the output layer; and its weight, this tensor-parallel rank's rows [rows, hidden].
+    """
+
+    def process(
+        *,
+        hidden_states: Tensor,
+        output_layer: ColumnParallelLinear,
+        output_weight: Tensor | None,
+        **context: object,
+    ) -> Tensor:
+        weight = output_layer.weight if output_weight is None else output_weight
+        return losses_of(hidden_states, output_layer, weight)
+
+    return process
 
 
 def gather_hidden_states(states: Tensor, layer: ColumnParallelLinear) -> Tensor:

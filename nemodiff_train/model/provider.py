@@ -28,6 +28,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.families import HFConfig
 from nemodiff_train.model.norm import head_norm, replicated_norm
 from nemodiff_train.model.recompute import recompute_activations
+from nemodiff_train.runtime.patches import leave_out_extra_state, multiply_angles
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 """Values of ``rope_type`` whose frequencies do not depend on the length of the text."""
@@ -160,11 +161,11 @@ class TriModeModelProvider(GPTModelProvider):
             rotary = model.rotary_pos_emb
             rotary.rotary.inv_freq, rotary.factor = scaling[0].to(rotary.rotary.inv_freq.device), scaling[1]
             for layer in model.decoder.layers:
-                layer.self_attention._yarn_concentration_factor = rotary.factor  # what Core multiplies angles by
-        model.attention_state = state
+                multiply_angles(layer.self_attention, rotary.factor)
+        model.attention_state, model.selector_tables = state, None  # the second is for decoding with a path selector
         recompute_activations(model)
         if not self.fp8 and not self.fp4:
-            _leave_out_extra_state(model)
+            leave_out_extra_state(model)
         return model
 
 
@@ -195,26 +196,6 @@ def tri_mode(source: GPTModelProvider, hf_config: HFConfig) -> TriModeModelProvi
     provider.attention_dropout = provider.hidden_dropout = 0.0
     return provider
 
-
-def _leave_out_extra_state(model: GPTModel) -> None:
-    """Neither save nor ask for the scaling factors of Transformer Engine's layers, which only FP8 has.
-
-    A checkpoint made without Transformer Engine has none, and would be refused where it is installed.  Every weight
-    is still asked for.
-    """
-    state_of = model.sharded_state_dict
-
-    def sharded_state_dict(*arguments: Any, **named: Any) -> dict[str, Any]:
-        return {key: value for key, value in state_of(*arguments, **named).items() if not key.endswith(_EXTRA_STATE)}
-
-    def forget_missing(module: torch.nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)]
-
-    model.sharded_state_dict = sharded_state_dict
-    model.register_load_state_dict_post_hook(forget_missing)
-
-
-_EXTRA_STATE = "_extra_state"
 
 _OF_A_RUN = (
     "tensor_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "context_parallel_size",

@@ -13,7 +13,7 @@ divides, so every printed figure is an average over the global batch, whatever t
 
 
 def loss_weights(
-    batch: Mapping[str, Tensor], objective: ObjectiveConfig, alpha: float, diffusion_scale: Tensor | float = 1.0
+    batch: Mapping[str, Tensor], objective: ObjectiveConfig, alpha: float, diffusion_scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Return the weight of each token's loss in a micro-batch, and the denominator.
 
@@ -30,7 +30,7 @@ def loss_weights(
             :class:`~nemodiff_train.objective.sample.SampleMaker`, or one context-parallel rank's positions of both.
         objective: The switches.
         alpha: Weight of the diffusion loss in this step.
-        diffusion_scale: For ``reduction=automodel``: AR targets per masked position in the global batch.
+        diffusion_scale: For ``reduction=automodel``: AR targets per masked position in the global batch; else 1.
 
     Returns:
         [batch, (V + 1) L] weights, fp32, and the denominator, an int32 scalar.

@@ -91,7 +91,7 @@ def draw_noise(
     objective: ObjectiveConfig,
     block_size: int,
     batch_size: int,
-    sequences: Ints | None = None,
+    sequences: Ints | None,
 ) -> Noise:
     """Draw noise levels, masked positions and their weights.
 

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import CheckpointLoadContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from megatron.core.distributed import DistributedDataParallel
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from nemodiff_train.console import warn
 from nemodiff_train.distributed import all_gather_object, global_rank, world_size
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.resilience.checkpoints import AtomicCheckpointManager
+from nemodiff_train.runtime.patches import before_gradient_reduction, decide_on_updates
 
 NON_FINITE, SPIKE = "non_finite", "spike"
 
@@ -48,8 +47,7 @@ class GradientGuard(Callback):
         self.context = context
         self.settings = config_of(context.state).resilience
         self.local_fault = torch.zeros(1, dtype=torch.int32, device=torch.cuda.current_device())
-        self.prepare_without_guard: Callable[[], bool] = context.optimizer.prepare_grads
-        context.optimizer.prepare_grads = self._prepare_grads
+        self.prepare_without_guard = decide_on_updates(context.optimizer, self._prepare_grads)
         before_gradient_reduction(context.model, self._check_local_gradient)
 
     def on_train_step_start(self, context: CallbackContext) -> None:
@@ -161,20 +159,3 @@ def recorded_norms(path: Path, count: int) -> list[float]:
                 if (norm := _Figures.model_validate_json(line).grad_norm) is not None:
                     norms.append(norm)
     return list(norms)
-
-
-def before_gradient_reduction(model: Sequence[DistributedDataParallel], call: Callable[[], None]) -> None:
-    """Call a function in each step between the last backward pass and the sum over replicas.
-
-    Args:
-        model: The model chunks.
-        call: Runs once per step; with ``ddp.overlap_grad_reduce`` some of the sums have begun.
-    """
-    # Not the configuration's finalize_model_grads_func, which is saved with every checkpoint.
-    finish_grad_sync = model[0].finish_grad_sync
-
-    def finish(*arguments: object, **named: object) -> None:
-        call()
-        finish_grad_sync(*arguments, **named)
-
-    model[0].finish_grad_sync = finish

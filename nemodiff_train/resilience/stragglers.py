@@ -9,8 +9,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.distributed import world_size
-from nemodiff_train.resilience.gradient_guard import before_gradient_reduction
-from nemodiff_train.resilience.watchdog import Watchdog
+from nemodiff_train.runtime.patches import before_gradient_reduction
 
 
 class StragglerMonitor(Callback):
@@ -20,13 +19,11 @@ class StragglerMonitor(Callback):
     slow as the slowest rank.
 
     Args:
-        shared: Knows how long the forward step has waited for data.
-        watchdog: Writes the figures to ``status.json``.
+        shared: Knows how long the forward step has waited for data; gets the figures.
     """
 
-    def __init__(self, shared: StepContext, watchdog: Watchdog) -> None:
+    def __init__(self, shared: StepContext) -> None:
         self.shared = shared
-        self.watchdog = watchdog
         self.busy = 0.0
         """Seconds of this rank since the last report."""
         self.step_started = 0.0
@@ -55,7 +52,7 @@ class StragglerMonitor(Callback):
         ranks = [torch.zeros_like(local) for _ in range(world_size())]
         dist.all_gather(ranks, local)
         busy, data_wait = torch.stack(ranks, dim=1).tolist()
-        self.watchdog.figures = {
+        self.shared.rank_figures = {
             "slowest_rank": busy.index(max(busy)),
             "slowest_rank_seconds": max(busy),
             "median_rank_seconds": statistics.median(busy),

@@ -9,12 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
+from nemodiff_train.config.context import StepContext
 from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.distributed import barrier, global_rank
 from nemodiff_train.files import write_atomic
@@ -42,18 +42,16 @@ class Watchdog(Callback):
     A context manager: the thread runs while it is open.
 
     Args:
-        output: Folder of the run.
+        shared: The run's folder and step, and what the status says of its ranks.
         settings: Limits.
         on_exit: Called with the reason before the process is ended.
     """
 
-    def __init__(self, output: Path, settings: ResilienceConfig, on_exit: Callable[[str], None]) -> None:
-        self.output = output
+    def __init__(self, shared: StepContext, settings: ResilienceConfig, on_exit: Callable[[str], None]) -> None:
+        self.shared = shared
         self.settings = settings
         self.on_exit = on_exit
         self.rank = global_rank()
-        self.figures: dict[str, float] = {}
-        self.step = 0
         self.phase = "setup"
         self.phase_started = self.last_progress = time.monotonic()
         self.seconds_per_step = 0.0
@@ -85,7 +83,7 @@ class Watchdog(Callback):
             os.close(descriptor)
 
     def on_train_start(self, context: CallbackContext) -> None:
-        self.step = context.state.train_state.step
+        self.shared.step = context.state.train_state.step
         # Bridge listens to one signal, train.exit_signal; its handler takes the others too.
         bridge_handler = signal.getsignal(signal.SIGUSR1)
         self.handlers = {number: signal.signal(number, bridge_handler) for number in ENDING}
@@ -103,7 +101,7 @@ class Watchdog(Callback):
         self._enter("step")
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        self.step = context.state.train_state.step + 1
+        self.shared.step = context.state.train_state.step + 1
         self.seconds_per_step = time.monotonic() - self.phase_started
         self._enter("after a step")
 
@@ -163,23 +161,23 @@ class Watchdog(Callback):
 
     def _write_status(self) -> None:
         status = {
-            "step": self.step,
+            "step": self.shared.step,
             "phase": self.phase,
             "seconds": round(time.monotonic() - self.phase_started, 3),
             "time": time.time(),
             "seconds_per_step": self.seconds_per_step,
-            **self.figures,
+            **self.shared.rank_figures,
         }
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.output / "status.json", json.dumps(status, indent=1) + "\n")
+            self.shared.output.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.shared.output / "status.json", json.dumps(status, indent=1) + "\n")
         except OSError:
             pass  # the checkpoint reports a full disk
 
     def _exit(self, reason: str) -> NoReturn:
         """Write the stacks of all threads and end the process with 1."""
-        line = f"rank {self.rank}: {reason}, in step {self.step + 1} ({self.phase})"
-        file = self.output / "stacks" / f"rank_{self.rank}.txt"
+        line = f"rank {self.rank}: {reason}, in step {self.shared.step + 1} ({self.phase})"
+        file = self.shared.output / "stacks" / f"rank_{self.rank}.txt"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w") as stream:

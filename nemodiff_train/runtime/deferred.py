@@ -353,6 +353,8 @@ def defer_imports(compiles: bool) -> None:
 
     Args:
         compiles: Whether torch compiles functions on this machine.
+
+    Until: for :class:`_Distributions`, Transformers asks for one distribution by its name (not in 5.12.1).
     """
     if _FINDER in sys.meta_path:
         return

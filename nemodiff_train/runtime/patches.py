@@ -1,4 +1,4 @@
-"""Every function of Megatron-Core and Bridge that this project replaces: one function per patch.
+"""Everything of Megatron-Core and Bridge that this project replaces: one function per patch.
 
 Each patch says until when it is needed, and refuses a version whose function it was not written for.  What the CPU
 backend replaces in torch is in :mod:`~nemodiff_train.runtime.cpu`.
@@ -10,14 +10,14 @@ stand-in for Transformer Engine can be found.
 import importlib
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import megatron.core.datasets.utils as dataset_utils
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
@@ -38,7 +38,13 @@ from torch import Tensor
 
 from nemodiff_train.processes import helpers_held, program_unseen, serve_parent_alone
 from nemodiff_train.runtime.cpu import get_random_state, set_random_state
-from nemodiff_train.runtime.replace import REPLACED, replace
+from nemodiff_train.runtime.replace import REPLACED, replace, replace_in
+
+if TYPE_CHECKING:  # imported only where there is a model
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.transformer.attention import SelfAttention
 
 
 def show_absence_of_transformer_engine() -> None:
@@ -148,6 +154,63 @@ def let_tokenizers_be_larger(setup: ModuleType) -> None:
     takes = "model_vocab_size, tokenizer_vocab_size, use_tokenizer_vocab_size"
     size = "_validate_and_set_vocab_size"
     replace(setup, size, lambda model_vocab_size, **unused: (model_vocab_size, False), takes=takes)
+
+
+_EXTRA_STATE = "_extra_state"
+
+
+def leave_out_extra_state(model: "GPTModel") -> None:
+    """Neither save nor ask for the scaling factors of Transformer Engine's layers, which only FP8 has.
+
+    A checkpoint made without Transformer Engine has none, and would be refused where it is installed.  Every weight
+    is still asked for.
+
+    Until: Core loads checkpoints without extra states into Transformer Engine's layers (not in 0.19.2).
+    """
+
+    def forget_missing(module: torch.nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(_EXTRA_STATE)]
+
+    def sharded_state_dict(*arguments: Any, **named: Any) -> dict[str, Any]:
+        return {key: value for key, value in state_of(*arguments, **named).items() if not key.endswith(_EXTRA_STATE)}
+
+    takes = "prefix, sharded_offsets, metadata"
+    state_of = replace_in(model, "sharded_state_dict", sharded_state_dict, takes)
+    model.register_load_state_dict_post_hook(forget_missing)
+
+
+def multiply_angles(attention: "SelfAttention", factor: float) -> None:
+    """Set what Core multiplies the sine and cosine of a layer's angles by, which it computes for its own YaRN alone.
+
+    Until: Core asks the rotary embedding for it (not in 0.19.2).
+    """
+    replace_in(attention, "_yarn_concentration_factor", factor, takes=None)
+
+
+def decide_on_updates(optimizer: "MegatronOptimizer", leaves_out: Callable[[], bool]) -> Callable[[], bool]:
+    """Let a function prepare the gradients and say whether the update is left out, and return Core's own.
+
+    Until: Core or Bridge has a callback between gradients and update that can leave the update out (not in 0.19.2).
+    """
+    prepare: Callable[[], bool] = replace_in(optimizer, "prepare_grads", leaves_out, takes="")
+    return prepare
+
+
+def before_gradient_reduction(model: Sequence["DistributedDataParallel"], call: Callable[[], None]) -> None:
+    """Call a function in each step between the last backward pass and the sum over replicas.
+
+    With ``ddp.overlap_grad_reduce`` some of the sums have begun.  The configuration's finalize_model_grads_func would
+    be saved with every checkpoint.
+
+    Until: Bridge has a callback there (not in 0.6.2).
+    """
+
+    @wraps(model[0].finish_grad_sync)
+    def finish(*arguments: Any, **named: Any) -> None:
+        call()
+        original(*arguments, **named)
+
+    original = replace_in(model[0], "finish_grad_sync", finish, takes="force_all_reduce")
 
 
 @contextmanager

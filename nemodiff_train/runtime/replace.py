@@ -29,14 +29,30 @@ def replace(owner: Any, name: str, new: Any, takes: str | None) -> Any:
     """
     full_name = f"{getattr(owner, '__module__', None) or ''}.{owner.__name__}.{name}".lstrip(".")
     if full_name not in REPLACED:
-        if not hasattr(owner, name):
-            raise UnknownSignature(f"{full_name} is gone; remove its patch, or adapt it to this version")
-        original = getattr(owner, name)
-        if takes is not None:
-            _check_parameters(full_name, list(inspect.signature(original).parameters), takes)
-        REPLACED[full_name] = original
+        REPLACED[full_name] = _known(owner, name, full_name, takes)
     setattr(owner, name, new)
     return REPLACED[full_name]
+
+
+def replace_in(thing: Any, name: str, new: Any, takes: str | None) -> Any:
+    """Put ``new`` in the place of an attribute of one object, and return what was there.
+
+    The arguments and errors are those of :func:`replace`; ``takes`` is without ``self``.  A method may be replaced
+    again if what took its place wraps it.
+    """
+    original = _known(thing, name, f"{type(thing).__module__}.{type(thing).__name__}.{name}", takes)
+    setattr(thing, name, new)
+    return original
+
+
+def _known(owner: Any, name: str, full_name: str, takes: str | None) -> Any:
+    """Return ``owner.name``, if it is what a patch was written for."""
+    if not hasattr(owner, name):
+        raise UnknownSignature(f"{full_name} is gone; remove its patch, or adapt it to this version")
+    original = getattr(owner, name)
+    if takes is not None:
+        _check_parameters(full_name, list(inspect.signature(original).parameters), takes)
+    return original
 
 
 def _check_parameters(full_name: str, parameters: list[str], takes: str) -> None:

@@ -53,7 +53,14 @@ def _quiet_third_parties() -> None:
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    # The project shows its own bars.  torch imports tqdm, which then reads its environment variable: too early.
+    _hide_bars()
+
+
+def _hide_bars() -> None:
+    """Let tqdm show nothing: the project shows its own bars.
+
+    Until: tqdm reads its environment variable at its first bar (4.70.1 reads it at its import, which is torch's).
+    """
     replace(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True), takes="self, iterable, desc, total, ...")
 
 

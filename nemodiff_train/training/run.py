@@ -119,7 +119,7 @@ def train(config: TriModeConfig) -> None:
 
 def _run(config: TriModeConfig, output: Path) -> None:
     shared = StepContext(output)
-    breakdown, log = LossBreakdown(shared), RunLog(shared)
+    log = RunLog(shared)
     with contextlib.ExitStack() as stack:
         stack.callback(end_as_ever)
         end_at_once(*ENDING)
@@ -138,7 +138,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         log_file = stack.enter_context(open(output / "train.log" if prints else os.devnull, "a", buffering=1))
         stack.enter_context(contextlib.redirect_stdout(log_file))
-        watchdog = stack.enter_context(Watchdog(output, config.resilience, record_end))
+        watchdog = stack.enter_context(Watchdog(shared, config.resilience, record_end))
         stack.callback(log.close)
         # After a step, what measures comes before what may stop the run or go back to a checkpoint; the log comes
         # last and writes the figures that all others have added to `shared`.
@@ -146,16 +146,16 @@ def _run(config: TriModeConfig, output: Path) -> None:
             BaseDrafter(),
             FusedOptimizer(),
             MaskEmbedding(shared),
-            breakdown,
+            LossBreakdown(shared),
             LoopEvaluation(shared),
             ReplicaConsistencyCheck(),
-            StragglerMonitor(shared, watchdog),
+            StragglerMonitor(shared),
             GradientGuard(shared),
             watchdog,
             log,
         ]
         try:
-            pretrain(config, ForwardStep(shared, breakdown), callbacks=callbacks)
+            pretrain(config, ForwardStep(shared), callbacks=callbacks)
         except RuntimeError as error:
             if not _another_rank_is_gone(error):
                 raise
@@ -164,7 +164,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
             raise RunStopped(line, alone=True) from error
         except SystemExit as leaving:
             if not leaving.code and not isinstance(leaving, ToldToEnd) and is_main_process():
-                console.print(f"stopped after step {watchdog.step}, which is saved; repeat the command to go on")
+                console.print(f"stopped after step {shared.step}, which is saved; repeat the command to go on")
             raise
 
 

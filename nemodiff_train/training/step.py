@@ -2,28 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
 from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext, config_of
 from nemodiff_train.drafter.selector import SelectorLoss
 from nemodiff_train.drafter.step import DraftLoss, draft_tokens
-from nemodiff_train.model.head import token_losses
+from nemodiff_train.model.head import output_processor, token_losses
+from nemodiff_train.objective import ObjectiveConfig
+from nemodiff_train.objective.breakdown import Breakdown
 from nemodiff_train.objective.loss import Report, loss_weights, report
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.objective.schedule import alpha_at
 from nemodiff_train.training.batch import BatchReader
-from nemodiff_train.training.callbacks.loss_breakdown import LossBreakdown
-
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 
 
 class ForwardStep:
@@ -31,17 +30,15 @@ class ForwardStep:
 
     Args:
         shared: What the callbacks learn of the step.
-        breakdown: Adds up the diffusion loss by noise level and position.
     """
 
-    def __init__(self, shared: StepContext, breakdown: LossBreakdown) -> None:
+    def __init__(self, shared: StepContext) -> None:
         self.shared = shared
-        self.breakdown = breakdown
         self.reader = BatchReader(shared)
 
     def __call__(
         self, state: GlobalState, data_iterator: Iterator[Sample], model: MegatronModule
-    ) -> tuple[Tensor, LossFunction | None]:
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Report]] | None]:
         """Run a model chunk on its next micro-batch.
 
         Returns:
@@ -69,7 +66,9 @@ class ForwardStep:
                 # A validation loss is a mean over counted tokens, whatever the micro-batch and the step before.
                 reduced_by = objective if model.training else replace(objective, reduction="global")
                 weights, denominator = loss_weights(batch, reduced_by, alpha, self.reader.diffusion_scale)
-                loss = TriModeLoss(batch, weights, denominator, config, self.breakdown if model.training else None)
+                reports = model.training and config.diagnostics.loss_interval and objective.stage == "joint"
+                breakdown = self.shared.breakdown if reports else None
+                loss = TriModeLoss(batch, weights, denominator, objective, config.model.vocab_size, breakdown)
 
         # 3. The model; on the last stage the loss takes the place of Megatron's output layer and loss.
         segment_ids = batch["segment_ids"] if batch is not None and config.dataset.needs_segment_ids else None
@@ -81,11 +80,21 @@ class ForwardStep:
             input_ids=embedded["tokens"] if embedded else None,
             position_ids=embedded["position_ids"] if embedded else None,
             attention_mask=segment_ids,
-            output_processor=loss.from_hidden_states if loss else None,
+            output_processor=output_processor(loss.losses) if loss else None,
         )
 
         # 4. The reduction, which Megatron calls on the losses: (sum, denominator, report).
-        return output, loss.reduce if loss else None
+        return output, partial(_reduce, loss, config.rerun_state_machine.check_for_spiky_loss) if loss else None
+
+
+def _reduce(loss: "TriModeLoss | DraftLoss", watches: bool, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
+    """Reduce the losses of a micro-batch, and tell Megatron whether the sum is a spike, if it ``watches`` for one."""
+    reduced = loss.reduce(losses)
+    if watches:
+        machine = get_rerun_state_machine()
+        is_spike = partial(machine.is_unexpectedly_large, threshold=machine.spiky_loss_factor, context="loss")
+        machine.validate_result(reduced[0], is_spike, "Spiky loss", fatal=False)
+    return reduced
 
 
 def _end_gradients(chunk: GPTModel) -> None:
@@ -105,38 +114,23 @@ class TriModeLoss:
     """[batch, (V + 1) L] of :func:`~nemodiff_train.objective.loss.loss_weights`."""
     denominator: Tensor
     """int32 scalar of the same."""
-    config: TriModeConfig
-    breakdown: LossBreakdown | None = None
-    """Adds up the diffusion loss by noise level and position; None in validation."""
+    objective: ObjectiveConfig
+    vocabulary: int
+    """Tokens of the model."""
+    breakdown: Breakdown | None
+    """Adds up the diffusion loss by noise level and position; None where nothing reports it, as in validation."""
 
-    def from_hidden_states(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: ColumnParallelLinear,
-        output_weight: Tensor | None,
-        **context: object,
-    ) -> Tensor:
+    def losses(self, states: Tensor, layer: ColumnParallelLinear, weight: Tensor) -> Tensor:
         """Return the cross-entropy [batch, (V + 1) L] in nats, 0 where ``loss_mask`` is 0.
 
-        Megatron calls this on the last stage instead of its output layer and loss.
-
-        Args:
-            hidden_states: [positions, batch, hidden] of the last layer; under sequence parallel this rank's part.
-            output_layer: The model's, of which this tensor-parallel rank has some rows.
-            output_weight: [vocabulary / tensor-parallel size, hidden], where the weight is not the layer's own.
-            context: What else Megatron passes to an ``output_processor``.
+        The arguments are those of :func:`~nemodiff_train.model.head.output_processor`.
         """
-        batch, vocabulary = self.batch, self.config.model.vocab_size
-        labels, indices = batch["labels"], batch["loss_indices"]
-        return token_losses(hidden_states, labels, indices, self.weights, vocabulary, output_layer, output_weight)
+        labels, indices = self.batch["labels"], self.batch["loss_indices"]
+        return token_losses(states, labels, indices, self.weights, self.vocabulary, layer, weight)
 
     def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Return the weighted sum of the losses, the denominator, and the report."""
-        config, losses = self.config, losses.float()
-        if self.breakdown and config.diagnostics.loss_interval and config.objective.stage == "joint":
+        if self.breakdown:
             self.breakdown.add(self.batch, losses.detach())
         loss = (losses * self.weights).sum()
-        reruns = config.rerun_state_machine  # Bridge's watch for NaN and spikes
-        masked_next_token_loss(torch.ones_like(loss), loss, reruns.check_for_nan_in_loss, reruns.check_for_spiky_loss)
-        return loss, self.denominator, report(losses, self.batch, loss, self.denominator, config.objective)
+        return loss, self.denominator, report(losses, self.batch, loss, self.denominator, self.objective)

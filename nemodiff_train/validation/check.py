@@ -1,5 +1,7 @@
 """Collect the problems of a configuration and refuse it with all of them at once."""
 
+from collections.abc import Iterator
+
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.errors import UserError
 from nemodiff_train.planning import rules
@@ -26,15 +28,15 @@ def check(config: TriModeConfig, world_size: int) -> None:
     Raises:
         UserError: One line with every problem.
     """
-    if lines := problems(config, world_size):
+    if lines := [*problems(config, world_size)]:
         raise UserError("; ".join(lines))
 
 
-def problems(config: TriModeConfig, world_size: int) -> list[str]:
-    """Return what keeps a configuration from running on ``world_size`` processes, one line per problem."""
-    if lines := settings.size_problems(config):
-        return lines  # the other rules divide by these sizes
-    lines = rules.problems(config, world_size) or [*size.problems(config, world_size)]
+def problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
+    """Yield what keeps a configuration from running on ``world_size`` processes, one line per problem."""
+    if lines := [*settings.size_problems(config)]:
+        yield from lines
+        return  # the other rules divide by these sizes
+    yield from rules.problems(config, world_size) or size.problems(config, world_size)
     for concern in (settings, objective, kernels, start, resume, adapters, data, output):
-        lines += concern.problems(config)
-    return lines
+        yield from concern.problems(config)

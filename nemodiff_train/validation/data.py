@@ -11,12 +11,14 @@ from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.mock import MOCK
 from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
-from nemodiff_train.errors import UserError, refusal
+from nemodiff_train.errors import UserError
 
 
-def problems(config: TriModeConfig) -> list[str]:
-    """Return what is wrong with the data of a run, one line each."""
-    return [*_blend_problems(config), *_kind_problems(config), *refusal(lambda: _check_files(config))]
+def problems(config: TriModeConfig) -> Iterator[str]:
+    """Yield what is wrong with the data of a run, one line each."""
+    yield from _blend_problems(config)
+    yield from _kind_problems(config)
+    yield from _file_problems(config)
 
 
 def _blend_problems(config: TriModeConfig) -> Iterator[str]:
@@ -46,24 +48,28 @@ def _kind_problems(config: TriModeConfig) -> Iterator[str]:
         )
 
 
-def _check_files(config: TriModeConfig) -> None:
-    prefixes, mock = config.dataset.prefixes, config.dataset.is_mock
+def _file_problems(config: TriModeConfig) -> Iterator[str]:
+    prefixes, mock, rows = config.dataset.prefixes, config.dataset.is_mock, config.model.vocab_size
     if not prefixes and not mock:
-        raise UserError("dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'")
-    mask_token = config.find_mask_token() if config.has_masks else None
-    if mock:
+        yield "dataset.data is empty; give the prefix of a .bin/.idx made by 'nemodiff data prepare'"
         return
-    tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-    rows = config.model.vocab_size
-    if line := tokens_without_row(tokenizer, rows):
-        warn(line)
-    check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations, rows)
+    try:
+        mask_token = config.find_mask_token() if config.has_masks else None
+        if mock:
+            return
+        tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
+        if line := tokens_without_row(tokenizer, rows):
+            warn(line)
+        check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations, rows)
+    except UserError as error:
+        yield str(error)
+        return
     for prefix in prefixes:
-        _check_split(prefix, str(config.dataset.split))
+        yield from split_problems(prefix, str(config.dataset.split))
 
 
-def _check_split(prefix: str, split: str) -> None:
-    """Refuse a share of the documents that Megatron rounds to none: it would look for samples in them for ever."""
+def split_problems(prefix: str, split: str) -> Iterator[str]:
+    """Yield the shares of the documents that Megatron rounds to none: it would look for samples in them for ever."""
     documents = len(read_index(prefix).document_ends) - 1
     shares = [parse_number(share) for share in split.split(",")]
     if not math.isfinite(sum(shares)) or not sum(shares):
@@ -71,7 +77,7 @@ def _check_split(prefix: str, split: str) -> None:
     ends = [round(end / sum(shares) * documents) for end in accumulate(shares, initial=0.0)]
     for name, share, (first, last) in zip(("training", "validation", "test"), shares, pairwise(ends), strict=False):
         if share > 0 and first >= last:
-            raise UserError(
+            yield (
                 f"dataset.split={split} leaves {name} none of the {documents} documents of {prefix}; give it a "
                 "larger share, or 0"
             )

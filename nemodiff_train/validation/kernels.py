@@ -21,17 +21,16 @@ from nemodiff_train.runtime import init_runtime
 _FLASH, _REMEDY = "model.attention_kernel=flash", "set model.attention_kernel=auto"
 
 
-def problems(config: TriModeConfig) -> list[str]:
-    """Return what this machine cannot compute as asked, one line each."""
-    cuda = init_runtime().cuda
-    positions = config.dataset.seq_length * (config.objective.noisy_views + 1)
-    return [
-        *attention_problems(config.model, positions, cuda),
-        *(_step_problems(config) if cuda and config.model.attention_kernel == "auto" else ()),
-        *_precision_problems(config, cuda),
-        *_overlap_problems(config),
-        *(_compiler_problems() if cuda and config.objective.noisy_views else ()),
-    ]
+def problems(config: TriModeConfig) -> Iterator[str]:
+    """Yield what this machine cannot compute as asked, one line each."""
+    cuda, views = init_runtime().cuda, config.objective.noisy_views
+    yield from attention_problems(config.model, config.dataset.seq_length * (views + 1), cuda)
+    if cuda and config.model.attention_kernel == "auto":
+        yield from _step_problems(config)
+    yield from _precision_problems(config, cuda)
+    yield from _overlap_problems(config)
+    if cuda and views:
+        yield from _compiler_problems()
 
 
 def attention_problems(model: TriModeModelProvider, positions: int, cuda: bool) -> Iterator[str]:

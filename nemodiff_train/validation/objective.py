@@ -16,15 +16,15 @@ _DRAWS, _STANDARD_ERRORS, _LOWEST = 2000, 6.0, 0.05
 """Draws per noise level, the error that they may have, and the lowest level that is tried."""
 
 
-def problems(config: "TriModeConfig") -> list[str]:
-    """Return what is wrong with the objective of a run, one line each."""
+def problems(config: "TriModeConfig") -> Iterator[str]:
+    """Yield what is wrong with the objective of a run, one line each."""
     return objective_problems(config.objective, config.dataset.seq_length)
 
 
-def objective_problems(objective: ObjectiveConfig, seq_length: int) -> list[str]:
-    """Return what is wrong with an objective for samples of ``seq_length`` clean tokens, one line each."""
+def objective_problems(objective: ObjectiveConfig, seq_length: int) -> Iterator[str]:
+    """Yield what is wrong with an objective for samples of ``seq_length`` clean tokens, one line each."""
     lines = [*_noise_problems(objective), *_block_problems(objective, seq_length), *_conflicts(objective)]
-    return lines or [*_sampling_problems(objective)]
+    yield from lines or _sampling_problems(objective)
 
 
 def _noise_problems(objective: ObjectiveConfig) -> Iterator[str]:

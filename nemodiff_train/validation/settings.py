@@ -66,20 +66,19 @@ _READ = ("dist.nccl_communicator_config_path", "dataset.dataloader_load")
 """Files that a run reads besides its own."""
 
 
-def problems(config: "TriModeConfig") -> list[str]:
-    """Return the settings with an unknown choice or a value out of range, one line each."""
-    sections = ("objective", "drafter", "diagnostics", "evaluation", "resilience")
-    return [
-        *(line for name in sections for line in section_problems(name, getattr(config, name))),
-        *schedule_problems(config),
-        *_bridge_choices(config),
-        *_bridge_refusals(config),
-    ]
+def problems(config: "TriModeConfig") -> Iterator[str]:
+    """Yield the settings with an unknown choice or a value out of range, one line each."""
+    for name in ("objective", "drafter", "diagnostics", "evaluation", "resilience"):
+        yield from section_problems(name, getattr(config, name))
+    yield from schedule_problems(config)
+    yield from _bridge_choices(config)
+    yield from _bridge_refusals(config)
 
 
-def size_problems(config: "TriModeConfig") -> list[str]:
-    """Return the sizes that are too small for other rules to be computed, one line each."""
-    return [line for key in SIZES for line in refusal(partial(check_range, key, attrgetter(key)(config)))]
+def size_problems(config: "TriModeConfig") -> Iterator[str]:
+    """Yield the sizes that are too small for other rules to be computed, one line each."""
+    for key in SIZES:
+        yield from refusal(partial(check_range, key, attrgetter(key)(config)))
 
 
 def check_sizes(config: "TriModeConfig") -> None:
@@ -88,29 +87,25 @@ def check_sizes(config: "TriModeConfig") -> None:
     Raises:
         UserError: One line with all of them.
     """
-    if lines := size_problems(config):
+    if lines := [*size_problems(config)]:
         raise UserError("; ".join(lines))
 
 
-def section_problems(name: str, section: object | None) -> list[str]:
-    """Return the fields of one section with an unknown choice or a value out of range, one line each.
+def section_problems(name: str, section: object | None) -> Iterator[str]:
+    """Yield the fields of one section with an unknown choice or a value out of range, one line each.
 
     Args:
         name: Name of the section in the configuration.
         section: A dataclass of this project's; None if the configuration has none.
     """
-
-    def check(key: str) -> None:
-        value = getattr(section, key.partition(".")[2])
-        if not isinstance(value, PurePath):  # a text as good as any
-            check_type(SimpleNamespace(**{name: section}), key, as_written=value is None)
-        check_range(key, value)
-
-    keys = [f"{name}.{field.name}" for field in fields(section)] if section is not None else []  # type: ignore[arg-type]
-    lines = [line for key in keys for line in refusal(partial(check, key))]
+    parent = SimpleNamespace(**{name: section})
+    for field in fields(section) if section is not None else ():  # type: ignore[arg-type]
+        key, value = f"{name}.{field.name}", getattr(section, field.name)
+        checked = partial(check_type, parent, key, as_written=value is None)
+        of_type = [] if isinstance(value, PurePath) else refusal(checked)  # a path is a text as good as any
+        yield from of_type or refusal(partial(check_range, key, value))
     if isinstance(section, ResilienceConfig) and 0 < section.spike_factor <= 1:
-        lines.append(f"resilience.spike_factor is {section.spike_factor}; use a factor above 1, or 0 for none")
-    return lines
+        yield f"resilience.spike_factor is {section.spike_factor}; use a factor above 1, or 0 for none"
 
 
 def schedule_problems(config: "TriModeConfig") -> Iterator[str]:
@@ -140,7 +135,10 @@ def schedule_problems(config: "TriModeConfig") -> Iterator[str]:
 
 def _bridge_choices(config: "TriModeConfig") -> Iterator[str]:
     if config.train.rampup_batch_size is not None:
-        yield "train.rampup_batch_size has no effect: Megatron-Core no longer ramps batches up; leave it out"
+        yield (
+            "train.rampup_batch_size has no effect: Megatron-Core no longer ramps batches up; use "
+            "train.global_batch_size alone"
+        )
     optimizer = config.optimizer.optimizer
     if optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
         yield f"optimizer.optimizer is '{optimizer}'; use 'adam' or 'sgd', or install emerging-optimizers"

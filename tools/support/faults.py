@@ -153,8 +153,8 @@ def _mid_cleanup(step: int) -> None:
 
 def _in_step(call: Callable[[Any], None], step: int) -> None:
     """Call a function with the model after the last backward pass of a step."""
-    from nemodiff_train.resilience import gradient_guard as guard
     from nemodiff_train.resilience.gradient_guard import GradientGuard
+    from nemodiff_train.runtime.patches import before_gradient_reduction
 
     plain = GradientGuard.on_train_start
 
@@ -165,7 +165,7 @@ def _in_step(call: Callable[[Any], None], step: int) -> None:
             if context.state.train_state.step + 1 == step:
                 call(context.model)
 
-        guard.before_gradient_reduction(context.model, look)
+        before_gradient_reduction(context.model, look)
 
     setattr(GradientGuard, "on_train_start", on_train_start)  # noqa: B010
 

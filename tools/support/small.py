@@ -126,16 +126,15 @@ def documents(draw: torch.Generator, length: int, block: int, average: int = 40)
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the weighted sum of a micro-batch's losses, from the forward pass of training."""
-    from nemodiff_train.model.head import token_losses
+    from nemodiff_train.model.head import output_processor, token_losses
 
     weights, vocabulary = batch["loss_mask"], model.config.vocab_size
 
-    def process(*, hidden_states: Any, output_layer: Any, output_weight: Any, **context: Any) -> torch.Tensor:
-        labels, indices = batch["labels"], batch["loss_indices"]
-        return token_losses(hidden_states, labels, indices, weights, vocabulary, output_layer, output_weight)
+    def losses_of(states: torch.Tensor, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        return token_losses(states, batch["labels"], batch["loss_indices"], weights, vocabulary, layer, weight)
 
     model.config.noisy_views = batch["tokens"].shape[1] // batch["maskable"].shape[1] - 1
-    losses = model(batch["tokens"], batch["position_ids"], None, output_processor=process)
+    losses = model(batch["tokens"], batch["position_ids"], None, output_processor=output_processor(losses_of))
     return (losses * weights).sum()
 
 

@@ -1,69 +1,26 @@
-"""The diffusion loss by noise level and by position in the block."""
+"""The diffusion loss by noise level and by position in the block, in the log."""
 
-import torch
-import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from torch import Tensor
 
 from nemodiff_train.config.context import StepContext, config_of
-from nemodiff_train.objective.sample import Sample
-
-LEVELS = 10
-"""Buckets of the noise level: 0.0-0.1, 0.1-0.2, ..."""
-OCTAVES = 12
-"""Buckets of the position in the block, from 1: 1, 2, 3-4, 5-8, ... 1025-2048."""
 
 
 class LossBreakdown(Callback):
-    """Add up the unweighted losses of masked positions, and report their means.
+    """Report the mean losses of masked positions that the forward step has added up.
 
     Every ``diagnostics.loss_interval`` steps the figures ``diffusion_loss_by_noise_level/LOW-HIGH`` and
     ``diffusion_loss_by_position/FIRST-LAST``, in nats, go to the log.
 
     Args:
-        shared: Where the figures go.
+        shared: Has the sums, and gets the figures.
     """
 
     def __init__(self, shared: StepContext) -> None:
         self.shared = shared
-        self.totals: Tensor | None = None
-        """[2, LEVELS + OCTAVES] sums of losses in nats, and their numbers; None before the first micro-batch."""
-
-    def add(self, batch: Sample, losses: Tensor) -> None:
-        """Add one micro-batch.
-
-        Args:
-            batch: With ``noise_level`` and ``index_in_block`` [batch, V L]; see
-                :class:`~nemodiff_train.objective.sample.SampleMaker`.
-            losses: [batch, (V + 1) L] cross-entropy in nats.
-        """
-        if self.totals is None:
-            self.totals = torch.zeros(2, LEVELS + OCTAVES, device=losses.device)
-        noisy = batch["noise_level"].shape[1]
-        # Every noisy position with a factor of 0 or 1: selecting the masked ones would make the host wait.
-        masked = (batch["loss_mask"][:, :noisy] > 0).float().flatten()
-        loss = losses[:, :noisy].float().flatten() * masked
-        # Bucket of each position, [batch * V L]: floor(10 t), and ceil(log2(position)).
-        level = (batch["noise_level"].flatten() * LEVELS).long().clamp(max=LEVELS - 1)
-        octave = torch.log2(batch["index_in_block"].flatten().float() + 1).ceil().long().clamp(max=OCTAVES - 1)
-        for bucket in (level, LEVELS + octave):
-            self.totals[0].index_add_(0, bucket, loss)
-            self.totals[1].index_add_(0, bucket, masked)
-
-    def take(self, group: dist.ProcessGroup) -> dict[str, float]:
-        """Return the mean of each bucket over the ranks of ``group`` since the last call; empty ones are left out."""
-        if self.totals is None:
-            return {}
-        dist.all_reduce(self.totals, group=group)
-        sums, counts = self.totals.tolist()
-        self.totals = None
-        levels = [f"diffusion_loss_by_noise_level/{i / LEVELS:.1f}-{(i + 1) / LEVELS:.1f}" for i in range(LEVELS)]
-        octaves = ["1", "2", *(f"{2 ** (i - 1) + 1}-{2**i}" for i in range(2, OCTAVES))]
-        names = levels + [f"diffusion_loss_by_position/{octave}" for octave in octaves]
-        return {name: sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         interval = config_of(context.state).diagnostics.loss_interval
         if interval and (context.state.train_state.step + 1) % interval == 0 and context.loss_dict:
-            self.shared.figures.update(self.take(get_pg_collection(context.model).dp_cp))
+            means = self.shared.breakdown.take(get_pg_collection(context.model).dp_cp)
+            self.shared.figures.update(means)
