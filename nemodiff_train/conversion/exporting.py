@@ -45,7 +45,8 @@ def export_checkpoint(
     """Make a Hugging Face directory of a Megatron checkpoint.
 
     Args:
-        source: A model's, or one of LoRA, which is merged.
+        source: A model's, or one of LoRA, which is merged. Every byte is verified; where it is damaged, the newest
+            older one that is intact is written.
         output: Directory to create.
         format: Name in ``FORMATS``; None for the format that the model came in.
         remote_code: Directory with the Python files that load the format.
@@ -56,10 +57,11 @@ def export_checkpoint(
         pipeline_parallel: Ranks that share the layers out.
 
     Raises:
-        UserError: The checkpoint is a drafter's, the output exists, the format cannot hold the model, or the drafter
-            is another model's.
+        UserError: The checkpoint is a drafter's, no iteration is intact, the output exists, the format cannot hold
+            the model, or the drafter is another model's.
     """
-    provider = model_from(source.require_model())
+    source = source.require_model().verify_contents()
+    provider = model_from(source)
     check_stages(provider, pipeline_parallel)
     name = format or default_format(provider)
     chosen = FORMATS[name]

@@ -165,6 +165,7 @@ class _Side:
 
 def _open_side(path: str) -> _Side:
     if checkpoint := Checkpoint.find(path):
+        checkpoint = checkpoint.require_model().verify_contents()
         provider = model_from(checkpoint)
         return _Side(checkpoint, provider, provider.params_dtype)
     directory = HFDirectory.open(path)

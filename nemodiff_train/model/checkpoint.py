@@ -235,7 +235,7 @@ class Checkpoint:
         return self
 
     def verify_contents(self) -> Self:
-        """Compare every byte with the recorded checksums.
+        """Compare every byte with the recorded checksums, at the first call.
 
         Returns:
             The checkpoint itself, or the newest older iteration that is intact, with a warning.
@@ -243,6 +243,10 @@ class Checkpoint:
         Raises:
             UserError: No iteration in the folder is complete; the damaged file is named.
         """
+        return self._intact
+
+    @cached_property
+    def _intact(self) -> Self:
         verified = _newest_complete(self.path, damage)
         if verified == self.iteration:
             return self
