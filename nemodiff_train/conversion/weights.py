@@ -116,13 +116,7 @@ def check_contents(directory: HFDirectory) -> None:
 
 
 def _content_damage(name: str, tensor: TensorHeader, expected: str | None) -> str | None:
-    """Return what is wrong with the values of a tensor, or None.
-
-    Args:
-        name: Its name in the file.
-        tensor: Its header.
-        expected: Its checksum, where that is known.
-    """
+    """Return what is wrong with the values of a tensor, of which a checksum may be known, or None."""
     with open_safetensors(tensor.file) as content:
         values = content.get_tensor(name)
     if expected is not None and checksum(values) != expected:

@@ -21,7 +21,12 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class HFDirectory:
-    """A model in a Hugging Face directory; each of its files is read at most once, and only when it is asked for."""
+    """A model in a Hugging Face directory; each file is read at most once, when it is asked for.
+
+    Raises:
+        UserError: From every property, if a file that it is read from is missing or damaged, or a setting is one that
+            no model can be made with.
+    """
 
     path: Path
 
@@ -42,11 +47,7 @@ class HFDirectory:
 
     @cached_property
     def settings(self) -> HFConfig:
-        """Return the ``config.json``, as it is written there.
-
-        Raises:
-            UserError: It cannot be read, or a key has a value that no model can be made with.
-        """
+        """Return the ``config.json``, as it is written there."""
         return read_config(self.path)
 
     @property
@@ -56,11 +57,7 @@ class HFDirectory:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Return the ``config.json`` as Transformers understands it.
-
-        Raises:
-            UserError: Transformers does not.
-        """
+        """Return the ``config.json`` as Transformers understands it."""
         return config_from(self.settings)
 
     @cached_property
@@ -68,19 +65,16 @@ class HFDirectory:
         """Return the shapes of the weights that the ``config.json`` asks for, by their names in an AR model.
 
         A tied output layer is not among them.
-
-        Raises:
-            UserError: Transformers cannot build the model.
         """
         return expected_shapes(ar_settings(self.settings))
 
+    def stored_name(self, name: str) -> str:
+        """Return the name in the files of an AR model's tensor."""
+        return stored_name(self.architecture, name)
+
     @cached_property
     def headers(self) -> dict[str, TensorHeader]:
-        """Return the headers of all tensors in the files, by name.
-
-        Raises:
-            UserError: See :func:`read_headers`.
-        """
+        """Return the headers of all tensors in the files, by name."""
         return read_headers(self.path)
 
     @cached_property
@@ -90,21 +84,13 @@ class HFDirectory:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the weights, whatever the ``config.json`` says; they have been checked to have one."""
+        """Return the one dtype of weights that have been checked, whatever the ``config.json`` says."""
         return DTYPES[next(iter(self.weights.values())).dtype]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the tokenizer.
-
-        Raises:
-            UserError: There is none, or it is damaged.
-        """
+        """Return the tokenizer."""
         return load_tokenizer(str(self.path))
-
-    def stored_name(self, name: str) -> str:
-        """Return the name in the files of an AR model's tensor."""
-        return stored_name(self.architecture, name)
 
 
 def expected_shapes(settings: HFConfig) -> dict[str, tuple[int, ...]]:
