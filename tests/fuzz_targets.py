@@ -218,15 +218,17 @@ def _weights(inputs: Inputs) -> st.SearchStrategy[tuple[bytes, bytes | None]]:
 
 
 def _read_weights(inputs: Inputs, content: tuple[bytes, bytes | None]) -> None:
-    from nemodiff_train.conversion.headers import INDEX
     from nemodiff_train.conversion.weights import check_contents, check_weights
+    from nemodiff_train.model.headers import INDEX
+    from nemodiff_train.model.hf_directory import HFDirectory
 
     folder = inputs.folder / "damaged"
     inputs.write("damaged/model.safetensors", content[0])
     (folder / INDEX).unlink(missing_ok=True)
     if content[1] is not None:
         inputs.write(f"damaged/{INDEX}", content[1])
-    check_contents(folder, check_weights(folder), lambda nbytes: None)
+    check_weights(directory := HFDirectory(folder))
+    check_contents(directory)
 
 
 _WORDS = [

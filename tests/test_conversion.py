@@ -4,9 +4,12 @@ Several ranks convert in tests/test_layouts.py, where the processes for it are.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from nemodiff_train.cli import main
+from nemodiff_train.conversion import importing
 from nemodiff_train.model import checkpoint
 from tests import small
+from tests.prepared import one_line
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 3": ("qwen3", {}),
@@ -160,6 +165,17 @@ def test_mask_tokens_that_cannot_be(
     assert "already" in capsys.readouterr().err and not Path("out").exists()
 
 
+def test_a_damaged_tokenizer_is_refused_before_the_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.qwen3(tmp_path / "source")
+    Path("source/tokenizer.json").write_text("{")
+    monkeypatch.setattr(importing, "start_model_parallel", None)
+    capsys.readouterr()
+    assert main(["convert", "import", "source", "out"]) == 2
+    assert "source: cannot load a tokenizer from it" in one_line(capsys) and not Path("out").exists()
+
+
 def test_verify_finds_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small.nemotron(tmp_path / "one")
     for name in ("changed", "rotated"):
@@ -179,25 +195,91 @@ def test_verify_finds_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {line.split("│")[1].strip() for line in table if "│ no" in line} == {"AR logits", "block-diffusion logits"}
 
 
-def test_generate_opens_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small.nemotron(tmp_path / "source")
-    assert main(["convert", "import", "source", "imported"]) == 0
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a damaged configuration": lambda iteration: (iteration / "run_config.yaml").write_text("{"),
+    "a changed configuration": lambda iteration: (iteration / "run_config.yaml").write_text(
+        (iteration / "run_config.yaml").read_text().replace("block_size: 8", "block_size: 4")
+    ),
+    "damaged weights": lambda iteration: flip(next(iter(sorted(iteration.glob("*.distcp"))))),
+    "a changed tokenizer": lambda iteration: flip(iteration / "tokenizer" / "tokenizer.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_iterations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose second iteration has other weights, other settings and another tokenizer than its first."""
+    folder = tmp_path_factory.mktemp("iterations")
+    for step, block_size in enumerate((16, 8)):
+        source = folder / f"source-{step}"
+        small.nemotron(source, block_size=block_size)
+        save_file(
+            {name: (1 + step) * tensor for name, tensor in small.weights(source).items()},
+            source / "model.safetensors",
+        )
+        (source / "chat_template.jinja").write_text(f"{step}")
+        assert main(["convert", "import", str(source), str(folder / f"imported-{step}")]) == 0
+        (folder / "saved").mkdir(exist_ok=True)
+        (folder / f"imported-{step}" / "iter_0000000").rename(folder / "saved" / f"iter_000000{step}")
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_export_is_of_one_iteration(
+    two_iterations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Settings, tokenizer and weights are those of the newest iteration that is whole."""
+    shutil.copytree(two_iterations / "saved", "saved")
+    assert main(["convert", "export", "saved", "newest"]) == 0
+    DAMAGES[damage](tmp_path / "saved" / "iter_0000001")
+    capsys.readouterr()
+    assert main(["convert", "export", "saved", "out"]) == 0
+    for step, folder in (("0", "out"), ("1", "newest")):
+        source = two_iterations / f"source-{step}"
+        assert small.same(small.weights(source), small.weights(tmp_path / folder))
+        settings = json.loads((source / "config.json").read_text())
+        assert json.loads(Path(folder, "config.json").read_text())["block_size"] == settings["block_size"]
+        assert Path(folder, "chat_template.jinja").read_text() == step
+    assert main(["convert", "verify", "saved", str(two_iterations / "source-0")]) == 0
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> Counter[str]:
+    """Return the number of calls of functions, by name, from here on."""
     calls: Counter[str] = Counter()
 
-    def count(module: Any, name: str) -> None:
-        plain = getattr(module, name)
+    def count(name: str, plain: Callable[..., Any], *arguments: Any, **words: Any) -> Any:
+        calls[name] += 1
+        return plain(*arguments, **words)
 
-        def counted(*arguments: Any, **words: Any) -> Any:
-            calls[name] += 1
-            return plain(*arguments, **words)
+    for module, name in functions:
+        monkeypatch.setattr(module, name, partial(count, name, getattr(module, name)))
+    return calls
 
-        monkeypatch.setattr(module, name, counted)
 
-    count(yaml, "CSafeLoader")
-    count(checkpoint, "structure_damage")  # which iteration is the newest, by names and sizes
-    count(checkpoint, "damage")  # and again by all bytes, before they are loaded
-    assert main(["generate", "imported", "a b c", "--max-new-tokens", "4"]) == 0
-    assert calls == {"CSafeLoader": 1, "structure_damage": 1, "damage": 1}
+def test_a_command_opens_its_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemodiff_train.model import hf_directory
+
+    small.qwen3(tmp_path / "source")
+    names = ("read_config", "read_headers", "expected_shapes", "load_tokenizer")
+    calls = counted(monkeypatch, *((hf_directory, name) for name in names))
+    assert main(["convert", "import", "source", "imported", "--mask-token", small.MASK]) == 0
+    # Of the miniature, too, Transformers is asked for the shapes.
+    assert calls == {"read_config": 2, "read_headers": 1, "expected_shapes": 2, "load_tokenizer": 1}
+    # Which iteration is the newest, by names and sizes; and again by all bytes, before they are loaded.
+    functions = ((yaml, "CSafeLoader"), (checkpoint, "structure_damage"), (checkpoint, "damage"))
+    for words in (
+        ["generate", "imported", "a b c", "--max-new-tokens", "4"],
+        ["convert", "export", "imported", "out"],
+    ):
+        calls = counted(monkeypatch, *functions)
+        assert main(words) == 0
+        assert calls == {"CSafeLoader": 1, "structure_damage": 1, "damage": 1}
 
 
 def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def test_verification(model: Any, devices: TwoDevices) -> None:
     from nemodiff_train.conversion.verify import _Side
     from nemodiff_train.model.checkpoint import Checkpoint
 
-    side = _Side("", model.config, torch.float32, Checkpoint(Path(), Path()), stored={})
+    side = _Side(Checkpoint(Path(), Path()), model.config, torch.float32)
     vars(side)["chunks"], tokens = [model], torch.tensor(PROMPTS[2:])
     for logits in (side.ar_logits(tokens, torch.arange(7)[None]), side.diffusion_logits(tokens, model.config)):
         assert not is_marked(logits) and logits.shape[-1] == model.config.vocab_size

@@ -99,7 +99,8 @@ def test_published_sizes(tmp_path: Path, size: str) -> None:
     init_runtime()
     from nemodiff_train.conversion.formats import nemotron_format
     from nemodiff_train.conversion.shards import ShardWriter
-    from nemodiff_train.conversion.weights import check_weights, expected_shapes
+    from nemodiff_train.conversion.weights import check_weights
+    from nemodiff_train.model.hf_directory import HFDirectory, expected_shapes
     from nemodiff_train.model.pretrained import model_from
 
     settings, count = PUBLISHED[size]
@@ -113,7 +114,8 @@ def test_published_sizes(tmp_path: Path, size: str) -> None:
 
     writer = ShardWriter(tmp_path, expected_shapes(settings), torch.bfloat16)
     writer.create_files()  # the data are holes in the files
-    stored = check_weights(tmp_path)
+    check_weights(directory := HFDirectory(tmp_path))
+    stored = directory.weights
     assert {name: list(tensor.shape) for name, tensor in stored.items()} == published_shapes(settings)
     assert {tensor.dtype for tensor in stored.values()} == {"BF16"} and len(stored) == count
     if (

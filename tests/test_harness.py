@@ -51,6 +51,7 @@ class Harness:
         from transformers import AutoTokenizer
 
         from nemodiff_train.conversion.importing import import_checkpoint
+        from nemodiff_train.model.hf_directory import HFDirectory
 
         self.folder = folder
         small.qwen3(folder / "hf", max_position_embeddings=128)
@@ -63,7 +64,7 @@ class Harness:
             )
             tokenizer.save_pretrained(folder / "hf")
             assert AutoTokenizer.from_pretrained(folder / "hf")("x")["input_ids"][0] == number < small.VOCABULARY
-        import_checkpoint(str(folder / "hf"), str(folder / "megatron"))
+        import_checkpoint(HFDirectory(folder / "hf"), str(folder / "megatron"))
         from lm_eval.api.registry import get_model
 
         import nemodiff_train.evaluation.lm_eval  # noqa: F401  (registers the model)

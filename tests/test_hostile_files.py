@@ -108,11 +108,12 @@ SIZES = (
 @pytest.mark.parametrize("family", ["qwen3", "nemotron", "llama3", "ministral3_vision"])
 def test_config_json(folder: Path, family: str) -> None:
     from nemodiff_train.conversion.weights import check_weights
+    from nemodiff_train.model.hf_directory import HFDirectory
     from nemodiff_train.model.pretrained import model_from
 
     def read() -> None:
         model_from(str(folder / family))
-        check_weights(folder / family)
+        check_weights(HFDirectory(folder / family))
 
     file = folder / family / "config.json"
     content = json.loads(file.read_text())
@@ -123,6 +124,7 @@ def test_config_json(folder: Path, family: str) -> None:
 
 def test_more_layers_than_weights_are_refused_before_they_are_built(folder: Path) -> None:
     from nemodiff_train.conversion.weights import check_weights
+    from nemodiff_train.model.hf_directory import HFDirectory
 
     file = folder / "qwen3" / "config.json"
     before = file.read_text()
@@ -132,7 +134,7 @@ def test_more_layers_than_weights_are_refused_before_they_are_built(folder: Path
             settings.pop("layer_types", None)
             file.write_text(json.dumps(settings))
             with pytest.raises(UserError, match="num_hidden_layers"):
-                check_weights(folder / "qwen3")
+                check_weights(HFDirectory(folder / "qwen3"))
     finally:
         file.write_text(before)
 
@@ -211,11 +213,13 @@ def test_manifest_and_counts(folder: Path) -> None:
 )
 def test_files_beside_a_model(folder: Path, name: str, tree: Any) -> None:
     from nemodiff_train.conversion.weights import check_contents, check_weights
+    from nemodiff_train.model.hf_directory import HFDirectory
     from nemodiff_train.model.pretrained import model_from
 
     def read() -> None:
         model_from(str(folder / "qwen3"))
-        check_contents(folder / "qwen3", check_weights(folder / "qwen3"), lambda count: None)
+        check_weights(directory := HFDirectory(folder / "qwen3"))
+        check_contents(directory)
 
     file = folder / "qwen3" / name
     there = file.is_file()

@@ -18,12 +18,13 @@ TIED = {"bfloat16": True, "float16": False, "float32": True}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemodiff_train.conversion.importing import import_checkpoint
+    from nemodiff_train.model.hf_directory import HFDirectory
 
     folder = tmp_path_factory.mktemp("precision")
     small.data(folder / "data")
     for dtype in DTYPES:
         small.qwen3(folder / dtype, dtype=dtype, tie_word_embeddings=TIED[dtype])
-        import_checkpoint(str(folder / dtype), str(folder / f"{dtype}-imported"))
+        import_checkpoint(HFDirectory(folder / dtype), str(folder / f"{dtype}-imported"))
     return folder
 
 

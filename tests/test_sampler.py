@@ -180,10 +180,11 @@ def test_references_are_cut_into_the_blocks_of_decoding() -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random tri-mode checkpoint."""
     from nemodiff_train.conversion.importing import import_checkpoint
+    from nemodiff_train.model.hf_directory import HFDirectory
 
     folder = tmp_path_factory.mktemp("sampler")
     small.qwen3(folder / "hf")
-    import_checkpoint(str(folder / "hf"), str(folder / "megatron"), mask_token=small.MASK)
+    import_checkpoint(HFDirectory(folder / "hf"), str(folder / "megatron"), mask_token=small.MASK)
     return str(folder / "megatron")
 
 

@@ -56,7 +56,10 @@ def test_help_of_a_conversion_is_light(action: str) -> None:
         ["launch", "demo_ar"],
         ["convert", "verify", "a", "b", "--tolerance", "-1"],
         ["convert", "import", "a", "b", "--tensor-parallel", "2"],
+        ["convert", "import", "a", "/proc"],
         ["convert", "export", "a", "b", "--pipeline-parallel", "3"],
+        ["convert", "export", "a", "/proc"],
+        ["convert", "export", "a", "b"],
         ["eval", "x", "--output", "y", "--task", "arithmetics"],
         ["eval", "x", "--output", "y", "--thresholds", "2"],
         ["lm-eval", "--no-such-option"],
@@ -78,12 +81,16 @@ def test_inspecting_a_model_is_light(tmp_path: Path) -> None:
     assert code in (0, 2) and "imported" not in errors
 
 
-def test_inspecting_a_checkpoint_is_light(tmp_path: Path) -> None:
+def test_looking_at_a_checkpoint_is_light(tmp_path: Path) -> None:
     iteration = tmp_path / "iter_0000001"
     iteration.mkdir()
-    (iteration / "run_config.yaml").write_text("model: {_target_: x.y}\n")
+    (iteration / "run_config.yaml").write_text("model: {_target_: x.y}\ndrafter: {}\n")
     code, errors = start("convert", "inspect", tmp_path)
     assert code in (0, 2) and "imported" not in errors
+    code, errors = start("convert", "import", tmp_path, tmp_path / "out")
+    assert code == 2 and "is a Megatron checkpoint already" in errors
+    code, errors = start("convert", "export", tmp_path, tmp_path / "out", "--results", "x")
+    assert code == 2 and "--results belongs to a model" in errors
 
 
 def test_missing_folder_of_data_is_refused_lightly(tmp_path: Path) -> None:

@@ -78,11 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> None:
     check_world(arguments)
+    check_free(Path(arguments.output))
+    if Checkpoint.find(arguments.source):
+        raise UserError(f"'{arguments.source}' is a Megatron checkpoint already; import takes a Hugging Face model")
     init_runtime()
     from nemodiff_train.conversion.importing import import_checkpoint
+    from nemodiff_train.model.hf_directory import HFDirectory
 
     import_checkpoint(
-        arguments.source,
+        HFDirectory.open(arguments.source),
         arguments.output,
         tensor_parallel=arguments.tensor_parallel,
         pipeline_parallel=arguments.pipeline_parallel,
@@ -95,16 +99,18 @@ def _export(arguments: argparse.Namespace) -> None:
     check_world(arguments)
     check_free(Path(arguments.output))
     source = Checkpoint.open(arguments.source)
-    init_runtime()
     if source.kind is Kind.DRAFTER:
-        from nemodiff_train.conversion.drafters import export_drafter
-
         for option in ("remote_code", "drafter", "results"):
             if getattr(arguments, option):
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} belongs to a model; a drafter is exported as a PEFT directory")
+        init_runtime()
+        from nemodiff_train.conversion.drafters import export_drafter
+
         export_drafter(source, arguments.output, arguments.format)
         return
+    drafter = Checkpoint.open(arguments.drafter) if arguments.drafter else None
+    init_runtime()
     from nemodiff_train.conversion.exporting import export_checkpoint
 
     export_checkpoint(
@@ -112,7 +118,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.output,
         format=arguments.format,
         remote_code=arguments.remote_code,
-        drafter=Checkpoint.open(arguments.drafter) if arguments.drafter else None,
+        drafter=drafter,
         results=arguments.results,
         max_shard_size=arguments.max_shard_size,
         tensor_parallel=arguments.tensor_parallel,

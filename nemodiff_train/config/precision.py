@@ -6,10 +6,10 @@ import torch
 from megatron.bridge.training.mixed_precision import MIXED_PRECISION_RECIPES, MixedPrecisionConfig, register
 
 from nemodiff_train.config.config import TriModeConfig
-from nemodiff_train.conversion.headers import read_headers
-from nemodiff_train.conversion.weights import DTYPES
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.headers import read_headers
+from nemodiff_train.model.hf_directory import DTYPES
 
 
 @register

@@ -9,12 +9,12 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from nemodiff_train.conversion.headers import TensorHeader, open_safetensors
-from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.distributed import from_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import VOCABULARY_TENSORS, HFConfig, ar_settings, architecture, stored_name
+from nemodiff_train.model.families import VOCABULARY_TENSORS, HFConfig, ar_settings
+from nemodiff_train.model.headers import open_safetensors
+from nemodiff_train.model.hf_directory import HFDirectory
 from nemodiff_train.model.pretrained import build_reference, config_from, empty_reference
 
 POSITIONS = 300
@@ -66,16 +66,14 @@ class StoredWeights(Mapping[str, Tensor]):
     """The tensors of an AR model in a directory, without a tied output layer: read when they are used, and not kept.
 
     Args:
-        settings: The ``config.json`` of the directory.
-        stored: Headers of the model's tensors by their names in the files.
+        directory: Its weights have been checked.
         dtype: Dtype of the tensors that are returned.
     """
 
-    def __init__(self, settings: HFConfig, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> None:
+    def __init__(self, directory: HFDirectory, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        kind = architecture(settings)
-        names = {name: stored_name(kind, name) for name in expected_shapes(ar_settings(settings))}
-        self.files = {name: (stored[name_there].file, name_there) for name, name_there in names.items()}
+        names = {name: directory.stored_name(name) for name in directory.shapes}
+        self.files = {name: (directory.weights[name_there].file, name_there) for name, name_there in names.items()}
         """File of each tensor, and its name there."""
 
     def __getitem__(self, name: str) -> Tensor:
@@ -91,16 +89,15 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.files)
 
 
-def reference(settings: HFConfig, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> PreTrainedModel:
+def reference(directory: HFDirectory, dtype: torch.dtype) -> PreTrainedModel:
     """Return Transformers' model of a directory; a forward has the weights of one layer at a time in memory.
 
     Args:
-        settings: The ``config.json``.
-        stored: Headers of the model's tensors by their names in the files.
+        directory: Its weights have been checked.
         dtype: Dtype of the computation.
     """
-    model = empty_reference(config_from(ar_settings(settings)), dtype=dtype).eval()
-    weights, (embedding, head) = StoredWeights(settings, stored, dtype), VOCABULARY_TENSORS
+    model = empty_reference(config_from(ar_settings(directory.settings)), dtype=dtype).eval()
+    weights, (embedding, head) = StoredWeights(directory, dtype), VOCABULARY_TENSORS
     weights.files.setdefault(head, weights.files[embedding])  # tied
     cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
     return model

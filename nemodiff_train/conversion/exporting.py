@@ -16,16 +16,16 @@ from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, check_engine, wri
 from nemodiff_train.conversion.formats import FORMATS, code_files, default_format
 from nemodiff_train.conversion.importing import check_stages
 from nemodiff_train.conversion.shards import ShardWriter
-from nemodiff_train.conversion.weights import expected_shapes
 from nemodiff_train.data.tokenizer import files_of_tokenizer
 from nemodiff_train.data.tokenizer_files import copy_tokenizer, rename_for_transformers_4
 from nemodiff_train.distributed import all_gather_object, barrier, global_rank, is_main_process, world_size
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import atomic_directory, check_free
+from nemodiff_train.files import atomic_directory
 from nemodiff_train.model.bridges import auto_bridge
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.draft_adapter import open_drafter
 from nemodiff_train.model.families import VOCABULARY_TENSORS, HFConfig, ar_settings, architecture, stored_name
+from nemodiff_train.model.hf_directory import expected_shapes
 from nemodiff_train.model.loading import load_model
 from nemodiff_train.model.pretrained import config_from, model_from
 
@@ -45,7 +45,8 @@ def export_checkpoint(
     """Make a Hugging Face directory of a Megatron checkpoint.
 
     Args:
-        source: A model's, or one of LoRA, which is merged.
+        source: A model's, or one of LoRA, which is merged. Every byte is verified; where it is damaged, the newest
+            older one that is intact is written.
         output: Directory to create.
         format: Name in ``FORMATS``; None for the format that the model came in.
         remote_code: Directory with the Python files that load the format.
@@ -56,20 +57,21 @@ def export_checkpoint(
         pipeline_parallel: Ranks that share the layers out.
 
     Raises:
-        UserError: The checkpoint is a drafter's, the output exists, the format cannot hold the model, or the drafter
-            is another model's.
+        UserError: The checkpoint is a drafter's, no iteration is intact, the output exists, the format cannot hold
+            the model, or the drafter is another model's.
     """
-    check_free(Path(output))
-    provider = model_from(source.require_model())
+    source = source.require_model().verify_contents()
+    provider = model_from(source)
     check_stages(provider, pipeline_parallel)
     name = format or default_format(provider)
-    settings = FORMATS[name].settings(provider)
-    if remote_code and not FORMATS[name].needs_code:
+    chosen = FORMATS[name]
+    settings = chosen.settings(provider)
+    if remote_code and not chosen.needs_code:
         raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
     if results and name != "tri-mode":
         raise UserError(f"--results go into the model card of --format tri-mode; --format {name} has none")
     code = code_files(settings, remote_code) if remote_code else []
-    if FORMATS[name].needs_code and not code:
+    if chosen.needs_code and not code:
         settings.pop("auto_map")  # Transformers would stop at the first file that is not there
     drafter = drafter.require_drafter().verify_contents() if drafter else None
     opened = open_drafter(drafter, provider) if drafter else None
@@ -87,12 +89,12 @@ def export_checkpoint(
             write_drafter(drafter, opened, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
-            for file in (*code, *(Path(automodel.__path__[0]) / file for file in FORMATS[name].includes)):
+            for file in (*code, *(Path(automodel.__path__[0]) / file for file in chosen.includes)):
                 shutil.copyfile(file, partial / file.name)  # never run here
             if name == "tri-mode":
                 write_card(partial, settings, provider.origin, figures)
     say(f"exported {source.path} to {output}")
-    if FORMATS[name].needs_code and not code:
+    if chosen.needs_code and not code:
         warn(
             "the directory is loaded by Python files of its publisher, which are not part of it; copy them to it, or "
             "export with --remote-code"

@@ -25,30 +25,24 @@ from nemodiff_train.conversion.comparison import (
     reference,
     unusual_settings,
 )
-from nemodiff_train.conversion.headers import TensorHeader, read_headers
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token
-from nemodiff_train.conversion.weights import DTYPES, check_contents, check_weights, expected_shapes
-from nemodiff_train.data.tokenizer import files_of_tokenizer, load_tokenizer, tokens_without_row
+from nemodiff_train.conversion.weights import check_contents, check_weights
+from nemodiff_train.data.tokenizer import tokens_without_row
 from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
-from nemodiff_train.distributed import (
-    all_gather_object,
-    barrier,
-    global_rank,
-    is_main_process,
-    world_size,
-)
+from nemodiff_train.distributed import all_gather_object, barrier, is_main_process
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import atomic_directory, check_free
+from nemodiff_train.files import atomic_directory
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import write_checksums
-from nemodiff_train.model.families import VOCABULARY_TENSORS, architecture, stored_name
+from nemodiff_train.model.families import VOCABULARY_TENSORS
+from nemodiff_train.model.hf_directory import HFDirectory
 from nemodiff_train.model.loading import set_dtype, set_parallelism, start_model_parallel
-from nemodiff_train.model.pretrained import config_from, local_copy, model_from, model_like, stored_settings
+from nemodiff_train.model.pretrained import model_from, model_like
 from nemodiff_train.model.provider import TriModeModelProvider
 
 
 def import_checkpoint(
-    source: str,
+    source: HFDirectory,
     output: str,
     *,
     tensor_parallel: int = 1,
@@ -59,7 +53,7 @@ def import_checkpoint(
     """Make a Megatron checkpoint, with tokenizer and configuration, of a Hugging Face model.
 
     Args:
-        source: Hugging Face directory or name.
+        source: The model's directory.
         output: Folder to create; it gets one ``iter_0000000``.
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out.
@@ -67,22 +61,17 @@ def import_checkpoint(
         add_mask_token: Token that is added to the vocabulary as the mask token.
 
     Raises:
-        UserError: There is no such model, its architecture is not supported, its weights are damaged, or the output
-            exists.
+        UserError: The architecture is not supported, the weights are damaged, or the output exists.
     """
-    if Checkpoint.find(source):
-        raise UserError(f"'{source}' is a Megatron checkpoint already; import takes a Hugging Face model")
-    check_free(Path(output))
-    source = local_copy(source)
-    provider = model_from(source)
+    provider = model_from(str(source.path))
     check_stages(provider, pipeline_parallel)
-    stored = check_weights(Path(source))
-    files_of_tokenizer(Path(source))
+    check_weights(source)
+    tokenizer = source.tokenizer
     token = select_mask_token(source, provider, mask_token, add_mask_token)
     start_model_parallel(tensor_parallel, pipeline_parallel)
     _check_computation(source, tensor_parallel, pipeline_parallel)
-    _check_contents(Path(source), stored)
-    set_dtype(provider, DTYPES[next(iter(stored.values())).dtype])  # whatever config.json says
+    check_contents(source)
+    set_dtype(provider, source.dtype)
     if token:
         provider.mask_token_id = token.id
     if token and token.id >= provider.vocab_size:  # there is no row to spare
@@ -90,16 +79,16 @@ def import_checkpoint(
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         models = build(provider, tensor_parallel, pipeline_parallel)
         load_weights(models, source, f"importing {source}", token)
-        _compare_logits(models, source, stored, token)
+        _compare_logits(models, source, token)
         with console.status(Text(f"writing {output}")):
-            _save(models, partial, source, token)
+            _save(models, partial, source.path, token)
         model_from(Checkpoint.open(partial))  # an activation, for example, that Bridge saves but does not take back
     say(f"imported {source} to {output}")
-    if line := tokens_without_row(load_tokenizer(source), provider.vocab_size):
+    if line := tokens_without_row(tokenizer, provider.vocab_size):
         warn(line)
-    if dropout := stored_settings(source).get("attention_dropout"):
+    if dropout := source.settings.get("attention_dropout"):
         warn(f"'{source}/config.json': attention_dropout={dropout} is not used; training here is without dropout")
-    if left_out := read_headers(Path(source)).keys() - stored.keys():
+    if left_out := source.headers.keys() - source.weights.keys():
         say(f"left out: {len(left_out)} tensors of {', '.join(sorted({name.split('.')[0] for name in left_out}))}")
 
 
@@ -112,30 +101,27 @@ def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_par
 
 
 @torch.no_grad()
-def _check_computation(source: str, tensor_parallel: int, pipeline_parallel: int) -> None:
+def _check_computation(source: HFDirectory, tensor_parallel: int, pipeline_parallel: int) -> None:
     """Refuse a ``config.json`` with a setting that Megatron computes otherwise than Transformers; on all ranks.
 
     Raises:
         UserError: Names the settings that are not the family's defaults.
     """
-    settings = stored_settings(source)
-    model = miniature(settings, tensor_parallel, pipeline_parallel)
+    model = miniature(source.settings, tensor_parallel, pipeline_parallel)
     with quiet(), tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         chunks = build(model_like(model.config), tensor_parallel, pipeline_parallel)
-        load_weights(chunks, folder, f"checking the settings of {source}")
+        load_weights(chunks, HFDirectory(Path(folder)), f"checking the settings of {source}")
     difference, largest = logits_differ(model, chunks, min(POSITIONS, model.config.max_position_embeddings))
     if not difference <= TOLERANCE[next(chunks[0].parameters()).device.type] * largest:
         raise UserError(
-            f"{architecture(settings)} is not supported as '{source}/config.json' describes it: Megatron's logits of "
+            f"{source.architecture} is not supported as '{source}/config.json' describes it: Megatron's logits of "
             f"a small model with these settings are up to {difference:.2g} away from Transformers', of {largest:.2g} "
             f"(not the family's defaults: {', '.join(unusual_settings(model.config)) or 'none'})"
         )
 
 
-def _compare_logits(
-    models: list[GPTModel], source: str, stored: dict[str, TensorHeader], token: MaskToken | None
-) -> None:
+def _compare_logits(models: list[GPTModel], source: HFDirectory, token: MaskToken | None) -> None:
     """Compare what was imported with Transformers' model on a few tokens; called on all ranks.
 
     The row of a new mask token, which may be one that no token had, is left out.
@@ -144,10 +130,9 @@ def _compare_logits(
         NotFinite: Some are infinite or not numbers in the dtype of the weights; decoding would refuse them too.
         UserError: They differ by more than rounding.
     """
-    dtype = DTYPES[next(iter(stored.values())).dtype]
-    model = reference(stored_settings(source), stored, dtype)
+    model = reference(source, source.dtype)
     difference, largest = logits_differ(model, models, COMPARED_TOKENS, token.id if token and token.added else None)
-    allowed = ROUNDING * torch.finfo(dtype).eps * largest
+    allowed = ROUNDING * torch.finfo(source.dtype).eps * largest
     if not difference <= allowed:
         raise UserError(
             f"the imported model's logits are up to {difference:.2g} away from Transformers', of {largest:.2g}, "
@@ -168,7 +153,9 @@ def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None
 
 
 @torch.no_grad()
-def load_weights(models: list[GPTModel], source: str, description: str, token: MaskToken | None = None) -> None:
+def load_weights(
+    models: list[GPTModel], source: HFDirectory, description: str, token: MaskToken | None = None
+) -> None:
     """Fill a model from the weights in a Hugging Face directory, with a progress bar.
 
     Args:
@@ -184,32 +171,30 @@ def load_weights(models: list[GPTModel], source: str, description: str, token: M
         for parameter in model.parameters():
             if parameter.numel():  # one that is left out keeps these
                 parameter.view(-1)[[0, -1]] = torch.nan
-    pretrained = PreTrainedCausalLM.from_pretrained(source, trust_remote_code=False)
-    settings = stored_settings(source)
-    pretrained.config = config_from(settings)  # Transformers would run the code of a directory that has its own
+    pretrained = PreTrainedCausalLM.from_pretrained(str(source.path), trust_remote_code=False)
+    pretrained.config = source.config  # Transformers would run the code of a directory that has its own
     with bytes_bar() as bar:
         task = bar.add_task(description, total=sum(p.nbytes for model in models for p in model.parameters()))
         changes: dict[str, Callable[[Tensor], Tensor]] = {}
         if token and token.added:
-            changes = {stored_name(architecture(settings), name): token.add_row for name in VOCABULARY_TENSORS}
-        reader = _Reader(str(Path(source).absolute()), lambda count: bar.advance(task, count), changes)
+            changes = {source.stored_name(name): token.add_row for name in VOCABULARY_TENSORS}
+        reader = _Reader(str(source.path.absolute()), lambda count: bar.advance(task, count), changes)
         pretrained._state_dict_accessor = StateDict(reader)
         AutoBridge(pretrained).load_hf_weights(models)
     _check_all_read(models, source, reader.read)
 
 
-def _check_all_read(models: list[GPTModel], source: str, read: set[str]) -> None:
+def _check_all_read(models: list[GPTModel], source: HFDirectory, read: set[str]) -> None:
     """Refuse a model of which something was left out on the way; called on all ranks."""
     parameters = [named for model in models for named in model.named_parameters()]
     # First and last element are still what load_weights() put there.
     empty = [name for name, p in parameters if p.numel() and p.view(-1)[[0, -1]].isnan().any()]
     everything = all_gather_object((read, empty))
     names = set().union(*(names for names, _ in everything))
-    settings = stored_settings(source)
-    unread = [name for name in expected_shapes(settings) if name not in names]
+    unread = [name for name in map(source.stored_name, source.shapes) if name not in names]
     if left_out := [*unread, *(name for _, names in everything for name in names)]:
         raise UserError(
-            f"{architecture(settings)} is not supported as '{source}/config.json' describes it: '{left_out[0]}' and "
+            f"{source.architecture} is not supported as '{source}/config.json' describes it: '{left_out[0]}' and "
             f"{len(left_out) - 1} more tensors have no counterpart"
         )
 
@@ -234,29 +219,18 @@ class _Reader(SafeTensorsStateSource):
         return tensors
 
 
-def _check_contents(directory: Path, stored: dict[str, TensorHeader]) -> None:
-    """Read all weights once before anything is built; each rank reads a part of them."""
-    shard = slice(global_rank(), None, world_size())
-    with bytes_bar() as bar:
-        task = bar.add_task(f"checking {directory}", total=sum(t.nbytes for t in list(stored.values())[shard]))
-        local_problems = check_contents(directory, stored, lambda count: bar.advance(task, count), shard)
-    if problems := [line for lines in all_gather_object(local_problems) for line in lines]:
-        more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}")
-
-
-def _save(models: list[GPTModel], partial: Path, source: str, token: MaskToken | None) -> None:
+def _save(models: list[GPTModel], partial: Path, source: Path, token: MaskToken | None) -> None:
     # The model is freed layer by layer; otherwise Megatron would hold the larger part of it twice.
     no_code = {"trust_remote_code": False}  # without this, Transformers would ask whether to run it
     save_megatron_model(
-        models, str(partial), hf_tokenizer_path=source, hf_tokenizer_kwargs=no_code, low_memory_save=True
+        models, str(partial), hf_tokenizer_path=str(source), hf_tokenizer_kwargs=no_code, low_memory_save=True
     )
     barrier()
     if is_main_process():
         (iteration,) = partial.glob("iter_*")
         tokenizer = iteration / "tokenizer"
         shutil.rmtree(tokenizer, ignore_errors=True)
-        copy_tokenizer(Path(source), tokenizer)  # as it is
+        copy_tokenizer(source, tokenizer)  # as it is
         if token and token.added:
             add_mask_token(tokenizer, token.token, token.id)
         write_checksums(iteration)  # for every load, and for adapters that are trained on it

@@ -7,11 +7,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from nemodiff_train.console import PlainConsole
-from nemodiff_train.conversion.headers import read_headers
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import ar_settings, architecture, diffusion_settings
+from nemodiff_train.model.headers import read_headers
 
 _SHAPE = {
     "layers": "num_hidden_layers",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nemodiff_train.data.tokenizer import load_tokenizer, vocabulary_size
+from nemodiff_train.data.tokenizer import vocabulary_size
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.hf_directory import HFDirectory
 from nemodiff_train.model.provider import TriModeModelProvider
 
 _NAMED_RESERVED = re.compile(r"mask|reserved|unused|fim_pad|special_\d", re.IGNORECASE)
@@ -43,12 +44,12 @@ class MaskToken:
 
 
 def select_mask_token(
-    source: str, provider: TriModeModelProvider, mask_token: str | None, add_mask_token: str | None
+    source: HFDirectory, provider: TriModeModelProvider, mask_token: str | None, add_mask_token: str | None
 ) -> MaskToken | None:
     """Return the mask token that the options name, or None where both are None.
 
     Args:
-        source: Hugging Face directory of the model.
+        source: The model's directory.
         provider: Its configuration.
         mask_token: Token of the vocabulary, or its id.
         add_mask_token: Token to add to the vocabulary.
@@ -63,8 +64,7 @@ def select_mask_token(
             f"'{source}' has mask token {provider.mask_token_id} already; import it without "
             "--mask-token and --add-mask-token"
         )
-    tokenizer = load_tokenizer(source)
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    vocabulary: dict[str, int] = source.tokenizer.get_vocab()
     if add_mask_token is not None:
         if not add_mask_token.strip():
             raise UserError("--add-mask-token is empty; give the new token a name, such as '<mask>'")
@@ -72,7 +72,7 @@ def select_mask_token(
             raise UserError(
                 f"--add-mask-token '{add_mask_token}' is token {vocabulary[add_mask_token]} already; use --mask-token"
             )
-        return MaskToken(vocabulary_size(tokenizer), add_mask_token, added=True)
+        return MaskToken(vocabulary_size(source.tokenizer), add_mask_token, added=True)
     assert mask_token is not None
     token_id = vocabulary.get(mask_token, int(mask_token) if mask_token.isdecimal() else -1)
     if not 0 <= token_id < provider.vocab_size:
@@ -80,7 +80,7 @@ def select_mask_token(
             f"--mask-token '{mask_token}' is neither a token of '{source}' nor an id below {provider.vocab_size}; "
             "name a reserved token, or use --add-mask-token"
         )
-    return MaskToken(token_id, str(tokenizer.convert_ids_to_tokens(token_id)), added=False)
+    return MaskToken(token_id, str(source.tokenizer.convert_ids_to_tokens(token_id)), added=False)
 
 
 def reserved_token(tokenizer: PreTrainedTokenizerBase, rows: int, stop_tokens: Container[int]) -> str | None:

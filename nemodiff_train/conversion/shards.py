@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from nemodiff_train.conversion.headers import INDEX
-from nemodiff_train.conversion.weights import CHECKSUMS, DTYPES, checksum, raw_bytes
+from nemodiff_train.conversion.weights import CHECKSUMS, checksum, raw_bytes
 from nemodiff_train.errors import UserError
+from nemodiff_train.model.headers import INDEX
+from nemodiff_train.model.hf_directory import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
-from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -17,16 +16,16 @@ from torch import Tensor
 from nemodiff_train.console import PlainConsole, console, quiet
 from nemodiff_train.conversion.comparison import StoredWeights, reference
 from nemodiff_train.conversion.exporting import full_tensors
-from nemodiff_train.conversion.headers import TensorHeader
 from nemodiff_train.conversion.importing import build, load_weights
-from nemodiff_train.conversion.weights import DTYPES, check_weights
+from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.session import Layout, Session, check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import HFConfig, ar_settings
+from nemodiff_train.model.hf_directory import HFDirectory
 from nemodiff_train.model.loading import load_model, set_dtype, start_model_parallel
-from nemodiff_train.model.pretrained import config_from, local_copy, model_from, stored_settings
+from nemodiff_train.model.pretrained import config_from, model_from
 from nemodiff_train.model.provider import TriModeModelProvider
 
 ROUNDING = 128
@@ -67,13 +66,13 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> b
         masked = next((side.provider for side in sides if side.provider.mask_token_id is not None), None)
         ar_logits, diffusion_logits = [], []
         for side in sides:
-            with console.status(Text(f"computing the logits of {side.path}")):
+            with console.status(Text(f"computing the logits of {side.source}")):
                 ar_logits.append(side.ar_logits(tokens, positions))
                 if masked:
                     diffusion_logits.append(side.diffusion_logits(tokens, masked))
                 side.free()
     difference, limit, remark = _difference(*ar_logits), tolerance, ""
-    if bool(sides[0].checkpoint) != bool(sides[1].checkpoint):
+    if type(sides[0].source) is not type(sides[1].source):
         rounding = ROUNDING * torch.finfo(torch.float32).eps * float(ar_logits[0].abs().max())
         limit = max(tolerance, rounding)
         remark = f"Transformers and Megatron in fp32; rounding is allowed up to {rounding:.1e}"
@@ -102,14 +101,10 @@ class _Row:
 class _Side:
     """One of the two checkpoints."""
 
-    path: str
+    source: Checkpoint | HFDirectory
     provider: TriModeModelProvider
     dtype: torch.dtype
     """Dtype of the weights as they are stored."""
-    checkpoint: Checkpoint | None
-    """None for a Hugging Face directory."""
-    stored: dict[str, TensorHeader]
-    """Headers of the tensors of a Hugging Face directory by their names in the files."""
 
     @property
     def ar_config(self) -> HFConfig:
@@ -119,27 +114,27 @@ class _Side:
     @cached_property
     def chunks(self) -> list[GPTModel]:
         """Return the Megatron model with its weights in fp32."""
-        if self.checkpoint:
-            return load_model(self.checkpoint, dtype=torch.float32).chunks
+        if isinstance(self.source, Checkpoint):
+            return load_model(self.source, dtype=torch.float32).chunks
         set_dtype(self.provider, torch.float32)
         chunks = build(self.provider)
-        load_weights(chunks, self.path, f"reading {self.path}")
+        load_weights(chunks, self.source, f"reading {self.source}")
         return chunks
 
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
         """Return the tensors of the AR model by name, without a tied output layer."""
-        if self.checkpoint:
+        if isinstance(self.source, Checkpoint):
             return dict(full_tensors(self.chunks, self.ar_config))
-        return StoredWeights(stored_settings(self.path), self.stored, torch.float32)
+        return StoredWeights(self.source, torch.float32)
 
     def ar_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the fp32 logits [1, n, vocabulary] of a causal forward over tokens [1, n] at positions [1, n].
 
         Those of a Hugging Face directory are computed by Transformers.
         """
-        if not self.checkpoint:
-            model = reference(stored_settings(self.path), self.stored, torch.float32)
+        if isinstance(self.source, HFDirectory):
+            model = reference(self.source, torch.float32)
             mask = torch.ones_like(tokens)  # without it, a jump of positions would begin another text
             with torch.inference_mode():
                 logits: Tensor = model(tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
@@ -170,17 +165,18 @@ class _Side:
 
 def _open_side(path: str) -> _Side:
     if checkpoint := Checkpoint.find(path):
+        checkpoint = checkpoint.require_model().verify_contents()
         provider = model_from(checkpoint)
-        return _Side(path, provider, provider.params_dtype, checkpoint, {})
-    path = local_copy(path)
-    provider = model_from(path)
-    stored = check_weights(Path(path))
-    return _Side(path, provider, DTYPES[next(iter(stored.values())).dtype], None, stored)
+        return _Side(checkpoint, provider, provider.params_dtype)
+    directory = HFDirectory.open(path)
+    provider = model_from(str(directory.path))
+    check_weights(directory)
+    return _Side(directory, provider, directory.dtype)
 
 
 def _tokenize(side: _Side, prompt: str) -> Tensor:
     """Return a prompt, repeated, as token ids [1, n]."""
-    directory = side.checkpoint.tokenizer_directory if side.checkpoint else side.path
+    directory = side.source.tokenizer_directory if isinstance(side.source, Checkpoint) else side.source.path
     tokens = load_tokenizer(str(directory))(prompt)["input_ids"]
     if not tokens:
         raise UserError(f"--prompt '{prompt}' has no tokens; give some text")
@@ -208,7 +204,7 @@ def _compare_tensors(one: _Side, other: _Side, tolerance: float) -> list[_Row]:
         kind = re.sub(r"\.\d+\.", ".*.", name)
         if name not in one.weights or name not in other.weights:
             missing = other if name in one.weights else one
-            difference, remark = math.inf, f"missing in {missing.path}"
+            difference, remark = math.inf, f"missing in {missing.source}"
         elif one.dtype != other.dtype:
             difference, remark = math.inf, f"stored as {one.dtype} and {other.dtype}"
         else:

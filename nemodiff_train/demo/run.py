@@ -19,7 +19,6 @@ from nemodiff_train.conversion.importing import import_checkpoint
 from nemodiff_train.conversion.mask_token import reserved_token, select_mask_token
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.prepare import PrepareOptions, prepare
-from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.demo.corpus import write_stdlib_text
 from nemodiff_train.demo.tokenizer import train_tokenizer
@@ -31,6 +30,7 @@ from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.files import locked
 from nemodiff_train.model.checkpoint import Checkpoint
+from nemodiff_train.model.hf_directory import HFDirectory
 from nemodiff_train.model.loading import stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.processes import run_ranks
@@ -55,11 +55,12 @@ def run_demo(output: Path, start_from: str | None, mask_token: str | None, count
         UserError: The model cannot be used, the tokenizer lacks the mask token, or a step failed.
     """
     started = time.monotonic()
-    if start_from and mask_token:
-        select_mask_token(start_from, model_from(start_from), mask_token, None)  # refused before anything is made
     budget = Budget()
-    if start_from is not None:
-        parameters = sum(math.prod(tensor.shape) for tensor in check_weights(Path(start_from)).values())
+    if start_from is not None:  # refused before anything is made
+        source = HFDirectory.open(start_from)
+        select_mask_token(source, model_from(start_from), mask_token, None)
+        check_weights(source)
+        parameters = sum(math.prod(tensor.shape) for tensor in source.weights.values())
         budget = _budget(parameters, init_runtime().cuda)
     if budget != Budget():
         console.print(
@@ -156,8 +157,8 @@ class Demo:
 
     def _import(self) -> None:
         """Import the AR model with a mask token: its own, the named one, a reserved one, or a new one."""
-        provider = model_from(str(self.ar_model))
-        tokenizer = load_tokenizer(str(self.ar_model))
+        source = HFDirectory.open(str(self.ar_model))
+        provider, tokenizer = model_from(str(source.path)), source.tokenizer
         mask_token, added = self.mask_token, None
         if mask_token is None and provider.mask_token_id is None and (mask_token := tokenizer.mask_token) is None:
             mask_token = reserved_token(tokenizer, provider.vocab_size, stop_tokens(provider, tokenizer))
@@ -166,7 +167,7 @@ class Demo:
                 f"    mask token: {mask_token or NEW_MASK_TOKEN}, "
                 f"{'a reserved token of its tokenizer' if mask_token else 'added to its vocabulary'}"
             )
-        import_checkpoint(str(self.ar_model), str(self.start), mask_token=mask_token, add_mask_token=added)
+        import_checkpoint(source, str(self.start), mask_token=mask_token, add_mask_token=added)
 
     @contextmanager
     def _announce(self, description: str) -> Iterator[None]:

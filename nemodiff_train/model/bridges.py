@@ -7,7 +7,7 @@ from megatron.bridge import AutoBridge
 from transformers import PretrainedConfig
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.model.families import NEMOTRON, SDAR, TRI_MODE, VISION_LANGUAGE
+from nemodiff_train.model.families import TESTED, unsupported
 from nemodiff_train.runtime.deferred import execute
 
 _MODULES = {
@@ -15,12 +15,7 @@ _MODULES = {
     "Qwen2ForCausalLM": "megatron.bridge.models.qwen.qwen2_bridge",
     "LlamaForCausalLM": "megatron.bridge.models.llama.llama_bridge",
 }
-"""Modules that register the converter of an architecture; those of others are found by importing all of Bridge's."""
-
-_OURS = ("MistralForCausalLM", "Ministral3ForCausalLM", NEMOTRON, VISION_LANGUAGE)
-
-TESTED = (*_MODULES, *_OURS)
-"""Architectures whose computation is known to be Transformers'; others are compared with it at import."""
+"""Modules of Bridge that register the converter of one architecture."""
 
 
 def auto_bridge(config: PretrainedConfig) -> Any:
@@ -37,18 +32,13 @@ def auto_bridge(config: PretrainedConfig) -> Any:
         )
     if not AutoBridge.supports(config):
         raise unsupported(name)
-    if name in _OURS:
-        importlib.import_module("nemodiff_train.model.ministral3").register()
-    elif name in _MODULES:
+    if name in _MODULES:
         importlib.import_module(_MODULES[name])
-    else:  # takes seconds
+    elif name in TESTED:
+        importlib.import_module("nemodiff_train.model.ministral3").register()
+    else:  # all of Bridge's, which takes seconds
         execute("megatron.bridge")
     try:
         return AutoBridge.from_hf_config(config)
     except (ValueError, NotImplementedError):
         raise unsupported(name) from None
-
-
-def unsupported(name: str) -> UserError:
-    """Return the error for an architecture that Bridge does not know; it names those that are tested here."""
-    return UserError(f"{name} is not supported; supported: {', '.join([*TESTED, SDAR, TRI_MODE])}")

@@ -250,10 +250,10 @@ class Checkpoint:
         Raises:
             UserError: No iteration in the folder is complete; the damaged file is named.
         """
-        return self._verified
+        return self._intact
 
     @cached_property
-    def _verified(self) -> Self:
+    def _intact(self) -> Self:
         verified = _newest_complete(self.path, damage)
         if verified == self.iteration:
             return self

@@ -5,6 +5,8 @@ Only dictionaries and strings, so that a directory can be inspected without impo
 
 from typing import Any
 
+from nemodiff_train.errors import UserError
+
 HFConfig = dict[str, Any]
 """The contents of a Hugging Face ``config.json`` or ``generation_config.json``."""
 
@@ -28,6 +30,12 @@ _DIFFUSION_DEFAULTS: dict[str, HFConfig] = {
 }  # fmt: skip
 """How a model of block diffusion is decoded where its ``config.json`` does not say."""
 
+TESTED = (
+    "Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Ministral3ForCausalLM",
+    NEMOTRON, VISION_LANGUAGE,
+)  # fmt: skip
+"""Architectures whose computation is known to be Transformers'; others are compared with it at import."""
+
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors of an AR model with one row per token."""
 
@@ -48,6 +56,11 @@ _DIFFUSION_KEYS = {
     "auto_map", "mask_token_id", "block_size", "dlm_paradigm", "dlm_type", "dlm_loss_weight", "ar_loss_weight",
     "dp_varying_mask_ratio", "attn_implementation",
 }  # fmt: skip
+
+
+def unsupported(name: str) -> UserError:
+    """Return the error for an architecture that Bridge does not know; it names those that are tested here."""
+    return UserError(f"{name} is not supported; supported: {', '.join([*TESTED, SDAR, TRI_MODE])}")
 
 
 def architecture(settings: HFConfig) -> str:

@@ -30,11 +30,13 @@ from nemodiff_train.model.config_json import check_config, check_generation_conf
 from nemodiff_train.model.families import (
     NEMOTRON,
     SDAR,
+    TESTED,
     TRI_MODE,
     HFConfig,
     ar_settings,
     architecture,
     diffusion_settings,
+    unsupported,
 )
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 from nemodiff_train.schema import check_type, read_json
@@ -150,8 +152,6 @@ def config_from(settings: HFConfig) -> PretrainedConfig:
     settings = ar_settings(settings) if architecture(settings) in (TRI_MODE, SDAR) else settings
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        from nemodiff_train.model.bridges import TESTED, unsupported
-
         if (name := architecture(settings)) in TESTED:
             known = f"'{kind}', which Transformers does not know" if "model_type" in settings else "missing"
             raise UserError(f"config.json of {name}: its model_type is {known}; fetch it again")

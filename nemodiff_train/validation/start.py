@@ -6,11 +6,10 @@ from pathlib import Path
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.errors import UserError, refusal
-from nemodiff_train.model.bridges import TESTED
 from nemodiff_train.model.checkpoint import Checkpoint, Kind
 from nemodiff_train.model.checksums import identity, iterations
-from nemodiff_train.model.config_json import read_config
-from nemodiff_train.model.families import SDAR, TRI_MODE, architecture
+from nemodiff_train.model.families import SDAR, TESTED, TRI_MODE
+from nemodiff_train.model.hf_directory import HFDirectory
 from nemodiff_train.model.pretrained import model_from
 
 _SHAPE = (
@@ -42,16 +41,15 @@ def _check_pretrained(config: TriModeConfig) -> None:
         raise UserError(
             f"'{start}' holds adapters alone; merge them with 'nemodiff convert export' and start from that"
         )
-    check_weights(start)
-    stored = model_from(checkpoint or str(start))
+    directory = None if checkpoint else HFDirectory.open(folder)
+    if directory:
+        check_weights(directory)
+    stored = model_from(checkpoint or folder)
     for setting in _SHAPE:  # Bridge would keep random weights where the checkpoint has none of this shape
         expected, actual = getattr(stored, setting), getattr(config.model, setting)
         if expected != actual:
             raise UserError(f"model.{setting} is {actual}, but '{start}' has {expected}; leave it as it is there")
-    if checkpoint or not (start / "config.json").is_file():
-        return
-    name = architecture(read_config(start))
-    if name not in TESTED:
+    if directory and (name := directory.architecture) not in TESTED:
         reason = f"is a {name}, whose computation is compared with Transformers' at import alone"
         if name in (SDAR, TRI_MODE):
             reason = "has code of its own, which never runs here"
