@@ -11,6 +11,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.settings import EvaluationSettings
+from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
@@ -37,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate a checkpoint, print the table and write the report."""
-    from nemodiff_train.evaluation.tasks import load_task
-
     task = load_task(
         arguments.task,
         scorer=arguments.scorer,
