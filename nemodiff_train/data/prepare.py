@@ -25,6 +25,7 @@ from nemodiff_train.data.tokenizer import (
     vocabulary_size,
 )
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.processes import check_processes
 
 
@@ -88,18 +89,19 @@ def prepare(options: PrepareOptions) -> Manifest:
     partial = PartialOutput(options.output, provenance)
     if not options.overwrite and (finished := existing(options.output, provenance, partial)):
         return finished
-    with partial.locked():
+    with locked(Path(options.output)):
         return _continue(options, sources, encoder, partial, columns.notes)
 
 
 def check_output(prefix: str) -> None:
-    """Refuse a directory in place of the prefix of files.
+    """Refuse a directory in place of the prefix of files, or a folder that cannot be made or written to.
 
     Raises:
-        UserError: It is a directory.
+        UserError: Says which.
     """
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output {prefix}: a directory; give the files' prefix, as in DIR/NAME")
+    check_can_be_made(Path(prefix).parent)
 
 
 def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Manifest | None:

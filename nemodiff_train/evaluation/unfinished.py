@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from megatron.core import parallel_state
 from pydantic import BaseModel, ValidationError
 
+from nemodiff_train.decoding.answers import log_of_replica
 from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord, Settings
@@ -36,17 +36,16 @@ class UnfinishedRecords(LineLog):
     Args:
         output: Folder of the report.
         evaluation: Everything that the continuations depend on, besides mode, settings and prompt.
-        replica: Index of this replica; None for a rank that writes nothing, as another of its replica does.
     """
 
-    def __init__(self, output: Path, evaluation: Settings, replica: int | None) -> None:
+    def __init__(self, output: Path, evaluation: Settings) -> None:
         self._output, self._evaluation = output, evaluation
         self._earlier: list[_Line] = []  # of this evaluation
         for text in (text for path in self._logs() for text in path.read_bytes().splitlines()):
             with contextlib.suppress(ValidationError):  # the end of a log that was cut short
                 if (line := _Line.model_validate_json(text)).evaluation == evaluation:
                     self._earlier.append(line)
-        super().__init__(None if replica is None else usable_directory(output) / f"unfinished-{replica}.jsonl")
+        super().__init__(log_of_replica(usable_directory(output), "unfinished"))
 
     def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
         """Return the earlier records of a mode with its settings, in the order of the prompts, each once."""
@@ -89,6 +88,4 @@ def open_log(
         "chat": covered.chat,
         "decoding": json.dumps(decoding),
     }
-    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    replica = parallel_state.get_data_parallel_rank() if ranks == (0, 0) else None
-    return UnfinishedRecords(output, evaluation, replica)
+    return UnfinishedRecords(output, evaluation)
