@@ -11,8 +11,8 @@ from nemodiff_train.console import console, say
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.resilience.signals import INTERRUPTED
 from nemodiff_train.runtime import init_runtime, init_without_device
+from nemodiff_train.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from nemodiff_train.data.manifest import Manifest
