@@ -7,7 +7,6 @@ from nemodiff_train.data.manifest import Manifest, Provenance
 from nemodiff_train.data.partial_output import Chunk, PartialOutput, Size
 from nemodiff_train.data.prepare import check_output, existing
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import locked
 
 
 def merge(shards: Sequence[str], output: str, overwrite: bool = False) -> Manifest:
@@ -50,7 +49,7 @@ def merge(shards: Sequence[str], output: str, overwrite: bool = False) -> Manife
     partial = PartialOutput(output, provenance)
     if not overwrite and (finished := existing(output, provenance, partial)):
         return finished
-    with locked(Path(output)):
+    with partial.locked():
         partial.restore(overwrite)
         try:
             chunks = []

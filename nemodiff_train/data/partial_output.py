@@ -20,7 +20,15 @@ from nemodiff_train.data.encode import EncodedBatch
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenType, count_tokens
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import replace_atomic, sha256_of, sync, usable_directory, write_atomic
+from nemodiff_train.files import (
+    check_can_be_made,
+    locked,
+    replace_atomic,
+    sha256_of,
+    sync,
+    usable_directory,
+    write_atomic,
+)
 from nemodiff_train.schema import checked
 
 if TYPE_CHECKING:
@@ -64,7 +72,7 @@ class State(BaseModel):
 
 
 class PartialOutput:
-    """The chunks of one output, written by one process at a time: whoever has the lock of the output.
+    """The chunks of one output, written by one process at a time (see `locked`).
 
     Args:
         prefix: Prefix of the output.
@@ -79,8 +87,20 @@ class PartialOutput:
         # The smallest type that Megatron stores ids of this vocabulary in.
         self._dtype = np.dtype(np.uint16 if provenance.tokenizer.vocab_size < 65_500 else np.int32)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and keep other processes from writing the output.
+
+        Raises:
+            UserError: The folder cannot be created, or another process writes the output.
+        """
+        check_can_be_made(self._folder)
+        with locked(Path(self._prefix)):
+            usable_directory(self._folder)
+            yield
+
     def restore(self, overwrite: bool) -> Size:
-        """Create the folder, or take over the finished chunks of an interrupted run.
+        """Take over the finished chunks of an interrupted run.
 
         Args:
             overwrite: Drop chunks of another output instead of refusing them.
@@ -89,10 +109,8 @@ class PartialOutput:
             The size of all finished chunks.
 
         Raises:
-            UserError: They were made from other inputs or with another tokenizer, one is damaged, or the folder
-                cannot be created.
+            UserError: They were made from other inputs or with another tokenizer, or one is damaged.
         """
-        usable_directory(self._folder)
         stored = self._stored()
         if stored is not None and stored.provenance.same_output(self.state.provenance):
             for number, chunk in enumerate(stored.chunks):

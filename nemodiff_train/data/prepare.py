@@ -25,7 +25,6 @@ from nemodiff_train.data.tokenizer import (
     vocabulary_size,
 )
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.processes import check_processes
 
 
@@ -89,19 +88,18 @@ def prepare(options: PrepareOptions) -> Manifest:
     partial = PartialOutput(options.output, provenance)
     if not options.overwrite and (finished := existing(options.output, provenance, partial)):
         return finished
-    with locked(Path(options.output)):
+    with partial.locked():
         return _continue(options, sources, encoder, partial, columns.notes)
 
 
 def check_output(prefix: str) -> None:
-    """Refuse a directory in place of the prefix of files, or a folder that cannot be made or written to.
+    """Refuse a directory in place of the prefix of files.
 
     Raises:
-        UserError: Says which.
+        UserError: It is a directory.
     """
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise UserError(f"--output {prefix}: a directory; give the files' prefix, as in DIR/NAME")
-    check_can_be_made(Path(prefix).parent)
 
 
 def existing(prefix: str, provenance: Provenance, partial: PartialOutput) -> Manifest | None:
