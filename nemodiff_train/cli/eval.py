@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     init_runtime()
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.evaluation.evaluate import evaluate
-    from nemodiff_train.evaluation.unfinished import open_log
+    from nemodiff_train.evaluation.unfinished import UnfinishedRecords
     from nemodiff_train.report.report import print_table, write_report
 
     options = decoding_options(arguments)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     decides = [part.iteration for part in (checkpoint, options["drafter"]) if part]
     decides += [Path(arguments.sampler)] if arguments.sampler else []
     weights = "\n".join(map(identity, decides))
-    with locked(output), open_log(output, opened, task, plan, weights) as unfinished:
+    with locked(output), UnfinishedRecords(output, opened, task, plan, weights) as unfinished:
         evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():
             report = write_report(output, evaluation, opened.settings.text)

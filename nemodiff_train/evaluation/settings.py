@@ -1,4 +1,4 @@
-"""Modes and settings of an evaluation, and the grid that each mode is decoded over."""
+"""Modes and settings of an evaluation, the grid that each mode is decoded over, and what texts are scored with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

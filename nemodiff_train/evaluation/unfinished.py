@@ -35,15 +35,29 @@ class UnfinishedRecords(LineLog):
 
     Args:
         output: Folder of the report.
-        evaluation: Everything that the continuations depend on, besides mode, settings and prompt.
+        loaded: The model, whose parallel groups exist.
+        task: Prompts.
+        covered: Whether prompts are put into a chat template.
+        weights: Says by its contents what decodes.
     """
 
-    def __init__(self, output: Path, evaluation: Settings) -> None:
-        self._output, self._evaluation = output, evaluation
+    def __init__(
+        self, output: Path, loaded: DecodingModel, task: Task, covered: EvaluationSettings, weights: str
+    ) -> None:
+        self._output = output
+        decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
+        prompts = "\0".join(prompt.prompt for prompt in task.prompts)
+        self._evaluation: Settings = {
+            "weights": weights,
+            "task": task.name,
+            "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+            "chat": covered.chat,
+            "decoding": json.dumps(decoding),
+        }
         self._earlier: list[_Line] = []  # of this evaluation
         for text in (text for path in self._logs() for text in path.read_bytes().splitlines()):
             with contextlib.suppress(ValidationError):  # the end of a log that was cut short
-                if (line := _Line.model_validate_json(text)).evaluation == evaluation:
+                if (line := _Line.model_validate_json(text)).evaluation == self._evaluation:
                     self._earlier.append(line)
         super().__init__(log_of_replica(usable_directory(output), "unfinished"))
 
@@ -65,27 +79,3 @@ class UnfinishedRecords(LineLog):
 
     def _logs(self) -> list[Path]:
         return sorted(self._output.glob("unfinished-*.jsonl"))
-
-
-def open_log(
-    output: Path, loaded: DecodingModel, task: Task, covered: EvaluationSettings, weights: str
-) -> UnfinishedRecords:
-    """Open the log of this rank's replica.
-
-    Args:
-        output: Folder of the report.
-        loaded: The model, whose parallel groups exist.
-        task: Prompts.
-        covered: Whether prompts are put into a chat template.
-        weights: Says by its contents what decodes.
-    """
-    decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
-    prompts = "\0".join(prompt.prompt for prompt in task.prompts)
-    evaluation: Settings = {
-        "weights": weights,
-        "task": task.name,
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-        "chat": covered.chat,
-        "decoding": json.dumps(decoding),
-    }
-    return UnfinishedRecords(output, evaluation)
