@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.segment import Segment
 
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.shown import visible
+from nemodiff_train.errors import visible
 
 
 class PlainConsole(Console):

@@ -1,12 +1,16 @@
-"""The one exception a user is meant to see."""
+"""Errors that are meant for a user, and text from outside as it can be shown."""
 
 import difflib
 import errno
+import re
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nemodiff_train.shown import in_a_line
+_STEERING = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
+)
+"""Control codes, line separators, bidirectional controls, and halves of characters that cannot be encoded."""
 
 
 class UserError(Exception):
@@ -60,3 +64,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def visible(text: str) -> str:
+    """Return a text of any number of lines that looks like what it is, and does nothing else."""
+    return _STEERING.sub(lambda match: _spelled(match[0]), text)
+
+
+def in_a_line(text: str) -> str:
+    """Return a text on one line, with all that has no shape of its own spelled out."""
+    return "".join(character if character.isprintable() else _spelled(character) for character in text)
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode()

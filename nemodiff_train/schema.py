@@ -32,10 +32,10 @@ def checked[Kind](schema: type[Kind], content: object, where: object, remedy: st
     try:
         return adapter.validate_json(content) if isinstance(content, bytes) else adapter.validate_python(content)
     except ValidationError as error:
-        raise UserError(f"'{where}': {first_problem(error)}; {remedy}") from None
+        raise UserError(f"'{where}': {_first_problem(error)}; {remedy}") from None
 
 
-def first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> str:
     """Return the first field that does not fit, its value, and what it should be."""
     first = error.errors(include_url=False)[0]
     name, message = ".".join(map(str, first["loc"])), f"{first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from nemodiff_train.cli import main
-from nemodiff_train.data.manifest import sha256_of
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.demo.tokenizer import byte_level_bpe
+from nemodiff_train.files import sha256_of
 
 TEXTS = [f"def f{n}(x):\n    return x * {n}  # caf\u00e9 \u2028 {'long ' * (n % 7)}\n" for n in range(300)]
 SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")

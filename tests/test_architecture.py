@@ -31,7 +31,7 @@ LAYERS = (
     {"data"},
     {"objective"},
     {"runtime"},
-    {"distributed", "processes", "files", "console", "credentials", "schema", "errors", "shown"},
+    {"distributed", "processes", "files", "console", "credentials", "schema", "errors", "signals"},
 )
 """From the top down; what one set holds may be imported by those before it. docs/architecture.md draws them."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation import sandbox
 from nemodiff_train.evaluation.benchmarks import boxed, latex, math, program
 from nemodiff_train.evaluation.sandbox import check_sandbox, passes
 from nemodiff_train.evaluation.scorers import numeric
@@ -226,11 +227,12 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_that_fails_or_is_stopped(name: str, tmp_path: Path) -> None:
+def test_a_program_that_fails_or_is_stopped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 3)
     (tmp_path / "mine").touch()
     with socket.create_server(("127.0.0.1", 0)) as server:
         values = {"port": server.getsockname()[1], "folder": tmp_path, "pid": os.getpid()}
-        assert not passes(PROGRAMS[name].format(**values), seconds=3)
+        assert not passes(PROGRAMS[name].format(**values))
     assert os.listdir(tmp_path) == ["mine"]
 
 

@@ -1,6 +1,12 @@
 """What data preparation and the checks before training refuse, and what they then leave behind."""
 
 import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +14,11 @@ import pytest
 
 from nemodiff_train.cli import main
 from nemodiff_train.data.blend import check_blend
-from nemodiff_train.data.manifest import Manifest
 from nemodiff_train.data.partial_output import PartialOutput
 from nemodiff_train.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemodiff_train.data.tokenizer_files import copy_tokenizer
 from nemodiff_train.errors import UserError
+from nemodiff_train.files import locked
 from tests.prepared import SUFFIXES, TEXTS, digests, one_line, read_back, run, save_tokenizer, write_jsonl
 
 BAD_INPUTS = {
@@ -54,7 +60,7 @@ def test_refused_tokenizer_and_output(
         (tokenizer_dir, output, ("--eod-token", "<end>"), "no such token"),
         (tokenizer_dir, output, ("--workers", "0"), "at least 1"),
         (tokenizer_dir, tmp_path / "empty", (), "a directory"),
-        (tokenizer_dir, tmp_path / "file" / "out", (), "cannot write there"),
+        (tokenizer_dir, tmp_path / "file" / "out", (), f"'{tmp_path / 'file'}' is a file"),
     ]
     for tokenizer, prefix, options, message in cases:
         assert run(jsonl, tokenizer, prefix, *options) == 2
@@ -114,7 +120,7 @@ def test_failure_keeps_the_chunks(
     for damaged in ("{", "[1]", "[" * 100_000, json.dumps({**stored, "chunks": [{"stem": 1}]})):
         state.write_text(damaged)
         assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
-        assert "state.json: damaged" in one_line(capsys)
+        assert f"'{state}': " in (line := one_line(capsys)) and f"remove the directory {state.parent}" in line
     whole = {path: path.read_bytes() for path in (tmp_path / "out.partial").glob("00000.*")}
     for change in ({"stem": "../00000"}, {"size": {**stored["chunks"][0]["size"], "tokens": 1}}, {"stem": "00001"}):
         state.write_text(json.dumps({**stored, "chunks": [{**stored["chunks"][0], **change}]}))
@@ -129,14 +135,24 @@ def test_failure_keeps_the_chunks(
         path.write_bytes(content)
 
 
-def test_one_process_at_a_time(
-    jsonl: Path, tokenizer_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], prepared: str
-) -> None:
-    manifest = Manifest.read(prepared)
-    assert manifest is not None
-    with PartialOutput(str(tmp_path / "out"), manifest).locked():
-        assert run(jsonl, tokenizer_dir, tmp_path / "out") == 2
-        assert "another process" in one_line(capsys)
+def test_one_process_at_a_time(jsonl: Path, tokenizer_dir: str, prepared: str, tmp_path: Path) -> None:
+    """The lock is of the first process alone: a helper that it has forked does not hold it any longer."""
+    prepare = ["data", "prepare", str(jsonl), "--tokenizer", tokenizer_dir, "--output", str(tmp_path / "out")]
+    merge = ["data", "merge", prepared, "--output", str(tmp_path / "out")]
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+
+    def start(words: list[str]) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "nemodiff_train", *words], capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    with locked(tmp_path / "out"):
+        helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        helper.start()
+        for words in (prepare, merge):
+            code, error = start(words)
+            assert code == 2 and f"'{tmp_path / 'out'}' is being written by {holder}; wait for it" in error
+    assert start(prepare)[0] == 0
+    helper.kill()
 
 
 def test_inspect(prepared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +189,7 @@ def test_merge_refuses(prepared: str, tokenizer_dir: str, tmp_path: Path, capsys
         ((prepared, str(tmp_path / "b")), "its SHA-256 is not the manifest's"),
         ((prepared, str(tmp_path / "a"), "--output", str(tmp_path / "a")), "one of the shards"),
         ((str(tmp_path / "a"), "--output", str(tmp_path)), "a directory"),
-        ((str(tmp_path / "a"), "--output", str(tmp_path / "one.jsonl" / "out")), "cannot write there"),
+        ((str(tmp_path / "a"), "--output", str(tmp_path / "one.jsonl" / "out")), "one.jsonl' is a file"),
     ]
     for words, message in cases:
         capsys.readouterr()

@@ -1,6 +1,5 @@
 """Records, metrics and the report: figures recomputed by hand, refusals, a sound page."""
 
-import io
 import json
 import re
 from collections import defaultdict
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from nemodiff_train.console import PlainConsole
 from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
@@ -199,11 +197,10 @@ def test_page_of_one_mode_with_one_position(tmp_path: Path) -> None:
     assert page.seen.count("svg") == 3
 
 
-def test_table_names_modes_and_rule() -> None:
-    console = PlainConsole(width=80)
-    console.file = io.StringIO()
-    print_table(evaluation(), console)
-    shown = console.file.getvalue()
+def test_table_names_modes_and_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(evaluation())
+    shown = capsys.readouterr().out
     assert "[red]" in shown and "prefill" in shown and "…" not in shown
     row = next(line.split() for line in shown.splitlines() if line.strip().startswith("linear"))
     assert row == ["linear", "50.0%", "0.75", "1.00", "1.33", "20", "50.0%"]

@@ -12,9 +12,8 @@ from torch.distributed import TCPStore
 import nemodiff_train
 from nemodiff_train.console import PlainConsole, bytes_bar
 from nemodiff_train.distributed import ReservedPort
-from nemodiff_train.errors import RunStopped, UserError
+from nemodiff_train.errors import RunStopped, UserError, in_a_line, visible
 from nemodiff_train.files import LineLog
-from nemodiff_train.shown import in_a_line, visible
 
 PACKAGE = Path(nemodiff_train.__file__).parent
 EXPORTED = PACKAGE / "conversion" / "automodel"  # runs without this package
@@ -26,7 +25,7 @@ EXPORTED = PACKAGE / "conversion" / "automodel"  # runs without this package
         ("distributed.py", r"\bget_rank\(|\bget_world_size\(|environ\S*[\[(]\"(?:RANK|WORLD_SIZE)\""),
         ("files.py", r"\bfsync\(|\bos\.replace\("),
         ("console.py", r"\brich\.console\b"),
-        ("shown.py", r"unicode_escape"),
+        ("errors.py", r"unicode_escape"),
     ],
 )
 def test_one_home(home: str, pattern: str) -> None:

@@ -35,8 +35,9 @@ chat([{"role": "user", "content": "endless"}])
 """
 WAITING = "import subprocess\nsubprocess.run(['sleep', '3600'])\n"
 RUNNING = f"""
-from nemodiff_train.evaluation.sandbox import passes
-passes({WAITING!r}, seconds=3600)
+from nemodiff_train.evaluation import sandbox
+sandbox.SECONDS = 3600
+sandbox.passes({WAITING!r})
 """
 PREPARING = """
 import sys
@@ -159,7 +160,7 @@ def test_a_save_does_not_wait_for_a_dead_writer(monkeypatch: pytest.MonkeyPatch)
 
 DROPPED = """
 import os, signal, time
-from nemodiff_train.resilience.signals import end_at_once
+from nemodiff_train.signals import end_at_once
 end_at_once(signal.SIGUSR1)
 class Callback:
     def __del__(self):

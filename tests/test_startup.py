@@ -93,6 +93,27 @@ def test_looking_at_a_checkpoint_is_light(tmp_path: Path) -> None:
     assert code == 2 and "--results belongs to a model" in errors
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--draws", "0", "the number of draws must be from 1 to 1,000,000, not 0"),
+        ("--seed", "-1", "the seed -1 is not between"),
+        ("--length", "24", "the length is 24; use a multiple of the model's block size 16"),
+    ],
+)
+def test_a_likelihood_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, option: str, value: str, words: str
+) -> None:
+    (tmp_path / "run_config.yaml").write_text("model: {_target_: x.y, mask_token_id: 1, block_size: 16}\n")
+    text = tmp_path / "text.txt"
+    text.write_text("one two")
+    code, errors = start("likelihood", tmp_path, text, option, value)
+    assert code == 2 and words in errors, errors
+    (tmp_path / "run_config.yaml").write_text("model: {_target_: x.y, block_size: 16}\n")
+    code, errors = start("likelihood", tmp_path, text)
+    assert code == 2 and "no joint stage" in errors, errors
+
+
 def test_missing_folder_of_data_is_refused_lightly(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "a.jsonl", ["text"])
     code, errors = start("data", "inspect", rows)

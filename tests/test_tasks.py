@@ -68,11 +68,11 @@ def test_task_from_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', r"bad.jsonl:2: answer: field required"),
-        (b'{"prompt": "", "answer": "1"}\n', r"bad.jsonl:1: prompt is .*: string should have at least 1"),
-        (b'{"prompt": "a", "answer": 1}\n', r"bad.jsonl:1: answer is 1: input should be a valid string"),
-        (b'{"prompt": "a", "answer": "x"}\n', r"bad.jsonl:1: answer is .*no number in it"),
-        (b"\n\n{oops\n", r"bad.jsonl:3: invalid JSON"),
+        (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', r"bad.jsonl:2': answer: field required"),
+        (b'{"prompt": "", "answer": "1"}\n', r"bad.jsonl:1': prompt is .*: string should have at least 1"),
+        (b'{"prompt": "a", "answer": 1}\n', r"bad.jsonl:1': answer is 1: input should be a valid string"),
+        (b'{"prompt": "a", "answer": "x"}\n', r"bad.jsonl:1': answer is .*no number in it"),
+        (b"\n\n{oops\n", r"bad.jsonl:3': invalid JSON"),
         (b'{"prompt": "\xff"}\n', r"bad.jsonl:1: not UTF-8 at byte 13"),
         (b"\n", r"bad.jsonl is empty"),
     ],

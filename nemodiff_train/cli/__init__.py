@@ -15,11 +15,11 @@ from typing import NoReturn
 from nemodiff_train import __version__
 from nemodiff_train.distributed import HEAD_START, is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
-from nemodiff_train.resilience.signals import INTERRUPTED
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.signals import INTERRUPTED
 
-# Each module has `add_arguments(parser)` and `run(arguments)`; importing Megatron takes about
-# 20 seconds, so a module imports it inside `run`.
+# Each module has `add_arguments(parser)` and `run(arguments)`.  Importing Megatron takes seconds, so a module imports
+# it inside `run`, when arguments have been refused that can be refused without it.
 VERBS = {
     "train": ("nemodiff_train.cli.train", "train a recipe: AR only, or AR + diffusion jointly"),
     "plan": ("nemodiff_train.cli.plan", "memory and step time of every layout, estimated"),

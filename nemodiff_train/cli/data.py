@@ -11,8 +11,8 @@ from nemodiff_train.console import console, say
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.resilience.signals import INTERRUPTED
 from nemodiff_train.runtime import init_runtime, init_without_device
+from nemodiff_train.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from nemodiff_train.data.manifest import Manifest
@@ -93,10 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0, 130 after Ctrl-C, or the exit code of a rank that failed.
     """
-    if arguments.action == "regenerate":
-        return _regenerate(arguments)
-    if arguments.action == "prepare":
-        return _prepare(arguments)
+    if arguments.action in ("prepare", "regenerate"):
+        try:
+            return _prepare(arguments) if arguments.action == "prepare" else _regenerate(arguments)
+        except KeyboardInterrupt:
+            say("interrupted; the same command continues from there")
+            return INTERRUPTED
     if arguments.action == "show":
         init_runtime()
         from nemodiff_train.config.recipes import load_recipe
@@ -122,12 +124,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     fields = {name: getattr(arguments, name) for name in PrepareOptions.__dataclass_fields__}
     if checkpoint := Checkpoint.find(arguments.tokenizer):
         fields["tokenizer"] = str(checkpoint.tokenizer_directory)
-    try:
-        manifest = prepare(PrepareOptions(**fields))
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command continues from there")
-        return INTERRUPTED
-    _print_size(arguments.output, manifest)
+    _print_size(arguments.output, prepare(PrepareOptions(**fields)))
     return 0
 
 
@@ -144,12 +141,8 @@ def _regenerate(arguments: argparse.Namespace) -> int:
     from nemodiff_train.decoding.regeneration import RegenerateOptions, regenerate
 
     options = RegenerateOptions(**{name: getattr(arguments, name) for name in RegenerateOptions.__dataclass_fields__})
-    try:
-        with locked(output):
-            regenerate(checkpoint, options, decoding_options(arguments))
-    except KeyboardInterrupt:
-        say("interrupted; the same command continues from there")
-        return INTERRUPTED
+    with locked(output):
+        regenerate(checkpoint, options, decoding_options(arguments))
     return 0
 
 

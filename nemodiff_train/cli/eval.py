@@ -11,6 +11,7 @@ from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.settings import EvaluationSettings
+from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.files import check_can_be_made, locked
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
@@ -37,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate a checkpoint, print the table and write the report."""
-    from nemodiff_train.evaluation.tasks import load_task
-
     task = load_task(
         arguments.task,
         scorer=arguments.scorer,
@@ -63,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     init_runtime()
     from nemodiff_train.decoding.loading import load_decoding_model
     from nemodiff_train.evaluation.evaluate import evaluate
-    from nemodiff_train.evaluation.unfinished import open_log
+    from nemodiff_train.evaluation.unfinished import UnfinishedRecords
     from nemodiff_train.report.report import print_table, write_report
 
     options = decoding_options(arguments)
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     decides = [part.iteration for part in (checkpoint, options["drafter"]) if part]
     decides += [Path(arguments.sampler)] if arguments.sampler else []
     weights = "\n".join(map(identity, decides))
-    with locked(output), open_log(output, opened, task, plan, weights) as unfinished:
+    with locked(output), UnfinishedRecords(output, opened, task, plan, weights) as unfinished:
         evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():
             report = write_report(output, evaluation, opened.settings.text)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from nemodiff_train.cli.options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, visible
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
-from nemodiff_train.shown import visible
 
 if TYPE_CHECKING:
     from nemodiff_train.decoding.session import Session

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from nemodiff_train.cli.ranks import at_least_1
 from nemodiff_train.console import console
+from nemodiff_train.data.columns import TextColumn
+from nemodiff_train.data.sources import documents, resolve
 from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.settings import check_scoring
 from nemodiff_train.files import check_can_be_made, usable_directory, write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
@@ -30,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the figures, and write them where asked."""
-    from nemodiff_train.data.columns import TextColumn
-    from nemodiff_train.data.sources import documents, resolve
-
     output = Path(arguments.output) if arguments.output else None
     if output:  # before the work, which takes hours on a large corpus
         if output.is_dir():
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_can_be_made(output.parent)
     sources = resolve(arguments.input, TextColumn(arguments.text_field), "train", "*")
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
+    check_scoring(checkpoint.run_config["model"], arguments.length, arguments.draws, arguments.seed)
     init_runtime()
     from nemodiff_train.evaluation.likelihood import likelihood
     from nemodiff_train.model.loading import computing_dtype, load_model

@@ -8,6 +8,9 @@ from nemodiff_train.cli.ranks import add_model_parallel, at_least_1, check_world
 from nemodiff_train.console import say
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.prompts import Prompt
+from nemodiff_train.evaluation.records import read_jsonl
+from nemodiff_train.evaluation.tasks import BUILT_IN, built_in_prompts
 from nemodiff_train.files import check_free
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
@@ -97,10 +100,6 @@ def training_prompts(task: str, count: int | None) -> list[str]:
     Raises:
         UserError: There is no such task or file, or a line of it has no prompt.
     """
-    from nemodiff_train.evaluation.prompts import Prompt
-    from nemodiff_train.evaluation.records import read_jsonl
-    from nemodiff_train.evaluation.tasks import BUILT_IN, built_in_prompts
-
     if Path(task).suffix == ".jsonl" or Path(task).is_file():
         # A prompt that comes again could be both learned from and held out.
         return list(dict.fromkeys(row.prompt for row in read_jsonl(Path(task), Prompt)))[:count]

@@ -9,8 +9,8 @@ from typing import NoReturn
 from nemodiff_train.cli.ranks import add_nproc, start_ranks
 from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.errors import UserError
-from nemodiff_train.resilience.signals import end_as_ever, end_at_once
 from nemodiff_train.runtime import init_runtime
+from nemodiff_train.signals import end_as_ever, end_at_once
 
 MOST_GPUS = 100_000
 """More GPUs than any run has had; the groups of a layout list every rank."""

@@ -1,4 +1,4 @@
-"""Import Megatron-Core's indexed data set without its warnings; it takes about 10 seconds, so import this late."""
+"""Import Megatron-Core's indexed data set without its warnings; that takes seconds, so import this late."""
 
 import logging
 import warnings

@@ -12,10 +12,11 @@ from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train.errors import UserError
-from nemodiff_train.schema import first_problem
+from nemodiff_train.files import sha256_of
+from nemodiff_train.schema import checked
 
 _CHUNK_TOKENS = 1 << 22
 
@@ -97,12 +98,8 @@ class Manifest(Provenance):
             UserError: The file is not a manifest of this format.
         """
         path = Path(f"{prefix}.json")
-        if not path.is_file():
-            return None
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise UserError(f"{path}: not a data manifest ({first_problem(error)})") from error
+        remedy = "it is not a data manifest; choose another prefix, or prepare the data again"
+        return checked(cls, path.read_bytes(), path, remedy) if path.is_file() else None
 
     @classmethod
     def require(cls, prefix: str) -> Self:
@@ -171,12 +168,6 @@ def contents_digest(prefixes: Sequence[str]) -> str:
     manifests = [(prefix, Manifest.read(prefix)) for prefix in prefixes]
     digests = [stored.idx_sha256 if stored else sha256_of(Path(f"{prefix}.idx")) for prefix, stored in manifests]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def count_tokens(

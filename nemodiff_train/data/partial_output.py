@@ -5,7 +5,6 @@ ones; a chunk that it does not list is written again. Joining needs the size of 
 data sets are merged, they are the chunks, and they stay where they are.
 """
 
-import fcntl
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,14 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from nemodiff_train.data.encode import EncodedBatch
 from nemodiff_train.data.index_file import read_index
-from nemodiff_train.data.manifest import Manifest, Provenance, TokenType, count_tokens, sha256_of
+from nemodiff_train.data.manifest import Manifest, Provenance, TokenType, count_tokens
 from nemodiff_train.errors import UserError
-from nemodiff_train.files import replace_atomic, sync, write_atomic
-from nemodiff_train.schema import first_problem
+from nemodiff_train.files import (
+    check_can_be_made,
+    locked,
+    replace_atomic,
+    sha256_of,
+    sync,
+    usable_directory,
+    write_atomic,
+)
+from nemodiff_train.schema import checked
 
 if TYPE_CHECKING:
     from nemodiff_train.data.indexed import IndexedDatasetBuilder
@@ -82,21 +89,14 @@ class PartialOutput:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and keep other processes out of it.
+        """Create the folder and keep other processes from writing the output.
 
         Raises:
-            UserError: The folder cannot be created, or another process is at work in it.
+            UserError: The folder cannot be created, or another process writes the output.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = (self._folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"--output {self._prefix}: cannot write there ({error.strerror})") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self._folder}: another process is preparing this output") from error
+        check_can_be_made(self._folder)
+        with locked(Path(self._prefix)):
+            usable_directory(self._folder)
             yield
 
     def restore(self, overwrite: bool) -> Size:
@@ -145,10 +145,7 @@ class PartialOutput:
 
     def _stored(self) -> State | None:
         path = self._folder / "state.json"
-        try:
-            return State.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except ValidationError as error:
-            raise UserError(f"{path}: damaged ({first_problem(error)}); {self._afresh}") from error
+        return checked(State, path.read_bytes(), path, self._afresh) if path.is_file() else None
 
     @property
     def size(self) -> Size:

@@ -11,16 +11,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from megatron.core import parallel_state
 from pydantic import BaseModel, Field, JsonValue, NonNegativeInt, ValidationError
 
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import LineLog, replace_atomic, usable_directory, write_atomic
-from nemodiff_train.schema import first_problem
+from nemodiff_train.schema import checked
 
 Settings = dict[str, JsonValue]
 End = Literal["stop", "length", "empty"]
 """End of an answer: by a stop token or text, by the limit, or without a word."""
+
+
+def log_of_replica(folder: Path, name: str) -> Path | None:
+    """Return the log of this rank's data-parallel replica, or None on a rank beside the one that writes it.
+
+    Args:
+        folder: Where it is.
+        name: Begins its name, before the number of the replica.
+    """
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    return folder / f"{name}-{parallel_state.get_data_parallel_rank()}.jsonl" if ranks == (0, 0) else None
 
 
 class Answer(BaseModel):
@@ -57,13 +69,8 @@ class UnfinishedAnswers:
         self._state: _State | None = self._stored()
 
     def _stored(self) -> _State | None:
-        path = self.folder / "state.json"
-        try:
-            return _State.model_validate_json(path.read_bytes()) if path.is_file() else None
-        except ValidationError as error:
-            raise UserError(
-                f"{path}: damaged ({first_problem(error)}); remove the directory {self.folder} to start afresh"
-            ) from error
+        path, remedy = self.folder / "state.json", f"remove the directory {self.folder} to start afresh"
+        return checked(_State, path.read_bytes(), path, remedy) if path.is_file() else None
 
     def _save(self, state: _State) -> None:
         usable_directory(self.folder)
@@ -118,9 +125,9 @@ class UnfinishedAnswers:
         """Return the logs of all replicas, of this start and of earlier ones."""
         return sorted(self.folder.glob("answers-*.jsonl"))
 
-    def log(self, replica: int | None) -> LineLog:
-        """Return the log of a replica, which no other process writes; None for a rank that writes nothing."""
-        return LineLog(None if replica is None else self.folder / f"answers-{replica}.jsonl")
+    def log(self) -> LineLog:
+        """Return the log of this rank's replica."""
+        return LineLog(log_of_replica(self.folder, "answers"))
 
     def publish(self, lines: Iterable[str]) -> None:
         """Write the lines of the output, move it into place and remove the folder."""

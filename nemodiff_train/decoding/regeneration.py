@@ -187,17 +187,13 @@ class _Regeneration[Item]:
         on the batch size, and above it the draws of each answer are its own.
         """
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
         existing = AnswerIndex(self.unfinished.logs())
         if len(existing):
             say(f"continuing after {len(existing):,} answers")
         records = islice(enumerate(documents(self.sources)), replica, None, replicas)
         total, shown = len(range(replica, len(self.counts), replicas)), 0
         name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
-        with (
-            self.unfinished.log(replica if ranks == (0, 0) else None) as log,
-            LoopProgress(name, total, "tokens") as progress,
-        ):
+        with self.unfinished.log() as log, LoopProgress(name, total, "tokens") as progress:
             for answers in self._batches((number, record, existing.of(number)) for number, record in records):
                 log.write(answer.model_dump_json() for answer in answers)
                 new_tokens = sum(answer.tokens for answer in answers)

@@ -16,16 +16,14 @@ from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import check_prompts
 from nemodiff_train.errors import UserError
+from nemodiff_train.evaluation.settings import check_scoring
 from nemodiff_train.model.head import LOGIT_CHUNK, output_processor, token_losses
-from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective import ObjectiveConfig
 from nemodiff_train.objective.sample import Sample, SampleMaker
 from nemodiff_train.runtime.memory import require_memory
 
 NO_TOKEN = -1
 """Label after the end of a text."""
-_MOST_DRAWS = 1_000_000
-"""Each scores the whole text once more; a thousand give three digits."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,8 @@ def likelihood(
         UserError: No text, no draws, a length that does not fit, or a model without a joint stage.
     """
     config = PipelineRunner(model).config
-    if config.mask_token_id is None:
-        raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
-    _check(config, length, draws, seed)
+    check_scoring(vars(config), length, draws, seed)
+    assert config.mask_token_id is not None
     samples = _samples([text for text in texts if len(text) > 1], length, config.vocab_size)
     device = next(model[0].parameters()).device
     rows = min(batch_size, len(samples))
@@ -133,17 +130,6 @@ def likelihood(
         diffusion_error=float(means.std() / math.sqrt(draws)) if draws > 1 else math.nan,
         draws=draws,
     )
-
-
-def _check(config: TriModeModelProvider, length: int, draws: int, seed: int) -> None:
-    if not 1 <= draws <= _MOST_DRAWS:
-        raise UserError(f"the number of draws must be from 1 to {_MOST_DRAWS:,}, not {draws}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"the seed {seed} is not between 0 and 2**32 - 1")
-    if length < 2 or length % config.block_size:
-        raise UserError(
-            f"the length is {length}; use a multiple of the model's block size {config.block_size}, 2 or more"
-        )
 
 
 def _samples(texts: Sequence[Sequence[int]], length: int, vocab_size: int) -> list[Sample]:

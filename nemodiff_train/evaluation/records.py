@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from nemodiff_train.decoding.generation import Cycle, ForwardKind
 from nemodiff_train.errors import UserError
 from nemodiff_train.files import write_atomic
-from nemodiff_train.schema import first_problem
+from nemodiff_train.schema import checked
 
 Settings = dict[str, JsonValue]
 
@@ -91,11 +91,10 @@ def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:
         if not line.strip():
             continue
         try:
-            rows.append(model.model_validate_json(line.decode()))
+            line.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from error
-        except ValidationError as error:
-            raise UserError(f"{path}:{number}: {first_problem(error)}") from error
+        rows.append(checked(model, line, f"{path}:{number}", "correct or remove the line"))
     if not rows:
         raise UserError(f"{path} is empty: expected one JSON object per line")
     return rows

@@ -12,7 +12,7 @@ import sys
 
 from nemodiff_train.errors import UserError
 
-SECONDS = 10
+SECONDS = 10  # of processor time, and, with the time to start Python, on the clock
 _MEMORY = 2**30  # bytes of address space of each process
 _SCRATCH = 2**26  # bytes that a program may write
 _PROCESSES = 32
@@ -98,16 +98,15 @@ def check_sandbox() -> None:
         )
 
 
-def passes(program: str, seconds: int = SECONDS) -> bool:
+def passes(program: str) -> bool:
     """Return whether a Python program runs to its end without an error; :func:`check_sandbox` comes first.
 
     Args:
         program: Source text.
-        seconds: Limit on its processor time, and, with the time to start Python, on the clock.
     """
     token = secrets.token_hex()
     python = (sys.executable, "-I", "-B", "-c")
-    limits = {"AS": _MEMORY, "CPU": seconds, "NPROC": _PROCESSES, "CORE": 0}
+    limits = {"AS": _MEMORY, "CPU": SECONDS, "NPROC": _PROCESSES, "CORE": 0}
     words = [f"{name}={value}" for name, value in limits.items()]
     run = [*_NAMESPACES, *python, _PREPARE, str(_SCRATCH), *_WITHOUT_RIGHTS, *python, _RUN, *words]
     try:
@@ -118,7 +117,7 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
             stderr=subprocess.DEVNULL,
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "OPENBLAS_NUM_THREADS": "1"},
             cwd="/",
-            timeout=seconds + _START_SECONDS,
+            timeout=SECONDS + _START_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:

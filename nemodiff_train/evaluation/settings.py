@@ -1,8 +1,14 @@
-"""Modes and settings of an evaluation, and the grid that each mode is decoded over."""
+"""Modes and settings of an evaluation, the grid that each mode is decoded over, and what texts are scored with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nemodiff_train.decoding.generation import DecodingSettings
+from nemodiff_train.errors import UserError
+
+_MOST_DRAWS = 1_000_000
+"""Each scores the whole text once more; a thousand give three digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +49,26 @@ def relevant_settings(mode: str, settings: DecodingSettings) -> tuple[str, ...]:
     if settings.temperature:
         names += ("temperature", "top_k", "top_p", "seed")
     return names
+
+
+def check_scoring(model: Mapping[str, Any], length: int, draws: int, seed: int) -> None:
+    """Refuse what no text can be scored with.
+
+    Args:
+        model: Settings of a model, or what a checkpoint has of them: the mask token and the block size.
+        length: Tokens per sample.
+        draws: Noise draws per sample.
+        seed: Seed of the noise.
+
+    Raises:
+        UserError: Names the value.
+    """
+    block_size = model.get("block_size", 1)
+    if model.get("mask_token_id") is None:
+        raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
+    if not 1 <= draws <= _MOST_DRAWS:
+        raise UserError(f"the number of draws must be from 1 to {_MOST_DRAWS:,}, not {draws}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed {seed} is not between 0 and 2**32 - 1")
+    if length < 2 or length % block_size:
+        raise UserError(f"the length is {length}; use a multiple of the model's block size {block_size}, 2 or more")

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from megatron.core import parallel_state
 from pydantic import BaseModel, ValidationError
 
+from nemodiff_train.decoding.answers import log_of_replica
 from nemodiff_train.decoding.loading import DecodingModel
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord, Settings
@@ -35,18 +35,31 @@ class UnfinishedRecords(LineLog):
 
     Args:
         output: Folder of the report.
-        evaluation: Everything that the continuations depend on, besides mode, settings and prompt.
-        replica: Index of this replica; None for a rank that writes nothing, as another of its replica does.
+        loaded: The model, whose parallel groups exist.
+        task: Prompts.
+        covered: Whether prompts are put into a chat template.
+        weights: Says by its contents what decodes.
     """
 
-    def __init__(self, output: Path, evaluation: Settings, replica: int | None) -> None:
-        self._output, self._evaluation = output, evaluation
+    def __init__(
+        self, output: Path, loaded: DecodingModel, task: Task, covered: EvaluationSettings, weights: str
+    ) -> None:
+        self._output = output
+        decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
+        prompts = "\0".join(prompt.prompt for prompt in task.prompts)
+        self._evaluation: Settings = {
+            "weights": weights,
+            "task": task.name,
+            "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
+            "chat": covered.chat,
+            "decoding": json.dumps(decoding),
+        }
         self._earlier: list[_Line] = []  # of this evaluation
         for text in (text for path in self._logs() for text in path.read_bytes().splitlines()):
             with contextlib.suppress(ValidationError):  # the end of a log that was cut short
-                if (line := _Line.model_validate_json(text)).evaluation == evaluation:
+                if (line := _Line.model_validate_json(text)).evaluation == self._evaluation:
                     self._earlier.append(line)
-        super().__init__(None if replica is None else usable_directory(output) / f"unfinished-{replica}.jsonl")
+        super().__init__(log_of_replica(usable_directory(output), "unfinished"))
 
     def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
         """Return the earlier records of a mode with its settings, in the order of the prompts, each once."""
@@ -66,29 +79,3 @@ class UnfinishedRecords(LineLog):
 
     def _logs(self) -> list[Path]:
         return sorted(self._output.glob("unfinished-*.jsonl"))
-
-
-def open_log(
-    output: Path, loaded: DecodingModel, task: Task, covered: EvaluationSettings, weights: str
-) -> UnfinishedRecords:
-    """Open the log of this rank's replica.
-
-    Args:
-        output: Folder of the report.
-        loaded: The model, whose parallel groups exist.
-        task: Prompts.
-        covered: Whether prompts are put into a chat template.
-        weights: Says by its contents what decodes.
-    """
-    decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
-    prompts = "\0".join(prompt.prompt for prompt in task.prompts)
-    evaluation: Settings = {
-        "weights": weights,
-        "task": task.name,
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-        "chat": covered.chat,
-        "decoding": json.dumps(decoding),
-    }
-    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-    replica = parallel_state.get_data_parallel_rank() if ranks == (0, 0) else None
-    return UnfinishedRecords(output, evaluation, replica)

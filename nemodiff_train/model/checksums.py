@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from pydantic import TypeAdapter
 
-from nemodiff_train.files import sync, write_atomic
+from nemodiff_train.files import sha256_of, sync, write_atomic
 
 CHECKSUMS = "checksums.json"
 """Name of the file, in an ``iter_*`` folder, with the digest of every other file there."""
@@ -60,11 +60,10 @@ def digests(iteration: Path, names: Iterable[str], durable: bool = False) -> dic
     """
 
     def digest(name: str) -> tuple[str, Digest]:
+        file = iteration / name
         if durable:
-            sync(iteration / name)
-        with (iteration / name).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return name, {"bytes": file.tell(), "sha256": sha256}
+            sync(file)
+        return name, {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
     with ThreadPoolExecutor(_READERS) as readers:
         return dict(readers.map(digest, names))

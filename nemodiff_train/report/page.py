@@ -12,12 +12,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
+from nemodiff_train.errors import visible
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.metrics import ModeMetrics
 from nemodiff_train.evaluation.records import LoggedRecord
 from nemodiff_train.report import display
 from nemodiff_train.report.trace import Decode, Trace, trace
-from nemodiff_train.shown import visible
 
 SAMPLES = 6
 """Maximum number of prompts whose outputs are replayed, from the first."""

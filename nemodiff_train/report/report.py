@@ -52,8 +52,8 @@ def metrics_json(evaluation: Evaluation) -> str:
     return json.dumps({**evaluation.model_dump(mode="json"), "rules": _rules()}, indent=2, ensure_ascii=False) + "\n"
 
 
-def print_table(evaluation: Evaluation, console: PlainConsole | None = None) -> None:
-    """Print one row per mode and the counting rule, to standard output unless ``console`` is given."""
+def print_table(evaluation: Evaluation) -> None:
+    """Print one row per mode and the counting rule to standard output."""
     prompts = max(metrics.prompts for metrics in evaluation.modes.values())
     table = Table(
         title=f"{evaluation.checkpoint}\n{evaluation.task}, {prompts} prompts",
@@ -69,7 +69,7 @@ def print_table(evaluation: Evaluation, console: PlainConsole | None = None) -> 
         table.add_column(column.heading, justify="right", vertical="bottom", no_wrap=True)
     for mode, metrics in evaluation.modes.items():
         table.add_row(mode, *(column.text(metrics) for column in display.COLUMNS))
-    (console or PlainConsole()).print(table)
+    PlainConsole().print(table)
 
 
 def _rules() -> dict[str, str]:

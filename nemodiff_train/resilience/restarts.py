@@ -16,7 +16,7 @@ from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.resilience.signals import ToldToEnd
+from nemodiff_train.signals import ToldToEnd
 
 COMPLETED, TOLD_TO_END, KILLED = "completed", "told to end", "killed"
 _RECORDED = 50

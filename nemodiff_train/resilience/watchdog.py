@@ -20,7 +20,7 @@ from nemodiff_train.distributed import barrier, global_rank
 from nemodiff_train.files import write_atomic
 from nemodiff_train.processes import ENDING
 from nemodiff_train.resilience.restarts import TOLD_TO_END
-from nemodiff_train.resilience.signals import INTERRUPTED, ToldToEnd, announce, code_after
+from nemodiff_train.signals import INTERRUPTED, ToldToEnd, announce, code_after
 
 _STATUS_INTERVAL = 5.0
 """Seconds between status files."""

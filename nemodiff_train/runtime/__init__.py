@@ -37,9 +37,12 @@ def init_runtime() -> "Host":
 def init_without_device() -> None:
     """Spare a process that only reads and writes data the imports of a run; after :func:`init_runtime` do nothing."""
     with _nothing_is_garbage():
-        from nemodiff_train.runtime.start import init_without_device as init
+        from nemodiff_train.runtime import cpu, deferred, start
 
-        init()
+        if not start.init_quietly.cache_info().currsize:
+            start.quiet_third_parties()
+            deferred.defer_imports(compiles=False)
+            cpu.compile_nothing()
 
 
 @contextmanager

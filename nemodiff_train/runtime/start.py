@@ -47,7 +47,7 @@ class Host:
         return f"host: {device}{without}"
 
 
-def _quiet_third_parties() -> None:
+def quiet_third_parties() -> None:
     """Keep the console for the run; ``NEMODIFF_LOG=1`` shows what Megatron and others log as well."""
     if os.environ.get("NEMODIFF_LOG"):
         return
@@ -118,7 +118,7 @@ def init_quietly() -> Host:
         _prepare_cuda()
     else:
         _refuse_broken_cuda()
-    _quiet_third_parties()
+    quiet_third_parties()
     _refuse_broken_engine()
     defer_imports(compiles=cuda)
     if not cuda:
@@ -146,14 +146,6 @@ def init_quietly() -> Host:
             # small models many times slower.  Processes are the way to use more cores.
             torch.set_num_threads(1)
     return Host(cuda=cuda, missing_packages=(*missing, *large))
-
-
-def init_without_device() -> None:
-    """Prepare a process that runs no model: what it does not use is not imported, and nothing is compiled."""
-    if not init_quietly.cache_info().currsize:
-        _quiet_third_parties()
-        defer_imports(compiles=False)
-        compile_nothing()
 
 
 def save_worker(*arguments: Any) -> None:

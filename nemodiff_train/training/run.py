@@ -28,11 +28,11 @@ from nemodiff_train.resilience.checkpoints import MANAGER, causes_of, find_compl
 from nemodiff_train.resilience.gradient_guard import GradientGuard
 from nemodiff_train.resilience.replicas import ReplicaConsistencyCheck
 from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
-from nemodiff_train.resilience.signals import ToldToEnd, end_as_ever, end_at_once
 from nemodiff_train.resilience.stragglers import StragglerMonitor
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.runtime.patches import let_tokenizers_be_larger, take_signals_in_silence
+from nemodiff_train.signals import ToldToEnd, end_as_ever, end_at_once
 from nemodiff_train.training.callbacks.base_drafter import BaseDrafter
 from nemodiff_train.training.callbacks.fused_optimizer import FusedOptimizer
 from nemodiff_train.training.callbacks.loop_evaluation import LoopEvaluation

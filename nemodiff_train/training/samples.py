@@ -9,10 +9,9 @@ from torch import Tensor
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.errors import UserError
+from nemodiff_train.errors import UserError, in_a_line
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.report.display import span
-from nemodiff_train.shown import in_a_line
 from nemodiff_train.validation import data, objective
 from nemodiff_train.validation.rehearsal import datasets
 from nemodiff_train.validation.settings import check_sizes
