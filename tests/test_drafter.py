@@ -457,7 +457,7 @@ def test_its_draft_is_the_exported_adapters_on_noise_alone(runs: Jobs, uno: tupl
     blocks = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
     expected = {
         f"base_model.model.model.layers.{layer}.{block}.{name}.lora_{factor}.weight"
-        for layer in range(4) for block, names in blocks.items() for name in names for factor in "AB"
+        for layer in range(2) for block, names in blocks.items() for name in names for factor in "AB"
     }  # fmt: skip
     assert set(tensors) == expected
     assert set(settings["target_modules"]) == set().union(*blocks.values()) and settings["peft_type"] == "LORA"
@@ -493,7 +493,7 @@ def test_exported_as_peft_writes_it(runs: Jobs, base: str, tmp_path: Path) -> No
     assert runs["export_one"]["codes"] == runs["export_sp2"]["codes"] == [0]
     exported = runs.folder / "one-peft"
     one, split = (load_file(runs.folder / f"{name}-peft" / "adapter_model.safetensors") for name in ("one", "sp2"))
-    assert list(one) == list(split) and len(one) == 2 * 4
+    assert list(one) == list(split) and len(one) == 2 * 2
     for key, values in one.items():
         assert values.dtype == torch.float32
         torch.testing.assert_close(values, split[key], rtol=1e-4, atol=1e-6)
@@ -518,8 +518,8 @@ def test_refused_in_one_line(
     select, own_selector = ["train", "selector", *train[2:]], runs.checkpoints("own_selector")
     train_uno = ["train", "drafter_uno", f"start_from={plain}", *train[3:]]
     other = tmp_path / "other"
-    small.qwen3(other, num_hidden_layers=2)
-    assert main(["convert", "import", str(other), str(tmp_path / "two")]) == 0
+    small.qwen3(other, num_hidden_layers=4)
+    assert main(["convert", "import", str(other), str(tmp_path / "four")]) == 0
     wider = tmp_path / "wider"
     small.qwen3(wider, intermediate_size=256)
     assert main(["convert", "import", str(wider), str(tmp_path / "wide")]) == 0
@@ -538,12 +538,12 @@ def test_refused_in_one_line(
         (["generate", plain, "a", "--mode", "tree"], "or a drafter of kind uno"),
         (["generate", plain, "a", "--drafter", drafter], "drafts with a mask token"),
         (["generate", plain, "a", "--mode", "quadratic", "--drafter", own], "needs a mask token"),
-        (["generate", str(tmp_path / "two"), "a", "--drafter", own], "num_layers=4; this one has 2"),
+        (["generate", str(tmp_path / "four"), "a", "--drafter", own], "num_layers=2; this one has 4"),
         (["generate", plain, "a", "--mode", "tree", "--drafter", own, "--tree-nodes", "1"], "tree nodes is 1"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
         ([*select, f"drafter={base}"], "is not a drafter"),
-        (["train", "selector", f"start_from={tmp_path / 'two'}", *train[3:], f"drafter={own}"], "this one has 2"),
+        (["train", "selector", f"start_from={tmp_path / 'four'}", *train[3:], f"drafter={own}"], "this one has 4"),
         ([*select, "rank=0"], "takes 1 to"),
         ([*select, "rank=1000000000"], "takes 1 to"),
         (["convert", "export", own_selector, str(output)], "a path selector alone"),

@@ -54,7 +54,7 @@ class Harness:
         from nemodiff_train.model.hf_directory import HFDirectory
 
         self.folder = folder
-        small.qwen3(folder / "hf", max_position_embeddings=128)
+        small.qwen3(folder / "hf", num_hidden_layers=4, max_position_embeddings=128)
         if bos:
             tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
             tokenizer.add_special_tokens({"bos_token": "<bos>"})

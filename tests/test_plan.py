@@ -13,7 +13,7 @@ from tests import small
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    small.qwen3(tmp_path / "model")
+    small.qwen3(tmp_path / "model", num_hidden_layers=4)
     (tmp_path / "recipe.py").write_text("from tests.small import recipe\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -48,7 +48,7 @@ def train_everything(folder: str | Path) -> dict[str, list[Any]]:
     """Return the figures of every step, by objective."""
     folder = Path(folder)
     init_runtime()
-    small.qwen3(folder / "qwen3")
+    small.qwen3(folder / "qwen3", num_hidden_layers=4)
     small.data(folder / "data")
     figures = {name: _run(folder, name, _overrides(name)) for name in PRESETS}
     for name, settings in SWITCHES.items():

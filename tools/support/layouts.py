@@ -142,9 +142,10 @@ data parallelism (dp), after what else the run has."""
 def prepare(folder: str | Path) -> None:
     """Write the models and the data that the runs start from."""
     folder = Path(folder)
-    small.qwen3(folder / "qwen3")
-    small.qwen3(folder / "tied", tie_word_embeddings=True)
-    small.qwen3(folder / "odd", vocab_size=small.VOCABULARY + 1)
+    layers = {"num_hidden_layers": 4}  # one for each of two stages' two chunks
+    small.qwen3(folder / "qwen3", **layers)
+    small.qwen3(folder / "tied", tie_word_embeddings=True, **layers)
+    small.qwen3(folder / "odd", vocab_size=small.VOCABULARY + 1, **layers)
     small.data(folder / "data")
     prompts = [{"prompt": "the quick"[: 2 + n], "answer": str(n)} for n in range(6)]
     (folder / "task.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))

@@ -51,7 +51,7 @@ def sizes(hidden: int) -> dict[str, Any]:
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
