@@ -11,7 +11,7 @@ from nemodiff_train.objective.rule import CLEAN, Positions
 from tools.support.small import *  # noqa: F403
 from tools.support.small import VOCABULARY, YARN, data, qwen3, save, sizes
 
-QWEN3: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+QWEN3: dict[str, Any] = {"vocab_size": VOCABULARY}
 """Settings of a model that :func:`built` makes."""
 
 
@@ -101,9 +101,9 @@ def nemotron(directory: Path, dtype: str = "float32", **changes: Any) -> None:
     (directory / "chat_template.jinja").write_text("{{ messages }}")
 
 
-def run_inputs(folder: Path) -> Path:
+def run_inputs(folder: Path, **changes: Any) -> Path:
     """Write a model, data and a recipe of a run into a folder; return it."""
-    qwen3(folder / "model")
+    qwen3(folder / "model", **changes)
     data(folder / "data", documents=20)
     (folder / "recipe.py").write_text("from tests.small import recipe\n")
     return folder

@@ -41,7 +41,7 @@ class Exported:
     def write_source(self) -> None:
         """A directory of the family, told by hand that it is a tri-mode one."""
         source = self.folder / "source"
-        getattr(small, self.family)(source, num_hidden_layers=2, tie_word_embeddings=self.tied)
+        getattr(small, self.family)(source, tie_word_embeddings=self.tied)
         (self.folder / "family").mkdir()
         for file in source.iterdir():
             shutil.copy2(file, self.folder / "family" / file.name)
@@ -261,7 +261,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from nemodiff_train.conversion.automodel.modeling_tri_mode import TriModeModel
 
     directory = tmp_path_factory.mktemp("automodel") / "qwen3"
-    small.qwen3(directory, num_hidden_layers=2)
+    small.qwen3(directory)
     family = AutoModelForCausalLM.from_pretrained(directory)
     model = TriModeModel(TriModeConfig(family.config, mask_token_id=MASK, block_size=BLOCK))
     model.load_state_dict(family.state_dict())

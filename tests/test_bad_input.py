@@ -21,7 +21,7 @@ from tests.small import recipe
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Good inputs, and damaged ones made from them."""
     made = tmp_path_factory.mktemp("bad")
-    small.qwen3(made / "model")
+    small.qwen3(made / "model", num_hidden_layers=4)
     small.qwen3(made / "truncated")
     weights = made / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])

@@ -119,8 +119,8 @@ def rotate(folder: str) -> dict[str, list[float] | int]:
 def test_angles_are_fused_where_rows_agree(folder: Path, started: dict[str, Any], engine: RankPool) -> None:
     found = engine.call("rotate", 1, rotate, logs=folder / "logs", folder=str(folder))
     assert found["text"] == pytest.approx(started["none"]["fp32"], rel=1e-5)
-    # Queries and keys of four layers in two micro-batches of four steps.
-    assert (found["text, calls"], found["documents, calls"]) == (2 * 4 * 2 * 4, 0)
+    # Queries and keys of two layers in two micro-batches of four steps.
+    assert (found["text, calls"], found["documents, calls"]) == (2 * 2 * 2 * 4, 0)
 
 
 def exchange(folder: str, host: str, stopped: list[str], refused: str) -> dict[str, Any]:

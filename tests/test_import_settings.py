@@ -62,7 +62,7 @@ def nemotron(directory: Path) -> None:
 def test_settings_are_used(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also over many positions, where a window, a scaling or a wrong frequency would show."""
     family, changes = USED[name]
-    getattr(small, family)(tmp_path / "source", num_hidden_layers=2, **changes)
+    getattr(small, family)(tmp_path / "source", **changes)
     assert main(["convert", "import", "source", "imported"]) == 0
     assert main(["convert", "verify", "source", "imported", "--prompt", "the quick brown fox " * 25]) == 0
     assert main(["convert", "export", "imported", "back"]) == 0
@@ -73,7 +73,7 @@ def test_settings_are_used(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("name", REFUSED)
 def test_settings_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     family, changes, said = REFUSED[name]
-    getattr(small, family)(tmp_path / "source", num_hidden_layers=2, **changes)
+    getattr(small, family)(tmp_path / "source", **changes)
     capsys.readouterr()
     assert main(["convert", "import", "source", "imported"]) == 2
     assert said in one_line(capsys) and not Path("imported").exists()
@@ -111,7 +111,7 @@ def test_two_models_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     """Weights that an index names beside weights that it does not; a checkpoint beside a model."""
     from transformers import AutoModelForCausalLM
 
-    small.qwen3(tmp_path / "source", num_hidden_layers=2)
+    small.qwen3(tmp_path / "source")
     shutil.copytree("source", "old")
     AutoModelForCausalLM.from_pretrained("source").save_pretrained("old", max_shard_size="100KB")
     for shard in Path("old").glob("model-*"):
@@ -135,7 +135,7 @@ def test_two_models_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_what_else_would_change_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Adapters beside it, which Transformers adds to its weights; code of its own; no quantization is none."""
-    small.qwen3(tmp_path / "source", num_hidden_layers=2)
+    small.qwen3(tmp_path / "source")
     settings = json.loads(Path("source/config.json").read_text())
     for content, said in (
         ({**settings, "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, "names code of its own (auto_map)"),
@@ -162,7 +162,7 @@ def test_more_tokens_than_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     small.tokenizer(tmp_path / "source")
     tokenizer = AutoTokenizer.from_pretrained("source")
     rows = len(tokenizer)
-    small.qwen3(tmp_path / "source", num_hidden_layers=2, vocab_size=rows)
+    small.qwen3(tmp_path / "source", vocab_size=rows)
     tokenizer.add_tokens(["<|tool|>"], special_tokens=True)
     tokenizer.save_pretrained("source")
     capsys.readouterr()

@@ -41,7 +41,7 @@ def recipe(start_from: str, data: str, output: str, precision: str = "bf16_mixed
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    small.run_inputs(tmp_path)
+    small.run_inputs(tmp_path, num_hidden_layers=4)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -64,7 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Every family as ``ar``; and those that a NemotronLabsDiffusion model can be, as ``nemotron``."""
     served = Served(tmp_path_factory.mktemp("served"))
     for name, (family, changes) in FAMILIES.items():
-        getattr(small, family)(Path(served.path(name, "source")), num_hidden_layers=2, **changes)
+        getattr(small, family)(Path(served.path(name, "source")), **changes)
         if name in BACKBONES:  # the mask token is never the most probable one, which mlx-vlm would take
             weights = small.weights(Path(served.path(name, "source")))
             weights["lm_head.weight"] *= 20  # nor does its probability count

@@ -64,8 +64,8 @@ FAULTS: dict[str, tuple[str, Callable[[Weights, Settings], None]]] = {
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    small.ministral3(folder / "ministral3", dtype="bfloat16")
-    small.llama3(folder / "llama3", dtype="bfloat16", **LONG)
+    small.ministral3(folder / "ministral3", num_hidden_layers=4, dtype="bfloat16")
+    small.llama3(folder / "llama3", num_hidden_layers=4, dtype="bfloat16", **LONG)
     for family in ("ministral3", "llama3"):
         assert main(["convert", "import", f"{folder}/{family}", f"{folder}/{family}-imported"]) == 0
     return folder
