@@ -217,8 +217,8 @@ def _no_folder(step: int) -> None:
 
     def on_train_step_end(self: Watchdog, context: Any) -> None:
         end(self, context)
-        if self.step == step:
-            shutil.rmtree(self.output)
+        if self.shared.step == step:
+            shutil.rmtree(self.shared.output)
 
     setattr(Watchdog, "on_train_step_end", on_train_step_end)  # noqa: B010
 
