@@ -49,7 +49,7 @@ IN_FUNCTIONS = {
     "model.bridges": ("nemodiff_train.model.ministral3",),
     "model.pretrained": ("nemodiff_train.model.bridges",),
     # After the process has been prepared, or to see whether that can be imported at all.
-    "runtime": ("nemodiff_train.runtime.start",),
+    "runtime": ("nemodiff_train.runtime.",),
     "runtime.patches": ("megatron.core.models.gpt.gpt_layer_specs",),
     "runtime.start": ("nemodiff_train.runtime.patches", "transformer_engine"),
     "runtime.versions": ("packaging",),

@@ -181,14 +181,14 @@ def test_verify_finds_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     for name in ("changed", "rotated"):
         small.nemotron(tmp_path / name)
     changed = load_file("changed/model.safetensors")
-    changed["encoder.layers.2.mlp.up_proj.weight"][3, 5] += 0.01
+    changed["encoder.layers.1.mlp.up_proj.weight"][3, 5] += 0.01
     save_file(changed, "changed/model.safetensors")
     settings = json.loads(Path("rotated/config.json").read_text())
     settings["rope_parameters"]["rope_theta"] = 10_000.0
     Path("rotated/config.json").write_text(json.dumps(settings))
     capsys.readouterr()
     assert main(["convert", "verify", "one", "changed"]) == 1
-    assert "the first that differs is model.layers.2.mlp.up_proj.weight" in capsys.readouterr().out
+    assert "the first that differs is model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
     assert main(["convert", "verify", "one", "changed", "--tolerance", "0.1"]) == 0
     assert main(["convert", "verify", "one", "rotated"]) == 1
     table = capsys.readouterr().out.splitlines()
@@ -283,7 +283,7 @@ def test_a_command_opens_its_folder_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small.nemotron(tmp_path / "source")
+    small.nemotron(tmp_path / "source", num_hidden_layers=4)
     assert main(["convert", "import", "source", "imported"]) == 0
     capsys.readouterr()
     program = (
