@@ -283,7 +283,7 @@ def test_a_command_opens_its_folder_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small.nemotron(tmp_path / "source", num_hidden_layers=4)
+    small.nemotron(tmp_path / "source")
     assert main(["convert", "import", "source", "imported"]) == 0
     capsys.readouterr()
     program = (
@@ -295,9 +295,9 @@ def test_inspect_says_what_is_there_without_megatron(tmp_path: Path, capsys: pyt
     assert found.returncode == 0, found.stderr
     for told in (
         "NemotronLabsDiffusionModel",
-        "4 layers",
+        "2 layers",
         "id 1, blocks of 16",
-        "tensors: 39",
+        "tensors: 21",
         "training step",
         "F32",
     ):
