@@ -29,6 +29,8 @@ from nemodiff_train.sampler.network import SlotNetwork
 from nemodiff_train.sampler.storage import TrainedSampler
 from nemodiff_train.sampler.training import States, fit
 
+Blocks = Sequence[ReferenceBlock]
+
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Probabilities that the finished sampler is tried at, and the policy ``threshold`` beside it."""
 HELD_OUT = 5
@@ -154,9 +156,7 @@ class _Recorder:
     batch_size: int
     draw: torch.Generator
 
-    def drawn(
-        self, description: str, blocks: Sequence[ReferenceBlock], count: int, confidence: ConfidenceFunction
-    ) -> States:
+    def drawn(self, description: str, blocks: Blocks, count: int, confidence: ConfidenceFunction) -> States:
         """Return the states of so many blocks, each decoded as often as any other, at thresholds that are drawn."""
         order: list[int] = []
         while len(order) < count:
@@ -168,11 +168,7 @@ class _Recorder:
         return States.joined([part.states for part in parts])
 
     def points(
-        self,
-        description: str,
-        blocks: Sequence[ReferenceBlock],
-        confidence: ConfidenceFunction | None,
-        thresholds: Sequence[float],
+        self, description: str, blocks: Blocks, confidence: ConfidenceFunction | None, thresholds: Sequence[float]
     ) -> list[Point]:
         """Decode blocks at every threshold, and sum up."""
         points = []
@@ -186,7 +182,7 @@ class _Recorder:
 
     def _decoded(
         self,
-        blocks: Sequence[ReferenceBlock],
+        blocks: Blocks,
         confidence: ConfidenceFunction | None,
         thresholds: Tensor,
         advance: Callable[[int], None],
