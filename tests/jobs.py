@@ -89,12 +89,12 @@ def decode(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> dict[str, Any
 
     settings: dict[str, Any] = {"max_new_tokens": 24, "block_size": 8, "threshold": 0.05}
     model = Checkpoint.open(checkpoint)
-    opened = load_decoding_model(model, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
+    loaded = load_decoding_model(model, tensor_parallel=tensor, pipeline_parallel=pipeline, **settings)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
-    trained = replace(opened.settings, policy="trained", trained_sampler=small.sampler(8, 0.3))
-    runs = {mode: (mode, opened.settings) for mode in MODES} | {"trained": ("diffusion", trained)}
+    trained = replace(loaded.settings, policy="trained", trained_sampler=small.sampler(8, 0.3))
+    runs = {mode: (mode, loaded.settings) for mode in MODES} | {"trained": ("diffusion", trained)}
     return {
-        name: [generation.tokens for generation in decode(opened.model, prompts, *run)[0]]
+        name: [generation.tokens for generation in decode(loaded.model, prompts, *run)[0]]
         for name, run in runs.items()
     }
 
@@ -117,12 +117,12 @@ def drafts(models: list[str], tensor: int, pipeline: int) -> dict[str, Any]:
 
     model, drafter = (Checkpoint.open(path) for path in models)
     options: dict[str, Any] = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "max_new_tokens": 24}
-    opened = load_decoding_model(model, drafter=drafter, block_size=8, **options)
+    loaded = load_decoding_model(model, drafter=drafter, block_size=8, **options)
     prompts = [[20, 21, 22, 23], [50, 51], [30, 33, 36, 39, 41, 44, 47]]
-    rows = {mode: decode(opened.model, prompts, mode, opened.settings)[0] for mode in ("ar", "linear", "tree")}
-    for chunk in opened.model:
+    rows = {mode: decode(loaded.model, prompts, mode, loaded.settings)[0] for mode in ("ar", "linear", "tree")}
+    for chunk in loaded.model:
         chunk.selector_tables = None
-    rows["unselected"] = decode(opened.model, prompts, "linear", opened.settings)[0]
+    rows["unselected"] = decode(loaded.model, prompts, "linear", loaded.settings)[0]
     found: dict[str, Any] = {
         mode: [[cycle.draft_tokens for cycle in row.cycles] for row in rows[mode]]
         for mode in ("linear", "tree", "unselected")

@@ -280,7 +280,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "eval: pattern that is none": (evaluate("--scorer", "regex", "--pattern", "("), ["pattern '('"]),
     "eval: thresholds that are no numbers": (evaluate("--thresholds", "0.5;0.7"), ["--thresholds", "0.5;0.7"]),
     "eval: threshold that is no probability": (evaluate("--thresholds", "1.5"), ["threshold", "1.5"]),
-    "eval: block size of nothing": (evaluate("--block-sizes", "0"), ["block size is 0"]),
+    "eval: block size of nothing": (evaluate("--block-sizes", "0"), ["block_size is 0"]),
     "eval: benchmark of other fields": (
         ["eval", "empty", "--task", "gsm8k", "--data", "rows.jsonl", "--output", "out"],
         ["rows.jsonl", "'answer'", "gsm8k"],

@@ -552,7 +552,7 @@ def test_an_answer_may_be_ended(
 ) -> None:
     from nemodiff_train.cli import chat
 
-    class Impatient(chat.Answer):
+    class Impatient(chat.AnswerPrinter):
         def __call__(self, generation: Any) -> None:
             super().__call__(generation)
             if len(generation.tokens) == 5 and len(asked) < 2:
@@ -560,7 +560,7 @@ def test_an_answer_may_be_ended(
                 raise KeyboardInterrupt
 
     asked: list[int] = []
-    monkeypatch.setattr(chat, "Answer", Impatient)
+    monkeypatch.setattr(chat, "AnswerPrinter", Impatient)
     out, err = talk(monkeypatch, capsys, one, "from 3 on?", "/reset", "from 3 on?", "from 4 on?")
     first, second, third = out.splitlines()
     assert first == second and third and err.count("ended after 5 tokens") == 2 and err.count("12 tokens in") == 1

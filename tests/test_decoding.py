@@ -65,7 +65,7 @@ def run(model: Any, prompts: list[list[int]], mode: str, numbers: list[int] | No
     *words, mode = mode.split()
     chunk = getattr(model, "module", model)
     chunk.attention_state.draft_kind = DRAFT_KINDS["uno" if "uno" in words else "nemotron"]
-    chunk.selector_tables = SelectorTables.of([chunk], rank=6) if "selected" in words else None
+    chunk.selector_tables = SelectorTables.from_model([chunk], rank=6) if "selected" in words else None
     return decode(
         model, prompts, mode, DecodingSettings(**{"max_new_tokens": 30, "block_size": 8, **settings}), numbers
     )
@@ -80,7 +80,7 @@ def test_a_row_can_be_watched(model: Any, mode: str) -> None:
     """Tokens are told as forwards commit them, and nothing else changes."""
     told: list[list[int]] = []
     plain = run(model, PROMPTS[:1], mode)[0][0]
-    (row,), session = run(model, PROMPTS[:1], mode, watch=lambda generation: told.append(list(generation.tokens)))
+    (row,), session = run(model, PROMPTS[:1], mode, on_commit=lambda generation: told.append(list(generation.tokens)))
     assert row.tokens == plain.tokens == told[-1] and row.steps == plain.steps
     assert all(told[-1][: len(tokens)] == tokens for tokens in told)
     lengths = [len(tokens) for tokens in told]
@@ -189,7 +189,7 @@ def test_forwards_are_the_calls_of_the_model(model: Any, mode: str) -> None:
     if mode in LOSSLESS:
         assert sum(cycle.committed for cycle in generations[0].cycles) + 1 == len(generations[0].tokens)
         assert len(generations[0].cycles) == session.forwards[0]["fused" if mode == "quadratic" else "draft"]
-        assert all(cycle.sure == ("uno" in mode) for cycle in generations[0].cycles)
+        assert all(cycle.target_tokens == ("uno" in mode) for cycle in generations[0].cycles)
 
 
 def on_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -218,11 +218,11 @@ def test_the_oracle_takes_no_more_forwards_than_drafts_do(model: Any, count: int
     ar = tokens(model, prompts, "ar")
     hook.remove()
     assert [generation.tokens for generation in generations] == ar
-    paths = [generation.path for generation in generations]
+    paths = [generation.oracle_forwards for generation in generations]
     assert all(path <= min(costs) for path, *costs in zip(paths, fused, linear, strict=True))
     assert sum(paths) < 29 * 16 or block_size == 2  # some drafts are right
     assert all(sum(cycle.committed for cycle in generation.cycles) == 29 for generation in generations)
-    assert all(counted["search"] <= 150 for counted in session.forwards) and alone.path == paths[0]
+    assert all(counted["search"] <= 150 for counted in session.forwards) and alone.oracle_forwards == paths[0]
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -270,7 +270,7 @@ def test_the_oracle_finds_the_shortest_path() -> None:
 @pytest.fixture
 def small_vocabulary(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The model with all but eight tokens forbidden, its drafts made to disagree with it; paths take five."""
-    monkeypatch.setattr("nemodiff_train.decoding.chain.CANDIDATES", 5)
+    monkeypatch.setattr("nemodiff_train.decoding.path_distribution.CANDIDATES", 5)
     allowed = torch.arange(20, 28)
     bias = torch.full((model.config.vocab_size,), -1e30)
     bias[allowed] = 0.0
@@ -324,9 +324,9 @@ def test_sampled_self_speculation_is_distributed_as_ar(small_vocabulary: Any, mo
 def exact(model: Any, prompt: list[int], positions: int, settings: dict[str, Any]) -> dict[tuple[int, ...], float]:
     """Probability of every continuation of so many tokens, one causal forward without a cache for each prefix."""
     from nemodiff_train.decoding.generation import DecodingSettings
-    from nemodiff_train.decoding.sampling import Sampler
+    from nemodiff_train.decoding.sampling import TokenSampler
 
-    sampler = Sampler(DecodingSettings(**settings), [0])
+    sampler = TokenSampler(DecodingSettings(**settings), [0])
     probabilities = {(): 1.0}
     for _ in range(positions):
         longer = {}
@@ -373,13 +373,13 @@ def test_a_tree_has_the_most_probable_continuations() -> None:
 
 def test_settings_of_the_draw() -> None:
     from nemodiff_train.decoding.generation import DecodingSettings
-    from nemodiff_train.decoding.sampling import Sampler
+    from nemodiff_train.decoding.sampling import TokenSampler
 
     raw = torch.tensor([[[2.0, 1.0, 0.0, -1.0]]])
     p = raw.softmax(-1)[0, 0]
 
     def of(**settings: Any) -> list[float]:
-        return Sampler(DecodingSettings(temperature=1.0, **settings), [0]).distribution(raw)[0, 0].tolist()
+        return TokenSampler(DecodingSettings(temperature=1.0, **settings), [0]).distribution(raw)[0, 0].tolist()
 
     assert of() == pytest.approx(p.tolist())
     assert of(top_k=2) == pytest.approx([float(p[0] / p[:2].sum()), float(p[1] / p[:2].sum()), 0, 0])
@@ -416,16 +416,16 @@ def test_a_block_takes_as_many_forwards_as_its_policy_says(model: Any, policy: s
 
 
 def test_stop_strings_end_a_row_and_cut_its_text(model: Any) -> None:
-    def spell(ids: list[int]) -> str:
+    def as_text(ids: list[int]) -> str:
         return "".join(f"<{token}>" for token in ids)
 
     free = tokens(model, PROMPTS, "ar")
     stop = f"{free[0][6]}><{free[0][7]}"
     for mode in ("ar", *LOSSLESS):
-        ended = run(model, PROMPTS, mode, stop_strings=(stop,), detokenize=spell)[0]
-        position = spell(free[0]).index(stop)
-        assert ended[0].settings.text(ended[0].tokens) == spell(free[0])[:position]
-        assert stop in spell(ended[0].tokens) and stop not in spell(ended[0].tokens[:-1])
+        ended = run(model, PROMPTS, mode, stop_strings=(stop,), detokenize=as_text)[0]
+        position = as_text(free[0]).index(stop)
+        assert ended[0].settings.text(ended[0].tokens) == as_text(free[0])[:position]
+        assert stop in as_text(ended[0].tokens) and stop not in as_text(ended[0].tokens[:-1])
 
 
 def test_masks_are_filled_in_the_middle(model: Any) -> None:
@@ -495,14 +495,14 @@ def test_settings_that_could_not_end_or_draw_are_refused(setting: dict[str, Any]
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.errors import UserError
 
-    with pytest.raises(UserError, match=next(iter(setting)).replace("_", " ").rstrip("s")):
+    with pytest.raises(UserError, match=next(iter(setting))):
         DecodingSettings(**setting)
 
 
 def test_a_budget_too_small_for_the_oracle_is_refused(model: Any) -> None:
     from nemodiff_train.errors import UserError
 
-    with pytest.raises(UserError, match="search budget is 89"):
+    with pytest.raises(UserError, match="search_budget is 89"):
         run(model, PROMPTS, "oracle", search_budget=89)
 
 

@@ -336,7 +336,7 @@ def answer_drafts(model: Any, sample: dict[str, Tensor], config: Any) -> Iterato
         said = sum(bool(sample["maskable"][place]) for place in places)
         before = [tokens[place] for place in range(places[0]) if documents[place] == documents[places[0]]]
         text, rows = [*before, *(tokens[place] for place in places)], torch.arange(1)
-        if kind.seed_in_block:
+        if kind.known_token_in_block:
             known, filling = len(before), [mask] * (len(places) - 1)
             targets = said - 1
         else:
@@ -349,7 +349,7 @@ def answer_drafts(model: Any, sample: dict[str, Tensor], config: Any) -> Iterato
             session.prefill([text[:known]])
         drafted = session.forward(torch.tensor([[text[known], *filling]]), rows, "draft", causal=kind.causal)[0]
         verified = session.forward(torch.tensor([text[known:]]), rows, "verify", causal=True)[0]
-        later = 0 if kind.seed_in_block else 1  # the verifier predicts the token after each, as such drafts do
+        later = 0 if kind.known_token_in_block else 1  # the verifier predicts the token after each, as such drafts do
         if targets > 0:
             yield (
                 drafted[1 : 1 + targets].clamp(min=-1e30),
@@ -539,7 +539,7 @@ def test_refused_in_one_line(
         (["generate", plain, "a", "--drafter", drafter], "drafts with a mask token"),
         (["generate", plain, "a", "--mode", "quadratic", "--drafter", own], "needs a mask token"),
         (["generate", str(tmp_path / "four"), "a", "--drafter", own], "num_layers=2; this one has 4"),
-        (["generate", plain, "a", "--mode", "tree", "--drafter", own, "--tree-nodes", "1"], "tree nodes is 1"),
+        (["generate", plain, "a", "--mode", "tree", "--drafter", own, "--tree-nodes", "1"], "tree_nodes is 1"),
         ([*train[:2], f"start_from={folder / 'qwen3'}", *train[3:]], "import"),
         ([*train[:2], f"start_from={drafter}", *train[3:]], "is a drafter"),
         ([*select, f"drafter={base}"], "is not a drafter"),
@@ -574,7 +574,7 @@ def test_a_selectors_checkpoint_has_the_adapters_too(runs: Jobs, drafter: str) -
     """Those that it was trained for, to the bit; and tables of the pairs under every layout."""
     from safetensors.torch import load_file
 
-    from nemodiff_train.decoding.chain import Chain
+    from nemodiff_train.decoding.path_distribution import PathDistribution
 
     assert runs["export_one"] and runs["own_selector"] and runs["export_selector_again"]["codes"] == [0]
     adapters, kept = (load_file(runs.folder / f"{name}-peft" / FILE) for name in ("one", "selector_again"))
@@ -591,7 +591,7 @@ def test_a_selectors_checkpoint_has_the_adapters_too(runs: Jobs, drafter: str) -
     own = opened(str(runs.folder / "base" / "checkpoints"), str(runs.folder / "own_selector" / "checkpoints"))
     assert own.model[0].selector.after.any()
     assert not any("adapter" in name for name, _ in own.model[0].named_parameters())
-    assert Chain.of(own.model[0].selector_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
+    assert PathDistribution.from_draft(own.model[0].selector_tables, torch.randn(1, 3, 320), torch.ones(1, 3, 8))
 
 
 @pytest.mark.parametrize(("name", "parts"), [("selector", "2x2"), ("uno_selector", "2x1")])

@@ -210,7 +210,7 @@ def test_stop_strings_may_hold_special_tokens(stop: str, tokens: list[int], text
     settings = DecodingSettings(
         stop_strings=(stop,),
         detokenize=lambda ids: "".join(SPELLED[token] for token in ids),
-        spell=lambda ids: "".join(SPECIAL[token] for token in ids),
+        detokenize_with_special=lambda ids: "".join(SPECIAL[token] for token in ids),
     )
     if "<end>" in stop:
         assert settings.holds_stop(tokens)

@@ -307,7 +307,9 @@ def test_the_template_writes_what_the_model_has_written(folder: Path, written: s
     )
     rewriter = ChatRewriter(tokenizer, ChatTemplate(tokenizer), "messages", None)
     record = Record({}, Conversation(asked("quick"), "here"))
-    settings = DecodingSettings(spell=lambda ids: str(tokenizer.decode(ids)), stop_token_ids=frozenset([0]))
+    settings = DecodingSettings(
+        detokenize_with_special=lambda ids: str(tokenizer.decode(ids)), stop_token_ids=frozenset([0])
+    )
     ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], 0]
     assert rewriter.text(Request(0, record, [], rewriter.prompt(record, [])), ids, settings) == content
 
@@ -341,7 +343,7 @@ def test_what_cannot_be_decoded_is_left_out(folder: Path, tmp_path: Path, capsys
         (("--batch-size", "0"), "'0' is not a whole number above 0"),
         (("--batch-size", "9" * 30), "is more than 1,000,000,000"),
         (("--nproc", "0"), "--nproc is 0"),
-        (("--max-new-tokens", "0"), "max new tokens is 0"),
+        (("--max-new-tokens", "0"), "max_new_tokens is 0"),
     ],
 )
 def test_refused_in_one_line(

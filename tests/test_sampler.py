@@ -94,11 +94,13 @@ def stated(past: list[Any], slot: int) -> dict[str, float]:
         "left_agrees": agrees(slot - 1),
         "right_agrees": agrees(slot + 1),
     }
-    state = {"before_are_right": math.prod(probabilities[i][tokens[i]] for i in range(slot) if visible[i] == 0)}
+    state = {
+        "left_correct_probability": math.prod(probabilities[i][tokens[i]] for i in range(slot) if visible[i] == 0)
+    }
     of_past = {
         "unchanged": float(len(past) > 1 and same > 1),
         "repeats": same / 8,
-        "gain": (odds(-1) - odds(-2)) / 8 if len(past) > 1 else 0.0,
+        "log_odds_change": (odds(-1) - odds(-2)) / 8 if len(past) > 1 else 0.0,
     }
     if not masked:
         of_token, of_past = dict.fromkeys(of_token, 0.0), dict.fromkeys(of_past, 0.0)
@@ -107,11 +109,11 @@ def stated(past: list[Any], slot: int) -> dict[str, float]:
         **of_token,
         **state,
         **of_past,
-        "freshness": 1 / since if 0 < since < len(past) else 0.0,
+        "inverse_age": 1 / since if 0 < since < len(past) else 0.0,
         "slot": slot / size,
         "to_left": min(known_left) / size if known_left else 1.0,
         "to_right": min(known_right) / size if known_right else 1.0,
-        "share_masked": visible.count(0) / size,
+        "masked_fraction": visible.count(0) / size,
         "just_unmasked": newly / size,
         "forwards": 1 / len(past),
     }
@@ -166,10 +168,10 @@ def test_references_are_cut_into_the_blocks_of_decoding() -> None:
     ended = Generation(DecodingSettings(stop_token_ids=frozenset([0])), [11, 12, 13, 14, 15, 0])
     cut = Generation(DecodingSettings(), [11, 12, 13, 14, 15])
     prompt, whole = [1, 2, 3], ReferenceBlock([1, 2, 3], [11, 12, 13, 14], 1)
-    seeded = reference_blocks(prompt, ended, 4, on_grid=False, seeds=True)
-    assert seeded == [whole, ReferenceBlock([1, 2, 3, 11, 12, 13, 14], [15, 0], 1)]
-    assert reference_blocks(prompt, cut, 4, on_grid=False, seeds=True) == [whole]
-    assert reference_blocks(prompt, ended, 4, on_grid=True, seeds=False) == [
+    known_first = reference_blocks(prompt, ended, 4, blocks_from_text_start=False, known_first_token=True)
+    assert known_first == [whole, ReferenceBlock([1, 2, 3, 11, 12, 13, 14], [15, 0], 1)]
+    assert reference_blocks(prompt, cut, 4, blocks_from_text_start=False, known_first_token=True) == [whole]
+    assert reference_blocks(prompt, ended, 4, blocks_from_text_start=True, known_first_token=False) == [
         ReferenceBlock([], [1, 2, 3, 11], 3),
         ReferenceBlock([1, 2, 3, 11], [12, 13, 14, 15], 0),
         ReferenceBlock([1, 2, 3, 11, 12, 13, 14, 15], [0], 0),
@@ -188,7 +190,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "megatron")
 
 
-def opened(model: Any, **settings: Any) -> Any:
+def loaded(model: Any, **settings: Any) -> Any:
     """What :func:`train_sampler` takes of a model that has no tokenizer."""
     from nemodiff_train.decoding.generation import DecodingSettings
     from nemodiff_train.decoding.loading import DecodingModel
@@ -198,16 +200,16 @@ def opened(model: Any, **settings: Any) -> Any:
 
 def test_training_beats_chance_and_the_models_confidence(model: Any) -> None:
     """On blocks that it was not trained on; chance is the share of right tokens."""
-    from nemodiff_train.decoding.sampler_training import confidence, references
+    from nemodiff_train.decoding.sampler_training import model_confidence, references
     from nemodiff_train.decoding.trajectories import record
     from nemodiff_train.sampler.training import fit, slot_loss
 
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(20, 220, (5,), generator=draw).tolist() for _ in range(60)]
     hook = few_tokens(model, 2)
-    found = [block for blocks in references(opened(model), prompts, 60) for block in blocks]
+    found = [block for blocks in references(loaded(model), prompts, 60) for block in blocks]
     taught, held_out = (
-        record([model], part, BLOCK, confidence, torch.linspace(0.5, 1, len(part)))
+        record([model], part, BLOCK, model_confidence, torch.linspace(0.5, 1, len(part)))
         for part in (found[:120], found[120:])
     )
     hook.remove()
@@ -223,13 +225,13 @@ def test_training_beats_chance_and_the_models_confidence(model: Any) -> None:
 
 
 def test_what_is_visible_in_a_state_is_right(model: Any) -> None:
-    """Trajectories at a cut of 0 take one forward; at 1, one for each token; all end with the reference."""
-    from nemodiff_train.decoding.sampler_training import confidence, references
+    """Trajectories at a threshold of 0 take one forward; at 1, one for each token; all end with the reference."""
+    from nemodiff_train.decoding.sampler_training import model_confidence, references
     from nemodiff_train.decoding.trajectories import record
 
-    blocks = [block for part in references(opened(model), PROMPTS, 4) for block in part]
-    for cut, forwards in ((0.0, 1), (1.0, BLOCK - 1)):
-        found = record([model], blocks, BLOCK, confidence, torch.full((len(blocks),), cut))
+    blocks = [block for part in references(loaded(model), PROMPTS, 4) for block in part]
+    for threshold, forwards in ((0.0, 1), (1.0, BLOCK - 1)):
+        found = record([model], blocks, BLOCK, model_confidence, torch.full((len(blocks),), threshold))
         assert found.forwards == forwards * len(blocks)
     oracle = record([model], blocks, BLOCK, None, torch.full((len(blocks),), 0.5))
     assert len(blocks) <= oracle.forwards <= oracle.tokens
@@ -239,33 +241,38 @@ def test_what_is_visible_in_a_state_is_right(model: Any) -> None:
 
 @pytest.mark.parametrize("clean_attention", ["causal", "block_causal"])
 def test_trajectories_go_as_decoding_does(model: Any, monkeypatch: pytest.MonkeyPatch, clean_attention: str) -> None:
-    """What block diffusion decodes one position a forward, a trajectory finds again without one mistake."""
-    from nemodiff_train.decoding.diffusion import has_seeds
-    from nemodiff_train.decoding.sampler_training import confidence
+    """What block diffusion decodes one position per forward, a trajectory finds again without one mistake."""
+    from nemodiff_train.decoding.diffusion import has_known_first_token
+    from nemodiff_train.decoding.sampler_training import model_confidence
     from nemodiff_train.decoding.trajectories import record, reference_blocks
 
     monkeypatch.setattr(model.config, "clean_attention", clean_attention)
-    on_grid = clean_attention == "block_causal"
+    layout = {
+        "blocks_from_text_start": clean_attention == "block_causal",
+        "known_first_token": has_known_first_token(model.config),
+    }
     answers = run(model, PROMPTS, "diffusion", policy="fixed", steps=BLOCK, max_new_tokens=24)[0]
     blocks = [
         block
         for prompt, answer in zip(PROMPTS, answers, strict=True)
-        for block in reference_blocks(prompt, answer, BLOCK, on_grid=on_grid, seeds=has_seeds(model.config))
+        for block in reference_blocks(prompt, answer, BLOCK, **layout)
     ]
-    found = record([model], blocks, BLOCK, confidence, torch.full((len(blocks),), 1.0))
+    found = record([model], blocks, BLOCK, model_confidence, torch.full((len(blocks),), 1.0))
     assert found.wrong == 0 and found.forwards == found.tokens == sum(BLOCK - block.known for block in blocks)
-    assert len(blocks) >= 11 and (on_grid or found.tokens == 7 * 12)
+    assert len(blocks) >= 11 and (layout["blocks_from_text_start"] or found.tokens == 7 * 12)
 
 
-def test_the_cut_is_as_careful_as_the_threshold() -> None:
-    from nemodiff_train.decoding.sampler_training import choose_cut
+def test_the_threshold_is_as_careful_as_the_policy_at_its_best() -> None:
+    from nemodiff_train.decoding.sampler_training import select_threshold
     from nemodiff_train.sampler.description import Point
 
     def points(*wrong: float) -> list[Point]:
-        return [Point(cut=0.5 + index / 10, tokens_per_forward=2, wrong=share) for index, share in enumerate(wrong)]
+        return [
+            Point(threshold=0.5 + index / 10, tokens_per_forward=2, wrong=share) for index, share in enumerate(wrong)
+        ]
 
-    assert choose_cut(points(0.03, 0.02, 0.01, 0.0), points(0.05, 0.02, 0.03)) == 0.6
-    assert choose_cut(points(0.03, 0.02, 0.01, 0.01), points(0.05, 0.0)) == 0.7
+    assert select_threshold(points(0.03, 0.02, 0.01, 0.0), points(0.05, 0.02, 0.03)) == 0.6
+    assert select_threshold(points(0.03, 0.02, 0.01, 0.01), points(0.05, 0.0)) == 0.7
 
 
 def test_a_sampler_is_what_was_written(tmp_path: Path, sampler: TrainedSampler) -> None:
@@ -292,7 +299,7 @@ def damage(folder: Path, what: str) -> None:
     elif what == "other features":
         file.write_text(json.dumps(told | {"features": told["features"][1:]}))
     else:
-        file.write_text(json.dumps(told | {"cut": 1.5}))
+        file.write_text(json.dumps(told | {"threshold": 1.5}))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +310,7 @@ def damage(folder: Path, what: str) -> None:
         "another shape",
         "no whole heads",
         "other features",
-        "a cut of 1.5",
+        "a threshold of 1.5",
     ],
 )
 def test_a_damaged_sampler_is_refused(tmp_path: Path, sampler: TrainedSampler, what: str) -> None:
@@ -323,7 +330,7 @@ def test_a_prompt_that_comes_again_is_taken_once(tmp_path: Path) -> None:
 
 
 def test_the_commands(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train one in small, decode with it, sweep its cut, and refuse what does not fit."""
+    """Train one in small, decode with it, sweep its threshold, and refuse what does not fit."""
     tasks = tmp_path / "prompts.jsonl"
     tasks.write_text("".join(json.dumps({"prompt": f"the quick {n}", "answer": "1"}) + "\n" for n in range(12)))
     made, common = str(tmp_path / "sampler"), ["--block-size", str(BLOCK), "--max-new-tokens", "17"]
@@ -339,7 +346,7 @@ def test_the_commands(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["eval", checkpoint, "--task", str(tasks), "--output", str(report), *sweep]) == 0
     figures = json.loads((report / "metrics.json").read_text())
     points = {point["metrics"]["settings"]["threshold"] for point in figures["sweep"]}
-    assert points == {0.3, told["cut"]}  # its own cut is the default
+    assert points == {0.3, told["threshold"]}  # its own threshold is the default
     capsys.readouterr()
     for words, reason in (
         (train, "exists already"),
@@ -353,7 +360,7 @@ def test_the_commands(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFix
         (["sampler", checkpoint, "--width", "100", "--output", f"{made}2"], "multiple of 64"),
         (["sampler", checkpoint, "--width", "8256", "--output", f"{made}2"], "at most 8192"),
         (["sampler", checkpoint, "--layers", "65", "--output", f"{made}2"], "at most 64"),
-        (["sampler", checkpoint, "--block-size", "1", "--output", f"{made}2"], "block size is 1"),
+        (["sampler", checkpoint, "--block-size", "1", "--output", f"{made}2"], "block_size is 1"),
         (["sampler", checkpoint, "--seed", "-1", "--output", f"{made}2"], "seed is -1"),
         (["sampler", checkpoint, "--seed", str(2**64), "--output", f"{made}2"], "below 2^64"),
     ):

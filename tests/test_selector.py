@@ -1,4 +1,4 @@
-"""The path selector: its chain, walks and trees, its loss and gradient."""
+"""The path selector: its paths and trees, its loss and gradient."""
 
 from itertools import product
 from typing import Any
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemodiff_train.decoding.chain import Chain
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.decoding.sampling import Sampler
+from nemodiff_train.decoding.path_distribution import PathDistribution
+from nemodiff_train.decoding.sampling import TokenSampler
 from nemodiff_train.decoding.tree import DraftTree
 from nemodiff_train.drafter.config import selector as switches
 from nemodiff_train.model.path_selector import HISTORY, PathSelector, SelectorTables
@@ -19,15 +19,15 @@ ROWS, VOCABULARY, RANK, K, LENGTH = 3, 9, 3, 4, 4
 
 
 @pytest.fixture
-def chain(monkeypatch: pytest.MonkeyPatch) -> Chain:
-    """Chains of three drafts of four tokens with four candidates each, in fp64."""
-    monkeypatch.setattr("nemodiff_train.decoding.chain.CANDIDATES", K)
+def distribution(monkeypatch: pytest.MonkeyPatch) -> PathDistribution:
+    """Paths of three drafts of four tokens with four candidates each, in fp64."""
+    monkeypatch.setattr("nemodiff_train.decoding.path_distribution.CANDIDATES", K)
     draw = torch.Generator().manual_seed(0)
     before = torch.randn(HISTORY, VOCABULARY, RANK, generator=draw, dtype=torch.float64)
     after = torch.randn(VOCABULARY, RANK, generator=draw, dtype=torch.float64) * 1.5
     logits = torch.randn(ROWS, LENGTH, VOCABULARY, generator=draw, dtype=torch.float64)
     contexts = torch.randn(ROWS, LENGTH, RANK, generator=draw, dtype=torch.float64)
-    made = Chain.of(SelectorTables(before, after), logits, contexts)
+    made = PathDistribution.from_draft(SelectorTables(before, after), logits, contexts)
     made.__dict__["stated"] = (before, after, logits, contexts)
     return made
 
@@ -35,9 +35,9 @@ def chain(monkeypatch: pytest.MonkeyPatch) -> Chain:
 LAST = torch.tensor([[2], [5], [7]])
 
 
-def conditional(chain: Chain, row: int, path: tuple[int, ...]) -> dict[int, Tensor]:
+def conditional(distribution: PathDistribution, row: int, path: tuple[int, ...]) -> dict[int, Tensor]:
     """Return q of every candidate after a path, summed term by term as the formula has it."""
-    before, after, logits, contexts = chain.__dict__["stated"]
+    before, after, logits, contexts = distribution.__dict__["stated"]
     position, known = len(path), int(LAST[row])
     history = [*reversed(path), *[known] * HISTORY][:HISTORY]
     scores = {}
@@ -52,13 +52,13 @@ def conditional(chain: Chain, row: int, path: tuple[int, ...]) -> dict[int, Tens
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_walk_takes_each_token_from_the_formula(chain: Chain, temperature: float) -> None:
+def test_a_path_takes_each_token_from_the_formula(distribution: PathDistribution, temperature: float) -> None:
     """The most probable one at temperature 0; and the logits are q's, whatever was drawn before."""
-    sampler = Sampler(DecodingSettings(temperature=temperature), range(ROWS))
-    path, logits = chain.walk(sampler, LAST, torch.arange(ROWS))
+    sampler = TokenSampler(DecodingSettings(temperature=temperature), range(ROWS))
+    path, logits = distribution.sample_path(sampler, LAST, torch.arange(ROWS))
     for row, position in product(range(ROWS), range(LENGTH)):
         expected = torch.zeros(VOCABULARY, dtype=torch.float64)
-        given = conditional(chain, row, tuple(path[row, :position].tolist()))
+        given = conditional(distribution, row, tuple(path[row, :position].tolist()))
         for token, q in given.items():
             expected[token] = q
         torch.testing.assert_close(logits[row, position].softmax(-1), expected, rtol=1e-12, atol=1e-14)
@@ -67,36 +67,36 @@ def test_a_walk_takes_each_token_from_the_formula(chain: Chain, temperature: flo
             assert int(path[row, position]) == int(expected.argmax())
 
 
-def every_path(chain: Chain, row: int) -> dict[tuple[int, ...], float]:
+def every_path(distribution: PathDistribution, row: int) -> dict[tuple[int, ...], float]:
     """Return the probability of every continuation of one to four tokens."""
     level, paths = {(): 1.0}, {}
     for _ in range(LENGTH):
         level = {
             (*path, token): mass * float(q)
             for path, mass in level.items()
-            for token, q in conditional(chain, row, path).items()
+            for token, q in conditional(distribution, row, path).items()
         }
         paths |= level
     return paths
 
 
 @pytest.mark.parametrize(("nodes", "width"), [(2, 1), (7, 2), (30, 3), (400, 4)])
-def test_a_tree_takes_the_chains_most_probable_continuations(chain: Chain, nodes: int, width: int) -> None:
+def test_a_tree_takes_the_most_probable_continuations(distribution: PathDistribution, nodes: int, width: int) -> None:
     """Against all of them."""
 
     def log_probs(depth: int, histories: Tensor) -> Tensor:
-        return chain.logits(depth, histories).log_softmax(-1)[..., :width]
+        return distribution.logits(depth, histories).log_softmax(-1)[..., :width]
 
-    tree = DraftTree.most_probable(log_probs, chain.candidates[..., :width], LAST, nodes)
+    tree = DraftTree.most_probable(log_probs, distribution.candidates[..., :width], LAST, nodes)
     for row in range(ROWS):
         tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
         paths: list[tuple[int, ...]] = [()]
         for node in range(1, len(tokens)):
             paths.append((*paths[parents[node]], tokens[node]))
-        allowed = [set(chain.candidates[row, at, :width].tolist()) for at in range(LENGTH)]
+        allowed = [set(distribution.candidates[row, at, :width].tolist()) for at in range(LENGTH)]
         mass = {
             path: value
-            for path, value in every_path(chain, row).items()
+            for path, value in every_path(distribution, row).items()
             if all(token in allowed[at] for at, token in enumerate(path))
         }
         assert len(set(paths)) == len(paths) == min(nodes, len(mass) + 1)

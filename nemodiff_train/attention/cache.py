@@ -124,7 +124,7 @@ class DecodeBatch:
 
     @classmethod
     def from_layout(
-        cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, sees: Tensor, span: int
+        cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, can_attend: Tensor, span: int
     ) -> "DecodeBatch":
         """Lay out new tokens with positions and attention of their own.
 
@@ -132,17 +132,19 @@ class DecodeBatch:
             cache: The committed tokens, all of which are visible.
             rows: [batch] row of each sequence, on the host.
             offsets: [batch or 1, new] position of each new token, counted from the first one after the committed.
-            sees: [batch or 1, new, new] boolean: whether each new token sees each other.
+            can_attend: [batch or 1, new, new] boolean: whether each new token attends to each other.
             span: Number that every offset is below.
         """
         longest, starts = int(cache.lengths[rows].max()), cache.moved(cache.lengths[rows])
-        new = sees.shape[-1]
+        new = can_attend.shape[-1]
         visible = longest + new
         # [batch, visible] which new token each cache index holds: below 0 a committed one, from ``new`` on none.
         key = torch.arange(visible, device=starts.device) - starts[:, None]
-        # [batch, new, visible] ``sees`` of these, and every committed token.
+        # [batch, new, visible] ``can_attend`` of these, and every committed token.
         column = key.clamp(0, new - 1)[:, None, :].expand(-1, new, -1)
-        mask = (key < 0)[:, None, :] | (sees.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :])
+        mask = (key < 0)[:, None, :] | (
+            can_attend.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :]
+        )
         slots = starts[:, None] + torch.arange(new, device=starts.device)
         positions = starts[:, None] + offsets
         return cls(cache, cache.moved(rows), positions, visible, mask[:, None], slots, longest + span)

@@ -65,7 +65,7 @@ class AttentionState:
             return 0, positions * views // (views + 1)
         if not self.decode_batch.is_draft:
             return 0, 0
-        return int(not self.draft_kind.seed_in_block), positions
+        return int(not self.draft_kind.known_token_in_block), positions
 
     def plan(
         self, config: AttentionSettings, queries: int, segment_ids: Tensor | None, device: torch.device

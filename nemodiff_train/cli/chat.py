@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     later = ["linear"] if arguments.drafter and arguments.mode != "tree" else []  # what '/mode' may ask for
     later += ["diffusion"] if arguments.sampler else []
     modes = tuple(dict.fromkeys((arguments.mode, *later)))
-    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
-    chat = Chat(replace(opened, settings=opened.settings.stopping_at(end)), template)
-    chat.choose_mode(arguments.mode)
+    loaded = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
+    chat = Chat(replace(loaded, settings=loaded.settings.stopping_at(end)), template)
+    chat.set_mode(arguments.mode)
     if PlainConsole().is_terminal:
         legend = " ".join(f"[{colour}]one[/{colour}]" for colour in COLOURS)
         console.print(Text.from_markup(f"tokens of one colour came with one forward: {legend}"))
@@ -84,7 +84,7 @@ def _converse(chat: "Chat") -> None:
             if words == ["/reset"]:
                 chat.messages.clear()
             elif words[:1] == ["/mode"] and len(words) == 2:
-                chat.choose_mode(words[1])
+                chat.set_mode(words[1])
             elif line.startswith("/"):
                 raise UserError(f"'{line}' is not a command; use {COMMANDS}")
             elif line:
@@ -97,12 +97,12 @@ def _converse(chat: "Chat") -> None:
 class Chat:
     """A conversation."""
 
-    opened: "DecodingModel"
+    loaded: "DecodingModel"
     template: "ChatTemplate"
     mode: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def choose_mode(self, mode: str) -> None:
+    def set_mode(self, mode: str) -> None:
         """Answer in another mode from now on.
 
         Raises:
@@ -111,7 +111,7 @@ class Chat:
         from nemodiff_train.decoding.decode import check_mode
         from nemodiff_train.decoding.pipeline import PipelineRunner
 
-        runner = PipelineRunner(self.opened.model)
+        runner = PipelineRunner(self.loaded.model)
         check_mode(runner.config, mode, runner.draft_kind)
         if mode == "oracle":
             raise UserError("mode 'oracle' decodes an answer before it looks for the way to it; use another one")
@@ -126,10 +126,11 @@ class Chat:
         from nemodiff_train.decoding.decode import decode
 
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.opened.tokenizer(self.template(messages), add_special_tokens=False)["input_ids"]
-        answer = Answer(self.opened.settings)
+        prompt = self.loaded.tokenizer(self.template(messages), add_special_tokens=False)["input_ids"]
+        answer = AnswerPrinter(self.loaded.settings)
+        settings = replace(self.loaded.settings, on_commit=answer)
         try:
-            _, session = decode(self.opened.model, [prompt], self.mode, replace(self.opened.settings, watch=answer))
+            _, session = decode(self.loaded.model, [prompt], self.mode, settings)
         except KeyboardInterrupt:
             cost = f"ended after {len(answer.tokens)} tokens"
         else:
@@ -139,11 +140,11 @@ class Chat:
         answer.end()
         console.print(f"{self.mode} \N{MIDDLE DOT} {cost}", style="dim")
         if answer.tokens:
-            text = self.opened.settings.text(answer.tokens).strip()
+            text = self.loaded.settings.text(answer.tokens).strip()
             self.messages = [*messages, {"role": "assistant", "content": text}]
 
 
-class Answer:
+class AnswerPrinter:
     """Prints the text of one answer as its tokens come, in the colours of their forwards where there is a terminal.
 
     Args:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.report.report import print_table, write_report
 
     options = decoding_options(arguments)
-    opened = load_decoding_model(checkpoint, modes=modes, **options)
+    loaded = load_decoding_model(checkpoint, modes=modes, **options)
     plan = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
@@ -77,10 +77,10 @@ def run(arguments: argparse.Namespace) -> None:
     decides = [part.iteration for part in (checkpoint, options["drafter"]) if part]
     decides += [Path(arguments.sampler)] if arguments.sampler else []
     weights = "\n".join(map(identity, decides))
-    with locked(output), UnfinishedRecords(output, opened, task, plan, weights) as unfinished:
-        evaluation = evaluate(opened, task, plan, arguments.checkpoint, unfinished=unfinished)
+    with locked(output), UnfinishedRecords(output, loaded, task, plan, weights) as unfinished:
+        evaluation = evaluate(loaded, task, plan, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():
-            report = write_report(output, evaluation, opened.settings.text)
+            report = write_report(output, evaluation, loaded.settings.text)
             unfinished.remove()
             print_table(evaluation)
             say(f"report: {report}")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it"
     )
     parser.add_argument(
-        "--revise", type=float, metavar="P", help="decode tokens again that the AR half gives less than P"
+        "--revise", type=float, metavar="P", help="decode again the tokens whose AR probability is below P"
     )
     add_decoding_arguments(parser)
 
@@ -45,18 +45,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     mode = "diffusion" if arguments.infill else arguments.mode
     modes = (mode, "diffusion") if arguments.revise is not None else (mode,)
-    opened = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
-    prompts = encode_prompts(opened.tokenizer, [arguments.prompt], arguments.chat)
-    (prompt,), settings = prompts.tokens, opened.settings.stopping_at(prompts.end_of_turn)
+    loaded = load_decoding_model(checkpoint, modes=modes, **decoding_options(arguments))
+    prompts = encode_prompts(loaded.tokenizer, [arguments.prompt], arguments.chat)
+    (prompt,), settings = prompts.tokens, loaded.settings.stopping_at(prompts.end_of_turn)
     if arguments.infill:
-        filled, session = fill(opened.model, prompt, settings)
-        _print(str(opened.tokenizer.decode(filled.tokens)), len(filled.positions), session)
+        filled, session = fill(loaded.model, prompt, settings)
+        _print(str(loaded.tokenizer.decode(filled.tokens)), len(filled.positions), session)
         return
-    (generation,), session = decode(opened.model, [prompt], mode, settings)
+    (generation,), session = decode(loaded.model, [prompt], mode, settings)
     _print(settings.text(generation.tokens), len(generation.tokens), session)
     if arguments.revise is not None:
         text = [*prompt, *generation.tokens]
-        revised, session = fill(opened.model, text, settings, len(prompt), arguments.revise)
+        revised, session = fill(loaded.model, text, settings, len(prompt), arguments.revise)
         _print(settings.text(revised.tokens[len(prompt) :]), len(revised.positions), session)
 
 

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nemodiff_train.decoding.sampler_training import SamplerOptions, train_sampler
     from nemodiff_train.sampler.storage import write_sampler
 
-    opened = load_decoding_model(
+    loaded = load_decoding_model(
         checkpoint,
         modes=("diffusion",),
         block_size=arguments.block_size,
@@ -64,18 +64,19 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline_parallel=arguments.pipeline_parallel,
         max_new_tokens=arguments.max_new_tokens,
     )
-    prompts = encode_prompts(opened.tokenizer, texts, arguments.chat)
-    opened = replace(opened, settings=opened.settings.stopping_at(prompts.end_of_turn))
+    prompts = encode_prompts(loaded.tokenizer, texts, arguments.chat)
+    loaded = replace(loaded, settings=loaded.settings.stopping_at(prompts.end_of_turn))
     names = ("trajectories", "steps", "layers", "width", "batch_size", "seed")
     options = SamplerOptions(**{name: getattr(arguments, name) for name in names})
-    trained = train_sampler(opened, prompts.tokens, options, checkpoint, arguments.task)
+    trained = train_sampler(loaded, prompts.tokens, options, checkpoint, arguments.task)
     write_sampler(output, trained)
+    description = trained.description
     say("held-out blocks: tokens per denoise forward, share of wrong tokens")
-    for name, points in (("trained", trained.description.trained), ("threshold", trained.description.threshold)):
+    for name, points in (("trained", description.trained), ("threshold", description.threshold_policy)):
         for point in points:
-            say(f"  {name:9} {point.cut:<5g} {point.tokens_per_forward:6.2f} {point.wrong:8.3%}")
-    say(f"  oracle          {trained.description.oracle:6.2f} {0:8.3%}")
-    say(f"sampler: {output}, unmasks from {trained.description.cut:g} on unless --threshold says otherwise")
+            say(f"  {name:9} {point.threshold:<5g} {point.tokens_per_forward:6.2f} {point.wrong:8.3%}")
+    say(f"  oracle          {description.oracle:6.2f} {0:8.3%}")
+    say(f"sampler: {output}, unmasks from {description.threshold:g} on unless --threshold says otherwise")
 
 
 def _check_sizes(arguments: argparse.Namespace) -> None:

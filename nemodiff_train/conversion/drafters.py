@@ -15,7 +15,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.files import atomic_directory
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.config_json import read_config
-from nemodiff_train.model.draft_adapter import PROJECTIONS, Drafter, DraftLoRA, open_drafter
+from nemodiff_train.model.draft_adapter import PROJECTIONS, REMEDY, Drafter, DraftLoRA, open_drafter
 from nemodiff_train.model.families import NEMOTRON, TRI_MODE, ar_settings, architecture, stored_name
 from nemodiff_train.model.loading import start_model_parallel
 from nemodiff_train.model.pretrained import config_from, model_from
@@ -145,7 +145,7 @@ def _kind_around(output: Path, provider: TriModeModelProvider, drafter: Drafter)
         name, expected = _HF_NAMES[setting], getattr(provider, setting)
         actual = getattr(config, name, None)  # a size of heads may follow from the others
         if None not in (actual, expected) and actual != expected:
-            raise UserError(f"the drafter is for a model with {name}={expected}; '{file}' has {actual}")
+            raise UserError(f"the drafter is for a model with {name}={expected}; '{file}' has {actual}; {REMEDY}")
     return architecture(settings)
 
 

@@ -35,7 +35,10 @@ def inspect(path: str) -> None:
     elif (folder / "config.json").is_file():
         rows = _describe_hugging_face(folder)
     else:
-        raise UserError(f"'{path}' is not a checkpoint: it has neither config.json nor iter_* folders")
+        raise UserError(
+            f"'{path}' is not a checkpoint: it has neither config.json nor iter_* folders; give a Hugging Face "
+            "directory, or a Megatron checkpoint"
+        )
     table = Table(title=path, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)

@@ -19,7 +19,7 @@ from nemodiff_train.conversion.exporting import full_tensors
 from nemodiff_train.conversion.importing import build, load_weights
 from nemodiff_train.conversion.weights import check_weights
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.decoding.session import Layout, Session, check_prompts
+from nemodiff_train.decoding.session import Session, TokenLayout, check_prompts
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.families import HFConfig, ar_settings
@@ -141,7 +141,7 @@ class _Side:
             return logits
         session = Session(self.chunks, 1, tokens.shape[1], None)
         causal = torch.ones(1, tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=session.device).tril()
-        layout = Layout(positions.to(session.device), causal, int(positions.max()) + 1)
+        layout = TokenLayout(positions.to(session.device), causal, int(positions.max()) + 1)
         return session.forward(tokens.to(session.device), torch.arange(1), "verify", layout=layout).cpu()
 
     def diffusion_logits(self, tokens: Tensor, masked: TriModeModelProvider) -> Tensor:

@@ -1,1 +1,1 @@
-"""Decoding: one session over the model's weights and cache, and one file a mode."""
+"""Decoding: one session over the model's weights and cache, and one file per mode."""

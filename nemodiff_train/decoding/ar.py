@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from nemodiff_train.decoding.generation import Generation
-from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.decoding.session import Session, running
+from nemodiff_train.decoding.sampling import TokenSampler
+from nemodiff_train.decoding.session import Session, drop_finished
 
 
-def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler) -> list[Generation]:
     """Prefill, then run one causal forward per token for every row that has not ended.
 
     The prefill predicts the first token, so n tokens cost n forwards with it and n - 1 without.
@@ -27,7 +27,7 @@ def decode_ar(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampl
     tokens = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     while True:
         session.emit(rows, active, tokens)
-        active, tokens = running(rows, active, tokens)
+        active, tokens = drop_finished(rows, active, tokens)
         if not len(active):
             return rows
         logits = session.forward(tokens, active, "decode", causal=True)  # [batch, 1, vocab]

@@ -12,7 +12,7 @@ from nemodiff_train.decoding.linear import decode_linear
 from nemodiff_train.decoding.oracle import decode_oracle
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.quadratic import decode_quadratic
-from nemodiff_train.decoding.sampling import Sampler
+from nemodiff_train.decoding.sampling import TokenSampler
 from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.decoding.tree import decode_tree
 from nemodiff_train.errors import UserError, nearest
@@ -20,7 +20,7 @@ from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DRAFT_KINDS, DraftKind
 from nemodiff_train.runtime import init_runtime
 
-MODES: dict[str, Callable[[Session, Sequence[Sequence[int]], Sampler], list[Generation]]] = {
+MODES: dict[str, Callable[[Session, Sequence[Sequence[int]], TokenSampler], list[Generation]]] = {
     "ar": decode_ar,
     "diffusion": decode_diffusion,
     "linear": decode_linear,
@@ -66,7 +66,7 @@ def decode(
     prompts: Sequence[Sequence[int]],
     mode: str,
     settings: DecodingSettings,
-    numbers: Sequence[int] | None = None,
+    request_ids: Sequence[int] | None = None,
 ) -> tuple[list[Generation], Session]:
     """Continue every prompt.
 
@@ -76,7 +76,7 @@ def decode(
         prompts: Token ids; rows may differ in length.
         mode: One of :data:`MODES`.
         settings: How to decode.
-        numbers: Number of each row in its task, which its draws depend on; 0, 1, ... by default.
+        request_ids: Number of each row in its task, which its draws depend on; 0, 1, ... by default.
 
     Returns:
         One generation per prompt, and the session, which has counted the forwards.
@@ -93,7 +93,7 @@ def decode(
     block_size = settings.block_size
     extra = {"quadratic": block_size**2, "tree": max(block_size, settings.tree_nodes)}.get(mode, block_size)
     session = Session(model, len(prompts), longest + extra, config.mask_token_id)
-    sampler = Sampler(settings, range(len(prompts)) if numbers is None else numbers)
+    sampler = TokenSampler(settings, range(len(prompts)) if request_ids is None else request_ids)
     with init_runtime().without_device_rewriting():
         return MODES[mode](session, prompts, sampler), session
 
@@ -126,7 +126,7 @@ def fill(
     check_prompts([text], config.vocab_size)
     _check_positions(config, len(text))
     session = Session(model, 1, len(text) + settings.block_size, config.mask_token_id)
-    sampler = Sampler(settings, [0])
+    sampler = TokenSampler(settings, [0])
     with init_runtime().without_device_rewriting():
         if start is None:
             return infill(session, text, sampler), session
@@ -144,5 +144,5 @@ def _check_positions(config: TriModeModelProvider, longest: int) -> None:
     if limit and longest > limit:
         raise UserError(
             f"the longest prompt and the new tokens are {longest} positions, but the model has {limit}; "
-            "ask for fewer new tokens"
+            "shorten the prompt, or lower max_new_tokens (--max-new-tokens)"
         )

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
-from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.decoding.session import Session, running
+from nemodiff_train.decoding.sampling import TokenSampler
+from nemodiff_train.decoding.session import Session, drop_finished
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.sampler.features import SlotHistory
 
 
-def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler) -> list[Generation]:
     """Denoise block by block (``generate`` of the released Nemotron-Labs-Diffusion models).
 
     Each denoising forward sees the committed text and, bidirectionally, the block, and unmasks the positions
@@ -20,10 +20,10 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
     part in a forward only while it can gain from it, none is run after its last block, and the last block is
     denoised no further than the length limit.
 
-    Blocks start where the prompt ends, and their first token, the seed, is the AR prediction left by the last
+    Blocks start where the prompt ends, and their first token is known: the AR prediction left by the last
     causal forward.  A model with block-causal clean attention has its blocks counted from the start of the text,
-    so that the prompt's end may be the beginning of the first one; it has seeds only if it was trained with the
-    shift.
+    so that the prompt's end may be the beginning of the first one; it knows first tokens only if it was trained with
+    the shift.
 
     Args:
         session: One row per prompt, nothing committed.
@@ -35,48 +35,48 @@ def decode_diffusion(session: Session, prompts: Sequence[Sequence[int]], sampler
     """
     settings = sampler.settings
     rows = [Generation(settings) for _ in prompts]
-    on_grid = session.model.config.clean_attention == "block_causal"
+    blocks_from_text_start = session.model.config.clean_attention == "block_causal"
     # blocks [batch, block]; of each row's first block, the leading ``known`` tokens belong to the prompt.
-    blocks, known = _first_blocks(session, prompts, sampler, on_grid)
+    blocks, known = _first_blocks(session, prompts, sampler, blocks_from_text_start)
     active = torch.arange(len(rows))
     while True:
         starts = torch.tensor([known[row] for row in active.tolist()])
-        ends = torch.tensor([known[row] + rows[row].room for row in active.tolist()])
+        ends = torch.tensor([known[row] + rows[row].remaining_tokens for row in active.tolist()])
         steps = denoise(session, active, blocks, sampler, starts, ends)
         for row, start, end, *columns in zip(active, starts, ends, blocks.tolist(), steps.tolist(), strict=True):
             rows[row].extend(*(column[start:end] for column in columns))
         known = [0] * len(rows)
-        active, blocks = running(rows, active, blocks)
+        active, blocks = drop_finished(rows, active, blocks)
         if not len(active):
             return rows
-        # Write the finished blocks to the cache; the logits after their last token give the next seeds.
-        logits = session.forward(blocks, active, "commit", causal=not on_grid)
+        # Write the finished blocks to the cache; the logits after their last token give the next first tokens.
+        logits = session.forward(blocks, active, "commit", causal=not blocks_from_text_start)
         session.commit(active, blocks.shape[1])
         blocks = session.masks(len(active), settings.block_size)
-        if has_seeds(session.model.config):
+        if has_known_first_token(session.model.config):
             blocks[:, :1] = sampler.sample_tokens(logits[:, -1:], active)
 
 
-def has_seeds(config: TriModeModelProvider) -> bool:
+def has_known_first_token(config: TriModeModelProvider) -> bool:
     """Return whether the last position of the committed text predicts the next token."""
     return bool(config.clean_attention == "causal" or config.shift)
 
 
 def _first_blocks(
-    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, on_grid: bool
+    session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler, blocks_from_text_start: bool
 ) -> tuple[Tensor, list[int]]:
     """Commit what precedes the first blocks; return these [batch, block], and how many tokens each has of its prompt.
 
-    Blocks ``on_grid`` are counted from the start of the text, others from the end of the prompt.
+    With ``blocks_from_text_start`` blocks are counted from the start of the text, else from the end of the prompt.
     """
     block_size = sampler.settings.block_size
     blocks = session.masks(len(prompts), block_size)
-    ends = [len(prompt) // block_size * block_size if on_grid else len(prompt) for prompt in prompts]
+    ends = [len(prompt) // block_size * block_size if blocks_from_text_start else len(prompt) for prompt in prompts]
     if any(ends):
         before = [prompt[:end] for prompt, end in zip(prompts, ends, strict=True)]
-        logits = session.prefill(before, block_size if on_grid else None)
-        if has_seeds(session.model.config):
-            committed = torch.tensor(ends).nonzero()[:, 0]  # only these rows have a seed
+        logits = session.prefill(before, block_size if blocks_from_text_start else None)
+        if has_known_first_token(session.model.config):
+            committed = torch.tensor(ends).nonzero()[:, 0]  # only these rows have a known first token
             blocks[committed, :1] = sampler.sample_tokens(logits[committed, None], committed)
     for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
         blocks[row, : len(prompt) - end] = torch.tensor(prompt[end:], device=blocks.device)
@@ -84,7 +84,13 @@ def _first_blocks(
 
 
 def denoise(
-    session: Session, rows: Tensor, blocks: Tensor, sampler: Sampler, starts: Tensor, ends: Tensor, stops: bool = True
+    session: Session,
+    rows: Tensor,
+    blocks: Tensor,
+    sampler: TokenSampler,
+    starts: Tensor,
+    ends: Tensor,
+    stops: bool = True,
 ) -> Tensor:
     """Unmask one block per row, in place; a row leaves the batch when its block is finished.
 
@@ -166,7 +172,7 @@ def select_positions_to_unmask(
         if settings.policy == "entropy":
             confidence = (log_probs.exp() * log_probs.clamp(min=-1e9)).sum(-1)  # 0 x -inf is 0 here
     if settings.policy in ("threshold", "trained"):
-        return reaching(confidence, masked, settings.threshold)
+        return select_by_threshold(confidence, masked, settings.threshold)
     order, rank = _by_confidence(confidence, masked)  # [batch, block] each
     if settings.policy == "fixed":
         # An even share of the masks that are left, over the forwards that are left, rounded up.
@@ -184,7 +190,7 @@ def select_positions_to_unmask(
     return masked & (run | (masked.cumsum(1) == 1))
 
 
-def reaching(confidence: Tensor, masked: Tensor, threshold: float | Tensor) -> Tensor:
+def select_by_threshold(confidence: Tensor, masked: Tensor, threshold: float | Tensor) -> Tensor:
     """Return the masked positions [batch, block] whose confidence reaches a threshold, and the best one of each row.
 
     Args:

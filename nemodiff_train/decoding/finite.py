@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemodiff_train.errors import UserError
 
-Place = tuple[int, int]
+LayerPosition = tuple[int, int]
 """A layer counted from 1, 0 for the embedding, and a position in the text."""
 
 
@@ -40,7 +40,7 @@ def check_finite(
     chunks = [unwrap_model(chunk) for chunk in chunks]
     config = chunks[0].config
     name = str(config.params_dtype).removeprefix("torch.")
-    layer, position = min(_places(chunks, positions, repeat), default=(config.num_layers + 1, 0))
+    layer, position = min(_first_non_finite(chunks, positions, repeat), default=(config.num_layers + 1, 0))
     where = (
         "in the output layer"
         if layer > config.num_layers
@@ -56,27 +56,28 @@ def check_finite(
     raise NotFinite(f"the model's {what} are infinite or not numbers, {where} (weights in {name}); {remedy}")
 
 
-def _places(chunks: list[GPTModel], positions: Tensor, repeat: Callable[[], object]) -> list[Place]:
-    """Return the first place of each pipeline rank whose states are not finite, found in a second forward."""
-    places: list[Place] = []
+def _first_non_finite(chunks: list[GPTModel], positions: Tensor, repeat: Callable[[], object]) -> list[LayerPosition]:
+    """Find, in a second forward, each pipeline rank's first layer and position whose states are not finite."""
+    found_at: list[LayerPosition] = []
 
-    def look(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def make_hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             broken = ~inputs[0].isfinite().all(-1).T  # of [tokens, batch, hidden]
-            if not places and bool(broken.any()):
-                places.append((layer, int(positions.expand_as(broken)[broken].min())))
+            if not found_at and bool(broken.any()):
+                found_at.append((layer, int(positions.expand_as(broken)[broken].min())))
 
         return hook
 
     with ExitStack() as hooks:
         for chunk in chunks:
             for layer in chunk.decoder.layers:  # what comes into a layer is what the one before has computed
-                hooks.enter_context(layer.input_layernorm.register_forward_pre_hook(look(layer.layer_number - 1)))
+                hook = make_hook(layer.layer_number - 1)
+                hooks.enter_context(layer.input_layernorm.register_forward_pre_hook(hook))
             if (final := chunk.decoder.final_layernorm) is not None:
-                hooks.enter_context(final.register_forward_pre_hook(look(chunk.config.num_layers)))
+                hooks.enter_context(final.register_forward_pre_hook(make_hook(chunk.config.num_layers)))
         repeat()
     group = chunks[0].pg_collection.pp
-    gathered: list[list[Place]] = [places] * group.size()
+    gathered: list[list[LayerPosition]] = [found_at] * group.size()
     if group.size() > 1:
-        dist.all_gather_object(gathered, places, group=group)
-    return [place for places in gathered for place in places]
+        dist.all_gather_object(gathered, found_at, group=group)
+    return [place for of_rank in gathered for place in of_rank]

@@ -59,8 +59,8 @@ class DecodingSettings:
     """Positions of a block that a denoising forward unmasks, at least one. ``threshold``: those whose token reaches
     ``threshold``. ``leftmost``: the run of such positions from the left. ``entropy``: by rising entropy, as long as
     the entropies except the largest sum to at most ``entropy_bound`` (EB-Sampler, arXiv 2505.24857). ``fixed``: an
-    even share, so that a block takes ``steps`` forwards. ``trained``: those that reach ``threshold`` in the judgement
-    of ``trained_sampler``."""
+    even share, so that a block takes ``steps`` forwards. ``trained``: those whose confidence by
+    ``trained_sampler`` reaches ``threshold``."""
     threshold: float = 0.9
     """Probability from which a position is unmasked."""
     trained_sampler: "TrainedSampler | None" = None
@@ -81,9 +81,10 @@ class DecodingSettings:
     """A row ends when its text holds one of these; the text is cut before it."""
     detokenize: Callable[[list[int]], str] | None = None
     """Turns token ids into text, for ``stop_strings``."""
-    spell: Callable[[list[int]], str] | None = None
-    """The same with special tokens written out, which a stop string may hold; None where there are none."""
-    watch: Callable[["Generation"], None] | None = None
+    detokenize_with_special: Callable[[list[int]], str] | None = None
+    """Turns token ids into text with special tokens written out, which a stop string may hold; None where there are
+    none."""
+    on_commit: Callable[["Generation"], None] | None = None
     """Called with a row whenever tokens have been committed to it, after the forward that decided them."""
 
     def __post_init__(self) -> None:
@@ -98,17 +99,17 @@ class DecodingSettings:
             value = getattr(self, name)
             if not minimum <= value < math.inf:
                 finite = " and finite" if isinstance(value, float) else ""
-                raise UserError(f"{name.replace('_', ' ')} is {value}; it must be at least {minimum}{finite}")
+                raise UserError(f"{name} is {value}; it must be at least {minimum}{finite}")
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; it is a probability between 0 and 1")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top p is {self.top_p}; it is a probability above 0, at most 1")
+            raise UserError(f"top_p is {self.top_p}; it is a probability above 0, at most 1")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise UserError(f"temperature is {self.temperature}; it must be 0 or at least {MIN_TEMPERATURE}")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; it must be below 2^64")
         if "" in self.stop_strings:
-            raise UserError("a stop string is empty; every text holds it")
+            raise UserError("stop_strings (--stop) has an empty text, which every text holds; give some text")
 
     def stopping_at(self, token: int | None) -> Self:
         """Return the settings with one more token that ends a row; None adds none."""
@@ -117,25 +118,28 @@ class DecodingSettings:
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of new tokens, without special ones, cut before the first stop string."""
         assert self.detokenize is not None
-        spell = self.spell or self.detokenize
-        spelled, text = spell(list(tokens)), self.detokenize(list(tokens))
-        end = self._first_stop(spelled)
+        with_special, text = self.text_with_special(tokens), self.detokenize(list(tokens))
+        end = self._first_stop(with_special)
         if end < 0:
             end = self._first_stop(text)
             return text if end < 0 else text[:end]
-        if spelled[:end] == text[:end]:
+        if with_special[:end] == text[:end]:
             return text[:end]
         count = 0  # tokens that end before the stop string
-        while len(spell(list(tokens[: count + 1]))) <= end:
+        while len(self.text_with_special(tokens[: count + 1])) <= end:
             count += 1
         before = list(tokens[:count])
-        return self.detokenize(before) + spelled[len(spell(before)) : end]
+        return self.detokenize(before) + with_special[len(self.text_with_special(before)) : end]
+
+    def text_with_special(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones written out."""
+        detokenize = self.detokenize_with_special or self.detokenize
+        assert detokenize is not None
+        return detokenize(list(tokens))
 
     def holds_stop(self, tokens: list[int]) -> bool:
         """Return whether the text of some tokens holds a stop string, special tokens included."""
-        spell = self.spell or self.detokenize
-        assert spell is not None
-        return self._first_stop(spell(tokens)) >= 0
+        return self._first_stop(self.text_with_special(tokens)) >= 0
 
     def _first_stop(self, text: str) -> int:
         """Return where the first stop string begins, or -1."""
@@ -159,13 +163,13 @@ class Cycle:
     accept_probs: list[float] = field(default_factory=list)
     """For each draft token, min(1, p/q) at temperature 1, with p of the verifier and q of the drafter; in a tree, p
     of all that it proposes for the position."""
-    sure: int = 0
+    target_tokens: int = 0
     """Tokens that the draft's forward gave as the verifier's own, before the draft (``uno`` drafters: 1)."""
 
     @property
     def committed(self) -> int:
         """Return the number of tokens that the cycle added to the output."""
-        return self.sure + self.accepted + self.recovered + self.bonus
+        return self.target_tokens + self.accepted + self.recovered + self.bonus
 
 
 @dataclass
@@ -178,14 +182,14 @@ class Generation:
     """Draft + verify cycles; the first token, which the prefill yields, belongs to none."""
     steps: list[int] = field(default_factory=list)
     """For each token, which of the row's forwards, counted from 1, determined it."""
-    path: int | None = None
+    oracle_forwards: int | None = None
     """Denoising forwards of the shortest path that an oracle found; its search is counted apart."""
     finished: bool = False
     """Whether a stop or the limit was reached."""
 
     @property
-    def room(self) -> int:
-        """Return the number of tokens that may still follow."""
+    def remaining_tokens(self) -> int:
+        """Return how many tokens may still follow."""
         return self.settings.max_new_tokens - len(self.tokens)
 
     def extend(self, tokens: Sequence[int], steps: Sequence[int]) -> int:
@@ -202,11 +206,13 @@ class Generation:
         for token, step in zip(tokens, steps, strict=True):
             self.tokens.append(token)
             self.steps.append(step)
-            self.finished = token in self.settings.stop_token_ids or self.room <= 0 or self._holds_stop_string()
+            self.finished = (
+                token in self.settings.stop_token_ids or self.remaining_tokens <= 0 or self._holds_stop_string()
+            )
             if self.finished:
                 break
-        if self.settings.watch is not None:
-            self.settings.watch(self)
+        if self.settings.on_commit is not None:
+            self.settings.on_commit(self)
         return len(self.tokens) - before
 
     def extend_by_cycle(
@@ -216,7 +222,7 @@ class Generation:
         draft_tokens: list[int],
         accept_mask: list[bool],
         accept_probs: list[float],
-        sure: bool = False,
+        target_tokens: int = 0,
     ) -> None:
         """Append the tokens of one draft + verify cycle, and the cycle itself.
 
@@ -226,7 +232,7 @@ class Generation:
             draft_tokens: See :class:`Cycle`.
             accept_mask: See :class:`Cycle`.
             accept_probs: See :class:`Cycle`.
-            sure: Whether the draft's forward has given the token before the draft.
+            target_tokens: See :class:`Cycle`.
         """
         committed = self.extend(tokens, [step] * len(tokens))
         accepted = min(committed, len(tokens) - 1)  # a stop or the limit may cut the accepted tokens
@@ -234,7 +240,7 @@ class Generation:
         self.cycles.append(
             Cycle(
                 accepted=accepted,
-                sure=int(sure),
+                target_tokens=target_tokens,
                 recovered=verifier_token and not all_accepted,
                 bonus=verifier_token and all_accepted,
                 draft_tokens=draft_tokens,

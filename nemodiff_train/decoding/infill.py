@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from nemodiff_train.decoding.diffusion import denoise
-from nemodiff_train.decoding.sampling import Sampler
+from nemodiff_train.decoding.sampling import TokenSampler
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
 
@@ -21,7 +21,7 @@ class Filled:
     """Positions that were filled."""
 
 
-def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
+def infill(session: Session, text: Sequence[int], sampler: TokenSampler) -> Filled:
     """Fill the mask tokens of a text, block by block from the left.
 
     A block begins one position before its first mask and sees the text before it through the cache, and itself
@@ -61,8 +61,10 @@ def infill(session: Session, text: Sequence[int], sampler: Sampler) -> Filled:
     return Filled(tokens, masked)
 
 
-def revise(session: Session, text: Sequence[int], start: int, min_probability: float, sampler: Sampler) -> Filled:
-    """Mask the tokens that the AR half finds improbable, and fill them again with both sides in view.
+def revise(
+    session: Session, text: Sequence[int], start: int, min_probability: float, sampler: TokenSampler
+) -> Filled:
+    """Mask the tokens that are improbable by the causal forward, and fill them again with both sides in view.
 
     Args:
         session: As for :func:`infill`.
@@ -75,7 +77,7 @@ def revise(session: Session, text: Sequence[int], start: int, min_probability: f
         UserError: ``min_probability`` is not a probability above 0.
     """
     if not 0 < min_probability <= 1:
-        raise UserError(f"the minimum probability is {min_probability}; it must be above 0 and at most 1")
+        raise UserError(f"min_probability (--revise) is {min_probability}; it must be above 0 and at most 1")
     row = torch.arange(1)
     tokens = torch.tensor([list(text)], device=session.device)
     # [1, draft, vocab] logits that predict the draft, and [draft] the probability of its tokens.

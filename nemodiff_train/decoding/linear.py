@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemodiff_train.decoding.chain import Chain
 from nemodiff_train.decoding.generation import Cycle, Generation
-from nemodiff_train.decoding.sampling import Sampler, Verification, rejection_sample
-from nemodiff_train.decoding.session import Session, running
+from nemodiff_train.decoding.path_distribution import PathDistribution
+from nemodiff_train.decoding.sampling import TokenSampler, Verification, rejection_sample
+from nemodiff_train.decoding.session import Session, drop_finished
 
 
 class Draft(NamedTuple):
@@ -21,13 +21,13 @@ class Draft(NamedTuple):
     """[batch, k, rank] of the path selector's scores; of rank 0 without one."""
 
 
-Verify = Callable[[Session, list[Generation], Tensor, Tensor, Draft, Sampler], Tensor]
+Verify = Callable[[Session, list[Generation], Tensor, Tensor, Draft, TokenSampler], Tensor]
 """Verifies a draft after a known token and commits what it accepts.  Takes the session, all generations, the rows
 [batch] on the host, the token [batch, 1], the draft and the sampler; returns the next known token [batch, 1]."""
 
 
 def decode_linear(
-    session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler, verify: Verify | None = None
+    session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler, verify: Verify | None = None
 ) -> list[Generation]:
     """Draft and verify until every row has ended (``linear_spec_generate`` of the released models).
 
@@ -51,7 +51,7 @@ def decode_linear(
     last = sampler.sample_tokens(session.prefill(prompts)[:, None], active)  # [batch, 1]
     session.emit(rows, active, last)
     while True:
-        active, last = running(rows, active, last)
+        active, last = drop_finished(rows, active, last)
         if not len(active):
             return rows
         active, last, *draft = _draft(session, rows, active, last, sampler)
@@ -60,7 +60,7 @@ def decode_linear(
 
 
 def _draft(
-    session: Session, rows: list[Generation], active: Tensor, last: Tensor, sampler: Sampler
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, sampler: TokenSampler
 ) -> tuple[Tensor, ...]:
     """Draft k = block - 1 tokens after the last committed one, as the model's drafter does.
 
@@ -75,34 +75,37 @@ def _draft(
         filling = session.masks(len(active), unknown)
     output = session.forward(torch.cat([last, filling], dim=1), active, "draft", causal=kind.causal)
     logits, contexts = output[:, 1:].tensor_split([session.vocab_size], dim=-1)
-    if kind.seed_in_block:
+    if kind.known_token_in_block:
         return active, last, logits, contexts
     session.commit(active, 1)
     next_token = sampler.sample_tokens(output[:, :1, : session.vocab_size], active)
     session.emit(rows, active, next_token)
     for row in active.tolist():
         if rows[row].finished:
-            rows[row].cycles.append(Cycle(accepted=0, sure=1))
-    return running(rows, active, next_token, logits, contexts)
+            rows[row].cycles.append(Cycle(accepted=0, target_tokens=1))
+    return drop_finished(rows, active, next_token, logits, contexts)
 
 
 def _verify_chain(
-    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: TokenSampler
 ) -> Tensor:
     """Verify one token per drafted position."""
     # Tokens [batch, k] to verify, and the logits [batch, k, vocab] of the distributions that they are from.
     if session.selector_tables is None:
         draft_tokens, draft_logits = sampler.sample_tokens(draft.logits, active), draft.logits
     else:
-        draft_tokens, draft_logits = Chain.of(session.selector_tables, *draft).walk(sampler, last, active)
+        paths = PathDistribution.from_draft(session.selector_tables, *draft)
+        draft_tokens, draft_logits = paths.sample_path(sampler, last, active)
     # The known token and the draft, causally; logits of index i predict the token at i + 1.
     target_logits = session.forward(torch.cat([last, draft_tokens], dim=1), active, "verify", causal=True)
     verification = rejection_sample(sampler, draft_tokens, draft_logits, target_logits, active)
-    return commit_accepted(session, rows, active, verification, sure=not session.draft_kind.seed_in_block)
+    # A cycle's own tokens of the verifier, less the recovered or the bonus token.
+    target_tokens = session.draft_kind.target_tokens_per_cycle - 1
+    return commit_accepted(session, rows, active, verification, target_tokens)
 
 
 def commit_accepted(
-    session: Session, rows: list[Generation], active: Tensor, verification: Verification, sure: bool = False
+    session: Session, rows: list[Generation], active: Tensor, verification: Verification, target_tokens: int = 0
 ) -> Tensor:
     """Commit the token before each draft and the accepted draft tokens, and append the cycle to the generations.
 
@@ -111,7 +114,7 @@ def commit_accepted(
         rows: All generations of the batch.
         active: [batch] rows of this cycle, on the host.
         verification: Result of the verification.
-        sure: Whether the draft's forward has given the token before it.
+        target_tokens: Number of tokens before it that the draft's forward has given as the verifier's own.
 
     Returns:
         [batch, 1] the recovered or bonus token of each row, which is emitted and not in the cache yet.
@@ -126,6 +129,6 @@ def commit_accepted(
             host.draft_tokens[index].tolist(),
             host.accept_mask[index].tolist(),
             host.accept_probs[index].tolist(),
-            sure,
+            target_tokens,
         )
     return verification.tokens.gather(1, verification.accepted[:, None])

@@ -41,7 +41,7 @@ class DecodingModel:
     settings: DecodingSettings
 
 
-def choose_mode(checkpoint: Checkpoint, drafter: Checkpoint | None, mode: str | None) -> str:
+def select_mode(checkpoint: Checkpoint, drafter: Checkpoint | None, mode: str | None) -> str:
     """Return the named mode, or by default the one that writes what AR decoding would in the fewest forwards.
 
     Args:
@@ -80,7 +80,7 @@ def load_decoding_model(
         tensor_parallel: Ranks that share each layer.
         pipeline_parallel: Ranks that share the layers out; where there are more ranks, replicas share the prompts.
         drafter: A drafter that was trained for this model; it drafts in linear and tree self-speculation.
-        sampler: Folder of a trained sampler, for ``policy=trained``: its block size and cut are the defaults.
+        sampler: Folder of a trained sampler, for ``policy=trained``: its block size and threshold are the defaults.
         settings: Further fields of :class:`~nemodiff_train.decoding.generation.DecodingSettings`.
 
     Raises:
@@ -88,9 +88,9 @@ def load_decoding_model(
             :func:`~nemodiff_train.model.loading.load_model`.
     """
     provider = model_from(checkpoint.require_model())
-    opened = open_drafter(drafter, provider) if drafter else None
+    drafter_settings = open_drafter(drafter, provider) if drafter else None
     for mode in modes:
-        check_mode(provider, mode, *([opened.kind] if opened else []))
+        check_mode(provider, mode, *([drafter_settings.kind] if drafter_settings else []))
     if drafter is not None and modes and not set(DRAFTED) & set(modes):
         raise UserError(f"--drafter acts in modes linear and tree, not in {', '.join(modes)}; leave it out")
     if sampler is not None and modes and set(modes) <= set(WITHOUT_POLICY):
@@ -104,9 +104,11 @@ def load_decoding_model(
     trained = open_sampler(checkpoint, settings.get("policy"), sampler)
     if trained is not None:
         block_size = block_size or trained.description.block_size
-        settings = {"threshold": trained.description.cut, **settings, "trained_sampler": trained}
+        settings = {"threshold": trained.description.threshold, **settings, "trained_sampler": trained}
     if block_size is None:
-        block_size = opened.block_size if opened and not opened.kind.seed_in_block else provider.block_size
+        block_size = provider.block_size
+        if drafter_settings and not drafter_settings.kind.known_token_in_block:
+            block_size = drafter_settings.block_size
     decoding = DecodingSettings(block_size=block_size, **settings)
     loaded = load_model(
         checkpoint,
@@ -147,5 +149,5 @@ def for_tokenizer(
         settings,
         stop_token_ids=stop_tokens(provider, tokenizer),
         detokenize=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
-        spell=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)),
+        detokenize_with_special=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)),
     )

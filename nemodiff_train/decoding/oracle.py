@@ -9,12 +9,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nemodiff_train.decoding.ar import decode_ar
 from nemodiff_train.decoding.generation import Cycle, Generation
-from nemodiff_train.decoding.sampling import Sampler
+from nemodiff_train.decoding.sampling import TokenSampler
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.errors import UserError
 
 
-def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler) -> list[Generation]:
     """Find the fewest denoising forwards that could have produced the AR output.
 
     This is the analysis of Nemotron-Labs-Diffusion (arXiv 2607.05722, section 4).  The AR output is decoded first.
@@ -44,7 +44,7 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     depth = sampler.settings.search_budget // sampler.settings.max_new_tokens - 2
     if depth < 1:
         raise UserError(
-            f"search budget is {sampler.settings.search_budget}; mode 'oracle' needs three forwards for each of "
+            f"search_budget is {sampler.settings.search_budget}; mode 'oracle' needs three forwards for each of "
             f"{sampler.settings.max_new_tokens} new tokens"
         )
     ar = Session(session.model.chunks, len(prompts), session.cache.capacity, session.mask_token_id)
@@ -60,10 +60,10 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: S
     return [_along_path(sampler, target, gain) for target, gain in zip(targets, gains, strict=True)]
 
 
-def _along_path(sampler: Sampler, target: list[int], gains: list[list[int]]) -> Generation:
+def _along_path(sampler: TokenSampler, target: list[int], gains: list[list[int]]) -> Generation:
     """Return the generation of one row: its AR output, in the cycles of the shortest path."""
     path = _shortest_path(gains, len(target))
-    generation = Generation(sampler.settings, path=sum(forwards for forwards, _ in path))
+    generation = Generation(sampler.settings, oracle_forwards=sum(forwards for forwards, _ in path))
     generation.extend(target[:1], [1])
     call = 1
     for forwards, gained in path:
@@ -161,6 +161,6 @@ def path_forwards(generation: Generation, counted: Counter[str]) -> dict[str, in
         generation: One row's.
         counted: Forwards that the session counted for the row.
     """
-    if generation.path is None:
+    if generation.oracle_forwards is None:
         return dict(counted)
-    return {"prefill": counted["prefill"], "denoise": generation.path, "search": counted["search"]}
+    return {"prefill": counted["prefill"], "denoise": generation.oracle_forwards, "search": counted["search"]}

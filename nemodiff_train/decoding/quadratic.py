@@ -7,15 +7,15 @@ from torch import Tensor
 
 from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.linear import commit_accepted
-from nemodiff_train.decoding.sampling import Sampler, rejection_sample
-from nemodiff_train.decoding.session import Layout, Session, running
+from nemodiff_train.decoding.sampling import TokenSampler, rejection_sample
+from nemodiff_train.decoding.session import Session, TokenLayout, drop_finished
 
 
-def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler) -> list[Generation]:
     """Verify and draft in the same forward until every row has ended.
 
     The input is a tree, as in TiDAR (arXiv 2511.08923) and Nemotron-Labs-Diffusion (arXiv 2607.05722, section 3).
-    Its trunk is the chain of the last certain token and the draft after it; on each token of the chain hangs a
+    Its trunk is the chain of the last known token and the draft after it; on each token of the chain hangs a
     group of masks.  The chain is causal, which verifies it; a group sees the chain up to its token, and itself.
     Wherever the accepted part of the chain ends, the group on its last token holds the next draft.  So a cycle is
     one forward, over (block - 1) * block tokens.
@@ -36,7 +36,7 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
     session.emit(rows, active, last)
     layout = _chain_and_groups(masks, session.device)
     while True:
-        active, last, draft_logits = running(rows, active, last, draft_logits)
+        active, last, draft_logits = drop_finished(rows, active, last, draft_logits)
         if not len(active):
             return rows
         draft_tokens = sampler.sample_tokens(draft_logits, active)  # [batch, masks - 1]
@@ -54,7 +54,7 @@ def decode_quadratic(session: Session, prompts: Sequence[Sequence[int]], sampler
 def _drafting(session: Session, group: Tensor) -> Tensor:
     """Return the logits [batch, masks - 1, vocab] of a group [batch, masks, vocab] that draft.
 
-    Its first mask is the certain token that verification gives; the draft comes after it.
+    Its first mask is the known token that verification gives; the draft comes after it.
     """
     return group[:, :-1] if session.model.config.shift else group[:, 1:]
 
@@ -77,15 +77,16 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> 
     # Attention [rows, query, key]: the prompt is causal; a mask sees its whole prompt and every mask.
     in_prompt = index < lengths[:, None]
     causal = (index[None, :] <= index[:, None]) & ~is_mask[None, :]
-    sees = torch.where(is_mask[:, None], (in_prompt | is_mask)[:, None, :], causal)
+    can_attend = torch.where(is_mask[:, None], (in_prompt | is_mask)[:, None, :], causal)
     rows = torch.arange(len(prompts))
     indices = torch.cat([lengths[:, None] - 1, index[None, width:].expand(len(prompts), -1)], dim=1)
-    logits = session.forward(tokens, rows, "prefill", layout=Layout(offsets, sees, width + masks), indices=indices)
+    layout = TokenLayout(offsets, can_attend, width + masks)
+    logits = session.forward(tokens, rows, "prefill", layout=layout, indices=indices)
     session.commit(rows, counts)
     return logits[:, 0], _drafting(session, logits[:, 1:])
 
 
-def _chain_and_groups(masks: int, device: torch.device) -> Layout:
+def _chain_and_groups(masks: int, device: torch.device) -> TokenLayout:
     """Return the layout of a chain of ``masks`` tokens, then one group of ``masks`` masks on each of them.
 
     With masks = 2, a chain c, group a on c0 and group b on c1::
@@ -101,5 +102,5 @@ def _chain_and_groups(masks: int, device: torch.device) -> Layout:
     in_chain = depth == 0
     # [query, key]: the chain up to the query's anchor, and within one group everything.
     same_group = (anchor[:, None] == anchor[None, :]) & ~in_chain[:, None] & ~in_chain[None, :]
-    sees = (in_chain[None, :] & (anchor[None, :] <= anchor[:, None])) | same_group
-    return Layout((anchor + depth)[None], sees[None], 2 * masks)
+    can_attend = (in_chain[None, :] & (anchor[None, :] <= anchor[:, None])) | same_group
+    return TokenLayout((anchor + depth)[None], can_attend[None], 2 * masks)

@@ -20,7 +20,7 @@ from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.answers import Answer, AnswerIndex, End, Settings, UnfinishedAnswers
 from nemodiff_train.decoding.decode import decode, position_limit
-from nemodiff_train.decoding.loading import DecodingModel, choose_mode, load_decoding_model
+from nemodiff_train.decoding.loading import DecodingModel, load_decoding_model, select_mode
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.rewriting import ChatRewriter, Request, Rewriter, TextRewriter
 from nemodiff_train.distributed import barrier, is_main_process
@@ -101,7 +101,7 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
     sources = options.sources(WholeRecords(columns))
     if output.exists() and any(file.samefile(output) for source in sources for file in source.files):
         raise UserError(f"{output}: is one of the inputs; name another --output, or choose files with --glob")
-    mode = choose_mode(checkpoint, decoding["drafter"], options.mode)
+    mode = select_mode(checkpoint, decoding["drafter"], options.mode)
     settings = _settings(checkpoint, options, mode, decoding, sources)
     if unfinished.is_complete(settings):  # interrupted while moving the output into place
         if is_main_process():

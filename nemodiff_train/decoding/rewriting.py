@@ -70,7 +70,7 @@ class TextRewriter:
 
     def text(self, request: Request[str], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text from its beginning on: tokens that divide a character or a space are not cut apart."""
-        return _spelled(settings, request.prompt, tokens)
+        return _text_with_special(settings, request.prompt, tokens)
 
     def rewritten(self, record: Record[str], answers: Sequence[Answer]) -> Row | None:
         """Return the record with the whole text, and ``finish_reason``."""
@@ -98,11 +98,11 @@ class ChatRewriter:
 
     def count(self, record: Record[Conversation]) -> int:
         """Return the number of answers; the template must ask for the last of them, and take it."""
-        places = _places(record.document)
-        if places and places[-1]:
-            self._render(record.document, record.document.messages[: places[-1]])
-            self._render(record.document, record.document.messages[: places[-1] + 1], add_generation_prompt=False)
-        return len(places)
+        indices = _rewritten_indices(record.document)
+        if indices and indices[-1]:
+            self._render(record.document, record.document.messages[: indices[-1]])
+            self._render(record.document, record.document.messages[: indices[-1] + 1], add_generation_prompt=False)
+        return len(indices)
 
     def prompt(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[int]:
         """Return the token ids of the template's text that asks for the next answer; none where it cannot ask."""
@@ -118,7 +118,7 @@ class ChatRewriter:
 
         Some templates put a space before an answer themselves, or drop white space around it.
         """
-        written, conversation = _spelled(settings, [], tokens), request.record.document
+        written, conversation = _text_with_special(settings, [], tokens), request.record.document
         if written == written.strip():
             return written
         before = self._before(request.record, request.answers)
@@ -130,23 +130,23 @@ class ChatRewriter:
         return written.strip()
 
     def rewritten(self, record: Record[Conversation], answers: Sequence[Answer]) -> Row | None:
-        """Return the record with the messages up to the last whole answer."""
-        whole = [answer for answer in answers if answer.end == "stop"]
-        if not whole:
+        """Return the record with the messages up to the last complete answer."""
+        complete_answers = [answer for answer in answers if answer.end == "stop"]
+        if not complete_answers:
             return None
         if self.answer_field is not None:
-            return {**record.fields, self.answer_field: whole[0].text}
-        places = _places(record.document)
+            return {**record.fields, self.answer_field: complete_answers[0].text}
+        indices = _rewritten_indices(record.document)
         messages = [
-            message if message["role"] != "assistant" or index in places else {**message, "weight": 0}
-            for index, message in enumerate(_with_answers(record.document, whole))
+            message if message["role"] != "assistant" or index in indices else {**message, "weight": 0}
+            for index, message in enumerate(_with_answers(record.document, complete_answers))
         ]
-        end = None if len(whole) == len(places) else places[len(whole) - 1] + 1
+        end = None if len(complete_answers) == len(indices) else indices[len(complete_answers) - 1] + 1
         return {**record.fields, self.messages_field: messages[:end]}
 
     def _before(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[Message]:
         """Return the messages before the next answer."""
-        return _with_answers(record.document, answers)[: _places(record.document)[len(answers)]]
+        return _with_answers(record.document, answers)[: _rewritten_indices(record.document)[len(answers)]]
 
     def _render(
         self, conversation: Conversation, messages: Sequence[Message], add_generation_prompt: bool = True
@@ -157,7 +157,7 @@ class ChatRewriter:
             raise UserError(f"{conversation.where}: {error}") from None
 
 
-def _places(conversation: Conversation) -> list[int]:
+def _rewritten_indices(conversation: Conversation) -> list[int]:
     """Return the indices of the messages that the model writes."""
     return [index for index in conversation.answers if not conversation.messages[index].get("tool_calls")]
 
@@ -165,14 +165,13 @@ def _places(conversation: Conversation) -> list[int]:
 def _with_answers(conversation: Conversation, answers: Sequence[Answer]) -> list[Message]:
     """Return the messages, with as many answers in their places as there are."""
     messages = list(conversation.messages)
-    for index, answer in zip(_places(conversation), answers, strict=False):
+    for index, answer in zip(_rewritten_indices(conversation), answers, strict=False):
         messages[index] = {"role": "assistant", "content": answer.text}
     return messages
 
 
-def _spelled(settings: DecodingSettings, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+def _text_with_special(settings: DecodingSettings, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """Return prompt and answer as text, special tokens written out, up to the token or text that ended the answer."""
-    assert settings.spell is not None
     written = tokens[:-1] if tokens[-1] in settings.stop_token_ids else tokens
-    text, start = settings.spell([*prompt, *written]), len(settings.spell(list(prompt)))
+    text, start = settings.text_with_special([*prompt, *written]), len(settings.text_with_special(prompt))
     return text[: min((at for stop in settings.stop_strings if (at := text.find(stop, start)) >= 0), default=None)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemodiff_train.decoding.generation import DecodingSettings
 
 
-class Sampler:
+class TokenSampler:
     """Chooses tokens for the rows of one batch.
 
     A row's draws are a function of the seed and of its number in the task; they do not depend on the batch in
@@ -19,13 +19,13 @@ class Sampler:
 
     Args:
         settings: Temperature, top-k, top-p and seed.
-        numbers: Number of each row in the task.
+        request_ids: Number of each row in the task.
     """
 
-    def __init__(self, settings: DecodingSettings, numbers: Sequence[int]) -> None:
+    def __init__(self, settings: DecodingSettings, request_ids: Sequence[int]) -> None:
         self.settings = settings
         self.greedy = settings.temperature == 0
-        keys = [np.array([settings.seed, number], dtype=np.uint64) for number in numbers]
+        keys = [np.array([settings.seed, request_id], dtype=np.uint64) for request_id in request_ids]
         self._generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
     def sample_tokens(self, logits: Tensor, rows: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ class Sampler:
 
     def uniform(self, rows: Tensor, positions: int, device: torch.device) -> Tensor:
         """Return [batch, positions] fp64 numbers in [0, 1), from each row's own generator."""
-        numbers = [self._generators[row].random(positions) for row in rows.tolist()]
-        return torch.from_numpy(np.stack(numbers)).to(device)
+        draws = [self._generators[row].random(positions) for row in rows.tolist()]
+        return torch.from_numpy(np.stack(draws)).to(device)
 
 
 class Verification(NamedTuple):
@@ -110,7 +110,7 @@ class Verification(NamedTuple):
 
 
 def rejection_sample(
-    sampler: Sampler, draft_tokens: Tensor, draft_logits: Tensor, target_logits: Tensor, rows: Tensor
+    sampler: TokenSampler, draft_tokens: Tensor, draft_logits: Tensor, target_logits: Tensor, rows: Tensor
 ) -> Verification:
     """Verify a draft by speculative decoding's rejection sampling (arXiv 2211.17192, algorithm 1).
 

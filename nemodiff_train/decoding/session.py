@@ -25,13 +25,13 @@ MASK_FILLING: tuple[ForwardKind, ...] = ("denoise", "draft", "search")
 PREFILL_TOKENS = 2048
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """Positions and attention of new tokens that do not simply follow one another."""
 
     offsets: Tensor
     """[batch or 1, new] position of each, counted from the first one after the committed tokens."""
-    sees: Tensor
-    """[batch or 1, new, new] boolean: which new tokens (last dimension) each of them attends to."""
+    can_attend: Tensor
+    """[batch or 1, new, new] boolean: whether each of them attends to a new token (last dimension)."""
     span: int
     """Number that every offset is below."""
 
@@ -73,7 +73,7 @@ class Session:
         *,
         causal: bool = False,
         block_size: int | None = None,
-        layout: Layout | None = None,
+        layout: TokenLayout | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
         """Run new tokens after those that their rows have committed.
@@ -115,7 +115,7 @@ class Session:
             lambda: self.model(tokens, batch, indices)[..., : self.vocab_size],
         )  # fmt: skip
         if kind in MASK_FILLING and not causal and self.model.config.shift:
-            logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is the seed: never used
+            logits = logits.roll(1, dims=1)  # a block's first index gets the last's, but it is known: never used
         if self.mask_token_id is not None:
             logits[..., self.mask_token_id] = float("-inf")
         self.seconds[kind] += time.perf_counter() - started
@@ -192,7 +192,7 @@ class Session:
         return torch.stack([last_logits[row] for row in range(len(prompts))])
 
 
-def running(generations: Sequence[Generation], rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+def drop_finished(generations: Sequence[Generation], rows: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Return the rows [batch] that have not ended, and their part of [batch, ...] values."""
     unfinished = torch.tensor([not generations[row].finished for row in rows.tolist()], dtype=torch.bool)
     return tuple(value[unfinished] for value in (rows, *values))
@@ -209,10 +209,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         UserError: There is no prompt, or one is empty or holds a token without a row.
     """
     if not prompts:
-        raise UserError("no prompts to decode")
+        raise UserError("no prompts to decode; give one at least")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise UserError(f"prompt {number} has no tokens")
+            raise UserError(f"prompt {number} has no tokens; give it some text, or leave it out")
         if (largest := max(prompt)) >= vocab_size:  # tensor-parallel ranks would embed it as zeros
             raise UserError(
                 f"prompt {number} holds token {largest}, but the model has tokens 0 to {vocab_size - 1}; leave it out"

@@ -1,4 +1,4 @@
-"""Trajectories of blocks whose text is known: the states that the trained sampler learns from, and is judged by."""
+"""Trajectories of blocks whose text is known: the states that the trained sampler learns from, and is tested on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemodiff_train.decoding.diffusion import reaching
+from nemodiff_train.decoding.diffusion import select_by_threshold
 from nemodiff_train.decoding.generation import Generation
 from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.sampler.features import SlotHistory
 from nemodiff_train.sampler.training import States
 
-Judge = Callable[[Tensor], Tensor]
+ConfidenceFunction = Callable[[Tensor], Tensor]
 """Probabilities [rows, block] that tokens are right, of features [rows, block, features]."""
 
 
@@ -44,7 +44,12 @@ class Trajectories:
 
 
 def reference_blocks(
-    prompt: Sequence[int], generation: Generation, block_size: int, *, on_grid: bool, seeds: bool
+    prompt: Sequence[int],
+    generation: Generation,
+    block_size: int,
+    *,
+    blocks_from_text_start: bool,
+    known_first_token: bool,
 ) -> list[ReferenceBlock]:
     """Cut a text into the blocks that block diffusion would decode it in.
 
@@ -54,15 +59,15 @@ def reference_blocks(
         prompt: Token ids.
         generation: What the model has written after it.
         block_size: Positions of a block.
-        on_grid: Blocks are counted from the start of the text, as block-causal models have them.
-        seeds: The text before a block gives its first token.
+        blocks_from_text_start: Blocks are counted from the start of the text, as block-causal models have them.
+        known_first_token: The text before a block gives its first token.
     """
     text = [*prompt, *generation.tokens]
-    first = len(prompt) // block_size * block_size if on_grid else len(prompt)
+    first = len(prompt) // block_size * block_size if blocks_from_text_start else len(prompt)
     blocks = []
     for start in range(first, len(text), block_size):
         tokens = text[start : start + block_size]
-        known = max(len(prompt) - start, int(seeds and start > 0), 0)
+        known = max(len(prompt) - start, int(known_first_token and start > 0), 0)
         complete = len(tokens) == block_size or tokens[-1] in generation.settings.stop_token_ids
         if complete and known < len(tokens):
             blocks.append(ReferenceBlock(text[:start], tokens, known))
@@ -71,7 +76,11 @@ def reference_blocks(
 
 @torch.no_grad()
 def record(
-    model: list[GPTModel], blocks: Sequence[ReferenceBlock], block_size: int, judge: Judge | None, cuts: Tensor
+    model: list[GPTModel],
+    blocks: Sequence[ReferenceBlock],
+    block_size: int,
+    confidence: ConfidenceFunction | None,
+    thresholds: Tensor,
 ) -> Trajectories:
     """Decode blocks under a sampler's decisions, with its mistakes put right.
 
@@ -83,22 +92,22 @@ def record(
         model: In evaluation mode: this pipeline rank's chunks.
         blocks: At least one.
         block_size: Positions of a block.
-        judge: Says how probably each slot's token is right; the best slot of a row is always unmasked. None for an
-            oracle, which unmasks every right token and no other.
-        cuts: [blocks] probability from which a slot is unmasked.
+        confidence: Of each slot's token; the best slot of a row is always unmasked. None for an oracle, which unmasks
+            every right token and no other.
+        thresholds: [blocks] probability from which a slot is unmasked.
     """
     longest = max(len(block.context) for block in blocks)
     config = PipelineRunner(model).config
     session = Session(model, len(blocks), longest + block_size, config.mask_token_id)
-    on_grid = config.clean_attention == "block_causal"
+    blocks_from_text_start = config.clean_attention == "block_causal"
     if longest:
-        session.prefill([block.context for block in blocks], block_size if on_grid else None)
+        session.prefill([block.context for block in blocks], block_size if blocks_from_text_start else None)
     reference = torch.full((len(blocks), block_size), -1)
     known = torch.zeros(reference.shape, dtype=torch.bool)
     for row, block in enumerate(blocks):
         reference[row, : len(block.tokens)] = torch.tensor(block.tokens)
         known[row, : block.known] = True
-    reference, known, cuts = (values.to(session.device) for values in (reference, known, cuts))
+    reference, known, thresholds = (values.to(session.device) for values in (reference, known, thresholds))
     tokens = torch.where(known, reference, session.masks(*reference.shape))
     history, states, forwards, wrong = SlotHistory(tokens), [], 0, 0
     while len(rows := (~known & (reference >= 0)).any(1).cpu().nonzero()[:, 0]):
@@ -108,9 +117,9 @@ def record(
         guess = logits.argmax(-1)
         features = history.observe(rows, logits, guess, before, masked)
         states.append(States(features.cpu(), masked.cpu(), (guess == target).cpu()))
-        # Slots [rows, block] that the judge unmasks.
-        probability = (guess == target).float() if judge is None else judge(features)
-        unmask = reaching(probability, masked, cuts[rows, None])
+        # Slots [rows, block] that reach the threshold.
+        probability = (guess == target).float() if confidence is None else confidence(features)
+        unmask = select_by_threshold(probability, masked, thresholds[rows, None])
         wrong += int((unmask & (guess != target) & (target >= 0)).sum())
         forwards += len(rows)
         # Nothing after the text's end is unmasked; a row without another slot to unmask gets its first one.

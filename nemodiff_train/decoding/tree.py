@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemodiff_train.decoding.chain import Chain, appended, initial_history
 from nemodiff_train.decoding.generation import DecodingSettings, Generation
 from nemodiff_train.decoding.linear import Draft, decode_linear
-from nemodiff_train.decoding.sampling import Sampler
-from nemodiff_train.decoding.session import Layout, Session
+from nemodiff_train.decoding.path_distribution import PathDistribution, appended, initial_history
+from nemodiff_train.decoding.sampling import TokenSampler
+from nemodiff_train.decoding.session import Session, TokenLayout
 
 
-def decode_tree(session: Session, prompts: Sequence[Sequence[int]], sampler: Sampler) -> list[Generation]:
+def decode_tree(session: Session, prompts: Sequence[Sequence[int]], sampler: TokenSampler) -> list[Generation]:
     """Draft as :func:`~nemodiff_train.decoding.linear.decode_linear` does; verify the most probable continuations.
 
     They are a tree: its root is the last known token, and every other node a token for the position after its
@@ -94,21 +94,21 @@ class DraftTree:
 
 
 def _verify_tree(
-    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: Sampler
+    session: Session, rows: list[Generation], active: Tensor, last: Tensor, draft: Draft, sampler: TokenSampler
 ) -> Tensor:
     """Verify the most probable continuations and keep the branch that the verifier follows."""
     settings, length = sampler.settings, draft.logits.shape[1]
     tree = DraftTree.most_probable(*_candidates(session, draft, settings), last, settings.tree_nodes)
-    tokens, sees = torch.cat([last, tree.tokens[:, 1:]], dim=1), tree.ancestors()
-    logits = session.forward(tokens, active, "verify", layout=Layout(tree.depths, sees, length + 1))
+    tokens, can_attend = torch.cat([last, tree.tokens[:, 1:]], dim=1), tree.ancestors()
+    logits = session.forward(tokens, active, "verify", layout=TokenLayout(tree.depths, can_attend, length + 1))
     choices = sampler.sample_tokens(logits, active)  # [batch, n] what follows each node
     # A node is on the branch if it and all its ancestors are what the verifier has chosen after their parents.
     matches = choices.gather(1, tree.parents) == tokens  # [batch, n]
     matches[:, 0] = True
-    on_branch = ~(sees & ~matches[:, None, :]).any(-1)
+    on_branch = ~(can_attend & ~matches[:, None, :]).any(-1)
     proposed = _mass_of_children(logits, tokens, tree.parents)
 
-    sure, branches = not session.draft_kind.seed_in_block, []
+    branches = []
     on_host = torch.stack([on_branch.long(), tokens, tree.parents, choices]).cpu()  # each copy is a wait
     for index, (row, mass) in enumerate(zip(active.tolist(), proposed.tolist(), strict=True)):
         branches.append(on_host[0, index].nonzero()[:, 0])
@@ -122,7 +122,7 @@ def _verify_tree(
             draft_tokens=[token_of[node] for node in drafted],
             accept_mask=[node in branch for node in drafted],
             accept_probs=[mass[parent_of[node]] for node in drafted],
-            sure=sure,
+            target_tokens=session.draft_kind.target_tokens_per_cycle - 1,  # less what follows the branch
         )
     session.commit_nodes(active, branches)
     ends = torch.stack([branch[-1:] for branch in branches])
@@ -136,10 +136,10 @@ def _candidates(session: Session, draft: Draft, settings: DecodingSettings) -> t
         log_probs = (draft.logits / temperature).log_softmax(-1)
         values, candidates = log_probs.topk(min(width, log_probs.shape[-1]), dim=-1)
         return lambda depth, histories: values[:, depth, None], candidates  # the same after every history
-    chain = Chain.of(session.selector_tables, *draft)
+    paths = PathDistribution.from_draft(session.selector_tables, *draft)
     return (
-        lambda depth, histories: (chain.logits(depth, histories) / temperature).log_softmax(-1)[..., :width],
-        chain.candidates[..., :width],
+        lambda depth, histories: (paths.logits(depth, histories) / temperature).log_softmax(-1)[..., :width],
+        paths.candidates[..., :width],
     )
 
 

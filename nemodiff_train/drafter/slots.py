@@ -35,7 +35,7 @@ class Slots:
         start = torch.searchsorted(blocks, blocks)
         number = torch.arange(blocks.shape[1], device=blocks.device) - start + int(shifted)
         documents = torch.where(documents < 0, -1 - documents, documents)  # an answer's padding belongs to its text
-        if not kind.seed_in_block:  # a document's first block has no token before it to follow
+        if not kind.known_token_in_block:  # a document's first block has no token before it to follow
             exists = start > torch.searchsorted(documents, documents)
         elif shifted:  # the block's last position would predict the next block's first token, which is known
             exists = torch.ones_like(blocks, dtype=torch.bool)

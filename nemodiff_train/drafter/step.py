@@ -53,7 +53,7 @@ def draft_tokens(
     else:
         assert model.mask_token_id is not None  # such a drafter is refused for a model that has none
         noisy = torch.full_like(clean, model.mask_token_id)
-    if kind.seed_in_block:  # the first token of each block is known
+    if kind.known_token_in_block:  # the first token of each block is known
         first = torch.ones_like(blocks, dtype=torch.bool)
         first[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
         noisy = clean.where(copied_to(clean.device, shard.take(first, blocks.shape[1])), noisy)
@@ -173,16 +173,16 @@ class DraftLoss:
         """Return [sum, count] of the figures that say how good greedy drafts are, over this rank's positions."""
         number, accepted, usable = (self._own(values) for values in (slots.number, verdict.accepted, verdict.usable))
         kind = self.settings.draft_kind
-        longest = self.model.largest_block - int(kind.seed_in_block)
+        longest = self.model.largest_block - int(kind.known_token_in_block)
         drafts = (usable & (number == 1)).sum().float()
-        sure = kind.sure_tokens * drafts  # the verifier's own tokens of each cycle
+        targets = kind.target_tokens_per_cycle * drafts  # the verifier's own tokens of each cycle
         figures = {}
         for length in {min(length, longest) for length in (*DRAFT_LENGTHS, longest)}:
-            figures[f"acceptance_length/{length}"] = pair((accepted & (number <= length)).sum() + sure, drafts)
+            figures[f"acceptance_length/{length}"] = pair((accepted & (number <= length)).sum() + targets, drafts)
         for position in POSITIONS:
             if position <= longest:
                 figures[f"acceptance_by_position/{position}"] = pair((accepted & (number == position)).sum(), drafts)
-        figures["expected_tpf"] = pair(accepted.sum() + sure, 2 * drafts)  # one forward drafts, one verifies
+        figures["expected_tpf"] = pair(accepted.sum() + targets, 2 * drafts)  # one forward drafts, one verifies
         return figures
 
 

@@ -41,7 +41,7 @@ _OF_THE_HARNESS = (
     "add_bos_token", "prefix_token_id", "max_length", "softmax_dtype", "think_end_token", "enable_thinking",
     "chat_template_args",
 )  # fmt: skip
-_OF_REQUESTS = (*SAMPLING, "stop_strings", "stop_token_ids", "detokenize", "spell", "watch")
+_OF_REQUESTS = (*SAMPLING, "stop_strings", "stop_token_ids", "detokenize", "detokenize_with_special", "on_commit")
 _SETTINGS = tuple(
     field.name for field in fields(DecodingSettings) if field.name not in (*_OF_REQUESTS, "trained_sampler")
 )
@@ -58,7 +58,7 @@ MODEL_ARGS = (
 
 @register_model("nemodiff")
 class NemodiffLM(HFLM):
-    """Generates in any decoding mode and scores with the AR half; forwards are counted.
+    """Generates in any decoding mode and scores in AR mode; forwards are counted.
 
     Args:
         checkpoint: Megatron checkpoint of this project.
@@ -82,11 +82,10 @@ class NemodiffLM(HFLM):
         **words: Any,
     ) -> None:
         _check_words(checkpoint, words)
-        opened = Checkpoint.open(str(checkpoint))
         harness = {name: words.pop(name) for name in _OF_THE_HARNESS if name in words}
         if drafter := words.pop("drafter", None):
             words["drafter"] = Checkpoint.open(drafter).require_drafter()
-        self.loaded = load_decoding_model(opened, modes=(mode,), **words)
+        self.loaded = load_decoding_model(Checkpoint.open(str(checkpoint)), modes=(mode,), **words)
         runner = PipelineRunner(self.loaded.model)
         # What the harness asks of a Transformers model besides logits and new tokens.
         weights = SimpleNamespace(config=config_from(runner.config.hf_config), device=runner.device)

@@ -35,9 +35,14 @@ def merge_adapters(models: list[MegatronModule], checkpoint: Checkpoint) -> None
     try:
         adapters = instantiate(apply_run_config_backward_compat(checkpoint.run_config["peft"]))
     except (InstantiationException, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"'{checkpoint.iteration}' has unusable adapters: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"'{checkpoint.iteration}' has unusable adapters: {str(error).splitlines()[0]}; take another iteration"
+        ) from None
     if type(adapters) is not LoRA:
-        raise UserError(f"'{checkpoint.iteration}' holds {type(adapters).__name__} adapters; only LoRA can be merged")
+        raise UserError(
+            f"'{checkpoint.iteration}' holds {type(adapters).__name__} adapters, and only LoRA can be merged; export "
+            "the adapters with the tool that made them"
+        )
     adapters(models, training=False)
     load_adapters(models, checkpoint, adapters)
     for chunk in models:

@@ -18,7 +18,7 @@ from nemodiff_train.schema import AS_WRITTEN, checked
 
 
 class Kind(StrEnum):
-    """What the weights of a checkpoint are."""
+    """Kind of a checkpoint's weights."""
 
     AR = "AR model"
     """All weights of a model without a mask token."""
@@ -175,7 +175,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> Kind:
-        """Return what its weights are."""
+        """Return the kind of its weights."""
         if self.run_config.get("drafter") is not None:
             return Kind.DRAFTER
         if self.run_config.get("peft") is not None:
@@ -191,7 +191,9 @@ class Checkpoint:
         """
         directory = self.iteration / "tokenizer"
         if not directory.is_dir():
-            raise UserError(f"'{directory}' is missing: the checkpoint was saved without its tokenizer")
+            raise UserError(
+                f"'{directory}' is missing: the checkpoint was saved without it; save it again with its tokenizer"
+            )
         return directory
 
     @property

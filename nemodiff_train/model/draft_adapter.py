@@ -27,6 +27,8 @@ PROJECTIONS = {
 }  # fmt: skip
 """Hugging Face's names of the linear layers that an adapter may act on, by those of Megatron Bridge."""
 
+REMEDY = "name a drafter of this model, or train one with 'nemodiff train drafter'"
+
 _WITHIN_LAYERS = ("kv_channels", "num_query_groups", "ffn_hidden_size")
 """Sizes that may be unset, to follow from the others; adapters of the attention output depend on the first alone."""
 
@@ -189,7 +191,9 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
     run = checkpoint.require_drafter().run_config
     name = (run.get("drafter") or {}).get("kind")
     if name not in DRAFT_KINDS:
-        raise UserError(f"the drafter '{checkpoint.path}' is of kind '{name}'; known: {', '.join(DRAFT_KINDS)}")
+        raise UserError(
+            f"the drafter '{checkpoint.path}' is of kind '{name}'; known: {', '.join(DRAFT_KINDS)}; {REMEDY}"
+        )
     kind = DRAFT_KINDS[name]
     if not kind.uniform_noise and model.mask_token_id is None:
         raise UserError(
@@ -205,12 +209,13 @@ def open_drafter(checkpoint: Checkpoint, model: "TriModeModelProvider") -> Draft
         target_modules=list(adapters["target_modules"]),
         selector_rank=adapters.get("selector_rank", 0),
     )
-    for setting in (*lora.shape, *(("shift",) if kind.seed_in_block else ())):
+    for setting in (*lora.shape, *(("shift",) if kind.known_token_in_block else ())):
         expected, actual = run["model"].get(setting), getattr(model, setting)
         unset = setting in _WITHIN_LAYERS and None in (expected, actual)
         if expected != actual and not unset:
             raise UserError(
-                f"the drafter '{checkpoint.path}' is for a model with {setting}={expected}; this one has {actual}"
+                f"the drafter '{checkpoint.path}' is for a model with {setting}={expected}; this one has {actual}; "
+                f"{REMEDY}"
             )
     return Drafter(name, lora, run["model"]["block_size"])
 
@@ -230,8 +235,8 @@ def with_selector(model: "TriModeModelProvider", drafter: str | None, rank: int)
         raise UserError(f"rank={rank}; a path selector takes 1 to {LARGEST_RANK:,}")
     if drafter is None:
         return Drafter("nemotron", DraftLoRA(target_modules=[], selector_rank=rank), model.block_size)
-    opened = open_drafter(Checkpoint.open(drafter), model)
-    return replace(opened, lora=replace(opened.lora, selector_rank=rank, drafter=drafter))
+    drafter_settings = open_drafter(Checkpoint.open(drafter), model)
+    return replace(drafter_settings, lora=replace(drafter_settings.lora, selector_rank=rank, drafter=drafter))
 
 
 def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: Drafter) -> None:
@@ -246,6 +251,6 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
     load_adapters(models, checkpoint.verify_contents(), drafter.lora)
     chunks: list[GPTModel] = [unwrap_model(chunk) for chunk in models]
     rank = drafter.lora.selector_rank
-    tables = SelectorTables.of(chunks, rank) if rank else None
+    tables = SelectorTables.from_model(chunks, rank) if rank else None
     for chunk in chunks:
         chunk.attention_state.draft_kind, chunk.selector_tables = drafter.kind, tables

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 LOGIT_CHUNK = {"cuda": 2048, "cpu": 128}
 """Positions whose logits exist at once: enough to keep a GPU busy, few enough for a CPU's cache."""
 DRAFT_CHUNK = {"cuda": 512, "cpu": 128}
-"""The same where a drafter's logits are compared with the verifier's, which takes six times the memory."""
+"""Number of positions where a drafter's logits are compared with the verifier's, which takes six times the memory."""
 
 
 def token_losses(
@@ -96,7 +96,7 @@ def gather_hidden_states(states: Tensor, layer: ColumnParallelLinear) -> Tensor:
 
 
 class _CrossEntropyContext(FunctionCtx):
-    """What :class:`_CrossEntropy` keeps for its backward pass: gradients of states and weight, and loss weights."""
+    """Context of :class:`_CrossEntropy`: gradients of states and weight, and loss weights, for its backward pass."""
 
     dtype: torch.dtype
     needs_input_grad: tuple[bool, ...]
@@ -141,8 +141,8 @@ class _CrossEntropy(torch.autograd.Function):
             logits = _logits(state, weight)
             maximum = _all_reduce(logits.amax(-1), dist.ReduceOp.MAX, group)
             # [c] row of each target, and 1.0 where this rank holds it; elsewhere row 0, and 0.0.
-            held = (target >= 0) & (target < len(weight))
-            row, is_local = target * held, held.float()
+            is_local_target = (target >= 0) & (target < len(weight))
+            row, is_local = target * is_local_target, is_local_target.float()
             target_logit = logits.gather(-1, row[:, None])[:, 0].sub_(maximum).mul_(is_local)
             exponentials = logits.sub_(maximum[:, None]).exp_()
             # [c] target logit and sum of exponentials over all ranks: loss = log(sum) - target logit.

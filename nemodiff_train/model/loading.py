@@ -71,7 +71,7 @@ def load_model(
     if provider is None or verified is not checkpoint:
         provider = model_from(verified.require_model())
     checkpoint = verified
-    opened = open_drafter(drafter, provider) if drafter else None
+    drafter_settings = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     if line := tokens_without_row(tokenizer, provider.vocab_size):
         warn(line)
@@ -85,9 +85,9 @@ def load_model(
         chunks: list[GPTModel] = built if isinstance(built, list) else [built]
         if weights is not checkpoint:
             merge_adapters(chunks, checkpoint)
-        if drafter and opened:
+        if drafter and drafter_settings:
             warn_of_other_base(drafter, weights)
-            load_drafter(chunks, drafter, opened)
+            load_drafter(chunks, drafter, drafter_settings)
     return LoadedModel(provider, [chunk.eval() for chunk in chunks], tokenizer)
 
 

@@ -43,7 +43,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class _RMSNormContext(FunctionCtx):
-    """What :class:`_RMSNorm` keeps for its backward pass: input and weight."""
+    """Context of :class:`_RMSNorm`: input and weight, for its backward pass."""
 
     eps: float
     saved_tensors: tuple[Tensor, Tensor]

@@ -86,7 +86,7 @@ class SelectorTables:
         return self.after.shape[1]
 
     @classmethod
-    def of(cls, chunks: list[GPTModel], rank: int) -> "SelectorTables":
+    def from_model(cls, chunks: list[GPTModel], rank: int) -> "SelectorTables":
         """Compute them from a loaded model; every rank of it calls this.
 
         Args:

@@ -41,6 +41,8 @@ from nemodiff_train.model.families import (
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 from nemodiff_train.schema import check_type, read_json
 
+_REMEDY = "give a Hugging Face directory or name, or a Megatron checkpoint"
+
 
 class NemotronLabsDiffusionConfig(Ministral3Config):
     """Configuration of a NemotronLabsDiffusion model."""
@@ -80,7 +82,8 @@ def model_from(source: str | Checkpoint) -> TriModeModelProvider:
         provider.clean_attention = diffusion["clean_attention"]
     if (provider.mask_token_id or 0) >= provider.vocab_size:
         raise UserError(
-            f"'{source}': mask_token_id is {provider.mask_token_id}, but config.json has {provider.vocab_size} tokens"
+            f"'{source}': mask_token_id is {provider.mask_token_id}, but config.json has {provider.vocab_size} "
+            "tokens; fetch config.json again"
         )
     return provider
 
@@ -125,7 +128,7 @@ def _unusable(name: str, error: Exception) -> UserError:
     """Return the refusal of a ``config.json`` that Transformers or Bridge fails on, by whatever exception."""
     reason = " ".join(str(error).split())[:300]
     kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
-    return UserError(f"config.json of {name}: {kind}{reason}")
+    return UserError(f"config.json of {name}: {kind}{reason.rstrip('.')}; correct config.json, or fetch it again")
 
 
 def stored_settings(source: str) -> HFConfig:
@@ -136,7 +139,7 @@ def stored_settings(source: str) -> HFConfig:
     """
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"'{source}' is not a checkpoint: it has neither config.json nor iter_* folders")
+        raise UserError(f"'{source}' is not a checkpoint: it has neither config.json nor iter_* folders; {_REMEDY}")
     return read_config(Path(local_copy(source)))
 
 
@@ -198,9 +201,9 @@ def local_copy(source: str) -> str:
     try:
         return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "README.md", *PATTERNS]))
     except HFValidationError:  # a path, which cannot be a name
-        raise UserError(f"no checkpoint at '{source}'") from None
+        raise UserError(f"no checkpoint at '{source}'; {_REMEDY}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]}); {_REMEDY}") from None
 
 
 def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
@@ -212,7 +215,7 @@ def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:
         with quiet():
             provider = instantiate(model)
     except (InstantiationException, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"'{file}' cannot be used: {str(error).splitlines()[0]}; take another iteration") from None
     if not isinstance(provider, TriModeModelProvider):
         raise UserError(
             f"'{checkpoint.iteration}' was not made by this project; import the Hugging Face model instead"

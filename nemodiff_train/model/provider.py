@@ -34,7 +34,7 @@ SCALINGS = ("default", "linear", "llama3", "yarn")
 """Values of ``rope_type`` whose frequencies do not depend on the length of the text."""
 
 LAYERS: Literal["local", "transformer_engine"] = "transformer_engine" if HAVE_TE else "local"
-"""Whose layers a model is trained with on this machine; both have weights of the same names."""
+"""Implementation of the layers in training on this machine; both have weights of the same names."""
 
 register_allowed_target_prefix("nemodiff_train")  # Bridge builds the saved configuration by name
 
@@ -78,7 +78,7 @@ class TriModeModelProvider(GPTModelProvider):
     transformer_layer_spec: Any = tri_mode_layer_spec
 
     transformer_impl: Literal["local", "transformer_engine", "inference_optimized"] = LAYERS
-    """Whose layers: ``local`` for decoding, which runs the weights without the modules
+    """Implementation of the layers: ``local`` for decoding, which runs the weights without the modules
     (:func:`~nemodiff_train.decoding.forward.fast_forward`)."""
     pipeline_dtype: torch.dtype | None = None
     """Format in which pipeline stages exchange activations; None for that of the parameters."""

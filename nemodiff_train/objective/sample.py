@@ -132,7 +132,7 @@ class SampleMaker:
         # [L] what a noisy position predicts, its own token or the next one, and the index of that in its block.
         labels, index_in_block = tokens, torch.arange(len(block)) - torch.searchsorted(block, block)
         if self.objective.shift:
-            # A block's first token would be predicted from a block it cannot see; decoding has it from the AR seed.
+            # A block's first token would be predicted from a block it cannot see; decoding has it from AR.
             labels, index_in_block, level = clean.labels, index_in_block + 1, level.roll(-1, 1)
             weight = weight.roll(-1, 1).masked_fill(_is_last(block, at_end=True), 0.0)
         # [V, L] what the noisy views hide, and each field: the views one after another, then the clean half.

@@ -101,7 +101,7 @@ def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
     for cycle_start, cycle in zip(cycle_starts, record.cycles, strict=False):
         if not cycle.draft_tokens:
             continue
-        start = cycle_start + cycle.sure
+        start = cycle_start + cycle.target_tokens
         context = record.tokens[max(start - CONTEXT, 0) : start]
         texts = [""] * len(cycle.draft_tokens)
         for text, first, _ in _cut([*context, *cycle.draft_tokens], decode):

@@ -25,7 +25,7 @@ class Point(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    cut: Probability = Field(description="Probability from which it unmasked.")
+    threshold: Probability = Field(description="Probability from which it unmasked.")
     tokens_per_forward: float = Field(description="Tokens per denoise forward; no prefill, no commits.")
     wrong: float = Field(description="Share of the tokens that it would have got wrong.")
 
@@ -39,13 +39,13 @@ class Description(BaseModel):
     layers: int = Field(ge=1, le=LARGEST["layers"])
     width: int = Field(ge=HEAD_SIZE, le=LARGEST["width"], multiple_of=HEAD_SIZE)
     features: list[str] = Field(description="Names of the features, in order.")
-    cut: Probability = Field(description="The threshold that decoding takes unless told otherwise.")
+    threshold: Probability = Field(description="The one that decoding takes unless told otherwise.")
     checkpoint: str = Field(description="The iteration whose decisions it makes.")
     checksum: str = Field(description="Checksum of that iteration.")
     task: str = Field(description="Source of its prompts.")
     trajectories: int = Field(description="Blocks that were decoded to train it.")
-    trained: list[Point] = Field(description="On held-out blocks, by cut.")
-    threshold: list[Point] = Field(description="The policy ``threshold`` on the same blocks.")
+    trained: list[Point] = Field(description="On held-out blocks, by threshold.")
+    threshold_policy: list[Point] = Field(description="The policy ``threshold`` on the same blocks.")
     oracle: float = Field(
         description="Tokens per denoise forward there if every right token is unmasked, and no other."
     )

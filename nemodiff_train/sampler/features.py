@@ -12,24 +12,24 @@ _LARGEST = 16.0
 
 FEATURES: Mapping[str, str] = {
     "masked": "1 where the slot is masked; where it is not, features of its token are 0",
-    "log_odds": "log p / (1 - p) of the slot's token, by 8",
+    "log_odds": "log p / (1 - p) of the slot's token, divided by 8",
     "probability": "p",
-    **{f"top_{rank}": f"log p of the {rank}. most probable token, by 8" for rank in range(1, TOP + 1)},
+    **{f"top_{rank}": f"log p of the rank-{rank} token, divided by 8" for rank in range(1, TOP + 1)},
     "margin": "probability of the most probable token less that of the next",
     "entropy": "nats",
     "is_top": "1 where the token is the most probable one: 0 only where it was drawn",
     "left_agrees": "probability that the slot to the left gives to this slot's token; 0 or 1 where it is unmasked",
     "right_agrees": "the same of the slot to the right",
-    "before_are_right": "product of the probabilities of the masked slots to the left",
+    "left_correct_probability": "product of the probabilities of the masked slots to the left",
     "unchanged": "1 where the forward before gave the same token",
-    "repeats": "forwards in a row that have given the token, by 8, at most 1",
-    "gain": "log-odds less those of the forward before, by 8",
-    "freshness": "of an unmasked slot, 1 / forwards since it was unmasked; 0 for what was known from the start",
-    "slot": "index in the block, by its length",
-    "to_left": "slots to the next unmasked one on the left, by the block's length; 1 without one",
+    "repeats": "forwards in a row that have given the token, divided by 8, at most 1",
+    "log_odds_change": "log-odds less those of the forward before, divided by 8",
+    "inverse_age": "of an unmasked slot, 1 / forwards since it was unmasked; 0 for what was known from the start",
+    "slot": "index in the block, divided by its length",
+    "to_left": "slots to the next unmasked one on the left, divided by the block's length; 1 without one",
     "to_right": "the same on the right",
-    "share_masked": "masked slots of the block, by its length",
-    "just_unmasked": "slots that the forward before unmasked, by the block's length",
+    "masked_fraction": "masked slots of the block, divided by its length",
+    "just_unmasked": "slots that the forward before unmasked, divided by the block's length",
     "forwards": "1 / (1 + forwards that the block has had)",
 }
 """Name and meaning of each feature, in order; logarithms are natural."""
@@ -85,18 +85,18 @@ class SlotHistory:
             "right_agrees": right,
             "unchanged": unchanged,
             "repeats": (repeats / 8).clamp(max=1),
-            "gain": torch.where(forwards > 0, log_odds - self._log_odds[rows], 0) / 8,
+            "log_odds_change": torch.where(forwards > 0, log_odds - self._log_odds[rows], 0) / 8,
         }
         # Sum [rows, block] of the log probabilities of the masked slots to the left.
         before = (log_p * masked).cumsum(1) - log_p * masked
         of_block = {
             "masked": masked,
-            "before_are_right": before.exp(),
-            "freshness": torch.where(~masked & (unmasked_by > 0), 1 / age.clamp(min=1), 0),
+            "left_correct_probability": before.exp(),
+            "inverse_age": torch.where(~masked & (unmasked_by > 0), 1 / age.clamp(min=1), 0),
             "slot": torch.arange(size, device=masked.device) / size,
             "to_left": _distance(masked) / size,
             "to_right": _distance(masked.flip(1)).flip(1) / size,
-            "share_masked": masked.float().mean(1, keepdim=True),
+            "masked_fraction": masked.float().mean(1, keepdim=True),
             "just_unmasked": ((unmasked_by == forwards) & (unmasked_by > 0) & ~masked).float().mean(1, keepdim=True),
             "forwards": 1 / (1 + forwards),
         }

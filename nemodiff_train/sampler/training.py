@@ -80,7 +80,7 @@ def fit(
     network.eval()
 
 
-def slot_loss(judge: Callable[[Tensor], Tensor], states: States, device: torch.device) -> Tensor:
+def slot_loss(log_odds: Callable[[Tensor], Tensor], states: States, device: torch.device) -> Tensor:
     """Return the mean binary cross-entropy over masked slots, in nats, of log-odds that tokens are right."""
     features, masked, right = (values.to(device) for values in (states.features, states.masked, states.right))
-    return F.binary_cross_entropy_with_logits(judge(features)[masked], right[masked].float())
+    return F.binary_cross_entropy_with_logits(log_odds(features)[masked], right[masked].float())

@@ -97,7 +97,7 @@ def _switch_problems(config: TriModeConfig) -> Iterator[str]:
     if objective.clean_attention != "causal":
         yield "the model has a block-causal clean half, which cannot verify drafts; start from another model"
     smallest = min([objective.block_size, *(objective.block_sizes if objective.block_schedule != "fixed" else ())])
-    if config.drafter and config.drafter.draft_kind.seed_in_block and smallest < 2:
+    if config.drafter and config.drafter.draft_kind.known_token_in_block and smallest < 2:
         yield f"a block of {smallest} has no token to draft after its first; use blocks of 2 or more"
     if objective.block_schedule == "fixed" and length % objective.block_size:
         yield f"dataset.seq_length={length} is not a multiple of objective.block_size={objective.block_size}"

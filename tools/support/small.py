@@ -269,6 +269,7 @@ def sampler(block_size: int, correction: float) -> Any:
     torch.manual_seed(0)
     network = SlotNetwork(block_size, layers=2, width=64)
     torch.nn.init.normal_(network.correction.weight, std=correction)
-    sizes = {"block_size": block_size, "layers": 2, "width": 64, "features": list(FEATURES), "cut": 0.6}
+    sizes = {"block_size": block_size, "layers": 2, "width": 64, "features": list(FEATURES), "threshold": 0.6}
     source = {"checkpoint": "iter_0000001", "checksum": "0", "task": "arithmetic", "trajectories": 1}
-    return TrainedSampler(network.eval(), Description(**sizes, **source, trained=[], threshold=[], oracle=2.0))  # type: ignore[arg-type]
+    description = Description(**sizes, **source, trained=[], threshold_policy=[], oracle=2.0)  # type: ignore[arg-type]
+    return TrainedSampler(network.eval(), description)

@@ -237,8 +237,8 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
                 )
             limit = 128 if max_new_tokens is None else max_new_tokens
             self._check(prompt_ids, limit, temperature or 0.0, block_length)
-            choose = partial(_sample, temperature=temperature or 0.0)
-            return self._diffuse(prompt_ids, limit, blocks, _Stops(eos_token_id), choose)
+            sample_tokens = partial(_sample, temperature=temperature or 0.0)
+            return self._diffuse(prompt_ids, limit, blocks, _Stops(eos_token_id), sample_tokens)
         named = {"max_new_tokens": max_new_tokens, "temperature": temperature, "eos_token_id": eos_token_id}
         settings |= {name: value for name, value in named.items() if value is not None}
         if (ids := settings.pop("inputs", input_ids)) is None:
@@ -251,12 +251,12 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         max_new_tokens: int,
         blocks: "_Blocks",
         stops: "_Stops",
-        choose: Callable[[Tensor], Tensor],
+        sample_tokens: Callable[[Tensor], Tensor],
         criteria: Sequence[Any] = (),
     ) -> tuple[Tensor, int]:
         """Decode rows [batch, length] without padding; see :meth:`generate`."""
         size, block_causal = blocks.size, self.config.clean_attention == "block_causal"
-        seeded = self.config.shift or (blocks.causal_context and not block_causal)
+        known_first_token = self.config.shift or (blocks.causal_context and not block_causal)
         session = _Session(self, self.config.mask_token_id)
 
         text, length = prompt_ids, prompt_ids.shape[1]
@@ -267,15 +267,15 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
             block = session.masks(len(text), size)
             if uncached.shape[1]:
                 logits = session.forward(uncached, size if block_causal else None, last=True)
-                if seeded:
-                    block[:, :1] = choose(logits)
+                if known_first_token:
+                    block[:, :1] = sample_tokens(logits)
             known = text.shape[1] - start  # positions of a first block-causal block that the prompt fills
             block[:, :known] = text[:, start:]
             block[:, known:] = blocks.force_end(block[:, known:], text[:, length:])
             position = torch.arange(size, device=text.device)  # within the block
             # [batch, size]: positions to fill are new, within the limit, and in rows without a stop token.
             wanted = (position >= known) & (position < end - start) & ~stops.met(text[:, length:])[:, None]
-            uncached = session.denoise(block, wanted, blocks.threshold, choose, stops)
+            uncached = session.denoise(block, wanted, blocks.threshold, sample_tokens, stops)
             before = text.shape[1]
             text = torch.cat([text[:, :start], uncached], dim=1)[:, :end]
             start += size
@@ -306,7 +306,7 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         Returns:
             [batch, length + new].
         """
-        config = _settled(generation_config or self.generation_config, settings)
+        config = _merge_generation_config(generation_config or self.generation_config, settings)
         many, length = config.num_return_sequences or 1, ids.shape[1]
         ids = ids.repeat_interleave(many, 0)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.repeat_interleave(many, 0)
@@ -314,18 +314,18 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         if limit is None:
             limit = 128 if config.max_length is None else config.max_length - length
         sampled = bool(config.do_sample)
-        choose = partial(
+        sample_tokens = partial(
             _sample,
             temperature=(1.0 if config.temperature is None else config.temperature) if sampled else 0.0,
             top_k=(config.top_k or 0) if sampled else 0,
             top_p=(config.top_p or 1.0) if sampled else 1.0,
         )
         stops, criteria = _Stops(config.eos_token_id), stopping_criteria or ()
-        self._check(ids, limit, choose.keywords["temperature"])
+        self._check(ids, limit, sample_tokens.keywords["temperature"])
         rows = []
         for row, seen in zip(ids, mask, strict=True):
             prompt = row[seen.bool()][None]
-            decoded, _ = self._diffuse(prompt, limit, blocks, stops, choose, criteria if len(ids) == 1 else ())
+            decoded, _ = self._diffuse(prompt, limit, blocks, stops, sample_tokens, criteria if len(ids) == 1 else ())
             rows.append(decoded[0, prompt.shape[1] :])
         padding = config.pad_token_id if config.pad_token_id is not None else [*stops.tokens, 0][0]
         new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
@@ -383,17 +383,17 @@ class TriModeModel(PreTrainedModel, GenerationMixin):
         wanted = torch.ones(1, size, dtype=torch.bool, device=prompt_ids.device)
 
         new = prompt_ids[:, :0]
-        choose = partial(_sample, temperature=temperature)
-        new = force_end(choose(session.forward(prompt_ids, last=True)), new)
+        sample_tokens = partial(_sample, temperature=temperature)
+        new = force_end(sample_tokens(session.forward(prompt_ids, last=True)), new)
         while new.shape[1] < max_new_tokens and not stops.all_met(new):
             block = torch.cat([new[:, -1:], session.masks(1, size - 1)], dim=1)
             self._drafting = True
             try:
-                draft = session.denoise(block, wanted, threshold, choose)[:, 1:]
+                draft = session.denoise(block, wanted, threshold, sample_tokens)[:, 1:]
             finally:
                 self._drafting = False
             # [1, size] choices of the verifier: one for each of the size - 1 draft tokens, and one after them.
-            verified = choose(session.forward(torch.cat([new[:, -1:], draft], dim=1)))
+            verified = sample_tokens(session.forward(torch.cat([new[:, -1:], draft], dim=1)))
             forced = force_end(verified, new)
             # A token that was forced in place of the verifier's ends the cycle, as a rejected draft token does.
             accept_mask = (verified[:, :-1] == draft) & (forced == verified)[:, :-1]
@@ -490,7 +490,7 @@ class _Session:
         block: Tensor,
         wanted: Tensor,
         threshold: float | None,
-        choose: Callable[[Tensor], Tensor],
+        sample_tokens: Callable[[Tensor], Tensor],
         stops: "_Stops | None" = None,
     ) -> Tensor:
         """Fill the mask tokens of a block; nothing of it stays in the cache.
@@ -499,7 +499,7 @@ class _Session:
             block: [batch, size] token ids.
             wanted: [batch, size] positions to fill; mask tokens elsewhere stay.
             threshold: Probability from which a position is unmasked; None for one position per forward.
-            choose: Returns tokens [batch, size] of logits [batch, size, vocab].
+            sample_tokens: Returns tokens [batch, size] of logits [batch, size, vocab].
             stops: A row is finished once it has one of these and no mask token before it.
 
         Returns:
@@ -517,7 +517,7 @@ class _Session:
             self.crop(block.shape[1])
             if self.model.config.shift:
                 logits = logits.roll(1, dims=1)  # the first position of a block is known and needs none
-            tokens = choose(logits)
+            tokens = sample_tokens(logits)
             # Unmask the positions whose token is as probable as the threshold, and the most probable one.
             confidence = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~masked, -1.0)
             unmask = confidence >= (torch.inf if threshold is None else threshold)
@@ -620,7 +620,7 @@ def _adapter_size(file: Path) -> tuple[int, float]:
     return rank, alpha / rank
 
 
-def _settled(defaults: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
+def _merge_generation_config(defaults: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
     """Return the settings of a generation, the caller's before the model's.
 
     Raises:

@@ -80,10 +80,10 @@ class MaskEmbedding(Callback):
             samples.append(torch.randn(shape, generator=draw, device=output.device))
         # This rank's positions of every view, where they are masked; then zeros for the clean half.
         views = range(objective.noisy_views)
-        held = torch.cat([view * length + shard.positions(length) for view in views])
-        masked = tokens[:, : len(held)] == config.model.mask_token_id
-        noise = torch.stack(samples)[:, held.to(output.device)] * masked[..., None]
-        noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(held)))
+        local_positions = torch.cat([view * length + shard.positions(length) for view in views])
+        masked = tokens[:, : len(local_positions)] == config.model.mask_token_id
+        noise = torch.stack(samples)[:, local_positions.to(output.device)] * masked[..., None]
+        noise = torch.nn.functional.pad(noise, (0, 0, 0, tokens.shape[1] - len(local_positions)))
         if embedding.reduce_scatter_embeddings:  # sequence parallel: [positions / tensor ranks, batch, hidden]
             noise = noise.transpose(0, 1).chunk(embedding.tp_group.size())[embedding.tp_group.rank()]
         return noise.to(output.dtype)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemodiff_train.decoding.sampling import Sampler
+from nemodiff_train.decoding.sampling import TokenSampler
 from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, SelectorTables
 
 
 @dataclass(frozen=True)
-class Chain:
+class PathDistribution:
     """The distribution q of each drafted token, given those before it, over K candidates.
 
     The history before a draft is its last known token, repeated.
@@ -30,7 +30,7 @@ class Chain:
     """[batch, k, K, rank] factors of the candidates."""
 
     @classmethod
-    def of(cls, tables: SelectorTables, logits: Tensor, contexts: Tensor) -> "Chain":
+    def from_draft(cls, tables: SelectorTables, logits: Tensor, contexts: Tensor) -> "PathDistribution":
         """Take the candidates of a draft.
 
         Args:
@@ -54,7 +54,7 @@ class Chain:
             keys = keys + table[tokens]
         return self.scores[:, position, None] + F.silu(keys) @ self.after[:, position].mT
 
-    def walk(self, sampler: Sampler, last: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_path(self, sampler: TokenSampler, last: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Sample the tokens of a path one after another from q, given those before.
 
         Args:
