@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemodiff_train import __version__
-from nemodiff_train.distributed import HEAD_START, is_main_process
+from nemodiff_train.distributed import REPORT_DELAY, is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.signals import INTERRUPTED
@@ -40,7 +40,7 @@ VERBS = {
 def _refuse(error: UserError) -> int:
     """Print an error and return the exit code; other ranks wait, and print it if no launcher ends them meanwhile."""
     if not is_main_process():
-        time.sleep(HEAD_START)
+        time.sleep(REPORT_DELAY)
     print(f"nemodiff: error: {error}", file=sys.stderr)
     return 2
 
@@ -154,5 +154,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)
         else:
-            time.sleep(HEAD_START)
+            time.sleep(REPORT_DELAY)
         return 1

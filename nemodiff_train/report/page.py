@@ -1,4 +1,4 @@
-"""What all pages share: one file each that loads nothing, charts, and a replay of the first outputs."""
+"""The parts that all pages share: charts, a replay of the first outputs, and a template that loads no other file."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
-from nemodiff_train.errors import visible
+from nemodiff_train.errors import escape_controls
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.metrics import ModeMetrics
 from nemodiff_train.evaluation.records import LoggedRecord
@@ -62,7 +62,7 @@ _ENVIRONMENT = Environment(
 
 
 def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetrics], **values: object) -> str:
-    """Return a page. It escapes all text from outside, spells out what would turn it around, and loads nothing.
+    """Return a page, which loads nothing; text from outside is escaped, its control characters included.
 
     Args:
         template: A file beside this module, made from ``base.html.j2``.
@@ -87,7 +87,7 @@ def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetric
         # By this hash the page's security policy admits the script and no other.
         digest="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return visible(page)
+    return escape_controls(page)
 
 
 def inline_json(value: JsonValue) -> Markup:
@@ -117,6 +117,8 @@ def _replay(trace: Trace) -> JsonValue:
     return {
         "steps": [piece.step for piece in trace.pieces],
         "positions": [piece.position for piece in trace.pieces],
-        "drafts": [{**asdict(draft), "texts": [visible(text) for text in draft.texts]} for draft in trace.drafts],
+        "drafts": [
+            {**asdict(draft), "texts": [escape_controls(text) for text in draft.texts]} for draft in trace.drafts
+        ],
         "frames": [asdict(frame) for frame in trace.frames],
     }
