@@ -37,8 +37,8 @@ def show_samples(config: TriModeConfig, count: int) -> None:
     config.propagate()
     output, tokenizer = PlainConsole(), load_tokenizer(str(config.tokenizer.tokenizer_model))
     output.print(Text(LEGEND, "dim"))
-    stored_end = config.dataset.stored_end()
-    end = tokenizer.eos_token_id if stored_end is None else stored_end
+    eod_token_id = config.dataset.eod_token_id()
+    end = tokenizer.eos_token_id if eod_token_id is None else eod_token_id
     for number, sample in enumerate(first_samples(config, count)):
         length = len(sample["maskable"])
         views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
