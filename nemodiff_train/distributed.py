@@ -1,4 +1,4 @@
-"""Ask which rank this is, and talk to the others.
+"""Rank and size of the world, and collectives of Python objects.
 
 Light to import: torch is looked up only where it has been loaded, so a process that has no ranks pays nothing.
 """

@@ -357,6 +357,10 @@ def test_refused_in_one_line(
 def test_texts_need_a_prompt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(folder, tmp_path / "out.jsonl", chat=False)) == 2
     assert "say which part of a record is the prompt" in one_line(capsys)
+    write_jsonl(folder / "blank.jsonl", [{"text": ""}])
+    options = ("--prompt-tokens", "3")
+    assert main(words(folder, tmp_path / "out.jsonl", *options, source="blank.jsonl", chat=False)) == 2
+    assert "blank.jsonl: no record has a prompt; check --text-field" in one_line(capsys)
 
 
 def test_bad_records_are_refused_before_anything_is_decoded(

@@ -31,7 +31,7 @@ _TRIES = 20
 
 
 class AnswerSpan(NamedTuple):
-    """Where an answer stands in a text."""
+    """Start and end of an answer in a text."""
 
     start: int
     """Characters before it: the prompt."""

@@ -62,11 +62,11 @@ class Chunk(BaseModel):
 
 
 class State(BaseModel):
-    """What ``state.json`` holds."""
+    """The content of ``state.json``."""
 
     provenance: Provenance
     started: datetime = Field(default_factory=datetime.now)
-    """When the first chunk was begun, by whichever run."""
+    """Time at which the first chunk was begun, by whichever run."""
     chunks: list[Chunk] = []
     """The finished ones."""
 

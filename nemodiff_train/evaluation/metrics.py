@@ -16,7 +16,7 @@ Z_95 = 1.959964
 
 
 class PositionAcceptance(BaseModel):
-    """How often the verifier kept the draft token at one position of the draft."""
+    """Counts and rates of draft tokens that the verifier kept at one position of the draft."""
 
     model_config = ConfigDict(frozen=True)
 
