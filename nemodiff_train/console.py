@@ -22,11 +22,11 @@ from rich.progress import (
 from rich.segment import Segment
 
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import visible
+from nemodiff_train.errors import escape_controls
 
 
 class PlainConsole(Console):
-    """A console on which text is text: brackets are not markup, control codes are spelled out.
+    """A console on which text is text: brackets are not markup, control codes are escaped.
 
     Args:
         stderr: Whether it writes to standard error.
@@ -39,7 +39,7 @@ class PlainConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Return the parts of what is printed; rich's own movements of the cursor are not text."""
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else visible(text), style, control)
+            yield Segment(text if control else escape_controls(text), style, control)
 
 
 console = PlainConsole(stderr=True)

@@ -1,4 +1,4 @@
-"""Keys and passwords stay in the environment: what a run is told is saved and logged."""
+"""Refuse settings that hold keys or passwords: the settings of a run are saved and logged."""
 
 import os
 import re
@@ -16,10 +16,10 @@ def check_no_secrets(settings: Mapping[str, str]) -> None:
     """Refuse settings that would put a key into saved configurations and logs.
 
     Args:
-        settings: ``key=value`` words of the command line, taken apart.
+        settings: The ``key=value`` overrides of the command line, as key and value.
 
     Raises:
-        UserError: A setting is made for a key, has the value of one in the environment, or reads the environment;
+        UserError: A setting is meant for a key, has the value of one in the environment, or reads the environment;
             the line does not hold the value.
     """
     known = {name: value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= _LEAST}

@@ -1,4 +1,4 @@
-"""Ask which rank this is, and talk to the others.
+"""Rank and size of the world, and collectives of Python objects.
 
 Light to import: torch is looked up only where it has been loaded, so a process that has no ranks pays nothing.
 """
@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-HEAD_START = 5.0
-"""Seconds that one rank has to say what is wrong: a launcher ends all ranks as soon as one has ended."""
+REPORT_DELAY = 5.0
+"""Seconds that other ranks wait while one reports an error: a launcher ends all ranks as soon as one has exited."""
 
 
 def _initialized() -> Any:
@@ -37,7 +37,7 @@ def local_rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Return whether this is rank 0, the one that speaks."""
+    """Return whether this is rank 0, the one that prints."""
     return global_rank() == 0
 
 

@@ -1,4 +1,4 @@
-"""Errors that are meant for a user, and text from outside as it can be shown."""
+"""Errors that are meant for a user, and escapes for text from outside."""
 
 import difflib
 import errno
@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-_STEERING = re.compile(
+_CONTROLS = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
 )
 """Control codes, line separators, bidirectional controls, and halves of characters that cannot be encoded."""
@@ -21,7 +21,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(in_a_line(message))
+        super().__init__(escape_to_one_line(message))
 
 
 class RunStopped(Exception):
@@ -35,7 +35,7 @@ class RunStopped(Exception):
     """
 
     def __init__(self, line: str, *, alone: bool = False) -> None:
-        super().__init__(in_a_line(line))
+        super().__init__(escape_to_one_line(line))
         self.alone = alone
 
 
@@ -66,15 +66,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def visible(text: str) -> str:
-    """Return a text of any number of lines that looks like what it is, and does nothing else."""
-    return _STEERING.sub(lambda match: _spelled(match[0]), text)
+def escape_controls(text: str) -> str:
+    """Escape what could steer a terminal or make a text look like another one; line breaks stay."""
+    return _CONTROLS.sub(lambda match: _escaped(match[0]), text)
 
 
-def in_a_line(text: str) -> str:
-    """Return a text on one line, with all that has no shape of its own spelled out."""
-    return "".join(character if character.isprintable() else _spelled(character) for character in text)
+def escape_to_one_line(text: str) -> str:
+    """Escape every character that is not printable, line breaks included."""
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
 
 
-def _spelled(character: str) -> str:
+def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()

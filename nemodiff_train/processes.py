@@ -19,8 +19,8 @@ from nemodiff_train.errors import UserError
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals to end a training: from a scheduler, from ``slurm/train.sbatch`` before the time limit, and Ctrl-C."""
-_LAST_WORDS = 3.0
-"""Seconds that the other ranks have after one has failed, which may be about to say why as well."""
+_FAILURE_GRACE = 3.0
+"""Seconds that the other ranks have to exit after one has failed; they may be about to print why as well."""
 _LEAST_MEMORY = 200e6
 """Bytes that a rank or a worker takes at the least: what it imports."""
 _POLL = 0.05
@@ -97,11 +97,11 @@ def _end_with_parent() -> None:
 
 
 def _wait(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """Return the exit code of the first rank that fails, soon after it has, or 0 when all have ended well."""
+    """Return the exit code of the first rank that fails, soon after it has, or 0 when all have succeeded."""
     while True:
         codes = [rank.poll() for rank in ranks]
         if failed := [code for code in codes if code]:
-            end = time.monotonic() + _LAST_WORDS
+            end = time.monotonic() + _FAILURE_GRACE
             while time.monotonic() < end and any(rank.poll() is None for rank in ranks):
                 time.sleep(_POLL)
             return failed[0]
@@ -110,8 +110,8 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"]) -> int:
         time.sleep(_POLL)
 
 
-def follow_parent() -> None:
-    """End this helper process when its parent has ended, even by SIGKILL; it would wait for work for ever.
+def exit_with_parent() -> None:
+    """Exit as soon as the parent of this helper process has exited, even by SIGKILL; it would wait for work for ever.
 
     Helpers are processes of :mod:`multiprocessing`.  What is sent to the process group of the parent, by a terminal
     or a launcher, does not reach a helper: the parent decides what becomes of its work.
@@ -119,30 +119,31 @@ def follow_parent() -> None:
     parent = parent_process()
     assert parent is not None
 
-    def exit_with_parent() -> None:
+    def end_after_parent() -> None:
         parent.join()
         os._exit(1)
 
     os.setpgid(0, 0)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    threading.Thread(target=end_after_parent, daemon=True).start()
 
 
-def serve_parent_alone() -> None:
-    """Follow the parent, and let the signals that tell a training to end be for it alone.
+def exit_only_with_parent() -> None:
+    """Exit with the parent, and ignore the signals to end a training, which are for the parent alone.
 
     A scheduler sends them to every process of a step, helpers that write its last checkpoint included.
     """
-    follow_parent()
+    exit_with_parent()
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # of helpers_held()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # which signals_blocked() has blocked
 
 
 @contextlib.contextmanager
-def helpers_held() -> Iterator[None]:
-    """Hold the signals back in what this thread starts, which may call :func:`serve_parent_alone` seconds later.
+def signals_blocked() -> Iterator[None]:
+    """Block the signals to end a training in processes that this thread starts.
 
-    A signal to this process is taken by another thread, or when the block ends.
+    Such a process may call :func:`exit_only_with_parent` seconds later.  A signal to this process is taken by another
+    thread, or when the ``with`` block ends.
     """
     resource_tracker.ensure_running()  # it would lift the mask when a helper is started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
@@ -153,8 +154,8 @@ def helpers_held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def program_unseen() -> Iterator[None]:
-    """Let processes that are spawned meanwhile not run this process's program as a module, as they do by default."""
+def without_main_module() -> Iterator[None]:
+    """Hide ``__main__``, so that processes spawned meanwhile do not import this program, as they do by default."""
     program = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:

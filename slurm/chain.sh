@@ -1,6 +1,6 @@
 #!/bin/bash
 # Submit jobs that run one after another, each when the one before has succeeded: slurm/chain.sh FILE
-# A line of FILE holds the words for sbatch, without quotes, such as: --nodes=4 slurm/train.sbatch joint data=data/corpus
+# A line of FILE holds the arguments of sbatch, without quotes, such as: --nodes=4 slurm/train.sbatch joint data=data/corpus
 # Empty lines and lines that begin with # are skipped. Prints the number of each job.
 set -euo pipefail
 

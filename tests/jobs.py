@@ -261,7 +261,7 @@ def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
         the other model decoded where the second had been interrupted.
     """
     from nemodiff_train.cli import main
-    from nemodiff_train.evaluation import evaluate
+    from nemodiff_train.evaluation import decode_task
 
     root = Path(folder)
     small.qwen3(root / "model")
@@ -271,7 +271,7 @@ def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     words += ["--modes", "ar,diffusion,ar,linear"]
     codes.append(main([*words, "--output", str(root / "undisturbed")]))
     decoded: list[int] = []
-    decode_batch = evaluate._decode_batch
+    decode_batch = decode_task._decode_batch
 
     def count(*arguments: Any) -> Any:
         decoded.extend(arguments[2])
@@ -282,7 +282,7 @@ def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
         return count(*arguments)
 
-    evaluate._decode_batch = fill_up
+    decode_task._decode_batch = fill_up
     codes.append(main([*words, "--output", str(root / "out")]))
     left = sorted(path.name for path in (root / "out").iterdir())
     shutil.copytree(root / "out", root / "other")
@@ -290,7 +290,7 @@ def evaluate_until_the_disk_is_full(folder: str) -> dict[str, Any]:
     small.qwen3(root / "model", mask_row=2.0)
     codes.append(main(["convert", "import", str(root / "model"), checkpoint, "--mask-token", small.MASK]))
     decoded.clear()
-    evaluate._decode_batch = count
+    decode_task._decode_batch = count
     codes.append(main([*words, "--output", str(root / "other")]))
     other = decoded.copy()
     decoded.clear()

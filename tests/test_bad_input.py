@@ -275,7 +275,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["1,000,000,000,000", "100,000"],
     ),
     "train: ranks of a dry run": (["train", "joint", "--nproc", "2", "--dry-run"], ["--nproc", "--gpus"]),
-    "eval: no prompts": (evaluate("--count", "0"), ["at least 1"]),
+    "eval: no prompts": (evaluate("--count", "0"), ["--count (evaluation.count) is 0; use 1 or more"]),
     "eval: unknown scorer": (evaluate("--scorer", "numerc"), ["numerc", "numeric"]),
     "eval: pattern that is none": (evaluate("--scorer", "regex", "--pattern", "("), ["pattern '('"]),
     "eval: thresholds that are no numbers": (evaluate("--thresholds", "0.5;0.7"), ["--thresholds", "0.5;0.7"]),

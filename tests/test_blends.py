@@ -178,4 +178,4 @@ def test_conversations_of_a_checkpoints_tokenizer(tmp_path: Path, tokenizer_dir:
     config = ChatDatasetConfig(seq_length=LENGTH, data=[str(tmp_path / name) for name in ("one", "two")])
     config.split = "100,0,0"
     context: Any = Context(None, 20)
-    assert len(config.read(context)[0]) >= 20 and config.stored_end() == tokenizer.eos_token_id
+    assert len(config.read(context)[0]) >= 20 and config.eod_token_id() == tokenizer.eos_token_id

@@ -217,7 +217,7 @@ def test_templates_that_cannot_serve_are_refused(tokenizer: Any, monkeypatch: py
     )
     for template, said in (
         (None, "has no chat template"),
-        (other, "other words"),
+        (other, "generation prompt is not what it writes before an answer; correct"),
         ("{{ raise_exception('no system') }}", "talk: the chat template in .*no system"),
         ("{{ messages[9].content.x }}", "talk: the chat template .* cannot be used"),
     ):

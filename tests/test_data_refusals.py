@@ -24,7 +24,7 @@ from tests.prepared import SUFFIXES, TEXTS, digests, one_line, read_back, run, s
 BAD_INPUTS = {
     "missing": (None, "no such file or directory"),
     "empty.txt": (b"", "empty"),
-    "blank.jsonl": (b"\n\n", "no documents"),
+    "blank.jsonl": (b"\n\n", "all records are empty or left out; check --text-field"),
     "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "malformed.jsonl:2: malformed JSON"),
     "list.jsonl": (b"[1]\n", "list.jsonl:1: expected a JSON object"),
     "field.jsonl": (b'{"txt": "a", "id": 1}\n', "its fields: txt, id (--text-field). Did you mean 'txt'?"),
@@ -54,7 +54,7 @@ def test_refused_tokenizer_and_output(
     without_eos = save_tokenizer(tmp_path / "without", 290, eos=False)
     output = tmp_path / "out"
     cases: list[tuple[str, Path, tuple[str, ...], str]] = [
-        (str(tmp_path / "none"), output, (), "no such tokenizer directory"),
+        (str(tmp_path / "none"), output, (), "no such directory; give a directory with tokenizer files"),
         (str(tmp_path / "empty"), output, (), "cannot load a tokenizer"),
         (without_eos, output, (), "name one with --eod-token"),
         (tokenizer_dir, output, ("--eod-token", "<end>"), "no such token"),

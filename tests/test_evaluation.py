@@ -11,7 +11,7 @@ import pytest
 from nemodiff_train.decoding.generation import Cycle
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.evaluation import Evaluation, Run, assemble
-from nemodiff_train.evaluation.metrics import agreement_by_position, summarise, wilson
+from nemodiff_train.evaluation.metrics import acceptance_by_position, summarise, wilson
 from nemodiff_train.evaluation.prompts import Prompt, Task
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, read_jsonl
 from nemodiff_train.evaluation.scorers import make_scorer
@@ -72,7 +72,7 @@ def test_ar_reads_exactly_one_when_all_forwards_count() -> None:
     metrics = summarise(AR, [True, False], {}, AR)
     assert (metrics.tpf_all, metrics.tpf_no_prefill) == (1.0, 6 / 4)
     assert metrics.accuracy == 0.5 and metrics.identical_to_ar == 1.0
-    assert metrics.acceptance_length is None and metrics.agreement == []
+    assert metrics.acceptance_length is None and metrics.acceptance_by_position == []
     assert metrics.tokens_per_second == pytest.approx(10) and metrics.forwards_per_second == pytest.approx(10)
 
 
@@ -82,15 +82,15 @@ def test_linear_figures_by_hand() -> None:
     assert metrics.tpf_all == 6 / 8 and metrics.tpf_no_prefill == 6 / 6
     assert metrics.acceptance_length == pytest.approx(4 / 3)
     assert metrics.identical_to_ar == 0.5
-    counts = [(a.drafted, a.agreed, a.reached, a.accepted) for a in metrics.agreement]
+    counts = [(a.drafts, a.verifier_matches, a.reached, a.accepted) for a in metrics.acceptance_by_position]
     assert counts == [(3, 2, 3, 2), (3, 2, 2, 1), (3, 2, 1, 0)]
-    assert [a.conditional for a in metrics.agreement] == [2 / 3, 0.5, 0.0]
-    assert [a.unconditional for a in metrics.agreement] == [2 / 3] * 3
+    assert [a.conditional for a in metrics.acceptance_by_position] == [2 / 3, 0.5, 0.0]
+    assert [a.unconditional for a in metrics.acceptance_by_position] == [2 / 3] * 3
 
 
-def test_agreement_with_positions_never_reached_and_short_drafts() -> None:
-    positions = agreement_by_position([[False, True], [False]])
-    assert [a.drafted for a in positions] == [2, 1]
+def test_acceptance_at_positions_never_reached_and_of_short_drafts() -> None:
+    positions = acceptance_by_position([[False, True], [False]])
+    assert [a.drafts for a in positions] == [2, 1]
     assert positions[1].conditional is None and positions[1].unconditional == 1.0
 
 

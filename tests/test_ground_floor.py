@@ -12,7 +12,7 @@ from torch.distributed import TCPStore
 import nemodiff_train
 from nemodiff_train.console import PlainConsole, bytes_bar
 from nemodiff_train.distributed import ReservedPort
-from nemodiff_train.errors import RunStopped, UserError, in_a_line, visible
+from nemodiff_train.errors import RunStopped, UserError, escape_controls, escape_to_one_line
 from nemodiff_train.files import LineLog
 
 PACKAGE = Path(nemodiff_train.__file__).parent
@@ -38,11 +38,11 @@ TURNED, STEERING = "\u202eabc\u2066 \u061c\u200f", "a\x1b[31mb\x07\x9b1m\rc"
 
 
 def test_text_from_outside_is_spelled_out() -> None:
-    assert visible(TURNED) == r"\u202eabc\u2066 \u061c\u200f"
-    assert visible(STEERING) == r"a\x1b[31mb\x07\x9b1m\rc"
+    assert escape_controls(TURNED) == r"\u202eabc\u2066 \u061c\u200f"
+    assert escape_controls(STEERING) == r"a\x1b[31mb\x07\x9b1m\rc"
     kept = "two\r\nlines\tof \N{NO-BREAK SPACE}text, \N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}, \u05d0"
-    assert visible(kept) == kept and visible("\ud800\u2028") == r"\ud800\u2028"
-    assert in_a_line("a\nb\u202e") == r"a\nb\u202e"
+    assert escape_controls(kept) == kept and escape_controls("\ud800\u2028") == r"\ud800\u2028"
+    assert escape_to_one_line("a\nb\u202e") == r"a\nb\u202e"
     for error in (UserError, RunStopped):
         assert str(error(f"{TURNED}\n")).isprintable()
 
@@ -59,7 +59,7 @@ def test_a_console_shows_text_as_it_is() -> None:
         bar.add_task("[/x]\u202e")
         console.print(bar)
     written = console.file.getvalue()
-    assert written.count(visible(hostile)) == 4 and "\n[/x]" in written
+    assert written.count(escape_controls(hostile)) == 4 and "\n[/x]" in written
     assert all(character.isprintable() or character == "\n" for character in written)
 
 

@@ -127,8 +127,8 @@ def test_nothing_is_left_of_a_killed_command(program: str, processes: int, model
 UNGUARDED = """
 print("begun")
 import multiprocessing, os
-from nemodiff_train.processes import program_unseen
-with program_unseen():
+from nemodiff_train.processes import without_main_module
+with without_main_module():
     started = multiprocessing.get_context("spawn").Process(target=os.getpid)
     started.start()
 started.join()

@@ -229,9 +229,9 @@ def test_what_is_not_used_is_counted(
     said = " ".join(capsys.readouterr().err.split())
     assert "fields of records that are not read: source (2); first in" in said and "rows.jsonl:1" in said
     assert "chat template does not read: reasoning_content (1)" in said
-    assert "which nothing learns: of role 'user' (1)" in said
+    assert "messages after the last answer, which are not used: of role 'user' (1)" in said
     assert "a message without text (3)" in said and "no messages (1)" in said
-    assert "every answer is marked not to be learned (1)" in said
+    assert "every answer is marked as not trained on (1)" in said
     pairs = [{"q": "a?", "a": "b", "input": "c"}, {"q": "a?", "a": None, "input": None}]
     columns = AnswerColumns("q", "a")
     assert read(write_jsonl(tmp_path / "pairs.jsonl", pairs), columns=columns)[1] == {
@@ -282,7 +282,7 @@ def test_two_values_for_one_thing_are_refused(tmp_path: Path) -> None:
         ("c.jsonl", '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', None),
     ):
         (tmp_path / name).write_text(text + "\n")
-        with pytest.raises(UserError, match=rf"{name}.*stands there twice"):
+        with pytest.raises(UserError, match=rf"{name}.*occurs twice"):
             read(tmp_path / name, columns=columns)
     with pytest.raises(UserError, match="two system prompts"):
         one(tmp_path, {"messages": TALK, "system": "a", "system_prompt": "b"})

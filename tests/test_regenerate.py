@@ -1,4 +1,4 @@
-"""Data sets in a model's own words: against Transformers' greedy generation, in any batch and after any kill."""
+"""Regenerated data sets: against Transformers' greedy generation, in any batch and after any kill."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from nemodiff_train.data.messages import Conversation
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding import regeneration
-from nemodiff_train.decoding.answers import Answer, UnfinishedAnswers
+from nemodiff_train.decoding.answers import GeneratedAnswer, UnfinishedAnswers
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.rewriting import ChatRewriter, Request
 from nemodiff_train.files import LineLog
@@ -241,14 +241,14 @@ def test_killed_and_resumed(folder: Path, talked: Path, ranks: RankPool, tmp_pat
     assert added and before + len(added) == total(folder, tmp_path)
 
 
-def counted(patch: pytest.MonkeyPatch) -> list[Answer]:
+def counted(patch: pytest.MonkeyPatch) -> list[GeneratedAnswer]:
     """Return a list that gets every answer that is written from now on."""
-    added: list[Answer] = []
+    added: list[GeneratedAnswer] = []
     write: Callable[..., None] = LineLog.write
 
     def add(log: LineLog, lines: Iterable[str]) -> None:
         written = list(lines)
-        added.extend(Answer.model_validate_json(line) for line in written if line)
+        added.extend(GeneratedAnswer.model_validate_json(line) for line in written if line)
         write(log, written)
 
     patch.setattr(LineLog, "write", add)
@@ -359,6 +359,10 @@ def test_refused_in_one_line(
 def test_texts_need_a_prompt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(folder, tmp_path / "out.jsonl", chat=False)) == 2
     assert "say which part of a record is the prompt" in one_line(capsys)
+    write_jsonl(folder / "blank.jsonl", [{"text": ""}])
+    options = ("--prompt-tokens", "3")
+    assert main(words(folder, tmp_path / "out.jsonl", *options, source="blank.jsonl", chat=False)) == 2
+    assert "blank.jsonl: no record has a prompt; check --text-field" in one_line(capsys)
 
 
 def test_bad_records_are_refused_before_anything_is_decoded(

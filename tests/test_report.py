@@ -15,7 +15,7 @@ from nemodiff_train.cli import main
 from nemodiff_train.decoding.generation import Cycle, DecodingSettings
 from nemodiff_train.evaluation.evaluation import all_points
 from nemodiff_train.evaluation.metrics import summarise
-from nemodiff_train.evaluation.pareto import Point, areas, aup, front
+from nemodiff_train.evaluation.pareto import SweepPoint, areas, aup, front
 from nemodiff_train.evaluation.records import DecodeRecord
 from nemodiff_train.evaluation.settings import EvaluationSettings, relevant_settings, settings_of
 from nemodiff_train.report import charts, display
@@ -97,7 +97,7 @@ def figures(rows: list[dict[str, Any]], ar: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def agreement(rows: list[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
+def acceptance(rows: list[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
     cycles = [cycle["accept_mask"] for row in rows for cycle in row["decoded"]["cycles"]]
     width = max(map(len, cycles), default=0)
     return [
@@ -120,8 +120,11 @@ def test_every_figure_follows_from_the_records(report: Path) -> None:
         rows = runs[mode, json.dumps(metrics["settings"])]
         for name, value in figures(rows, runs["ar", "{}"]).items():
             assert metrics[name] == (None if value is None else pytest.approx(value)), (mode, name)
-        counts = [(a["drafted"], a["agreed"], a["reached"], a["accepted"]) for a in metrics["agreement"]]
-        assert counts == agreement(rows)
+        counts = [
+            (a["drafts"], a["verifier_matches"], a["reached"], a["accepted"])
+            for a in metrics["acceptance_by_position"]
+        ]
+        assert counts == acceptance(rows)
         assert sum(metrics["forwards"].values()) == forwards(rows)
 
 
@@ -188,10 +191,10 @@ def test_page_prints_the_figures(report: Path) -> None:
 # The front and the area.
 
 
-def point(tpf: float, accuracy: float, mode: str = "diffusion", **settings: float) -> Point:
+def point(tpf: float, accuracy: float, mode: str = "diffusion", **settings: float) -> SweepPoint:
     """A point of given figures."""
     metrics = summarise([DecodeRecord(0, [1], {"denoise": 1}, steps=[1])], [True], dict(settings))
-    return Point(mode=mode, metrics=metrics.model_copy(update={"tpf_all": tpf, "accuracy": accuracy / 100}))
+    return SweepPoint(mode=mode, metrics=metrics.model_copy(update={"tpf_all": tpf, "accuracy": accuracy / 100}))
 
 
 def test_front_keeps_what_no_other_beats() -> None:

@@ -96,9 +96,9 @@ def test_looking_at_a_checkpoint_is_light(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--draws", "0", "the number of draws must be from 1 to 1,000,000, not 0"),
-        ("--seed", "-1", "the seed -1 is not between"),
-        ("--length", "24", "the length is 24; use a multiple of the model's block size 16"),
+        ("--draws", "0", "--draws is 0; use 1 to 1,000,000"),
+        ("--seed", "-1", "--seed is -1; use 0 to 4,294,967,295"),
+        ("--length", "24", "--length is 24; use a multiple of the model's block size 16"),
     ],
 )
 def test_a_likelihood_is_refused_before_the_model_is_loaded(

@@ -90,7 +90,7 @@ def test_bad_task_names(tmp_path: Path) -> None:
         load_task(str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="Did you mean 'arithmetic'"):
         load_task("aritmetic")
-    with pytest.raises(UserError, match="at least 1, not 0"):
+    with pytest.raises(UserError, match=r"--count \(evaluation.count\) is 0; use 1 or more"):
         load_task("arithmetic", count=0)
 
 

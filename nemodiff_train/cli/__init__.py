@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemodiff_train import __version__
-from nemodiff_train.distributed import HEAD_START, is_main_process
+from nemodiff_train.distributed import REPORT_DELAY, is_main_process
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, nearest
 from nemodiff_train.runtime import init_runtime
 from nemodiff_train.signals import INTERRUPTED
@@ -28,7 +28,7 @@ VERBS = {
     "eval": ("nemodiff_train.cli.eval", "score accuracy and tokens per forward in every mode"),
     "lm-eval": ("nemodiff_train.cli.lm_eval", "lm-evaluation-harness with --model nemodiff"),
     "likelihood": ("nemodiff_train.cli.likelihood", "AR perplexity and diffusion bound of a text"),
-    "sampler": ("nemodiff_train.cli.sampler", "train what decides which positions block diffusion unmasks"),
+    "sampler": ("nemodiff_train.cli.sampler", "train a sampler that decides which positions block diffusion unmasks"),
     "generate": ("nemodiff_train.cli.generate", "continue one prompt"),
     "chat": ("nemodiff_train.cli.chat", "talk to a model, its tokens coloured by the forwards that made them"),
     "data": ("nemodiff_train.cli.data", "turn text into Megatron's .bin/.idx"),
@@ -40,7 +40,7 @@ VERBS = {
 def _refuse(error: UserError) -> int:
     """Print an error and return the exit code; other ranks wait, and print it if no launcher ends them meanwhile."""
     if not is_main_process():
-        time.sleep(HEAD_START)
+        time.sleep(REPORT_DELAY)
     print(f"nemodiff: error: {error}", file=sys.stderr)
     return 2
 
@@ -90,38 +90,38 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; ``words`` of the result are its words.
+    """Parse the arguments of a command line; ``command_line`` of the result holds them.
 
     Raises:
-        UserError: Not a verb, not its arguments, or a word that cannot be one.
+        UserError: Not a verb, not its arguments, or an argument that cannot be one.
     """
-    words = list(arguments)
-    _check_words(words)
-    verb = next((word for word in words if not word.startswith("-")), None)
+    command_line = list(arguments)
+    _check_command_line(command_line)
+    verb = next((argument for argument in command_line if not argument.startswith("-")), None)
     if verb is not None and verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'; known: {', '.join(VERBS)}.{nearest(verb, VERBS)}")
     if verb == "lm-eval":  # argparse would take the harness' options for ours
-        first = words.index(verb) + 1
-        words.insert(first + 2 * (words[first : first + 1] == ["--extend"]), "--")
+        first = command_line.index(verb) + 1
+        command_line.insert(first + 2 * (command_line[first : first + 1] == ["--extend"]), "--")
     parser = build_parser(verb)
-    parsed, rest = parser.parse_known_args(words)
-    if hasattr(parsed, "settings") and not any(word.startswith("-") for word in rest):
-        parsed.settings += rest  # key=value words after an option, which argparse does not put together
+    parsed, rest = parser.parse_known_args(command_line)
+    if hasattr(parsed, "settings") and not any(argument.startswith("-") for argument in rest):
+        parsed.settings += rest  # overrides after an option, which argparse does not put together
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    parsed.words = words
+    parsed.command_line = command_line
     return parsed
 
 
-def _check_words(words: Sequence[str]) -> None:
-    """Refuse words that no verb can mean: bytes that are not text, and options without a value."""
-    for before, word in zip(["", *words], words, strict=False):
+def _check_command_line(command_line: Sequence[str]) -> None:
+    """Refuse arguments that no verb can mean: bytes that are not text, and options without a value."""
+    for before, argument in zip(["", *command_line], command_line, strict=False):
         try:
-            word.encode()
+            argument.encode()
         except UnicodeEncodeError:
-            raise UserError(f"the argument {word!a} is not valid UTF-8") from None
-        if (not word and before.startswith("--")) or (word.startswith("--") and word.endswith("=")):
-            raise UserError(f"{word.rstrip('=') or before} is empty; name what it is, or leave it out")
+            raise UserError(f"the argument {argument!a} is not valid UTF-8") from None
+        if (not argument and before.startswith("--")) or (argument.startswith("--") and argument.endswith("=")):
+            raise UserError(f"{argument.rstrip('=') or before} is empty; name what it is, or leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,5 +154,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stop.alone or is_main_process():
             print(f"nemodiff: {stop}", file=sys.stderr)
         else:
-            time.sleep(HEAD_START)
+            time.sleep(REPORT_DELAY)
         return 1

@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_prepare(actions.add_parser("prepare", help="turn text into .bin/.idx; repeated, it continues"))
-    _add_regenerate(
-        actions.add_parser("regenerate", help="write the answers of records again, in a model's own words")
-    )
+    _add_regenerate(actions.add_parser("regenerate", help="write the answers of records again with a model"))
     merge = actions.add_parser("merge", help="make one data set of several that were prepared alike")
     merge.add_argument("shards", metavar="SHARD", nargs="+", help="paths of the data sets without .bin, in order")
     merge.add_argument("--output", required=True, metavar="PREFIX", help="path of the result without .bin")
@@ -78,7 +76,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _add_regenerate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="Megatron checkpoint of this project")
     _add_inputs(parser)
-    parser.add_argument("--prompt-tokens", type=at_least_1, metavar="N", help="tokens of a text that are the prompt")
+    parser.add_argument(
+        "--prompt-tokens", type=at_least_1, metavar="N", help="use the first N tokens of each text as the prompt"
+    )
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="for 'nemodiff data prepare'")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--mode", help="how to decode (default: linear if the model or a drafter can draft, else ar)")
@@ -136,7 +136,7 @@ def _regenerate(arguments: argparse.Namespace) -> int:
     check_can_be_made(output.parent)
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     if arguments.nproc is not None:
-        return start_ranks(arguments.words, arguments.nproc)
+        return start_ranks(arguments.command_line, arguments.nproc)
     init_runtime()
     from nemodiff_train.decoding.regeneration import RegenerateOptions, regenerate
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("--output", required=True, help="folder for everything the demo makes; new or empty")
     parser.add_argument("--start-from", metavar="DIR", help="your own Hugging Face AR model instead of a new one")
-    parser.add_argument("--mask-token", metavar="TOKEN", help="a token of its that never occurs in text")
+    parser.add_argument("--mask-token", metavar="TOKEN", help="a token of its tokenizer that never occurs in text")
     parser.add_argument("--count", type=at_least_1, help="problems to score (200; fewer of a large model on a CPU)")
 
 

@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(arguments.checkpoint).require_model()
     init_runtime()
     from nemodiff_train.decoding.loading import load_decoding_model
-    from nemodiff_train.evaluation.evaluate import evaluate
+    from nemodiff_train.evaluation.decode_task import evaluate
     from nemodiff_train.evaluation.unfinished import UnfinishedRecords
     from nemodiff_train.report.report import print_table, write_report
 
     options = decoding_options(arguments)
     loaded = load_decoding_model(checkpoint, modes=modes, **options)
-    plan = EvaluationSettings(
+    settings = EvaluationSettings(
         modes=modes,
         thresholds=thresholds,
         block_sizes=block_sizes,
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     decides = [part.iteration for part in (checkpoint, options["drafter"]) if part]
     decides += [Path(arguments.sampler)] if arguments.sampler else []
     weights = "\n".join(map(identity, decides))
-    with locked(output), UnfinishedRecords(output, loaded, task, plan, weights) as unfinished:
-        evaluation = evaluate(loaded, task, plan, arguments.checkpoint, unfinished=unfinished)
+    with locked(output), UnfinishedRecords(output, loaded, task, settings, weights) as unfinished:
+        evaluation = evaluate(loaded, task, settings, arguments.checkpoint, unfinished=unfinished)
         if is_main_process():
             report = write_report(output, evaluation, loaded.settings.text)
             unfinished.remove()

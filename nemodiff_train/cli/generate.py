@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nemodiff_train.cli.options import add_decoding_arguments, check_options, decoding_options
 from nemodiff_train.console import console
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.errors import UserError, visible
+from nemodiff_train.errors import UserError, escape_controls
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.runtime import init_runtime
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _print(text: str, tokens: int, session: "Session") -> None:
     if not is_main_process():
         return
-    print(visible(text) if sys.stdout.isatty() else text)
+    print(escape_controls(text) if sys.stdout.isatty() else text)
     forwards = session.calls(0)
     kinds = ", ".join(f"{count} {kind}" for kind, count in session.forwards[0].items())
     console.print(

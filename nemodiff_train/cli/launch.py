@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partition", help="partition of the cluster (default: that of SBATCH_PARTITION or the site)"
     )
-    parser.add_argument("--account", help="account that pays (default: that of SBATCH_ACCOUNT or yours)")
-    parser.add_argument("--gres", help="what each node has to give, such as gpu:8 (default: all that it has)")
-    parser.add_argument("--after", type=int, metavar="JOB", help="start when this job has ended well")
+    parser.add_argument("--account", help="account to charge (default: that of SBATCH_ACCOUNT or yours)")
+    parser.add_argument("--gres", help="generic resources per node, such as gpu:8 (default: all that it has)")
+    parser.add_argument("--after", type=int, metavar="JOB", help="start after this job has succeeded")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
 
 
@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def script(arguments: argparse.Namespace) -> str:
-    """Return ``slurm/train.sbatch`` with this job's options and words.
+    """Return ``slurm/train.sbatch`` with this job's options and arguments.
 
     Raises:
-        UserError: An option is malformed, a recipe or word cannot be one, or a word holds a key or password.
+        UserError: An option is malformed, there is no such recipe or argument, or one holds a key or password.
     """
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", arguments.time):
         raise UserError(f"--time {arguments.time} is not a SLURM time; write hours:minutes:seconds or days-hours")
@@ -69,7 +69,7 @@ def script(arguments: argparse.Namespace) -> str:
     if arguments.after is not None and arguments.after < 1:
         raise UserError(f"--after {arguments.after}: use the number of a job")
     check_recipe(arguments.recipe)
-    check_no_secrets(dict(word.partition("=")[::2] for word in arguments.settings))
+    check_no_secrets(dict(override.partition("=")[::2] for override in arguments.settings))
     check_arguments(arguments.recipe, arguments.settings)
     import slurm
 
@@ -84,6 +84,6 @@ def script(arguments: argparse.Namespace) -> str:
     }
     lines = "".join(f"#SBATCH --{option}={value}\n" for option, value in more.items() if value)
     text = text.replace("#SBATCH --requeue\n", lines + "#SBATCH --requeue\n")
-    words = shlex.join([arguments.recipe, *arguments.settings])
+    recipe = shlex.join([arguments.recipe, *arguments.settings])
     start = "set -euo pipefail\n"
-    return text.replace(start, f"{start}set -- {words}\nSCRIPTS=${{SCRIPTS:-{shlex.quote(str(folder))}}}\n", 1)
+    return text.replace(start, f"{start}set -- {recipe}\nSCRIPTS=${{SCRIPTS:-{shlex.quote(str(folder))}}}\n", 1)

@@ -25,9 +25,9 @@ def run(arguments: argparse.Namespace) -> None:
     from lm_eval.utils import setup_logging
 
     setup_logging()
-    words = [word for word in arguments.arguments if word != "--"]
-    names_no_model = "--model" not in words and any(word.startswith("-") for word in words)
-    sys.argv = ["lm_eval", *words, *(["--model", "nemodiff"] if names_no_model else [])]
+    options = [option for option in arguments.arguments if option != "--"]
+    names_no_model = "--model" not in options and any(option.startswith("-") for option in options)
+    sys.argv = ["lm_eval", *options, *(["--model", "nemodiff"] if names_no_model else [])]
     harness = HarnessCLI()
     parsed = harness.parse_args()
     init_runtime()

@@ -1,4 +1,4 @@
-"""What a run would use on this machine, and what it would refuse, found out by the code that a run calls."""
+"""Report what a run would use on this machine, and what it would refuse, by the code that a run calls."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ REQUESTS: dict[str, dict[str, str]] = {
     "mxfp8": {"mixed_precision": "bf16_with_mxfp8_mixed"},
     "fp4": {"mixed_precision": "bf16_with_nvfp4_mixed"},
 }
-"""What a run may ask of the machine, and the settings that ask for it."""
+"""Features that a run may request, and the settings that request them."""
 
 
 def torch_and_cuda() -> Iterator[Row]:
@@ -73,7 +73,7 @@ def used() -> Iterator[Row]:
 
 
 def refused() -> Iterator[Row]:
-    """Yield what this machine cannot do, by what asks for it."""
+    """Yield each feature that a run may request, and why this machine refuses it."""
     for request, settings in REQUESTS.items():
         config = _example()
         for name, value in settings.items():

@@ -11,10 +11,10 @@ from nemodiff_train.sampler.description import check_sampler
 
 _HELP: dict[str, str] = {
     "max_new_tokens": "exact limit on new tokens",
-    "temperature": "0 is greedy; above, tokens are drawn",
-    "top_k": "draw from the k most probable tokens; 0 for all",
-    "top_p": "draw from the most probable tokens that reach this probability",
-    "seed": "seed of the draws",
+    "temperature": "0: greedy; above 0: sample from softmax(logits / temperature)",
+    "top_k": "sample from the k most probable tokens; 0 for all",
+    "top_p": "sample from the most probable tokens that together reach this probability",
+    "seed": "sampling seed",
     "policy": "which positions block diffusion unmasks: threshold, leftmost, entropy, fixed or trained",
     "entropy_bound": "nats, for --policy entropy",
     "steps": "forwards per block, for --policy fixed",

@@ -23,14 +23,14 @@ def at_least_1(text: str) -> int:
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
     """Add the option that starts ranks."""
-    parser.add_argument("--nproc", type=int, help="start so many ranks on this machine, as torchrun does")
+    parser.add_argument("--nproc", type=int, help="number of ranks to start on this machine, as torchrun does")
 
 
-def start_ranks(words: Sequence[str], count: int) -> int:
+def start_ranks(command_line: Sequence[str], count: int) -> int:
     """Run a command line as several ranks, without its option ``--nproc``.
 
     Args:
-        words: Verb and arguments.
+        command_line: Verb and its arguments.
         count: Number of ranks.
 
     Returns:
@@ -44,7 +44,7 @@ def start_ranks(words: Sequence[str], count: int) -> int:
         raise UserError("--nproc starts the ranks itself; leave it out under torchrun or srun")
     option = argparse.ArgumentParser(add_help=False)
     add_nproc(option)
-    _, others = option.parse_known_args(words)
+    _, others = option.parse_known_args(command_line)
     code = run_ranks([sys.executable, "-m", "nemodiff_train", *others], count)
     return code if code >= 0 else 128 - code
 

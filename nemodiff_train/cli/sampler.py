@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=at_least_1, default=4, help="layers of the network (%(default)s)")
     parser.add_argument("--width", type=at_least_1, default=384, help="width of the network (%(default)s)")
     parser.add_argument("--batch-size", type=at_least_1, default=64, help="blocks decoded together (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws and of the network (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling and of the network (%(default)s)")
     add_model_parallel(parser)
 
 

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nproc is not None:
         if arguments.dry_run:
             raise UserError("--nproc goes with a run; --dry-run takes the number of GPUs as --gpus")
-        return start_ranks(arguments.words, arguments.nproc)
+        return start_ranks(arguments.command_line, arguments.nproc)
     if not arguments.dry_run:
         end_at_once(signal.SIGUSR1, signal.SIGINT)
     try:

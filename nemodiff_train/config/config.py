@@ -105,11 +105,11 @@ class TriModeConfig(ConfigContainer):
         model.calculate_per_token_loss = True  # global averaging; see ObjectiveConfig
         self.ddp.average_in_collective = False
         data.objective, data.batch_size = objective, self.train.global_batch_size
-        data.rows = model.vocab_size
+        data.model_vocab_size = model.vocab_size
         in_run = f"{Path(str(self.checkpoint.save)).parent}/sample_index"
         data.index_folder = getattr(data, "path_to_cache", None) or in_run
         if data.holds_conversations:
-            model.add_stop_token(data.stored_end())
+            model.add_stop_token(data.eod_token_id())
         if self.has_masks:
             model.mask_token_id = data.mask_token_id = self.find_mask_token()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.objective.breakdown import Breakdown
-from nemodiff_train.report.trace import Decode
+from nemodiff_train.report.trace import Detokenize
 
 
 def config_of(state: GlobalState) -> TriModeConfig:
@@ -32,7 +32,7 @@ class StepContext:
     """What the straggler monitor has found last, for ``status.json``."""
     breakdown: Breakdown = field(default_factory=Breakdown)
     """Diffusion losses since they were last reported; the forward step adds those of each micro-batch."""
-    evaluated: tuple[Evaluation, Decode] | None = None
+    evaluated: tuple[Evaluation, Detokenize] | None = None
     """What the evaluation after the step has decoded, and what turns its tokens into text."""
     data_wait: float = 0.0
     """Seconds spent waiting for the loader, since the straggler monitor last set this to 0."""

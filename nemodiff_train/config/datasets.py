@@ -48,7 +48,7 @@ class IndexedDatasetConfig(DatasetProvider):
     # checkpoints.
     objective = ObjectiveConfig()
     mask_token_id = 0
-    rows = 0
+    model_vocab_size = 0
     batch_size = 1
     index_folder = ""
     samples_ahead = 0
@@ -72,7 +72,7 @@ class IndexedDatasetConfig(DatasetProvider):
         """Return whether the block boundaries differ between samples."""
         return self.objective.stage == "joint" and self.objective.block_schedule != "fixed"
 
-    def stored_end(self) -> int | None:
+    def eod_token_id(self) -> int | None:
         """Return the token that ends every document of text, or every answer, or None where no manifest says so."""
         manifests = (Manifest.read(prefix) for prefix in self.prefixes)
         return next((manifest.eod_token_id for manifest in manifests if manifest), None)
@@ -150,7 +150,8 @@ class TextDatasetConfig(IndexedDatasetConfig):
         counts = self._sample_counts(context)
         if self.is_mock:
             mock = MockConfig(**self._megatron_settings(context), eod_mask_loss=False)
-            mock.rows, mock.mask_token_id = self.rows, self.mask_token_id if self.objective.noisy_views else -1
+            mock.model_vocab_size = self.model_vocab_size
+            mock.mask_token_id = self.mask_token_id if self.objective.noisy_views else -1
             mock.finalize()
             return BlendedMegatronDatasetBuilder(MockText, counts, lambda: True, mock).build()
         config = GPTDatasetConfig(
@@ -163,7 +164,7 @@ class TextDatasetConfig(IndexedDatasetConfig):
 
     def sample_maker(self, tokenizer: MegatronTokenizer) -> SampleMaker:
         """Return the object that adds noise to them."""
-        end = self.stored_end()
+        end = self.eod_token_id()
         end = tokenizer.eod if end is None else end
         return SampleMaker(
             objective=self.objective,
@@ -177,7 +178,7 @@ class TextDatasetConfig(IndexedDatasetConfig):
 
 @dataclass(kw_only=True)
 class ChatDatasetConfig(IndexedDatasetConfig):
-    """Conversations of ``nemodiff data prepare --chat``, packed into samples of L tokens; answers are learned."""
+    """Conversations of ``nemodiff data prepare --chat``, packed into samples of L tokens; answers are trained on."""
 
     holds_conversations: ClassVar[bool] = True
 

@@ -27,7 +27,7 @@ from nemodiff_train.conversion.comparison import (
 )
 from nemodiff_train.conversion.mask_token import MaskToken, select_mask_token
 from nemodiff_train.conversion.weights import check_contents, check_weights
-from nemodiff_train.data.tokenizer import tokens_without_row
+from nemodiff_train.data.tokenizer import tokens_beyond_vocabulary
 from nemodiff_train.data.tokenizer_files import add_mask_token, copy_tokenizer
 from nemodiff_train.distributed import all_gather_object, barrier, is_main_process
 from nemodiff_train.errors import UserError
@@ -84,7 +84,7 @@ def import_checkpoint(
             _save(models, partial, source.path, token)
         model_from(Checkpoint.open(partial))  # an activation, for example, that Bridge saves but does not take back
     say(f"imported {source} to {output}")
-    if line := tokens_without_row(tokenizer, provider.vocab_size):
+    if line := tokens_beyond_vocabulary(tokenizer, provider.vocab_size):
         warn(line)
     if dropout := source.settings.get("attention_dropout"):
         warn(f"'{source}/config.json': attention_dropout={dropout} is not used; training here is without dropout")

@@ -22,7 +22,7 @@ def check_blend(
     tokenizer: "PreTrainedTokenizerBase",
     mask_token_id: int | None,
     conversations: bool = False,
-    rows: int | None = None,
+    model_vocab_size: int | None = None,
 ) -> None:
     """Refuse data that this tokenizer and mask token cannot be trained on.
 
@@ -34,7 +34,7 @@ def check_blend(
         tokenizer: The model's tokenizer.
         mask_token_id: None in a stage without a mask token.
         conversations: Whether documents have to be conversations rather than text.
-        rows: Rows of the model's embedding; None for as many as the tokenizer has ids.
+        model_vocab_size: Ids that the model has; None for as many as the tokenizer has.
 
     Raises:
         UserError: A data set is missing, incomplete, empty, or made with another tokenizer; two end
@@ -43,7 +43,10 @@ def check_blend(
     """
     vocab_size = vocabulary_size(tokenizer)
     if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
-        raise UserError(f"mask token id {mask_token_id} is outside the tokenizer's ids 0..{vocab_size - 1}")
+        raise UserError(
+            f"mask token id {mask_token_id} is outside the tokenizer's ids 0..{vocab_size - 1}; set "
+            "objective.mask_token, or --mask-token of the import, to a reserved token"
+        )
     fingerprint = tokenizer_fingerprint(tokenizer)
     endings: dict[int, str] = {}
     for prefix in dict.fromkeys(prefixes):
@@ -62,7 +65,7 @@ def check_blend(
             raise UserError(
                 f"{prefix}: holds conversations, which this run does not read; use sft, or prepare it without --chat"
             )
-        _check_tokens(prefix, manifest, index, tokenizer, mask_token_id, vocab_size if rows is None else rows)
+        _check_tokens(prefix, manifest, index, tokenizer, mask_token_id, model_vocab_size or vocab_size)
         if manifest is not None:
             endings[manifest.eod_token_id] = prefix
     if len(endings) > 1:
@@ -76,22 +79,22 @@ def _check_tokens(
     index: Index,
     tokenizer: "PreTrainedTokenizerBase",
     mask_token_id: int | None,
-    rows: int,
+    model_vocab_size: int,
 ) -> None:
-    """Refuse ids beyond the vocabulary and the model's rows, padding tokens in text, and the mask token."""
+    """Refuse ids beyond the tokenizer's and the model's, padding tokens in text, and the mask token."""
     vocab_size = vocabulary_size(tokenizer)
     if manifest is not None and Path(f"{prefix}.counts.npy").is_file():
         counts = read_counts(prefix, manifest)
     else:
-        limit = SCAN_TOKENS if rows >= vocab_size else None
+        limit = SCAN_TOKENS if model_vocab_size >= vocab_size else None
         counts = count_tokens(Path(f"{prefix}.bin"), index.dtype, vocab_size, limit)
     if len(counts) > vocab_size:
         raise UserError(f"{prefix}: holds token ids beyond the tokenizer's {vocab_size}; prepare it again")
-    if len(beyond := np.flatnonzero(counts[rows:])):
-        token_id = rows + int(beyond[0])
+    if len(beyond := np.flatnonzero(counts[model_vocab_size:])):
+        token_id = model_vocab_size + int(beyond[0])
         raise UserError(
             f"{prefix}: token {token_id} ('{tokenizer.convert_ids_to_tokens(token_id)}') occurs {counts[token_id]} "
-            f"times, but the model has tokens 0 to {rows - 1}; leave it out of the text"
+            f"times, but the model has tokens 0 to {model_vocab_size - 1}; leave it out of the text"
         )
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     is_text = manifest is None or manifest.chat_template is None
@@ -104,5 +107,5 @@ def _check_tokens(
         token = tokenizer.convert_ids_to_tokens(mask_token_id)
         raise UserError(
             f"{prefix}: the mask token {mask_token_id} ('{token}') occurs {counts[mask_token_id]} times as text; "
-            "choose a token that the data does not use"
+            "set objective.mask_token, or --mask-token of the import, to a reserved token"
         )

@@ -30,8 +30,8 @@ _TRIES = 20
 """Number of messages in which a part changes nothing before it counts as unread without another comparison."""
 
 
-class Answer(NamedTuple):
-    """Where an answer stands in a text."""
+class AnswerSpan(NamedTuple):
+    """Start and end of an answer in a text."""
 
     start: int
     """Characters before it: the prompt."""
@@ -44,7 +44,7 @@ class Rendered:
     """A document as text, from its first prompt to the end of its last answer."""
 
     text: str
-    answers: list[Answer]
+    answers: list[AnswerSpan]
 
 
 @dataclass
@@ -58,8 +58,8 @@ class ChatEncoder(Encoder[Conversation]):
         self.template = ChatTemplate(self.tokenizer, self.now)
         self._end_of_turn = str(self.tokenizer.decode([self.eod_token_id]))
         self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
-        self._acting: set[tuple[str, str, bool]] = set()
-        """Roles and keys that are known to change the text, of the first message and of others."""
+        self._effective_parts: set[tuple[str, str, bool]] = set()
+        """Parts of messages (role, key, whether of the first message) that are known to change the text."""
         self._misses: Counter[tuple[str, str, bool]] = Counter()
 
     def __call__(self, conversations: tuple[Conversation, ...]) -> EncodedBatch:
@@ -67,11 +67,11 @@ class ChatEncoder(Encoder[Conversation]):
         unread: Counter[str] = Counter()
         rendered: list[Rendered] = []
         for conversation in conversations:
-            begins = conversation.answers[0] > 0 or asked_at_once(self.template, conversation) is not None
+            begins = conversation.answers[0] > 0 or render_opening_prompt(self.template, conversation) is not None
             documents = list(self._documents(conversation)) if begins else []
             if not documents or not documents[0].answers[0].start:
                 left_out["an answer with nothing before it"] += 1
-            elif not all(self._says_something(document) for document in documents):
+            elif not all(self._has_content(document) for document in documents):
                 left_out["an answer that the chat template leaves empty"] += 1
             else:
                 rendered += documents
@@ -96,13 +96,13 @@ class ChatEncoder(Encoder[Conversation]):
         for prompt, answered in pairs:
             if not answered.startswith(prompt):
                 raise UserError(
-                    f"{conversation.where}: the chat template asks for an answer with other words than it begins one "
-                    "with; correct its add_generation_prompt"
+                    f"{conversation.where}: the chat template's generation prompt is not what it writes before an "
+                    "answer; correct its add_generation_prompt"
                 )
             # What stands after the end of the turn belongs to the next prompt, or ends the whole text.
             end = answered.rfind(self._end_of_turn, len(prompt))
             answered = answered if end < 0 else answered[: end + len(self._end_of_turn)]
-            rendered.append(Rendered(answered, [Answer(len(prompt), len(answered))]))
+            rendered.append(Rendered(answered, [AnswerSpan(len(prompt), len(answered))]))
         if all(
             later.text[: later.answers[0].start].startswith(earlier.text) for earlier, later in pairwise(rendered)
         ):
@@ -110,7 +110,7 @@ class ChatEncoder(Encoder[Conversation]):
         else:
             yield from rendered
 
-    def _says_something(self, document: Rendered) -> bool:
+    def _has_content(self, document: Rendered) -> bool:
         texts = (document.text[answer.start : answer.end] for answer in document.answers)
         return all(text.removesuffix(self._end_of_turn).strip() for text in texts)
 
@@ -122,15 +122,20 @@ class ChatEncoder(Encoder[Conversation]):
         for index, message in enumerate(conversation.messages):
             for key, value in message.items():
                 part = (str(message["role"]), key, index == 0)
-                if key == "role" or not value or part in self._acting or not names(self.template.source, key):
+                if (
+                    key == "role"
+                    or not value
+                    or part in self._effective_parts
+                    or not names(self.template.source, key)
+                ):
                     continue
-                if self._misses[part] < _TRIES and self._acts(conversation, index, key):
-                    self._acting.add(part)
+                if self._misses[part] < _TRIES and self._changes_text(conversation, index, key):
+                    self._effective_parts.add(part)
                 else:
                     self._misses[part] += 1
                     yield f"{key} of role '{part[0]}'"
 
-    def _acts(self, conversation: Conversation, index: int, key: str) -> bool:
+    def _changes_text(self, conversation: Conversation, index: int, key: str) -> bool:
         """Return whether the text changes with a part of a message, where an answer is the last one."""
         messages = list(conversation.messages)
         messages[index] = {name: value for name, value in messages[index].items() if name != key}
@@ -204,8 +209,8 @@ class ChatEncoder(Encoder[Conversation]):
         return EncodedDocument(np.array(tokens, dtype=np.int32), lengths)
 
 
-def asked_at_once(template: ChatTemplate, conversation: Conversation) -> str | None:
-    """Return the text that asks for an answer before anything has been said; None for a template that needs more."""
+def render_opening_prompt(template: ChatTemplate, conversation: Conversation) -> str | None:
+    """Render the prompt of an answer that opens a conversation; None where the template needs a message first."""
     try:
         return template([], tools=conversation.tools)
     except UserError:

@@ -48,7 +48,10 @@ class Columns[Item](ABC):
         """Return the text in a field, empty for null."""
         text = "" if row[name] is None else row[name]
         if not isinstance(text, str):
-            raise UserError(f"field '{name}' is of type {type(text).__name__}, not text ({self.option})")
+            raise UserError(
+                f"field '{name}' is of type {type(text).__name__}, not text; correct or remove the record, or name "
+                f"another field ({self.option})"
+            )
         check_text(text, name)
         return text
 
@@ -82,12 +85,12 @@ class _ChatColumns(Columns[Conversation]):
     def _conversation(self, messages: object, row: Row, where: str) -> Conversation | None:
         for mark in _RECORD_MARKS:
             if row.get(mark) not in (None, 1):  # True as well
-                raise UserError(f"'{mark}' is {row[mark]!r}; records are learned alike, so take it out")
+                raise UserError(f"'{mark}' is {row[mark]!r}; per-record loss weights are not supported; remove it")
         if row.get("tools") and self.template is not None and "tools" not in self.template:
             self.notes.add(UNREAD_KEYS, "tools (beside the messages)", where)
         systems = [row[name] for name in _SYSTEM if row.get(name)]
         if systems[1:] and systems[0] != systems[1]:
-            raise UserError(f"'{_SYSTEM[0]}' and '{_SYSTEM[1]}' are two system prompts; take one out")
+            raise UserError(f"'{_SYSTEM[0]}' and '{_SYSTEM[1]}' are two system prompts; remove one")
         system = systems[0] if systems else None
         return read_conversation(messages, row.get("tools"), system, where, self.template, self.notes)
 
@@ -141,8 +144,8 @@ class Record[Item]:
     document: Item
 
 
-class WholeRecords[Item](Columns[Record[Item]]):
-    """Every field of the records in which other columns find a document."""
+class RecordsWithDocuments[Item](Columns[Record[Item]]):
+    """Whole records, each beside the document that other columns find in it."""
 
     def __init__(self, columns: Columns[Item]) -> None:
         super().__init__(columns.option, *columns.names)

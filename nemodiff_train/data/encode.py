@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nemodiff_train.processes import follow_parent
+from nemodiff_train.processes import exit_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ def _start_worker(encoder: Encoder[Any]) -> None:
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    follow_parent()
+    exit_with_parent()
 
 
 def _encode(batch: tuple[object, ...]) -> EncodedBatch:

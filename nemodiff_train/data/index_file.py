@@ -59,7 +59,7 @@ def read_index(prefix: str) -> Index:
     if size not in (needed, needed + sequences):  # some tools add one byte per sequence
         raise _damaged(path, f"{size} bytes do not hold {sequences} sequences and {ends} document ends")
     if sequences == 0 or ends < 2:
-        raise UserError(f"{prefix}: the data set is empty")
+        raise UserError(f"{prefix}: the data set is empty; prepare it again")
     content = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size)
     index = Index(
         dtype=np.dtype(_TOKEN_TYPES[code]),

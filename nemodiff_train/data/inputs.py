@@ -36,7 +36,7 @@ class InputOptions:
         if self.prompt_field is not None and self.prompt_field == self.answer_field:
             raise UserError(f"--prompt-field and --answer-field are both '{self.prompt_field}'; name two fields")
         if self.messages_field is not None and self.prompt_field is not None:
-            raise UserError("--messages-field and --prompt-field are two places for an answer; give one of them")
+            raise UserError("--messages-field and --prompt-field both say where answers are; give one of them")
         if self.text_field is not None and self.chat:
             raise UserError("--text-field goes without --chat")
 
@@ -56,7 +56,7 @@ class InputOptions:
         """Find the inputs, without reading documents.
 
         Raises:
-            UserError: One cannot be read, or nothing in them answers to an option.
+            UserError: One cannot be read, or an option applies to none of them.
         """
         sources = resolve(self.inputs, columns, self.split or "train", self.glob or "*")
         if self.text_field is not None and not any(source.has_records for source in sources):

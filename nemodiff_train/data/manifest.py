@@ -154,9 +154,11 @@ def check_files(prefix: str, manifest: Manifest | None) -> None:
             raise UserError(f"{prefix}{suffix}: no such file; make it with 'nemodiff data prepare'")
     size = Path(f"{prefix}.bin").stat().st_size
     if size == 0:
-        raise UserError(f"{prefix}: the data set is empty")
+        raise UserError(f"{prefix}: the data set is empty; prepare it again")
     if manifest is not None and size != manifest.tokens * np.dtype(manifest.dtype).itemsize:
-        raise UserError(f"{prefix}.bin: {size} bytes do not hold the manifest's {manifest.tokens} tokens")
+        raise UserError(
+            f"{prefix}.bin: {size} bytes do not hold the manifest's {manifest.tokens} tokens; prepare it again"
+        )
 
 
 def contents_digest(prefixes: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemodiff_train.data.manifest import Manifest, Provenance
-from nemodiff_train.data.partial_output import Chunk, PartialOutput, Size
+from nemodiff_train.data.partial_output import Chunk, ChunkSize, PartialOutput
 from nemodiff_train.data.prepare import check_output, existing
 from nemodiff_train.errors import UserError
 
@@ -55,7 +55,7 @@ def merge(shards: Sequence[str], output: str, overwrite: bool = False) -> Manife
             chunks = []
             for shard, manifest in zip(shards, manifests, strict=True):
                 manifest.verify_checksums(shard)
-                size = Size(documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes)
+                size = ChunkSize(documents=manifest.documents, tokens=manifest.tokens, bytes=manifest.bytes)
                 chunks.append(Chunk(stem=str(Path(shard).absolute()), size=size))
             partial.adopt(chunks)
             return partial.publish()

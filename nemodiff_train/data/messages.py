@@ -16,8 +16,9 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _ANSWERS = ("assistant", "ai", "bot", "chatgpt", "function_call", "gpt", "model", "tool_call")
 """Roles of the model in public data, in lower case; a template knows only the first."""
 _MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
-"""Keys that say whether a message is learned: 1 or true, 0 or false."""
+"""Keys that say whether a message is trained on: 1 or true, 0 or false."""
 _PARTIAL_MARKS = ("train_detail", "training_detail", "loss_scale")
+_REMEDY = "correct or remove the record"
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Conversation:
     tools: list[object] | None = None
     """Definitions of the tools, as the template takes them."""
     ignored: frozenset[int] = frozenset()
-    """Indices of answers that are read and not learned."""
+    """Indices of answers that are context only, not trained on."""
 
     @property
     def answers(self) -> list[int]:
-        """Return the indices of the messages that are learned."""
+        """Return the indices of the messages that are trained on."""
         roles = [message["role"] for message in self.messages]
         return [index for index, role in enumerate(roles) if role == "assistant" and index not in self.ignored]
 
@@ -54,16 +55,16 @@ def read_conversation(
         notes: Counts what is not used.
 
     Raises:
-        UserError: Something in there could not be learned as it was meant; it does not say where.
+        UserError: The record cannot be trained on as it was meant; it does not say where.
     """
     listed = _parsed(messages)
     if not listed:
         notes.add(LEFT_OUT, "no messages", where)
         return None
     if not isinstance(listed, list) or not all(_is_message(message) for message in listed):
-        raise UserError("not a list of messages with 'role' and 'content'")
+        raise UserError(f"not a list of messages with 'role' and 'content'; {_REMEDY}")
     cleaned = [_renamed(_without_nulls(message, notes, where)) for message in listed]
-    learned = [_is_learned(message) for message in cleaned]
+    trained_on = [_is_trained_on(message) for message in cleaned]
     read: list[Message] = []
     for message in cleaned:
         if (normal := _read_message(message, template)) is None:
@@ -74,14 +75,14 @@ def read_conversation(
         if key not in ("role", "content") and not names(template, key):
             notes.add(UNREAD_KEYS, key, where)
     if system and _needs_system(read, system):
-        read, learned = [{"role": "system", "content": system}, *read], [True, *learned]
-    ignored = frozenset(index for index, is_learned in enumerate(learned) if not is_learned)
+        read, trained_on = [{"role": "system", "content": system}, *read], [True, *trained_on]
+    ignored = frozenset(index for index, is_trained_on in enumerate(trained_on) if not is_trained_on)
     conversation = Conversation(read, where, _tools(tools), ignored)
     roles = [str(message["role"]) for message in read]
     if "assistant" not in roles:
-        raise UserError(f"no message of role 'assistant' to learn; its roles: {', '.join(roles)}")
+        raise UserError(f"no message of role 'assistant'; its roles: {', '.join(roles)}; {_REMEDY}")
     if not conversation.answers:
-        notes.add(LEFT_OUT, "every answer is marked not to be learned", where)
+        notes.add(LEFT_OUT, "every answer is marked as not trained on", where)
         return None
     if roles[-1] != "assistant":
         notes.add(TRAILING, f"of role '{roles[-1]}'", where)
@@ -139,16 +140,18 @@ def drop_nulls(value: object) -> tuple[object, int]:
     return {key: part for key, (part, _) in entries.items()}, dropped
 
 
-def _is_learned(message: Message) -> bool:
-    """Take the marks out of a message, and return what they say."""
+def _is_trained_on(message: Message) -> bool:
+    """Remove the marks of a message, and return whether they allow training on it."""
     if partial := next((key for key in _PARTIAL_MARKS if key in message), None):
-        raise UserError(f"'{partial}' asks for a part of a message, and answers are learned whole; take it out")
+        raise UserError(f"'{partial}': a loss on part of an answer is not supported; remove it")
     marks = {key: message.pop(key) for key in _MARKS if key in message}
     for key, mark in marks.items():
         if mark not in (0, 1):  # True and False as well
-            raise UserError(f"'{key}' of a message is {mark!r}; use 0 or 1: an answer is learned or not")
+            raise UserError(f"'{key}' of a message is {mark!r}; use 1 to train on it, else 0")
         if mark and message["role"] != "assistant":
-            raise UserError(f"'{key}' asks for a message of role '{message['role']}' to be learned; only answers are")
+            raise UserError(
+                f"'{key}' of a message of role '{message['role']}' has to be 0: only answers are trained on"
+            )
     return all(marks.values())
 
 
@@ -156,9 +159,9 @@ def _read_message(message: Message, template: str | None) -> Message | None:
     """Return a message whose content is text and whose tool calls are objects; None if there is nothing in it."""
     role = message["role"]
     if not isinstance(role, str):
-        raise UserError(f"a message's role is {role!r}; it has to be text")
+        raise UserError(f"a message's role is {role!r}, not text; {_REMEDY}")
     if role != "assistant" and role.lower() in _ANSWERS:
-        raise UserError(f"a message has the role '{role}'; rename it to 'assistant' if the model is to learn it")
+        raise UserError(f"a message has the role '{role}'; rename it to 'assistant' to train on it")
     content = _text(message.get("content"))
     known = ("role", "content", "name", "tool_call_id")
     others = [key for key in message if key not in known and names(template, key)]
@@ -176,12 +179,12 @@ def _text(content: object) -> str | None:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise UserError(f"a part of a message is of type {kind!r}; only text is learned")
+                raise UserError(f"a part of a message is of type {kind!r}, not text; {_REMEDY}")
             if extra := next((key for key in part if key not in ("type", "text")), None):
-                raise UserError(f"a part of a message has the key '{extra}', which nothing reads; take it out")
+                raise UserError(f"a part of a message has the key '{extra}', which nothing reads; remove it")
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
-        raise UserError(f"the content of a message is of type {type(content).__name__}, not text")
+        raise UserError(f"the content of a message is of type {type(content).__name__}, not text; {_REMEDY}")
     if content is not None:
         check_text(content, "content")
     return content
@@ -199,7 +202,7 @@ def _tool_calls(calls: object) -> list[object]:
     """Return tool calls with their arguments as objects; OpenAI's are JSON in a text, which templates would quote."""
     parsed = _parsed(calls)
     if not isinstance(parsed, list) or not all(isinstance(call, dict) for call in parsed):
-        raise UserError("'tool_calls' is not a list of objects")
+        raise UserError(f"'tool_calls' is not a list of objects; {_REMEDY}")
     return [_with_arguments(call) for call in parsed]
 
 
@@ -210,7 +213,7 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
         return call
     arguments = _parsed(call["arguments"] or "{}")
     if not isinstance(arguments, dict):
-        raise UserError(f"the arguments of a tool call are not a JSON object: {call['arguments'][:80]!r}")
+        raise UserError(f"the arguments of a tool call are not a JSON object: {call['arguments'][:80]!r}; {_REMEDY}")
     return {**call, "arguments": arguments}
 
 
@@ -221,7 +224,7 @@ def _tools(tools: object) -> list[object] | None:
         return None
     definitions = [_parsed(tool) for tool in listed] if isinstance(listed, list) else [listed]
     if not all(isinstance(tool, dict) for tool in definitions):
-        raise UserError("'tools' is not a list of objects")
+        raise UserError(f"'tools' is not a list of objects; {_REMEDY}")
     return [drop_nulls(tool)[0] for tool in definitions]
 
 
@@ -232,10 +235,12 @@ def _needs_system(messages: list[Message], system: object) -> bool:
         UserError: It is not text, or another one stands among the messages.
     """
     if not isinstance(system, str):
-        raise UserError(f"the system prompt beside the messages is of type {type(system).__name__}, not text")
+        raise UserError(
+            f"the system prompt beside the messages is of type {type(system).__name__}, not text; {_REMEDY}"
+        )
     check_text(system, "system")
     if messages[0]["role"] != "system":
         return True
     if messages[0]["content"] != system:
-        raise UserError("a system prompt stands beside the messages and another one among them; take one out")
+        raise UserError("a system prompt stands beside the messages and another one among them; remove one")
     return False

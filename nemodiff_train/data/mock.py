@@ -15,18 +15,18 @@ MOCK = "mock"
 class MockConfig(GPTDatasetConfig):
     """Megatron's settings of a data set, and the ids that its text may hold."""
 
-    rows: int = 0
-    """Rows of the model's embedding: ids are below it."""
+    model_vocab_size: int = 0
+    """Ids are below it."""
     mask_token_id: int = -1
     """Id that never occurs."""
 
 
 class _Documents(MockGPTLowLevelDataset):
-    """Megatron's mock documents, without the mask token and ids that the model has no row for."""
+    """Megatron's mock documents, without the mask token and ids beyond the model's vocabulary."""
 
     def __init__(self, config: MockConfig) -> None:
         super().__init__(config.tokenizer)
-        self.vocab_size: int = min(int(config.tokenizer.vocab_size), config.rows)
+        self.vocab_size: int = min(int(config.tokenizer.vocab_size), config.model_vocab_size)
         self.mask_token_id = config.mask_token_id
 
     def __getitem__(self, idx: int) -> npt.NDArray[np.int64]:

@@ -9,12 +9,12 @@ from nemodiff_train.console import console
 UNREAD_FIELDS = "fields of records that are not read"
 UNREAD_KEYS = "keys of messages that the chat template does not read"
 NULLS = "null values inside messages, taken for Arrow's filling"
-TRAILING = "messages after the last answer, which nothing learns"
+TRAILING = "messages after the last answer, which are not used"
 LEFT_OUT = "records left out"
 
 
 class Notes:
-    """The count of each remark and its first place; printed once, one line per kind."""
+    """The count of each remark and its first occurrence; printed once, one line per kind."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Counter[str]] = {}

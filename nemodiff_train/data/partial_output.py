@@ -38,15 +38,15 @@ CHUNK_BYTES = 128 << 20  # of text: an interruption costs a minute or so of one 
 SUFFIXES = (".bin", ".idx", ".counts.npy", ".json")  # the manifest last: it vouches for the others
 
 
-class Size(BaseModel):
+class ChunkSize(BaseModel):
     """Number of documents, of tokens, and of UTF-8 bytes of text."""
 
     documents: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
     bytes: NonNegativeInt = 0
 
-    def __add__(self, other: "Size") -> "Size":
-        return Size(**{name: value + getattr(other, name) for name, value in self})
+    def __add__(self, other: "ChunkSize") -> "ChunkSize":
+        return ChunkSize(**{name: value + getattr(other, name) for name, value in self})
 
 
 class Chunk(BaseModel):
@@ -54,7 +54,7 @@ class Chunk(BaseModel):
 
     stem: str
     """Path of its files without ``.bin``, absolute or relative to ``PREFIX.partial/``."""
-    size: Size
+    size: ChunkSize
     left_out: dict[str, NonNegativeInt] = {}
     """Number of inputs without a document, by reason."""
     unread: dict[str, NonNegativeInt] = {}
@@ -62,11 +62,11 @@ class Chunk(BaseModel):
 
 
 class State(BaseModel):
-    """What ``state.json`` holds."""
+    """The content of ``state.json``."""
 
     provenance: Provenance
     started: datetime = Field(default_factory=datetime.now)
-    """When the first chunk was begun, by whichever run."""
+    """Time at which the first chunk was begun, by whichever run."""
     chunks: list[Chunk] = []
     """The finished ones."""
 
@@ -99,7 +99,7 @@ class PartialOutput:
             usable_directory(self._folder)
             yield
 
-    def restore(self, overwrite: bool) -> Size:
+    def restore(self, overwrite: bool) -> ChunkSize:
         """Take over the finished chunks of an interrupted run.
 
         Args:
@@ -148,20 +148,20 @@ class PartialOutput:
         return checked(State, path.read_bytes(), path, self._afresh) if path.is_file() else None
 
     @property
-    def size(self) -> Size:
+    def size(self) -> ChunkSize:
         """The size of all finished chunks."""
-        return sum((chunk.size for chunk in self.state.chunks), Size())
+        return sum((chunk.size for chunk in self.state.chunks), ChunkSize())
 
     def adopt(self, chunks: Sequence[Chunk]) -> None:
         """Use finished data sets as the chunks."""
         self.state.chunks = list(chunks)
         self._save_state()
 
-    def write(self, batches: Iterator[EncodedBatch]) -> Iterator[Size]:
+    def write(self, batches: Iterator[EncodedBatch]) -> Iterator[ChunkSize]:
         """Write all batches, chunk by chunk, and yield the size of each batch."""
         while True:
             stem = f"{len(self.state.chunks):05d}"
-            size, left_out, unread = Size(), Counter[str](), Counter[str]()
+            size, left_out, unread = ChunkSize(), Counter[str](), Counter[str]()
             with self._builder(stem) as builder:
                 for batch in batches:
                     left_out.update(batch.left_out)
@@ -169,7 +169,7 @@ class PartialOutput:
                     tokens = sum(len(document.tokens) for document in batch.documents)
                     for document in batch.documents:
                         builder.add_document(*document)
-                    written = Size(documents=batch.inputs, tokens=tokens, bytes=batch.text_bytes)
+                    written = ChunkSize(documents=batch.inputs, tokens=tokens, bytes=batch.text_bytes)
                     size += written
                     yield written
                     if size.bytes >= CHUNK_BYTES:

@@ -11,12 +11,12 @@ from typing import Any
 
 from nemodiff_train.console import console, progress_bar
 from nemodiff_train.data.chat import ChatEncoder, end_of_turn_id
-from nemodiff_train.data.columns import Document
+from nemodiff_train.data.columns import Columns, Document
 from nemodiff_train.data.encode import Encoder, TextEncoder, encode_in_order
 from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.manifest import Manifest, Provenance, TokenizerInfo
-from nemodiff_train.data.notes import LEFT_OUT, UNREAD_KEYS, Notes
-from nemodiff_train.data.partial_output import SUFFIXES, PartialOutput, Size
+from nemodiff_train.data.notes import LEFT_OUT, UNREAD_KEYS
+from nemodiff_train.data.partial_output import SUFFIXES, ChunkSize, PartialOutput
 from nemodiff_train.data.sources import Source, documents
 from nemodiff_train.data.tokenizer import (
     end_of_document_id,
@@ -89,7 +89,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     if not options.overwrite and (finished := existing(options.output, provenance, partial)):
         return finished
     with partial.locked():
-        return _continue(options, sources, encoder, partial, columns.notes)
+        return _continue(options, sources, encoder, partial, columns)
 
 
 def check_output(prefix: str) -> None:
@@ -138,7 +138,7 @@ def _continue(
     sources: Sequence[Source[Document]],
     encoder: Encoder[Any],
     partial: PartialOutput,
-    notes: Notes,
+    columns: Columns[Document],
 ) -> Manifest:
     """Write the chunks that are missing, then publish and print what was not used."""
     done = partial.restore(options.overwrite)
@@ -147,11 +147,11 @@ def _continue(
     # One date for all conversations, also of a run that is continued.
     dated: Encoder[Any] = replace(encoder, now=partial.state.started) if isinstance(encoder, ChatEncoder) else encoder
     remaining = islice(documents(sources), done.documents, None)
-    columns = "{task.fields[tokens]:,.0f} tokens/s", "{task.fields[megabytes]:.2f} MB/s"
-    started, written = time.monotonic(), Size()
+    rates = "{task.fields[tokens]:,.0f} tokens/s", "{task.fields[megabytes]:.2f} MB/s"
+    started, written = time.monotonic(), ChunkSize()
     try:
         # A log file would get one last frame of the bar between its lines.
-        with progress_bar(*columns, shown=console.is_terminal) as bar:
+        with progress_bar(*rates, shown=console.is_terminal) as bar:
             task = bar.add_task("prepare", total=None, completed=done.documents, tokens=0.0, megabytes=0.0)
             for size in partial.write(encode_in_order(remaining, dated, options.workers)):
                 written += size
@@ -161,10 +161,11 @@ def _continue(
         for chunk in partial.state.chunks:
             for kind, counts in ((LEFT_OUT, chunk.left_out), (UNREAD_KEYS, chunk.unread)):
                 for what, count in counts.items():
-                    notes.add(kind, what, ", ".join(options.inputs), count)
-        notes.print()
+                    columns.notes.add(kind, what, ", ".join(options.inputs), count)
+        columns.notes.print()
         if partial.size.tokens == 0:
-            raise UserError(f"{', '.join(options.inputs)}: no documents with content in there")
+            inputs = ", ".join(options.inputs)
+            raise UserError(f"{inputs}: all records are empty or left out; check {columns.option}")
         return partial.publish()
     except UserError:
         partial.discard()  # correcting the input changes it, so the chunks would not fit it any more

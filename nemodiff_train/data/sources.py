@@ -190,7 +190,7 @@ def _object(entries: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(entries)
     if len(record) < len(entries):
         names = [name for name, _ in entries]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands there twice")
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
     return record
 
 
@@ -208,7 +208,7 @@ def _read_parquet[Item](path: Path, columns: Columns[Item]) -> Iterator[Item | N
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file, or a damaged one") from error
+        raise UserError(f"{path}: not a Parquet file, or a damaged one; fetch or convert it again") from error
     with table:
         existing = table.schema_arrow.names
         require(columns, existing, str(path))

@@ -27,7 +27,7 @@ CHARACTERS = 1 << 24
 """Maximum length of one rendered conversation."""
 
 _START_SECONDS = 300.0  # a busy machine imports slowly
-_MEMORY_PROBLEM = "it took too much memory"
+_MEMORY_PROBLEM = "it took too much memory; fix it, or do without a template"
 _ORPHAN_SECONDS = 5.0  # after the limit; only a process whose parent has died reaches them
 
 
@@ -124,7 +124,7 @@ class _Renderer:
             process.stdin.write(json.dumps(request, default=str) + "\n")  # columns of Arrow hold dates
             process.stdin.flush()
             if not select.select([process.stdout], [], [], seconds)[0]:
-                response = {"problem": f"it took more than {seconds:.0f} seconds"}
+                response = {"problem": f"it took more than {seconds:.0f} seconds; fix it, or do without a template"}
             elif line := process.stdout.readline():
                 response = json.loads(line)
                 if response.get("problem") != _MEMORY_PROBLEM:  # what it took is not given back

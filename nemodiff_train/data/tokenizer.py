@@ -32,6 +32,7 @@ PATTERNS = (
     "SYSTEM_PROMPT*",
 )
 """Every name that a tokenizer, its templates or its publisher's system prompt have in Hugging Face directories."""
+_TOKENIZER_SOURCES = "give a directory with tokenizer files, or a Hugging Face name"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -48,7 +49,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     logging.set_verbosity_error()  # it warns of settings in published files that change nothing
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".")):
-        raise UserError(f"{name}: no such tokenizer directory")
+        raise UserError(f"{name}: no such directory; {_TOKENIZER_SOURCES}")
     files_of_tokenizer(path)
     try:
         # Left unset, a terminal would be asked whether to run the tokenizer's own code.
@@ -59,7 +60,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise
     except Exception as error:  # damaged files raise any exception in Transformers
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{name}: cannot load a tokenizer from it: {reason}") from error
+        raise UserError(f"{name}: cannot load a tokenizer from it: {reason}; {_TOKENIZER_SOURCES}") from error
 
 
 def files_of_tokenizer(source: Path) -> list[Path]:
@@ -108,7 +109,7 @@ def use_tokenizer_file(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     stored = Tokenizer.from_file(str(file))
     if _encoding(stored) == _encoding(backend):
         return
-    # Tokens of the user's that the file lacks; those of the class alone have no row in the model.
+    # Tokens of the user's that the file lacks; those of the class alone are not in the model's vocabulary.
     config = cached_file(name, "tokenizer_config.json", **absent)
     named = json.dumps(json.loads(Path(str(config)).read_bytes())) if config else ""
     ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
@@ -140,15 +141,15 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def tokens_without_row(tokenizer: "PreTrainedTokenizerBase", rows: int) -> str:
-    """Return a line that names the tokens beyond the rows of a model's embedding; empty where there are none."""
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+def tokens_beyond_vocabulary(tokenizer: "PreTrainedTokenizerBase", model_vocab_size: int) -> str:
+    """Return a line that names the tokens beyond a model's vocabulary; empty where there are none."""
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= model_vocab_size)
     if not beyond:
         return ""
     named = ", ".join(f"'{token}' ({number})" for number, token in beyond[:3])
     return (
-        f"the tokenizer has {len(beyond)} tokens for which the model, of {rows} rows, has none, such as {named}; "
-        "text that holds them is refused"
+        f"the tokenizer has {len(beyond)} token {'ids' if len(beyond) > 1 else 'id'} beyond the model's vocabulary "
+        f"of {model_vocab_size:,}, such as {named}; text that contains them is refused"
     )
 
 
@@ -176,7 +177,7 @@ def end_of_document_id(tokenizer: "PreTrainedTokenizerBase", token: str | None) 
     """
     if token is not None:
         if token not in (vocabulary := tokenizer.get_vocab()):
-            raise UserError(f"--eod-token '{token}': the tokenizer has no such token")
+            raise UserError(f"--eod-token '{token}': the tokenizer has no such token; name one that it has")
         return vocabulary[token]
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: no end-of-sequence token; name one with --eod-token")

@@ -21,7 +21,7 @@ from nemodiff_train.schema import checked
 
 Settings = dict[str, JsonValue]
 End = Literal["stop", "length", "empty"]
-"""End of an answer: by a stop token or text, by the limit, or without a word."""
+"""How an answer ended: at a stop token or text, at the limit, or without text."""
 
 
 def log_of_replica(folder: Path, name: str) -> Path | None:
@@ -35,7 +35,7 @@ def log_of_replica(folder: Path, name: str) -> Path | None:
     return folder / f"{name}-{parallel_state.get_data_parallel_rank()}.jsonl" if ranks == (0, 0) else None
 
 
-class Answer(BaseModel):
+class GeneratedAnswer(BaseModel):
     """An answer that the model has written to a record."""
 
     record: NonNegativeInt
@@ -164,7 +164,7 @@ class AnswerIndex:
             offset = 0
             for line in file:
                 with suppress(ValidationError):  # the rest of a line that was cut short
-                    answer = Answer.model_validate_json(line)
+                    answer = GeneratedAnswer.model_validate_json(line)
                     self._lines.setdefault(answer.record, {})[answer.turn] = (number, offset)
                 offset += len(line)
 
@@ -172,10 +172,10 @@ class AnswerIndex:
         """Return the number of answers."""
         return sum(map(len, self._lines.values()))
 
-    def of(self, record: int) -> list[Answer]:
+    def answers_of_record(self, record: int) -> list[GeneratedAnswer]:
         """Return the answers of a record, in their order, each once."""
         lines, answers = self._lines.get(record, {}), []
         for number, offset in (lines[turn] for turn in sorted(lines)):
             self._files[number].seek(offset)
-            answers.append(Answer.model_validate_json(self._files[number].readline()))
+            answers.append(GeneratedAnswer.model_validate_json(self._files[number].readline()))
         return answers

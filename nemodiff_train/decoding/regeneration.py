@@ -1,4 +1,4 @@
-"""Write the answers of a data set again, in a model's own words."""
+"""Regenerate the answers of a data set with a model."""
 
 import json
 from collections import Counter
@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import LoopProgress, console, progress_bar, say
 from nemodiff_train.data.chat import template_end_of_turn
-from nemodiff_train.data.columns import AnswerColumns, Columns, Document, Record, TextColumn, WholeRecords
+from nemodiff_train.data.columns import AnswerColumns, Columns, Document, Record, RecordsWithDocuments, TextColumn
 from nemodiff_train.data.inputs import InputOptions
 from nemodiff_train.data.sources import Source, documents
 from nemodiff_train.data.template import ChatTemplate
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.decoding.answers import Answer, AnswerIndex, End, Settings, UnfinishedAnswers
+from nemodiff_train.decoding.answers import AnswerIndex, End, GeneratedAnswer, Settings, UnfinishedAnswers
 from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.loading import DecodingModel, load_decoding_model, select_mode
 from nemodiff_train.decoding.pipeline import PipelineRunner
@@ -98,7 +98,7 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
     template = ChatTemplate(tokenizer) if options.chat else None
     columns = options.columns(template.source if template else None)
-    sources = options.sources(WholeRecords(columns))
+    sources = options.sources(RecordsWithDocuments(columns))
     if output.exists() and any(file.samefile(output) for source in sources for file in source.files):
         raise UserError(f"{output}: is one of the inputs; name another --output, or choose files with --glob")
     mode = select_mode(checkpoint, decoding["drafter"], options.mode)
@@ -109,7 +109,9 @@ def regenerate(checkpoint: Checkpoint, options: RegenerateOptions, decoding: dic
         say(f"{output}: complete")
         return
     unfinished.check(settings, options.overwrite)
-    counts = _count_answers(sources, options.rewriter(tokenizer, template), ", ".join(options.inputs))
+    counts = _count_answers(sources, options.rewriter(tokenizer, template))
+    if not any(counts):
+        raise UserError(f"{', '.join(options.inputs)}: no record has a prompt; check {columns.option}")
     if is_main_process():
         columns.notes.print()
     loaded = load_decoding_model(checkpoint, modes=(mode,), **decoding)
@@ -148,16 +150,14 @@ def _settings(
     return written
 
 
-def _count_answers(sources: Sequence[Source[Record[Any]]], rewriter: Rewriter[Any], inputs: str) -> list[int]:
-    """Return the number of answers that each record takes; refuse one that is malformed, or the lack of any."""
+def _count_answers(sources: Sequence[Source[Record[Any]]], rewriter: Rewriter[Any]) -> list[int]:
+    """Return the number of answers that each record takes; refuse a malformed one."""
     counts = []
     with progress_bar(shown=is_main_process() and console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
         for record in documents(sources):
             counts.append(rewriter.count(record))
             bar.advance(task)
-    if not any(counts):
-        raise UserError(f"{inputs}: no prompt in there")
     return counts
 
 
@@ -194,7 +194,9 @@ class _Regeneration[Item]:
         total, shown = len(range(replica, len(self.counts), replicas)), 0
         name = f"answering, records of process 1 of {replicas}" if replicas > 1 else "answering, records"
         with self.unfinished.log() as log, LoopProgress(name, total, "tokens") as progress:
-            for answers in self._batches((number, record, existing.of(number)) for number, record in records):
+            for answers in self._batches(
+                (number, record, existing.answers_of_record(number)) for number, record in records
+            ):
                 log.write(answer.model_dump_json() for answer in answers)
                 new_tokens = sum(answer.tokens for answer in answers)
                 progress.advance(self.finished - shown, new_tokens, before=self.complete_before)
@@ -211,7 +213,7 @@ class _Regeneration[Item]:
 
         def lines() -> Iterator[str]:
             for number, record in enumerate(documents(self.sources)):
-                answers = index.of(number)
+                answers = index.answers_of_record(number)
                 ends.update(answer.end for answer in answers)
                 counts["tokens"] += sum(answer.tokens for answer in answers)  # of answers that are not kept as well
                 counts["unfit"] += len(answers) < self.counts[number] and _may_go_on(answers)
@@ -230,7 +232,9 @@ class _Regeneration[Item]:
         first = f"{counts['records']:,} records, {ends.total():,} answers of {counts['tokens']:,} tokens"
         return "; ".join([first, *(f"{count:,} {what}" for what, count in remarks.items() if count)])
 
-    def _batches(self, records: Iterator[tuple[int, Record[Item], list[Answer]]]) -> Iterator[list[Answer]]:
+    def _batches(
+        self, records: Iterator[tuple[int, Record[Item], list[GeneratedAnswer]]]
+    ) -> Iterator[list[GeneratedAnswer]]:
         """Yield new answers, each record's in their order, to records with the answers that are there already."""
         waiting: list[Request[Item]] = []
         while True:
@@ -247,7 +251,7 @@ class _Regeneration[Item]:
                 waiting += self._next_request(request.number, request.record, [*request.answers, answer])
             yield answers
 
-    def _next_request(self, number: int, record: Record[Item], answers: list[Answer]) -> list[Request[Item]]:
+    def _next_request(self, number: int, record: Record[Item], answers: list[GeneratedAnswer]) -> list[Request[Item]]:
         """Return the record's next request, if an answer is due and its prompt can be decoded."""
         if len(answers) < self.counts[number] and _may_go_on(answers):
             prompt = self.rewriter.prompt(record, answers)
@@ -259,7 +263,7 @@ class _Regeneration[Item]:
         self.finished += 1
         return []
 
-    def _answer(self, batch: Sequence[Request[Item]]) -> list[Answer]:
+    def _answer(self, batch: Sequence[Request[Item]]) -> list[GeneratedAnswer]:
         """Return the answers to a batch of requests."""
         settings = self.loaded.settings
         numbers = [request.number << _TURN_BITS | len(request.answers) for request in batch]
@@ -272,7 +276,7 @@ class _Regeneration[Item]:
             text = self.rewriter.text(request, tokens, settings)
             stopped = tokens[-1] in settings.stop_token_ids or settings.holds_stop(tokens)
             end: End = "length" if not stopped else "stop" if text else "empty"
-            answers.append(Answer(record=request.number, turn=turn, text=text, tokens=len(tokens), end=end))
+            answers.append(GeneratedAnswer(record=request.number, turn=turn, text=text, tokens=len(tokens), end=end))
         return answers
 
 
@@ -286,6 +290,6 @@ def _line(row: Mapping[str, object]) -> str:
     return line
 
 
-def _may_go_on(answers: Sequence[Answer]) -> bool:
+def _may_go_on(answers: Sequence[GeneratedAnswer]) -> bool:
     """Return whether another answer can follow these."""
     return all(answer.end == "stop" for answer in answers)

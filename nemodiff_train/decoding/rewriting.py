@@ -6,11 +6,11 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from nemodiff_train.data.chat import asked_at_once
+from nemodiff_train.data.chat import render_opening_prompt
 from nemodiff_train.data.columns import Record
 from nemodiff_train.data.messages import Conversation, Message
 from nemodiff_train.data.template import ChatTemplate
-from nemodiff_train.decoding.answers import Answer
+from nemodiff_train.decoding.answers import GeneratedAnswer
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.errors import UserError
 
@@ -23,7 +23,7 @@ class Request[Item]:
 
     number: int
     record: Record[Item]
-    answers: Sequence[Answer]
+    answers: Sequence[GeneratedAnswer]
     """The record's answers before it."""
     prompt: list[int]
     """Token ids after which it is written."""
@@ -39,13 +39,13 @@ class Rewriter[Item](Protocol):
             UserError: The template cannot ask for them.
         """
 
-    def prompt(self, record: Record[Item], answers: Sequence[Answer]) -> list[int]:
+    def prompt(self, record: Record[Item], answers: Sequence[GeneratedAnswer]) -> list[int]:
         """Return the token ids after which the next answer is written, given those before it."""
 
     def text(self, request: Request[Item], tokens: Sequence[int], settings: DecodingSettings) -> str:
         """Return the text that new tokens stand for in the record; empty for no answer."""
 
-    def rewritten(self, record: Record[Item], answers: Sequence[Answer]) -> Row | None:
+    def rewritten(self, record: Record[Item], answers: Sequence[GeneratedAnswer]) -> Row | None:
         """Return the fields of the record with its answers, None where it is left out."""
 
 
@@ -63,7 +63,7 @@ class TextRewriter:
         """Return 1."""
         return 1
 
-    def prompt(self, record: Record[str], answers: Sequence[Answer]) -> list[int]:
+    def prompt(self, record: Record[str], answers: Sequence[GeneratedAnswer]) -> list[int]:
         """Return the token ids of the beginning."""
         ids: list[int] = self.tokenizer(record.document, add_special_tokens=False)["input_ids"]
         return ids[: self.prompt_tokens]
@@ -72,7 +72,7 @@ class TextRewriter:
         """Return the text from its beginning on: tokens that divide a character or a space are not cut apart."""
         return _text_with_special(settings, request.prompt, tokens)
 
-    def rewritten(self, record: Record[str], answers: Sequence[Answer]) -> Row | None:
+    def rewritten(self, record: Record[str], answers: Sequence[GeneratedAnswer]) -> Row | None:
         """Return the record with the whole text, and ``finish_reason``."""
         if not answers:
             return None
@@ -104,11 +104,13 @@ class ChatRewriter:
             self._render(record.document, record.document.messages[: indices[-1] + 1], add_generation_prompt=False)
         return len(indices)
 
-    def prompt(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[int]:
+    def prompt(self, record: Record[Conversation], answers: Sequence[GeneratedAnswer]) -> list[int]:
         """Return the token ids of the template's text that asks for the next answer; none where it cannot ask."""
         before = self._before(record, answers)
         text = (
-            self._render(record.document, before) if before else asked_at_once(self.template, record.document) or ""
+            self._render(record.document, before)
+            if before
+            else render_opening_prompt(self.template, record.document) or ""
         )
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -129,7 +131,7 @@ class ChatRewriter:
                 return content
         return written.strip()
 
-    def rewritten(self, record: Record[Conversation], answers: Sequence[Answer]) -> Row | None:
+    def rewritten(self, record: Record[Conversation], answers: Sequence[GeneratedAnswer]) -> Row | None:
         """Return the record with the messages up to the last complete answer."""
         complete_answers = [answer for answer in answers if answer.end == "stop"]
         if not complete_answers:
@@ -144,7 +146,7 @@ class ChatRewriter:
         end = None if len(complete_answers) == len(indices) else indices[len(complete_answers) - 1] + 1
         return {**record.fields, self.messages_field: messages[:end]}
 
-    def _before(self, record: Record[Conversation], answers: Sequence[Answer]) -> list[Message]:
+    def _before(self, record: Record[Conversation], answers: Sequence[GeneratedAnswer]) -> list[Message]:
         """Return the messages before the next answer."""
         return _with_answers(record.document, answers)[: _rewritten_indices(record.document)[len(answers)]]
 
@@ -162,7 +164,7 @@ def _rewritten_indices(conversation: Conversation) -> list[int]:
     return [index for index in conversation.answers if not conversation.messages[index].get("tool_calls")]
 
 
-def _with_answers(conversation: Conversation, answers: Sequence[Answer]) -> list[Message]:
+def _with_answers(conversation: Conversation, answers: Sequence[GeneratedAnswer]) -> list[Message]:
     """Return the messages, with as many answers in their places as there are."""
     messages = list(conversation.messages)
     for index, answer in zip(_rewritten_indices(conversation), answers, strict=False):

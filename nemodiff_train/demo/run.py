@@ -24,7 +24,7 @@ from nemodiff_train.demo.corpus import write_stdlib_text
 from nemodiff_train.demo.tokenizer import train_tokenizer
 from nemodiff_train.errors import UserError
 from nemodiff_train.evaluation.arithmetic import problems, write_conversations
-from nemodiff_train.evaluation.evaluate import evaluate
+from nemodiff_train.evaluation.decode_task import evaluate
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
@@ -35,7 +35,7 @@ from nemodiff_train.model.loading import stop_tokens
 from nemodiff_train.model.pretrained import model_from
 from nemodiff_train.processes import run_ranks
 from nemodiff_train.report.report import print_table, write_report
-from nemodiff_train.report.trace import Decode
+from nemodiff_train.report.trace import Detokenize
 from nemodiff_train.runtime import init_runtime
 
 STEPS = 6
@@ -229,7 +229,7 @@ class Demo:
 
     def _evaluate(
         self, checkpoint: Path, modes: tuple[str, ...], thresholds: tuple[float, ...], batch_size: int = 1
-    ) -> tuple[Evaluation, Decode]:
+    ) -> tuple[Evaluation, Detokenize]:
         """Return the figures, at the speed that one user sees by default, and the function from tokens to text."""
         task = load_task("arithmetic", count=self.budget.count)
         loaded = load_decoding_model(Checkpoint.open(checkpoint), max_new_tokens=MAX_NEW_TOKENS, threshold=THRESHOLD)

@@ -1,1 +1,1 @@
-"""How good and how fast a model decodes: tasks, records, metrics, likelihood."""
+"""Evaluation of accuracy and decoding speed: tasks, records, metrics, likelihood."""

@@ -58,11 +58,11 @@ def load_benchmark(name: str, source: str | None, count: int | None, run_code: b
         try:  # a field that only other rows have is None here
             prompts.append(benchmark.prompt({key: value for key, value in row.items() if value is not None}))
         except KeyError as error:
-            raise UserError(f"{where} has no {error}, as '{name}' has") from None
+            raise UserError(f"{where} has no {error}; name the rows of '{name}' with --data") from None
         except (TypeError, AttributeError, IndexError, ValidationError):
-            raise UserError(f"{where} does not have the form of '{name}'") from None
+            raise UserError(f"{where} does not have the form of '{name}'; name its rows with --data") from None
     if not prompts:
-        raise UserError(f"{source or benchmark.hub[0]} has no rows")
+        raise UserError(f"{source or benchmark.hub[0]} has no rows; name the rows of '{name}' with --data")
     return CodeTask(name, prompts) if benchmark.code else Task(name, prompts, benchmark.scorer)
 
 
@@ -77,9 +77,11 @@ def _rows(source: str | None, benchmark: Benchmark) -> Iterable[Row]:
             candidates = sorted(path.rglob("*.*")) if path.is_dir() else [path]
             files = [file for file in candidates if file.suffix in _READERS]
             if not files:
-                raise UserError(f"'{path}' has no .jsonl, .json or .parquet file")
+                raise UserError(
+                    f"'{path}' has no .jsonl, .json or .parquet file; --data takes a file or folder of rows"
+                )
         elif source is not None and (path.suffix or path.is_absolute()):
-            raise UserError(f"there is no file '{source}'")
+            raise UserError(f"there is no file '{source}'; --data takes a file or folder of rows")
         if not files:
             return datasets.load_dataset(name, configuration, split="test")
         reader = _READERS[files[0].suffix]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nemodiff_train import __version__
 from nemodiff_train.evaluation.metrics import ModeMetrics, summarise
-from nemodiff_train.evaluation.pareto import Areas, Point, areas
+from nemodiff_train.evaluation.pareto import Areas, SweepPoint, areas
 from nemodiff_train.evaluation.prompts import Task
 from nemodiff_train.evaluation.records import DecodeRecord, LoggedRecord, Settings
 from nemodiff_train.runtime.versions import installed
@@ -51,7 +51,7 @@ class Evaluation(BaseModel):
     task: str = Field(description="Name of the task.")
     settings: Settings = Field(description="Settings common to all runs, such as seed, dtype and device.")
     modes: dict[str, ModeMetrics] = Field(description="Figures by mode, each at the settings that were asked for.")
-    sweep: list[Point] = Field(
+    sweep: list[SweepPoint] = Field(
         default=[], description="Runs of the modes with several settings, by mode, block size and threshold."
     )
     areas: Areas = Field(description="Accuracy under parallelism of each mode's curves.")
@@ -63,22 +63,22 @@ class Evaluation(BaseModel):
     )
 
     @property
-    def points(self) -> list[Point]:
+    def points(self) -> list[SweepPoint]:
         """Return every mode at every setting, each once."""
         return all_points(self.modes, self.sweep)
 
 
-def all_points(modes: Mapping[str, ModeMetrics], sweep: Sequence[Point]) -> list[Point]:
+def all_points(modes: Mapping[str, ModeMetrics], sweep: Sequence[SweepPoint]) -> list[SweepPoint]:
     """Return the modes that are not in the sweep, then the sweep."""
     swept = {point.mode for point in sweep}
-    return [Point(mode=mode, metrics=metrics) for mode, metrics in modes.items() if mode not in swept] + [*sweep]
+    return [SweepPoint(mode=mode, metrics=metrics) for mode, metrics in modes.items() if mode not in swept] + [*sweep]
 
 
 def assemble(
     checkpoint: str,
     task: Task,
     runs: Sequence[Run],
-    decode: Callable[[list[int]], str],
+    detokenize: Callable[[list[int]], str],
     *,
     settings: Settings,
     sweep: Sequence[Run] = (),
@@ -89,21 +89,21 @@ def assemble(
         checkpoint: Name shown in the report.
         task: Prompts and scorer; ``prompt_index`` of each record points into it.
         runs: One per mode, the headline of each. A run of mode ``ar`` is the reference of the others.
-        decode: Tokens to text.
+        detokenize: Turns tokens into text.
         settings: What all runs share.
         sweep: All runs of the modes with several settings; holds the same objects as ``runs``, logged once.
     """
     logs: dict[int, list[LoggedRecord]] = {}
     for run in (*runs, *sweep):
         if id(run) not in logs:
-            logs[id(run)] = _log(run, task, decode)
+            logs[id(run)] = _log(run, task, detokenize)
     ar = next((run.decoded for run in runs if run.mode == "ar"), None)
 
     def reduce(run: Run) -> ModeMetrics:
         return summarise(run.decoded, [row.correct for row in logs[id(run)]], run.settings, ar)
 
     modes = {run.mode: reduce(run) for run in runs}
-    points = [Point(mode=run.mode, metrics=reduce(run)) for run in sweep]
+    points = [SweepPoint(mode=run.mode, metrics=reduce(run)) for run in sweep]
     return Evaluation(
         checkpoint=checkpoint,
         task=task.name,
@@ -131,11 +131,11 @@ def by_category(records: Sequence[LoggedRecord]) -> list[CategoryMetrics]:
     return reduced
 
 
-def _log(run: Run, task: Task, decode: Callable[[list[int]], str]) -> list[LoggedRecord]:
+def _log(run: Run, task: Task, detokenize: Callable[[list[int]], str]) -> list[LoggedRecord]:
     """Score every record of a run."""
     rows = []
     for record in run.decoded:
-        text, prompt = decode(record.tokens), task.prompts[record.prompt_index]
+        text, prompt = detokenize(record.tokens), task.prompts[record.prompt_index]
         rows.append(
             LoggedRecord(
                 mode=run.mode,

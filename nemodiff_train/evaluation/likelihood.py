@@ -135,7 +135,7 @@ def likelihood(
 def _samples(texts: Sequence[Sequence[int]], length: int, vocab_size: int) -> list[Sample]:
     """Cut texts of 2 tokens or more into samples; the last one of each is padded with positions that do not count."""
     if not texts:
-        raise UserError("there is no text to score: every document is shorter than 2 tokens")
+        raise UserError("there is no text to score: every document is shorter than 2 tokens; give longer text")
     check_prompts(texts, vocab_size)
     samples = []
     for text in texts:

@@ -53,7 +53,7 @@ _NUMBERS = {
 MODEL_ARGS = (
     "checkpoint", "mode", "drafter", "sampler", "tensor_parallel", "pipeline_parallel", *_SETTINGS, *_OF_THE_HARNESS,
 )  # fmt: skip
-"""Words of ``--model_args``."""
+"""Arguments of ``--model_args``."""
 
 
 @register_model("nemodiff")
@@ -66,10 +66,10 @@ class NemodiffLM(HFLM):
         batch_size: Requests decoded or scored together.
         max_batch_size: For ``batch_size=auto``.
         device: Taken from the harness and not used; the runtime chooses.
-        words: The other :data:`MODEL_ARGS`.
+        model_args: The other :data:`MODEL_ARGS`.
 
     Raises:
-        UserError: No checkpoint, a mode it cannot decode in, or an unknown word.
+        UserError: No checkpoint, a mode it cannot decode in, or an unknown argument.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class NemodiffLM(HFLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
-        **words: Any,
+        **model_args: Any,
     ) -> None:
-        _check_words(checkpoint, words)
-        harness = {name: words.pop(name) for name in _OF_THE_HARNESS if name in words}
-        if drafter := words.pop("drafter", None):
-            words["drafter"] = Checkpoint.open(drafter).require_drafter()
-        self.loaded = load_decoding_model(Checkpoint.open(str(checkpoint)), modes=(mode,), **words)
+        _check_model_args(checkpoint, model_args)
+        harness = {name: model_args.pop(name) for name in _OF_THE_HARNESS if name in model_args}
+        if drafter := model_args.pop("drafter", None):
+            model_args["drafter"] = Checkpoint.open(drafter).require_drafter()
+        self.loaded = load_decoding_model(Checkpoint.open(str(checkpoint)), modes=(mode,), **model_args)
         runner = PipelineRunner(self.loaded.model)
         # What the harness asks of a Transformers model besides logits and new tokens.
         weights = SimpleNamespace(config=config_from(runner.config.hf_config), device=runner.device)
@@ -101,7 +101,7 @@ class NemodiffLM(HFLM):
         if positions and self.max_length > positions:
             raise UserError(f"--model_args max_length={self.max_length}: the model has {positions} positions")
         self.mode = mode
-        self._limit = int(words["max_new_tokens"]) if "max_new_tokens" in words else super().max_gen_toks
+        self._limit = int(model_args["max_new_tokens"]) if "max_new_tokens" in model_args else super().max_gen_toks
         self._chat: ChatTemplate | None = None
         self._warn_once = functools.cache(warn)
         self._decoded = 0
@@ -222,8 +222,8 @@ def _check_keywords(options: Mapping[str, Any]) -> None:
             )
 
 
-def _check_words(checkpoint: str | None, words: Mapping[str, Any]) -> None:
-    for name, value in words.items():
+def _check_model_args(checkpoint: str | None, model_args: Mapping[str, Any]) -> None:
+    for name, value in model_args.items():
         if name in _OF_REQUESTS:
             raise UserError(f"--model_args {name}: the harness sets it for each task; use --gen_kwargs")
         if name not in MODEL_ARGS:

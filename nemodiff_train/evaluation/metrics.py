@@ -15,18 +15,20 @@ from nemodiff_train.evaluation.records import DecodeRecord, Settings
 Z_95 = 1.959964
 
 
-class PositionAgreement(BaseModel):
-    """How often the verifier agreed with the draft at one position of the block."""
+class PositionAcceptance(BaseModel):
+    """Counts and rates of draft tokens that the verifier kept at one position of the draft."""
 
     model_config = ConfigDict(frozen=True)
 
     position: int = Field(description="Drafted position, from 1; the block's first token is known, not drafted.")
-    drafted: int = Field(description="Cycles that drafted this position.")
-    agreed: int = Field(description="Cycles that drafted this position and in which the verifier agreed here.")
-    reached: int = Field(description="Cycles in which the verifier agreed at every earlier position.")
-    accepted: int = Field(description="Cycles that reached this position and agreed here.")
+    drafts: int = Field(description="Cycles that drafted this position.")
+    verifier_matches: int = Field(
+        description="Cycles of these in which the verifier kept this token, whatever came before it."
+    )
+    reached: int = Field(description="Cycles in which the verifier kept every earlier token.")
+    accepted: int = Field(description="Cycles that reached this position and in which the verifier kept its token.")
     unconditional: float = Field(
-        description="agreed / drafted. After a rejection the verifier still reads the rejected draft."
+        description="verifier_matches / drafts. After a rejection the verifier still reads the rejected draft."
     )
     conditional: float | None = Field(description="accepted / reached; none if no cycle reached the position.")
 
@@ -63,7 +65,7 @@ class ModeMetrics(BaseModel):
         description="Mean tokens committed per draft + verify cycle, the verifier's own included (NLD, "
         "section 4.2). A cycle is at least two forwards: half of this is NLD's real TPF. None in modes without them."
     )
-    agreement: list[PositionAgreement] = Field(description="Agreement of verifier and draft by position.")
+    acceptance_by_position: list[PositionAcceptance] = Field(description="Acceptance by position of the draft.")
     seconds: float = Field(description="Wall-clock seconds spent decoding.")
     tokens_per_second: float | None = Field(description="tokens / seconds, at the batch size of the run.")
     forwards_per_second: float | None = Field(description="Forwards of all kinds / seconds.")
@@ -120,7 +122,7 @@ def summarise(
         tpf_all=tokens / counted,
         tpf_no_prefill=_ratio(tokens, counted - forwards["prefill"]),
         acceptance_length=_ratio(sum(cycle.committed for cycle in cycles), len(cycles)),
-        agreement=agreement_by_position([cycle.accept_mask for cycle in cycles]),
+        acceptance_by_position=acceptance_by_position([cycle.accept_mask for cycle in cycles]),
         seconds=seconds,
         tokens_per_second=_ratio(tokens, seconds),
         forwards_per_second=_ratio(forwards.total(), seconds),
@@ -130,22 +132,22 @@ def summarise(
     )
 
 
-def agreement_by_position(accept_masks: Sequence[Sequence[bool]]) -> list[PositionAgreement]:
-    """Count agreement at each drafted position; drafts may differ in length."""
+def acceptance_by_position(accept_masks: Sequence[Sequence[bool]]) -> list[PositionAcceptance]:
+    """Count matches and acceptances at each position of the drafts, which may differ in length."""
     positions = []
     for position in range(1, max(map(len, accept_masks), default=0) + 1):
         masks = [mask for mask in accept_masks if len(mask) >= position]
-        agreed = sum(mask[position - 1] for mask in masks)
+        verifier_matches = sum(mask[position - 1] for mask in masks)
         reached = sum(all(mask[: position - 1]) for mask in masks)
         accepted = sum(all(mask[:position]) for mask in masks)
         positions.append(
-            PositionAgreement(
+            PositionAcceptance(
                 position=position,
-                drafted=len(masks),
-                agreed=agreed,
+                drafts=len(masks),
+                verifier_matches=verifier_matches,
                 reached=reached,
                 accepted=accepted,
-                unconditional=agreed / len(masks),
+                unconditional=verifier_matches / len(masks),
                 conditional=_ratio(accepted, reached),
             )
         )

@@ -14,7 +14,7 @@ DROP = 5.0
 FRONT = "front of all settings"
 
 
-class Point(BaseModel):
+class SweepPoint(BaseModel):
     """One mode at one setting."""
 
     model_config = ConfigDict(frozen=True)
@@ -58,16 +58,16 @@ class Areas(BaseModel):
     rows: list[Area]
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def front(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     """Return the points that no other beats in TPF without losing accuracy, or the reverse, by rising TPF."""
-    kept: list[Point] = []
+    kept: list[SweepPoint] = []
     for point in sorted(points, key=lambda point: (-point.tpf, -point.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
             kept.append(point)
     return kept[::-1]
 
 
-def areas(points: Sequence[Point]) -> Areas:
+def areas(points: Sequence[SweepPoint]) -> Areas:
     """Return the area under every curve that the points make up."""
     best = max(points, key=lambda point: point.accuracy)
     rows = []
@@ -80,7 +80,7 @@ def areas(points: Sequence[Point]) -> Areas:
     return Areas(best=best.accuracy, best_mode=best.mode, rows=rows)
 
 
-def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
+def curves(points: Sequence[SweepPoint]) -> list[tuple[str, list[SweepPoint]]]:
     """Cut the points of one mode into curves along which one setting varies, and name them.
 
     A grid has one curve per block size, and its front beside them.
@@ -88,13 +88,13 @@ def curves(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     varied = varied_settings(points)
     if len(varied) < 2:
         return [(f"by {varied[0].replace('_', ' ')}" if varied else "one setting", list(points))]
-    by_size: dict[str, list[Point]] = defaultdict(list)
+    by_size: dict[str, list[SweepPoint]] = defaultdict(list)
     for point in points:
         by_size[f"block size {point.metrics.settings.get('block_size')}"].append(point)
     return [*by_size.items(), (FRONT, front(points))]
 
 
-def varied_settings(points: Sequence[Point]) -> list[str]:
+def varied_settings(points: Sequence[SweepPoint]) -> list[str]:
     """Return the names of the settings in which the points differ."""
     names = dict.fromkeys(name for point in points for name in point.metrics.settings)
     return [name for name in names if len({str(point.metrics.settings.get(name)) for point in points}) > 1]

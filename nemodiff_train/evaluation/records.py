@@ -85,7 +85,7 @@ def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; name another file") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -93,7 +93,9 @@ def read_jsonl[Row: BaseModel](path: Path, model: type[Row]) -> list[Row]:
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line") from error
+            raise UserError(
+                f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line; correct the line"
+            ) from error
         rows.append(checked(model, line, f"{path}:{number}", "correct or remove the line"))
     if not rows:
         raise UserError(f"{path} is empty: expected one JSON object per line")

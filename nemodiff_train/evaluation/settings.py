@@ -26,11 +26,13 @@ class EvaluationSettings:
     """Whether prompts are put into the tokenizer's chat template, as a user's message."""
 
 
-def settings_of(mode: str, settings: DecodingSettings, covered: EvaluationSettings) -> list[DecodingSettings]:
+def settings_of(
+    mode: str, settings: DecodingSettings, evaluation_settings: EvaluationSettings
+) -> list[DecodingSettings]:
     """Return all settings that a mode is decoded with: the grid, as far as the mode depends on it."""
     relevant = relevant_settings(mode, settings)
-    sizes = {settings.block_size, *(covered.block_sizes if "block_size" in relevant else ())}
-    thresholds = {settings.threshold, *(covered.thresholds if "threshold" in relevant else ())}
+    sizes = {settings.block_size, *(evaluation_settings.block_sizes if "block_size" in relevant else ())}
+    thresholds = {settings.threshold, *(evaluation_settings.thresholds if "threshold" in relevant else ())}
     return [
         replace(settings, block_size=size, threshold=threshold)
         for size in sorted(sizes)
@@ -65,10 +67,12 @@ def check_scoring(model: Mapping[str, Any], length: int, draws: int, seed: int) 
     """
     block_size = model.get("block_size", 1)
     if model.get("mask_token_id") is None:
-        raise UserError("this checkpoint has had no joint stage; its diffusion bound is not defined")
+        raise UserError(
+            "this checkpoint has had no joint stage, so its diffusion bound is not defined; train it jointly first"
+        )
     if not 1 <= draws <= _MOST_DRAWS:
-        raise UserError(f"the number of draws must be from 1 to {_MOST_DRAWS:,}, not {draws}")
+        raise UserError(f"--draws is {draws}; use 1 to {_MOST_DRAWS:,}")
     if not 0 <= seed < 2**32:
-        raise UserError(f"the seed {seed} is not between 0 and 2**32 - 1")
+        raise UserError(f"--seed is {seed}; use 0 to {2**32 - 1:,}")
     if length < 2 or length % block_size:
-        raise UserError(f"the length is {length}; use a multiple of the model's block size {block_size}, 2 or more")
+        raise UserError(f"--length is {length}; use a multiple of the model's block size {block_size}, 2 or more")

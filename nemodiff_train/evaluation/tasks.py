@@ -52,7 +52,7 @@ def load_task(
             empty field, or an answer without a number where the scorer is ``numeric``.
     """
     if count is not None and count < 1:
-        raise UserError(f"the number of prompts must be at least 1, not {count}")
+        raise UserError(f"--count (evaluation.count) is {count}; use 1 or more")
     path = Path(name)
     if path.suffix == ".jsonl" or path.is_file():
         score = make_scorer(scorer, pattern)
@@ -67,7 +67,7 @@ def load_task(
 
 
 BUILT_IN = ("arithmetic", "questions")
-"""The same problems, the latter without the words around them."""
+"""Names of the built-in tasks, which have the same problems; ``questions`` leaves out the words around them."""
 
 
 def built_in_prompts(name: str, split: Split, count: int, seed: int) -> list[Prompt]:

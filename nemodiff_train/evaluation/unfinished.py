@@ -37,12 +37,12 @@ class UnfinishedRecords(LineLog):
         output: Folder of the report.
         loaded: The model, whose parallel groups exist.
         task: Prompts.
-        covered: Whether prompts are put into a chat template.
+        evaluation_settings: Whether prompts are put into a chat template.
         weights: Says by its contents what decodes.
     """
 
     def __init__(
-        self, output: Path, loaded: DecodingModel, task: Task, covered: EvaluationSettings, weights: str
+        self, output: Path, loaded: DecodingModel, task: Task, evaluation_settings: EvaluationSettings, weights: str
     ) -> None:
         self._output = output
         decoding = {name: str(value) for name, value in sorted(vars(loaded.settings).items()) if not callable(value)}
@@ -51,7 +51,7 @@ class UnfinishedRecords(LineLog):
             "weights": weights,
             "task": task.name,
             "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
-            "chat": covered.chat,
+            "chat": evaluation_settings.chat,
             "decoding": json.dumps(decoding),
         }
         self._earlier: list[_Line] = []  # of this evaluation
@@ -61,7 +61,7 @@ class UnfinishedRecords(LineLog):
                     self._earlier.append(line)
         super().__init__(log_of_replica(usable_directory(output), "unfinished"))
 
-    def of(self, mode: str, settings: Settings) -> list[DecodeRecord]:
+    def records_of_mode(self, mode: str, settings: Settings) -> list[DecodeRecord]:
         """Return the earlier records of a mode with its settings, in the order of the prompts, each once."""
         records = [line.decoded for line in self._earlier if (line.mode, line.settings) == (mode, settings)]
         by_prompt = {record.prompt_index: record for record in records}

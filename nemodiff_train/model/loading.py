@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import console, quiet, warn
-from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_beyond_vocabulary
 from nemodiff_train.distributed import local_rank, world_size
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.adapters import merge_adapters
@@ -73,7 +73,7 @@ def load_model(
     checkpoint = verified
     drafter_settings = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
-    if line := tokens_without_row(tokenizer, provider.vocab_size):
+    if line := tokens_beyond_vocabulary(tokenizer, provider.vocab_size):
         warn(line)
     with quiet(), console.status(Text(f"loading {checkpoint.path}")):
         weights = checkpoint.base if checkpoint.kind is Kind.LORA else checkpoint

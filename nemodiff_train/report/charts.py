@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
-from nemodiff_train.evaluation.pareto import FRONT, Point, curves, front, varied_settings
+from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAcceptance
+from nemodiff_train.evaluation.pareto import FRONT, SweepPoint, curves, front, varied_settings
 from nemodiff_train.report.display import decimal, mode_class, percent, setting, title
 from nemodiff_train.report.svg import Labels, Scale, dot, drawing, element, line, path, spread, text, ticks, tooltip
 
@@ -53,8 +53,8 @@ def forwards_bars(modes: dict[str, ModeMetrics]) -> Markup:
         bars = []
         for index, (kind, count) in enumerate(largest_first):
             words = tooltip(f"{title(mode)}, {kind}: {count:.1f} forwards per 100 tokens")
-            place = {"x": scale(start), "y": top + 26, "width": max(scale(count) - 1.5, 0.5), "height": 18}
-            bars.append(element("rect", words, **place, class_=f"bar shade-{min(index, 2)}"))
+            geometry = {"x": scale(start), "y": top + 26, "width": max(scale(count) - 1.5, 0.5), "height": 18}
+            bars.append(element("rect", words, **geometry, class_=f"bar shade-{min(index, 2)}"))
             start += count
         split = " · ".join(f"{kind} {count:.1f}" for kind, count in largest_first)
         if search is not None:
@@ -65,7 +65,7 @@ def forwards_bars(modes: dict[str, ModeMetrics]) -> Markup:
     return drawing(WIDTH, height * len(modes), "Forwards per 100 tokens, by kind", *rows)
 
 
-def speed_curves(points: Sequence[Point]) -> Markup:
+def speed_curves(points: Sequence[SweepPoint]) -> Markup:
     """Draw accuracy against tokens per forward: the curves of each mode, and the front of all of them."""
     # From 1 TPF (or below) to a little beyond the largest; accuracies zoomed in, to a span of 10 points at least.
     low, high = min(1.0, *(point.tpf for point in points)), max(point.tpf for point in points)
@@ -90,7 +90,9 @@ def speed_curves(points: Sequence[Point]) -> Markup:
     )
 
 
-def _mode_curves(points: Sequence[Point], best: Sequence[Point], x: Scale, y: Scale, labels: Labels) -> Markup:
+def _mode_curves(
+    points: Sequence[SweepPoint], best: Sequence[SweepPoint], x: Scale, y: Scale, labels: Labels
+) -> Markup:
     """Draw the points of one mode, joined along the setting that varies."""
     mode, varied = points[0].mode, varied_settings(points)
     joined = [curve for name, curve in curves(points) if name != FRONT]
@@ -113,21 +115,21 @@ def _mode_curves(points: Sequence[Point], best: Sequence[Point], x: Scale, y: Sc
     return element("g", *parts, class_=mode_class(mode))
 
 
-def acceptance_curve(mode: str, agreement: Sequence[PositionAgreement]) -> Markup:
-    """Draw the share of cycles in which the verifier agrees with the draft, by position in the draft."""
-    width = max(len(agreement), 2)
+def acceptance_curve(mode: str, acceptance: Sequence[PositionAcceptance]) -> Markup:
+    """Draw the share of cycles in which the verifier accepts the draft token, by position in the draft."""
+    width = max(len(acceptance), 2)
     x, y = Scale(0.5, width + 0.5, LEFT, RIGHT - 84), Scale(0, 1, BOTTOM, TOP)
-    reached = [(x(a.position), y(a.reached / a.drafted)) for a in agreement]
+    reached = [(x(a.position), y(a.reached / a.drafts)) for a in acceptance]
     parts = [path([(reached[0][0], BOTTOM), *reached, (reached[-1][0], BOTTOM)], "area")]
     # Two curves of (position, share, cycles).
     series = [
-        [(a.position, a.conditional, a.reached) for a in agreement if a.conditional is not None],
-        [(a.position, a.unconditional, a.drafted) for a in agreement],
+        [(a.position, a.conditional, a.reached) for a in acceptance if a.conditional is not None],
+        [(a.position, a.unconditional, a.drafts) for a in acceptance],
     ]
     for index, points in enumerate(series):
         drawn = [path([(x(position), y(share)) for position, share, _ in points], "curve")]
         for position, share, cycles in points:
-            words = f"Position {position}: agreed in {percent(share)} of {cycles:,} cycles"
+            words = f"Position {position}: accepted in {percent(share)} of {cycles:,} cycles"
             drawn.append(dot(x(position), y(share), 3, words, "dot" if cycles >= FEW else "dot few"))
         parts.append(element("g", *drawn, class_=f"series-{index}"))
     # Each curve is named at its right end.

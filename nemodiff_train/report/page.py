@@ -1,4 +1,4 @@
-"""What all pages share: one file each that loads nothing, charts, and a replay of the first outputs."""
+"""The parts that all pages share: charts, a replay of the first outputs, and a template that loads no other file."""
 
 import base64
 import hashlib
@@ -12,12 +12,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
-from nemodiff_train.errors import visible
+from nemodiff_train.errors import escape_controls
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.evaluation.metrics import ModeMetrics
 from nemodiff_train.evaluation.records import LoggedRecord
 from nemodiff_train.report import display
-from nemodiff_train.report.trace import Decode, Trace, trace
+from nemodiff_train.report.trace import Detokenize, Trace, trace
 
 SAMPLES = 6
 """Maximum number of prompts whose outputs are replayed, from the first."""
@@ -32,7 +32,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Sample:
+class PromptOutputs:
     """One prompt with every mode's output at its main settings."""
 
     prompt: str
@@ -61,8 +61,8 @@ _ENVIRONMENT = Environment(
 )
 
 
-def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetrics], **values: object) -> str:
-    """Return a page. It escapes all text from outside, spells out what would turn it around, and loads nothing.
+def render(template: str, samples: Sequence[PromptOutputs], modes: dict[str, ModeMetrics], **values: object) -> str:
+    """Return a page, which loads nothing; text from outside is escaped, its control characters included.
 
     Args:
         template: A file beside this module, made from ``base.html.j2``.
@@ -76,7 +76,9 @@ def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetric
         samples=samples,
         modes=modes,
         # The replay opens with a mode that drafts, if there is one.
-        shown_first=next((mode for mode, metrics in modes.items() if metrics.agreement), next(reversed(modes), None)),
+        shown_first=next(
+            (mode for mode, metrics in modes.items() if metrics.acceptance_by_position), next(reversed(modes), None)
+        ),
         traces=inline_json([[_replay(output.trace) for output in sample.outputs] for sample in samples]),
         display=display,
         mode_class=display.mode_class,
@@ -87,7 +89,7 @@ def render(template: str, samples: Sequence[Sample], modes: dict[str, ModeMetric
         # By this hash the page's security policy admits the script and no other.
         digest="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return visible(page)
+    return escape_controls(page)
 
 
 def inline_json(value: JsonValue) -> Markup:
@@ -98,7 +100,7 @@ def inline_json(value: JsonValue) -> Markup:
     return Markup(written)
 
 
-def samples_of(evaluation: Evaluation, decode: Decode) -> list[Sample]:
+def samples_of(evaluation: Evaluation, detokenize: Detokenize) -> list[PromptOutputs]:
     """Collect the records of the first prompts, each mode's at its main settings."""
     by_prompt: dict[int, list[LoggedRecord]] = {}
     for mode, metrics in evaluation.modes.items():
@@ -107,7 +109,7 @@ def samples_of(evaluation: Evaluation, decode: Decode) -> list[Sample]:
             if row.mode == mode and row.settings == metrics.settings and index < SAMPLES:
                 by_prompt.setdefault(index, []).append(row)
     return [
-        Sample(rows[0].prompt, rows[0].answer, [Output(row, trace(row.decoded, decode)) for row in rows])
+        PromptOutputs(rows[0].prompt, rows[0].answer, [Output(row, trace(row.decoded, detokenize)) for row in rows])
         for _, rows in sorted(by_prompt.items())
     ]
 
@@ -117,6 +119,8 @@ def _replay(trace: Trace) -> JsonValue:
     return {
         "steps": [piece.step for piece in trace.pieces],
         "positions": [piece.position for piece in trace.pieces],
-        "drafts": [{**asdict(draft), "texts": [visible(text) for text in draft.texts]} for draft in trace.drafts],
+        "drafts": [
+            {**asdict(draft), "texts": [escape_controls(text) for text in draft.texts]} for draft in trace.drafts
+        ],
         "frames": [asdict(frame) for frame in trace.frames],
     }

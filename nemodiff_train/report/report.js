@@ -30,8 +30,8 @@
     const first = verified ? draft.accepted : 0;
     return draft.texts.slice(first).map((text, index) => {
       if (!verified) return chip(text, "tentative", `drafted, position ${index + 1}`);
-      const agreed = draft.accept_mask[first + index];
-      return chip(text, "del", agreed ? "dropped: after a rejection or the end" : "rejected");
+      const kept = draft.accept_mask[first + index];
+      return chip(text, "del", kept ? "dropped: after a rejection or the end" : "rejected");
     }).filter((element) => element.textContent);
   }
 

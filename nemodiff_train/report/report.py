@@ -8,22 +8,22 @@ from rich.table import Table
 
 from nemodiff_train.console import PlainConsole
 from nemodiff_train.evaluation.evaluation import Evaluation
-from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAgreement
+from nemodiff_train.evaluation.metrics import ModeMetrics, PositionAcceptance
 from nemodiff_train.evaluation.pareto import Area, varied_settings
 from nemodiff_train.evaluation.records import write_records
 from nemodiff_train.files import usable_directory, write_atomic
 from nemodiff_train.report import charts, display, page
 from nemodiff_train.report.page import Chart
-from nemodiff_train.report.trace import Decode
+from nemodiff_train.report.trace import Detokenize
 
 
-def write_report(directory: Path, evaluation: Evaluation, decode: Decode) -> Path:
+def write_report(directory: Path, evaluation: Evaluation, detokenize: Detokenize) -> Path:
     """Write ``records.jsonl``, ``metrics.json`` and ``report.html``, each atomically.
 
     Args:
         directory: Created if it does not exist.
         evaluation: The figures and the records.
-        decode: Turns tokens into text, for the replay.
+        detokenize: Turns tokens into text, for the replay.
 
     Returns:
         The path of ``report.html``, which needs no other file.
@@ -36,7 +36,7 @@ def write_report(directory: Path, evaluation: Evaluation, decode: Decode) -> Pat
     write_atomic(directory / "metrics.json", metrics_json(evaluation))
     html = page.render(
         "report.html.j2",
-        page.samples_of(evaluation, decode),
+        page.samples_of(evaluation, detokenize),
         evaluation.modes,
         evaluation=evaluation,
         prompts=max(metrics.prompts for metrics in evaluation.modes.values()),
@@ -74,7 +74,7 @@ def print_table(evaluation: Evaluation) -> None:
 
 def _rules() -> dict[str, str]:
     """Return every figure's counting rule in words, by field name."""
-    fields = {**ModeMetrics.model_fields, **PositionAgreement.model_fields, "aup": Area.model_fields["aup"]}
+    fields = {**ModeMetrics.model_fields, **PositionAcceptance.model_fields, "aup": Area.model_fields["aup"]}
     return {name: field.description or "" for name, field in fields.items()}
 
 
@@ -102,12 +102,13 @@ def _charts(evaluation: Evaluation) -> list[Chart]:
             caption += f" Numbers: {' \N{MULTIPLICATION SIGN} '.join(name.replace('_', ' ') for name in varied)}."
         drawn.append(Chart("Accuracy against speed", caption, charts.speed_curves(points), list(modes)))
     for mode, metrics in modes.items():
-        if metrics.agreement:
+        if metrics.acceptance_by_position:
             caption = (
-                f"{display.title(mode)}: how often the verifier agrees with the drafted token, in the cycles that "
+                f"{display.title(mode)}: how often the verifier accepts the drafted token, in the cycles that "
                 "reach the position and in every cycle. Shaded: share of cycles that reach it. Hollow: fewer "
                 f"than {charts.FEW} cycles. A cycle commits {display.decimal(metrics.acceptance_length)} tokens on "
                 "average."
             )
-            drawn.append(Chart("Acceptance by position", caption, charts.acceptance_curve(mode, metrics.agreement)))
+            drawing = charts.acceptance_curve(mode, metrics.acceptance_by_position)
+            drawn.append(Chart("Acceptance by position", caption, drawing))
     return drawn

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from nemodiff_train.evaluation.evaluation import Evaluation
 from nemodiff_train.report import charts, page
 from nemodiff_train.report.display import decimal, mode_class, percent, rate
-from nemodiff_train.report.page import Chart, Sample
-from nemodiff_train.report.trace import Decode
+from nemodiff_train.report.page import Chart, PromptOutputs
+from nemodiff_train.report.trace import Detokenize
 
 POINTS = 300
 """Maximum number of points of a curve, an even number; where there are more, neighbours are averaged."""
@@ -70,7 +70,7 @@ class RunPage:
     last: dict[str, float] = field(default_factory=dict)
     """Newest value of each figure."""
     evaluation: Evaluation | None = None
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[PromptOutputs] = field(default_factory=list)
 
     def add(self, record: Mapping[str, float | None]) -> None:
         """Add a line of ``metrics.jsonl``, without what no curve can show, such as a loss that is not a number."""
@@ -81,9 +81,9 @@ class RunPage:
         for name, value in figures.items():
             self.series[name].add(figures["step"], value)
 
-    def show(self, evaluation: Evaluation, decode: Decode) -> None:
+    def show(self, evaluation: Evaluation, detokenize: Detokenize) -> None:
         """Show what an evaluation in the loop has decoded."""
-        self.evaluation, self.samples = evaluation, page.samples_of(evaluation, decode)
+        self.evaluation, self.samples = evaluation, page.samples_of(evaluation, detokenize)
 
     def render(self) -> str:
         """Return the page. It needs no other file and no network."""

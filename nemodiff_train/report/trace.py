@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from nemodiff_train.evaluation.records import DecodeRecord
 
-Decode = Callable[[list[int]], str]
+Detokenize = Callable[[list[int]], str]
 """Turns tokens into text, special tokens left out."""
 
 CONTEXT = 8
@@ -43,7 +43,7 @@ class Frame:
     """One stop of the replay's slider."""
 
     words: str
-    """What happens in it."""
+    """Description of what happens in the frame."""
     step: int
     """Pieces of this step and of earlier ones are committed."""
     draft: int | None = None
@@ -66,7 +66,7 @@ class Trace:
         return max((frame.step for frame in self.frames), default=0) or 1
 
 
-def trace(record: DecodeRecord, decode: Decode) -> Trace:
+def trace(record: DecodeRecord, detokenize: Detokenize) -> Trace:
     """Return all that the replay needs of a record.
 
     Its text is cut at token borders; a character made of several tokens stays whole.
@@ -74,17 +74,17 @@ def trace(record: DecodeRecord, decode: Decode) -> Trace:
     steps = sorted(set(record.steps))
     rank_of_step = {step: rank for rank, step in enumerate(steps)}
     ranks = [rank_of_step[step] for step in record.steps]
-    pieces = [Piece(text, first, ranks[last]) for text, first, last in _cut(record.tokens, decode)]
-    drafts = _drafts(record, decode)
+    pieces = [Piece(text, first, ranks[last]) for text, first, last in _cut(record.tokens, detokenize)]
+    drafts = _drafts(record, detokenize)
     return Trace(pieces, drafts, _frames(record, steps, ranks, drafts))
 
 
-def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
+def _cut(tokens: Sequence[int], detokenize: Detokenize) -> list[tuple[str, int, int]]:
     """Return the text between whole characters, with the indices of its first and last token."""
     stretches: list[tuple[str, int, int]] = []
     before, first = "", 0
     for last in range(len(tokens)):
-        text = decode(list(tokens[: last + 1]))
+        text = detokenize(list(tokens[: last + 1]))
         if text.endswith("\N{REPLACEMENT CHARACTER}") and last + 1 < len(tokens):
             continue  # in the middle of a character
         if len(text) > len(before):
@@ -93,7 +93,7 @@ def _cut(tokens: Sequence[int], decode: Decode) -> list[tuple[str, int, int]]:
     return stretches
 
 
-def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
+def _drafts(record: DecodeRecord, detokenize: Detokenize) -> list[Draft]:
     """Return the draft of each cycle that has one."""
     drafts = []
     committed = [cycle.committed for cycle in record.cycles]
@@ -104,7 +104,7 @@ def _drafts(record: DecodeRecord, decode: Decode) -> list[Draft]:
         start = cycle_start + cycle.target_tokens
         context = record.tokens[max(start - CONTEXT, 0) : start]
         texts = [""] * len(cycle.draft_tokens)
-        for text, first, _ in _cut([*context, *cycle.draft_tokens], decode):
+        for text, first, _ in _cut([*context, *cycle.draft_tokens], detokenize):
             if first >= len(context):
                 texts[first - len(context)] = text
         drafts.append(Draft(start, texts, cycle.accept_mask, cycle.accepted))

@@ -41,7 +41,7 @@ from nemodiff_train.model.checksums import (
     structure_damage,
     write_checksums,
 )
-from nemodiff_train.processes import helpers_held
+from nemodiff_train.processes import signals_blocked
 
 MANAGER = f"{__name__}.AtomicCheckpointManager"
 """The class below, as Bridge takes it."""
@@ -118,7 +118,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
                 sync(iteration.parent)
                 shutil.rmtree(iteration, ignore_errors=True)  # of the same step: a rollback trains it again
             barrier()
-            with helpers_held():
+            with signals_blocked():
                 super().save(ctx, callback_manager)
             self.saving.append(iteration)
             self._publish_finished(ctx.state)

@@ -36,7 +36,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch import Tensor
 
-from nemodiff_train.processes import helpers_held, program_unseen, serve_parent_alone
+from nemodiff_train.processes import exit_only_with_parent, signals_blocked, without_main_module
 from nemodiff_train.runtime.cpu import get_random_state, set_random_state
 from nemodiff_train.runtime.replace import REPLACED, replace, replace_in
 
@@ -272,8 +272,8 @@ def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
     def write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            with helpers_held(), program_unseen():
-                manager.start(initializer=serve_parent_alone)
+            with signals_blocked(), without_main_module():
+                manager.start(initializer=exit_only_with_parent)
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
@@ -311,7 +311,7 @@ def start_writer_alone() -> None:
             waiting.join(0.2)
 
     def start(cls: type[PersistentAsyncCaller], *arguments: Any, **named: Any) -> Any:
-        with program_unseen():
+        with without_main_module():
             process, queue = original(*arguments, **named), cls._persistent_preload_q
         if "join" not in vars(queue):
             queue.join = partial(join_while_alive, queue.join, process)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nemodiff_train.console import say
 from nemodiff_train.errors import UserError
-from nemodiff_train.processes import serve_parent_alone
+from nemodiff_train.processes import exit_only_with_parent
 from nemodiff_train.runtime.cpu import compile_nothing, cpu_as_cuda
 from nemodiff_train.runtime.deferred import defer_imports
 from nemodiff_train.runtime.packages import LARGE_PACKAGES, OPTIONAL_PACKAGES, stand_in_for
@@ -150,6 +150,6 @@ def init_quietly() -> Host:
 
 def save_worker(*arguments: Any) -> None:
     """Run Core's loop for asynchronous saves, in a process that Core has just started and nothing has prepared."""
-    serve_parent_alone()
+    exit_only_with_parent()
     init_quietly()
     REPLACED["megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop"](*arguments)

@@ -18,7 +18,7 @@ from nemodiff_train.config.context import StepContext
 from nemodiff_train.config.precision import precision_of, warning
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console, say
-from nemodiff_train.distributed import HEAD_START, ReservedPort, global_rank, is_main_process, world_size
+from nemodiff_train.distributed import REPORT_DELAY, ReservedPort, global_rank, is_main_process, world_size
 from nemodiff_train.errors import RunStopped, UserError, disk_is_full, refusal
 from nemodiff_train.files import locked
 from nemodiff_train.model.checksums import identity
@@ -159,7 +159,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
         except RuntimeError as error:
             if not _another_rank_is_gone(error):
                 raise
-            time.sleep(HEAD_START)
+            time.sleep(REPORT_DELAY)
             line = f"rank {global_rank()}: the connection to another rank is gone; what that one said last tells why"
             raise RunStopped(line, alone=True) from error
         except SystemExit as leaving:

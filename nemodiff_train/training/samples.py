@@ -9,7 +9,7 @@ from torch import Tensor
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.console import PlainConsole, quiet
 from nemodiff_train.data.tokenizer import load_tokenizer
-from nemodiff_train.errors import UserError, in_a_line
+from nemodiff_train.errors import UserError, escape_to_one_line
 from nemodiff_train.objective.sample import Sample
 from nemodiff_train.report.display import span
 from nemodiff_train.validation import data, objective
@@ -37,8 +37,8 @@ def show_samples(config: TriModeConfig, count: int) -> None:
     config.propagate()
     output, tokenizer = PlainConsole(), load_tokenizer(str(config.tokenizer.tokenizer_model))
     output.print(Text(LEGEND, "dim"))
-    stored_end = config.dataset.stored_end()
-    end = tokenizer.eos_token_id if stored_end is None else stored_end
+    eod_token_id = config.dataset.eod_token_id()
+    end = tokenizer.eos_token_id if eod_token_id is None else eod_token_id
     for number, sample in enumerate(first_samples(config, count)):
         length = len(sample["maskable"])
         views, ar_targets = len(sample["tokens"]) // length - 1, int((sample["loss_mask"][-length:] > 0).sum())
@@ -86,7 +86,7 @@ def _blocks(
             if documents[index] < 0:
                 line.append(PADDING, shade)
                 continue
-            written = in_a_line(str(tokenizer.decode([clean[index]])))
+            written = escape_to_one_line(str(tokenizer.decode([clean[index]])))
             marks = "¶" * (clean[index] == end) + "°" * (learns and not has_ar_loss[index])
             line.append(
                 f"⟦{written}⟧{marks}" if hidden[index] else f"{written}{marks}",

@@ -10,7 +10,7 @@ from nemodiff_train.console import warn
 from nemodiff_train.data.blend import check_blend
 from nemodiff_train.data.index_file import read_index
 from nemodiff_train.data.mock import MOCK
-from nemodiff_train.data.tokenizer import load_tokenizer, tokens_without_row
+from nemodiff_train.data.tokenizer import load_tokenizer, tokens_beyond_vocabulary
 from nemodiff_train.errors import UserError
 
 
@@ -58,7 +58,7 @@ def _file_problems(config: TriModeConfig) -> Iterator[str]:
         if mock:
             return
         tokenizer = load_tokenizer(str(config.tokenizer.tokenizer_model))
-        if line := tokens_without_row(tokenizer, rows):
+        if line := tokens_beyond_vocabulary(tokenizer, rows):
             warn(line)
         check_blend(prefixes, tokenizer, mask_token, config.dataset.holds_conversations, rows)
     except UserError as error:

@@ -16,7 +16,7 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import DecodingModel, for_tokenizer
 from nemodiff_train.distributed import is_main_process
-from nemodiff_train.evaluation.evaluate import evaluate
+from nemodiff_train.evaluation.decode_task import evaluate
 from nemodiff_train.evaluation.settings import EvaluationSettings
 from nemodiff_train.evaluation.tasks import load_task
 from nemodiff_train.model.parameters import gathered_parameters

@@ -1,4 +1,4 @@
-"""Decode a task in every mode."""
+"""Decode a task in every mode, and score it."""
 
 import time
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from nemodiff_train.evaluation.unfinished import UnfinishedRecords
 def evaluate(
     loaded: DecodingModel,
     task: Task,
-    covered: EvaluationSettings,
+    evaluation_settings: EvaluationSettings,
     checkpoint: str,
     shown: bool | None = None,
     unfinished: UnfinishedRecords | None = None,
@@ -34,19 +34,20 @@ def evaluate(
     Args:
         loaded: Model, tokenizer and decoding settings.
         task: Prompts and scorer.
-        covered: Modes and settings.
+        evaluation_settings: Modes and settings.
         checkpoint: Name for the report.
         shown: Whether this process shows progress; by default rank 0 does.
         unfinished: Log of what is decoded; prompts that it holds are not decoded again.
     """
-    prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], covered.chat)
+    prompts = encode_prompts(loaded.tokenizer, [prompt.prompt for prompt in task.prompts], evaluation_settings.chat)
     settings = loaded.settings.stopping_at(prompts.end_of_turn)
     headline: list[Run] = []
     sweep: list[Run] = []
-    for mode in covered.modes:
-        grid = settings_of(mode, settings, covered)
+    for mode in evaluation_settings.modes:
+        grid = settings_of(mode, settings, evaluation_settings)
         runs = [
-            _run(loaded.model, prompts.tokens, mode, point, covered.batch_size, shown, unfinished) for point in grid
+            _run(loaded.model, prompts.tokens, mode, point, evaluation_settings.batch_size, shown, unfinished)
+            for point in grid
         ]
         headline.append(runs[grid.index(settings)])
         sweep += runs if len(runs) > 1 else []
@@ -55,7 +56,7 @@ def evaluate(
         task,
         headline,
         settings.text,
-        settings={"max_new_tokens": settings.max_new_tokens, "batch_size": covered.batch_size},
+        settings={"max_new_tokens": settings.max_new_tokens, "batch_size": evaluation_settings.batch_size},
         sweep=sweep,
     )
 
@@ -73,7 +74,7 @@ def _run(
     values = {name: getattr(settings, name) for name in relevant_settings(mode, settings)}
     swept = [f"{values[name]:g}" for name in ("block_size", "threshold") if name in values]
     replicas: dist.ProcessGroup = parallel_state.get_data_parallel_group()
-    records = unfinished.of(mode, values) if unfinished is not None else []
+    records = unfinished.records_of_mode(mode, values) if unfinished is not None else []
     decoded_before = {record.prompt_index for record in records}
     share = range(replicas.rank(), len(prompts), replicas.size())
     numbers = [number for number in share if number not in decoded_before]
