@@ -85,7 +85,8 @@ def test_a_family_that_is_computed_otherwise(tmp_path: Path, capsys: pytest.Capt
     nemotron(tmp_path / "source")
     capsys.readouterr()
     assert main(["convert", "import", "source", "imported"]) == 2
-    assert "away from Transformers'" in one_line(capsys) and not Path("imported").exists()
+    line = one_line(capsys)
+    assert "away from Transformers'" in line and "(docs/conversion.md)" in line and not Path("imported").exists()
     small.data(tmp_path / "data")
     end_process_groups()
     assert main(["train", "joint", "start_from=source", "data=data", "output=run", "--dry-run"]) == 2
