@@ -1,4 +1,4 @@
-"""SmolLM2-135M becomes tri-mode on two cores: the main job, and drafters, on a small model that was really trained.
+"""SmolLM2-135M becomes tri-mode on two cores: the main workflow, and drafters, on a small pretrained model.
 
 docs/results/smollm2.md has the commands and what they gave.
 """
@@ -16,7 +16,7 @@ from nemodiff_train.objective import ObjectiveConfig
 def smollm2_joint(start_from: str, data: str, output: str, steps: int = 1000) -> TriModeConfig:
     """Turn SmolLM2 into a tri-mode model: a million tokens, some hours on two cores, minutes on a GPU.
 
-    What departs from the paper makes so short a training worth while: the shift, which reuses what the AR model
+    Departures from the paper make so short a training worth while: the shift, which reuses what the AR model
     knows; fully masked samples, which drafts start from; a diffusion loss that weighs as much as the AR loss; and a
     noise level for each block, which steadies the gradient of so small a batch.
 
@@ -92,7 +92,7 @@ def _short_run(
     steps: int,
     peak: float,
 ) -> TriModeConfig:
-    """Return a run of 1024 tokens a step with a checkpoint at its end, in the precision that fits the machine."""
+    """Return a run of 1024 tokens per step with a checkpoint at its end, in the precision that fits the machine."""
     return base_config(
         model,
         objective,

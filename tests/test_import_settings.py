@@ -35,9 +35,10 @@ USED: dict[str, tuple[str, dict[str, Any]]] = {
     "an epsilon": ("llama3", {"rms_norm_eps": 0.01, "num_key_value_heads": 1}),
 }
 
+NO_PARAMETER = "no parameter for the tensor 'model.layers.0.self_attn."
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "biases of a Llama": ("llama3", {"attention_bias": True}, "no place for the tensor 'model.layers.0.self_attn."),
-    "biases of a Qwen 3": ("qwen3", {"attention_bias": True}, "no place for the tensor 'model.layers.0.self_attn."),
+    "biases of a Llama": ("llama3", {"attention_bias": True}, NO_PARAMETER),
+    "biases of a Qwen 3": ("qwen3", {"attention_bias": True}, NO_PARAMETER),
     "biases of an MLP": ("llama3", {"mlp_bias": True}, "biases"),
     "angles that change with the length": ("llama3", rope("dynamic"), "rope scaling 'dynamic'"),
     "a window": ("mistral", {"sliding_window": 32}, "sliding-window attention"),
@@ -84,7 +85,8 @@ def test_a_family_that_is_computed_otherwise(tmp_path: Path, capsys: pytest.Capt
     nemotron(tmp_path / "source")
     capsys.readouterr()
     assert main(["convert", "import", "source", "imported"]) == 2
-    assert "away from Transformers'" in one_line(capsys) and not Path("imported").exists()
+    line = one_line(capsys)
+    assert "away from Transformers'" in line and "(docs/conversion.md)" in line and not Path("imported").exists()
     small.data(tmp_path / "data")
     end_process_groups()
     assert main(["train", "joint", "start_from=source", "data=data", "output=run", "--dry-run"]) == 2

@@ -46,7 +46,7 @@ DRAFTER_FOLDER = "linear_spec_lora"
 
 SCALE = 4.0
 """``lora_alpha / r`` of every exported ``nemotron`` drafter: that of the released ones, which mlx-vlm has in its
-code.  Engines read that of ``uno`` from the file."""
+code.  For ``uno``, engines read it from the file."""
 
 
 def export_drafter(source: Checkpoint, output: str, format: str | None = None) -> None:
@@ -83,7 +83,7 @@ def export_drafter(source: Checkpoint, output: str, format: str | None = None) -
 
 
 def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: bool) -> None:
-    """Refuse to write a drafter where engines would take it for another kind; warn of what they do not know.
+    """Refuse to write a drafter where engines would take it for another kind; warn of what they do not support.
 
     Args:
         source: Its checkpoint.
@@ -96,7 +96,7 @@ def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: boo
     """
     if not drafter.lora.target_modules:
         raise UserError(
-            f"'{source.path}' is a path selector alone, which no engine knows: there is nothing to export"
+            f"'{source.path}' is a path selector alone, which no engine supports: there is nothing to export"
         )
     if drafter.kind.uniform_noise and (in_folder or kind in (NEMOTRON, TRI_MODE)):
         raise UserError(
@@ -104,7 +104,7 @@ def check_engine(source: Checkpoint, drafter: Drafter, kind: str, in_folder: boo
             f"folder of its own; {kind}'s {DRAFTER_FOLDER} holds drafters of kind nemotron"
         )
     if drafter.lora.selector_rank:
-        warn(f"engines know no path selector: that of '{source.path}' is left out")
+        warn(f"engines do not support path selectors: that of '{source.path}' is left out")
 
 
 def write_drafter(source: Checkpoint, drafter: Drafter, layers: int, kind: str, directory: Path) -> None:

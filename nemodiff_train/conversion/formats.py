@@ -93,7 +93,7 @@ def nemotron_format(provider: TriModeModelProvider) -> HFConfig:
     if architecture(provider.hf_config) == NEMOTRON:
         return _in_dtype({**named, **provider.hf_config, **diffusion}, provider.params_dtype)
     known = config.to_dict()
-    # Other keys of a family say nothing to a Ministral 3.
+    # A Ministral 3 does not read other keys of a family.
     kept = settings if family == "Ministral3ForCausalLM" else {}
     return _in_dtype(
         {

@@ -102,7 +102,7 @@ def build(provider: TriModeModelProvider, tensor_parallel: int = 1, pipeline_par
 
 @torch.no_grad()
 def _check_computation(source: HFDirectory, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Refuse a ``config.json`` with a setting that Megatron computes otherwise than Transformers; on all ranks.
+    """Refuse a ``config.json`` with a setting that Megatron computes differently from Transformers; on all ranks.
 
     Raises:
         UserError: Names the settings that are not the family's defaults.
@@ -117,7 +117,8 @@ def _check_computation(source: HFDirectory, tensor_parallel: int, pipeline_paral
         raise UserError(
             f"{source.architecture} is not supported as '{source}/config.json' describes it: Megatron's logits of "
             f"a small model with these settings are up to {difference:.2g} away from Transformers', of {largest:.2g} "
-            f"(not the family's defaults: {', '.join(unusual_settings(model.config)) or 'none'})"
+            f"(not the family's defaults: {', '.join(unusual_settings(model.config)) or 'none'}); use a model whose "
+            "settings are supported (docs/conversion.md)"
         )
 
 
@@ -127,7 +128,7 @@ def _compare_logits(models: list[GPTModel], source: HFDirectory, token: MaskToke
     The row of a new mask token, which may be one that no token had, is left out.
 
     Raises:
-        NotFinite: Some are infinite or not numbers in the dtype of the weights; decoding would refuse them too.
+        NotFinite: Some are infinite or NaN in the dtype of the weights; decoding would refuse them too.
         UserError: They differ by more than rounding.
     """
     model = reference(source, source.dtype)
@@ -136,7 +137,7 @@ def _compare_logits(models: list[GPTModel], source: HFDirectory, token: MaskToke
     if not difference <= allowed:
         raise UserError(
             f"the imported model's logits are up to {difference:.2g} away from Transformers', of {largest:.2g}, "
-            f"where rounding explains {allowed:.2g}; '{source}' is not supported"
+            f"where rounding explains {allowed:.2g}: '{source}' is not supported; use another model, and report this"
         )
 
 
@@ -148,7 +149,8 @@ def check_stages(provider: TriModeModelProvider, pipeline_parallel: int) -> None
     """
     if provider.num_layers % pipeline_parallel:
         raise UserError(
-            f"--pipeline-parallel {pipeline_parallel} does not divide the model's {provider.num_layers} layers"
+            f"--pipeline-parallel {pipeline_parallel} does not divide the model's {provider.num_layers} layers; "
+            "name a number that does"
         )
 
 
@@ -185,7 +187,7 @@ def load_weights(
 
 
 def _check_all_read(models: list[GPTModel], source: HFDirectory, read: set[str]) -> None:
-    """Refuse a model of which something was left out on the way; called on all ranks."""
+    """Refuse a model of which a tensor or parameter was left out; called on all ranks."""
     parameters = [named for model in models for named in model.named_parameters()]
     # First and last element are still what load_weights() put there.
     empty = [name for name, p in parameters if p.numel() and p.view(-1)[[0, -1]].isnan().any()]
@@ -195,7 +197,7 @@ def _check_all_read(models: list[GPTModel], source: HFDirectory, read: set[str])
     if left_out := [*unread, *(name for _, names in everything for name in names)]:
         raise UserError(
             f"{source.architecture} is not supported as '{source}/config.json' describes it: '{left_out[0]}' and "
-            f"{len(left_out) - 1} more tensors have no counterpart"
+            f"{len(left_out) - 1} more tensors have no counterpart; use a supported architecture (docs/conversion.md)"
         )
 
 
@@ -233,4 +235,4 @@ def _save(models: list[GPTModel], partial: Path, source: Path, token: MaskToken 
         copy_tokenizer(source, tokenizer)  # as it is
         if token and token.added:
             add_mask_token(tokenizer, token.token, token.id)
-        write_checksums(iteration)  # for every load, and for adapters that are trained on it
+        write_checksums(iteration)  # compared at every load, and by adapters trained on it

@@ -20,7 +20,7 @@ _SHAPE = {
     "key-value heads": "num_key_value_heads",
     "vocabulary": "vocab_size",
 }
-"""Words for the keys of a ``config.json``."""
+"""Keys of a ``config.json`` by the words that are printed."""
 
 
 def inspect(path: str) -> None:

@@ -38,7 +38,7 @@ def check_weights(directory: HFDirectory) -> None:
         if mappings.hf_to_megatron_lookup(name) is None:
             raise UserError(
                 f"{directory.architecture} is not supported as '{directory}/config.json' describes it: Megatron has "
-                f"no place for the tensor '{name}'"
+                f"no parameter for the tensor '{name}'; use a supported architecture (docs/conversion.md)"
             )
     _check_dtypes(directory.weights)
 
@@ -90,7 +90,7 @@ def _check_dtypes(stored: dict[str, TensorHeader]) -> None:
 
 
 def check_contents(directory: HFDirectory) -> None:
-    """Compare the weights with the checksums, where there are any, and find NaN and infinity; called on all ranks.
+    """Compare the weights with the checksums, where there are any, and refuse NaN and infinity; called on all ranks.
 
     Every tensor is read once, each rank a part of them.
 
