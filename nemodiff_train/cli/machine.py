@@ -1,4 +1,4 @@
-"""What a run would use on this machine, and what it would refuse, found out by the code that a run calls."""
+"""Report what a run would use on this machine, and what it would refuse, by the code that a run calls."""
 
 from collections.abc import Iterator
 

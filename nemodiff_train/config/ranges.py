@@ -1,4 +1,4 @@
-"""The range of every setting, by what its name says it is: a count, an interval, a share, a rate, a seed, a time."""
+"""Ranges of the settings, by what a name says they are: a count, an interval, a fraction, a rate, a seed, a time."""
 
 import math
 import re

@@ -27,11 +27,11 @@ class MaskEmbedding(Callback):
     explode at high noise levels, and adds Gaussian noise to the embedding's output there.
 
     Args:
-        shared: Knows the samples of the micro-batch that runs forward.
+        step_context: Knows the samples of the micro-batch that runs forward.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
 
     def on_train_start(self, context: CallbackContext) -> None:
         config, first = config_of(context.state), unwrap_model(context.model[0])
@@ -69,7 +69,7 @@ class MaskEmbedding(Callback):
         ``tokens`` are [batch, (V + 1) L / ranks] ids of a context-parallel rank; ``output`` is
         [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
         """
-        objective, length, indices = config.objective, config.dataset.seq_length, self.shared.sample_indices
+        objective, length, indices = config.objective, config.dataset.seq_length, self.step_context.sample_indices
         assert indices is not None  # a stage that embeds tokens has read them
         # Noise of whole samples, [batch, V L, hidden]: a function of the seed and the sample alone.
         samples = []
