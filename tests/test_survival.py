@@ -299,7 +299,7 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout
     assert stopped(codes)
     place = "stage 0, replica 1, tensor rank 0" if layout == "data" else "stage 0, replica 0, tensor rank 1"
     (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: ")]
-    assert f"step 3: gradient not finite on rank 1 ({place})" in line
+    assert f"step 3: gradient not finite on rank 1 ({place})" in line and "resilience.on_non_finite=skip" in line
     assert [step["step"] for step in bench.steps(name)] == [1, 2]
     assert "Traceback" not in output
 
@@ -338,7 +338,7 @@ def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
     codes, output = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
-    assert stopped(codes) and "no checkpoint to roll back to" in output
+    assert stopped(codes) and "no checkpoint to roll back to" in output and "resilience.on_non_finite=skip" in output
 
 
 def test_too_many_consecutive_skips_stop_the_run(bench: Bench) -> None:
