@@ -37,11 +37,11 @@ class MaskEmbedding(Callback):
         config, first = config_of(context.state), unwrap_model(context.model[0])
         if not config.has_masks or not first.pre_process:
             return
-        embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
-        mask, others = _root_mean_squares(embedding, mask_id, config.model.vocab_size)
+        embedding, mask_token_id = first.embedding.word_embeddings, config.model.mask_token_id
+        mask, others = _root_mean_squares(embedding, mask_token_id, config.model.vocab_size)
         if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
             warn(
-                f"the embedding of mask token {mask_id} is {mask / others:.1%} of the "
+                f"the embedding of mask token {mask_token_id} is {mask / others:.1%} of the "
                 "other rows' size, which can make gradients large at high noise levels; "
                 "objective.mask_embedding_noise=1 adds noise to it early in training"
             )
