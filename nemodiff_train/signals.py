@@ -1,4 +1,4 @@
-"""The signals that tell a training to end, and what they do until the first step."""
+"""The signals that terminate a training, and what they do until the first step."""
 
 import functools
 import os
@@ -17,14 +17,14 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a command that Ctrl-C has ended."""
 
 
-class ToldToEnd(SystemExit):
-    """The training was told to end before its first step, when there is nothing to save."""
+class TerminatedBeforeFirstStep(SystemExit):
+    """The training was terminated before its first step, when there is nothing to save."""
 
 
-def end_at_once(*numbers: int) -> None:
+def exit_on_signals(*numbers: int) -> None:
     """Let signals end this process, until :class:`~nemodiff_train.resilience.watchdog.Watchdog` listens to them.
 
-    The handler raises :class:`ToldToEnd`, with exit code 0, or that of an interruption after Ctrl-C.
+    The handler raises :class:`TerminatedBeforeFirstStep`, with exit code 0, or that of an interruption after Ctrl-C.
 
     Args:
         numbers: SIGUSR1 and SIGINT before anything that takes time is imported; all ``ENDING`` when the settings
@@ -34,7 +34,7 @@ def end_at_once(*numbers: int) -> None:
         signal.signal(number, _leave)
 
 
-def end_as_ever() -> None:
+def restore_signal_handlers() -> None:
     """Give the signals their usual handlers back, when the training is over."""
     for number in ENDING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -44,7 +44,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)  # while the process cleans up
     announce(number)
-    exit_error, hook = ToldToEnd(code_after(number)), sys.unraisablehook
+    exit_error, hook = TerminatedBeforeFirstStep(code_after(number)), sys.unraisablehook
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise exit_error
@@ -67,7 +67,7 @@ def announce(number: int) -> None:
     if is_main_process():
         name = signal.Signals(number).name
         # Not by print, which fails where the signal has interrupted one.
-        os.write(2, f"nemodiff: {name} before the first step; repeat the command to go on\n".encode())
+        os.write(2, f"nemodiff: {name} before the first step; repeat the command to resume\n".encode())
 
 
 def code_after(number: int) -> int:

@@ -32,7 +32,7 @@ BATCH_SIZE, LENGTH = 512, 4096
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """The shape of one published model, and its layout; all have 8 key-value heads of 128 channels."""
 
     layers: int
@@ -67,20 +67,20 @@ class Size:
 
 SIZES = {
     "ministral3": {
-        "3b": Size(26, 3072, 32, 9216, tensor_parallel=1, tied=True),
-        "8b": Size(34, 4096, 32, 14336, tensor_parallel=4),
-        "14b": Size(40, 5120, 32, 16384, tensor_parallel=8),
+        "3b": ModelSize(26, 3072, 32, 9216, tensor_parallel=1, tied=True),
+        "8b": ModelSize(34, 4096, 32, 14336, tensor_parallel=4),
+        "14b": ModelSize(40, 5120, 32, 16384, tensor_parallel=8),
     },
     "qwen3": {
-        "4b": Size(36, 2560, 32, 9728, tensor_parallel=1, tied=True),
-        "8b": Size(36, 4096, 32, 12288, tensor_parallel=4),
-        "14b": Size(40, 5120, 40, 17408, tensor_parallel=8),
+        "4b": ModelSize(36, 2560, 32, 9728, tensor_parallel=1, tied=True),
+        "8b": ModelSize(36, 4096, 32, 12288, tensor_parallel=4),
+        "14b": ModelSize(40, 5120, 40, 17408, tensor_parallel=8),
     },
 }
 """Shapes by family and size, as in the names of recipes: ``FAMILY_SIZE_STAGE``."""
 
 
-def _two_stages(size: Size) -> tuple[Recipe, Recipe]:
+def _two_stages(size: ModelSize) -> tuple[Recipe, Recipe]:
     """Return the recipes of both stages: AR training on one trillion tokens, then joint training on 300 billion.
 
     Their arguments: ``start_from``, ``output`` and ``precision`` as in
@@ -103,7 +103,7 @@ def _two_stages(size: Size) -> tuple[Recipe, Recipe]:
 
 
 def _stage(
-    size: Size, objective: ObjectiveConfig, tokens: int, start_from: str, data: str, output: str, precision: str
+    size: ModelSize, objective: ObjectiveConfig, tokens: int, start_from: str, data: str, output: str, precision: str
 ) -> TriModeConfig:
     """Return one stage."""
     model = model_from(start_from)

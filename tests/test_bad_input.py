@@ -156,7 +156,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["objective.reduction=bridge", "context"],
     ),
     "tensor parallel does not divide": (train("model.tensor_model_parallel_size=4"), ["2 key-value heads"]),
-    "pipeline does not divide": (train("model.pipeline_model_parallel_size=3"), ["4 layers"]),
+    "pipeline does not divide": (train("model.pipeline_model_parallel_size=3"), ["4 layers", "divisor of 4"]),
     "sequence parallel alone": (train("model.sequence_parallel=true"), ["model.tensor_model_parallel_size"]),
     "virtual stages alone": (
         train("model.virtual_pipeline_model_parallel_size=2"),
@@ -168,7 +168,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "virtual stages do not divide": (
         train("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=4"),
-        ["2 layers of a stage"],
+        ["2 layers of a stage", "divisor of 2"],
     ),
     "micro-batches do not fill the pipeline": (
         train(
@@ -180,7 +180,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "ends take all layers": (
         train("model.pipeline_model_parallel_size=4", "model.num_layers_in_first_pipeline_stage=3"),
-        ["1 of 4 layers"],
+        ["1 of 4 layers", "multiple of 3"],
     ),
     "layers counted do not divide": (
         train("model.pipeline_model_parallel_size=2", "model.account_for_loss_in_pipeline_split=true"),
@@ -188,10 +188,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "drawn layers are not the model's": (
         train("model.pipeline_model_parallel_size=2", "model.pipeline_model_parallel_layout=Ett|tL"),
-        ["Ett|tL", "3 layers"],
+        ["Ett|tL", "3 layers", "change one of them"],
     ),
     "fewer ranks than the layout": (train("model.tensor_model_parallel_size=2"), ["1 processes", "multiple of 2"]),
-    "batch does not divide": (train("train.micro_batch_size=3"), ["train.global_batch_size=8"]),
+    "batch does not divide": (train("train.micro_batch_size=3"), ["train.global_batch_size=8", "multiple of 3"]),
     "negative alpha": (train("objective.alpha=-1"), ["objective.alpha"]),
     "no checkpoint to start from": (train(model="empty"), ["empty", "not a checkpoint"]),
     "truncated weights": (train(model="truncated"), ["truncated/model.safetensors", "incomplete"]),
@@ -384,7 +384,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "train: a recipe of another kind": (["train", "returns.py"], ["'returns.py' returns int"]),
     "train: GPUs without a dry run": (train("--gpus", "8"), ["--gpus", "--dry-run"]),
     "train: a file that is no recipe": (["train", "no_function.py"], ["no_function.py", "no function 'recipe'"]),
-    "train: no such file": (["train", "nowhere.py"], ["no recipe file 'nowhere.py'"]),
+    "train: no such file": (["train", "nowhere.py"], ["no recipe file 'nowhere.py'", "nemodiff train --list"]),
     "train: a setting from the environment": (train("logger.wandb_project=${oc.env:HOME}"), ["wandb_project", "${"]),
     "train: a key with control codes": (train("train.\x1b[31m=5"), ["train.\\x1b[31m"]),
     "train: a list where text is meant": (train("checkpoint.save=[1]"), ["checkpoint.save", "string"]),

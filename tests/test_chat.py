@@ -40,7 +40,7 @@ BLOCK, LENGTH, MASK, PADDING = 4, 48, 1, 0
 def maker(**switches: Any) -> ConversationMaker:
     objective = ObjectiveConfig(**{"block_size": BLOCK, **switches})
     assert not [*objective_problems(objective, LENGTH)]
-    return ConversationMaker(objective=objective, mask_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
+    return ConversationMaker(objective=objective, mask_token_id=MASK, length=LENGTH, padding_id=PADDING, batch_size=8)
 
 
 def packed(*conversations: list[int], first: int = 10) -> dict[str, Tensor]:
@@ -457,7 +457,7 @@ def test_nothing_leaks_between_conversations(one: str) -> None:
 
     (model,) = load_model(Checkpoint.open(one)).chunks
     make = ConversationMaker(
-        objective=ObjectiveConfig(block_size=16), mask_id=MASK, length=64, padding_id=PADDING, batch_size=1
+        objective=ObjectiveConfig(block_size=16), mask_token_id=MASK, length=64, padding_id=PADDING, batch_size=1
     )
     pack = packed([5, 9, 3, 6], [4, 12], first=20)
     other = {**pack, "tokens": pack["tokens"].clone()}
@@ -490,7 +490,7 @@ def test_decoding_crosses_the_boundary_at_every_offset(one: str) -> None:
     size, length = 16, 64
     models = load_model(Checkpoint.open(one)).chunks
     objective = ObjectiveConfig(block_size=size, fully_masked_fraction=1.0)
-    make = ConversationMaker(objective=objective, mask_id=MASK, length=length, padding_id=PADDING, batch_size=1)
+    make = ConversationMaker(objective=objective, mask_token_id=MASK, length=length, padding_id=PADDING, batch_size=1)
     for prompt in range(1, 2 * size + 1):
         pack = packed([prompt, size + 5], first=20)
         trained = _logits(models[0], make.make(pack, 0, 0))

@@ -17,8 +17,8 @@ from nemodiff_train.cli import main
 from nemodiff_train.config.overrides import override
 from nemodiff_train.decoding.session import Session
 from nemodiff_train.drafter.config import DrafterConfig
-from nemodiff_train.drafter.loss import judge, slot_losses
-from nemodiff_train.drafter.slots import Slots, Verdict
+from nemodiff_train.drafter.loss import simulate_acceptance, slot_losses
+from nemodiff_train.drafter.slots import SlotOutcomes, Slots
 from nemodiff_train.objective.drafts import DRAFT_KINDS
 from nemodiff_train.objective.noise import DRAFTS, generator
 from nemodiff_train.training.samples import first_samples
@@ -69,27 +69,29 @@ def test_loss_and_gradient_are_the_papers(loss: Any, support: int, temperature: 
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
 
 
-def verdict(
+def outcomes(
     draft: Tensor, verifier: Tensor, usable: Tensor, uniform: Tensor, config: DrafterConfig | None = None
-) -> Verdict:
+) -> SlotOutcomes:
     """What becomes of one draft after a known token: of [1, k + 1] positions, the first is that token."""
     config = config or DrafterConfig()
-    slots = Slots.of(torch.zeros(1, 3, draft.shape[1], dtype=torch.int32), DRAFT_KINDS["nemotron"], shifted=False)
-    return Verdict.of(slots, usable, *judge(draft, verifier, uniform, config), config)
+    slots = Slots.from_segment_ids(
+        torch.zeros(1, 3, draft.shape[1], dtype=torch.int32), DRAFT_KINDS["nemotron"], shifted=False
+    )
+    return SlotOutcomes.from_acceptance(slots, usable, *simulate_acceptance(draft, verifier, uniform, config), config)
 
 
 def test_the_accepted_prefix_and_the_first_rejected_slot_count() -> None:
     verifier = torch.nn.functional.one_hot(torch.tensor([[0, 1, 2, 3, 1, 2]]), 5) * 9.0
     draft = torch.nn.functional.one_hot(torch.tensor([[4, 1, 2, 0, 1, 2]]), 5) * 9.0
     usable, greedy = torch.ones(1, 6, dtype=torch.bool), torch.full((1, 6, 2), 0.999)
-    assert verdict(draft, verifier, usable, greedy).counted.tolist() == [[False] + [True] * 3 + [False] * 2]
-    every = verdict(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
+    assert outcomes(draft, verifier, usable, greedy).counted.tolist() == [[False] + [True] * 3 + [False] * 2]
+    every = outcomes(draft, verifier, usable, greedy, DrafterConfig(slots="all"))
     assert every.counted[:, 1:].all() and every.accepted.tolist() == [[False, True, True, False, False, False]]
     unlucky = torch.tensor([0.0, 0.9999]).expand(1, 6, 2)  # every slot drawn; none of the draws is the choice
-    assert verdict(draft, verifier, usable, unlucky).counted.nonzero().tolist() == [[0, 1]]
+    assert outcomes(draft, verifier, usable, unlucky).counted.nonzero().tolist() == [[0, 1]]
     ended = torch.tensor([[True, True, False, True, True, True]])
-    assert verdict(draft, verifier, ended, greedy).counted.sum() == 1
-    weights = verdict(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
+    assert outcomes(draft, verifier, ended, greedy).counted.sum() == 1
+    weights = outcomes(draft, verifier, usable, greedy, DrafterConfig(position_decay=4.0)).weights
     assert weights[0, 1:4].tolist() == pytest.approx([1, math.exp(-1 / 4), math.exp(-2 / 4)])
 
 
@@ -98,7 +100,7 @@ def test_as_many_slots_are_accepted_as_q_gives_the_choice() -> None:
     logits = torch.randn(2, 4, generator=draw)
     draft, verifier = (each.expand(100_000, 4) for each in logits)
     uniform = torch.rand(100_000, 2, generator=draw)
-    _, accepted = judge(draft, verifier, uniform, DrafterConfig(sampled_share=1.0))
+    _, accepted = simulate_acceptance(draft, verifier, uniform, DrafterConfig(sampled_fraction=1.0))
     of_choice = float(logits[0].softmax(-1)[logits[1].argmax()])
     assert float(accepted.float().mean()) == pytest.approx(of_choice, abs=0.005)
 
@@ -111,7 +113,7 @@ def test_slots_of_documents_and_blocks_of_any_size(kind: str, shift: bool) -> No
     for block in (2, 3, 7, 16):
         segment_ids = torch.stack([small.documents(draw, 90, block, average=25) for _ in range(3)])
         documents, blocks = segment_ids[:, 0].tolist(), segment_ids[:, 1].tolist()
-        slots = Slots.of(segment_ids, choices, choices.shifted(shift))
+        slots = Slots.from_segment_ids(segment_ids, choices, choices.shifted(shift))
         passed = torch.rand(3, 90, generator=draw) < 0.7
         reached = slots.reached(passed)
         for row in range(3):
@@ -123,7 +125,7 @@ def test_slots_of_documents_and_blocks_of_any_size(kind: str, shift: bool) -> No
                 else:
                     drafts = places[:-1] if shift else places[1:]
                 assert [place for place in places if slots.exists[row, place]] == drafts
-                assert [int(slots.number[row, place]) for place in drafts] == list(range(1, len(drafts) + 1))
+                assert [int(slots.draft_position[row, place]) for place in drafts] == list(range(1, len(drafts) + 1))
                 open_ = True
                 for place in drafts:
                     assert bool(reached[row, place]) == open_
@@ -138,7 +140,7 @@ def test_slots_of_conversations() -> None:
         segment_ids = maker().make(packed(*turns), 0, 0)["segment_ids"]
         document, block, _ = segment_ids.tolist()
         whose = [number if number >= 0 else -1 - number for number in document]
-        exists = Slots.of(segment_ids[None], DRAFT_KINDS["uno"], shifted=True).exists[0].tolist()
+        exists = Slots.from_segment_ids(segment_ids[None], DRAFT_KINDS["uno"], shifted=True).exists[0].tolist()
         for place, found in enumerate(exists):
             start = block.index(block[place])
             assert found == (start > whose.index(whose[place]))
@@ -150,7 +152,7 @@ def test_slots_of_conversations() -> None:
         ({"loss": "kt"}, "lk_hybrid"),
         ({"kind": "unos"}, "uno"),
         ({"temperature": 0}, "temperature"),
-        ({"sampled_share": 2}, "sampled_share"),
+        ({"sampled_fraction": 2}, "sampled_fraction"),
         ({"support": -1}, "support"),
     ],
 )
@@ -180,7 +182,7 @@ REFERENCES: dict[str, tuple[str, str, list[str]]] = {
     "documents": ("drafter", "base", [word for word in layouts.DOCUMENTS if "alpha" not in word]),
     "uno": ("uno", "ar", [*CURRICULUM, SMOOTH]),
     "uno_variation": ("uno", "ar", CURRICULUM),
-    "talks": ("drafter", "base", ["drafter.sampled_share=0"]),
+    "talks": ("drafter", "base", ["drafter.sampled_fraction=0"]),
     "uno_talks": ("uno", "ar", [*CURRICULUM[1:], SMOOTH]),
     "selector": ("selector", "base", FASTER),
     "own_selector": ("selector", "base", FASTER),

@@ -10,7 +10,7 @@ import pytest
 from nemodiff_train.cli import main
 from nemodiff_train.errors import UserError
 from nemodiff_train.objective import ObjectiveConfig
-from nemodiff_train.objective.noise import MASK_SAMPLINGS, WEIGHTINGS, Canvas, Key, draw_noise
+from nemodiff_train.objective.noise import MASK_SAMPLINGS, WEIGHTINGS, Key, NoiseInputs, draw_noise
 from nemodiff_train.validation.objective import objective_problems
 from tests import small
 from tests.test_docs import ROOT, blocks
@@ -95,25 +95,25 @@ def test_a_schedule_is_undone_by_its_weights(later_more: Any) -> None:
     assert draw_noise(Key(1, 0, 0), everywhere, blocks, objective, 8, 1, None).weight.max() <= 10
 
 
-def wrong_probability(draw: np.random.Generator, canvas: Canvas) -> Any:
-    return draw.random(len(canvas.levels)) < 0.7 * canvas.levels, canvas.levels
+def wrong_probability(draw: np.random.Generator, inputs: NoiseInputs) -> Any:
+    return draw.random(len(inputs.levels)) < 0.7 * inputs.levels, inputs.levels
 
 
-def own_randomness(draw: np.random.Generator, canvas: Canvas) -> Any:
-    return np.random.default_rng().random(len(canvas.levels)) < canvas.levels, canvas.levels
+def own_randomness(draw: np.random.Generator, inputs: NoiseInputs) -> Any:
+    return np.random.default_rng().random(len(inputs.levels)) < inputs.levels, inputs.levels
 
 
-def never_the_first(draw: np.random.Generator, canvas: Canvas) -> Any:
-    probability = canvas.levels * (np.arange(len(canvas.levels)) > 0)
-    return draw.random(len(canvas.levels)) < probability, probability
+def never_the_first(draw: np.random.Generator, inputs: NoiseInputs) -> Any:
+    probability = inputs.levels * (np.arange(len(inputs.levels)) > 0)
+    return draw.random(len(inputs.levels)) < probability, probability
 
 
-def no_probability(draw: np.random.Generator, canvas: Canvas) -> Any:
-    return draw.random(len(canvas.levels)) < canvas.levels
+def no_probability(draw: np.random.Generator, inputs: NoiseInputs) -> Any:
+    return draw.random(len(inputs.levels)) < inputs.levels
 
 
-def a_mistake(draw: np.random.Generator, canvas: Canvas) -> Any:
-    return canvas.level
+def a_mistake(draw: np.random.Generator, inputs: NoiseInputs) -> Any:
+    return inputs.level
 
 
 SAID = {

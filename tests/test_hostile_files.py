@@ -61,7 +61,11 @@ def _checkpoint(made: Path) -> None:
 
     config = small.recipe(str(made / "qwen3"), "data", str(made / "run"))
     sections = {name: section for name, section in config.to_dict().items() if name in ("optimizer", "checkpoint")}
-    sections |= {"model": config.to_dict()["model"], "train": {"global_batch_size": 8}, "given": {"optimizer.lr": 1}}
+    sections |= {
+        "model": config.to_dict()["model"],
+        "train": {"global_batch_size": 8},
+        "requested_settings": {"optimizer.lr": 1},
+    }
     sections["adapter_base"] = {"iteration": "iter_0000000", "checksum": "0"}
     from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 

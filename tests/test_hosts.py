@@ -194,8 +194,9 @@ def keep() -> float:
     sizes = {**small.sizes(128), "intermediate_size": 384, "head_dim": 32}
     kept = [_kept_by_a_step({**sizes, "num_hidden_layers": layers}, recompute=True) for layers in (4, 2)]
     heads, keys = sizes["num_attention_heads"] * 32, sizes["num_key_value_heads"] * 32
-    work = workload(hidden=128, queries=heads, keys=keys, feed_forward=384, length=256)
-    planned = _saved_by_layer(work, Layout(1, 1, 1, 1, 1, False), "cuda") + work.positions * heads * work.width
+    work = workload(hidden=128, query_channels=heads, key_channels=keys, feed_forward=384, length=256)
+    saved = _saved_by_layer(work, Layout(1, 1, 1, 1, 1, False), "cuda")
+    planned = saved + work.positions * heads * work.bytes_per_element
     return (kept[0] - kept[1]) / 2 / planned
 
 

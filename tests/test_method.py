@@ -196,7 +196,7 @@ def sample(length: int = 64, ends: tuple[int, ...] = ()) -> dict[str, torch.Tens
 
 
 def make(objective: ObjectiveConfig, index: int = 2, ends: tuple[int, ...] = (), **options: object) -> dict:
-    return SampleMaker(objective=objective, mask_id=5, **options).make(sample(ends=ends), 0, index)
+    return SampleMaker(objective=objective, mask_token_id=5, **options).make(sample(ends=ends), 0, index)
 
 
 def test_the_sample() -> None:
@@ -227,7 +227,7 @@ def test_the_sample_with_views_of_complementary_noise() -> None:
 def test_the_sample_with_documents() -> None:
     """Blocks and positions restart; the last token of a document has no AR target, but noise like any other."""
     ends = (9, 40, 63)
-    made = make(ObjectiveConfig(block_size=16), ends=ends, document_end=2, restart_positions=True)
+    made = make(ObjectiveConfig(block_size=16), ends=ends, eod_token_id=2, restart_positions=True)
     blocks, numbers = documents(64, 16, list(ends))
     positions = [position - max([end + 1 for end in ends if end < position], default=0) for position in range(64)]
     assert made["segment_ids"].tolist() == [numbers, blocks, positions]
@@ -237,7 +237,7 @@ def test_the_sample_with_documents() -> None:
     assert torch.equal(made["loss_mask"][64:], expected)
     assert made["maskable"].tolist() == [position != 3 for position in range(64)]
     seen = torch.stack(
-        [make(ObjectiveConfig(), i, ends, document_end=2)["tokens"][list(ends)] == 5 for i in range(40)]
+        [make(ObjectiveConfig(), i, ends, eod_token_id=2)["tokens"][list(ends)] == 5 for i in range(40)]
     )
     assert seen.any(0).all()
     together = make(ObjectiveConfig(block_size=16), ends=ends)

@@ -160,8 +160,8 @@ def test_a_save_does_not_wait_for_a_dead_writer(monkeypatch: pytest.MonkeyPatch)
 
 DROPPED = """
 import os, signal, time
-from nemodiff_train.signals import end_at_once
-end_at_once(signal.SIGUSR1)
+from nemodiff_train.signals import exit_on_signals
+exit_on_signals(signal.SIGUSR1)
 class Callback:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -175,7 +175,7 @@ print("went on")
 def test_a_signal_is_not_lost_in_a_callback() -> None:
     """What is raised while Python collects an object, or forks, is dropped with a traceback."""
     done = subprocess.run([sys.executable, "-c", DROPPED], cwd=ROOT, capture_output=True, text=True)
-    line = "nemodiff: SIGUSR1 before the first step; repeat the command to go on\n"
+    line = "nemodiff: SIGUSR1 before the first step; repeat the command to resume\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "", line)
 
 
@@ -185,7 +185,7 @@ def test_a_signal_prints_nothing_while_something_is_printed(capsys: pytest.Captu
 
     from nemodiff_train.runtime import patches
 
-    patches.take_signals_in_silence(sig_utils)
+    patches.silence_signal_handlers(sig_utils)
     with sig_utils.DistributedSignalHandler(signal.SIGUSR1) as handler:
         os.kill(os.getpid(), signal.SIGUSR1)
     assert handler._signal_received and capsys.readouterr().out == ""

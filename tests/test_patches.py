@@ -25,11 +25,11 @@ from nemodiff_train.runtime import patches
 from nemodiff_train.runtime.replace import REPLACED
 import nemodiff_train.model.adapters
 from megatron.bridge.training import setup
-patches.let_tokenizers_be_larger(setup)
+patches.allow_larger_tokenizers(setup)
 from megatron.bridge.training.utils import sig_utils
-patches.take_signals_in_silence(sig_utils)
+patches.silence_signal_handlers(sig_utils)
 before = patches.serialization.apply_factory_merges
-with patches.halves_joined_in_place():
+with patches.merge_gate_and_up_in_place():
     assert patches.serialization.apply_factory_merges is not before
 assert patches.serialization.apply_factory_merges is before
 import torch._dynamo  # the real compiler takes functions of torch that are replaced

@@ -71,8 +71,8 @@ def test_step_times_are_near_those_that_others_have_published(tmp_path: Path) ->
 
     for length, data, published in ((65_536, 8, 22_152), (262_144, 2, 9_301)):
         work = workload(
-            layers=40, hidden=5120, queries=4096, keys=1024, feed_forward=16384, head_norms=False, vocabulary=131_072,
-            tied=False, length=length, global_batch=data, mixed=True, sharded=True,
+            layers=40, hidden=5120, query_channels=4096, key_channels=1024, feed_forward=16384, head_norms=False,
+            vocabulary=131_072, tied=False, length=length, global_batch=data, mixed=True, sharded=True,
         )  # fmt: skip
         seconds = time_of(work, Layout(1, 1, 16 // data, data, 1, recompute=True), GPUS["h200"]).total
         assert 0.9 < data * length / seconds / published < 1.05
@@ -95,8 +95,9 @@ def workload(**changes: Any) -> Any:
     from nemodiff_train.planning.workload import Workload
 
     sizes = dict(
-        layers=2, hidden=256, queries=256, keys=128, feed_forward=768, gated=True, head_norms=True, vocabulary=4096,
-        tied=True, length=512, views=1, block=32, micro_batch=1, global_batch=8, mixed=False, sharded=False,
+        layers=2, hidden=256, query_channels=256, key_channels=128, feed_forward=768, gated=True, head_norms=True,
+        vocabulary=4096, tied=True, length=512, views=1, block=32, micro_batch=1, global_batch=8, mixed=False,
+        sharded=False,
     )  # fmt: skip
     return Workload(**{**sizes, **changes})
 
@@ -116,7 +117,9 @@ def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
     """A joint step takes docs/performance.md's minimum, and at most 5% more."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    work = workload(layers=4, hidden=512, queries=512, keys=256, feed_forward=1536, vocabulary=8_192, length=512)
+    work = workload(
+        layers=4, hidden=512, query_channels=512, key_channels=256, feed_forward=1536, vocabulary=8_192, length=512
+    )
     sizes = dict(
         vocab_size=work.vocabulary, hidden_size=work.hidden, intermediate_size=work.feed_forward,
         num_hidden_layers=work.layers, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
@@ -128,7 +131,7 @@ def test_operations_of_a_joint_step_are_nearly_the_minimum() -> None:
     with counter:
         small.step(model, batch)
     places = len(batch["loss_indices"])
-    minimum = work.matrix_flops + work.attention_flops + 6 * work.table * places
+    minimum = work.matrix_flops + work.attention_flops + 6 * work.embedding_parameters * places
     print(f"counted / minimum: {counter.get_total_flops() / minimum:.4f}")
     assert 1.0 <= counter.get_total_flops() / minimum <= 1.05
 
@@ -146,7 +149,7 @@ def test_adapters_take_gradients_and_optimizer_state_alone() -> None:
     assert drafts.total < trains.total and drafter.matrix_flops < whole.matrix_flops
     tuned = memory_of(workload(layer_adapters=5000), layout)
     # The output layer's gradient is kept in fp32, and scaled into another.
-    assert trains.logits - tuned.logits == whole.table * (4 + 4 + whole.width)
+    assert trains.logits - tuned.logits == whole.embedding_parameters * (4 + 4 + whole.bytes_per_element)
 
 
 @pytest.mark.parametrize("layer_adapters", [0, 5000])
@@ -180,7 +183,12 @@ def test_what_a_layer_keeps_is_as_planned(recompute: bool) -> None:
     kept = [_kept_by_a_step({**sizes, "num_hidden_layers": layers}, recompute) for layers in (4, 2)]
     heads, keys = sizes["num_attention_heads"] * 32, sizes["num_key_value_heads"] * 32
     work = workload(
-        hidden=128, queries=heads, keys=keys, feed_forward=384, length=256, recompute_elementwise=recompute
+        hidden=128,
+        query_channels=heads,
+        key_channels=keys,
+        feed_forward=384,
+        length=256,
+        recompute_elementwise=recompute,
     )
     planned = _saved_by_layer(work, Layout(1, 1, 1, 1, 1, False), "cpu")
     assert (kept[0] - kept[1]) / 2 == pytest.approx(planned, rel=0.05)

@@ -33,15 +33,15 @@ def config_of(start: Path, output: Path | None = None) -> Any:
 
 
 def test_a_gpu_trains_16_bits_in_bf16_and_a_cpu_everything_in_fp32(folder: Path) -> None:
-    from nemodiff_train.config.precision import is_mixed, precision_of, warning
+    from nemodiff_train.config.precision import is_mixed, precision_of, slow_precision_warning
 
     for dtype, on_gpu in zip(DTYPES, ("bf16_mixed", "bf16_mixed", "fp32"), strict=True):
         config = config_of(folder / dtype)
         assert (precision_of(config, True), precision_of(config, False)) == (on_gpu, "fp32")
         config.mixed_precision = "fp16_mixed"  # a name is a name
         assert precision_of(config, True) == precision_of(config, False) == "fp16_mixed"
-    assert "mixed_precision=fp32" in str(warning("bf16_mixed", False))
-    assert warning("bf16_mixed", True) is warning("fp32", False) is None
+    assert "mixed_precision=fp32" in str(slow_precision_warning("bf16_mixed", False))
+    assert slow_precision_warning("bf16_mixed", True) is slow_precision_warning("fp32", False) is None
     assert is_mixed("bf16_mixed") and is_mixed("no such name") and not is_mixed("fp32")
 
 

@@ -174,7 +174,7 @@ def test_a_preset_is_its_paper_s_formula(formula: Callable[..., Tensor]) -> None
     objective = preset(formula.__name__)
     assert not [*objective_problems(objective, LENGTH)]
     draw = torch.Generator().manual_seed(3)
-    maker = SampleMaker(objective=objective, mask_id=MASK, batch_size=2)
+    maker = SampleMaker(objective=objective, mask_token_id=MASK, batch_size=2)
     batch = []
     for index in range(2):
         text = torch.randint(0, MASK, (LENGTH + 1,), generator=draw)

@@ -73,7 +73,7 @@ def test_what_a_run_takes_over(runs: Runs, name: str, changed: list[str], steps:
         runs.copy(name), *changed, "logger.tensorboard_dir=" + str(runs.folder / name / "tensorboard")
     )
     assert code == 0 and "Traceback" not in said
-    assert f"goes on from step {SAVED} with changed settings: " in said and "new schedule at step 4" in said
+    assert f"resumes from step {SAVED} with changed settings: " in said and "new schedule at step 4" in said
     assert all(word.partition("=")[0] in said for word in changed)
     assert f"training: joint stage, from step {SAVED}; {steps} steps of " in said
     assert [line["step"] for line in small.figures(runs.folder / name)] == [*range(1, steps + 1)]
@@ -108,7 +108,7 @@ def test_nothing_has_changed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> 
     for named in ([], ["mixed_precision=fp32"]):  # the second names what the run has begun in
         assert main(["train", *runs.words("first", f"train.exit_interval={SAVED}", *named), "--dry-run"]) == 0
         page = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert f"goes on from step {SAVED} with the settings it was saved with" in page
+        assert f"resumes from step {SAVED} with the settings it was saved with" in page
     assert main(["train", *runs.words("first", "train.global_batch_size=4"), "--dry-run"]) == 0
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"train.exit_interval {SAVED} -> None, train.global_batch_size 8 -> 4; the learning rate" in page
@@ -121,7 +121,7 @@ def test_it_goes_on_from_the_step_that_is_asked_for(runs: Runs) -> None:
     assert runs.train("straight")[0] == 0
     code, said = runs.train(name, all_kept, f"checkpoint.ckpt_step={SAVED}")
     assert code == 0 and "Traceback" not in said
-    assert f"goes on from step {SAVED} with changed settings: " in said and "optimizer.lr" not in said
+    assert f"resumes from step {SAVED} with changed settings: " in said and "optimizer.lr" not in said
     assert small.figures(runs.folder / name) == small.figures(runs.folder / "straight")
     code, said = runs.train(name, all_kept, "checkpoint.ckpt_step=5")
     assert code == 2 and "checkpoint.ckpt_step=5: there is no such checkpoint in" in said
@@ -133,7 +133,7 @@ def test_the_precision_of_a_run_from_elsewhere_is_kept(runs: Runs) -> None:
     for file in (runs.folder / "elsewhere" / "checkpoints").glob("iter_*/run_config.yaml"):
         (file.parent / "checksums.json").unlink()
         config = yaml.safe_load(file.read_text())
-        del config["given"]
+        del config["requested_settings"]
         file.write_text(yaml.safe_dump(config))
     code, said = runs.train("elsewhere", "mixed_precision=bf16_mixed")
     assert code == 2 and "mixed_precision is bf16_mixed, but '" in said and "Traceback" not in said

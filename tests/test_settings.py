@@ -43,7 +43,7 @@ def config(folder: Path) -> Any:
 def steps(config: Any, **overrides: str) -> tuple[int, int | None]:
     """Return the steps of warm-up and of the final decay."""
     override(config, {key.replace("__", "."): value for key, value in overrides.items()})
-    config.fit_schedule()
+    config.resolve_fractions()
     return config.scheduler.lr_warmup_iters, config.scheduler.lr_wsd_decay_iters
 
 
@@ -73,7 +73,7 @@ def test_what_does_not_fit(config: Any, warmup: int, decay: int | None, changes:
     config.scheduler = schedule(warmup, decay=decay)
     for name, value in changes.items():
         setattr(config.scheduler, name, value)
-    config.fit_schedule()
+    config.resolve_fractions()
     assert needle in " ".join(schedule_problems(config))
 
 
@@ -166,7 +166,7 @@ def test_hostile_values_of_all_settings(
         changed, case = copy.deepcopy(config), f"{key}={value}"
         try:
             override(changed, {key: value})
-            changed.fit_schedule()
+            changed.resolve_fractions()
             taken = getattr(getattr(changed, section), name)
             if is_absurd(sections[section], key, taken):
                 wrong.append(f"{case} is accepted")
@@ -225,7 +225,7 @@ def test_the_optimizer_of_a_recipe_can_be_exchanged(config: Any) -> None:
     from nemodiff_train.validation import settings
 
     config.optimizer = adamw()
-    config.fit_schedule()
+    config.resolve_fractions()
     assert not [*settings.problems(override(config, {"optimizer.optimizer": "sgd"}))]
 
 
@@ -238,7 +238,7 @@ def test_a_dry_run_makes_no_folder_for_its_index(config: Any, folder: Path) -> N
     from nemodiff_train.training.run import check_run
 
     changed = override(copy.deepcopy(config), {"dataset.path_to_cache": str(folder / "index")})
-    changed.fit_schedule()
+    changed.resolve_fractions()
     assert check_run(changed, config.settings(), None, 80.0) == 0
     assert not (folder / "index").exists()
 

@@ -299,7 +299,7 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(bench: Bench, layout
     assert stopped(codes)
     place = "stage 0, replica 1, tensor rank 0" if layout == "data" else "stage 0, replica 0, tensor rank 1"
     (line,) = [line for line in output.splitlines() if line.startswith("nemodiff: ")]
-    assert f"step 3: gradient not finite on rank 1 ({place})" in line
+    assert f"step 3: gradient not finite on rank 1 ({place})" in line and "resilience.on_non_finite=skip" in line
     assert [step["step"] for step in bench.steps(name)] == [1, 2]
     assert "Traceback" not in output
 
@@ -330,7 +330,7 @@ def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: 
     for fault, saving in (("spike", "checkpoint.async_save=false"), ("spike while saving", BACKGROUND)):
         rollback = (*SPIKES, "resilience.on_spike=rollback", saving)
         codes, output = bench.train(fault, *rollback, fault=fault, rank=1, step=5)
-        assert codes == [0, 0] and "went back to step 3" in output
+        assert codes == [0, 0] and "rolled back to step 3" in output
         found = bench.steps(fault)
         assert [step["step"] for step in found] == list(range(1, STEPS + 1))
         assert found[5] == bench.steps("never trained")[3]
@@ -338,7 +338,7 @@ def test_a_rollback_is_as_if_the_steps_since_the_checkpoint_had_not_been(bench: 
 
 def test_a_rollback_needs_a_checkpoint(bench: Bench) -> None:
     codes, output = bench.train("no way back", "resilience.on_non_finite=rollback", fault="nan", rank=0, step=1)
-    assert stopped(codes) and "no checkpoint to go back to" in output
+    assert stopped(codes) and "no checkpoint to roll back to" in output and "resilience.on_non_finite=skip" in output
 
 
 def test_too_many_consecutive_skips_stop_the_run(bench: Bench) -> None:
@@ -358,7 +358,7 @@ def test_a_signal_to_one_rank_saves_and_ends_with_0(bench: Bench, number: int) -
     assert Checkpoint.open(bench.checkpoints(name)).verify_contents().iteration.name == f"iter_{last:07d}"
     assert f"stopped after step {last}" in world.output() and "Traceback" not in world.output()
     (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
-    assert start["ended"] == "told to end"
+    assert start["ended"] == "terminated"
     status = json.loads((bench.folder / name / "status.json").read_text())
     assert status["step"] == last and status["phase"] == "ended"
 
@@ -414,7 +414,7 @@ def test_a_signal_before_the_first_step_is_no_failed_start(bench: Bench, number:
     assert codes[1] == code and codes[0] in (0, code)  # the first rank may be in a collective, and be ended
     assert "before the first step" in world.output() and "Traceback" not in world.output()
     (start,) = json.loads((bench.folder / name / "restarts.json").read_text())
-    assert start["ended"] == "told to end"
+    assert start["ended"] == "terminated"
 
 
 def test_a_signal_between_setup_and_the_first_step(bench: Bench) -> None:
@@ -583,7 +583,7 @@ def test_starts_without_progress_end(bench: Bench) -> None:
     # Both ended after the checkpoint of step 2: the first made progress, so one more may fail.
     assert bench.train("loop", limit, world=1, fault="crash", step=3)[0] == [1]
     codes, output = bench.train("loop", limit, world=1)
-    assert codes == [1] and "the last 2 starts went on from step 2" in output and "out of luck" in output
+    assert codes == [1] and "the last 2 starts resumed from step 2" in output and "out of luck" in output
     (bench.folder / "loop" / "restarts.json").unlink()
     assert bench.train("loop", limit, world=1)[0] == [0]
 

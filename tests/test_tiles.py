@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def conversations(draw: torch.Generator, length: int, block: int) -> Tensor:
     """[3, length] of a pack of conversations, whose answers are padded to whole blocks."""
-    maker = ConversationMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, length=length)
+    maker = ConversationMaker(objective=ObjectiveConfig(block_size=block), mask_token_id=5, length=length)
     turns = 2 * int(torch.randint(1, 5, (), generator=draw))
     lengths = torch.randint(1, max(2, length // 5), (turns,), generator=draw)
     opens = torch.rand(turns, generator=draw) < 0.4

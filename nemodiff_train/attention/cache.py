@@ -33,7 +33,7 @@ class KeyValueCache:
         self._states: Tensor | None = None  # one allocation, so that no gaps are left between its parts
         self._layer_index: dict[int, int] = {}
 
-    def moved(self, values: Tensor) -> Tensor:
+    def to_device(self, values: Tensor) -> Tensor:
         """Move a small tensor of the host to the device of the cache, without waiting for it."""
         return values.to(self.device, non_blocking=True)
 
@@ -72,7 +72,7 @@ class KeyValueCache:
         row, start = rows.repeat_interleave(counts), self.lengths[rows].repeat_interleave(counts)
         source = start + torch.cat(list(kept))
         target = start + torch.cat([torch.arange(int(count)) for count in counts])
-        row, source, target = (self.moved(indices) for indices in (row, source, target))
+        row, source, target = (self.to_device(indices) for indices in (row, source, target))
         self._states[:, :, row, :, target] = self._states[:, :, row, :, source]
 
 
@@ -89,10 +89,10 @@ class DecodeBatch:
     """Number of positions of the cache that any query of this forward may see."""
     mask: Tensor | None
     """[batch, 1, new, visible] True where attention is allowed; None where it is everywhere, or causal."""
-    slots: Tensor
+    cache_indices: Tensor
     """[batch, new] index in the cache of each new token; its position, unless several share one."""
-    reach: int
-    """Number that every position is below."""
+    position_end: int
+    """Exclusive upper bound of the positions."""
     causal: bool = False
     """Whether attention is causal over new tokens that nothing precedes."""
     is_draft: bool = False
@@ -117,14 +117,14 @@ class DecodeBatch:
         last_seen = positions if block_size == 1 else starts[:, None] + (step // block_size + 1) * block_size - 1
         causal, mask = block_size == 1 < new == visible, None
         if not causal and not bool((last_seen >= visible - 1).all()):
-            last_seen = cache.moved(last_seen)
+            last_seen = cache.to_device(last_seen)
             mask = torch.arange(visible, device=cache.device) <= last_seen[:, None, :, None]
-        positions = cache.moved(positions)
-        return cls(cache, cache.moved(rows), positions, visible, mask, positions, visible, causal)
+        positions = cache.to_device(positions)
+        return cls(cache, cache.to_device(rows), positions, visible, mask, positions, visible, causal)
 
     @classmethod
     def from_layout(
-        cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, can_attend: Tensor, span: int
+        cls, cache: KeyValueCache, rows: Tensor, offsets: Tensor, can_attend: Tensor, offset_end: int
     ) -> "DecodeBatch":
         """Lay out new tokens with positions and attention of their own.
 
@@ -133,9 +133,9 @@ class DecodeBatch:
             rows: [batch] row of each sequence, on the host.
             offsets: [batch or 1, new] position of each new token, counted from the first one after the committed.
             can_attend: [batch or 1, new, new] boolean: whether each new token attends to each other.
-            span: Number that every offset is below.
+            offset_end: Exclusive upper bound of the offsets.
         """
-        longest, starts = int(cache.lengths[rows].max()), cache.moved(cache.lengths[rows])
+        longest, starts = int(cache.lengths[rows].max()), cache.to_device(cache.lengths[rows])
         new = can_attend.shape[-1]
         visible = longest + new
         # [batch, visible] which new token each cache index holds: below 0 a committed one, from ``new`` on none.
@@ -145,9 +145,11 @@ class DecodeBatch:
         mask = (key < 0)[:, None, :] | (
             can_attend.expand(len(rows), -1, -1).gather(2, column) & (key < new)[:, None, :]
         )
-        slots = starts[:, None] + torch.arange(new, device=starts.device)
+        cache_indices = starts[:, None] + torch.arange(new, device=starts.device)
         positions = starts[:, None] + offsets
-        return cls(cache, cache.moved(rows), positions, visible, mask[:, None], slots, longest + span)
+        return cls(
+            cache, cache.to_device(rows), positions, visible, mask[:, None], cache_indices, longest + offset_end
+        )
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values after the cached ones and return all that is visible.
@@ -160,11 +162,11 @@ class DecodeBatch:
         Returns:
             Keys and values, each [batch, kv_heads, visible, head_dim].
         """
-        # [rows, kv_heads, capacity, head_dim] of the cache, in which each new token has a row and a slot.
+        # [rows, kv_heads, capacity, head_dim] of the cache, in which each new token has a row and an index.
         keys, values = self.cache.layer(layer, key)
         rows = self.rows[:, None]
-        keys[rows, :, self.slots] = key.transpose(1, 2)
-        values[rows, :, self.slots] = value.transpose(1, 2)
+        keys[rows, :, self.cache_indices] = key.transpose(1, 2)
+        values[rows, :, self.cache_indices] = value.transpose(1, 2)
         if len(self.rows) == self.cache.rows:
             return keys[:, :, : self.visible], values[:, :, : self.visible]
         return keys[self.rows, :, : self.visible], values[self.rows, :, : self.visible]

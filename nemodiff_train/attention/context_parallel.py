@@ -71,8 +71,8 @@ class ContextParallelShard:
         positions = torch.cat([ContextParallelShard(rank, self.size).positions(length) for rank in range(self.size)])
         return torch.cat(parts, dim=1)[:, positions.argsort().to(values.device)]
 
-    def before(self, values: Tensor, group: ProcessGroup | None) -> Tensor:
-        """Return for each of this rank's positions the value of the one before; what position 0 gets has no use.
+    def shift_right(self, values: Tensor, group: ProcessGroup | None) -> Tensor:
+        """Return for each of this rank's positions the value of the one before; position 0 gets an arbitrary value.
 
         Args:
             values: [batch, L / size, ...] this rank's; no gradient passes.

@@ -24,7 +24,7 @@ KERNELS = ("auto", "flash")
 
 @dataclass(frozen=True)
 class Kernel:
-    """How attention of a training pass is computed."""
+    """Kernel of a training pass, with its tile and options."""
 
     name: Literal["sdpa", "flex"]
     tile: tuple[int, int] = (128, 128)
@@ -109,7 +109,7 @@ def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, 
 
 
 class _TiledContext(FunctionCtx):
-    """What :class:`_TiledAttention` keeps for its backward pass."""
+    """Context of :class:`_TiledAttention`: the plan and the scale, for its backward pass."""
 
     plan: AttentionPlan
     scale: float | None
@@ -133,7 +133,7 @@ class _TiledAttention(torch.autograd.Function):
             # [batch, heads, queries of the tile, head_dim] output, and [batch, heads, queries] log-sum-exp of scores.
             tile_output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, tile.queries], tile.take_keys(key), tile.take_keys(value),
-                0.0, tile.mask is None, attn_mask=_as(tile.mask, query), scale=scale,
+                0.0, tile.mask is None, attn_mask=_to_dtype(tile.mask, query), scale=scale,
             )  # fmt: skip
             output[:, :, tile.queries] = tile_output
             logsumexps.append(logsumexp)
@@ -150,7 +150,7 @@ class _TiledAttention(torch.autograd.Function):
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 gradient[:, :, index], query[:, :, index], tile.take_keys(key), tile.take_keys(value),
                 output[:, :, index], logsumexp, 0.0, tile.mask is None,
-                attn_mask=_as(tile.mask, query), scale=ctx.scale,
+                attn_mask=_to_dtype(tile.mask, query), scale=ctx.scale,
             )  # fmt: skip
             d_query[:, :, index] = gradients[0]
             tile.add_to_keys(d_key, gradients[1])
@@ -158,7 +158,7 @@ class _TiledAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None, None
 
 
-def _as(mask: Tensor | None, like: Tensor) -> Tensor | None:
+def _to_dtype(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(like.dtype)
 
 
@@ -172,7 +172,7 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def kernels_for_any_length() -> AbstractContextManager[object]:
+def without_cudnn_attention() -> AbstractContextManager[object]:
     """Leave out cuDNN's kernel, which is planned anew for each number of cached tokens: for every token decoded."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 

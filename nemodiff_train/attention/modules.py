@@ -140,7 +140,7 @@ class PositionLookupRotary(nn.Module):
         """
         state = self.state
         # [n, 1, 1, head_dim] angles of positions 0 .. n - 1, for a power of two n that covers all of the forward's.
-        needed = positions if state.decode_batch is None else state.decode_batch.reach
+        needed = positions if state.decode_batch is None else state.decode_batch.position_end
         size = 1 << max(needed - 1, 255).bit_length()
         if size not in state.rotary_tables:
             state.rotary_tables[size] = self.rotary.get_emb(size)

@@ -1,4 +1,4 @@
-"""What the attention modules of one model share during a forward pass."""
+"""State that the attention modules of one model share during a forward pass."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -50,11 +50,11 @@ class AttentionState:
     rotary_segment_ids: Tensor | None = None
     """The segment ids of the micro-batch that is about to run forward, for the rotary embedding."""
     draft_kind: DraftKind = DRAFT_KINDS["nemotron"]
-    """What the drafts of the model's drafter look like, and those of a model without one."""
+    """Kind of the drafts of the model's drafter, and of a model without one."""
     plans: dict[tuple[int, ...], tuple[Tensor, AttentionPlan]] = field(default_factory=dict)
     """Plans of the last few micro-batches, by the address and shape of their segment ids."""
 
-    def drafted(self, positions: int, views: int) -> tuple[int, int]:
+    def draft_range(self, positions: int, views: int) -> tuple[int, int]:
         """Return the first position and the end of a forward's drafts: of the noisy views, or of a draft forward.
 
         Args:

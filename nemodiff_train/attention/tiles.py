@@ -91,7 +91,7 @@ class Segments:
 
 
 class _Bounds(NamedTuple):
-    """What the rule needs to know of segments: the view, and intervals of the rest of ``Positions``."""
+    """View of some segments, and their intervals of position, block and document; see ``Positions``."""
 
     view: Tensor
     position: Interval

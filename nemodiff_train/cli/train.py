@@ -10,7 +10,7 @@ from nemodiff_train.cli.ranks import add_nproc, start_ranks
 from nemodiff_train.config.registry import recipe_files
 from nemodiff_train.errors import UserError
 from nemodiff_train.runtime import init_runtime
-from nemodiff_train.signals import end_as_ever, end_at_once
+from nemodiff_train.signals import exit_on_signals, restore_signal_handlers
 
 MOST_GPUS = 100_000
 """More GPUs than any run has had; the groups of a layout list every rank."""
@@ -45,12 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError("--nproc goes with a run; --dry-run takes the number of GPUs as --gpus")
         return start_ranks(arguments.command_line, arguments.nproc)
     if not arguments.dry_run:
-        end_at_once(signal.SIGUSR1, signal.SIGINT)
+        exit_on_signals(signal.SIGUSR1, signal.SIGINT)
     try:
         return _train(arguments)
     finally:
         if not arguments.dry_run:
-            end_as_ever()
+            restore_signal_handlers()
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -34,9 +34,9 @@ class TriModeConfig(ConfigContainer):
     drafter: DrafterConfig | None = None
     """Train a drafter instead of a model; ``peft`` describes its adapters."""
     adapter_base: AdapterBase | None = None
-    """What ``peft`` adapts; set when the run starts."""
-    given: dict[str, Any] = field(default_factory=dict)
-    """Every setting as it was given, by its dotted key, before Bridge completes them; saved for the next resume."""
+    """Checkpoint that ``peft`` adapts; set when the run starts."""
+    requested_settings: dict[str, Any] = field(default_factory=dict)
+    """Every setting by its dotted key, as requested, before Bridge completes them; saved for the next resume."""
 
     @cached_property
     def start(self) -> Checkpoint | None:
@@ -54,14 +54,14 @@ class TriModeConfig(ConfigContainer):
         return Checkpoint.to_resume(self.checkpoint.load, self.checkpoint.ckpt_step)
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting by its dotted key, as plain values: from :attr:`given` where the run has set it."""
-        return self.given or flattened(self.sections())
+        """Return every setting by its dotted key, as plain values; :attr:`requested_settings` once they are set."""
+        return self.requested_settings or flattened(self.sections())
 
     def sections(self) -> dict[str, Any]:
         """Return the configuration as it is now: plain values by section, as YAML can hold them."""
         # As if it had been written and read, without the text in between.
         sections: dict[str, Any] = yaml.constructor.SafeConstructor().construct_document(self._node())
-        del sections["given"]
+        del sections["requested_settings"]
         return sections
 
     def to_yaml(self, yaml_path: str) -> None:
@@ -93,7 +93,7 @@ class TriModeConfig(ConfigContainer):
         Raises:
             UserError: There is no usable mask token.
         """
-        self.fit_schedule()
+        self.resolve_fractions()
         objective, model, data = self.objective, self.model, self.dataset
         model.noisy_views = objective.noisy_views
         model.block_size = objective.block_size
@@ -123,10 +123,10 @@ class TriModeConfig(ConfigContainer):
         """Return the inner dimension of the path selector, which then is all that is trained; 0 for none."""
         return self.peft.selector_rank if isinstance(self.peft, DraftLoRA) else 0
 
-    def fit_schedule(self) -> None:
-        """Turn the schedule's shares of the run into steps."""
+    def resolve_fractions(self) -> None:
+        """Turn the schedule's fractions of the run into steps."""
         if isinstance(self.scheduler, ScheduleConfig) and self.train.train_iters:
-            self.scheduler.fit(self.train.train_iters)
+            self.scheduler.resolve_fractions(self.train.train_iters)
 
     def find_mask_token(self) -> int:
         """Return the id of the checkpoint's mask token, else of ``objective.mask_token``, else of the tokenizer's.

@@ -1,4 +1,4 @@
-"""What the forward step and the callbacks of a run know, typed."""
+"""State of a run shared by the forward step and the callbacks, typed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ def config_of(state: GlobalState) -> TriModeConfig:
 
 @dataclass
 class StepContext:
-    """What the forward step and the callbacks of one process share; they do not know each other."""
+    """State shared by the forward step and the callbacks of one process, which do not know each other."""
 
     output: Path
     """Folder of the run."""
@@ -29,11 +29,11 @@ class StepContext:
     figures: dict[str, float] = field(default_factory=dict)
     """More figures of the step that has just run: any callback adds some, the log writes those of the last rank."""
     rank_figures: dict[str, float] = field(default_factory=dict)
-    """What the straggler monitor has found last, for ``status.json``."""
+    """Last figures of the straggler monitor, for ``status.json``."""
     breakdown: Breakdown = field(default_factory=Breakdown)
     """Diffusion losses since they were last reported; the forward step adds those of each micro-batch."""
     evaluated: tuple[Evaluation, Detokenize] | None = None
-    """What the evaluation after the step has decoded, and what turns its tokens into text."""
+    """Result of the evaluation after the step, and its detokenizer."""
     data_wait: float = 0.0
     """Seconds spent waiting for the loader, since the straggler monitor last set this to 0."""
     sample_indices: Tensor | None = None

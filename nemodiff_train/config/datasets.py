@@ -168,11 +168,11 @@ class TextDatasetConfig(IndexedDatasetConfig):
         end = tokenizer.eod if end is None else end
         return SampleMaker(
             objective=self.objective,
-            mask_id=self.mask_token_id,
+            mask_token_id=self.mask_token_id,
             batch_size=self.batch_size,
-            document_end=end if self.reset_attention_mask else None,
+            eod_token_id=end if self.reset_attention_mask else None,
             restart_positions=self.reset_position_ids,
-            unlearned=end if self.eod_mask_loss else None,
+            no_loss_token_id=end if self.eod_mask_loss else None,
         )
 
 
@@ -199,7 +199,7 @@ class ChatDatasetConfig(IndexedDatasetConfig):
         """Return the object that lays the packs out and adds noise to them."""
         return ConversationMaker(
             objective=self.objective,
-            mask_id=self.mask_token_id,
+            mask_token_id=self.mask_token_id,
             batch_size=self.batch_size,
             length=self.seq_length,
             padding_id=tokenizer.eod,

@@ -13,7 +13,7 @@ from megatron.bridge.training.utils.omegaconf_utils import OverridesError, proce
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.ranges import check_range
-from nemodiff_train.config.schedule import SHARES
+from nemodiff_train.config.schedule import FRACTION_OF_STEPS
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.schema import check_type, declared_type
 
@@ -55,7 +55,7 @@ _WITHOUT_EFFECT = {
         "checkpoint.save_wgrads_interval", "checkpoint.save_dgrads_interval",
     ),
     "the model has no experts": ("model.moe_*", "model.num_moe_*", "model.expert_*"),
-    "the model has attention layers alone": ("model.mamba_*", "model.linear_*"),
+    "the model has attention layers only": ("model.mamba_*", "model.linear_*"),
     "the layers of the model are alike": ("model.heterogeneous_*", "model.hetereogenous_*"),
     "the checkpoint's config.json decides what is computed": (
         "model.window_*", "model.dsa_*", "model.experimental_attention_variant*", "model.multi_latent_attention*",
@@ -64,7 +64,7 @@ _WITHOUT_EFFECT = {
         "model.use_mup*", "model.mup_*",
     ),
     "the model predicts one token per position": ("model.mtp_*",),
-    "the checkpoint decides on its rows": (
+    "the checkpoint fixes the vocabulary size": (
         "tokenizer.vocab_size*", "tokenizer.padded_vocab_*", "tokenizer.use_tokenizer_vocab_*",
     ),
     "checkpoints are of one kind here": ("checkpoint.non_persistent_*", "checkpoint.replication*"),
@@ -95,10 +95,10 @@ def override(config: TriModeConfig, overrides: Mapping[str, str]) -> TriModeConf
             raise UserError(f"{key} has no effect here: {remedy}")
         if _section_of(key) == "peft":  # an object that can be called, which Hydra leaves out
             raise UserError(f"{key} cannot be overridden; the recipe's arguments, such as lora_rank, say what adapts")
-    for steps, share in SHARES.items():  # steps on the command line take the place of a recipe's share
-        if f"scheduler.{steps}" in overrides and f"scheduler.{share}" not in overrides:
-            setattr(config.scheduler, share, None)
-        if f"scheduler.{share}" in overrides and f"scheduler.{steps}" not in overrides:
+    for steps, fraction in FRACTION_OF_STEPS.items():  # steps on the command line replace a recipe's fraction
+        if f"scheduler.{steps}" in overrides and f"scheduler.{fraction}" not in overrides:
+            setattr(config.scheduler, fraction, None)
+        if f"scheduler.{fraction}" in overrides and f"scheduler.{steps}" not in overrides:
             setattr(config.scheduler, steps, 0 if steps == "lr_warmup_iters" else None)
     before = {key: _look_up(config, key) for key in map(_without_sign, overrides)}
     for section, keys in groupby(sorted(overrides, key=_section_of), _section_of):

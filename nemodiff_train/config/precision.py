@@ -32,7 +32,7 @@ def precision_of(config: TriModeConfig, cuda: bool) -> str | MixedPrecisionConfi
         named: str | MixedPrecisionConfig = config.mixed_precision
         return named
     if config.saved:
-        return begun_precision(config.saved)
+        return saved_precision(config.saved)
     return "bf16_mixed" if cuda and _stored_dtype(config) != torch.float32 else "fp32"
 
 
@@ -44,13 +44,13 @@ def is_mixed(precision: str | MixedPrecisionConfig) -> bool:
     return bool(precision.bf16 or precision.fp16)
 
 
-def warning(precision: str | MixedPrecisionConfig, cuda: bool) -> str | None:
+def slow_precision_warning(precision: str | MixedPrecisionConfig, cuda: bool) -> str | None:
     """Return a line for a run whose precision this machine computes slowly, or None."""
     slow = not cuda and is_mixed(precision)
     return "training in 16 bits is slow on a CPU; mixed_precision=fp32 is many times faster here" if slow else None
 
 
-def begun_precision(saved: Checkpoint) -> str:
+def saved_precision(saved: Checkpoint) -> str:
     """Return the precision that a run continues in from one of its checkpoints, unless it names another."""
     model = saved.run_config["model"]
     return "bf16_mixed" if model.get("bf16") else "fp16_mixed" if model.get("fp16") else "fp32"

@@ -1,4 +1,4 @@
-"""The range of every setting, by what its name says it is: a count, an interval, a share, a rate, a seed, a time."""
+"""Ranges of the settings, by what a name says they are: a count, an interval, a fraction, a rate, a seed, a time."""
 
 import math
 import re
@@ -58,7 +58,7 @@ _RANGES = (
     _Range(r".*seed", 0, 2**31 - 1),
     _Range(r".*(_workers|_per_rank)", 0, 1024),
     _Range(r".*(dropout|momentum|beta[12]?)", 0, 1 - 1e-9),
-    _Range(r".*(fraction|_share|percent|error_injection_rate)", 0, 1),
+    _Range(r".*(fraction|percent|error_injection_rate)", 0, 1),
     _Range(r".*(_eps|_epsilon)", 0, 1, ends=False),
     _Range(r".*[._]lr|.*weight_decay|.*lr_warmup_init", 0, 100),
     _Range(r".*(_timeout|_grace|timeout_minutes.*|timeout_seconds.*|_in_mins)", 0, 1e8),

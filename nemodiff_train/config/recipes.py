@@ -42,12 +42,12 @@ def load_recipe(name: str, words: Sequence[str]) -> TriModeConfig:
             try:
                 arguments[key] = int(value)
             except ValueError:
-                raise UserError(f"recipe '{name}': {key}={value} is not a whole number") from None
+                raise UserError(f"recipe '{name}': {key}={value} is not a whole number; use an integer") from None
     config = _report_mistakes(name, lambda: recipe(**arguments))
     if not isinstance(config, TriModeConfig):
         raise UserError(f"recipe '{name}' returns {type(config).__name__}; it has to return a TriModeConfig")
     config = override(config, {key: value for key, value in pairs if is_field(key)})
-    config.fit_schedule()
+    config.resolve_fractions()
     if config.checkpoint.save and config.checkpoint.save_interval == 0:  # trials in Python may keep nothing
         raise UserError("checkpoint.save_interval is 0, so that nothing would be kept; use 1 or more")
     return config
@@ -87,7 +87,7 @@ def _import_recipe(name: str) -> Recipe:
     file, function = split_file(name) or (Path(name), "recipe")
     namespace = run_file(file)
     if not callable(namespace.get(function)):
-        raise UserError(f"'{file}' has no function '{function}'; a recipe file defines one")
+        raise UserError(f"'{file}' has no function '{function}'; define it there, or name another: {file}:FUNCTION")
     recipe = namespace[function]
     return recipe
 
@@ -99,7 +99,7 @@ def run_file(file: Path) -> dict[str, Any]:
         UserError: There is no such file, or it cannot be run; names the line.
     """
     if not file.is_file():
-        raise UserError(f"no recipe file '{file}'")
+        raise UserError(f"no recipe file '{file}'; check the path, or see 'nemodiff train --list'")
     state = file.stat()
     return _report_mistakes(str(file), lambda: _run_file(file.resolve(), state.st_mtime_ns, state.st_size))
 

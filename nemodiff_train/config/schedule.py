@@ -1,4 +1,4 @@
-"""The learning-rate schedule, in shares of the run or in steps."""
+"""The learning-rate schedule, in fractions of the run or in steps."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from megatron.bridge.training.config import SchedulerConfig
 
 @dataclass(kw_only=True)
 class ScheduleConfig(SchedulerConfig):
-    """Bridge's schedule, whose decay may be given as a share of the run as well."""
+    """Bridge's schedule, whose decay may be given as a fraction of the run as well."""
 
     lr_warmup_fraction: float | None = None
     lr_warmup_iters: int = 0
     lr_wsd_decay_iters: int | None = None
     lr_wsd_decay_fraction: float | None = None
-    """Share of the run's steps in the final decay of ``WSD``; ``lr_wsd_decay_iters`` is the same in steps."""
+    """Fraction of the run's steps in the final decay of ``WSD``; ``lr_wsd_decay_iters`` is the same in steps."""
 
-    def fit(self, steps: int) -> None:
-        """Turn shares into whole steps of a run of ``steps``; what is given in steps stays."""
+    def resolve_fractions(self, steps: int) -> None:
+        """Turn fractions into whole steps of a run of ``steps``; what is given in steps stays."""
         length = self.max_steps or self.lr_decay_iters or steps
         if self.lr_warmup_fraction is not None and not self.lr_warmup_iters:
             self.lr_warmup_iters, self.lr_warmup_fraction = round(self.lr_warmup_fraction * length), None
@@ -24,5 +24,5 @@ class ScheduleConfig(SchedulerConfig):
             self.lr_wsd_decay_iters, self.lr_wsd_decay_fraction = round(self.lr_wsd_decay_fraction * length), None
 
 
-SHARES = {"lr_warmup_iters": "lr_warmup_fraction", "lr_wsd_decay_iters": "lr_wsd_decay_fraction"}
-"""Settings in steps, and the shares that they take the place of."""
+FRACTION_OF_STEPS = {"lr_warmup_iters": "lr_warmup_fraction", "lr_wsd_decay_iters": "lr_wsd_decay_fraction"}
+"""Settings in steps, and the fractions that they take the place of."""

@@ -55,7 +55,7 @@ def decode_oracle(session: Session, prompts: Sequence[Sequence[int]], sampler: T
         session.forwards[row]["search"] += calls.total()
     # Write the AR output [rows, longest] to the cache after the prompts: a block can follow any of its tokens.
     padded = pad_sequence([torch.tensor(target) for target in targets], batch_first=True)
-    session.forward(session.cache.moved(padded), torch.arange(len(targets)), "search", causal=True)
+    session.forward(session.cache.to_device(padded), torch.arange(len(targets)), "search", causal=True)
     gains = _gains(session, targets, prompt_lengths, sampler.settings.block_size, depth)
     return [_along_path(sampler, target, gain) for target, gain in zip(targets, gains, strict=True)]
 
@@ -92,7 +92,7 @@ def _gains(
         for number, row in enumerate(rows):
             tokens = targets[row][anchor : anchor + block_size]
             block[number, : len(tokens)] = torch.tensor(tokens)
-        block = session.cache.moved(block)
+        block = session.cache.to_device(block)
         # A cycle of ``quadratic`` drafts before the block's first token is known; [batch] what it gains.
         masks = session.masks(len(rows), block_size - 1)
         choice = session.forward(masks, index, "search", causal=False).argmax(-1)  # [batch, block - 1]

@@ -65,7 +65,7 @@ def _prefill(session: Session, prompts: Sequence[Sequence[int]], masks: int) -> 
     Returns the logits after each prompt's last token [rows, vocab], and of the first draft [rows, masks - 1, vocab].
     """
     counts = torch.tensor([len(prompt) for prompt in prompts])
-    width, lengths = int(counts.max()), session.cache.moved(counts)
+    width, lengths = int(counts.max()), session.cache.to_device(counts)
     # Each row is its prompt, padded to ``width``, then the group of masks.
     tokens = session.masks(len(prompts), width + masks)
     for row, prompt in enumerate(prompts):

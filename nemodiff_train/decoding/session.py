@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemodiff_train.attention.cache import DecodeBatch, KeyValueCache
-from nemodiff_train.attention.kernels import kernels_for_any_length
+from nemodiff_train.attention.kernels import without_cudnn_attention
 from nemodiff_train.decoding.finite import check_finite
 from nemodiff_train.decoding.generation import ForwardKind, Generation
 from nemodiff_train.decoding.pipeline import PipelineRunner
@@ -32,8 +32,8 @@ class TokenLayout(NamedTuple):
     """[batch or 1, new] position of each, counted from the first one after the committed tokens."""
     can_attend: Tensor
     """[batch or 1, new, new] boolean: whether each of them attends to a new token (last dimension)."""
-    span: int
-    """Number that every offset is below."""
+    offset_end: int
+    """Exclusive upper bound of the offsets."""
 
 
 class Session:
@@ -107,7 +107,7 @@ class Session:
         else:
             batch = DecodeBatch.from_layout(self.cache, rows, *layout)
         batch = replace(batch, is_draft=kind == "draft")
-        with kernels_for_any_length():
+        with without_cudnn_attention():
             logits = self.model(tokens, batch, indices).float()
         # A path selector's contexts follow the logits: they decide on drafts alone, never on the text.
         check_finite(
@@ -184,7 +184,10 @@ class Session:
             count = max(1, PREFILL_TOKENS // max(longest, 1))
             rows, waiting = waiting[:count].sort().values, waiting[count:]
             padded = pad_sequence([torch.tensor(prompts[row], dtype=torch.long) for row in rows], batch_first=True)
-            tokens, last = self.cache.moved(padded), self.cache.moved((lengths[rows] - 1).clamp(min=0)[:, None])
+            tokens, last = (
+                self.cache.to_device(padded),
+                self.cache.to_device((lengths[rows] - 1).clamp(min=0)[:, None]),
+            )
             causal = block_size is None
             logits = self.forward(tokens, rows, "prefill", causal=causal, block_size=block_size, indices=last)
             self.commit(rows, lengths[rows])

@@ -126,7 +126,7 @@ def _verify_tree(
         )
     session.commit_nodes(active, branches)
     ends = torch.stack([branch[-1:] for branch in branches])
-    return choices.gather(1, session.cache.moved(ends))
+    return choices.gather(1, session.cache.to_device(ends))
 
 
 def _candidates(session: Session, draft: Draft, settings: DecodingSettings) -> tuple[NextLogProbs, Tensor]:

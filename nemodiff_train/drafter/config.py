@@ -36,7 +36,7 @@ class DrafterConfig:
     """Slots with a loss. ``visited``: the accepted prefix of a draft and the first rejected slot, since decoding
     does not reach the rest. ``all``: every slot."""
 
-    sampled_share: float = 0.9
+    sampled_fraction: float = 0.9
     """Fraction of slots whose draft is drawn at temperature 1 to find the accepted prefix; the others are greedy."""
 
     position_decay: float = 0.0

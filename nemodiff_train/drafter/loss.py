@@ -26,7 +26,7 @@ def slot_losses(draft: Tensor, verifier: Tensor, config: DrafterConfig) -> Tenso
         config: The switches.
 
     Returns:
-        [...] nats (a share for ``total_variation``), in the logits' dtype.
+        [...] nats (a fraction for ``total_variation``), in the logits' dtype.
     """
     # Logits on the union of supports, [..., tokens], and the index of the verifier's choice there, [..., 1].
     draft, verifier, choice = _on_support(draft, verifier.detach(), config.support)
@@ -67,8 +67,10 @@ def _on_support(draft: Tensor, verifier: Tensor, size: int) -> tuple[Tensor, Ten
     return on_support[0], on_support[1], on_support[1].argmax(-1, keepdim=True)
 
 
-def judge(draft: Tensor, verifier: Tensor, uniform: Tensor, config: DrafterConfig) -> tuple[Tensor, Tensor]:
-    """Find out which drafted tokens the verifier would accept.
+def simulate_acceptance(
+    draft: Tensor, verifier: Tensor, uniform: Tensor, config: DrafterConfig
+) -> tuple[Tensor, Tensor]:
+    """Simulate which drafted tokens the verifier accepts.
 
     A token drawn from q is the verifier's choice with the probability that q gives to it: the token need not be
     drawn, only whether it is that one.
@@ -85,5 +87,5 @@ def judge(draft: Tensor, verifier: Tensor, uniform: Tensor, config: DrafterConfi
     choice = verifier.argmax(-1)
     agrees = draft.argmax(-1) == choice
     probability = draft.softmax(-1).gather(-1, choice[..., None])[..., 0]
-    drawn = uniform[..., 0] < config.sampled_share
+    drawn = uniform[..., 0] < config.sampled_fraction
     return agrees, torch.where(drawn, uniform[..., 1] < probability, agrees)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
+from nemodiff_train.drafter.loss import NEVER, simulate_acceptance, slot_losses
 from nemodiff_train.drafter.slots import Slots
-from nemodiff_train.drafter.step import DraftLoss, Head, JudgedSlots, OwnSlots, in_chunks
+from nemodiff_train.drafter.step import DraftLoss, EvaluatedSlots, Head, LocalSlots, in_chunks
 from nemodiff_train.model.path_selector import CANDIDATES, HISTORY, PathSelector
 
 
@@ -29,13 +29,13 @@ class SelectorLoss(DraftLoss):
         """
         tokens = [self.batch["tokens"][:, self.batch["maskable"].shape[1] :]]  # [batch, n] the text
         for _ in range(HISTORY - int(self.shifted)):
-            tokens.append(self.state.shard.before(tokens[-1], self.state.context_group))
-        within = (self._own(slots.number) - 1).clamp(min=0)[..., None]
+            tokens.append(self.state.shard.shift_right(tokens[-1], self.state.context_group))
+        within = (self._local_positions(slots.draft_position) - 1).clamp(min=0)[..., None]
         index = torch.arange(HISTORY, device=within.device).minimum(within)
         return torch.stack(tokens[-HISTORY:], dim=-1).gather(-1, index)
 
-    def _judge(self, head: Head, slots: OwnSlots) -> JudgedSlots:
-        """Judge each slot."""
+    def _evaluate(self, head: Head, slots: LocalSlots) -> EvaluatedSlots:
+        """Evaluate each slot."""
         previous = self._history(slots.of_samples).flatten(0, 1)[slots.index]  # [S, HISTORY]
         drafts, verifiers, uniform = slots.drafts, slots.verifiers, slots.uniform
         parts: list[tuple[Tensor, ...]] = []
@@ -48,7 +48,7 @@ class SelectorLoss(DraftLoss):
                 chain = draft_logits + self.selector(head.rows(before), head.rows(candidates), draft)
                 q = torch.full_like(logits, NEVER).scatter_(-1, candidates, chain)
                 has_loss = (candidates == p.argmax(-1, keepdim=True)).any(-1)
-                outcome = judge(q, p, draw, self.settings)
+                outcome = simulate_acceptance(q, p, draw, self.settings)
                 parts.append((*outcome, has_loss, candidates, draft_logits, p.gather(-1, candidates)))
         agrees, accepted, has_loss, *of_slots = (torch.cat(column) for column in zip(*parts, strict=True))
 
@@ -64,4 +64,4 @@ class SelectorLoss(DraftLoss):
             sums: list[Tensor] = [checkpoint(chunk_total, *chunk, use_reentrant=False) for chunk in chunks]
             return torch.stack(sums).sum()
 
-        return JudgedSlots(agrees, accepted, has_loss, total)
+        return EvaluatedSlots(agrees, accepted, has_loss, total)

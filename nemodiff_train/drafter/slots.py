@@ -16,13 +16,13 @@ class Slots:
 
     exists: Tensor
     """[batch, L] whether a noisy position is a slot."""
-    number: Tensor
-    """[batch, L] number of each slot in its draft, from 1."""
+    draft_position: Tensor
+    """[batch, L] position of each slot in its draft, from 1."""
     start: Tensor
     """[batch, L] position at which each position's block begins."""
 
     @classmethod
-    def of(cls, segment_ids: Tensor, kind: DraftKind, shifted: bool) -> "Slots":
+    def from_segment_ids(cls, segment_ids: Tensor, kind: DraftKind, shifted: bool) -> "Slots":
         """Find the slots of some samples.
 
         Args:
@@ -30,10 +30,10 @@ class Slots:
             kind: What drafts look like.
             shifted: Whether a position predicts the next token.
         """
-        # Position [batch, L] at which each position's block begins, and its number in the block's draft.
+        # Position [batch, L] at which each position's block begins, and its position in the block's draft.
         documents, blocks = segment_ids[:, 0].contiguous(), segment_ids[:, 1].contiguous()
         start = torch.searchsorted(blocks, blocks)
-        number = torch.arange(blocks.shape[1], device=blocks.device) - start + int(shifted)
+        draft_position = torch.arange(blocks.shape[1], device=blocks.device) - start + int(shifted)
         documents = torch.where(documents < 0, -1 - documents, documents)  # an answer's padding belongs to its text
         if not kind.known_token_in_block:  # a document's first block has no token before it to follow
             exists = start > torch.searchsorted(documents, documents)
@@ -42,12 +42,12 @@ class Slots:
             exists[:, :-1] = blocks[:, 1:] == blocks[:, :-1]
             exists[:, -1] = False
         else:
-            exists = number > 0
-        return cls(exists, number, start)
+            exists = draft_position > 0
+        return cls(exists, draft_position, start)
 
     def copied_to(self, device: torch.device) -> "Slots":
         """Return the same on a device, which the host does not wait for."""
-        return Slots(*(copied_to(device, values) for values in (self.exists, self.number, self.start)))
+        return Slots(*(copied_to(device, values) for values in (self.exists, self.draft_position, self.start)))
 
     def reached(self, passed: Tensor) -> Tensor:
         """Return whether every earlier slot of a slot's draft has passed: [batch, L].
@@ -62,7 +62,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SlotOutcomes:
     """Outcomes of the slots of whole samples."""
 
     weights: Tensor
@@ -75,7 +75,9 @@ class Verdict:
     """[batch, L] whether the data have a target there and at all slots before it."""
 
     @classmethod
-    def of(cls, slots: Slots, usable: Tensor, agrees: Tensor, accepted: Tensor, config: DrafterConfig) -> "Verdict":
+    def from_acceptance(
+        cls, slots: Slots, usable: Tensor, agrees: Tensor, accepted: Tensor, config: DrafterConfig
+    ) -> "SlotOutcomes":
         """Find the slots of each draft that decoding would reach.
 
         Args:
@@ -89,6 +91,6 @@ class Verdict:
         counted = usable & slots.reached(accepted) if config.slots == "visited" else usable
         weights = counted.float()
         if config.position_decay:
-            weights = weights * torch.exp(-(slots.number - 1) / config.position_decay)
+            weights = weights * torch.exp(-(slots.draft_position - 1) / config.position_decay)
         agrees = agrees & usable
         return cls(weights, counted, agrees & slots.reached(agrees), usable)

@@ -16,8 +16,8 @@ from torch.autograd.function import FunctionCtx
 from nemodiff_train.attention.context_parallel import ContextParallelShard
 from nemodiff_train.attention.state import AttentionState
 from nemodiff_train.drafter.config import DrafterConfig
-from nemodiff_train.drafter.loss import NEVER, judge, slot_losses
-from nemodiff_train.drafter.slots import Slots, Verdict
+from nemodiff_train.drafter.loss import NEVER, simulate_acceptance, slot_losses
+from nemodiff_train.drafter.slots import SlotOutcomes, Slots
 from nemodiff_train.model.head import DRAFT_CHUNK, gather_hidden_states
 from nemodiff_train.model.provider import TriModeModelProvider
 from nemodiff_train.objective.drafts import DraftKind
@@ -87,14 +87,15 @@ class DraftLoss:
         """Return the sum of the slots' losses, a scalar, and make the report.
 
         The logits of a few slots exist at once, with their gradient, which is all that is kept of them: whether a
-        slot counts depends on earlier ones, which other ranks may have, and is known when all have been judged.
+        slot counts depends on earlier ones, which other ranks may have, and is known when all have been evaluated.
         The arguments are those of :func:`~nemodiff_train.model.head.output_processor`.
         """
         shard, group, device = self.state.shard, self.state.context_group, states.device
+        local = self._local_positions
         # The host finds the slots, in its own copy of the ids: it need not wait for the device to count them.
-        slots = Slots.of(self.batch["host_segment_ids"], self.settings.draft_kind, self.shifted)
-        index_on_host = self._own(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
-        uniform = copied_to(device, self._own(self._uniform(slots.exists)).flatten(0, 1)[index_on_host])  # [S, 2]
+        slots = Slots.from_segment_ids(self.batch["host_segment_ids"], self.settings.draft_kind, self.shifted)
+        index_on_host = local(slots.exists).flatten().nonzero()[:, 0]  # [S] into the flattened [batch, n]
+        uniform = copied_to(device, local(self._uniform(slots.exists)).flatten(0, 1)[index_on_host])  # [S, 2]
         index, slots = copied_to(device, index_on_host), slots.copied_to(device)
 
         # By position, [batch, n, ...]: a clean position verifies what the next noisy one drafts, unless shifted.
@@ -103,58 +104,58 @@ class DraftLoss:
         usable = (self.batch["loss_mask"][:, -clean.shape[1] :] > 0) & self.batch["maskable"]
         clean = clean.detach()
         if not self.shifted:
-            clean, usable = (shard.before(values, group) for values in (clean, usable))
+            clean, usable = (shard.shift_right(values, group) for values in (clean, usable))
         drafts, verifiers = (values.flatten(0, 1)[index] for values in (noisy, clean))  # [S, hidden] each
 
         head = Head(weight, self.model, layer.tp_group)
-        judged = self._judge(head, OwnSlots(slots, index, drafts, verifiers, uniform))
-        # Outcomes of the slots of whole samples, [batch, L] each; False where there is no slot.
-        outcomes = torch.stack([usable, torch.zeros_like(usable), torch.zeros_like(usable)], dim=2)
-        outcomes.view(-1, 3)[index, 1:] = torch.stack([judged.agrees, judged.accepted], dim=1)
-        usable, agrees, accepted = shard.gather(outcomes, slots.exists.shape[1], group).unbind(2)
-        verdict = Verdict.of(slots, usable, agrees, accepted, self.settings)
-        counted, weights = (self._own(values).flatten()[index] for values in (verdict.counted, verdict.weights))
-        total = judged.total(weights * judged.has_loss)
-        counted_slots = pair((counted & judged.has_loss).sum(), self._own(verdict.usable).sum())
+        evaluated = self._evaluate(head, LocalSlots(slots, index, drafts, verifiers, uniform))
+        # Outcomes by position, [batch, n, 3], then of whole samples, [batch, L] each; False where there is no slot.
+        by_position = torch.stack([usable, torch.zeros_like(usable), torch.zeros_like(usable)], dim=2)
+        by_position.view(-1, 3)[index, 1:] = torch.stack([evaluated.agrees, evaluated.accepted], dim=1)
+        usable, agrees, accepted = shard.gather(by_position, slots.exists.shape[1], group).unbind(2)
+        outcomes = SlotOutcomes.from_acceptance(slots, usable, agrees, accepted, self.settings)
+        counted, weights = (local(values).flatten()[index] for values in (outcomes.counted, outcomes.weights))
+        total = evaluated.total(weights * evaluated.has_loss)
+        counted_slots = pair((counted & evaluated.has_loss).sum(), local(outcomes.usable).sum())
         figures = {"counted_slots": counted_slots, "draft_loss": pair(total, counted_slots[0])}
-        self.report = {**self._figures(slots, verdict), **figures}
+        self.report = {**self._figures(slots, outcomes), **figures}
         return total
 
     def reduce(self, losses: Tensor) -> tuple[Tensor, Tensor, Report]:
         """Return the sum of the losses, the number of slots that count, and the report."""
         return losses, self.report["draft_loss"][1].to(torch.int32), self.report
 
-    def _judge(self, head: "Head", slots: "OwnSlots") -> "JudgedSlots":
-        """Judge each slot, and compute its loss with the gradient that takes the place of its logits."""
-        learns = torch.is_grad_enabled()
+    def _evaluate(self, head: "Head", slots: "LocalSlots") -> "EvaluatedSlots":
+        """Evaluate each slot, and compute its loss with the gradient that takes the place of its logits."""
+        needs_grad = torch.is_grad_enabled()
         parts: list[tuple[Tensor, ...]] = []
         for draft, verifier, draw in in_chunks(slots.drafts, slots.verifiers, slots.uniform):
             # Logits of the draft q and of the verifier p, [slots, vocabulary].
             with torch.no_grad():
                 q, p = head.logits(draft), head.logits(verifier)
-                outcome = judge(q, p, draw, self.settings)
-            with torch.set_grad_enabled(learns):
-                q.requires_grad_(learns)
+                outcome = simulate_acceptance(q, p, draw, self.settings)
+            with torch.set_grad_enabled(needs_grad):
+                q.requires_grad_(needs_grad)
                 loss = slot_losses(q, p, self.settings)
             # The gradient [slots, hidden] of each loss by its state.
             gradient = draft
-            if learns:
+            if needs_grad:
                 gradient = head.gradient_of_states(torch.autograd.grad(loss.sum(), q)[0]).to(draft.dtype)
             parts.append((*outcome, loss.detach(), gradient.detach()))
         agrees, accepted, losses, gradients = (torch.cat(column) for column in zip(*parts, strict=True))
 
         def total(weights: Tensor) -> Tensor:
             weighted = (losses * weights).sum()
-            if not learns:
+            if not needs_grad:
                 return weighted
             result: Tensor = _WithGradient.apply(
                 slots.drafts, weighted, gradients * weights[:, None].to(gradients.dtype)
             )
             return result
 
-        return JudgedSlots(agrees, accepted, torch.ones_like(agrees), total)
+        return EvaluatedSlots(agrees, accepted, torch.ones_like(agrees), total)
 
-    def _own(self, values: Tensor) -> Tensor:
+    def _local_positions(self, values: Tensor) -> Tensor:
         """Return this rank's positions of [batch, L, ...] values."""
         return values[:, self.state.shard.positions(values.shape[1], values.device)]
 
@@ -169,19 +170,22 @@ class DraftLoss:
             numbers[row, exists[row]] = torch.rand((int(exists[row].sum()), 2), generator=draw)
         return numbers
 
-    def _figures(self, slots: Slots, verdict: Verdict) -> Report:
+    def _figures(self, slots: Slots, outcomes: SlotOutcomes) -> Report:
         """Return [sum, count] of the figures that say how good greedy drafts are, over this rank's positions."""
-        number, accepted, usable = (self._own(values) for values in (slots.number, verdict.accepted, verdict.usable))
+        of_samples = slots.draft_position, outcomes.accepted, outcomes.usable
+        draft_position, accepted, usable = map(self._local_positions, of_samples)
         kind = self.settings.draft_kind
         longest = self.model.largest_block - int(kind.known_token_in_block)
-        drafts = (usable & (number == 1)).sum().float()
+        drafts = (usable & (draft_position == 1)).sum().float()
         targets = kind.target_tokens_per_cycle * drafts  # the verifier's own tokens of each cycle
         figures = {}
         for length in {min(length, longest) for length in (*DRAFT_LENGTHS, longest)}:
-            figures[f"acceptance_length/{length}"] = pair((accepted & (number <= length)).sum() + targets, drafts)
+            accepted_tokens = (accepted & (draft_position <= length)).sum()
+            figures[f"acceptance_length/{length}"] = pair(accepted_tokens + targets, drafts)
         for position in POSITIONS:
             if position <= longest:
-                figures[f"acceptance_by_position/{position}"] = pair((accepted & (number == position)).sum(), drafts)
+                accepted_here = (accepted & (draft_position == position)).sum()
+                figures[f"acceptance_by_position/{position}"] = pair(accepted_here, drafts)
         figures["expected_tpf"] = pair(accepted.sum() + targets, 2 * drafts)  # one forward drafts, one verifies
         return figures
 
@@ -192,8 +196,8 @@ def in_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 @dataclass(frozen=True)
-class OwnSlots:
-    """A rank's S slots, before they are judged."""
+class LocalSlots:
+    """A rank's S slots, before they are evaluated."""
 
     of_samples: Slots
     """All slots of the samples."""
@@ -204,11 +208,11 @@ class OwnSlots:
     verifiers: Tensor
     """[S, hidden] states that verify."""
     uniform: Tensor
-    """[S, 2] draws for :func:`~nemodiff_train.drafter.loss.judge`."""
+    """[S, 2] draws for :func:`~nemodiff_train.drafter.loss.simulate_acceptance`."""
 
 
 @dataclass(frozen=True)
-class JudgedSlots:
+class EvaluatedSlots:
     """Outcomes of a rank's S slots, and their loss."""
 
     agrees: Tensor
@@ -219,7 +223,7 @@ class JudgedSlots:
     """[S] whether a slot can have a loss."""
     total: Callable[[Tensor], Tensor]
     """Returns the weighted sum of the losses, a scalar.  Takes the weights [S], which are known when the slots of all
-    ranks have been judged."""
+    ranks have been evaluated."""
 
 
 class _WithGradient(torch.autograd.Function):

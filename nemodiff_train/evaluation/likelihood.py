@@ -107,7 +107,7 @@ def likelihood(
         noise_granularity="block",
         seed=seed,
     )
-    maker = SampleMaker(objective=objective, mask_id=config.mask_token_id)
+    maker = SampleMaker(objective=objective, mask_token_id=config.mask_token_id)
     sums = torch.zeros(draws, 4, dtype=torch.float64)  # per draw, the sums of _score
     trained_views, config.noisy_views = config.noisy_views, 1  # [noisy | clean], whatever it was trained on
     try:

@@ -12,9 +12,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.runtime.patches import tell_adapters_whether_transformer_engine_is_there
+from nemodiff_train.runtime.patches import patch_peft_te_flag
 
-tell_adapters_whether_transformer_engine_is_there(peft_utils)
+patch_peft_te_flag(peft_utils)
 
 
 def lora(rank: int) -> LoRA | None:

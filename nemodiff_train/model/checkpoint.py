@@ -95,7 +95,7 @@ class _RunConfig(TypedDict, total=False):
     peft: _Adapters | None
     drafter: dict[str, Any] | None
     adapter_base: _AdapterBase | None
-    given: dict[str, Any] | None
+    requested_settings: dict[str, Any] | None
 
 
 @dataclass(frozen=True)

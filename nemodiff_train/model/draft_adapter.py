@@ -76,7 +76,7 @@ class DraftLinear(AdapterWrapper):
             positions: Number of positions of the forward.
         """
         # Indices of the drafted positions, then counted from this rank's first.
-        first, end = self.state.drafted(positions, self.to_wrap.config.noisy_views)
+        first, end = self.state.draft_range(positions, self.to_wrap.config.noisy_views)
         if first == end:
             return None
         if len(x) < positions:

@@ -25,7 +25,7 @@ from nemodiff_train.model.draft_adapter import load_drafter, open_drafter
 from nemodiff_train.model.pretrained import config_from, model_from
 from nemodiff_train.model.provider import TriModeModelProvider, fit_to_host
 from nemodiff_train.runtime import init_runtime
-from nemodiff_train.runtime.patches import halves_joined_in_place
+from nemodiff_train.runtime.patches import merge_gate_and_up_in_place
 
 _LONGEST_WAIT = timedelta(hours=6)
 """Timeout of a collective: replicas that decode prompts of different lengths wait for each other at the end."""
@@ -80,7 +80,7 @@ def load_model(
         start_model_parallel(tensor_parallel, pipeline_parallel)
         set_parallelism(provider, tensor_parallel, pipeline_parallel)
         set_dtype(provider, dtype or provider.params_dtype)
-        with halves_joined_in_place():
+        with merge_gate_and_up_in_place():
             built: Any = build_and_load_model(str(weights.iteration.absolute()), provider)
         chunks: list[GPTModel] = built if isinstance(built, list) else [built]
         if weights is not checkpoint:

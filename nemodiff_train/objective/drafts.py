@@ -1,4 +1,4 @@
-"""What a draft is, for each kind of drafter."""
+"""Kinds of drafts, one per kind of drafter."""
 
 from dataclasses import dataclass
 

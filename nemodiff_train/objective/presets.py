@@ -1,7 +1,7 @@
 """Published objectives, as settings of :class:`~nemodiff_train.objective.config.ObjectiveConfig`.
 
 Each sets what its paper says about samples, attention and loss; learning rates, data and lengths belong to a recipe.
-``docs/method.md`` states each formula, and what differs from the paper's own code.
+``docs/objectives.md`` states each formula, and what differs from the paper's own code.
 """
 
 import copy

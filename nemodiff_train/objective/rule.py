@@ -10,7 +10,7 @@ CLEAN = -1
 
 
 class Positions(NamedTuple):
-    """What the rule needs to know of some positions: four integer tensors that broadcast against each other."""
+    """View, position, block and document of some positions: four integer tensors that broadcast together."""
 
     view: Tensor
     """Index of the noisy view, or :data:`CLEAN`."""

@@ -39,15 +39,15 @@ class SampleMaker:
     """Turns samples of an AR data set into training samples."""
 
     objective: ObjectiveConfig
-    mask_id: int = 0
+    mask_token_id: int = 0
     """Id of the mask token; unused in the AR stage."""
     batch_size: int = 1
     """Samples in a global batch."""
-    document_end: int | None = None
+    eod_token_id: int | None = None
     """Id of the token that ends a document, where documents are kept apart; None to ignore them."""
     restart_positions: bool = False
     """Position ids restart with each document."""
-    unlearned: int | None = None
+    no_loss_token_id: int | None = None
     """Id of a token that neither loss learns; None for none."""
 
     def make(self, sample: Mapping[str, Tensor], split: int, index: int) -> Sample:
@@ -56,7 +56,7 @@ class SampleMaker:
         ================= =============================================== ======================================
         field             noisy views, [V L]                              clean half, [L]
         ================= =============================================== ======================================
-        tokens            the tokens, masked positions set to ``mask_id`` the tokens
+        tokens            the tokens, or the mask token where masked      the tokens
         labels            the tokens (the next ones if shifted)           the next tokens
         loss_mask         w where masked, else 0                          1 where the token has an AR loss, else 0
         position_ids      0 .. L-1, or restarting with documents          the same
@@ -100,18 +100,18 @@ class SampleMaker:
             block_size: Positions per block.
         """
         tokens, maskable = sample["tokens"], sample["loss_mask"] > 0
-        if self.unlearned is not None:
-            maskable = maskable & (tokens != self.unlearned)
+        if self.no_loss_token_id is not None:
+            maskable = maskable & (tokens != self.no_loss_token_id)
         # [L] index of each position's document, whose last token belongs to it, and the position's index in it.
         position = torch.arange(len(tokens))
-        ends = torch.zeros_like(position) if self.document_end is None else (tokens == self.document_end).long()
+        ends = torch.zeros_like(position) if self.eod_token_id is None else (tokens == self.eod_token_id).long()
         document = ends.cumsum(0) - ends
         in_document = position - torch.searchsorted(document, document)
         # [3, L] document, block and position id of each position.
         block = (in_document % block_size == 0).cumsum(0) - 1
         position_ids = in_document if self.restart_positions else position
         segment_ids = torch.stack([document, block, position_ids]).int()
-        ends_document = _is_last(segment_ids[0], at_end=int(tokens[-1]) == self.document_end)
+        ends_document = _is_last(segment_ids[0], at_end=int(tokens[-1]) == self.eod_token_id)
         return CleanHalf(
             tokens=tokens,
             labels=sample["labels"],
@@ -135,10 +135,12 @@ class SampleMaker:
             # A block's first token would be predicted from a block it cannot see; decoding has it from AR.
             labels, index_in_block, level = clean.labels, index_in_block + 1, level.roll(-1, 1)
             weight = weight.roll(-1, 1).masked_fill(_is_last(block, at_end=True), 0.0)
-        # [V, L] what the noisy views hide, and each field: the views one after another, then the clean half.
-        hidden = masked if clean.padding is None else masked | clean.padding
+        # [V, L] positions that the views mask, and each field: the views one after another, then the clean half.
+        is_masked = masked if clean.padding is None else masked | clean.padding
         return {
-            "tokens": torch.cat([tokens.expand(views, -1).masked_fill(hidden, self.mask_id).flatten(), tokens]),
+            "tokens": torch.cat(
+                [tokens.expand(views, -1).masked_fill(is_masked, self.mask_token_id).flatten(), tokens]
+            ),
             "labels": torch.cat([labels.repeat(views), clean.labels]),
             "loss_mask": torch.cat([weight.flatten(), fields["loss_mask"]]),
             "position_ids": fields["position_ids"].repeat(views + 1),

@@ -1,4 +1,4 @@
-"""What changes from step to step, as functions of the step (counted from 0): nothing is saved or restored."""
+"""Schedules as functions of the step (counted from 0): nothing is saved or restored."""
 
 from nemodiff_train.objective.config import ObjectiveConfig
 from nemodiff_train.objective.noise import BLOCK_SIZES, generator

@@ -14,7 +14,7 @@ def optimizer_bytes(mixed: bool) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one GPU of a pipeline stage holds, counted or estimated."""
+    """Layers and parameters on one GPU of a pipeline stage, counted or estimated."""
 
     index: int
     """Position in the pipeline, from 0."""
@@ -61,7 +61,7 @@ def estimated_stage(work: Workload, layout: Layout, index: int) -> Stage:
     layers, last = work.layers / layout.pipeline, index == layout.pipeline - 1
     tables = (index == 0) + (last and not (work.tied and layout.pipeline == 1))
     model = layers * (work.layer_matrices / layout.tensor + work.layer_norms)
-    model += tables * work.table / layout.tensor + (work.hidden if last else 0)
+    model += tables * work.embedding_parameters / layout.tensor + (work.hidden if last else 0)
     adapters = layers * work.layer_adapters / layout.tensor
     selector = work.selector if last else 0
     trained = selector if work.selector_rank else adapters or model
@@ -81,7 +81,7 @@ def stage_memory(work: Workload, layout: Layout, stage: Stage, device: str = "cu
     shards = layout.data * layout.context if work.sharded else 1
     last = stage.index == layout.pipeline - 1
     return Memory(
-        weights=work.width * stage.parameters,
+        weights=work.bytes_per_element * stage.parameters,
         gradients=4 * stage.trained,  # in fp32
         optimizer=optimizer_bytes(work.mixed) * stage.trained / shards,
         activations=_activations(work, layout, stage, device),
@@ -93,15 +93,15 @@ def _activations(work: Workload, layout: Layout, stage: Stage, device: str) -> f
     """Return what the backward pass needs of every micro-batch in flight (1F1B), and the peak inside one layer."""
     in_flight = min(layout.pipeline - stage.index, layout.micro_batches)
     positions = work.micro_batch * work.positions / layout.context
-    # hidden: the input of a layer.  full: all that one layer saves.  working: its temporaries in the backward pass.
-    hidden = positions * work.hidden * work.width / layout.tensor
-    full = _saved_by_layer(work, layout, device)
-    working = positions * work.width * (3 * work.feed_forward / layout.tensor + 2 * work.hidden)
+    # Bytes of a layer's input, of all that one layer saves, and of its temporaries in the backward pass.
+    hidden = positions * work.hidden * work.bytes_per_element / layout.tensor
+    saved_by_layer = _saved_by_layer(work, layout, device)
+    temporaries = positions * work.bytes_per_element * (3 * work.feed_forward / layout.tensor + 2 * work.hidden)
     if not work.backward:
-        return in_flight * 2 * hidden + working + full
+        return in_flight * 2 * hidden + temporaries + saved_by_layer
     if layout.recompute:
-        return in_flight * (stage.layers * hidden + 2 * hidden) + working + full
-    return in_flight * (stage.layers * full + 2 * hidden) + working
+        return in_flight * (stage.layers * hidden + 2 * hidden) + temporaries + saved_by_layer
+    return in_flight * (stage.layers * saved_by_layer + 2 * hidden) + temporaries
 
 
 def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
@@ -120,22 +120,24 @@ def _saved_by_layer(work: Workload, layout: Layout, device: str) -> float:
     norms = 2 if work.layer_adapters or (dropped and device != "cuda") else 4
     # Elements per position: over the hidden size, and over the sizes that tensor parallelism splits.
     shared = norms * work.hidden / layout.tensor
-    whole = layout.context == 1
-    projected = work.queries + 2 * work.keys if whole or work.head_norms else 0
+    unsharded = layout.context == 1
+    projected = work.query_channels + 2 * work.key_channels if unsharded or work.head_norms else 0
     inner = (2 if dropped else 3) if work.gated else 2
     queries = 2 + (1 if work.head_norms else 0) + (1 if device == "cpu" else 0)
-    split = projected + queries * work.queries + inner * work.feed_forward
-    keys = work.keys * (positions if whole else 2 * (positions + work.length * (1 - 1 / layout.context)))
-    return work.micro_batch * work.width * (positions * (shared + split / layout.tensor) + keys / layout.tensor)
+    split = projected + queries * work.query_channels + inner * work.feed_forward
+    keys = work.key_channels * (positions if unsharded else 2 * (positions + work.length * (1 - 1 / layout.context)))
+    elements = positions * (shared + split / layout.tensor) + keys / layout.tensor
+    return work.micro_batch * work.bytes_per_element * elements
 
 
 def _logits(work: Workload, layout: Layout, device: str) -> float:
     """Return the bytes of the output layer and its loss if every noisy position is masked; see model/head.py."""
-    states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.width
+    states = 2 * work.micro_batch * work.positions / layout.context * work.hidden * work.bytes_per_element
     if work.drafts:
         # Logits of drafts and verifiers, their distributions and the drafts' gradient, of all tokens in fp32.
         return states + 6 * 4 * DRAFT_CHUNK[device] * work.vocabulary
     chunk = LOGIT_CHUNK[device] * work.vocabulary / layout.tensor
     # The gradient of the weight, accumulated in fp32 and scaled into another; a frozen weight has none.
-    weight = 0 if work.layer_adapters else work.table / layout.tensor * (4 + 4 + work.width)
-    return states + chunk * (4 + work.width) + weight
+    size = work.bytes_per_element
+    weight = 0 if work.layer_adapters else work.embedding_parameters / layout.tensor * (4 + 4 + size)
+    return states + chunk * (4 + size) + weight

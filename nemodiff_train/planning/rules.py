@@ -1,4 +1,4 @@
-"""What a layout over processes must be: parallel sizes, batch, and the split of the layers into pipeline stages."""
+"""Check a layout over processes: parallel sizes, batch, and the split of the layers into pipeline stages."""
 
 from collections.abc import Iterator
 
@@ -38,12 +38,12 @@ def _size_problems(config: TriModeConfig, world_size: int) -> Iterator[str]:
             f"key-value heads; use a divisor of {model.num_query_groups}"
         )
     if model.sequence_parallel and tp == 1:
-        yield "model.sequence_parallel=true takes a model.tensor_model_parallel_size of 2 or more"
+        yield "model.sequence_parallel=true takes a model.tensor_model_parallel_size of 2 or more; change one of them"
     positions = length * (config.objective.noisy_views + 1) // cp
     if model.sequence_parallel and positions % tp:
         yield (
             f"model.sequence_parallel=true: model.tensor_model_parallel_size={tp} does not divide the {positions} "
-            f"positions of a sample on a rank (dataset.seq_length={length})"
+            f"positions of a sample on a rank (dataset.seq_length={length}); use a divisor of {positions}"
         )
     if cp > 1 and length % (2 * cp):
         yield (
@@ -70,7 +70,7 @@ def _batch_problems(config: TriModeConfig, world_size: int, chunks: int) -> Iter
     if train.global_batch_size % samples:
         yield (
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {replicas} data-parallel replicas"
+            f"{train.micro_batch_size} x {replicas} data-parallel replicas; make it a multiple of {samples}"
         )
         return
     micro_batches = train.global_batch_size // samples
@@ -94,7 +94,7 @@ def _model_chunks(model: TriModeModelProvider) -> int:
         raise UserError(f"{' and '.join(ways)} are different ways to split the layers; use one of them")
     if pp == 1 and (ways or vpp):
         name = ways[0] if ways else "model.virtual_pipeline_model_parallel_size"
-        raise UserError(f"{name} takes a model.pipeline_model_parallel_size of 2 or more")
+        raise UserError(f"{name} takes a model.pipeline_model_parallel_size of 2 or more; change one of them")
     if vpp is not None and vpp < 2:
         raise UserError(f"model.virtual_pipeline_model_parallel_size={vpp}: use 2 or more, or leave it unset")
     if custom:
@@ -107,14 +107,14 @@ def _model_chunks(model: TriModeModelProvider) -> int:
         stages = [layers // pp]
         if layers % pp:
             raise UserError(
-                f"model.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers{note}; "
-                f"model.{_ENDS[0]} and model.{_ENDS[1]} make an uneven split"
+                f"model.pipeline_model_parallel_size={pp} does not divide the model's {layers} layers{note}; use "
+                f"a divisor of {layers}, or an uneven split by model.{_ENDS[0]} and model.{_ENDS[1]}"
             )
     indivisible = next((layers for layers in stages if vpp and layers % vpp), None)
     if indivisible is not None:
         raise UserError(
             f"model.virtual_pipeline_model_parallel_size={vpp} does not divide the {indivisible} layers of a stage"
-            f"{note}"
+            f"{note}; use a divisor of {indivisible}"
         )
     return vpp or 1
 
@@ -124,17 +124,18 @@ def _set_fields(model: TriModeModelProvider, names: tuple[str, ...]) -> list[str
 
 
 def _uneven_stages(model: TriModeModelProvider, ends: list[str]) -> list[int]:
-    """Return the layers of the stages where the first or the last has a share of its own."""
-    shares = [getattr(model, name) for name in ends]
-    words = ", ".join(f"model.{name}={layers}" for name, layers in zip(ends, shares, strict=True))
-    left, stages = model.num_layers - sum(shares), model.pipeline_model_parallel_size - len(ends)
-    if min(shares) < 1:
-        raise UserError(f"{words}: every stage takes a layer or more")
+    """Return the layers of the stages where the first or the last has a number of its own."""
+    outer = [getattr(model, name) for name in ends]
+    words = ", ".join(f"model.{name}={layers}" for name, layers in zip(ends, outer, strict=True))
+    left, stages = model.num_layers - sum(outer), model.pipeline_model_parallel_size - len(ends)
+    if min(outer) < 1:
+        raise UserError(f"{words}: every stage takes a layer or more; use 1 or more")
     if left < stages or (left % stages if stages else left):
         raise UserError(
-            f"{words} leaves {left} of {model.num_layers} layers for the other stages, of which there are {stages}"
+            f"{words} leaves {left} of {model.num_layers} layers for the other stages, of which there are {stages}; "
+            f"make it {f'a positive multiple of {stages}' if stages else 0}"
         )
-    return [*shares, *([left // stages] if stages else [])]
+    return [*outer, *([left // stages] if stages else [])]
 
 
 def _custom_chunks(model: TriModeModelProvider) -> int:
@@ -145,11 +146,16 @@ def _custom_chunks(model: TriModeModelProvider) -> int:
         layout = PipelineParallelLayerLayout(custom, model.pipeline_model_parallel_size)
         layers = layout.flatten_layout.count(LayerType.decoder)
         if layers != model.num_layers:
-            raise UserError(f"{setting} has {layers} layers, but the model has {model.num_layers}")
+            raise UserError(
+                f"{setting} has {layers} layers, but the model has {model.num_layers}; change one of them"
+            )
         layout.validate_layer_layout(layers, None)
     except (AssertionError, NotImplementedError) as error:
         raise UserError(f"{setting}: {str(error).splitlines()[0]}") from None
     chunks = int(layout.virtual_pipeline_model_parallel_size)
     if vpp not in (None, chunks):
-        raise UserError(f"{setting} has {chunks} virtual stages, not {vpp}")
+        raise UserError(
+            f"{setting} has {chunks} virtual stages, but model.virtual_pipeline_model_parallel_size={vpp}; change "
+            "one of them"
+        )
     return chunks

@@ -19,9 +19,9 @@ class Workload:
 
     layers: int
     hidden: int
-    queries: int
+    query_channels: int
     """Query heads times head size."""
-    keys: int
+    key_channels: int
     """Key heads times head size; as many for values."""
     feed_forward: int
     gated: bool
@@ -55,14 +55,14 @@ class Workload:
         return (self.views + 1) * self.length
 
     @property
-    def width(self) -> int:
+    def bytes_per_element(self) -> int:
         """Return the bytes per weight and per activation."""
         return 2 if self.mixed else 4
 
     @property
     def layer_matrices(self) -> int:
         """Return the parameters of a layer that multiply every position."""
-        attention = 2 * self.hidden * (self.queries + self.keys)
+        attention = 2 * self.hidden * (self.query_channels + self.key_channels)
         return attention + (3 if self.gated else 2) * self.hidden * self.feed_forward
 
     @property
@@ -71,7 +71,7 @@ class Workload:
         return 2 * self.hidden
 
     @property
-    def table(self) -> int:
+    def embedding_parameters(self) -> int:
         """Return the parameters of the embedding, and again of an output layer of its own."""
         return self.vocabulary * self.hidden
 
@@ -93,7 +93,7 @@ class Workload:
         return not self.selector_rank
 
     @property
-    def products(self) -> int:
+    def flops_per_parameter(self) -> int:
         """Return the operations per parameter and position, forward and backward.
 
         Three products of two operations each, two if the parameter is frozen and has no gradient, or one if nothing
@@ -104,13 +104,14 @@ class Workload:
     @property
     def matrix_flops(self) -> int:
         """Return the operations of all layers' matrices per sample, forward and backward."""
-        per_position = self.products * self.layer_matrices + (6 if self.backward else 2) * self.layer_adapters
-        return self.layers * per_position * self.positions
+        matrices = self.flops_per_parameter * self.layer_matrices
+        adapters = (6 if self.backward else 2) * self.layer_adapters
+        return self.layers * (matrices + adapters) * self.positions
 
     @property
     def attention_flops(self) -> int:
         """Return the operations of all layers' attention per sample: 12 per pair and channel, 4 of them forward."""
-        return (12 if self.backward else 4) * self.layers * self.queries * self.pairs
+        return (12 if self.backward else 4) * self.layers * self.query_channels * self.pairs
 
     @property
     def head_flops(self) -> float:
@@ -121,7 +122,7 @@ class Workload:
         """
         masked = MASKED_FRACTION * self.views
         selector = 6 * (HISTORY + 1 + CANDIDATES) * self.selector_rank * self.hidden
-        return self.length * (self.products * self.table * (1 + masked) + selector * masked)
+        return self.length * (self.flops_per_parameter * self.embedding_parameters * (1 + masked) + selector * masked)
 
     @property
     def flops(self) -> float:
@@ -132,12 +133,12 @@ class Workload:
 def workload_of(config: TriModeConfig) -> Workload:
     """Return the work of a run's training step."""
     model = config.model
-    queries, keys = _head_widths(model)
+    query_channels, key_channels = _head_channels(model)
     return Workload(
         layers=model.num_layers,
         hidden=model.hidden_size,
-        queries=queries,
-        keys=keys,
+        query_channels=query_channels,
+        key_channels=key_channels,
         feed_forward=model.ffn_hidden_size,
         gated=model.gated_linear_unit,
         head_norms=model.qk_layernorm,
@@ -157,7 +158,7 @@ def workload_of(config: TriModeConfig) -> Workload:
     )
 
 
-def _head_widths(model: TriModeModelProvider) -> tuple[int, int]:
+def _head_channels(model: TriModeModelProvider) -> tuple[int, int]:
     """Return the channels of all query heads, and of all key heads."""
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     return head * model.num_attention_heads, head * (model.num_query_groups or model.num_attention_heads)
@@ -167,18 +168,18 @@ def _layer_adapters(model: TriModeModelProvider, peft: PEFT | None) -> int:
     """Return the parameters of the two matrices beside each adapted linear layer."""
     if peft is None:
         return 0
-    queries, keys = _head_widths(model)
+    query_channels, key_channels = _head_channels(model)
     inner = (2 if model.gated_linear_unit else 1) * model.ffn_hidden_size
     # Inputs + outputs of each linear layer: A is [rank, inputs] and B is [outputs, rank].
     widths = {
-        "linear_qkv": model.hidden_size + queries + 2 * keys,
-        "linear_proj": queries + model.hidden_size,
+        "linear_qkv": model.hidden_size + query_channels + 2 * key_channels,
+        "linear_proj": query_channels + model.hidden_size,
         "linear_fc1": model.hidden_size + inner,
         "linear_fc2": model.ffn_hidden_size + model.hidden_size,
         # The same one by one, as a drafter's adapters have them.
-        "linear_q": model.hidden_size + queries,
-        "linear_k": model.hidden_size + keys,
-        "linear_v": model.hidden_size + keys,
+        "linear_q": model.hidden_size + query_channels,
+        "linear_k": model.hidden_size + key_channels,
+        "linear_v": model.hidden_size + key_channels,
         "linear_fc1_gate": model.hidden_size + model.ffn_hidden_size,
         "linear_fc1_up": model.hidden_size + model.ffn_hidden_size,
     }

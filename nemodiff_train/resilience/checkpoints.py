@@ -61,14 +61,14 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
     A mark beside the folder says that a checkpoint is unfinished; :func:`publish` removes it.
     """
 
-    of_run: "ClassVar[AtomicCheckpointManager]"
+    current: "ClassVar[AtomicCheckpointManager]"
     """The manager of this process's run; Bridge makes it, and does not hand it to callbacks."""
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         super().__init__(checkpoint_config)
-        AtomicCheckpointManager.of_run = self
+        AtomicCheckpointManager.current = self
         self.keep_last = checkpoint_config.most_recent_k
-        self.saving: list[Path] = []
+        self.unpublished: list[Path] = []
         """Checkpoints that are not published yet, in order."""
         # Now, since Bridge asks for the trackers next, and would start anew without them.
         if checkpoint_config.load is not None and Path(checkpoint_config.load).is_dir():
@@ -120,7 +120,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             barrier()
             with signals_blocked():
                 super().save(ctx, callback_manager)
-            self.saving.append(iteration)
+            self.unpublished.append(iteration)
             self._publish_finished(ctx.state)
         except (Exception, CheckpointException) as error:
             if reason := _cannot_write(error, iteration.parent):
@@ -144,8 +144,8 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             super().finalize_async_saves(state, blocking, terminate)
             self._publish_finished(state)
         except (Exception, CheckpointException) as error:
-            if self.saving and (reason := _cannot_write(error, self.saving[0].parent)):
-                raise _not_saved(self.saving[0], error, reason) from error
+            if self.unpublished and (reason := _cannot_write(error, self.unpublished[0].parent)):
+                raise _not_saved(self.unpublished[0], error, reason) from error
             raise
 
     def last_published(self, state: GlobalState) -> Path | None:
@@ -161,7 +161,7 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
             writer = call.async_caller.process
             if writer is not None and not writer.is_alive():
                 raise RunStopped(
-                    f"the process that writes '{self.saving[0]}' on rank {global_rank()} is gone (exit code "
+                    f"the process that writes '{self.unpublished[0]}' on rank {global_rank()} is gone (exit code "
                     f"{writer.exitcode}); if its memory was short, set checkpoint.async_save=false, then repeat the "
                     "command",
                     alone=True,
@@ -169,8 +169,8 @@ class AtomicCheckpointManager(DefaultCheckpointManager):
 
     def _publish_finished(self, state: GlobalState) -> None:
         config = config_of(state)
-        while len(self.saving) > _running(state):
-            iteration = self.saving.pop(0)
+        while len(self.unpublished) > _running(state):
+            iteration = self.unpublished.pop(0)
             if is_main_process():
                 restore_tokenizer(str(config.tokenizer.tokenizer_model), iteration / "tokenizer")
             publish(iteration)

@@ -33,13 +33,14 @@ class GradientGuard(Callback):
     The gradient of each rank is checked before replicas add theirs together, since afterwards all have the fault.
 
     Args:
-        shared: Receives the figures, and knows where the norms of earlier steps are recorded.
+        step_context: Receives the figures, and knows where the norms of earlier steps are recorded.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
         self.consecutive_skips = 0
-        self.rollback_due = False
+        self.rollback_due: str | None = None
+        """The fault after which the run rolls back when the step ends."""
         self.norms: deque[float] | None = None
         """Gradient norms of the last updates."""
 
@@ -91,7 +92,7 @@ class GradientGuard(Callback):
         if self.norms is None:
             window = self.settings.spike_window
             writes_file = global_rank() == world_size() - 1
-            norms = recorded_norms(self.shared.metrics_file, window) if writes_file else []
+            norms = recorded_norms(self.step_context.metrics_file, window) if writes_file else []
             self.norms = deque(all_gather_object(norms)[-1], maxlen=window)
         return self.norms
 
@@ -101,15 +102,18 @@ class GradientGuard(Callback):
         policy = self.settings.on_non_finite if fault == NON_FINITE else self.settings.on_spike
         self.consecutive_skips += 1
         if policy == "stop":
-            raise RunStopped(f"{line}; the weights are as before the step (resilience.on_{fault})")
+            raise RunStopped(
+                f"{line}; the weights are as before the step. Lower optimizer.lr, check the data, or set "
+                f"resilience.on_{fault}=skip"
+            )
         if self.consecutive_skips > self.settings.max_consecutive_skips:
             raise RunStopped(
                 f"{line}; {self.consecutive_skips} consecutive steps without an update "
-                "(resilience.max_consecutive_skips)"
+                "(resilience.max_consecutive_skips). Lower optimizer.lr, or check the data"
             )
-        self.rollback_due = policy == "rollback"
-        self.shared.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
-        warn(f"{line}: {"back to the last checkpoint's weights" if self.rollback_due else 'no update'}")
+        self.rollback_due = fault if policy == "rollback" else None
+        self.step_context.figures[f"skipped/{fault}"] = norm if math.isfinite(norm) else 1.0
+        warn(f"{line}: {'rolling back to the last checkpoint' if self.rollback_due else 'no update'}")
 
     def _describe(self, fault: str, norm: float) -> str:
         step = self.context.state.train_state.step + 1
@@ -126,14 +130,17 @@ class GradientGuard(Callback):
         return f"step {step}: gradient not finite on {', '.join(ranks) or 'no rank alone, only in the sum'}"
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        """Where it is due, go back to the last checkpoint's weights, optimizer and schedule; steps and data go on."""
-        if not self.rollback_due:
+        """Roll back to the last checkpoint's weights, optimizer and schedule where due; steps and data go on."""
+        if self.rollback_due is None:
             return
-        self.rollback_due = False
-        state, manager = context.state, AtomicCheckpointManager.of_run
+        fault, self.rollback_due = self.rollback_due, None
+        state, manager = context.state, AtomicCheckpointManager.current
         checkpoint = manager.checkpoint_config
         if not checkpoint.load or manager.last_published(state) is None:
-            raise RunStopped(f"step {state.train_state.step + 1}: there is no checkpoint to go back to")
+            raise RunStopped(
+                f"step {state.train_state.step + 1}: no checkpoint to roll back to; save one first, or set "
+                f"resilience.on_{fault}=skip"
+            )
         progress = dataclasses.replace(state.train_state)
         # While the pretrained weights were loaded finetune was set; it would leave the optimizer as it is.
         finetune, checkpoint.finetune = checkpoint.finetune, False
@@ -143,7 +150,7 @@ class GradientGuard(Callback):
         finally:
             checkpoint.finetune, checkpoint.ckpt_step = finetune, fixed_step
         vars(state.train_state).update(vars(progress))
-        warn(f"went back to step {step} of '{checkpoint.load}'")
+        warn(f"rolled back to step {step} of '{checkpoint.load}'")
 
 
 class _Figures(BaseModel):

@@ -53,7 +53,7 @@ class ReplicaConsistencyCheck(Callback):
         if reported := next((line for line in all_gather_object(difference) if line), None):
             raise RunStopped(
                 f"step {step}: {reported}; the memory or the arithmetic of a device is at fault. "
-                "Repeat the command without it to go on from the last checkpoint"
+                "Repeat the command without it to resume from the last checkpoint"
             )
 
 

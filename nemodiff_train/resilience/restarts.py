@@ -16,9 +16,9 @@ from nemodiff_train.distributed import is_main_process
 from nemodiff_train.errors import RunStopped
 from nemodiff_train.files import write_atomic
 from nemodiff_train.model.checkpoint import Checkpoint
-from nemodiff_train.signals import ToldToEnd
+from nemodiff_train.signals import TerminatedBeforeFirstStep
 
-COMPLETED, TOLD_TO_END, KILLED = "completed", "told to end", "killed"
+COMPLETED, TERMINATED, KILLED = "completed", "terminated", "killed"
 _RECORDED = 50
 """Maximum number of starts in ``restarts.json``."""
 
@@ -27,7 +27,7 @@ class Start(TypedDict):
     """One start of a run."""
 
     step: int
-    """Step of the checkpoint that it went on from."""
+    """Step of the checkpoint that it resumed from."""
     time: float
     """Unix time."""
     ended: str
@@ -63,12 +63,12 @@ def record_start(output: Path, saved: Checkpoint | None, limit: int) -> Iterator
     step = saved.step if saved else 0
 
     def is_stuck(start: Start) -> bool:
-        return start["step"] == step and start["ended"] not in (COMPLETED, TOLD_TO_END)
+        return start["step"] == step and start["ended"] not in (COMPLETED, TERMINATED)
 
     stuck = list(takewhile(is_stuck, reversed(starts)))
     if limit and len(stuck) >= limit:
         raise RunStopped(
-            f"the last {len(stuck)} starts went on from step {step} and ended without a new checkpoint, the last "
+            f"the last {len(stuck)} starts resumed from step {step} and ended without a new checkpoint, the last "
             f"with: {stuck[0]['ended']}. Remove the cause, then '{file}'"
         )
     starts = [*starts[1 - _RECORDED :], {"step": step, "time": time.time(), "ended": KILLED}]
@@ -82,8 +82,8 @@ def record_start(output: Path, saved: Checkpoint | None, limit: int) -> Iterator
     try:
         yield end
     except SystemExit as leaving:
-        failed = leaving.code and not isinstance(leaving, ToldToEnd)
-        end(f"exit code {leaving.code}" if failed else TOLD_TO_END)
+        failed = leaving.code and not isinstance(leaving, TerminatedBeforeFirstStep)
+        end(f"exit code {leaving.code}" if failed else TERMINATED)
         raise
     except BaseException as error:
         end(str(error).strip().partition("\n")[0] or type(error).__name__)

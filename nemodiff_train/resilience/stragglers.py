@@ -19,11 +19,11 @@ class StragglerMonitor(Callback):
     slow as the slowest rank.
 
     Args:
-        shared: Knows how long the forward step has waited for data; gets the figures.
+        step_context: Knows how long the forward step has waited for data; gets the figures.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
         self.busy = 0.0
         """Seconds of this rank since the last report."""
         self.step_started = 0.0
@@ -47,12 +47,13 @@ class StragglerMonitor(Callback):
         if not self.interval or step % self.interval:
             return
         # [2]: seconds per step that this rank was busy, and of them waited for data.
-        local = torch.tensor([self.busy, self.shared.data_wait], device=torch.cuda.current_device()) / self.interval
-        self.busy = self.shared.data_wait = 0.0
+        seconds = torch.tensor([self.busy, self.step_context.data_wait], device=torch.cuda.current_device())
+        local = seconds / self.interval
+        self.busy = self.step_context.data_wait = 0.0
         ranks = [torch.zeros_like(local) for _ in range(world_size())]
         dist.all_gather(ranks, local)
         busy, data_wait = torch.stack(ranks, dim=1).tolist()
-        self.shared.rank_figures = {
+        self.step_context.rank_figures = {
             "slowest_rank": busy.index(max(busy)),
             "slowest_rank_seconds": max(busy),
             "median_rank_seconds": statistics.median(busy),

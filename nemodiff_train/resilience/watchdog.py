@@ -1,4 +1,4 @@
-"""Watch a run that hangs or is told to end: signals, stacks, and a status file for monitoring."""
+"""Watch a run that hangs or is terminated: signals, stacks, and a status file for monitoring."""
 
 import faulthandler
 import json
@@ -19,8 +19,8 @@ from nemodiff_train.config.run import ResilienceConfig
 from nemodiff_train.distributed import barrier, global_rank
 from nemodiff_train.files import write_atomic
 from nemodiff_train.processes import ENDING
-from nemodiff_train.resilience.restarts import TOLD_TO_END
-from nemodiff_train.signals import INTERRUPTED, ToldToEnd, announce, code_after
+from nemodiff_train.resilience.restarts import TERMINATED
+from nemodiff_train.signals import INTERRUPTED, TerminatedBeforeFirstStep, announce, code_after
 
 _STATUS_INTERVAL = 5.0
 """Seconds between status files."""
@@ -42,13 +42,13 @@ class Watchdog(Callback):
     A context manager: the thread runs while it is open.
 
     Args:
-        shared: The run's folder and step, and what the status says of its ranks.
+        step_context: The run's folder and step, and what the status says of its ranks.
         settings: Limits.
         on_exit: Called with the reason before the process is ended.
     """
 
-    def __init__(self, shared: StepContext, settings: ResilienceConfig, on_exit: Callable[[str], None]) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext, settings: ResilienceConfig, on_exit: Callable[[str], None]) -> None:
+        self.step_context = step_context
         self.settings = settings
         self.on_exit = on_exit
         self.rank = global_rank()
@@ -83,7 +83,7 @@ class Watchdog(Callback):
             os.close(descriptor)
 
     def on_train_start(self, context: CallbackContext) -> None:
-        self.shared.step = context.state.train_state.step
+        self.step_context.step = context.state.train_state.step
         # Bridge listens to one signal, train.exit_signal; its handler takes the others too.
         bridge_handler = signal.getsignal(signal.SIGUSR1)
         self.handlers = {number: signal.signal(number, bridge_handler) for number in ENDING}
@@ -94,14 +94,14 @@ class Watchdog(Callback):
             if not self.ending_signal:
                 raise
             announce(self.ending_signal)
-            raise ToldToEnd(code_after(self.ending_signal)) from None
+            raise TerminatedBeforeFirstStep(code_after(self.ending_signal)) from None
         self._enter("after a step")
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         self._enter("step")
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        self.shared.step = context.state.train_state.step + 1
+        self.step_context.step = context.state.train_state.step + 1
         self.seconds_per_step = time.monotonic() - self.phase_started
         self._enter("after a step")
 
@@ -129,7 +129,7 @@ class Watchdog(Callback):
             if self.signalled_at and now - self.signalled_at > grace:
                 if in_setup:
                     announce(self.ending_signal)
-                    self._end(TOLD_TO_END, code_after(self.ending_signal))
+                    self._end(TERMINATED, code_after(self.ending_signal))
                 self._exit(f"not ended {grace:g} s after the signal")
             limit = self.settings.setup_timeout if in_setup else self.settings.hang_timeout
             if limit and now - self.last_progress > limit:
@@ -161,23 +161,23 @@ class Watchdog(Callback):
 
     def _write_status(self) -> None:
         status = {
-            "step": self.shared.step,
+            "step": self.step_context.step,
             "phase": self.phase,
             "seconds": round(time.monotonic() - self.phase_started, 3),
             "time": time.time(),
             "seconds_per_step": self.seconds_per_step,
-            **self.shared.rank_figures,
+            **self.step_context.rank_figures,
         }
         try:
-            self.shared.output.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.shared.output / "status.json", json.dumps(status, indent=1) + "\n")
+            self.step_context.output.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.step_context.output / "status.json", json.dumps(status, indent=1) + "\n")
         except OSError:
             pass  # the checkpoint reports a full disk
 
     def _exit(self, reason: str) -> NoReturn:
         """Write the stacks of all threads and end the process with 1."""
-        line = f"rank {self.rank}: {reason}, in step {self.shared.step + 1} ({self.phase})"
-        file = self.shared.output / "stacks" / f"rank_{self.rank}.txt"
+        line = f"rank {self.rank}: {reason}, in step {self.step_context.step + 1} ({self.phase})"
+        file = self.step_context.output / "stacks" / f"rank_{self.rank}.txt"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w") as stream:

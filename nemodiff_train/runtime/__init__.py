@@ -25,7 +25,7 @@ def init_runtime() -> "Host":
     Returns:
         What the machine has; the same object at every call.
     """
-    with _nothing_is_garbage():
+    with _gc_paused():
         from nemodiff_train.runtime.start import announce, init_quietly
 
         host = init_quietly()
@@ -36,17 +36,17 @@ def init_runtime() -> "Host":
 @functools.cache
 def init_without_device() -> None:
     """Spare a process that only reads and writes data the imports of a run; after :func:`init_runtime` do nothing."""
-    with _nothing_is_garbage():
+    with _gc_paused():
         from nemodiff_train.runtime import cpu, deferred, start
 
         if not start.init_quietly.cache_info().currsize:
             start.quiet_third_parties()
             deferred.defer_imports(compiles=False)
-            cpu.compile_nothing()
+            cpu.disable_torch_compile()
 
 
 @contextmanager
-def _nothing_is_garbage() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Collect no garbage during imports, nor later what they have made: that takes a tenth of the time of a start."""
     collects = gc.isenabled()
     gc.disable()

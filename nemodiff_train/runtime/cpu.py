@@ -69,7 +69,7 @@ def _returning(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def compile_nothing() -> None:
+def disable_torch_compile() -> None:
     """Let ``torch.compile`` return its argument: compiled code would bypass the rewriting of devices."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
@@ -89,7 +89,7 @@ def set_random_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None
     torch.set_rng_state(new_state)
 
 
-def cpu_as_cuda() -> None:
+def redirect_cuda_to_cpu() -> None:
     """Point every CUDA call of torch at the CPU, for the rest of this process."""
     _replace_cuda_module()
     _replace_methods()

@@ -137,7 +137,7 @@ def _class(module: str, name: str) -> type:
     return type(name, (Exception,), {"__module__": module})
 
 
-def _is_undisturbed(module: str, name: str) -> Callable[..., Any]:
+def _identity_decorator(module: str, name: str) -> Callable[..., Any]:
     """Return a decorator for a compiler that is off: it returns the function that it is given."""
 
     def decorate(function: Any = None, *arguments: Any, **named: Any) -> Any:
@@ -166,7 +166,7 @@ def _empty_caches(module: str, name: str) -> Any:
     return types.SimpleNamespace(clear_lru_cache=lambda: None)
 
 
-def _is_unconverted(*arguments: Any, **named: Any) -> bool:
+def _never_converted(*arguments: Any, **named: Any) -> bool:
     """Return True: converting a model takes the real ModelOpt, so none is converted before its import."""
     return True
 
@@ -178,22 +178,22 @@ def _holds_no_state(model: Any, state_dict: dict[str, Any]) -> bool:
 _STAND_INS: dict[str, dict[str, Callable[[str, str], Any]]] = {
     "datasets": {"builder": _Settings, "concatenate_datasets": _StandIn, "load_dataset": _StandIn},
     "modelopt.torch.distill.plugins.megatron": {
-        "get_tensor_shapes_adjust_fn_for_distillation": _unless(_is_unconverted)
+        "get_tensor_shapes_adjust_fn_for_distillation": _unless(_never_converted)
     },
     "modelopt.torch.opt.dynamic": {"DynamicModule": _class},
     "modelopt.torch.opt.plugins": {
         "restore_modelopt_state": _unless(_holds_no_state),
-        "save_modelopt_state": _unless(_is_unconverted),
-        "save_sharded_modelopt_state": _unless(_is_unconverted),
+        "save_modelopt_state": _unless(_never_converted),
+        "save_sharded_modelopt_state": _unless(_never_converted),
     },
     "modelopt.torch.opt.plugins.mcore_dist_checkpointing": {"_load_extra_state_from_sharded_checkpoint": _StandIn},
-    "modelopt.torch.quantization.utils": {"is_quantized": _unless(_is_unconverted)},
+    "modelopt.torch.quantization.utils": {"is_quantized": _unless(_never_converted)},
     "scipy.optimize": {"linear_sum_assignment": _StandIn},
     "sklearn.metrics": {"roc_curve": _StandIn},
     "torch._dynamo": {
-        "allow_in_graph": _is_undisturbed,
-        "assume_constant_result": _is_undisturbed,
-        "disable": _is_undisturbed,
+        "allow_in_graph": _identity_decorator,
+        "assume_constant_result": _identity_decorator,
+        "disable": _identity_decorator,
         "eval_frame": _part,
         "graph_break": _does_nothing,
         "trace_rules": _empty_caches,
@@ -217,7 +217,7 @@ class _DeferredFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self) -> None:
         self.roots: list[str] = []
-        """What is still deferred."""
+        """Modules that are still deferred."""
         self.handed_out: list[tuple[Any, str, str]] = []
         """Stand-ins, each with the module and the name of the real object."""
 
@@ -318,7 +318,7 @@ class _UnexecutedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Distributions(Mapping[str, list[str]]):
-    """What :func:`importlib.metadata.packages_distributions` returns, without reading about every package at once.
+    """Answer as :func:`importlib.metadata.packages_distributions` does, without reading about every package at once.
 
     Transformers asks at its import which distribution has torch, say, and takes the one of the same name.
     """

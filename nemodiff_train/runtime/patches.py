@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # imported only where there is a model
     from megatron.core.transformer.attention import SelfAttention
 
 
-def show_absence_of_transformer_engine() -> None:
+def mark_te_as_missing() -> None:
     """Let Megatron-Core see that Transformer Engine is absent, before a stand-in misleads it.
 
     Core's modules compare its version while they are imported.  The one set here is the oldest that takes every
@@ -100,7 +100,7 @@ def load_torch_adam() -> None:
     original_set = replace(DistributedOptimizer, name, set_states, takes="self, model_param, tensors")
 
 
-def fuse_angles_where_rows_agree() -> None:
+def limit_fused_rope() -> None:
     """Rotate by Transformer Engine's kernel only where all rows of a batch have the same angles, as it requires.
 
     Rows differ in packed samples, and in decoding.
@@ -132,7 +132,7 @@ def keep_compiled_dataset_helpers() -> None:
         replace(dataset_utils, "compile_helpers", lambda: None, takes="")
 
 
-def tell_adapters_whether_transformer_engine_is_there(peft_utils: ModuleType) -> None:
+def patch_peft_te_flag(peft_utils: ModuleType) -> None:
     """Set ``HAVE_TE`` of Bridge's adapters, which use Core's names for it; where it is absent, these are None.
 
     Args:
@@ -143,7 +143,7 @@ def tell_adapters_whether_transformer_engine_is_there(peft_utils: ModuleType) ->
     replace(peft_utils, "HAVE_TE", HAVE_TE, takes=None)
 
 
-def let_tokenizers_be_larger(setup: ModuleType) -> None:
+def allow_larger_tokenizers(setup: ModuleType) -> None:
     """Train a model whose tokenizer has tokens without a row; data with such a token are refused before.
 
     Args:
@@ -214,7 +214,7 @@ def before_gradient_reduction(model: Sequence["DistributedDataParallel"], call: 
 
 
 @contextmanager
-def halves_joined_in_place() -> Iterator[None]:
+def merge_gate_and_up_in_place() -> Iterator[None]:
     """Keep Core from copying what it has loaded in place, while the context is entered.
 
     Core reads the gate and the up projection into the two halves of their common weight, then joins copies of them,
@@ -282,7 +282,7 @@ def end_save_helpers_with_rank(worker: Callable[..., None]) -> None:
     replace(PersistentAsyncCaller, "async_loop", staticmethod(worker), takes=parameters)
 
 
-def take_signals_in_silence(sig_utils: ModuleType) -> None:
+def silence_signal_handlers(sig_utils: ModuleType) -> None:
     """Let Bridge's signal handlers print nothing: printing fails where the signal has interrupted printing.
 
     The watchdog says what a signal does.
@@ -321,7 +321,7 @@ def start_writer_alone() -> None:
     original = replace(PersistentAsyncCaller, "_get_process", classmethod(start), takes=takes)
 
 
-def copy_what_is_saved() -> None:
+def copy_tensors_before_save() -> None:
     """Copy the tensors of a save before training goes on; Core copies only those that are on a GPU.
 
     Until: no CPU backend is needed.

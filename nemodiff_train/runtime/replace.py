@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 REPLACED: dict[str, Any] = {}
-"""What has been replaced in this process, by its full name: the original."""
+"""Originals of the functions replaced in this process, by their full names."""
 
 
 class UnknownSignature(RuntimeError):

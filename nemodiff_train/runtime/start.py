@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nemodiff_train.console import say
 from nemodiff_train.errors import UserError
 from nemodiff_train.processes import exit_only_with_parent
-from nemodiff_train.runtime.cpu import compile_nothing, cpu_as_cuda
+from nemodiff_train.runtime.cpu import disable_torch_compile, redirect_cuda_to_cpu
 from nemodiff_train.runtime.deferred import defer_imports
 from nemodiff_train.runtime.packages import LARGE_PACKAGES, OPTIONAL_PACKAGES, stand_in_for
 from nemodiff_train.runtime.replace import REPLACED, replace
@@ -26,7 +26,7 @@ from nemodiff_train.runtime.replace import REPLACED, replace
 
 @dataclass(frozen=True)
 class Host:
-    """What the machine offers and what stands in for the rest."""
+    """Hardware and packages of the machine, and the stand-ins for the rest."""
 
     cuda: bool
     missing_packages: tuple[str, ...]
@@ -85,7 +85,7 @@ def _refuse_broken_cuda() -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
     raise UserError(
-        f"this machine has a GPU, but CUDA does not work ({reason}); mend the driver, or install torch for its CUDA "
+        f"this machine has a GPU, but CUDA does not work ({reason}); fix the driver, or install torch for its CUDA "
         f"version{' (under SLURM: let the step ask for GPUs, STEP_GPUS in slurm/site.env)' if in_job else ''}. "
         "NEMODIFF_CPU=1 computes on the CPU"
     )
@@ -122,15 +122,15 @@ def init_quietly() -> Host:
     _refuse_broken_engine()
     defer_imports(compiles=cuda)
     if not cuda:
-        compile_nothing()
+        disable_torch_compile()
     large = stand_in_for(LARGE_PACKAGES)
     # This imports Core, which is to see what is missing, before there are stand-ins for it.
     from nemodiff_train.runtime import patches
 
     if patches.HAVE_TE:
-        patches.fuse_angles_where_rows_agree()
+        patches.limit_fused_rope()
     else:
-        patches.show_absence_of_transformer_engine()
+        patches.mark_te_as_missing()
         patches.load_torch_adam()
     missing = stand_in_for(OPTIONAL_PACKAGES)
     patches.parse_yaml_in_c()
@@ -139,8 +139,8 @@ def init_quietly() -> Host:
     patches.start_writer_alone()
     if not cuda:
         patches.keep_random_states_on_cpu()
-        patches.copy_what_is_saved()
-        cpu_as_cuda()
+        patches.copy_tensors_before_save()
+        redirect_cuda_to_cpu()
         if "OMP_NUM_THREADS" not in os.environ:
             # OpenMP threads wait for each other in a busy loop: one that has to share its core makes
             # small models many times slower.  Processes are the way to use more cores.

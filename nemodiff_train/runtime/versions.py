@@ -1,4 +1,4 @@
-"""What a machine and an installation are: facts for a bug report, found without importing what may be broken."""
+"""Facts of a machine and an installation for a bug report, found without importing what may be broken."""
 
 import os
 import platform

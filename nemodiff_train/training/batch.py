@@ -20,11 +20,11 @@ class BatchReader:
     """Read the micro-batches of this process's model chunks.
 
     Args:
-        shared: Where the time spent waiting for the loader is added up.
+        step_context: Where the time spent waiting for the loader is added up.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
         self.diffusion_scale: Tensor | float = 1.0
         """AR targets per masked position in the step's global batch, for ``reduction=automodel``; else 1."""
         self._ahead: list[Sample] = []
@@ -45,7 +45,7 @@ class BatchReader:
     def _next(self, data_iterator: Iterator[Sample], shard: ContextParallelShard) -> Sample:
         started = time.perf_counter()
         samples = next(data_iterator)
-        self.shared.data_wait += time.perf_counter() - started
+        self.step_context.data_wait += time.perf_counter() - started
         return to_device(samples, shard)
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from nemodiff_train.config.config import TriModeConfig
 from nemodiff_train.config.context import StepContext
-from nemodiff_train.config.precision import precision_of, warning
+from nemodiff_train.config.precision import precision_of, slow_precision_warning
 from nemodiff_train.config.run import AdapterBase
 from nemodiff_train.console import console, say
 from nemodiff_train.distributed import REPORT_DELAY, ReservedPort, global_rank, is_main_process, world_size
@@ -31,8 +31,8 @@ from nemodiff_train.resilience.restarts import keep_wandb_run, record_start
 from nemodiff_train.resilience.stragglers import StragglerMonitor
 from nemodiff_train.resilience.watchdog import Watchdog
 from nemodiff_train.runtime import init_runtime
-from nemodiff_train.runtime.patches import let_tokenizers_be_larger, take_signals_in_silence
-from nemodiff_train.signals import ToldToEnd, end_as_ever, end_at_once
+from nemodiff_train.runtime.patches import allow_larger_tokenizers, silence_signal_handlers
+from nemodiff_train.signals import TerminatedBeforeFirstStep, exit_on_signals, restore_signal_handlers
 from nemodiff_train.training.callbacks.base_drafter import BaseDrafter
 from nemodiff_train.training.callbacks.fused_optimizer import FusedOptimizer
 from nemodiff_train.training.callbacks.loop_evaluation import LoopEvaluation
@@ -57,7 +57,7 @@ def check_run(config: TriModeConfig, defaults: dict[str, Any], gpus: int | None,
     Returns:
         0, or 2 if problems were found.
     """
-    config.given = config.settings()
+    config.requested_settings = config.settings()
     _fit_to_host(config)
     load = config.checkpoint.load
     known_problems = refusal(lambda: find_complete(Path(load), config.checkpoint.ckpt_step)) if load else []
@@ -84,11 +84,11 @@ def train(config: TriModeConfig) -> None:
 
     Raises:
         UserError: The configuration cannot run here; nothing has been written.
-        RunStopped: The run cannot go on.
+        RunStopped: The run cannot continue.
         SystemExit: With 0, after a signal: the step is saved.
-        ToldToEnd: After a signal before the first step.
+        TerminatedBeforeFirstStep: After a signal before the first step.
     """
-    config.given = config.settings()
+    config.requested_settings = config.settings()
     _fit_to_host(config)
     config.mixed_precision = precision_of(config, init_runtime().cuda)
     _protect(config)
@@ -96,7 +96,7 @@ def train(config: TriModeConfig) -> None:
         port = ReservedPort()
         os.environ["MASTER_PORT"] = str(port.number)
     check(config, world_size())
-    if slow := warning(config.mixed_precision, init_runtime().cuda):
+    if slow := slow_precision_warning(config.mixed_precision, init_runtime().cuda):
         say(slow)
     if config.peft is not None and config.start:  # the checkpoints of adapters say which weights they are trained on
         base = config.start.iteration
@@ -118,11 +118,11 @@ def train(config: TriModeConfig) -> None:
 
 
 def _run(config: TriModeConfig, output: Path) -> None:
-    shared = StepContext(output)
-    log = RunLog(shared)
+    step_context = StepContext(output)
+    log = RunLog(step_context)
     with contextlib.ExitStack() as stack:
-        stack.callback(end_as_ever)
-        end_at_once(*ENDING)
+        stack.callback(restore_signal_handlers)
+        exit_on_signals(*ENDING)
         stack.enter_context(locked(output))
         record_end = stack.enter_context(record_start(output, config.saved, config.resilience.restarts))
         say(_announcement(config))
@@ -130,41 +130,41 @@ def _run(config: TriModeConfig, output: Path) -> None:
         from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then
         from megatron.bridge.training.utils import sig_utils
 
-        let_tokenizers_be_larger(setup)
-        take_signals_in_silence(sig_utils)
+        allow_larger_tokenizers(setup)
+        silence_signal_handlers(sig_utils)
         if config.logger.wandb_project:
             stack.enter_context(keep_wandb_run(output))
         prints = global_rank() in (0, world_size() - 1)  # the last rank has the losses
         output.mkdir(parents=True, exist_ok=True)
         log_file = stack.enter_context(open(output / "train.log" if prints else os.devnull, "a", buffering=1))
         stack.enter_context(contextlib.redirect_stdout(log_file))
-        watchdog = stack.enter_context(Watchdog(shared, config.resilience, record_end))
+        watchdog = stack.enter_context(Watchdog(step_context, config.resilience, record_end))
         stack.callback(log.close)
-        # After a step, what measures comes before what may stop the run or go back to a checkpoint; the log comes
-        # last and writes the figures that all others have added to `shared`.
+        # After a step, what measures comes before what may stop the run or roll back to a checkpoint; the log comes
+        # last and writes the figures that all others have added to `step_context`.
         callbacks = [
             BaseDrafter(),
             FusedOptimizer(),
-            MaskEmbedding(shared),
-            LossBreakdown(shared),
-            LoopEvaluation(shared),
+            MaskEmbedding(step_context),
+            LossBreakdown(step_context),
+            LoopEvaluation(step_context),
             ReplicaConsistencyCheck(),
-            StragglerMonitor(shared),
-            GradientGuard(shared),
+            StragglerMonitor(step_context),
+            GradientGuard(step_context),
             watchdog,
             log,
         ]
         try:
-            pretrain(config, ForwardStep(shared), callbacks=callbacks)
+            pretrain(config, ForwardStep(step_context), callbacks=callbacks)
         except RuntimeError as error:
             if not _another_rank_is_gone(error):
                 raise
             time.sleep(REPORT_DELAY)
-            line = f"rank {global_rank()}: the connection to another rank is gone; what that one said last tells why"
-            raise RunStopped(line, alone=True) from error
+            line = f"rank {global_rank()}: lost the connection to another rank; see that rank's last message"
+            raise RunStopped(f"{line}, then repeat the command", alone=True) from error
         except SystemExit as leaving:
-            if not leaving.code and not isinstance(leaving, ToldToEnd) and is_main_process():
-                console.print(f"stopped after step {shared.step}, which is saved; repeat the command to go on")
+            if not leaving.code and not isinstance(leaving, TerminatedBeforeFirstStep) and is_main_process():
+                console.print(f"stopped after step {step_context.step}, which is saved; repeat the command to resume")
             raise
 
 
@@ -215,7 +215,7 @@ def _needs_traceback(record: logging.LogRecord) -> bool:
 
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What Gloo and NCCL say of a rank that has ended."""
+"""Messages of Gloo and NCCL about a rank that has ended."""
 
 
 def _another_rank_is_gone(error: BaseException | None) -> bool:

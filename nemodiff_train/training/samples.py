@@ -48,11 +48,11 @@ def show_samples(config: TriModeConfig, count: int) -> None:
             # Of one view, or of the text alone in the AR stage, [L]: the weights of its losses, what is masked.
             here = slice(view * length, (view + 1) * length)
             weights = sample["loss_mask"][here] if views else sample["loss_mask"].new_zeros(length)
-            hidden = sample["tokens"][here] != sample["tokens"][-length:]
+            is_masked = sample["tokens"][here] != sample["tokens"][-length:]
             if views:
-                masked, weighted = int(hidden.sum()), int((weights > 0).sum())
+                masked, weighted = int(is_masked.sum()), int((weights > 0).sum())
                 output.print(f"view {view}: {masked} masked, {weighted} with a loss", soft_wrap=True)
-            for line in _blocks(sample, hidden, weights, int(end if end is not None else -1), tokenizer):
+            for line in _blocks(sample, is_masked, weights, int(end if end is not None else -1), tokenizer):
                 output.print(line, soft_wrap=True)
 
 
@@ -63,12 +63,11 @@ def first_samples(config: TriModeConfig, count: int) -> list[Sample]:
 
 
 def _blocks(
-    sample: Sample, hidden: Tensor, weights: Tensor, end: int, tokenizer: "PreTrainedTokenizerBase"
+    sample: Sample, is_masked: Tensor, weights: Tensor, end: int, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Text]:
     """Yield a line per block of a view: its number, its document, what it is, the weights of its losses, its text.
 
-    ``hidden`` is [L] bool, whether a position is masked; ``weights`` are those of its loss, [L]; ``end`` is the token
-    that ends a document.
+    ``is_masked`` is [L] bool; ``weights`` are those of its loss, [L]; ``end`` is the token that ends a document.
     """
     maskable, length = sample["maskable"], len(sample["maskable"])
     clean, has_ar_loss = sample["tokens"][-length:].tolist(), (sample["loss_mask"][-length:] > 0).tolist()
@@ -89,8 +88,8 @@ def _blocks(
             written = escape_to_one_line(str(tokenizer.decode([clean[index]])))
             marks = "¶" * (clean[index] == end) + "°" * (learns and not has_ar_loss[index])
             line.append(
-                f"⟦{written}⟧{marks}" if hidden[index] else f"{written}{marks}",
-                f"{shade}{' bold reverse' if hidden[index] else ''}",
+                f"⟦{written}⟧{marks}" if is_masked[index] else f"{written}{marks}",
+                f"{shade}{' bold reverse' if is_masked[index] else ''}",
             )
         line.append("|", "dim")
         yield line

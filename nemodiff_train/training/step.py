@@ -29,12 +29,12 @@ class ForwardStep:
     """Run one micro-batch forward, as Bridge's ``pretrain()`` asks.
 
     Args:
-        shared: What the callbacks learn of the step.
+        step_context: State shared with the callbacks.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
-        self.reader = BatchReader(shared)
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
+        self.reader = BatchReader(step_context)
 
     def __call__(
         self, state: GlobalState, data_iterator: Iterator[Sample], model: MegatronModule
@@ -46,11 +46,11 @@ class ForwardStep:
             function that reduces them; elsewhere hidden states [positions, batch, hidden], and None.
         """
         config, chunk = config_of(state), unwrap_model(model)
-        objective, selects = config.objective, config.selector_rank > 0
+        objective, trains_selector = config.objective, config.selector_rank > 0
 
         # 1. The micro-batch: this context-parallel rank's positions, on the device.
         batch = self.reader.read(data_iterator, config, chunk)
-        self.shared.sample_indices = None if batch is None else batch["index"]
+        self.step_context.sample_indices = None if batch is None else batch["index"]
         if batch is not None and config.drafter:
             kind, shard = config.drafter.draft_kind, chunk.attention_state.shard
             batch["tokens"] = draft_tokens(batch, config.model, kind, objective.seed, shard)
@@ -59,26 +59,28 @@ class ForwardStep:
         loss: TriModeLoss | DraftLoss | None = None
         if batch is not None and chunk.post_process:
             if config.drafter:
-                drafts = batch, config.drafter, config.model, objective.seed, chunk.attention_state
-                loss = SelectorLoss(*drafts, selector=chunk.selector) if selects else DraftLoss(*drafts)
+                loss_arguments = batch, config.drafter, config.model, objective.seed, chunk.attention_state
+                loss = DraftLoss(*loss_arguments)
+                if trains_selector:
+                    loss = SelectorLoss(*loss_arguments, selector=chunk.selector)
             else:
                 alpha = alpha_at(objective, state.train_state.step)
                 # A validation loss is a mean over counted tokens, whatever the micro-batch and the step before.
-                reduced_by = objective if model.training else replace(objective, reduction="global")
-                weights, denominator = loss_weights(batch, reduced_by, alpha, self.reader.diffusion_scale)
+                reduction_objective = objective if model.training else replace(objective, reduction="global")
+                weights, denominator = loss_weights(batch, reduction_objective, alpha, self.reader.diffusion_scale)
                 reports = model.training and config.diagnostics.loss_interval and objective.stage == "joint"
-                breakdown = self.shared.breakdown if reports else None
+                breakdown = self.step_context.breakdown if reports else None
                 loss = TriModeLoss(batch, weights, denominator, objective, config.model.vocab_size, breakdown)
 
         # 3. The model; on the last stage the loss takes the place of Megatron's output layer and loss.
         segment_ids = batch["segment_ids"] if batch is not None and config.dataset.needs_segment_ids else None
         chunk.attention_state.rotary_segment_ids = segment_ids
-        if selects:
+        if trains_selector:
             _end_gradients(chunk)
-        embedded = batch if chunk.pre_process else None
+        embedding_batch = batch if chunk.pre_process else None
         output = model(
-            input_ids=embedded["tokens"] if embedded else None,
-            position_ids=embedded["position_ids"] if embedded else None,
+            input_ids=embedding_batch["tokens"] if embedding_batch else None,
+            position_ids=embedding_batch["position_ids"] if embedding_batch else None,
             attention_mask=segment_ids,
             output_processor=output_processor(loss.losses) if loss else None,
         )

@@ -1,4 +1,4 @@
-"""What the machine can compute: attention kernels, number formats, and communication hidden behind computation."""
+"""Check what the machine can compute: attention kernels, number formats, overlapped communication."""
 
 import importlib.util
 import os

@@ -7,7 +7,7 @@ import numpy as np
 
 from nemodiff_train.errors import nearest
 from nemodiff_train.objective import ObjectiveConfig, noise
-from nemodiff_train.objective.noise import MASK_SAMPLINGS, WEIGHTINGS, Canvas
+from nemodiff_train.objective.noise import MASK_SAMPLINGS, WEIGHTINGS, NoiseInputs
 
 if TYPE_CHECKING:
     from nemodiff_train.config.config import TriModeConfig
@@ -108,15 +108,15 @@ def _problem_at(objective: ObjectiveConfig, level: float) -> str | None:
     sample, size = MASK_SAMPLINGS[objective.mask_sampling], objective.block_size
     # Two blocks at one noise level, all positions maskable; every array is [2 * size].
     blocks = np.arange(2 * size) // size
-    scopes = blocks if objective.noise_granularity == "block" else np.zeros_like(blocks)
-    canvas = Canvas(np.full(2 * size, level), np.full(2 * size, True), scopes, blocks, size, objective)
-    first, again = (sample(noise.generator(0, 0, 0), canvas) for _ in range(2))
+    level_groups = blocks if objective.noise_granularity == "block" else np.zeros_like(blocks)
+    inputs = NoiseInputs(np.full(2 * size, level), np.full(2 * size, True), level_groups, blocks, size, objective)
+    first, again = (sample(noise.generator(0, 0, 0), inputs) for _ in range(2))
     if not all(np.array_equal(*pair) for pair in zip(first, again, strict=True)):
         return "draws something else from the same generator; draw from the one that it is given alone"
     if first[0].dtype != np.bool_ or not first[0].shape == first[1].shape == blocks.shape:
         return "has to return booleans and probabilities, one for each level"
     # How often a position is masked, and the mean of the probabilities returned for it.
-    draws = [sample(noise.generator(0, 0, number), canvas) for number in range(_DRAWS)]
+    draws = [sample(noise.generator(0, 0, number), inputs) for number in range(_DRAWS)]
     frequency, stated = (np.mean([draw[index] for draw in draws], axis=0) for index in range(2))
     if not ((stated > 0) & (stated <= 1)).all():
         return f"gives inclusion probabilities that are not above 0 and at most 1 at level {level:.3g}"

@@ -1,4 +1,4 @@
-"""What a run writes: its folder, and the evaluation in the training loop."""
+"""Check what a run writes: its folder, and the evaluation in the training loop."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a run does before its first step, in one process: its model in miniature, its optimizer, its data."""
+"""Check the set-up of a run in one process: its model in miniature, its optimizer, its data."""
 
 import copy
 import math

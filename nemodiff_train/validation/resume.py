@@ -3,7 +3,7 @@
 import torch
 
 from nemodiff_train.config.config import Changes, TriModeConfig, differences
-from nemodiff_train.config.precision import begun_precision
+from nemodiff_train.config.precision import saved_precision
 from nemodiff_train.model.checkpoint import Checkpoint
 
 _FIXED = (
@@ -28,7 +28,7 @@ _SCHEDULE = ("train.train_iters", "train.global_batch_size", "optimizer.lr", "op
 
 def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
     """Return the settings that differ from those that a run was saved with."""
-    before = saved.run_config.get("given")
+    before = saved.run_config.get("requested_settings")
     changed: Changes = {
         "mixed_precision": (None, config.mixed_precision)
     }  # all that is known of a run from elsewhere
@@ -36,7 +36,7 @@ def changes(saved: Checkpoint, config: TriModeConfig) -> Changes:
         changed = differences(before, config.settings())
     if names := changed.get("mixed_precision"):
         # Without a name the precision is the one that the run began in, which may be named as well.
-        old, new = (str(name or begun_precision(saved)).replace("-", "_") for name in names)
+        old, new = (str(name or saved_precision(saved)).replace("-", "_") for name in names)
         if old == new:
             del changed["mixed_precision"]
         else:
@@ -70,11 +70,11 @@ def description(saved: Checkpoint, config: TriModeConfig) -> str:
     """Return one line on what has changed for a run that resumes from ``saved``."""
     changed = changes(saved, config)
     if not changed:
-        return f"goes on from step {saved.step} with the settings it was saved with"
+        return f"resumes from step {saved.step} with the settings it was saved with"
     listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
     rebased = any(_belongs(key, _SCHEDULE) for key in changed)
     schedule = f"; the learning rate is that of the new schedule at step {saved.step}" if rebased else ""
-    return f"goes on from step {saved.step} with changed settings: {listed}{schedule}"
+    return f"resumes from step {saved.step} with changed settings: {listed}{schedule}"
 
 
 def samples_ahead(saved: Checkpoint, config: TriModeConfig) -> int:

@@ -124,12 +124,12 @@ def schedule_problems(config: "TriModeConfig") -> Iterator[str]:
     if warmup >= length:
         yield (
             f"scheduler.lr_warmup_iters={warmup} does not fit {run}: the learning rate would not reach its peak; use "
-            "fewer steps, or a share of the run with scheduler.lr_warmup_fraction"
+            "fewer steps, or a fraction of the run with scheduler.lr_warmup_fraction"
         )
     elif schedule.lr_decay_style == "WSD" and warmup + (decay := schedule.lr_wsd_decay_iters or length) > length:
         yield (
             f"scheduler.lr_wsd_decay_iters={decay} and {warmup} steps of warm-up do not fit {run}: the learning rate "
-            "would jump; use fewer steps, or a share of the run with scheduler.lr_wsd_decay_fraction"
+            "would jump; use fewer steps, or a fraction of the run with scheduler.lr_wsd_decay_fraction"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a run starts: the pretrained checkpoint, and the run's own checkpoints that it resumes from."""
+"""Check what a run starts from: the pretrained checkpoint, and the run's own checkpoints that it resumes from."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,17 +61,17 @@ def _check_pretrained(config: TriModeConfig) -> None:
 def _resume_problems(config: TriModeConfig) -> Iterator[str]:
     load, step = config.checkpoint.load, config.checkpoint.ckpt_step
     if not load:
-        yield "checkpoint.load is not set: no start would go on from the checkpoints of the one before; leave it out"
+        yield "checkpoint.load is not set: no start would resume from the checkpoints of the one before; leave it out"
     elif config.saved is not None:
         yield from _changes_since(config.saved, config)
     elif load != config.checkpoint.save and not iterations(Path(load)):
-        yield f"checkpoint.load='{load}' has no checkpoint; leave it out to go on with the output's own"
+        yield f"checkpoint.load='{load}' has no checkpoint; leave it out to resume from the output's own"
     elif step is not None and not (Path(load) / f"iter_{step:07d}").is_dir():
         yield f"checkpoint.ckpt_step={step}: there is no such checkpoint in '{load}'"
 
 
 def _check_base(saved: Checkpoint, config: TriModeConfig) -> None:
-    """Refuse to go on with adapters on other weights: Bridge loads the base's newest iteration at every start."""
+    """Refuse to resume adapters on other weights: Bridge loads the base's newest iteration at every start."""
     if config.peft is None or saved.kind not in (Kind.LORA, Kind.DRAFTER):
         return
     base, start = saved.base, config.start

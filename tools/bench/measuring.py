@@ -143,8 +143,9 @@ def workload(model: Any, length: int) -> Workload:
     """Return the work of a joint step on one sample of ``length`` clean tokens, with a model of ``small.build``."""
     config = model.config
     return Workload(
-        layers=config.num_layers, hidden=config.hidden_size, queries=config.kv_channels * config.num_attention_heads,
-        keys=config.kv_channels * config.num_query_groups, feed_forward=config.ffn_hidden_size, gated=True,
+        layers=config.num_layers, hidden=config.hidden_size,
+        query_channels=config.kv_channels * config.num_attention_heads,
+        key_channels=config.kv_channels * config.num_query_groups, feed_forward=config.ffn_hidden_size, gated=True,
         head_norms=config.qk_layernorm, vocabulary=config.vocab_size, tied=True, length=length, views=1,
         block=config.block_size, micro_batch=1, global_batch=1, mixed=False, sharded=False,
     )  # fmt: skip

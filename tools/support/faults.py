@@ -217,8 +217,8 @@ def _no_folder(step: int) -> None:
 
     def on_train_step_end(self: Watchdog, context: Any) -> None:
         end(self, context)
-        if self.shared.step == step:
-            shutil.rmtree(self.shared.output)
+        if self.step_context.step == step:
+            shutil.rmtree(self.step_context.output)
 
     setattr(Watchdog, "on_train_step_end", on_train_step_end)  # noqa: B010
 

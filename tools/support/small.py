@@ -108,7 +108,7 @@ def batch(model: Any, length: int, stage: Any = "joint", index: int = 0, block: 
 
     ids = torch.randint(2, model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(index))
     plain = {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": torch.ones(length)}
-    maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_id=1)
+    maker = SampleMaker(objective=ObjectiveConfig(stage=stage, block_size=block), mask_token_id=1)
     sample = maker.make({**plain, "position_ids": torch.arange(length)}, 0, index)
     return to_device({name: values[None] for name, values in sample.items()}, model.attention_state.shard)
 
@@ -118,7 +118,7 @@ def documents(draw: torch.Generator, length: int, block: int, average: int = 40)
     from nemodiff_train.objective import ObjectiveConfig
     from nemodiff_train.objective.sample import SampleMaker
 
-    maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_id=5, document_end=0)
+    maker = SampleMaker(objective=ObjectiveConfig(block_size=block), mask_token_id=5, eod_token_id=0)
     tokens = torch.randint(0, average, (length + 1,), generator=draw)
     plain = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
     return maker.make({**plain, "position_ids": torch.arange(length)}, 0, 0)["segment_ids"]

@@ -1,1 +1,1 @@
-"""What runs beside the training step, one callback per file; :mod:`nemodiff_train.training.run` orders them."""
+"""Callbacks of the training loop, one per file; :mod:`nemodiff_train.training.run` orders them."""

@@ -31,11 +31,11 @@ class LoopEvaluation(Callback):
     states are restored.
 
     Args:
-        shared: Where the figures go.
+        step_context: Where the figures go.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
 
     def on_train_start(self, context: CallbackContext) -> None:
         config = config_of(context.state)
@@ -62,13 +62,13 @@ class LoopEvaluation(Callback):
             model = DecodingModel([unwrap_model(chunk) for chunk in context.model], self.tokenizer, self.decoding)
             evaluation = evaluate(model, self.task, self.settings, f"step {step}", shown=False)
         seconds = time.perf_counter() - started
-        self.shared.figures["eval/seconds"] = seconds
+        self.step_context.figures["eval/seconds"] = seconds
         for mode, metrics in evaluation.modes.items():
             measured = metrics.accuracy, metrics.tpf_all, metrics.acceptance_length
             for name, value in zip(("accuracy", "tpf", "acceptance_length"), measured, strict=True):
                 if value is not None:
-                    self.shared.figures[f"eval/{name}/{mode}"] = value
-        self.shared.evaluated = evaluation, self.decoding.text
+                    self.step_context.figures[f"eval/{name}/{mode}"] = value
+        self.step_context.evaluated = evaluation, self.decoding.text
         if is_main_process():
             modes = (f"{mode} {percent(m.accuracy)} @ {m.tpf_all:.2f} TPF" for mode, m in evaluation.modes.items())
             console.print(f"step {step}: {', '.join(modes)} ({seconds:.0f} s)")

@@ -13,14 +13,14 @@ class LossBreakdown(Callback):
     ``diffusion_loss_by_position/FIRST-LAST``, in nats, go to the log.
 
     Args:
-        shared: Has the sums, and gets the figures.
+        step_context: Has the sums, and gets the figures.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         interval = config_of(context.state).diagnostics.loss_interval
         if interval and (context.state.train_state.step + 1) % interval == 0 and context.loss_dict:
-            means = self.shared.breakdown.take(get_pg_collection(context.model).dp_cp)
-            self.shared.figures.update(means)
+            means = self.step_context.breakdown.take(get_pg_collection(context.model).dp_cp)
+            self.step_context.figures.update(means)

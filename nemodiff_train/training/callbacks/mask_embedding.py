@@ -27,21 +27,21 @@ class MaskEmbedding(Callback):
     explode at high noise levels, and adds Gaussian noise to the embedding's output there.
 
     Args:
-        shared: Knows the samples of the micro-batch that runs forward.
+        step_context: Knows the samples of the micro-batch that runs forward.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
 
     def on_train_start(self, context: CallbackContext) -> None:
         config, first = config_of(context.state), unwrap_model(context.model[0])
         if not config.has_masks or not first.pre_process:
             return
-        embedding, mask_id = first.embedding.word_embeddings, config.model.mask_token_id
-        mask, others = _root_mean_squares(embedding, mask_id, config.model.vocab_size)
+        embedding, mask_token_id = first.embedding.word_embeddings, config.model.mask_token_id
+        mask, others = _root_mean_squares(embedding, mask_token_id, config.model.vocab_size)
         if context.state.train_state.step == 0 and mask < DECAYED * others and is_main_process():
             warn(
-                f"the embedding of mask token {mask_id} is {mask / others:.1%} of the "
+                f"the embedding of mask token {mask_token_id} is {mask / others:.1%} of the "
                 "other rows' size, which can make gradients large at high noise levels; "
                 "objective.mask_embedding_noise=1 adds noise to it early in training"
             )
@@ -69,7 +69,7 @@ class MaskEmbedding(Callback):
         ``tokens`` are [batch, (V + 1) L / ranks] ids of a context-parallel rank; ``output`` is
         [batch, (V + 1) L / ranks, hidden], or under sequence parallel [its positions, batch, hidden].
         """
-        objective, length, indices = config.objective, config.dataset.seq_length, self.shared.sample_indices
+        objective, length, indices = config.objective, config.dataset.seq_length, self.step_context.sample_indices
         assert indices is not None  # a stage that embeds tokens has read them
         # Noise of whole samples, [batch, V L, hidden]: a function of the seed and the sample alone.
         samples = []

@@ -35,15 +35,15 @@ class RunLog(Callback):
     """Show and record each step on the last rank, the one that has the losses.
 
     Bridge writes losses, learning rate and gradient norm to TensorBoard and W&B; this adds ``tokens_per_second``,
-    ``mfu`` and the figures in ``shared`` there, and writes ``metrics.jsonl``, ``index.html`` and a progress line.
-    docs/training.md describes them.
+    ``mfu`` and the figures of other callbacks there, and writes ``metrics.jsonl``, ``index.html`` and a progress
+    line. docs/training.md describes them.
 
     Args:
-        shared: Figures that other callbacks have added; cleared after each step.
+        step_context: Figures that other callbacks have added; cleared after each step.
     """
 
-    def __init__(self, shared: StepContext) -> None:
-        self.shared = shared
+    def __init__(self, step_context: StepContext) -> None:
+        self.step_context = step_context
         self.file: IO[str] | None = None
         self.progress: Progress | None = None
         self.page: RunPage | None = None
@@ -59,14 +59,15 @@ class RunLog(Callback):
         step_flops = workload_of(config).flops * config.train.global_batch_size
         self.ideal = step_flops / (world_size() * gpu.flops) if gpu else 0.0  # seconds per step at the GPUs' peak
         self.line_started, self.line_step = time.monotonic(), step
-        path = self.shared.metrics_file
+        path = self.step_context.metrics_file
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(path, step)
         _hide_after(context.state, step)
         self.file = path.open("a")
         stage = "drafter" if config.drafter else config.objective.stage
         settings = yaml.dump(config.sections(), Dumper=yaml.CSafeDumper, sort_keys=False)
-        self.page, self.page_written = RunPage(self.shared.output.name, stage, self.steps, settings), time.monotonic()
+        self.page = RunPage(self.step_context.output.name, stage, self.steps, settings)
+        self.page_written = time.monotonic()
         with path.open() as earlier:
             for line in earlier:
                 self.page.add(json.loads(line))
@@ -80,7 +81,7 @@ class RunLog(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         seconds = time.perf_counter() - self.started
-        added, self.shared.figures = self.shared.figures, {}
+        added, self.step_context.figures = self.step_context.figures, {}
         if self.file is None:
             return
         step = context.state.train_state.step + 1  # Bridge counts the step after this callback
@@ -106,15 +107,15 @@ class RunLog(Callback):
         if due and not console.is_terminal:
             self._print_line(record)
         self.page.add(record)
-        evaluated, self.shared.evaluated = self.shared.evaluated, None
+        evaluated, self.step_context.evaluated = self.step_context.evaluated, None
         if evaluated is not None:
             self.page.show(*evaluated)
         if evaluated or time.monotonic() - self.page_written >= PAGE_SECONDS:
             self._write_page()
 
     def _write_page(self) -> None:
-        if self.page is not None and self.page.last and self.shared.output.is_dir():  # else it was removed
-            write_atomic(self.shared.output / "index.html", self.page.render())
+        if self.page is not None and self.page.last and self.step_context.output.is_dir():  # else it was removed
+            write_atomic(self.step_context.output / "index.html", self.page.render())
             self.page_written = time.monotonic()
 
     def _print_line(self, record: Mapping[str, Any]) -> None:
