@@ -74,11 +74,11 @@ def ministral3_vision(directory: Path, **changes: Any) -> None:
     save(Mistral3ForConditionalGeneration, config, directory)
 
 
-def nemotron(directory: Path, dtype: str = "float32", **changes: Any) -> None:
+def nemotron(directory: Path, dtype: str = "float32", layers: int = 2, **changes: Any) -> None:
     """Save a random NemotronLabsDiffusion: a Ministral 3 under other names, with a configuration of its own."""
     from safetensors.torch import load_file, save_file
 
-    ministral3(directory, dtype=dtype)
+    ministral3(directory, dtype=dtype, num_hidden_layers=layers)
     renamed = {
         name.replace("model.", "encoder.").replace("lm_head.", "diffusion_head."): tensor
         for name, tensor in load_file(directory / "model.safetensors").items()
@@ -94,6 +94,7 @@ def nemotron(directory: Path, dtype: str = "float32", **changes: Any) -> None:
         "block_size": 16,
         "eos_token_id": 11,
         **shared,
+        "num_hidden_layers": layers,
         **changes,
     }
     (directory / "config.json").write_text(json.dumps(settings))

@@ -149,7 +149,7 @@ def test_keys_that_a_file_leaves_out() -> None:
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of another publisher, and one that this project has written in several files."""
     folder = tmp_path_factory.mktemp("good")
-    small.nemotron(folder / "theirs")
+    small.nemotron(folder / "theirs", layers=4)
     words = [str(folder / name) for name in ("theirs", "megatron", "ours")]
     assert main(["convert", "import", *words[:2]]) == 0
     assert main(["convert", "export", *words[1:], "--max-shard-size", "150KB"]) == 0

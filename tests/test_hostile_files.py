@@ -268,7 +268,7 @@ def test_logs_of_a_run(folder: Path) -> None:
     restarts.write_text("[]")
 
     def read_restarts() -> None:
-        with record_start(folder, None, 3):
+        with record_start(folder, 3):
             pass
 
     sweep(restarts, [start], read_restarts)

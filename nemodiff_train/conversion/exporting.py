@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from rich.text import Text
 from torch import Tensor
 
-from nemodiff_train.console import bytes_bar, quiet, say, warn
+from nemodiff_train.console import bytes_bar, console, quiet, say, warn
 from nemodiff_train.conversion import automodel
 from nemodiff_train.conversion.automodel.card import read_results, write_card
 from nemodiff_train.conversion.drafters import DRAFTER_FOLDER, check_engine, write_drafter
@@ -60,33 +62,36 @@ def export_checkpoint(
         UserError: The checkpoint is a drafter's, no iteration is intact, the output exists, the format cannot hold
             the model, or the drafter is another model's.
     """
-    source = source.require_model().verify_contents()
-    provider = model_from(source)
+    provider = model_from(source.require_model())
     check_stages(provider, pipeline_parallel)
     name = format or default_format(provider)
     chosen = FORMATS[name]
     settings = chosen.settings(provider)
-    if remote_code and not chosen.needs_code:
-        raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
-    if results and name != "tri-mode":
-        raise UserError(f"--results go into the model card of --format tri-mode; --format {name} has none")
+    _check_options(name, remote_code, results)
     code = code_files(settings, remote_code) if remote_code else []
     if chosen.needs_code and not code:
         settings.pop("auto_map")  # Transformers would stop at the first file that is not there
     drafter = drafter.require_drafter().verify_contents() if drafter else None
-    opened = open_drafter(drafter, provider) if drafter else None
-    if drafter and opened:
-        check_engine(drafter, opened, architecture(settings), in_folder=True)
+    drafter_settings = open_drafter(drafter, provider) if drafter else None
+    if drafter and drafter_settings:
+        check_engine(drafter, drafter_settings, architecture(settings), in_folder=True)
     figures = read_results(results) if results else None
     tokenizer = source.tokenizer_directory
     files_of_tokenizer(tokenizer)
     writer = ShardWriter(Path(output), expected_shapes(settings), provider.params_dtype, max_shard_size)
+    with console.status(Text(f"verifying {source.path}")):
+        verified = source.verify_contents()
+    if verified is not source:  # all of the above once more, of the older iteration
+        layout = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+        options: dict[str, Any] = {"remote_code": remote_code, "drafter": drafter, "results": results, **layout}
+        return export_checkpoint(verified, output, format=format, max_shard_size=max_shard_size, **options)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
         loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
         writer.directory = partial
         _write_weights(loaded.chunks, settings, writer, f"exporting {source.path}")
-        if drafter and opened:
-            write_drafter(drafter, opened, provider.num_layers, architecture(settings), partial / DRAFTER_FOLDER)
+        if drafter and drafter_settings:
+            folder, layers = partial / DRAFTER_FOLDER, provider.num_layers
+            write_drafter(drafter, drafter_settings, layers, architecture(settings), folder)
         if is_main_process():
             _write_companions(partial, settings, provider.hf_generation_config, tokenizer)
             for file in (*code, *(Path(automodel.__path__[0]) / file for file in chosen.includes)):
@@ -99,6 +104,14 @@ def export_checkpoint(
             "the directory is loaded by Python files of its publisher, which are not part of it; copy them to it, or "
             "export with --remote-code"
         )
+
+
+def _check_options(name: str, remote_code: str | None, results: str | None) -> None:
+    """Refuse what a format has no use for."""
+    if remote_code and not FORMATS[name].needs_code:
+        raise UserError(f"--remote-code belongs to --format nemotron; --format {name} needs no code")
+    if results and name != "tri-mode":
+        raise UserError(f"--results go into the model card of --format tri-mode; --format {name} has none")
 
 
 def full_tensors(models: list[GPTModel], settings: HFConfig) -> Iterator[tuple[str, Tensor]]:

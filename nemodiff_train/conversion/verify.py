@@ -59,7 +59,7 @@ def verify(a: str, b: str, *, tolerance: float = 0.0, prompt: str = PROMPT) -> b
     """
     start_model_parallel(1)
     with quiet():
-        sides = [_open_side(path) for path in (a, b)]
+        sides = [_verified(side) for side in [_open_side(path) for path in (a, b)]]
         tokens, positions = _tokenize(sides[0], prompt), _positions(sides[0])
         with console.status("comparing tensors"):
             rows = _compare_tensors(sides[0], sides[1], tolerance)
@@ -165,13 +165,25 @@ class _Side:
 
 def _open_side(path: str) -> _Side:
     if checkpoint := Checkpoint.find(path):
-        checkpoint = checkpoint.require_model().verify_contents()
-        provider = model_from(checkpoint)
-        return _Side(checkpoint, provider, provider.params_dtype)
+        return _side_of(checkpoint)
     directory = HFDirectory.open(path)
     provider = model_from(str(directory.path))
     check_weights(directory)
     return _Side(directory, provider, directory.dtype)
+
+
+def _side_of(checkpoint: Checkpoint) -> _Side:
+    provider = model_from(checkpoint.require_model())
+    return _Side(checkpoint, provider, provider.params_dtype)
+
+
+def _verified(side: _Side) -> _Side:
+    """Read every byte of a Megatron checkpoint; return the side of its newest iteration that is intact."""
+    if not isinstance(side.source, Checkpoint):
+        return side
+    with console.status(Text(f"verifying {side.source.path}")):
+        verified = side.source.verify_contents()
+    return side if verified is side.source else _side_of(verified)
 
 
 def _tokenize(side: _Side, prompt: str) -> Tensor:

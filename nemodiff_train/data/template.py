@@ -111,9 +111,8 @@ class _Renderer:
                 text=True,
                 encoding="utf-8",
             )
-            started = self._exchange({}, _START_SECONDS)
-            if "problem" in started:
-                return started
+            if "problem" in self._exchange({}, _START_SECONDS):
+                return {"problem": "the process that renders templates does not start here; see that it has memory"}
         return self._exchange({**request, "seconds": SECONDS}, SECONDS)
 
     def _exchange(self, request: Mapping[str, object], seconds: float) -> dict[str, str]:

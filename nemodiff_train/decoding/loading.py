@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedTokenizerBase
 
 from nemodiff_train.console import warn
 from nemodiff_train.decoding.decode import DRAFTED, WITHOUT_POLICY, check_mode
 from nemodiff_train.decoding.generation import DecodingSettings
-from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.errors import UserError
 from nemodiff_train.model.checkpoint import Checkpoint
 from nemodiff_train.model.checksums import identity
@@ -39,6 +39,17 @@ class DecodingModel:
     """In evaluation mode: this pipeline rank's chunks, one without a pipeline."""
     tokenizer: PreTrainedTokenizerBase
     settings: DecodingSettings
+
+    @property
+    def config(self) -> TriModeModelProvider:
+        """Return the configuration of the model, the same on every rank."""
+        config: TriModeModelProvider = self.model[0].config
+        return config
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return next(self.model[0].parameters()).device
 
 
 def select_mode(checkpoint: Checkpoint, drafter: Checkpoint | None, mode: str | None) -> str:
@@ -118,9 +129,11 @@ def load_decoding_model(
         drafter=drafter,
         dtype=computing_dtype(),
     )
+    settled = for_tokenizer(decoding, loaded.provider, loaded.tokenizer)
+    decoding_model = DecodingModel(loaded.chunks, loaded.tokenizer, settled)
     if trained is not None:
-        trained.network.to(PipelineRunner(loaded.chunks).device)
-    return DecodingModel(loaded.chunks, loaded.tokenizer, for_tokenizer(decoding, loaded.provider, loaded.tokenizer))
+        trained.network.to(decoding_model.device)
+    return decoding_model
 
 
 def open_sampler(checkpoint: Checkpoint, policy: str | None, folder: str | None) -> TrainedSampler | None:

@@ -21,7 +21,6 @@ from nemodiff_train.data.tokenizer import load_tokenizer
 from nemodiff_train.decoding.answers import AnswerIndex, End, GeneratedAnswer, Settings, UnfinishedAnswers
 from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.loading import DecodingModel, load_decoding_model, select_mode
-from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.rewriting import ChatRewriter, Request, Rewriter, TextRewriter
 from nemodiff_train.distributed import barrier, is_main_process
 from nemodiff_train.errors import UserError
@@ -255,7 +254,7 @@ class _Regeneration[Item]:
         """Return the record's next request, if an answer is due and its prompt can be decoded."""
         if len(answers) < self.counts[number] and _may_go_on(answers):
             prompt = self.rewriter.prompt(record, answers)
-            config = PipelineRunner(self.loaded.model).config
+            config = self.loaded.config
             limit = position_limit(config) or float("inf")
             fits = len(prompt) + self.loaded.settings.max_new_tokens <= limit
             if prompt and fits and max(prompt) < config.vocab_size:

@@ -11,7 +11,6 @@ from nemodiff_train.console import LoopProgress
 from nemodiff_train.decoding.decode import decode
 from nemodiff_train.decoding.diffusion import has_known_first_token
 from nemodiff_train.decoding.loading import DecodingModel
-from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.trajectories import (
     ConfidenceFunction,
     ReferenceBlock,
@@ -81,7 +80,7 @@ def train_sampler(
     if not held_out or not train:
         raise UserError("too few answers end or fill a block; give more prompts, or a higher --max-new-tokens")
     recorder = _Recorder(loaded, options.batch_size, torch.Generator().manual_seed(options.seed))
-    device = PipelineRunner(loaded.model).device
+    device = loaded.device
     torch.manual_seed(options.seed)
     network = SlotNetwork(loaded.settings.block_size, options.layers, options.width).to(device)
 
@@ -122,7 +121,7 @@ def references(loaded: DecodingModel, prompts: Sequence[list[int]], batch_size: 
 
     Mode ``ar`` where the model has it; else block diffusion, one position per forward.
     """
-    settings, config = loaded.settings, PipelineRunner(loaded.model).config
+    settings, config = loaded.settings, loaded.config
     layout = {
         "blocks_from_text_start": config.clean_attention == "block_causal",
         "known_first_token": has_known_first_token(config),

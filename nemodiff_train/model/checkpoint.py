@@ -260,7 +260,9 @@ class Checkpoint:
         if verified == self.iteration:
             return self
         warn(f"'{self.iteration}' is damaged; taking '{verified}'")
-        return type(self)(self.path, verified)
+        older = type(self)(self.path, verified)
+        vars(older)["_intact"] = older
+        return older
 
 
 def _newest_complete(path: Path, find_damage: Callable[[Path], str | None]) -> Path:

@@ -13,7 +13,7 @@ from nemodiff_train.errors import UserError
 from nemodiff_train.model.config_json import read_config
 from nemodiff_train.model.families import HFConfig, ar_settings, architecture, is_left_out, stored_name
 from nemodiff_train.model.headers import TensorHeader, read_headers
-from nemodiff_train.model.pretrained import config_from, empty_reference, local_copy
+from nemodiff_train.model.pretrained import NEITHER, REMEDY, config_from, empty_reference, local_copy
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes of plain weights by their names in safetensors."""
@@ -39,7 +39,7 @@ class HFDirectory:
         """
         path = Path(local_copy(source))
         if not (path / "config.json").is_file():
-            raise UserError(f"'{source}' is not a checkpoint of Hugging Face: it has no config.json")
+            raise UserError(f"'{source}' is not a checkpoint: {NEITHER}; {REMEDY}")
         return cls(path)
 
     def __str__(self) -> str:

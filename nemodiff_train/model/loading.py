@@ -66,13 +66,16 @@ def load_model(
         UserError: It is a drafter, no iteration is intact, the layout does not fit the world size, or the drafter is
             one of another model.
     """
-    with console.status(Text(f"verifying {checkpoint.path}")):
-        verified = checkpoint.verify_contents()
-    if provider is None or verified is not checkpoint:
-        provider = model_from(verified.require_model())
-    checkpoint = verified
+    if provider is None:
+        provider = model_from(checkpoint.require_model())
+    drafter = drafter.require_drafter().verify_contents() if drafter else None
     drafter_settings = open_drafter(drafter, provider) if drafter else None
     tokenizer = load_tokenizer(str(checkpoint.tokenizer_directory))
+    with console.status(Text(f"verifying {checkpoint.path}")):
+        verified = checkpoint.verify_contents()
+    if verified is not checkpoint:  # all of the above once more, of the older iteration
+        layout: dict[str, Any] = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+        return load_model(verified, **layout, drafter=drafter, dtype=dtype)
     if line := tokens_beyond_vocabulary(tokenizer, provider.vocab_size):
         warn(line)
     with quiet(), console.status(Text(f"loading {checkpoint.path}")):

@@ -41,7 +41,8 @@ from nemodiff_train.model.families import (
 from nemodiff_train.model.provider import TriModeModelProvider, reset_parallelism, tri_mode
 from nemodiff_train.schema import check_type, read_json
 
-_REMEDY = "give a Hugging Face directory or name, or a Megatron checkpoint"
+NEITHER = "it has neither config.json nor iter_* folders"
+REMEDY = "give a Hugging Face directory or name, or a Megatron checkpoint"
 
 
 class NemotronLabsDiffusionConfig(Ministral3Config):
@@ -139,7 +140,7 @@ def stored_settings(source: str) -> HFConfig:
     """
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"'{source}' is not a checkpoint: it has neither config.json nor iter_* folders; {_REMEDY}")
+        raise UserError(f"'{source}' is not a checkpoint: {NEITHER}; {REMEDY}")
     return read_config(Path(local_copy(source)))
 
 
@@ -201,9 +202,9 @@ def local_copy(source: str) -> str:
     try:
         return str(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "README.md", *PATTERNS]))
     except HFValidationError:  # a path, which cannot be a name
-        raise UserError(f"no checkpoint at '{source}'; {_REMEDY}") from None
+        raise UserError(f"no checkpoint at '{source}'; {REMEDY}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]}); {_REMEDY}") from None
+        raise UserError(f"no checkpoint at '{source}' ({str(error).strip().splitlines()[0]}); {REMEDY}") from None
 
 
 def _megatron_model(checkpoint: Checkpoint) -> TriModeModelProvider:

@@ -38,12 +38,11 @@ _STARTS = TypeAdapter(list[Start])
 
 
 @contextlib.contextmanager
-def record_start(output: Path, saved: Checkpoint | None, limit: int) -> Iterator[Callable[[str], None]]:
+def record_start(output: Path, limit: int) -> Iterator[Callable[[str], None]]:
     """Record a start of the run in ``restarts.json``, and how it ends, from rank 0.
 
     Args:
         output: Folder of the run.
-        saved: The checkpoint that this start resumes from, if any.
         limit: Maximum number of consecutive starts without a new checkpoint; 0 for no limit.
 
     Yields:
@@ -60,6 +59,7 @@ def record_start(output: Path, saved: Checkpoint | None, limit: int) -> Iterator
         starts = _STARTS.validate_json(file.read_bytes())
     except (OSError, ValueError):  # missing, or not what this module has written
         starts = []
+    saved = Checkpoint.to_resume(output / "checkpoints", None)  # whichever this start resumes from
     step = saved.step if saved else 0
 
     def is_stuck(start: Start) -> bool:

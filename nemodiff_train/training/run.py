@@ -124,7 +124,7 @@ def _run(config: TriModeConfig, output: Path) -> None:
         stack.callback(restore_signal_handlers)
         exit_on_signals(*ENDING)
         stack.enter_context(locked(output))
-        record_end = stack.enter_context(record_start(output, config.saved, config.resilience.restarts))
+        record_end = stack.enter_context(record_start(output, config.resilience.restarts))
         say(_announcement(config))
         from megatron.bridge.training import setup  # after the line: these take a second
         from megatron.bridge.training.pretrain import pretrain  # imports W&B, which reads its mode then

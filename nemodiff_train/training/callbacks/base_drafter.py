@@ -18,7 +18,7 @@ class BaseDrafter(Callback):
         if context.state.train_state.step or not isinstance(config.peft, DraftLoRA) or not config.peft.drafter:
             return
         assert config.start is not None  # a drafter starts from a Megatron checkpoint
-        drafter = Checkpoint.open(config.peft.drafter)
+        drafter = Checkpoint.open(config.peft.drafter).require_drafter().verify_contents()
         warn_of_other_base(drafter, config.start)
         lora = open_drafter(drafter, config.model).lora
-        load_adapters([unwrap_model(chunk) for chunk in context.model], drafter.verify_contents(), lora)
+        load_adapters([unwrap_model(chunk) for chunk in context.model], drafter, lora)
