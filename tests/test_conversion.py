@@ -249,6 +249,28 @@ def test_an_export_is_of_one_iteration(
     assert main(["convert", "verify", "saved", str(two_iterations / "source-0")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "export", "saved", "out", "--format", "ar", "--remote-code", "code"], "--remote-code"),
+        (["convert", "export", "saved", "out", "--max-shard-size", "much"], "much"),
+        (["convert", "verify", "saved", "typo"], "typo"),
+        (["generate", "saved", "text", "--drafter", "saved"], "not a drafter"),
+    ],
+    ids=lambda words: words[1] if isinstance(words, list) else None,
+)
+def test_a_mistake_is_said_before_the_weights_are_read(
+    two_iterations: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose damage nobody has seen then."""
+    shutil.copytree(two_iterations / "saved", "saved")
+    DAMAGES["damaged weights"](Path("saved") / "iter_0000001")
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and "is damaged" not in error
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> Counter[str]:
     """Return the number of calls of functions, by name, from here on."""
     calls: Counter[str] = Counter()
