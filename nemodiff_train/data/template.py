@@ -27,7 +27,7 @@ CHARACTERS = 1 << 24
 """Maximum length of one rendered conversation."""
 
 _START_SECONDS = 300.0  # a busy machine imports slowly
-_MEMORY_PROBLEM = "it took too much memory; fix it, or do without a template"
+_MEMORY_PROBLEM = "it took too much memory"
 _ORPHAN_SECONDS = 5.0  # after the limit; only a process whose parent has died reaches them
 
 
@@ -91,7 +91,9 @@ class ChatTemplate:
         return response["text"]
 
     def _refusal(self, problem: str) -> UserError:
-        return UserError(f"the chat template in '{self._where}' cannot be used: {problem}")
+        return UserError(
+            f"the chat template in '{self._where}' cannot be used: {problem}; fix it, or do without a template"
+        )
 
 
 class _Renderer:
@@ -112,7 +114,7 @@ class _Renderer:
                 encoding="utf-8",
             )
             if "problem" in self._exchange({}, _START_SECONDS):
-                return {"problem": "the process that renders templates does not start here; see that it has memory"}
+                raise UserError("the process that renders chat templates does not start here; see that it has memory")
         return self._exchange({**request, "seconds": SECONDS}, SECONDS)
 
     def _exchange(self, request: Mapping[str, object], seconds: float) -> dict[str, str]:
@@ -123,7 +125,7 @@ class _Renderer:
             process.stdin.write(json.dumps(request, default=str) + "\n")  # columns of Arrow hold dates
             process.stdin.flush()
             if not select.select([process.stdout], [], [], seconds)[0]:
-                response = {"problem": f"it took more than {seconds:.0f} seconds; fix it, or do without a template"}
+                response = {"problem": f"it took more than {seconds:.0f} seconds"}
             elif line := process.stdout.readline():
                 response = json.loads(line)
                 if response.get("problem") != _MEMORY_PROBLEM:  # what it took is not given back

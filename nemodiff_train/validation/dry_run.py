@@ -61,9 +61,9 @@ def dry_run(
     steps, tokens = config.train.train_iters, config.train.global_batch_size * config.dataset.seq_length
     page.add_row("tokens", f"{steps * tokens:,} in {steps:,} steps")
     page.add_row("precision", f"{precision_of(config, True)} on a GPU, {precision_of(config, False)} on a CPU")
-    given = config.settings()
-    _add_changes(page, "not as in the recipe", differences(defaults, given))
-    _add_changes(page, "fitted to this machine", differences(given, flattened(config.sections())))
+    requested = config.settings()
+    _add_changes(page, "not as in the recipe", differences(defaults, requested))
+    _add_changes(page, "fitted to this machine", differences(requested, flattened(config.sections())))
     if config.saved:
         page.add_row("resume", description(config.saved, config))
     if not failed and not rules.problems(config, world_size):
