@@ -81,12 +81,12 @@ def export_checkpoint(
     writer = ShardWriter(Path(output), expected_shapes(settings), provider.params_dtype, max_shard_size)
     with console.status(Text(f"verifying {source.path}")):
         verified = source.verify_contents()
+    layout: dict[str, Any] = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     if verified is not source:  # all of the above once more, of the older iteration
-        layout = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
-        options: dict[str, Any] = {"remote_code": remote_code, "drafter": drafter, "results": results, **layout}
+        options = {"remote_code": remote_code, "drafter": drafter, "results": results, **layout}
         return export_checkpoint(verified, output, format=format, max_shard_size=max_shard_size, **options)
     with atomic_directory(Path(output)) as partial, quiet(), torch.no_grad():
-        loaded = load_model(source, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+        loaded = load_model(source, provider=provider, **layout)
         writer.directory = partial
         _write_weights(loaded.chunks, settings, writer, f"exporting {source.path}")
         if drafter and drafter_settings:

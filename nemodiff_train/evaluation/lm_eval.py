@@ -25,7 +25,6 @@ from nemodiff_train.decoding.decode import decode, position_limit
 from nemodiff_train.decoding.generation import DecodingSettings
 from nemodiff_train.decoding.loading import load_decoding_model
 from nemodiff_train.decoding.oracle import path_forwards
-from nemodiff_train.decoding.pipeline import PipelineRunner
 from nemodiff_train.decoding.session import Session, check_prompts
 from nemodiff_train.errors import UserError, nearest
 from nemodiff_train.model.checkpoint import Checkpoint
@@ -86,9 +85,9 @@ class NemodiffLM(HFLM):
         if drafter := model_args.pop("drafter", None):
             model_args["drafter"] = Checkpoint.open(drafter).require_drafter()
         self.loaded = load_decoding_model(Checkpoint.open(str(checkpoint)), modes=(mode,), **model_args)
-        runner = PipelineRunner(self.loaded.model)
+        config = self.loaded.config
         # What the harness asks of a Transformers model besides logits and new tokens.
-        weights = SimpleNamespace(config=config_from(runner.config.hf_config), device=runner.device)
+        weights = SimpleNamespace(config=config_from(config.hf_config), device=self.loaded.device)
         sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size or 64}
         logger = logging.getLogger("lm_eval.models.huggingface")
         level = logger.level
@@ -97,7 +96,7 @@ class NemodiffLM(HFLM):
             super().__init__(weights, backend="causal", tokenizer=self.loaded.tokenizer, **sizes, **harness)
         finally:
             logger.setLevel(level)
-        positions = position_limit(runner.config)
+        positions = position_limit(config)
         if positions and self.max_length > positions:
             raise UserError(f"--model_args max_length={self.max_length}: the model has {positions} positions")
         self.mode = mode

@@ -244,11 +244,11 @@ def load_drafter(models: list[MegatronModule], checkpoint: Checkpoint, drafter: 
 
     Args:
         models: This rank's chunks.
-        checkpoint: The drafter's checkpoint.
+        checkpoint: The drafter's checkpoint, whose contents have been verified.
         drafter: Its kind and settings, from :func:`open_drafter`.
     """
     drafter.lora(models, training=False)
-    load_adapters(models, checkpoint.verify_contents(), drafter.lora)
+    load_adapters(models, checkpoint, drafter.lora)
     chunks: list[GPTModel] = [unwrap_model(chunk) for chunk in models]
     rank = drafter.lora.selector_rank
     tables = SelectorTables.from_model(chunks, rank) if rank else None
